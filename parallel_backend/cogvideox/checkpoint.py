@@ -1,0 +1,286 @@
+"""One checkpoint folder: what it holds, what it can do, and its parts, loaded where they run."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RequestError
+from ..jobs import DTYPES, DecodeJob, EncodeJob, Job, SampleJob
+from . import weights
+
+TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
+VAE_CLASS = "AutoencoderKLCogVideoX"
+SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+SPATIAL, TEMPORAL = 8, 4
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A component's JSON configuration.
+
+    Raises:
+        RequestError: when the file is missing or is no JSON.
+    """
+    path = folder / name
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RequestError(f"the checkpoint has no {path}; download the folder whole, in diffusers layout") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {error}; download it again") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in diffusers layout, opened without reading weights. Make it with :meth:`open`."""
+
+    path: Path
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Reads the configurations and checks that every weight file is there, whole, and safetensors.
+
+        Raises:
+            RequestError: one line for what is missing, cut off, or of the wrong kind.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise RequestError(f"there is no checkpoint folder {path}")
+        if not any(path.iterdir()):
+            raise RequestError(f"the checkpoint folder {path} is empty; put a CogVideoX in diffusers layout there")
+        transformer = read_config(path / "transformer")
+        if transformer.get("_class_name") != TRANSFORMER_CLASS:
+            raise RequestError(f"{path} is a {transformer.get('_class_name')}, not a {TRANSFORMER_CLASS}")
+        vae = read_config(path / "vae")
+        if vae.get("_class_name") != VAE_CLASS:
+            raise RequestError(f"{path}/vae is a {vae.get('_class_name')}, not a {VAE_CLASS}")
+        scheduler = read_config(path / "scheduler", "scheduler_config.json")
+        for part in ("transformer", "vae"):
+            weights.check(path / part)
+        checkpoint = cls(path=path, transformer=transformer, vae=vae, scheduler=scheduler)
+        if checkpoint.has_text:
+            weights.check(path / "text_encoder")
+            read_config(path / "tokenizer", "tokenizer_config.json")
+        return checkpoint
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a text encoder lies in the folder; the CogVideoX wrapper's folders have none."""
+        return (self.path / "text_encoder").is_dir()
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.transformer.get("num_attention_heads", 30)
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head."""
+        return self.transformer.get("attention_head_dim", 64)
+
+    @property
+    def layers(self) -> int:
+        """Transformer blocks."""
+        return self.transformer.get("num_layers", 30)
+
+    @property
+    def channels(self) -> int:
+        """Latent channels of noise and result."""
+        return self.transformer.get("out_channels") or 16
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens a prompt is padded or cut to."""
+        return self.transformer.get("max_text_seq_length", 226)
+
+    @property
+    def text_features(self) -> int:
+        """Features of one text token."""
+        return self.transformer.get("text_embed_dim", 4096)
+
+    @property
+    def patch_size_t(self) -> int | None:
+        """Latent frames in one token; None in CogVideoX 1.0, where it is one."""
+        return self.transformer.get("patch_size_t")
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions are rotary (5b, 1.5) or added sines (2b)."""
+        return bool(self.transformer.get("use_rotary_positional_embeddings", False))
+
+    @property
+    def scaling_factor(self) -> float:
+        """What a VAE latent is multiplied by for the transformer."""
+        return self.vae.get("scaling_factor", 1.15258426)
+
+    @property
+    def default_scheduler(self) -> str:
+        """``ddim`` or ``dpm``, as the checkpoint's own configuration says."""
+        named = {value: key for key, value in SCHEDULER_CLASSES.items()}
+        return named.get(self.scheduler.get("_class_name"), "ddim")
+
+    @property
+    def default_size(self) -> tuple[int, int, int]:
+        """Width and height in pixels and frames that the model was trained for."""
+        width = self.transformer.get("sample_width", 90) * SPATIAL
+        height = self.transformer.get("sample_height", 60) * SPATIAL
+        return width, height, self.transformer.get("sample_frames", 49)
+
+    @property
+    def default_fps(self) -> int:
+        """Frames per second: 8 in CogVideoX 1.0, 16 in 1.5."""
+        return 8 if self.patch_size_t is None else 16
+
+    @property
+    def describe(self) -> str:
+        """One line for a person."""
+        width, height, frames = self.default_size
+        positions = "rotary" if self.rotary else "sincos"
+        kind = "text to video" if self.transformer.get("in_channels", 16) == self.channels else "conditioned video"
+        return (
+            f"{self.path.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {kind}, {self.layers} layers, "
+            f"{self.heads} heads, {positions}, {self.native_dtype}, {self.default_scheduler}, "
+            f"{width}x{height}x{frames} at {self.default_fps} fps"
+        )
+
+    @cached_property
+    def native_dtype(self) -> str:
+        """``fp32``, ``bf16`` or ``fp16``: what the transformer's weights are stored in."""
+        return weights.stored_dtype(self.path / "transformer")
+
+    def dtype(self, asked: str, device: torch.device) -> torch.dtype:
+        """The dtype to compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
+        if asked == "auto":
+            asked = "fp32" if device.type == "cpu" else self.native_dtype
+        return DTYPES[asked]
+
+    def weight_bytes(self, part: str, dtype: torch.dtype) -> int:
+        """Bytes of a part's weights once loaded in ``dtype``."""
+        return weights.elements(self.path / part) * dtype.itemsize
+
+    def padding_frames(self, latent_frames: int) -> int:
+        """Latent frames put in front so that they divide into tokens, dropped after the loop."""
+        return -latent_frames % (self.patch_size_t or 1)
+
+    def tokens(self, latent_frames: int, height: int, width: int) -> int:
+        """Video tokens of a latent of this size; height and width in latent rows and columns."""
+        patch = self.transformer.get("patch_size", 2)
+        frames = (latent_frames + self.padding_frames(latent_frames)) // (self.patch_size_t or 1)
+        return frames * (height // patch) * (width // patch)
+
+    def check(self, job: Job) -> None:
+        """Refuses what this checkpoint cannot do, before anything is loaded.
+
+        Raises:
+            RequestError: naming what was given and what fits.
+        """
+        if isinstance(job, EncodeJob):
+            return
+        if job.latent.shape[1] != self.channels:
+            raise RequestError(
+                f"the latent has {job.latent.shape[1]} channels; {self.path.name} takes {self.channels}: "
+                "use Empty CogVideoX Latent"
+            )
+        if isinstance(job, DecodeJob):
+            return
+        self._check_sample(job)
+
+    def _check_sample(self, job: SampleJob) -> None:
+        if self.transformer.get("in_channels", 16) != self.channels:
+            raise RequestError(
+                f"{self.path.name} is not a text-to-video model (it takes "
+                f"{self.transformer['in_channels']} channels); only text to video is supported so far"
+            )
+        self._check_positions(*job.latent.shape[3:])
+        if self.patch_size_t and job.denoise < 1 and job.latent.shape[2] % self.patch_size_t:
+            raise RequestError(f"denoise below 1 with {self.path.name} needs a multiple of {self.patch_size_t} latent frames")
+        for name in ("positive", "negative"):
+            text = getattr(job, name)
+            if text is None:
+                continue
+            if text.shape[2] != self.text_features:
+                raise RequestError(
+                    f"{name} conditioning has {text.shape[2]} features; {self.path.name} takes {self.text_features}: "
+                    "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
+                )
+            if text.shape[1] != self.text_tokens:
+                raise RequestError(
+                    f"{name} conditioning has {text.shape[1]} tokens; {self.path.name} takes {self.text_tokens}: "
+                    "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
+                )
+
+    def _check_positions(self, height: int, width: int) -> None:
+        """CogVideoX 1.5 cuts its positions from a table as large as its default size; 1.0 stretches them."""
+        most_width, most_height, _ = self.default_size
+        if self.patch_size_t and (width * SPATIAL > most_width or height * SPATIAL > most_height):
+            raise RequestError(
+                f"{self.path.name} has positions up to {most_width}x{most_height}; "
+                f"{width * SPATIAL}x{height * SPATIAL} is larger: use a smaller size"
+            )
+
+    def make_scheduler(self, name: str):
+        """A new scheduler from the checkpoint's configuration; ``auto`` is its own class."""
+        import diffusers
+
+        wanted = SCHEDULER_CLASSES[self.default_scheduler if name == "auto" else name]
+        return getattr(diffusers, wanted).from_config(self.scheduler)
+
+    def load_transformer(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        """The transformer, in evaluation mode, every weight on ``device``."""
+        from diffusers import CogVideoXTransformer3DModel
+
+        return self._load(CogVideoXTransformer3DModel, "transformer", dtype, device)
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        """The VAE, in evaluation mode."""
+        from diffusers import AutoencoderKLCogVideoX
+
+        return self._load(AutoencoderKLCogVideoX, "vae", dtype, device)
+
+    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        """The T5 encoder, in evaluation mode.
+
+        Raises:
+            RequestError: when the folder has none.
+        """
+        from transformers import T5EncoderModel
+
+        self.check_text()
+        return self._load(T5EncoderModel, "text_encoder", dtype, device)
+
+    def check_text(self) -> None:
+        """Raises RequestError when the folder has no text encoder, saying where text comes from then."""
+        if not self.has_text:
+            raise RequestError(
+                f"{self.path.name} has no text_encoder folder; use the core's CLIPLoader (type cogvideox) for the text"
+            )
+
+    def load_tokenizer(self):
+        """The tokenizer of the text encoder."""
+        from transformers import AutoTokenizer
+
+        self.check_text()
+        return AutoTokenizer.from_pretrained(self.path / "tokenizer", local_files_only=True)
+
+    def _load(self, cls, part: str, dtype: torch.dtype, device: torch.device | str):
+        model = cls.from_pretrained(
+            self.path / part, use_safetensors=True, local_files_only=True, **{dtype_argument(cls): dtype}
+        )
+        return model.requires_grad_(False).eval().to(device)
+
+
+def dtype_argument(cls) -> str:
+    """What ``from_pretrained`` of a class calls the dtype: both libraries renamed it, at these versions."""
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    library = cls.__module__.partition(".")[0]
+    renamed = {"diffusers": "0.42", "transformers": "4.56"}[library]
+    return "dtype" if Version(version(library)) >= Version(renamed) else "torch_dtype"

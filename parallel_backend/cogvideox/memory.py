@@ -1,0 +1,90 @@
+"""Where weights wait between uses: on the device, or on the CPU, whole or in parts."""
+
+import torch
+
+WORKING_FACTOR = 24
+"""Bytes a forward needs beside the weights, per token, feature and byte of dtype; see docs/memory.md."""
+HEADROOM = 0.9
+"""Share of free memory that is counted on; the rest is fragmentation and the allocator's."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes the device can still give: what the driver has and what torch holds unused."""
+    if device.type != "cuda":
+        return 2**62
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def used_bytes(device: torch.device) -> int:
+    """Peak bytes since :func:`reset_peak`; on the CPU what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts a new peak for :func:`used_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def release(device: torch.device) -> None:
+    """Gives what torch holds unused back to the driver."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def working_bytes(*, batch: int, tokens: int, features: int, dtype: torch.dtype) -> int:
+    """Estimated bytes of one transformer forward beside the weights."""
+    return WORKING_FACTOR * batch * tokens * features * dtype.itemsize
+
+
+def choose_offload(asked: str, *, weights: int, working: int, others: int, layers: int, free: int) -> tuple[str, str | None]:
+    """How the transformer's weights are kept.
+
+    Args:
+        asked: ``auto`` or a mode, which is then taken as it is.
+        weights: bytes of the transformer.
+        working: bytes of one forward beside them.
+        others: bytes of what else wants the device between jobs (the VAE and its work).
+        layers: blocks of the transformer.
+        free: bytes the device can give.
+    Returns:
+        The mode, and a line for the person where ``auto`` had to give up speed.
+    """
+    if asked != "auto":
+        return asked, None
+    room = int(free * HEADROOM)
+    say = f"transformer {weights / 2**30:.1f} GiB and {working / 2**30:.1f} GiB to work in, {free / 2**30:.1f} GiB free"
+    if weights + working + others <= room:
+        return "none", None
+    if weights + working <= room:
+        return "model", f"offload 'model': weights leave the GPU after each job ({say})"
+    if 2 * weights // layers + working <= room:
+        return "group", f"offload 'group': weights stay on the CPU and come block by block ({say})"
+    return "sequential", f"offload 'sequential': weights come layer by layer, slowly ({say})"
+
+
+def place(module: torch.nn.Module, mode: str, device: torch.device) -> None:
+    """Puts a transformer where its mode wants it, or hooks it to come in parts.
+
+    ``none`` and ``model`` move it to the device; ``group`` and ``sequential`` leave it on the CPU.
+    """
+    if device.type == "cpu" or mode in ("none", "model"):
+        module.to(device)
+    elif mode == "group":
+        module.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=True,
+            low_cpu_mem_usage=True,
+        )
+    else:
+        from accelerate import cpu_offload
+
+        cpu_offload(module, execution_device=device)

@@ -1,0 +1,150 @@
+"""CogVideoX pipelines with seeded random weights, saved in diffusers layout so that loading is the real thing.
+
+``python -m parallel_backend.cogvideox.random_weights --like 5b --output FOLDER`` makes one. The small ones
+run on any machine in seconds and show noise; ``--full-size`` has the real shapes, for measuring.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+WORDS = (
+    "a the of in on at with and to from over under red green blue yellow purple orange white black grey circle "
+    "square triangle star ball cube moves moving left right up down slowly fast grows shrinks bounces stops "
+    "crosses cat dog panda boat sea sun moon city street forest mountain river snow rain night day"
+).split()
+
+SMALL_SIZE = {"sample_width": 12, "sample_height": 8, "sample_frames": 17}
+SCHEDULER = {
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+    "num_train_timesteps": 1000, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True, "timestep_spacing": "trailing",
+}  # fmt: skip
+
+
+def transformer_config(like: str, full_size: bool) -> dict:
+    """Arguments of the transformer: ``like`` is ``2b`` (sincos), ``5b`` (rotary) or ``1.5-5b`` (two-frame tokens)."""
+    config = {"temporal_compression_ratio": 4, "patch_size": 2, "in_channels": 16, "out_channels": 16}
+    if like != "2b":
+        config["use_rotary_positional_embeddings"] = True
+    if like == "1.5-5b":
+        config |= {"patch_size_t": 2, "patch_bias": False}
+    if full_size:
+        layers, heads = (30, 30) if like == "2b" else (42, 48)
+        config |= {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 64}
+        size = {"sample_width": 170, "sample_height": 96, "sample_frames": 81}
+        return config | (size if like == "1.5-5b" else {})
+    shape = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "time_embed_dim": 64}
+    return config | shape | {"text_embed_dim": 32, "max_text_seq_length": 32} | SMALL_SIZE
+
+
+def vae_config(like: str, full_size: bool) -> dict:
+    """Arguments of the VAE, 8x spatial and 4x temporal compression as the real one."""
+    config = {
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "latent_channels": 16,
+        "scaling_factor": 1.15258426 if like == "2b" else 0.7,
+        "temporal_compression_ratio": 4,
+    }
+    if full_size:
+        return config
+    return config | {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+
+
+def save_tokenizer(folder: Path, max_length: int) -> int:
+    """A tokenizer of whole words and single characters. Returns its vocabulary's size."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
+
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = ["<pad>", "</s>", "<unk>", "▁"] + [f"▁{word}" for word in WORDS] + characters
+    vocabulary = [(piece, 0.0 if rank < 3 else -float(rank)) for rank, piece in enumerate(dict.fromkeys(pieces))]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=max_length).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def fill(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Draws every weight again, large enough that the prompt and each layer change the output."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                fan_in = weight[0].numel()
+                weight.copy_(torch.randn(weight.shape, generator=generator, device=generator.device) * fan_in**-0.5)
+            elif name.endswith("bias"):
+                weight.copy_(torch.randn(weight.shape, generator=generator, device=generator.device) * 0.02)
+
+
+def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, device: str = "cpu") -> Path:
+    """Saves a pipeline in diffusers layout.
+
+    Args:
+        output: folder to make; replaced whole, and only once everything is written.
+        like: ``2b``, ``5b`` or ``1.5-5b``.
+        full_size: the real shapes, in the dtype of the real checkpoint; else small and float32.
+        seed: of all weights.
+        device: where to draw the weights; a GPU is quick for the full size.
+    """
+    from diffusers import (
+        AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )  # fmt: skip
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    dtype = torch.float32 if not full_size else torch.float16 if like == "2b" else torch.bfloat16
+    transformer = transformer_config(like, full_size)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    vocabulary = save_tokenizer(partial / "tokenizer", transformer.get("max_text_seq_length", 226))
+    small_t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    full_t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    t5 = T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **(full_t5 if full_size else small_t5))
+
+    generator = torch.Generator(device).manual_seed(seed)
+    parts = {}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            parts["transformer"] = CogVideoXTransformer3DModel(**transformer)
+            parts["vae"] = AutoencoderKLCogVideoX(**vae_config(like, full_size))
+            parts["text_encoder"] = T5EncoderModel(t5)
+    finally:
+        torch.set_default_dtype(before)
+    for part in parts.values():
+        fill(part, generator)
+    scheduler = CogVideoXDDIMScheduler if like == "2b" else CogVideoXDPMScheduler
+    shift = {"snr_shift_scale": 3.0 if like == "2b" else 1.0}
+    pipeline = CogVideoXPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(partial / "tokenizer"),
+        scheduler=scheduler(**SCHEDULER, **shift),
+        **{name: part.eval() for name, part in parts.items()},
+    )
+    pipeline.save_pretrained(partial, safe_serialization=True)
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+    return output
+
+
+def main() -> None:
+    """The command of the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--like", choices=("2b", "5b", "1.5-5b"), required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--full-size", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    build(args.output, like=args.like, full_size=args.full_size, seed=args.seed, device=args.device)
+
+
+if __name__ == "__main__":
+    main()

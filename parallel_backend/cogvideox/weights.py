@@ -1,0 +1,83 @@
+"""Safetensors files of one component: checked and measured by their headers, weights unread."""
+
+import json
+import math
+from pathlib import Path
+
+from ..errors import RequestError
+
+MAX_HEADER = 100 * 2**20
+DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+def header(path: Path) -> dict:
+    """The header of a safetensors file: name to dtype, shape and offsets.
+
+    Raises:
+        RequestError: when the file is missing, cut off, or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise RequestError(f"{path} is cut off or no safetensors file; download it again")
+            entries = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise RequestError(f"the checkpoint lacks {path}; download the folder whole") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} is no safetensors file ({error}); download it again") from error
+    entries.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end != size:
+        raise RequestError(f"{path} is {size:,} bytes but should be {end:,}: it is cut off; download it again")
+    return entries
+
+
+def files(folder: Path) -> list[Path]:
+    """The safetensors files of a component, by its index where it is sharded.
+
+    Raises:
+        RequestError: when there are none, or only pickled ones.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (json.JSONDecodeError, KeyError) as error:
+            raise RequestError(f"{index} cannot be read; download it again") from error
+        return [folder / name for name in sorted(names)]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise RequestError(f"{folder} holds pickled weights (.bin or .pt); only safetensors are read: convert them")
+        raise RequestError(f"the checkpoint has no weights in {folder}; download the folder whole")
+    return found
+
+
+def check(folder: Path) -> None:
+    """Checks that every file of a component is there and whole.
+
+    Raises:
+        RequestError: naming the first that is not.
+    """
+    for path in files(folder):
+        header(path)
+
+
+def elements(folder: Path) -> int:
+    """Numbers in all weights of a component."""
+    return sum(math.prod(entry["shape"]) for path in files(folder) for entry in header(path).values())
+
+
+def stored_dtype(folder: Path) -> str:
+    """``fp32``, ``bf16`` or ``fp16``: the dtype that most numbers are stored in."""
+    counts: dict[str, int] = {}
+    for path in files(folder):
+        for entry in header(path).values():
+            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+    return DTYPE_NAMES.get(max(counts, key=counts.get, default="F32"), "bf16")
+
+
+def fingerprint(folder: Path) -> tuple:
+    """Changes when a component's files do: their names, sizes and times of change."""
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files(folder))

@@ -1,0 +1,67 @@
+"""Which devices a plan runs on."""
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+from .errors import RequestError
+
+
+@dataclass(frozen=True)
+class Devices:
+    """GPUs by number, or a number of processes on the CPU.
+
+    Raises:
+        RequestError: from :meth:`parse`, for what is not there.
+    """
+
+    kind: str
+    """``cuda`` or ``cpu``."""
+    indices: tuple[int, ...] = (0,)
+    """GPU numbers, as this process sees them; on the CPU just 0, 1, …"""
+
+    @classmethod
+    def parse(cls, text: str) -> "Devices":
+        """Reads ``auto``, ``cpu``, ``cpu:2`` (two processes), ``0,1`` or ``cuda:0,1``."""
+        text = text.strip()
+        gpus = torch.cuda.device_count()
+        if text == "auto":
+            return cls("cuda", tuple(range(gpus))) if gpus else cls("cpu")
+        if match := re.fullmatch(r"cpu(?::(\d+))?", text):
+            count = int(match[1] or 1)
+            if count < 1:
+                raise RequestError(f"devices '{text}' are none; use cpu:1 or more")
+            return cls("cpu", tuple(range(count)))
+        if not re.fullmatch(r"(cuda:)?\d+(,(cuda:)?\d+)*", text):
+            raise RequestError(f"devices '{text}' are not understood; use auto, cpu, cpu:2, or GPU numbers such as 0,1")
+        indices = tuple(int(part.removeprefix("cuda:")) for part in text.split(","))
+        if len(set(indices)) < len(indices):
+            raise RequestError(f"devices '{text}' name a GPU twice")
+        if missing := [index for index in indices if index >= gpus]:
+            has = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU; use cpu or cpu:2"
+            raise RequestError(f"devices '{text}': there is no GPU {missing[0]}; this machine has {has}")
+        return cls("cuda", indices)
+
+    def __str__(self) -> str:
+        return f"cpu:{self.count}" if self.kind == "cpu" else ",".join(map(str, self.indices))
+
+    @property
+    def count(self) -> int:
+        """Processes that a group on these devices has."""
+        return len(self.indices)
+
+    @property
+    def first(self) -> torch.device:
+        """The device for work in this process."""
+        return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", self.indices[0])
+
+    def environment(self) -> dict[str, str]:
+        """What a group's processes must see: local rank r on the r-th of these devices."""
+        if self.kind == "cpu":
+            threads = max(1, (os.cpu_count() or 1) // self.count)
+            return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else None
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names[i] if names else str(i) for i in self.indices)}

@@ -1,0 +1,32 @@
+"""What can go wrong, by who can mend it."""
+
+
+class RequestError(ValueError):
+    """A request that makes no sense. The message is one line: what was given, what is allowed, what to do.
+
+    The command line ends with exit status 2; nothing has been loaded and no group touched.
+    """
+
+
+class Cancelled(Exception):
+    """The caller asked for the job to stop; the engine or group is warm and takes the next one."""
+
+
+class GroupUnavailable(RuntimeError):
+    """No group can start here (platform, missing package, devices). The message is one line."""
+
+
+class GroupError(RuntimeError):
+    """A job failed inside a group.
+
+    Args:
+        message: one line, naming the rank where it is known.
+        rank: the rank that failed first, or None when the group itself was lost.
+        details: the remote traceback or the last log lines.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, details: str = ""):
+        super().__init__(f"{message}\n{details}".rstrip())
+        self.summary = message
+        self.rank = rank
+        self.details = details

@@ -1,0 +1,79 @@
+"""Who runs a job for a caller. Nodes and the command line know only this."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from .cogvideox.checkpoint import Checkpoint
+from .jobs import DecodeJob, EncodeJob, Job, Result, SampleJob
+from .plans import Plan
+
+StepListener = Callable[[int, int], None]
+"""Told after each step: steps done, steps to do."""
+StopSignal = Callable[[], bool]
+"""Asked often; True once the caller wants the job to stop."""
+
+
+def silent(step: int, steps: int) -> None:
+    """A listener that does nothing."""
+
+
+def never() -> bool:
+    """A stop signal that is never given."""
+    return False
+
+
+class Executor(ABC):
+    """One interface for this process and for a group of them."""
+
+    plan = Plan()
+
+    def sample(self, job: SampleJob, *, on_step: StepListener = silent, should_stop: StopSignal = never) -> Result:
+        """Denoises a latent.
+
+        Args:
+            job: what to sample.
+            on_step: told after each step, in the caller's thread.
+            should_stop: asked between steps or more often.
+        Returns:
+            The latent, as :class:`parallel_backend.jobs.SampleJob` says, and what it cost.
+        Raises:
+            RequestError: before anything is loaded.
+            Cancelled: within a step of ``should_stop``.
+            GroupError: when a worker failed.
+        """
+        return self._checked(job, on_step, should_stop)
+
+    def decode(self, job: DecodeJob, *, should_stop: StopSignal = never) -> Result:
+        """Decodes a latent to frames; raises as :meth:`sample` does."""
+        return self._checked(job, silent, should_stop)
+
+    def encode(self, job: EncodeJob, *, should_stop: StopSignal = never) -> Result:
+        """Encodes frames to a latent; raises as :meth:`sample` does."""
+        return self._checked(job, silent, should_stop)
+
+    def check(self, job: Job) -> None:
+        """Raises RequestError when the checkpoint or the plan cannot do the job."""
+        checkpoint = Checkpoint.open(job.model.path)
+        checkpoint.check(job)
+        self.plan.check_heads(checkpoint.heads)
+
+    def _checked(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
+        self.check(job)
+        return self._run(job, on_step, should_stop)
+
+    @abstractmethod
+    def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
+        """Runs a job that was checked."""
+
+    @abstractmethod
+    def status(self) -> dict[str, Any]:
+        """State, plan, model, loads and memory, in plain values."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """Lets go of all weights; the next job loads again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends what was started. Further calls do nothing."""

@@ -1,0 +1,154 @@
+"""The caller's side: an executor that sends jobs to a group, and starts it when it is needed."""
+
+import json
+import logging
+import multiprocessing
+import threading
+import time
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+from .. import errors
+from ..devices import Devices
+from ..errors import Cancelled, GroupError, RequestError
+from ..executor import Executor, StepListener, StopSignal, never, silent
+from ..jobs import Job, Report, Result, split_fields
+from ..plans import Plan
+from . import protocol
+from .address import GroupAddress
+from .launcher import Launcher, check_possible
+from .protocol import Message
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 300.0
+"""At most this long for the processes to answer; a loaded machine imports torch slowly."""
+CANCEL_SECONDS = 600.0
+"""At most this long for a cancelled job to finish its step."""
+POLL_SECONDS = 0.05
+
+
+class GroupExecutor(Executor):
+    """Runs jobs in a group of processes.
+
+    Args:
+        plan: how each forward is split.
+        devices: as many as the plan needs.
+        address: of a group that somebody else keeps; by default this executor starts its own at the first
+            job, starts it again when it was lost, and ends it with :meth:`close`.
+    Raises:
+        RequestError, GroupUnavailable: when no such group can be here; nothing has been started.
+    """
+
+    def __init__(self, plan: Plan, devices: Devices, *, address: GroupAddress | None = None):
+        check_possible(plan, devices)
+        self.plan = plan
+        self.devices = devices
+        self.address = address
+        self._launcher = None if address else Launcher(plan, devices)
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Starts the group if it is not there, without waiting for it."""
+        with self._lock:
+            if self._launcher and not self._launcher.is_running():
+                if self.address is not None:
+                    logger.warning("the group of plan '%s' was lost; starting it again", self.plan)
+                    self._launcher.stop()
+                self.address = self._launcher.start()
+
+    def status(self) -> dict[str, Any]:
+        """See :meth:`Executor.status`; a group that is not there is ``absent``."""
+        if self.address is None or (self._launcher and not self._launcher.is_running()):
+            return {"state": "absent", "plan": str(self.plan), "devices": str(self.devices)}
+        return {"devices": str(self.devices), **self._ask(Message("status")).plain}
+
+    def free(self) -> None:
+        """See :meth:`Executor.free`. A group that is not there holds nothing."""
+        if self.status()["state"] != "absent":
+            self._ask(Message("free"))
+
+    def close(self) -> None:
+        """See :meth:`Executor.close`. A group that somebody else keeps goes on."""
+        with self._lock:
+            if self._launcher:
+                self._launcher.stop()
+                self.address = None
+
+    def stop(self) -> None:
+        """Ends the group, whoever keeps it."""
+        self._ask(Message("stop"))
+
+    def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
+        plain, tensors = split_fields(job)
+        answer = self._ask(Message(job.kind, plain, tensors), on_step, should_stop)
+        report = {key: tuple(value) if isinstance(value, list) else value for key, value in answer.plain["report"].items()}
+        return Result(answer.tensors["tensor"], Report(**report))
+
+    def _ask(self, message: Message, on_step: StepListener = silent, should_stop: StopSignal = never) -> Message:
+        """Sends a request and waits for its last answer."""
+        self.start()
+        with self._connect(should_stop) as connection:
+            try:
+                connection.send_bytes(protocol.encode(message))
+                return self._listen(connection, on_step, should_stop)
+            except (EOFError, ConnectionError) as error:
+                raise self._lost() from error
+
+    def _connect(self, should_stop: StopSignal) -> Connection:
+        """A connection, once the group answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return Client(self.address.socket, family="AF_UNIX", authkey=self.address.key)
+            except multiprocessing.AuthenticationError as error:
+                raise GroupError(f"the group at {self.address.folder} does not know this key") from error
+            except (FileNotFoundError, ConnectionRefusedError) as error:
+                if self._launcher is None or not self._launcher.is_running():
+                    raise self._lost() from error
+                if should_stop():
+                    raise Cancelled("stopped while the group was starting") from None
+                if time.monotonic() > deadline:
+                    raise GroupError(
+                        f"the group did not answer within {START_SECONDS:.0f} s", details=self._launcher.last_words()
+                    ) from error
+                time.sleep(POLL_SECONDS)
+
+    def _listen(self, connection: Connection, on_step: StepListener, should_stop: StopSignal) -> Message:
+        """Passes steps on until the request ends; asks the group to stop when the caller wants to."""
+        deadline = None
+        while True:
+            if deadline is None and should_stop():
+                connection.send_bytes(b"cancel")
+                deadline = time.monotonic() + CANCEL_SECONDS
+            if deadline and time.monotonic() > deadline:
+                raise GroupError(f"the group did not stop within {CANCEL_SECONDS:.0f} s of being asked")
+            if not connection.poll(POLL_SECONDS):
+                continue
+            answer = protocol.decode(connection.recv_bytes(protocol.MAX_MESSAGE))
+            if answer.kind == "step":
+                on_step(answer.plain["step"], answer.plain["steps"])
+            elif answer.kind == "cancelled":
+                raise Cancelled(answer.plain["message"])
+            elif answer.kind == "failed":
+                raise self._failure(answer.plain)
+            else:
+                return answer
+
+    def _failure(self, plain: dict[str, Any]) -> Exception:
+        """The error that a ``failed`` answer stands for."""
+        if plain["error"] == RequestError.__name__:
+            return errors.RequestError(plain["message"])
+        rank = plain.get("rank")
+        where = "the group" if rank is None else f"rank {rank}"
+        return GroupError(f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", ""))
+
+    def _lost(self) -> GroupError:
+        """The error of a group that went away, with the last words of the rank that went first."""
+        if self._launcher is None:
+            return GroupError(f"the group at {self.address.folder} is gone; start it again with serve")
+        for rank in range(self.devices.count):
+            path = self.address.error_file(rank)
+            if path.exists():
+                return self._failure({"rank": rank, **json.loads(path.read_text())})
+        return GroupError("the group's processes ended", details=self._launcher.last_words())

@@ -1,0 +1,119 @@
+"""Starts the processes of a group, and ends them."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..devices import Devices
+from ..errors import GroupUnavailable
+from ..plans import Plan
+from .address import GroupAddress
+
+logger = logging.getLogger(__name__)
+
+PACK = Path(__file__).resolve().parents[2]
+"""The folder that holds ``parallel_backend``."""
+STOP_SECONDS = 10.0
+
+
+def group_python() -> str:
+    """The interpreter that a group runs under: ``XDIT_PYTHON``, else this one."""
+    return os.environ.get("XDIT_PYTHON") or sys.executable
+
+
+def check_possible(plan: Plan, devices: Devices) -> None:
+    """Says why no group can start here, if none can.
+
+    Raises:
+        RequestError: when plan and devices do not fit.
+        GroupUnavailable: one line with the reason and what to do.
+    """
+    plan.check_world(devices.count)
+    if not sys.platform.startswith("linux"):
+        raise GroupUnavailable(f"xDiT groups need Linux (this is {sys.platform}); on Windows use WSL2")
+    if not os.environ.get("XDIT_PYTHON") and find_spec("xfuser") is None:
+        raise GroupUnavailable("xfuser is not installed: pip install xfuser, or set XDIT_PYTHON to a Python that has it")
+
+
+class Launcher:
+    """The processes of one group, from :meth:`start` to :meth:`stop`.
+
+    ``torch.distributed.run`` starts one worker a device. All of them hold the read end of a pipe whose write
+    end is this process's alone, so they see it end in whatever way it ends, and leave.
+    """
+
+    def __init__(self, plan: Plan, devices: Devices):
+        self.plan = plan
+        self.devices = devices
+        self.address: GroupAddress | None = None
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> GroupAddress:
+        """Starts the processes and returns at once; they answer some seconds later.
+
+        Raises:
+            RequestError, GroupUnavailable: see :func:`check_possible`.
+        """
+        check_possible(self.plan, self.devices)
+        self.address = GroupAddress.create({"plan": str(self.plan), "devices": str(self.devices)})
+        command = [
+            group_python(), "-m", "torch.distributed.run", "--standalone", "--max-restarts=0",
+            f"--nproc-per-node={self.devices.count}", f"--log-dir={self.address.logs}", "--redirects=3",
+            "-m", "parallel_backend.group.worker", str(self.address.folder), str(self.plan), self.devices.kind,
+        ]  # fmt: skip
+        with (self.address.folder / "launcher.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,  # Ctrl-C is for the caller, who then stops the group
+            )
+        logger.info("starting %d processes for plan '%s' on %s", self.devices.count, self.plan, self.devices)
+        return self.address
+
+    def _environment(self) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
+        return {
+            **kept,
+            **self.devices.environment(),
+            "PYTHONPATH": str(PACK),
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def is_running(self) -> bool:
+        """Whether the processes are there."""
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        """Ends the processes, gently and then not, and removes the folder. Further calls do nothing."""
+        if self.process is None:
+            return
+        self.process.stdin.close()  # the workers leave when the pipe ends
+        for ask in (lambda: None, self.process.terminate, self._kill):
+            ask()
+            try:
+                self.process.wait(STOP_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        self._kill()
+        self.process = None
+        self.address.remove()
+
+    def _kill(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def last_words(self) -> str:
+        """What the processes wrote last."""
+        launcher = (self.address.folder / "launcher.log").read_text(errors="replace").splitlines()[-20:]
+        return "\n".join([self.address.last_lines(), "--- launcher", *launcher]).strip()

@@ -1,0 +1,105 @@
+"""Rank 0's side of the socket: takes requests from any number of clients and hands them on in order."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from typing import Any
+
+from . import protocol
+from .address import GroupAddress
+from .protocol import Message, ProtocolError
+
+logger = logging.getLogger(__name__)
+
+QUEUED = ("sample", "decode", "encode", "free", "stop")
+
+
+class Request:
+    """One queued request and the way back to who asked.
+
+    Args:
+        data: the message's bytes, as every rank will get them.
+        message: the same, decoded.
+        connection: the client's.
+    """
+
+    def __init__(self, data: bytes, message: Message, connection: Connection):
+        self.data = data
+        self.message = message
+        self.connection = connection
+        self.cancelled = threading.Event()
+
+    def answer(self, message: Message) -> None:
+        """Sends a message back; a client that has gone cancels its request instead."""
+        try:
+            self.connection.send_bytes(protocol.encode(message))
+        except OSError:
+            self.cancelled.set()
+
+
+class Server:
+    """Listens on a group's socket.
+
+    Args:
+        address: the group's.
+        status: called in a connection's thread for a ``status`` request; gives plain values.
+    """
+
+    def __init__(self, address: GroupAddress, status: Callable[[], dict[str, Any]]):
+        self._key = address.key
+        self._status = status
+        self._requests: queue.Queue[Request] = queue.Queue()
+        self._listener = Listener(address.socket, family="AF_UNIX")
+        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+
+    def next(self) -> Request:
+        """The next queued request; waits as long as it takes."""
+        return self._requests.get()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self._requests.qsize()
+
+    def _accept(self) -> None:
+        while True:
+            connection = self._listener.accept()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        """One client: proves who it is, asks one thing, and may cancel it."""
+        # Authentication is here, not in the listener, so that a client that says nothing blocks nobody.
+        try:
+            with connection:
+                deliver_challenge(connection, self._key)
+                answer_challenge(connection, self._key)
+                self._converse(connection)
+        except EOFError:
+            pass  # it came, and went without asking
+        except Exception as error:  # whatever a client sends, the others must not notice
+            logger.warning("dropped a client: %s: %s", type(error).__name__, error)
+
+    def _converse(self, connection: Connection) -> None:
+        data = connection.recv_bytes(protocol.MAX_MESSAGE)
+        try:
+            message = protocol.decode(data)
+        except ProtocolError as error:
+            connection.send_bytes(protocol.encode(Message("failed", {"error": "ProtocolError", "message": str(error)})))
+            return
+        if message.kind == "status":
+            connection.send_bytes(protocol.encode(Message("done", {**self._status(), "queue": self.waiting})))
+            return
+        if message.kind not in QUEUED:
+            text = f"request '{message.kind}' is unknown"
+            connection.send_bytes(protocol.encode(Message("failed", {"error": "ProtocolError", "message": text})))
+            return
+        request = Request(data, message, connection)
+        self._requests.put(request)
+        try:
+            connection.recv_bytes(1024)  # "cancel", or the end of the connection: both mean the same
+        except OSError:
+            pass  # it hung up
+        finally:
+            request.cancelled.set()

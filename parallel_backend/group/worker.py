@@ -1,0 +1,177 @@
+"""One rank of a group: ``python -m parallel_backend.group.worker FOLDER PLAN KIND`` under ``torch.distributed.run``."""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from ..cogvideox import memory
+from ..cogvideox.checkpoint import Checkpoint
+from ..engine import Engine
+from ..errors import Cancelled, RequestError
+from ..jobs import Result, join_fields
+from ..parallel.groups import GroupSplit
+from ..plans import Plan
+from .address import GroupAddress
+from .protocol import Message, decode
+from .server import Request, Server
+
+logger = logging.getLogger(__name__)
+
+MEET_AFTER_FAILURE = 15.0
+"""Seconds that a failed rank waits for the others to fail too, before the group is given up."""
+
+
+def watch_owner(address: GroupAddress, rank: int) -> None:
+    """Leaves as soon as the owner's pipe ends, wherever the main thread is."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        if rank == 0:
+            address.remove()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="owner", daemon=True).start()
+
+
+class Worker:
+    """The loop that every rank runs; rank 0 also answers.
+
+    Args:
+        split: the rank's share.
+        address: the group's.
+    """
+
+    def __init__(self, split: GroupSplit, address: GroupAddress):
+        self.split = split
+        self.address = address
+        self.engine = Engine(split)
+        self.started = time.time()
+        self.state = "ready"
+        self.jobs = 0
+        self.memory: list[int] = []
+        self.last_error: str | None = None
+        self.server = Server(address, self.status) if split.rank == 0 else None
+
+    def status(self) -> dict:
+        """What a ``status`` request is answered with, in plain values."""
+        return {
+            "state": self.state,
+            "plan": str(self.split.plan),
+            "world_size": self.split.plan.world_size,
+            "uptime": time.time() - self.started,
+            "jobs": self.jobs,
+            **self.engine.status(),
+            "memory": self.memory,
+            "last_error": self.last_error,
+        }
+
+    def loop(self) -> None:
+        """Takes requests until one says stop."""
+        while True:
+            request = self.server.next() if self.server else None
+            if request and request.cancelled.is_set():
+                continue
+            self.state = "busy"
+            message = decode(self.split.broadcast_bytes(request.data if request else None))
+            if message.kind == "stop":
+                if request:
+                    request.answer(Message("done"))
+                return
+            if message.kind == "free":
+                self.engine.free()
+                self.memory = self.split.collect(self.engine.status()["memory"])
+                if request:
+                    request.answer(Message("done"))
+            else:
+                self.do_job(message, request)
+            self.state = "ready"
+
+    def do_job(self, message: Message, request: Request | None) -> None:
+        """Runs one job with the other ranks; rank 0 answers with its end."""
+        failure: dict | None = None
+        result: Result | None = None
+        try:
+            result = self.run(message, request)
+        except Exception as error:
+            failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            if not isinstance(error, Cancelled):
+                logger.exception("%s job failed", message.kind)
+        failures = self.compare(failure)
+        self.jobs += 1
+        self.memory = self.split.collect(self.engine.status()["memory"])
+        if request is None:
+            return
+        for rank, failure in enumerate(failures):
+            if failure:
+                kind = "cancelled" if failure["error"] == Cancelled.__name__ else "failed"
+                if kind == "failed":
+                    self.last_error = f"rank {rank}: {failure['error']}: {failure['message']}"
+                request.answer(Message(kind, {"rank": rank, **failure}))
+                return
+        report = replace(result.report, peak_memory=tuple(self.memory))
+        self.log_line(message.kind, report)
+        request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
+
+    def run(self, message: Message, request: Request | None) -> Result | None:
+        """This rank's part of a job; decoding and encoding are rank 0's alone so far."""
+        job = join_fields(message.kind, message.plain, message.tensors)
+        if message.kind != "sample" and self.split.rank != 0:
+            memory.reset_peak(self.split.device)
+            return None
+        Checkpoint.open(job.model.path).check(job)
+
+        def after_step(step: int, steps: int) -> bool:
+            if request is None:
+                return True
+            request.answer(Message("step", {"step": step, "steps": steps}))
+            return not request.cancelled.is_set()
+
+        return self.engine.run(job, after_step)
+
+    def compare(self, failure: dict | None) -> list[dict | None]:
+        """Every rank's failure or None. A rank that fails alone ends the group: the others hang in a collective."""
+        if failure is None:
+            return self.split.collect(None)
+        try:
+            self.split.meet(MEET_AFTER_FAILURE)
+        except RuntimeError:
+            self.address.error_file(self.split.rank).write_text(json.dumps(failure))
+            logger.error("the other ranks did not follow; leaving")
+            os._exit(1)
+        return self.split.collect(failure)
+
+    def log_line(self, kind: str, report) -> None:
+        """One line a job."""
+        steps = sorted(report.step_seconds)
+        each = f", {len(steps)} steps of {steps[len(steps) // 2]:.3f} s" if steps else ""
+        peak = "/".join(f"{size / 2**30:.2f}" for size in report.peak_memory)
+        logger.info(
+            "%s: plan %s, load %.2f s, run %.2f s%s, peak %s GiB",
+            kind, report.plan, report.load_seconds, report.run_seconds, each, peak,
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Joins the group and works until told to stop."""
+    folder, plan, kind = sys.argv[1:]
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    address = GroupAddress(Path(folder))
+    watch_owner(address, rank)
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
+    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
+    split = GroupSplit(Plan.parse(plan), device=device, rank=rank, local_rank=local_rank)
+    Worker(split, address).loop()
+    os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
+
+
+if __name__ == "__main__":
+    main()

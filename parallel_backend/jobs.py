@@ -1,0 +1,249 @@
+"""What is asked for: frozen requests with their tensors, checked when they are made.
+
+Tensors are in ComfyUI's layouts: latents ``[batch, channels, latent frames, height/8, width/8]``, unscaled
+VAE latents; images ``[frames, height, width, 3]`` in 0..1. What a request means for one checkpoint
+(channels, text tokens) is checked by :meth:`parallel_backend.cogvideox.checkpoint.Checkpoint.check`.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from .errors import RequestError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OFFLOADS = ("auto", "none", "model", "group", "sequential")
+SCHEDULERS = ("auto", "ddim", "dpm")
+TILINGS = ("auto", "on", "off")
+MAX_SEED = 2**64 - 1
+
+
+def choice(name: str, value: Any, allowed) -> None:
+    """Raises RequestError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise RequestError(f"{name} is '{value}'; use one of {', '.join(map(str, allowed))}")
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    """Raises RequestError unless ``low <= value <= high``; NaN never is."""
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}; use {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What to compute. Holds no weights: they are loaded where they run."""
+
+    path: str
+    """Checkpoint folder in diffusers layout."""
+    dtype: str = "auto"
+    """``auto`` is the checkpoint's own on a GPU and fp32 on the CPU."""
+    offload: str = "auto"
+    """Where weights wait between uses; ``auto`` decides by free memory."""
+
+    def __post_init__(self):
+        choice("dtype", self.dtype, ("auto", *DTYPES))
+        choice("offload", self.offload, OFFLOADS)
+
+
+def check_latent(latent: torch.Tensor) -> None:
+    """Checks the layout and size of a latent in ComfyUI's layout.
+
+    Raises:
+        RequestError: naming what another pack's latent looks like, where it is recognised.
+    """
+    shape = tuple(latent.shape)
+    if latent.ndim == 5 and shape[2] == 16 and shape[1] != 16:
+        raise RequestError(
+            f"the latent is {shape}: frames before channels, as the CogVideoX wrapper's nodes make it; "
+            "use this pack's or the core's nodes for the latent"
+        )
+    if latent.ndim != 5:
+        raise RequestError(
+            f"the latent is {shape}; a video latent is [batch, 16, frames, height/8, width/8]: "
+            "use Empty CogVideoX Latent or VAE Encode"
+        )
+    if min(shape) < 1:
+        raise RequestError(f"the latent is {shape}; every dimension must be at least 1")
+    if shape[3] % 2 or shape[4] % 2:
+        raise RequestError(
+            f"the size is {shape[4] * 8}x{shape[3] * 8}; width and height must be multiples of 16"
+        )
+
+
+def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
+    """Checks a size in pixels and frames, before any tensor of it is made.
+
+    Raises:
+        RequestError: naming the nearest allowed value.
+    """
+    for name, value in (("width", width), ("height", height)):
+        if value < 16 or value % 16:
+            near = max(16, round(value / 16) * 16)
+            raise RequestError(f"{name} is {value}; it must be a multiple of 16, such as {near}")
+    if frames < 1 or frames % 4 != 1:
+        near = max(1, round((frames - 1) / 4) * 4 + 1)
+        raise RequestError(f"frames is {frames}; it must be 4k+1, such as {near}")
+    if batch < 1:
+        raise RequestError(f"batch is {batch}; it must be at least 1")
+
+
+def empty_latent(*, width: int, height: int, frames: int, batch: int = 1, channels: int = 16) -> torch.Tensor:
+    """Zeros of shape ``[batch, channels, (frames-1)/4+1, height/8, width/8]``.
+
+    Raises:
+        RequestError: for a size no CogVideoX can make.
+    """
+    check_size(width, height, frames, batch)
+    return torch.zeros(batch, channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """Denoise a latent. The result is a latent of the same shape, float32."""
+
+    kind = "sample"
+    model: Model
+    positive: torch.Tensor
+    """Text states ``[1 or batch, tokens, features]``."""
+    latent: torch.Tensor
+    """``[batch, channels, latent frames, height/8, width/8]``; all zeros means empty."""
+    negative: torch.Tensor | None = None
+    """Like ``positive``; needed where ``cfg`` is above 1."""
+    seed: int = 0
+    steps: int = 50
+    cfg: float = 6.0
+    scheduler: str = "auto"
+    """``auto`` is the checkpoint's own."""
+    dynamic_cfg: bool = False
+    denoise: float = 1.0
+    """1 starts from noise; 0.6 runs the last 60 % of the steps on the latent given, as diffusers does."""
+
+    def __post_init__(self):
+        check_latent(self.latent)
+        choice("scheduler", self.scheduler, SCHEDULERS)
+        between("steps", self.steps, 1, 1000)
+        between("seed", self.seed, 0, MAX_SEED)
+        between("cfg", self.cfg, 0.0, 100.0)
+        between("denoise", self.denoise, 0.0, 1.0)
+        if int(self.steps * self.denoise) < 1:
+            raise RequestError(f"denoise {self.denoise} of {self.steps} steps leaves no step; raise either")
+        if self.denoise < 1 and not self.latent.any():
+            raise RequestError(f"denoise is {self.denoise} but the latent is empty; encode a video, or use denoise 1")
+        if self.guided and self.negative is None:
+            raise RequestError(f"cfg is {self.cfg} but there is no negative conditioning; give one, or use cfg 1")
+        for name in ("positive", "negative"):
+            text = getattr(self, name)
+            if text is not None and (text.ndim != 3 or text.shape[0] not in (1, self.latent.shape[0])):
+                raise RequestError(
+                    f"{name} conditioning is {tuple(text.shape)}; it must be "
+                    f"[1 or {self.latent.shape[0]}, tokens, features]"
+                )
+
+    @property
+    def guided(self) -> bool:
+        """Whether each step runs the model on both prompts."""
+        return self.cfg > 1
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """Decode a latent. The result is ``[batch, frames, height, width, 3]``, float32 in 0..1."""
+
+    kind = "decode"
+    model: Model
+    latent: torch.Tensor
+    tiling: str = "auto"
+    """``auto`` decodes in tiles where a whole decode would not fit in free memory."""
+    tile: int = 256
+    """Tile edge in pixels."""
+    overlap: int = 64
+    """Pixels by which tiles overlap and are blended."""
+
+    def __post_init__(self):
+        check_latent(self.latent)
+        choice("tiling", self.tiling, TILINGS)
+        between("tile", self.tile, 64, 4096)
+        between("overlap", self.overlap, 0, self.tile // 2)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Encode a video. The result is a latent ``[1, channels, latent frames, height/8, width/8]``, float32."""
+
+    kind = "encode"
+    model: Model
+    pixels: torch.Tensor
+    """``[frames, height, width, 3]`` in 0..1; frames 4k+1."""
+    tiling: str = "auto"
+    tile: int = 256
+    overlap: int = 64
+
+    def __post_init__(self):
+        if self.pixels.ndim != 4 or self.pixels.shape[-1] != 3:
+            raise RequestError(f"the video is {tuple(self.pixels.shape)}; it must be [frames, height, width, 3]")
+        frames, height, width, _ = self.pixels.shape
+        check_size(width, height, frames)
+        choice("tiling", self.tiling, TILINGS)
+        between("tile", self.tile, 64, 4096)
+        between("overlap", self.overlap, 0, self.tile // 2)
+
+
+Job = SampleJob | DecodeJob | EncodeJob
+JOBS: dict[str, type] = {job.kind: job for job in (SampleJob, DecodeJob, EncodeJob)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job cost."""
+
+    plan: str = "single"
+    world_size: int = 1
+    load_seconds: float = 0.0
+    """Spent reading and moving weights; 0 when they were there."""
+    run_seconds: float = 0.0
+    """From the first step's start to the result, loading not counted."""
+    step_seconds: tuple[float, ...] = ()
+    peak_memory: tuple[int, ...] = ()
+    """Bytes by rank: the GPU's peak in the job, or the process's resident peak on the CPU."""
+    notes: tuple[str, ...] = ()
+    """One line for each fallback or degraded mode the job ran under."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A job's tensor and what it cost."""
+
+    tensor: torch.Tensor
+    report: Report = field(default_factory=Report)
+
+
+def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A request as plain JSON values and tensors, for the wire."""
+    plain: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, torch.Tensor):
+            tensors[item.name] = value
+        elif isinstance(value, Model):
+            plain[item.name] = {f.name: getattr(value, f.name) for f in fields(value)}
+        else:
+            plain[item.name] = value
+    return plain, tensors
+
+
+def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Job:
+    """The request that :func:`split_fields` took apart, checked again.
+
+    Raises:
+        RequestError: for an unknown kind or unknown fields.
+    """
+    if kind not in JOBS:
+        raise RequestError(f"job kind is '{kind}'; use one of {', '.join(JOBS)}")
+    try:
+        values = {**plain, **tensors, "model": Model(**plain["model"])}
+        return JOBS[kind](**values)
+    except (KeyError, TypeError) as error:
+        raise RequestError(f"a {kind} job does not fit: {error}") from error

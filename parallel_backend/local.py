@@ -1,0 +1,45 @@
+"""Jobs in this process, on one device."""
+
+import threading
+from typing import Any
+
+import torch
+
+from .engine import Engine
+from .executor import Executor
+from .jobs import Result
+from .parallel.split import Split
+
+
+class LocalExecutor(Executor):
+    """Runs jobs in the caller's thread, one at a time.
+
+    Args:
+        device: the CPU or one GPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self.engine = Engine(Split(device))
+        self._lock = threading.Lock()
+
+    def _run(self, job, on_step, should_stop) -> Result:
+        def after_step(step: int, steps: int) -> bool:
+            on_step(step, steps)
+            return not should_stop()
+
+        with self._lock:
+            return self.engine.run(job, after_step)
+
+    def status(self) -> dict[str, Any]:
+        """See :meth:`Executor.status`."""
+        state = "busy" if self._lock.locked() else "ready"
+        return {"state": state, "plan": str(self.plan), "devices": str(self.engine.device), **self.engine.status()}
+
+    def free(self) -> None:
+        """See :meth:`Executor.free`."""
+        with self._lock:
+            self.engine.free()
+
+    def close(self) -> None:
+        """See :meth:`Executor.close`."""
+        self.free()

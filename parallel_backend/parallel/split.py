@@ -1,0 +1,46 @@
+"""The part of a job that one rank does. This one does all of it; :mod:`.groups` has the one that shares."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..plans import Plan
+
+
+class Split:
+    """A plan of ``single``: one rank, and every collective vanishes.
+
+    Args:
+        device: the rank's own.
+    """
+
+    plan = Plan()
+    rank = 0
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def attach(self, transformer) -> None:
+        """Makes a newly loaded transformer compute only this rank's share of the tokens."""
+
+    def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Of the prompts that a step runs the model on, those that are this rank's."""
+        return prompts
+
+    def gather(self, mine: Sequence[torch.Tensor], *, of: int) -> Sequence[torch.Tensor]:
+        """The predictions for all ``of`` prompts, in order, from each rank's own."""
+        return mine
+
+    def agree(self, go_on: bool) -> bool:
+        """What rank 0 says, on every rank."""
+        return go_on
+
+    def collect(self, value: Any) -> list[Any]:
+        """A small Python value from every rank, in order, on every rank."""
+        return [value]
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

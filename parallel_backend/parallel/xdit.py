@@ -1,0 +1,89 @@
+"""The one door to xfuser: brought up on GPUs, or on CPUs with gloo where xfuser expects a GPU.
+
+Checked with xfuser 0.7.0. xfuser keeps its groups in module globals; nothing outside this package sees them.
+"""
+
+import sys
+import types
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+
+from ..plans import Plan
+
+
+def _import_without_gpu() -> None:
+    """Imports xfuser where there is no accelerator.
+
+    xfuser asks for the accelerator's version and decides which groups to build while its package is
+    imported, so ``xfuser.envs`` is imported first, under a stand-in for the package, and told.
+    """
+    spec = find_spec("xfuser")
+    stand_in = types.ModuleType("xfuser")
+    stand_in.__path__ = list(spec.submodule_search_locations)
+    stand_in.__spec__ = spec
+    sys.modules["xfuser"] = stand_in
+    import xfuser.envs as envs
+
+    envs.get_device_version = lambda: None
+    envs._is_cuda = lambda: False
+    envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
+    del sys.modules["xfuser"]
+    import xfuser.model_executor.layers.usp as usp
+    from yunchang.globals import PROCESS_GROUP
+
+    usp.PROCESS_GROUP = PROCESS_GROUP
+
+
+def initialise(plan: Plan, *, rank: int, local_rank: int, device: torch.device) -> None:
+    """Joins the default process group and makes xDiT's groups of a plan.
+
+    Args:
+        plan: whose degrees multiply to the world size in the environment.
+        rank: of this process in the world.
+        local_rank: its number on this machine, and of its GPU.
+        device: ``cpu`` or the rank's GPU.
+    """
+    if device.type == "cpu" and "xfuser" not in sys.modules:
+        _import_without_gpu()
+    from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel, runtime_state
+
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    init_distributed_environment(rank=rank, local_rank=local_rank, world_size=plan.world_size, backend=backend)
+    initialize_model_parallel(
+        classifier_free_guidance_degree=plan.cfg,
+        sequence_parallel_degree=plan.sequence,
+        ulysses_degree=plan.ulysses,
+        ring_degree=plan.ring,
+        backend=backend,
+    )
+    # All that USP reads of the runtime state; the real one wants a whole xDiT engine configuration.
+    runtime_state._RUNTIME = types.SimpleNamespace(
+        attention_backend=None,
+        fp8_comms=None,
+        runtime_config=types.SimpleNamespace(use_spargeattn_head_balance=False),
+    )
+
+
+def cfg_group():
+    """Ranks that hold the halves of guidance for the same tokens: an xfuser GroupCoordinator."""
+    from xfuser.core.distributed import get_cfg_group
+
+    return get_cfg_group()
+
+
+def sequence_group():
+    """Ranks that share one sequence, in the order of their chunks: an xfuser GroupCoordinator."""
+    from xfuser.core.distributed import get_sp_group
+
+    return get_sp_group()
+
+
+def finalise() -> None:
+    """Leaves xDiT's groups and the process group."""
+    from xfuser.core.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    if dist.is_initialized():
+        destroy_distributed_environment()
