@@ -62,6 +62,9 @@ class Executor(ABC):
         self.check(job)
         return self._run(job, on_step, should_stop)
 
+    def start(self) -> None:
+        """Begins whatever takes time before the first job, without waiting for it."""
+
     @abstractmethod
     def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
         """Runs a job that was checked."""

@@ -31,22 +31,31 @@ POLL_SECONDS = 0.05
 class GroupExecutor(Executor):
     """Runs jobs in a group of processes.
 
+    The group is started at the first job, started again when it was lost, and ended with :meth:`close`.
+
     Args:
         plan: how each forward is split.
         devices: as many as the plan needs.
-        address: of a group that somebody else keeps; by default this executor starts its own at the first
-            job, starts it again when it was lost, and ends it with :meth:`close`.
     Raises:
         RequestError, GroupUnavailable: when no such group can be here; nothing has been started.
     """
 
-    def __init__(self, plan: Plan, devices: Devices, *, address: GroupAddress | None = None):
+    def __init__(self, plan: Plan, devices: Devices):
         check_possible(plan, devices)
         self.plan = plan
-        self.devices = devices
-        self.address = address
-        self._launcher = None if address else Launcher(plan, devices)
+        self.devices = str(devices)
+        self.address: GroupAddress | None = None
+        self._launcher: Launcher | None = Launcher(plan, devices)
         self._lock = threading.Lock()
+
+    @classmethod
+    def attach(cls, address: GroupAddress) -> "GroupExecutor":
+        """An executor for a group that somebody else keeps; :meth:`close` leaves it running."""
+        executor = cls.__new__(cls)
+        description = address.describe()
+        executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
+        executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
+        return executor
 
     def start(self) -> None:
         """Starts the group if it is not there, without waiting for it."""
@@ -60,8 +69,8 @@ class GroupExecutor(Executor):
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`; a group that is not there is ``absent``."""
         if self.address is None or (self._launcher and not self._launcher.is_running()):
-            return {"state": "absent", "plan": str(self.plan), "devices": str(self.devices)}
-        return {"devices": str(self.devices), **self._ask(Message("status")).plain}
+            return {"state": "absent", "plan": str(self.plan), "devices": self.devices}
+        return {"devices": self.devices, **self._ask(Message("status")).plain}
 
     def free(self) -> None:
         """See :meth:`Executor.free`. A group that is not there holds nothing."""
@@ -74,6 +83,15 @@ class GroupExecutor(Executor):
             if self._launcher:
                 self._launcher.stop()
                 self.address = None
+
+    def share(self) -> None:
+        """Starts the group for all of the person's processes."""
+        self._launcher.is_shared = True
+        self.start()
+
+    def wait(self) -> None:
+        """Waits until the group's processes end."""
+        self._launcher.process.wait()
 
     def stop(self) -> None:
         """Ends the group, whoever keeps it."""
@@ -147,7 +165,7 @@ class GroupExecutor(Executor):
         """The error of a group that went away, with the last words of the rank that went first."""
         if self._launcher is None:
             return GroupError(f"the group at {self.address.folder} is gone; start it again with serve")
-        for rank in range(self.devices.count):
+        for rank in range(self.plan.world_size):
             path = self.address.error_file(rank)
             if path.exists():
                 return self._failure({"rank": rank, **json.loads(path.read_text())})

@@ -49,6 +49,8 @@ class Launcher:
     def __init__(self, plan: Plan, devices: Devices):
         self.plan = plan
         self.devices = devices
+        self.is_shared = False
+        """Whether the person's other processes may use the group too; ``serve`` sets it."""
         self.address: GroupAddress | None = None
         self.process: subprocess.Popen | None = None
 
@@ -59,7 +61,7 @@ class Launcher:
             RequestError, GroupUnavailable: see :func:`check_possible`.
         """
         check_possible(self.plan, self.devices)
-        self.address = GroupAddress.create({"plan": str(self.plan), "devices": str(self.devices)})
+        self.address = GroupAddress.create({"plan": str(self.plan), "devices": str(self.devices), "shared": self.is_shared})
         command = [
             group_python(), "-m", "torch.distributed.run", "--standalone", "--max-restarts=0",
             f"--nproc-per-node={self.devices.count}", f"--log-dir={self.address.logs}", "--redirects=3",

@@ -1,0 +1,27 @@
+"""What a person sees in ComfyUI. Thin: no tensor arithmetic, no sockets, no processes."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .backend import XDiTBackend
+from .conditioning import EmptyCogVideoXLatent
+from .decoding import CogVideoXDecode
+from .loaders import LoadCogVideoX
+from .sampling import CogVideoXSampler
+from .saving import SaveVideo
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadCogVideoX,
+    EmptyCogVideoXLatent,
+    CogVideoXSampler,
+    CogVideoXDecode,
+    SaveVideo,
+    XDiTBackend,
+]
+
+
+class CogVideoXExtension(ComfyExtension):
+    """The pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """The pack's nodes, in the order of their menu."""
+        return NODES

@@ -1,0 +1,54 @@
+"""xDiT Backend."""
+
+from comfy_api.latest import io
+
+from ..parallel_backend.errors import RequestError
+from ..parallel_backend.plans import AUTO, Plan
+from . import host
+from .sockets import CATEGORY, BackendHandle, BackendSocket
+
+
+class XDiTBackend(io.ComfyNode):
+    """Which devices work together, and how each step is split over them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ComfyUI's V3 nodes."""
+        return io.Schema(
+            node_id="XDiTBackend",
+            display_name="xDiT Backend",
+            category=CATEGORY,
+            description="A group of processes, one per GPU, that is started once and stays warm. "
+            "Where none can start, the work is done in this process and the node says so.",
+            inputs=[
+                io.String.Input(
+                    "devices",
+                    default="auto",
+                    tooltip="auto: every GPU. Or GPU numbers such as 0,1; or cpu:2 for two processes on the CPU.",
+                ),
+                io.String.Input(
+                    "plan",
+                    default=AUTO,
+                    tooltip="auto, single, or degrees that multiply to the number of devices: cfg2 (both halves of "
+                    "guidance), ulyssesN (must divide the model's heads), ringN; such as cfg2-ulysses2.",
+                ),
+            ],
+            outputs=[BackendSocket.Output(display_name="backend")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, devices: str, plan: str):
+        """Refuses what can be refused before anything runs."""
+        try:
+            if devices is not None:
+                host.devices_exist(devices)
+            if plan not in (None, AUTO):
+                Plan.parse(plan)
+        except RequestError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, devices: str, plan: str) -> io.NodeOutput:
+        """Hands the words on; sampler and decoder start the group."""
+        return io.NodeOutput(BackendHandle(devices, plan))

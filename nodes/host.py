@@ -1,0 +1,167 @@
+"""Everything of ComfyUI's that the nodes touch: folders, progress, interrupts, memory, and who runs jobs."""
+
+import atexit
+import logging
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.utils
+import folder_paths
+import torch
+
+from ..parallel_backend import models
+from ..parallel_backend.backend import Keeper, resolve
+from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.devices import Devices
+from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from ..parallel_backend.executor import Executor
+from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Result, SampleJob
+from ..parallel_backend.local import LocalExecutor
+from ..parallel_backend.plans import AUTO
+from .memory import HeldWeights
+
+logger = logging.getLogger(__name__)
+
+MODEL_FOLDERS = ("CogVideo", "diffusers")
+
+_groups = Keeper()
+_held: dict[Executor, HeldWeights] = {}
+_local: dict[torch.device, LocalExecutor] = {}
+atexit.register(_groups.close)
+
+
+def model_folders() -> dict[str, Path]:
+    """The checkpoints that can be loaded, by the name shown: ``demo``, then what lies in the model folders."""
+    found = {}
+    for kind in MODEL_FOLDERS:
+        try:
+            roots = folder_paths.get_folder_paths(kind)
+        except KeyError:
+            roots = [str(Path(folder_paths.models_dir) / kind)]
+        for root in map(Path, roots):
+            for config in sorted(root.glob("*/transformer/config.json")):
+                found.setdefault(f"{kind}/{config.parent.parent.name}", config.parent.parent)
+    return found
+
+
+def model_names() -> list[str]:
+    """The names of :func:`model_folders`, with ``demo`` first."""
+    return [models.DEMO, *model_folders()]
+
+
+def find_model(name: str) -> Path:
+    """The folder of a name.
+
+    Raises:
+        RequestError: for a name that is not in the list.
+    """
+    if name == models.DEMO:
+        return models.demo_folder()
+    folders = model_folders()
+    if name not in folders:
+        raise RequestError(f"there is no model '{name}' in models/CogVideo or models/diffusers; put its folder there")
+    return folders[name]
+
+
+def text_device() -> torch.device:
+    """Where ComfyUI wants text encoders to run."""
+    return management.text_encoder_device()
+
+
+def make_room(size: int, device: torch.device) -> None:
+    """Asks ComfyUI to unload models until so many bytes are free."""
+    if device.type != "cpu":
+        management.free_memory(size * 1.1, device)
+
+
+def say(line: str, node_id: str | None) -> None:
+    """One line to the person: in the log, and in the node."""
+    logger.warning(line)
+    try:
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(line, node_id)
+    except (ImportError, AttributeError, TypeError):
+        logger.debug("no front end to show the line in")
+
+
+def local() -> LocalExecutor:
+    """The executor of this process, on ComfyUI's device."""
+    device = management.get_torch_device()
+    return _local.setdefault(device, LocalExecutor(device))
+
+
+def executor_for(backend, checkpoint: Checkpoint, *, guided: bool | None, node_id: str | None) -> Executor:
+    """Who runs a job for a node.
+
+    Args:
+        backend: a :class:`.sockets.BackendHandle`, or None for this process.
+        checkpoint: to check the plan against.
+        guided: whether there are two halves to share; None for a job that any group can do.
+        node_id: where to say it when the backend cannot start.
+    Raises:
+        RequestError: when plan, devices and model do not fit.
+    """
+    if backend is None:
+        return local()
+    if guided is None and backend.plan == AUTO and (warm := _groups.on(Devices.parse(backend.devices))):
+        return warm
+    plan, devices, reason = resolve(backend.plan, backend.devices, heads=checkpoint.heads, guided=guided is not False)
+    if plan.world_size == 1:
+        say(f"plan single on {devices}: {reason}", node_id)
+        return local()
+    try:
+        executor = _groups.get(plan, devices)
+    except GroupUnavailable as error:
+        say(f"no group: {error}; working in this process", node_id)
+        return local()
+    executor.start()
+    say(f"plan {plan} on {devices}: {reason}", node_id)
+    return executor
+
+
+def run(executor: Executor, job: Job, node_id: str | None = None) -> Result:
+    """Runs a job with ComfyUI's progress bar and cancel button.
+
+    Raises:
+        InterruptProcessingException: ComfyUI's own, when the person cancelled.
+    """
+    executor.check(job)
+    bar = comfy.utils.ProgressBar(job.steps, node_id) if isinstance(job, SampleJob) else None
+
+    def on_step(step: int, steps: int) -> None:
+        if not management.processing_interrupted():
+            bar.update_absolute(step, steps)
+
+    held = _held.setdefault(executor, HeldWeights(executor, management.get_torch_device()))
+    held.expect(job)
+    management.load_models_gpu([held])
+    stop = management.processing_interrupted
+    try:
+        if isinstance(job, SampleJob):
+            result = executor.sample(job, on_step=on_step, should_stop=stop)
+        elif isinstance(job, DecodeJob):
+            result = executor.decode(job, should_stop=stop)
+        else:
+            result = executor.encode(job, should_stop=stop)
+    except Cancelled:
+        management.throw_exception_if_processing_interrupted()
+        raise
+    for note in result.report.notes:
+        say(note, node_id)
+    return result
+
+
+def decode(job: DecodeJob) -> torch.Tensor:
+    """Decodes in this process."""
+    return run(local(), job).tensor
+
+
+def encode(job: EncodeJob) -> torch.Tensor:
+    """Encodes in this process."""
+    return run(local(), job).tensor
+
+
+def devices_exist(devices: str) -> None:
+    """Raises RequestError for devices this machine lacks."""
+    Devices.parse(devices)

@@ -1,0 +1,56 @@
+"""Load CogVideoX."""
+
+from comfy_api.latest import io
+
+from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.jobs import DTYPES, OFFLOADS, Model
+from . import host
+from .sockets import CATEGORY, ClipHandle, ModelHandle, ModelSocket, VaeHandle
+
+
+class LoadCogVideoX(io.ComfyNode):
+    """A checkpoint folder to model, CLIP and VAE. Reads no weights: they are read where they run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ComfyUI's V3 nodes."""
+        return io.Schema(
+            node_id="XDiTLoadCogVideoX",
+            display_name="Load CogVideoX",
+            category=CATEGORY,
+            description="Loads a CogVideoX in diffusers layout from models/CogVideo or models/diffusers.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_names(),
+                    tooltip="A folder in models/CogVideo or models/diffusers. 'demo' is small and always there.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", *DTYPES],
+                    default="auto",
+                    tooltip="auto: the checkpoint's own on a GPU, fp32 on the CPU.",
+                ),
+                io.Combo.Input(
+                    "offload",
+                    options=list(OFFLOADS),
+                    default="auto",
+                    tooltip="Where weights wait: none keeps them on the GPU; model moves them off after each job; "
+                    "group brings them block by block; sequential layer by layer. auto decides by free memory.",
+                ),
+            ],
+            outputs=[
+                ModelSocket.Output(display_name="model"),
+                io.Clip.Output(display_name="CLIP"),
+                io.Vae.Output(display_name="VAE"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, dtype: str, offload: str) -> io.NodeOutput:
+        """Opens and checks the checkpoint."""
+        checkpoint = Checkpoint.open(host.find_model(model_name))
+        host.say(checkpoint.describe, cls.hidden.unique_id)
+        model = Model(str(checkpoint.path), dtype=dtype, offload=offload)
+        return io.NodeOutput(ModelHandle(model, checkpoint), ClipHandle(checkpoint, dtype), VaeHandle(model))

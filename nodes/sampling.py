@@ -1,0 +1,69 @@
+"""CogVideoX Sampler."""
+
+from comfy_api.latest import io
+
+from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
+from . import host
+from .conditioning import text_states
+from .sockets import CATEGORY, BackendSocket, ModelSocket
+
+
+class CogVideoXSampler(io.ComfyNode):
+    """Denoises a latent, in this process or on every GPU of a backend."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ComfyUI's V3 nodes."""
+        return io.Schema(
+            node_id="XDiTCogVideoXSampler",
+            display_name="CogVideoX Sampler",
+            category=CATEGORY,
+            description="Samples a video. With an xDiT Backend every step is split over its devices; "
+            "the same seed gives the same video with every plan.",
+            inputs=[
+                ModelSocket.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Latent.Input("latent"),
+                io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True),
+                io.Int.Input("steps", default=50, min=1, max=1000),
+                io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1, tooltip="1 turns guidance off."),
+                io.Combo.Input("scheduler", options=list(SCHEDULERS), default="auto", tooltip="auto: the checkpoint's own."),
+                io.Boolean.Input("dynamic_cfg", default=False, tooltip="Let the guidance scale follow a cosine."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 starts from noise; 0.6 runs the last 60 % of the steps on the latent given.",
+                ),
+                BackendSocket.Input("backend", optional=True, tooltip="Without it the work is done in this process."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent, seed, steps, cfg, scheduler, dynamic_cfg, denoise, backend=None
+    ) -> io.NodeOutput:
+        """Builds the job and has it run."""
+        limit = model.checkpoint.text_tokens
+        job = SampleJob(
+            model.model,
+            text_states(positive, "positive", limit=limit),
+            latent["samples"],
+            text_states(negative, "negative", limit=limit),
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            scheduler=scheduler,
+            dynamic_cfg=dynamic_cfg,
+            denoise=denoise,
+        )
+        node_id = cls.hidden.unique_id
+        if "noise_mask" in latent:
+            host.say("the latent's mask is not used: text to video has none", node_id)
+        executor = host.executor_for(backend, model.checkpoint, guided=job.guided, node_id=node_id)
+        return io.NodeOutput({"samples": host.run(executor, job, node_id).tensor})

@@ -1,0 +1,107 @@
+"""The command line: ``python -m parallel_backend generate | plan | serve | status | stop | bench``."""
+
+import argparse
+import logging
+import sys
+
+from . import commands
+from .errors import Cancelled, GroupError, GroupUnavailable, RequestError
+from .jobs import DTYPES, OFFLOADS, SCHEDULERS, TILINGS
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with one line and status 2 for a request that makes no sense, as the rest of the pack does."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say where and how to run."""
+    parser.add_argument("--plan", default="auto", help="auto, single, or degrees such as cfg2-ulysses2")
+    parser.add_argument("--devices", default="auto", help="auto, cpu, cpu:2 (two processes), or GPU numbers such as 0,1")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what to compute."""
+    parser.add_argument("--model", required=True, help="a checkpoint folder in diffusers layout, or demo")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--offload", choices=OFFLOADS, default="auto", help="where weights wait between uses")
+    parser.add_argument("--width", type=int, help="default: what the model was trained for")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--frames", type=int, help="4k+1")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, default=6.0, help="1 turns guidance off")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="auto")
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="parallel_backend", description="CogVideoX on every GPU you have.")
+    commands_of = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    generate = commands_of.add_parser("generate", help="a prompt to a video file")
+    add_model_options(generate)
+    add_run_options(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--negative-prompt", default="")
+    generate.add_argument("--dynamic-cfg", action="store_true", help="let the guidance scale follow a cosine")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--tiling", choices=TILINGS, default="auto", help="decode in tiles")
+    generate.add_argument("--fps", type=float, help="default: the model's")
+    generate.add_argument("--output", required=True, help="an .mp4 file")
+    generate.add_argument("--save-latents", help="also write the latents, as ComfyUI does")
+    generate.add_argument("--json", action="store_true", help="print one JSON object last")
+    generate.set_defaults(run=commands.generate)
+
+    plan = commands_of.add_parser("plan", help="what auto would choose, and why")
+    plan.add_argument("--model", required=True)
+    plan.add_argument("--gpus", type=int, help="default: those of this machine")
+    plan.add_argument("--cfg", type=float, default=6.0)
+    plan.set_defaults(run=commands.plan)
+
+    serve = commands_of.add_parser("serve", help="keep a group for this person's other processes")
+    add_run_options(serve)
+    serve.add_argument("--model", default="demo", help="for plan auto: the model to plan for")
+    serve.set_defaults(run=commands.serve)
+
+    status = commands_of.add_parser("status", help="the groups that are running")
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(run=commands.status)
+
+    stop = commands_of.add_parser("stop", help="end the group that serve keeps")
+    stop.add_argument("--all", action="store_true", help="also those that other programs keep")
+    stop.set_defaults(run=commands.stop)
+
+    bench = commands_of.add_parser("bench", help="side by side with diffusers' own pipeline")
+    add_model_options(bench)
+    bench.add_argument("--plans", default="single", help="comma-separated")
+    bench.add_argument("--devices", default="auto")
+    bench.add_argument("--repeat", type=int, default=2, help="jobs a plan; the last one is stated")
+    bench.add_argument("--no-diffusers", action="store_true")
+    bench.add_argument("--decode", action="store_true", help="also time a decode")
+    bench.add_argument("--output", help="write the rows as JSON here")
+    bench.set_defaults(run=commands.bench)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns the exit status: 0, 1 for a failure, 2 for a request that makes no sense."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    try:
+        return args.run(args)
+    except (RequestError, GroupUnavailable) as error:
+        print(f"{args.command}: {error}", file=sys.stderr)
+        return 2
+    except GroupError as error:
+        print(f"{args.command}: {error}", file=sys.stderr)
+        return 1
+    except (Cancelled, KeyboardInterrupt):
+        print(f"{args.command}: stopped", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

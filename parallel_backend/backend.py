@@ -1,0 +1,100 @@
+"""From what a person asks for, devices and a plan, to the executor that serves it."""
+
+import logging
+import sys
+import threading
+
+from .devices import Devices
+from .errors import RequestError
+from .executor import Executor
+from .group.client import GroupExecutor
+from .local import LocalExecutor
+from .planner import choose
+from .plans import AUTO, Plan
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(plan: str, devices: str, *, heads: int, guided: bool = True) -> tuple[Plan, Devices, str]:
+    """The plan and devices for two words of a person.
+
+    ``auto`` devices are every GPU, or as many as a given plan needs; ``auto`` plan asks the planner.
+
+    Returns:
+        Plan, devices, and the reason in one sentence.
+    Raises:
+        RequestError: when they do not fit each other or the model's heads.
+    """
+    found = Devices.parse(devices)
+    if plan == AUTO:
+        chosen, reason = choose(heads=heads, world_size=found.count, guided=guided)
+        return chosen, found, reason
+    chosen = Plan.parse(plan)
+    if devices == AUTO and chosen.world_size != found.count:
+        found = Devices(found.kind, tuple(range(chosen.world_size))) if found.kind == "cpu" else first(found, chosen)
+    chosen.check_world(found.count)
+    chosen.check_heads(heads)
+    return chosen, found, "as asked"
+
+
+def first(found: Devices, plan: Plan) -> Devices:
+    """The first GPUs, as many as a plan needs."""
+    if plan.world_size > found.count:
+        raise RequestError(f"plan '{plan}' needs {plan.world_size} GPUs; this machine has {found.count}: use a smaller plan")
+    return Devices(found.kind, found.indices[: plan.world_size])
+
+
+def open_executor(plan: Plan, devices: Devices) -> Executor:
+    """This process for one device, a shared group that fits where one is running, else a group of its own."""
+    if plan.world_size == 1:
+        return LocalExecutor(devices.first)
+    return shared_group(plan, devices) or GroupExecutor(plan, devices)
+
+
+def shared_group(plan: Plan, devices: Devices) -> GroupExecutor | None:
+    """A group that ``serve`` keeps for this plan on these devices, if there is one."""
+    if sys.platform == "win32":
+        return None
+    from .group.address import running
+
+    for address in running():
+        description = address.describe()
+        if description["shared"] and (description["plan"], description["devices"]) == (str(plan), str(devices)):
+            logger.warning("using the group that serve keeps at %s", address.folder)
+            return GroupExecutor.attach(address)
+    return None
+
+
+class Keeper:
+    """Keeps one executor for a long-lived process, so that later jobs find it warm.
+
+    Another plan or other devices replace it: two groups would hold the same GPUs' memory twice.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._key: tuple[Plan, Devices] | None = None
+        self.executor: Executor | None = None
+
+    def get(self, plan: Plan, devices: Devices) -> Executor:
+        """The executor kept for this plan and these devices, or a new one."""
+        with self._lock:
+            if self._key != (plan, devices):
+                if self.executor is not None:
+                    logger.warning("plan '%s' on %s takes the place of the one before", plan, devices)
+                    self.executor.close()
+                    self.executor, self._key = None, None
+                self.executor = open_executor(plan, devices)
+                self._key = (plan, devices)
+            return self.executor
+
+    def on(self, devices: Devices) -> Executor | None:
+        """The executor kept for these devices, whatever its plan."""
+        return self.executor if self._key and self._key[1] == devices else None
+
+    def close(self) -> None:
+        """Ends what is kept."""
+        with self._lock:
+            if self.executor is not None:
+                self.executor.close()
+            self.executor, self._key = None, None

@@ -1,0 +1,200 @@
+"""What each command of the command line does."""
+
+import json
+import signal
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from . import models, video
+from .backend import open_executor, resolve
+from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.text import TextEncoder
+from .devices import Devices
+from .errors import RequestError
+from .jobs import DecodeJob, Model, SampleJob, empty_latent
+from .planner import candidates, choose
+
+
+def show(line: str) -> None:
+    """Writes a line of the command's result."""
+    print(line, flush=True)
+
+
+def show_step(step: int, steps: int) -> None:
+    """Writes progress to standard error."""
+    print(f"step {step}/{steps}", file=sys.stderr, flush=True)
+
+
+def show_json(value: dict) -> None:
+    """Writes one JSON object."""
+    show(json.dumps(value))
+
+
+def quiet_libraries() -> None:
+    """Turns the libraries' own progress bars off; ours is the steps."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def size_of(args: Namespace, checkpoint: Checkpoint) -> dict[str, int]:
+    """Width, height and frames asked for, or the checkpoint's own."""
+    default = dict(zip(("width", "height", "frames"), checkpoint.default_size))
+    return {name: getattr(args, name) or value for name, value in default.items()}
+
+
+def encode_prompts(args: Namespace, checkpoint: Checkpoint, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Text states of the prompt and, with guidance, of the negative prompt; the encoder's memory is free again."""
+    encoder = TextEncoder(checkpoint, device=device, dtype=checkpoint.dtype(args.dtype, device))
+    prompts = [args.prompt] + ([args.negative_prompt] if args.cfg > 1 else [])
+    states = [encoder.encode([encoder.tokenize(prompt)]) for prompt in prompts]
+    return states[0], states[1] if len(states) > 1 else None
+
+
+def generate(args: Namespace) -> int:
+    """A prompt to a video file."""
+    output = Path(args.output)
+    video.check_video_name(output)
+    for path in filter(None, (output, args.save_latents and Path(args.save_latents))):
+        video.check_writable(path)
+    checkpoint = Checkpoint.open(models.find(args.model))
+    checkpoint.check_text()
+    plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1)
+    model = Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload)
+    latent = empty_latent(**size_of(args, checkpoint), channels=checkpoint.channels)
+    settings = {"seed": args.seed, "steps": args.steps, "cfg": args.cfg, "scheduler": args.scheduler, "dynamic_cfg": args.dynamic_cfg}
+    blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+    checkpoint.check(SampleJob(model, blank, latent, blank, **settings))  # before the text encoder is loaded
+
+    quiet_libraries()
+    print(f"{checkpoint.describe}\nplan {plan} on {devices}: {reason}", file=sys.stderr)
+    started = time.perf_counter()
+    executor = open_executor(plan, devices)
+    try:
+        executor.start()  # a group comes up while the text is encoded
+        positive, negative = encode_prompts(args, checkpoint, devices.first)
+        sampled = executor.sample(SampleJob(model, positive, latent, negative, **settings), on_step=show_step)
+        if args.save_latents:
+            video.save_latent(Path(args.save_latents), sampled.tensor)
+        decoded = executor.decode(DecodeJob(model, sampled.tensor, tiling=args.tiling))
+        fps = args.fps or checkpoint.default_fps
+        video.save(output, decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
+    finally:
+        executor.close()
+    summary = summarise(sampled.report, decoded.report) | {
+        "total_seconds": time.perf_counter() - started, "output": str(output), "seed": args.seed,
+    }  # fmt: skip
+    for note in summary["notes"]:
+        print(note, file=sys.stderr)
+    if args.json:
+        show_json(summary)
+    else:
+        show(
+            f"{output}: plan {summary['plan']}, {1 / summary['step_seconds']:.2f} steps/s, load {summary['load_seconds']:.1f} s, "
+            f"sample {summary['sample_seconds']:.1f} s, decode {summary['decode_seconds']:.1f} s, "
+            f"total {summary['total_seconds']:.1f} s"
+        )
+    return 0
+
+
+def median(values) -> float:
+    """The middle one; the first step, which warms up, never decides."""
+    return sorted(values)[len(values) // 2]
+
+
+def summarise(sampled, decoded) -> dict:
+    """The figures of a sampling and a decoding report, in plain values."""
+    return {
+        "plan": sampled.plan,
+        "world_size": sampled.world_size,
+        "load_seconds": sampled.load_seconds + decoded.load_seconds,
+        "step_seconds": median(sampled.step_seconds),
+        "sample_seconds": sampled.run_seconds,
+        "decode_seconds": decoded.run_seconds,
+        "peak_memory": list(sampled.peak_memory),
+        "decode_peak_memory": list(decoded.peak_memory),
+        "notes": [*sampled.notes, *decoded.notes],
+    }
+
+
+def plan(args: Namespace) -> int:
+    """What ``auto`` would choose, and why."""
+    checkpoint = Checkpoint.open(models.find(args.model))
+    if args.gpus is not None and args.gpus < 1:
+        raise RequestError(f"gpus is {args.gpus}; use 1 or more")
+    count = args.gpus or Devices.parse("auto").count
+    chosen, reason = choose(heads=checkpoint.heads, world_size=count, guided=args.cfg > 1)
+    show(checkpoint.describe)
+    for candidate in candidates(heads=checkpoint.heads, world_size=count):
+        show(f"{'->' if candidate == chosen else '  '} {candidate}")
+    show(f"{chosen} for {count} device{'s' * (count > 1)}: {reason}")
+    return 0
+
+
+def serve(args: Namespace) -> int:
+    """Keeps a group until it is told to stop."""
+    from .group.client import GroupExecutor
+
+    heads = Checkpoint.open(models.find(args.model)).heads
+    chosen, devices, reason = resolve(args.plan, args.devices, heads=heads)
+    executor = GroupExecutor(chosen, devices)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        executor.share()
+        executor.status()
+        show(f"serving plan {chosen} on {devices} ({reason}) at {executor.address.folder}; end it with stop or Ctrl-C")
+        executor.wait()
+    except KeyboardInterrupt:
+        show("ending")
+    finally:
+        executor.close()
+    return 0
+
+
+def status(args: Namespace) -> int:
+    """The groups that are running."""
+    from .group.address import running
+    from .group.client import GroupExecutor
+
+    groups = []
+    for address in running():
+        description = address.describe()
+        groups.append({"folder": str(address.folder), **description, **GroupExecutor.attach(address).status()})
+    if args.json:
+        show_json({"groups": groups})
+        return 0
+    for group in groups:
+        memory = "/".join(f"{size / 2**30:.1f}" for size in group["memory"]) or "-"
+        show(
+            f"{group['plan']} on {group['devices']}: {group['state']}, up {group['uptime']:.0f} s, jobs {group['jobs']}, "
+            f"queue {group['queue']}, model {group['model']}, memory {memory} GiB, kept by process {group['owner']}, "
+            f"logs {group['folder']}/logs, last error {group['last_error']}"
+        )
+    if not groups:
+        show("no group is running")
+    return 0
+
+
+def stop(args: Namespace) -> int:
+    """Ends the group that ``serve`` keeps."""
+    from .group.address import running
+    from .group.client import GroupExecutor
+
+    for address in running():
+        if args.all or address.describe()["shared"]:
+            GroupExecutor.attach(address).stop()
+            show(f"ended {address.folder}")
+    return 0
+
+
+def bench(args: Namespace) -> int:
+    """Side by side with diffusers."""
+    from .bench import run
+
+    return run(args)

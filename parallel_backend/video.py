@@ -1,0 +1,59 @@
+"""Frames to a video file, with imageio."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import RequestError
+
+
+def check_writable(path: Path) -> None:
+    """Checks, before any work is done, that a file can be made there.
+
+    Raises:
+        RequestError: when its folder is missing or closed, or the name is a folder's.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise RequestError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if path.is_dir():
+        raise RequestError(f"cannot write {path}: it is a folder; give a file name")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise RequestError(f"cannot write {path}: no permission; choose another place")
+
+
+def check_video_name(path: Path) -> None:
+    """Raises RequestError unless the name ends in ``.mp4``."""
+    if path.suffix.lower() != ".mp4":
+        raise RequestError(f"the output is {path.name}; its name must end in .mp4")
+
+
+def save(path: Path, frames: torch.Tensor, *, fps: float, metadata: dict[str, str] | None = None) -> None:
+    """Writes H.264 in MP4. The file appears under its name only once it is whole.
+
+    Args:
+        path: ending in ``.mp4``.
+        frames: ``[frames, height, width, 3]`` in 0..1; even height and width.
+        fps: frames per second.
+        metadata: kept in the file under its own names, where ComfyUI's front end looks for a workflow.
+    """
+    import imageio.v3 as iio
+
+    partial = path.with_name(f".{path.stem}.partial.mp4")
+    try:
+        with iio.imopen(partial, "w", plugin="pyav", options={"movflags": "use_metadata_tags+faststart"}) as file:
+            file.container_metadata.update(metadata or {})
+            file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
+            for frame in frames:
+                file.write_frame((frame * 255).round().clamp(0, 255).to("cpu", torch.uint8).numpy())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_latent(path: Path, latent: torch.Tensor) -> None:
+    """Writes ComfyUI's own latent file: ``latent_tensor`` in the core's layout, unscaled."""
+    from safetensors.torch import save_file
+
+    save_file({"latent_tensor": latent.contiguous(), "latent_format_version_0": torch.tensor([])}, path)

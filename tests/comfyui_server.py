@@ -1,0 +1,321 @@
+"""A real ComfyUI, started in a folder of its own, for tests to talk to.
+
+Nothing is written to the ComfyUI tree: models, input, output, custom_nodes and user lie in a temporary base folder.
+"""
+
+import base64
+import json
+import logging
+import os
+import queue
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+REPO = Path(__file__).resolve().parents[1]
+PACK_NAME = "ComfyUI-CogVideoX-xDiT"
+MARKER = "XDIT_TEST_SERVER"  # inherited by every process the server starts, so that none can hide
+LAST_EVENTS = {"execution_success", "execution_error", "execution_interrupted"}
+
+
+def find_comfyui() -> Path | None:
+    """The ComfyUI folder ($COMFYUI_PATH, else ~/comfy/ComfyUI), or None where there is none."""
+    path = Path(os.environ.get("COMFYUI_PATH") or "~/comfy/ComfyUI").expanduser()
+    return path if (path / "main.py").is_file() else None
+
+
+def find_python(comfyui: Path) -> str:
+    """The interpreter that runs this ComfyUI ($COMFYUI_PYTHON, else a venv beside or inside it, else ours)."""
+    places = [comfyui.parent / "venv", comfyui / ".venv", comfyui / "venv"]
+    found = [str(place / "bin" / "python") for place in places if (place / "bin" / "python").exists()]
+    return os.environ.get("COMFYUI_PYTHON") or (found[0] if found else sys.executable)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class WebSocket:
+    """The little of RFC 6455 that ComfyUI's socket needs: text and binary frames in, text out."""
+
+    def __init__(self, port: int, path: str):
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+        key = base64.b64encode(os.urandom(16)).decode()
+        self.sock.sendall((f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\n"
+                           f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n").encode())
+        self.file = self.sock.makefile("rb")
+        status = self.file.readline()
+        if b" 101 " not in status:
+            raise ConnectionError(f"no websocket at {path}: {status!r}")
+        while self.file.readline().strip():
+            pass
+        self.sock.settimeout(None)
+
+    def send(self, payload: bytes, opcode: int = 1) -> None:
+        """Sends one masked frame (opcode 1 is text)."""
+        size = len(payload)
+        head = struct.pack("!BB", 0x80 | opcode, 0x80 | size) if size < 126 else struct.pack("!BBH", 0x80 | opcode, 0xFE, size)
+        mask = os.urandom(4)
+        self.sock.sendall(head + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload)))
+
+    def receive(self) -> str | bytes:
+        """The next whole message: str for text, bytes for binary. ConnectionError once the server has closed."""
+        parts, kind = [], None
+        while True:
+            head = self.file.read(2)
+            if len(head) < 2:
+                raise ConnectionError("the websocket was closed")
+            size = head[1] & 0x7F
+            if size > 125:
+                size = struct.unpack("!H" if size == 126 else "!Q", self.file.read(2 if size == 126 else 8))[0]
+            payload, opcode = self.file.read(size), head[0] & 0x0F
+            if opcode == 8:
+                raise ConnectionError("the websocket was closed")
+            if opcode == 9:
+                self.send(payload, opcode=10)
+            if opcode > 2:
+                continue
+            kind = kind if opcode == 0 else opcode
+            parts.append(payload)
+            if head[0] & 0x80:
+                return b"".join(parts).decode() if kind == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            logger.debug("the websocket was closed already")
+        self.sock.close()
+
+
+def read_message(message: str | bytes) -> dict:
+    """One websocket message as {"type", "data"}; a preview image becomes type "preview" with its bytes and node."""
+    if isinstance(message, str):
+        return json.loads(message)
+    event, size = struct.unpack("!II", message[:8])
+    if event == 4:  # image with metadata
+        return {"type": "preview", "data": {**json.loads(message[8:8 + size]), "image": message[8 + size:]}}
+    return {"type": "preview" if event == 1 else f"binary {event}", "data": {"image": message[8:]}}
+
+
+class ComfyUIServer:
+    """`with ComfyUIServer() as server:` runs ComfyUI on a free port; on leaving, no process of it may be left.
+
+    base: the base folder (models/, input/, output/ …); a temporary one, removed afterwards, when not given.
+    pack: the folder to link into custom_nodes, None for ComfyUI alone. args: further command line arguments.
+    Raises RuntimeError with the end of the log when it does not come up.
+    """
+
+    def __init__(self, base=None, *, pack: Path | None = REPO, args=(), env=None, comfyui: Path | None = None,
+                 start_timeout: float = 240.0):
+        self.comfyui = comfyui or find_comfyui()
+        if self.comfyui is None:
+            raise RuntimeError("no ComfyUI found: set COMFYUI_PATH")
+        self.temporary = base is None
+        self.base = Path(base or tempfile.mkdtemp(prefix="comfyui-test-"))
+        self.pack, self.args, self.env, self.start_timeout = pack, list(args), dict(env or {}), start_timeout
+        self.port, self.client_id, self.marker = free_port(), uuid.uuid4().hex, uuid.uuid4().hex
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = self.base / "server.log"
+        self.process, self.socket, self.messages = None, None, queue.Queue()
+
+    def __enter__(self) -> "ComfyUIServer":
+        for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        link = self.base / "custom_nodes" / PACK_NAME
+        if self.pack and not link.exists():
+            link.symlink_to(self.pack, target_is_directory=True)
+        command = [find_python(self.comfyui), str(self.comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1",
+                   "--port", str(self.port), "--base-directory", str(self.base), "--disable-auto-launch",
+                   "--database-url", f"sqlite:///{self.base}/user/comfyui.db", "--disable-api-nodes", "--dont-print-server",
+                   *self.args]
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(command, cwd=self.base, stdout=log, stderr=subprocess.STDOUT,
+                                            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed_ctrl_c,
+                                            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.env, MARKER: self.marker})
+        try:
+            self._wait_until_up()
+            self.socket = WebSocket(self.port, f"/ws?clientId={self.client_id}")
+            self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}).encode())
+            threading.Thread(target=self._read, args=(self.socket,), daemon=True).start()
+        except BaseException:
+            self.stop(check=False)
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.stop(check=kind is None)
+
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + self.start_timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended with {self.process.returncode} while starting\n{self.log_tail()}")
+            try:
+                self.system_stats()
+                return
+            except OSError:
+                time.sleep(0.25)
+        raise RuntimeError(f"ComfyUI did not answer within {self.start_timeout:.0f} s\n{self.log_tail()}")
+
+    def _read(self, websocket: WebSocket) -> None:
+        try:
+            while True:
+                self.messages.put(read_message(websocket.receive()))
+        except (OSError, ValueError):  # closed, by the server or by us
+            self.messages.put(None)
+
+    def request(self, path: str, body: dict | None = None, timeout: float = 60.0):
+        """GET, or POST when there is a body; the JSON answer, None when it is empty. RuntimeError for an HTTP error."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{path} answered {error.code}: {error.read().decode(errors='replace')}") from error
+        return json.loads(text) if text else None
+
+    def object_info(self, node: str | None = None) -> dict:
+        return self.request("/object_info" + (f"/{node}" if node else ""))
+
+    def system_stats(self) -> dict:
+        return self.request("/system_stats")
+
+    def queue(self, prompt: dict, workflow: dict | None = None) -> str:
+        """Queues an API-format prompt; its id. RuntimeError (with ComfyUI's own words) when it is not valid."""
+        extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
+        return self.request("/prompt", {"prompt": prompt, "client_id": self.client_id, "extra_data": extra})["prompt_id"]
+
+    def events(self, prompt_id: str, timeout: float = 300.0):
+        """Yields this prompt's messages ({"type", "data"}) up to its success, error or interruption.
+
+        Messages of other prompts are dropped. TimeoutError after `timeout` seconds, RuntimeError if the server died.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                message = self.messages.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"prompt {prompt_id} did not end within {timeout:.0f} s\n{self.log_tail()}") from None
+            if message is None:
+                raise RuntimeError(f"ComfyUI closed the connection\n{self.log_tail()}")
+            if message["data"].get("prompt_id", prompt_id if message["type"] == "preview" else None) != prompt_id:
+                continue
+            yield message
+            if message["type"] in LAST_EVENTS:
+                return
+
+    def run(self, prompt: dict, timeout: float = 300.0, workflow: dict | None = None) -> dict:
+        """Queues a prompt and waits; its history entry. RuntimeError with the node's message if it failed."""
+        prompt_id = self.queue(prompt, workflow)
+        last = list(self.events(prompt_id, timeout))[-1]
+        if last["type"] != "execution_success":
+            data = last["data"]
+            raise RuntimeError(f"{last['type']} in node {data.get('node_id')} ({data.get('node_type')}): "
+                               f"{data.get('exception_message', '')}\n{''.join(data.get('traceback', []))}{self.log_tail()}")
+        return self.history(prompt_id)
+
+    def history(self, prompt_id: str, timeout: float = 10.0) -> dict:
+        """The prompt's history entry (it is written just after the last event). TimeoutError if it never comes."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            entry = self.request(f"/history/{prompt_id}").get(prompt_id)
+            if entry:
+                return entry
+            time.sleep(0.05)
+        raise TimeoutError(f"no history of prompt {prompt_id} after {timeout:.0f} s")
+
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        self.request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
+
+    def free(self, unload_models: bool = True, free_memory: bool = False) -> None:
+        """What the menu's "Unload models" does. It is carried out by ComfyUI's worker thread soon after."""
+        self.request("/free", {"unload_models": unload_models, "free_memory": free_memory})
+
+    def output_files(self) -> list[Path]:
+        return sorted(path for path in (self.base / "output").rglob("*") if path.is_file())
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def log_tail(self, lines: int = 60) -> str:
+        return "--- end of the server's log ---\n" + "\n".join(self.log().splitlines()[-lines:])
+
+    def processes(self) -> list[int]:
+        """Every live process that the server or anything it started has begun, found by an environment variable."""
+        wanted, found = f"{MARKER}={self.marker}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+                if not zombie and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+            except OSError:  # gone meanwhile, or not ours
+                continue
+        return sorted(found)
+
+    def wait_for_processes(self, count: int, timeout: float = 30.0) -> list[int]:
+        """Waits until at most `count` processes are left; those that are (more than `count` after the timeout)."""
+        deadline = time.monotonic() + timeout
+        while len(left := self.processes()) > count and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+    def kill(self) -> None:
+        """Kills ComfyUI's own process alone, as a crash would; what it started has to notice by itself."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, check: bool = True, grace: float = 20.0) -> None:
+        """Stops ComfyUI as Ctrl-C does, waits for everything it started, kills what stays.
+
+        RuntimeError if something had to be killed and `check` is set.
+        """
+        if self.socket is not None:
+            self.socket.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(grace)
+            except subprocess.TimeoutExpired:
+                logger.warning("ComfyUI did not stop within %.0f s of Ctrl-C", grace)
+        left = self.wait_for_processes(0, grace)
+        names = [f"{pid}: {describe(pid)}" for pid in left]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        remaining = self.wait_for_processes(0, 10.0)
+        tail = self.log_tail()
+        if self.temporary:
+            shutil.rmtree(self.base, ignore_errors=True)
+        if remaining:
+            raise RuntimeError(f"processes {remaining} could not be killed\n{tail}")
+        if left and check:
+            raise RuntimeError("ComfyUI left processes behind (now killed):\n" + "\n".join(names) + f"\n{tail}")
+
+
+def heed_ctrl_c() -> None:
+    """A background shell starts its commands with SIGINT ignored, and they hand that on; ComfyUI is stopped with SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def describe(pid: int) -> str:
+    """A process's command line, empty once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+    except OSError:
+        return ""

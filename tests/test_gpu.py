@@ -1,0 +1,83 @@
+"""What only GPUs can show: NCCL, offload, half precision. Skipped where there are too few."""
+
+import pytest
+import torch
+
+from parallel_backend.devices import Devices
+from parallel_backend.group.client import GroupExecutor
+from parallel_backend.jobs import DecodeJob, Model
+from parallel_backend.local import LocalExecutor
+from parallel_backend.plans import Plan
+
+from .conftest import TOLERANCE
+
+one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> LocalExecutor:
+    return LocalExecutor(torch.device("cuda", 0))
+
+
+@two_gpus
+@pytest.mark.parametrize("plan", ["cfg2", "ulysses2", "ring2"])
+def test_every_plan_equals_single_over_nccl(plan, on_gpu, make_job, checkpoints, capsys):
+    executor = GroupExecutor(Plan.parse(plan), Devices("cuda", (0, 1)))
+    try:
+        for like in ("2b", "5b"):
+            for size in ((96, 64, 17), (80, 48, 13)):
+                for settings in ({"scheduler": "ddim"}, {"scheduler": "dpm"}, {"cfg": 1.0}, {"dynamic_cfg": True}, {"batch": 2}):
+                    model = Model(str(checkpoints[like]), dtype="fp32")
+                    job = make_job(like, size=size, model=model, **settings)
+                    difference = (executor.sample(job).tensor - on_gpu.sample(job).tensor).abs().max().item()
+                    with capsys.disabled():
+                        print(f"nccl {plan} {like} {size} {settings}: max difference {difference:.2g}")
+                    assert difference <= TOLERANCE
+    finally:
+        executor.close()
+
+
+@two_gpus
+@pytest.mark.parametrize("plan", ["cfg2", "ulysses2", "ring2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_stays_near_float32_in_every_plan(plan, dtype, on_gpu, make_job, checkpoints):
+    path = str(checkpoints["5b"])
+    exact = on_gpu.sample(make_job("5b", model=Model(path, dtype="fp32"), scheduler="ddim")).tensor
+    job = make_job("5b", model=Model(path, dtype=dtype), scheduler="ddim")
+    single = on_gpu.sample(job).tensor
+    executor = GroupExecutor(Plan.parse(plan), Devices("cuda", (0, 1)))
+    try:
+        split = executor.sample(job).tensor
+    finally:
+        executor.close()
+    rounding = (single - exact).norm()
+    assert (split - exact).norm() <= 1.5 * rounding
+
+
+@one_gpu
+@pytest.mark.parametrize("offload", ["none", "model", "group", "sequential"])
+def test_offload_changes_memory_and_not_the_video(offload, on_gpu, make_job, checkpoints):
+    path = str(checkpoints["5b"])
+    expected = on_gpu.sample(make_job("5b", model=Model(path, dtype="fp32", offload="none"))).tensor
+    executor = LocalExecutor(torch.device("cuda", 0))
+    job = make_job("5b", model=Model(path, dtype="fp32", offload=offload))
+    for _ in range(2):  # the second job finds the weights where the first left them
+        assert (executor.sample(job).tensor - expected).abs().max() <= TOLERANCE
+    executor.close()
+
+
+@one_gpu
+def test_gpu_equals_cpu(on_gpu, local, make_job, checkpoints):
+    job = make_job("5b", model=Model(str(checkpoints["5b"]), dtype="fp32"))
+    assert (on_gpu.sample(job).tensor - local.sample(job).tensor).abs().max() <= 10 * TOLERANCE
+
+
+@one_gpu
+def test_tiled_decode_shows_no_seam(on_gpu, make_job, checkpoints):
+    model = Model(str(checkpoints["5b"]), dtype="fp32")
+    latent = on_gpu.sample(make_job("5b", model=model, size=(192, 128, 9))).tensor
+    whole = on_gpu.decode(DecodeJob(model, latent, "off")).tensor
+    tiled = on_gpu.decode(DecodeJob(model, latent, "on", 64, 32)).tensor
+    assert whole.shape == tiled.shape
+    assert (whole - tiled).abs().mean() < 0.1
