@@ -5,7 +5,7 @@ set -u
 out=$(realpath "$1"); cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 work=${WORK:-/tmp/cogvideox-checkpoints}; mkdir -p "$work"
-like=${LIKE:---full-size --device cuda}; size=${SIZE:-}; plans=${PLANS:-single,cfg2,ulysses2,ring2}
+like=${LIKE---full-size --device cuda}; size=${SIZE:-}; plans=${PLANS:-single,cfg2,ulysses2,ring2}
 run() { echo "== $(date +%T) $1"; shift; "$@" 2>>"$out/stderr.log"; echo "-- exit $?"; }
 
 run parity python3 -m pytest -q tests/test_gpu.py -p no:cacheprovider

@@ -20,39 +20,33 @@ def on_gpu() -> LocalExecutor:
     return LocalExecutor(torch.device("cuda", 0))
 
 
-@two_gpus
-@pytest.mark.parametrize("plan", ["cfg2", "ulysses2", "ring2"])
-def test_every_plan_equals_single_over_nccl(plan, on_gpu, make_job, checkpoints, capsys):
-    executor = GroupExecutor(Plan.parse(plan), Devices("cuda", (0, 1)))
-    try:
-        for like in ("2b", "5b"):
-            for size in ((96, 64, 17), (80, 48, 13)):
-                for settings in ({"scheduler": "ddim"}, {"scheduler": "dpm"}, {"cfg": 1.0}, {"dynamic_cfg": True}, {"batch": 2}):
-                    model = Model(str(checkpoints[like]), dtype="fp32")
-                    job = make_job(like, size=size, model=model, **settings)
-                    difference = (executor.sample(job).tensor - on_gpu.sample(job).tensor).abs().max().item()
-                    with capsys.disabled():
-                        print(f"nccl {plan} {like} {size} {settings}: max difference {difference:.2g}")
-                    assert difference <= TOLERANCE
-    finally:
-        executor.close()
+@pytest.fixture(scope="module", params=["cfg2", "ulysses2", "ring2"])
+def group(request):
+    executor = GroupExecutor(Plan.parse(request.param), Devices("cuda", (0, 1)))
+    yield executor
+    executor.close()
 
 
 @two_gpus
-@pytest.mark.parametrize("plan", ["cfg2", "ulysses2", "ring2"])
+@pytest.mark.parametrize("like", ["2b", "5b"])
+@pytest.mark.parametrize("size", [(96, 64, 17), (80, 48, 13)])
+def test_every_plan_equals_single_over_nccl(group, like, size, on_gpu, make_job, checkpoints, capsys):
+    for settings in ({"scheduler": "ddim"}, {"scheduler": "dpm"}, {"cfg": 1.0}, {"dynamic_cfg": True}, {"batch": 2}):
+        job = make_job(like, size=size, model=Model(str(checkpoints[like]), dtype="fp32"), **settings)
+        difference = (group.sample(job).tensor - on_gpu.sample(job).tensor).abs().max().item()
+        with capsys.disabled():
+            print(f"nccl {group.plan} {like} {size} {settings}: max difference {difference:.2g}")
+        assert difference <= TOLERANCE
+
+
+@two_gpus
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_stays_near_float32_in_every_plan(plan, dtype, on_gpu, make_job, checkpoints):
+def test_half_precision_is_as_near_to_float32_in_every_plan_as_in_single(group, dtype, on_gpu, make_job, checkpoints):
     path = str(checkpoints["5b"])
     exact = on_gpu.sample(make_job("5b", model=Model(path, dtype="fp32"), scheduler="ddim")).tensor
     job = make_job("5b", model=Model(path, dtype=dtype), scheduler="ddim")
-    single = on_gpu.sample(job).tensor
-    executor = GroupExecutor(Plan.parse(plan), Devices("cuda", (0, 1)))
-    try:
-        split = executor.sample(job).tensor
-    finally:
-        executor.close()
-    rounding = (single - exact).norm()
-    assert (split - exact).norm() <= 1.5 * rounding
+    rounding = (on_gpu.sample(job).tensor - exact).norm()
+    assert (group.sample(job).tensor - exact).norm() <= 1.5 * rounding
 
 
 @one_gpu
