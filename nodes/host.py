@@ -3,6 +3,7 @@
 import atexit
 import logging
 from pathlib import Path
+from statistics import median
 
 import comfy.model_management as management
 import comfy.utils
@@ -15,7 +16,7 @@ from ..parallel_backend.cogvideox.checkpoint import Checkpoint
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
-from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Result, SampleJob
+from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
 from ..parallel_backend.plans import AUTO
 from .memory import HeldWeights
@@ -74,9 +75,9 @@ def make_room(size: int, device: torch.device) -> None:
         management.free_memory(size * 1.1, device)
 
 
-def say(line: str, node_id: str | None) -> None:
+def say(line: str, node_id: str | None, *, level: int = logging.INFO) -> None:
     """One line to the person: in the log, and in the node."""
-    logger.warning(line)
+    logger.log(level, line)
     try:
         from server import PromptServer
 
@@ -113,7 +114,7 @@ def executor_for(backend, checkpoint: Checkpoint, *, guided: bool | None, node_i
     try:
         executor = _groups.get(plan, devices)
     except GroupUnavailable as error:
-        say(f"no group: {error}; working in this process", node_id)
+        say(f"no group: {error}; working in this process", node_id, level=logging.WARNING)
         return local()
     executor.start()
     say(f"plan {plan} on {devices}: {reason}", node_id)
@@ -147,9 +148,19 @@ def run(executor: Executor, job: Job, node_id: str | None = None) -> Result:
     except Cancelled:
         management.throw_exception_if_processing_interrupted()
         raise
+    say(summary(job, result.report), node_id)
     for note in result.report.notes:
-        say(note, node_id)
+        say(note, node_id, level=logging.WARNING)
     return result
+
+
+def summary(job: Job, report: Report) -> str:
+    """What a job cost, in one line."""
+    steps = f"{len(report.step_seconds)} steps, {1 / median(report.step_seconds):.2f} steps/s, " if report.step_seconds else ""
+    peak = max(report.peak_memory) / 2**30
+    return (
+        f"{job.kind}: plan {report.plan}, {steps}load {report.load_seconds:.1f} s, run {report.run_seconds:.1f} s, peak {peak:.1f} GiB"
+    )
 
 
 def decode(job: DecodeJob) -> torch.Tensor:

@@ -5,6 +5,7 @@ import json
 import time
 from argparse import Namespace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -12,7 +13,7 @@ from . import models
 from .backend import open_executor, resolve
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.memory import release, reset_peak, used_bytes
-from .commands import median, quiet_libraries, show, size_of
+from .commands import quiet_libraries, show, size_of
 from .devices import Devices
 from .jobs import DecodeJob, Model, SampleJob, empty_latent
 
@@ -64,7 +65,8 @@ def run(args: Namespace) -> int:
 
 def line(row: dict) -> str:
     """One row of the table."""
-    return "  ".join(f"{name} {row[name]:.4g}" if isinstance(row[name], float) else f"{name} {row[name]}" for name in COLUMNS)
+    shown = {name: f"{row[name]:.4g}" if isinstance(row[name], float) else row[name] for name in COLUMNS}
+    return "  ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
 def measure(plan_text: str, args: Namespace, job: SampleJob, checkpoint: Checkpoint) -> tuple[dict, torch.Tensor]:
@@ -90,7 +92,7 @@ def measure(plan_text: str, args: Namespace, job: SampleJob, checkpoint: Checkpo
         "sample_seconds": seconds,
         "outside_steps_seconds": seconds - sum(report.step_seconds),
         "load_seconds": report.load_seconds,
-        "decode_seconds": decode.run_seconds if decode else float("nan"),
+        "decode_seconds": decode.run_seconds if decode else None,
         "peak_gib": max(report.peak_memory) / 2**30,
         "notes": list(report.notes),
     }
@@ -145,8 +147,8 @@ def measure_diffusers(args: Namespace, job: SampleJob, checkpoint: Checkpoint) -
         "seconds_per_step": median(steps),
         "sample_seconds": seconds,
         "outside_steps_seconds": seconds - sum(steps),
-        "load_seconds": float("nan"),
-        "decode_seconds": decode_diffusers(pipeline, latents, device) if args.decode else float("nan"),
+        "load_seconds": None,
+        "decode_seconds": decode_diffusers(pipeline, latents, device) if args.decode else None,
         "peak_gib": used_bytes(device) / 2**30,
         "notes": [],
     }

@@ -6,6 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -101,11 +102,6 @@ def generate(args: Namespace) -> int:
             f"total {summary['total_seconds']:.1f} s"
         )
     return 0
-
-
-def median(values) -> float:
-    """The middle one; the first step, which warms up, never decides."""
-    return sorted(values)[len(values) // 2]
 
 
 def summarise(sampled, decoded) -> dict:

@@ -1,6 +1,5 @@
 """What runs a job on one rank: the same code in the caller's process and in every worker of a group."""
 
-import logging
 import time
 from dataclasses import replace
 from typing import Any
@@ -12,8 +11,6 @@ from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.denoise import StepCallback, denoise
 from .jobs import DecodeJob, EncodeJob, Job, Model, Report, Result, SampleJob
 from .parallel.split import Split
-
-logger = logging.getLogger(__name__)
 
 
 def go_on(step: int, steps: int) -> bool:
@@ -82,7 +79,6 @@ class Engine:
     def _note(self, line: str | None) -> None:
         if line:
             self._notes.append(line)
-            logger.warning(line)
 
     def _sample(self, job: SampleJob, checkpoint: Checkpoint, dtype, on_step) -> Result:
         started = time.perf_counter()

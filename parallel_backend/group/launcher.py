@@ -80,11 +80,16 @@ class Launcher:
         return self.address
 
     def _environment(self) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
+        kept = dict(os.environ)
+        paths = [str(PACK)]
+        if "XDIT_PYTHON" in os.environ:
+            kept.pop("PYTHONHOME", None)  # it belongs to another interpreter, as its packages do
+        elif os.environ.get("PYTHONPATH"):
+            paths.append(os.environ["PYTHONPATH"])
         return {
             **kept,
             **self.devices.environment(),
-            "PYTHONPATH": str(PACK),
+            "PYTHONPATH": os.pathsep.join(paths),
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -20,6 +20,8 @@ class Split:
 
     def __init__(self, device: torch.device):
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.init()  # memory statistics are refused before
 
     def attach(self, transformer) -> None:
         """Makes a newly loaded transformer compute only this rank's share of the tokens."""
