@@ -1,6 +1,7 @@
 """What runs a job on one rank: the same code in the caller's process and in every worker of a group."""
 
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,17 @@ from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.denoise import StepCallback, denoise
 from .jobs import DecodeJob, EncodeJob, Job, Model, Report, Result, SampleJob
 from .parallel.split import Split
+
+
+@contextmanager
+def exact_float32(dtype: torch.dtype):
+    """In float32 keeps convolutions from TF32, torch's default on GPUs: its 3e-4 would show between plans."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and dtype != torch.float32
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def go_on(step: int, steps: int) -> bool:
@@ -51,7 +63,8 @@ class Engine:
         self.model, self._notes = job.model, []
         memory.reset_peak(self.device)
         run = {SampleJob: self._sample, DecodeJob: self._decode, EncodeJob: self._encode}[type(job)]
-        result = run(job, checkpoint, dtype, on_step)
+        with exact_float32(dtype):
+            result = run(job, checkpoint, dtype, on_step)
         report = replace(
             result.report,
             plan=str(self.split.plan),

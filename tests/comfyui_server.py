@@ -3,7 +3,6 @@
 Nothing is written to the ComfyUI tree: models, input, output, custom_nodes and user lie in a temporary base folder.
 """
 
-import base64
 import json
 import logging
 import os
@@ -21,6 +20,9 @@ import urllib.error
 import urllib.request
 import uuid
 from pathlib import Path
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
 logger = logging.getLogger(__name__)
 
@@ -47,59 +49,6 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-class WebSocket:
-    """The little of RFC 6455 that ComfyUI's socket needs: text and binary frames in, text out."""
-
-    def __init__(self, port: int, path: str):
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=30)
-        key = base64.b64encode(os.urandom(16)).decode()
-        self.sock.sendall((f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\n"
-                           f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n").encode())
-        self.file = self.sock.makefile("rb")
-        status = self.file.readline()
-        if b" 101 " not in status:
-            raise ConnectionError(f"no websocket at {path}: {status!r}")
-        while self.file.readline().strip():
-            pass
-        self.sock.settimeout(None)
-
-    def send(self, payload: bytes, opcode: int = 1) -> None:
-        """Sends one masked frame (opcode 1 is text)."""
-        size = len(payload)
-        head = struct.pack("!BB", 0x80 | opcode, 0x80 | size) if size < 126 else struct.pack("!BBH", 0x80 | opcode, 0xFE, size)
-        mask = os.urandom(4)
-        self.sock.sendall(head + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload)))
-
-    def receive(self) -> str | bytes:
-        """The next whole message: str for text, bytes for binary. ConnectionError once the server has closed."""
-        parts, kind = [], None
-        while True:
-            head = self.file.read(2)
-            if len(head) < 2:
-                raise ConnectionError("the websocket was closed")
-            size = head[1] & 0x7F
-            if size > 125:
-                size = struct.unpack("!H" if size == 126 else "!Q", self.file.read(2 if size == 126 else 8))[0]
-            payload, opcode = self.file.read(size), head[0] & 0x0F
-            if opcode == 8:
-                raise ConnectionError("the websocket was closed")
-            if opcode == 9:
-                self.send(payload, opcode=10)
-            if opcode > 2:
-                continue
-            kind = kind if opcode == 0 else opcode
-            parts.append(payload)
-            if head[0] & 0x80:
-                return b"".join(parts).decode() if kind == 1 else b"".join(parts)
-
-    def close(self) -> None:
-        try:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            logger.debug("the websocket was closed already")
-        self.sock.close()
 
 
 def read_message(message: str | bytes) -> dict:
@@ -149,8 +98,9 @@ class ComfyUIServer:
                                             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.env, MARKER: self.marker})
         try:
             self._wait_until_up()
-            self.socket = WebSocket(self.port, f"/ws?clientId={self.client_id}")
-            self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}).encode())
+            address = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
+            self.socket = connect(address, max_size=None, open_timeout=60, ping_interval=None)
+            self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
             threading.Thread(target=self._read, args=(self.socket,), daemon=True).start()
         except BaseException:
             self.stop(check=False)
@@ -172,11 +122,11 @@ class ComfyUIServer:
                 time.sleep(0.25)
         raise RuntimeError(f"ComfyUI did not answer within {self.start_timeout:.0f} s\n{self.log_tail()}")
 
-    def _read(self, websocket: WebSocket) -> None:
+    def _read(self, websocket: ClientConnection) -> None:
         try:
             while True:
-                self.messages.put(read_message(websocket.receive()))
-        except (OSError, ValueError):  # closed, by the server or by us
+                self.messages.put(read_message(websocket.recv()))
+        except (ConnectionClosed, OSError):  # by the server or by us
             self.messages.put(None)
 
     def request(self, path: str, body: dict | None = None, timeout: float = 60.0):

@@ -1,0 +1,123 @@
+"""A checkpoint is judged by its files before anything of it is loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.errors import RequestError
+from parallel_backend.jobs import DecodeJob, Model
+
+
+@pytest.fixture
+def broken(checkpoints, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(checkpoints["5b"], tmp_path / "broken")
+
+
+def refusal(path) -> str:
+    with pytest.raises(RequestError) as error:
+        Checkpoint.open(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_a_checkpoint_can_do_comes_from_its_configurations(checkpoints):
+    old, new, newest = (Checkpoint.open(checkpoints[like]) for like in ("2b", "5b", "1.5-5b"))
+    assert (old.rotary, new.rotary, newest.rotary) == (False, True, True)
+    assert (old.default_scheduler, new.default_scheduler) == ("ddim", "dpm")
+    assert (old.scaling_factor, new.scaling_factor) == (1.15258426, 0.7)
+    assert (new.patch_size_t, newest.patch_size_t) == (None, 2)
+    assert (new.default_fps, newest.default_fps) == (8, 16)
+    assert new.default_size == (96, 64, 17)
+    assert new.native_dtype == "fp32"
+    assert new.dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_the_name_of_the_folder_changes_nothing(checkpoints, tmp_path):
+    renamed = shutil.copytree(checkpoints["2b"], tmp_path / "CogVideoX1.5-5B-I2V-fun")
+    assert Checkpoint.open(renamed).default_scheduler == "ddim"
+    assert Checkpoint.open(renamed).patch_size_t is None
+
+
+def test_weights_are_counted_without_being_read(checkpoints):
+    checkpoint = Checkpoint.open(checkpoints["2b"])
+    numbers = sum(weight.numel() for weight in checkpoint.load_transformer(torch.float32).parameters())
+    assert checkpoint.weight_bytes("transformer", torch.bfloat16) == pytest.approx(2 * numbers, rel=0.05)
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path):
+    assert "no checkpoint folder" in refusal(tmp_path / "none")
+    assert "is empty" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "scheduler", "tokenizer"])
+def test_half_a_checkpoint_names_what_is_missing(broken, part):
+    shutil.rmtree(broken / part)
+    assert part in refusal(broken)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_missing_weights_are_named(broken, part):
+    (broken / part / "diffusion_pytorch_model.safetensors").unlink()
+    assert f"no weights in {broken / part}" in refusal(broken)
+
+
+def test_a_missing_shard_is_named(broken):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    folder = broken / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks" in refusal(broken) and "model-00002-of-00002" in refusal(broken)
+
+
+def test_pickled_weights_are_refused(broken):
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    assert "only safetensors" in refusal(broken)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5, -1])
+def test_a_cut_off_file_is_noticed(broken, keep):
+    weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(len(data) * keep)] if isinstance(keep, float) else data[:keep])
+    assert str(weights) in refusal(broken) and "download it again" in refusal(broken)
+
+
+def test_another_model_is_named(broken):
+    (broken / "transformer" / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}))
+    assert "is a WanTransformer3DModel" in refusal(broken)
+    (broken / "transformer" / "config.json").write_text("{")
+    assert "cannot be read" in refusal(broken)
+
+
+def test_a_folder_without_text_encoder_opens_and_says_where_text_comes_from(broken):
+    shutil.rmtree(broken / "text_encoder")
+    shutil.rmtree(broken / "tokenizer")
+    checkpoint = Checkpoint.open(broken)
+    with pytest.raises(RequestError, match="core's CLIPLoader"):
+        checkpoint.check_text()
+
+
+@pytest.mark.parametrize(
+    "text, words", [((1, 77, 32), "77 tokens; .* takes 32"), ((1, 32, 4096), "4096 features; .* takes 32")]
+)
+def test_conditioning_of_another_model_is_named(make_job, checkpoints, text, words):
+    job = make_job("5b")
+    wrong = type(job)(job.model, torch.ones(text), job.latent, job.negative)
+    with pytest.raises(RequestError, match=words):
+        Checkpoint.open(checkpoints["5b"]).check(wrong)
+
+
+def test_a_latent_of_another_model_is_named(checkpoints):
+    job = DecodeJob(Model(str(checkpoints["5b"])), torch.ones(1, 4, 2, 4, 4))
+    with pytest.raises(RequestError, match="4 channels; .* takes 16"):
+        Checkpoint.open(checkpoints["5b"]).check(job)
+
+
+def test_cogvideox_1_5_refuses_sizes_past_its_positions(make_job, checkpoints):
+    with pytest.raises(RequestError, match="positions up to 96x64"):
+        Checkpoint.open(checkpoints["1.5-5b"]).check(make_job("1.5-5b", size=(112, 64, 9)))

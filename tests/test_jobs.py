@@ -1,0 +1,85 @@
+"""A job is checked when it is made, in words that say what to change."""
+
+import pytest
+import torch
+
+from parallel_backend.errors import RequestError
+from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent, join_fields, split_fields
+
+MODEL = Model("/nowhere")
+
+
+def sample(**changes) -> SampleJob:
+    text = torch.ones(1, 8, 4)
+    values = {"model": MODEL, "positive": text, "latent": empty_latent(width=32, height=32, frames=5), "negative": text}
+    return SampleJob(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    "size, words",
+    [
+        ({"width": 100, "height": 64, "frames": 9}, "width is 100.*such as 96"),
+        ({"width": 96, "height": 8, "frames": 9}, "height is 8.*such as 16"),
+        ({"width": 96, "height": 64, "frames": 10}, "frames is 10.*4k\\+1, such as 9"),
+        ({"width": 96, "height": 64, "frames": 0}, "frames is 0"),
+        ({"width": 96, "height": 64, "frames": 9, "batch": 0}, "batch is 0"),
+    ],
+)
+def test_a_size_that_no_cogvideox_makes_is_refused_with_the_nearest(size, words):
+    with pytest.raises(RequestError, match=words):
+        empty_latent(**size)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"scheduler": "euler"}, "scheduler is 'euler'; use one of auto, ddim, dpm"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1001}, "steps is 1001"),
+        ({"cfg": float("nan")}, "cfg is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is"),
+        ({"negative": None}, "no negative conditioning"),
+        ({"denoise": 0.5}, "the latent is empty"),
+        ({"denoise": 0.001}, "leaves no step"),
+        ({"positive": torch.ones(3, 8, 4)}, "positive conditioning is \\(3, 8, 4\\)"),
+        ({"latent": torch.ones(1, 16, 8, 8)}, "a video latent is"),
+        ({"latent": torch.ones(1, 16, 2, 5, 4)}, "multiples of 16"),
+        ({"latent": torch.ones(1, 2, 16, 4, 4)}, "CogVideoX wrapper"),
+    ],
+)
+def test_a_sampling_job_that_makes_no_sense_is_refused_in_one_line(changes, words):
+    with pytest.raises(RequestError, match=words) as error:
+        sample(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_the_largest_seed_of_comfyui_and_cfg_1_without_negative_are_fine():
+    assert sample(seed=2**64 - 1).guided
+    assert not sample(cfg=1.0, negative=None).guided
+
+
+def test_a_video_to_encode_must_be_frames_of_three_channels():
+    EncodeJob(MODEL, torch.zeros(5, 32, 48, 3))
+    for shape in ((5, 32, 48, 4), (5, 32, 48), (6, 32, 48, 3), (5, 30, 48, 3)):
+        with pytest.raises(RequestError):
+            EncodeJob(MODEL, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "job", [sample(seed=5), sample(cfg=1.0, negative=None), DecodeJob(MODEL, torch.rand(1, 16, 2, 4, 4), "on", 128, 32)]
+)
+def test_a_job_survives_being_taken_apart(job):
+    plain, tensors = split_fields(job)
+    again = join_fields(job.kind, plain, tensors)
+    assert split_fields(again)[0] == plain
+    assert all(torch.equal(tensors[name], getattr(again, name)) for name in tensors)
+
+
+@pytest.mark.parametrize("change", [{"extra": 1}, {"model": None}, {"model": {"path": "/x", "code": "y"}}])
+def test_fields_that_no_job_has_are_refused(change):
+    plain, tensors = split_fields(sample())
+    with pytest.raises(RequestError):
+        join_fields("sample", {**plain, **change}, tensors)
+    with pytest.raises(RequestError, match="job kind"):
+        join_fields("shell", plain, tensors)

@@ -1,0 +1,138 @@
+"""The same folder, seed and prompt give the latents and frames of diffusers' own pipeline, run here."""
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.vae import encode
+from parallel_backend.jobs import DecodeJob, EncodeJob, Model
+
+from .conftest import NEGATIVE, PROMPT, TOLERANCE
+
+SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+
+
+@pytest.fixture(scope="module")
+def pipelines(checkpoints):
+    found = {like: CogVideoXPipeline.from_pretrained(path) for like, path in checkpoints.items()}
+    for pipeline in found.values():
+        pipeline.set_progress_bar_config(disable=True)
+    return found
+
+
+def reference(pipeline, *, size, batch=1, steps=8, seed=3, cfg=6.0, scheduler, dynamic_cfg=False) -> torch.Tensor:
+    """diffusers' latents, in ComfyUI's layout."""
+    width, height, frames = size
+    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    latents = pipeline(
+        prompt=[PROMPT] * batch,
+        negative_prompt=[NEGATIVE] * batch,
+        width=width,
+        height=height,
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        use_dynamic_cfg=dynamic_cfg,
+        generator=torch.Generator().manual_seed(seed),
+        max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+        output_type="latent",
+    ).frames
+    latents = latents[:, -((frames - 1) // 4 + 1) :]  # CogVideoX 1.5 keeps its padding here
+    return latents.permute(0, 2, 1, 3, 4) / pipeline.vae.config.scaling_factor
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": (96, 64, 17)},
+        {"size": (96, 64, 17), "cfg": 1.0},
+        {"size": (80, 48, 13), "dynamic_cfg": True},
+        {"size": (96, 64, 9), "batch": 2, "seed": 2**63 + 5},
+        {"size": (48, 64, 13), "steps": 11, "cfg": 3.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+@pytest.mark.parametrize("like", ["2b", "5b", "1.5-5b"])
+def test_latents_equal_those_of_diffusers(like, scheduler, settings, pipelines, make_job, local):
+    expected = reference(pipelines[like], scheduler=scheduler, **settings)
+    latents = local.sample(make_job(like, scheduler=scheduler, **settings)).tensor
+    assert latents.shape == expected.shape
+    assert (latents - expected).abs().max() <= TOLERANCE
+
+
+def test_the_prompt_and_the_seed_change_the_latents(make_job, local, texts):
+    job = make_job("5b")
+    one = local.sample(job).tensor
+    assert torch.equal(one, local.sample(job).tensor)
+    assert (one - local.sample(make_job("5b", seed=4)).tensor).abs().max() > 0.1
+    swapped = type(job)(job.model, job.negative, job.latent, job.positive, seed=job.seed, steps=job.steps)
+    assert (one - local.sample(swapped).tensor).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+@pytest.mark.parametrize("denoise", [0.3, 0.6])
+def test_denoise_below_1_is_the_end_of_a_run_on_the_noised_latent(denoise, scheduler, pipelines, make_job, local):
+    """The reference: diffusers' scheduler and transformer, stepped here from the noised latent."""
+    pipeline, steps, scale = pipelines["5b"], 10, pipelines["5b"].vae.config.scaling_factor
+    clean = torch.randn(1, 16, 5, 8, 12, generator=torch.Generator().manual_seed(9))
+    job = make_job("5b", steps=steps, scheduler=scheduler, denoise=denoise, latent=clean, cfg=1.0)
+    rule = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    rule.set_timesteps(steps)
+    timesteps = rule.timesteps[steps - int(steps * denoise) :]
+    generator = torch.Generator().manual_seed(job.seed)
+    noise = torch.randn(1, 5, 16, 8, 12, generator=generator)
+    latents = rule.add_noise(clean.permute(0, 2, 1, 3, 4) * scale, noise, timesteps[:1])
+    rotary = pipeline._prepare_rotary_positional_embeddings(64, 96, 5, torch.device("cpu"))
+    old = None
+    with torch.no_grad():
+        for index, step in enumerate(timesteps):
+            velocity = pipeline.transformer(latents, job.positive, step[None], image_rotary_emb=rotary)[0]
+            if scheduler == "ddim":
+                latents = rule.step(velocity, step, latents)[0]
+            else:
+                before = timesteps[index - 1] if index else None
+                latents, old = rule.step(velocity, old, step, before, latents, generator=generator)
+    result = local.sample(job)
+    assert len(result.report.step_seconds) == len(timesteps)
+    assert (result.tensor - latents.permute(0, 2, 1, 3, 4) / scale).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("like", ["2b", "5b"])
+def test_frames_equal_those_of_diffusers(like, pipelines, make_job, local):
+    latents = local.sample(make_job(like, size=(64, 48, 9), batch=2)).tensor
+    video = local.decode(DecodeJob(make_job(like).model, latents, "off")).tensor
+    pipeline = pipelines[like]
+    with torch.no_grad():
+        expected = pipeline.decode_latents(latents.permute(0, 2, 1, 3, 4) * pipeline.vae.config.scaling_factor)
+    expected = pipeline.video_processor.postprocess_video(expected, output_type="pt").permute(0, 1, 3, 4, 2)
+    assert video.shape == (2, 9, 48, 64, 3)
+    assert (video - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 13, 17])
+def test_a_video_has_exactly_as_many_frames_as_were_asked_for(frames, local, checkpoints):
+    model = Model(str(checkpoints["5b"]))
+    pixels = torch.rand(frames, 32, 48, 3, generator=torch.Generator().manual_seed(1))
+    latent = local.encode(EncodeJob(model, pixels)).tensor
+    assert latent.shape == (1, 16, (frames - 1) // 4 + 1, 4, 6)
+    assert local.decode(DecodeJob(model, latent)).tensor.shape == (1, frames, 32, 48, 3)
+
+
+def test_encoding_equals_that_of_diffusers(pipelines, local, checkpoints):
+    pixels = torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(1))
+    vae = Checkpoint.open(checkpoints["5b"]).load_vae(torch.float32)
+    with torch.no_grad():
+        expected = pipelines["5b"].vae.encode(pixels.permute(3, 0, 1, 2)[None] * 2 - 1).latent_dist.mode()
+    assert (encode(vae, pixels) - expected).abs().max() <= TOLERANCE
+    assert (local.encode(EncodeJob(Model(str(checkpoints["5b"])), pixels)).tensor - expected).abs().max() <= TOLERANCE
+
+
+def test_tiles_cover_the_whole_frame(local, make_job):
+    latents = local.sample(make_job("5b", size=(160, 96, 5), steps=2)).tensor
+    model = make_job("5b").model
+    whole = local.decode(DecodeJob(model, latents, "off")).tensor
+    tiled = local.decode(DecodeJob(model, latents, "on", 64, 32)).tensor
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).abs().mean() < 0.1  # tiles see less of their surroundings, and were really used
