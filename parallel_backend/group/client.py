@@ -6,6 +6,7 @@ import multiprocessing
 import threading
 import time
 from multiprocessing.connection import Client, Connection
+from pathlib import Path
 from typing import Any
 
 from .. import errors
@@ -165,8 +166,14 @@ class GroupExecutor(Executor):
         """The error of a group that went away, with the last words of the rank that went first."""
         if self._launcher is None:
             return GroupError(f"the group at {self.address.folder} is gone; start it again with serve")
-        for rank in range(self.plan.world_size):
-            path = self.address.error_file(rank)
-            if path.exists():
-                return self._failure({"rank": rank, **json.loads(path.read_text())})
-        return GroupError("the group's processes ended", details=self._launcher.last_words())
+        cause = self._launcher.cause_of_death()
+        failed = [json.loads(path.read_text()) | {"rank": rank} for rank, path in self._error_files()]
+        details = self._launcher.last_words()
+        self._launcher.stop()
+        if failed:
+            return self._failure(failed[0])
+        return GroupError(f"the group's processes ended: {cause}", details=details)
+
+    def _error_files(self) -> list[tuple[int, Path]]:
+        paths = [(rank, self.address.error_file(rank)) for rank in range(self.plan.world_size)]
+        return [(rank, path) for rank, path in paths if path.exists()]

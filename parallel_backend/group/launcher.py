@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ class Launcher:
             "PYTHONPATH": os.pathsep.join(paths),
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "XDIT_LOGGING_LEVEL": "WARNING",
         }
 
     def is_running(self) -> bool:
@@ -119,6 +121,20 @@ class Launcher:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
+
+    def cause_of_death(self) -> str:
+        """Which rank ended first and how, where ``torch.distributed.run`` says so."""
+        try:
+            status = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "the launcher is still there; see the logs"
+        log = (self.address.folder / "launcher.log").read_text(errors="replace")
+        found = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", log, re.DOTALL)
+        if not found:
+            return f"the launcher ended with status {status}"
+        code = int(found[2])
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"rank {found[1]} {how}"
 
     def last_words(self) -> str:
         """What the processes wrote last."""

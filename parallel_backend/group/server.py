@@ -76,8 +76,8 @@ class Server:
                 deliver_challenge(connection, self._key)
                 answer_challenge(connection, self._key)
                 self._converse(connection)
-        except EOFError:
-            pass  # it came, and went without asking
+        except (EOFError, ConnectionError):
+            logger.debug("a client hung up")
         except Exception as error:  # whatever a client sends, the others must not notice
             logger.warning("dropped a client: %s: %s", type(error).__name__, error)
 
@@ -97,9 +97,10 @@ class Server:
             return
         request = Request(data, message, connection)
         self._requests.put(request)
+        # The client says "cancel" and waits for the end, or hangs up: either way nobody wants the rest.
         try:
-            connection.recv_bytes(1024)  # "cancel", or the end of the connection: both mean the same
-        except OSError:
-            pass  # it hung up
+            while True:
+                connection.recv_bytes(1024)
+                request.cancelled.set()
         finally:
             request.cancelled.set()

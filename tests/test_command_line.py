@@ -1,0 +1,180 @@
+"""The command line: what it makes, what it prints, and with which status it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import imageio.v3 as iio
+import pytest
+from safetensors.torch import load_file
+
+from parallel_backend.__main__ import build_parser, main
+
+from .conftest import REPO, TOLERANCE, command, wait_until, workers
+
+
+def generate(checkpoint, output, *more):
+    return command(
+        "generate", "--model", checkpoint, "--prompt", "a red circle", "--width", 64, "--height", 48, "--frames", 9,
+        "--steps", 6, "--seed", 7, "--output", output, *more,
+    )  # fmt: skip
+
+
+def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(checkpoints, tmp_path):
+    latents = {}
+    for plan, devices in (("single", "cpu"), ("ulysses2", "cpu:2")):
+        output = tmp_path / f"{plan}.mp4"
+        done = generate(
+            checkpoints["5b"], output, "--plan", plan, "--devices", devices, "--save-latents", tmp_path / f"{plan}.latent", "--json"
+        )
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout.splitlines()[-1])
+        assert (report["plan"], report["world_size"], report["seed"]) == (plan, len(report["peak_memory"]), 7)
+        for name in ("load_seconds", "step_seconds", "sample_seconds", "decode_seconds", "total_seconds"):
+            assert report[name] > 0
+        assert re.findall(r"^step (\d+)/6$", done.stderr, re.M) == [str(step) for step in range(1, 7)]
+        assert iio.imread(output, plugin="pyav").shape == (9, 48, 64, 3)
+        assert iio.immeta(output, plugin="pyav")["fps"] == 8
+        latents[plan] = load_file(tmp_path / f"{plan}.latent")
+    assert latents["single"]["latent_tensor"].shape == (1, 16, 3, 6, 8)
+    assert "latent_format_version_0" in latents["single"]
+    difference = latents["single"]["latent_tensor"] - latents["ulysses2"]["latent_tensor"]
+    assert difference.abs().max() <= TOLERANCE
+    assert not workers()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--width", "100"), "width is 100.*multiple of 16"),
+        (("--frames", "8"), "frames is 8.*4k\\+1"),
+        (("--plan", "warp9"), "'warp9' is not understood"),
+        (("--plan", "ulysses3", "--devices", "cpu:3"), "ulysses3 does not divide this model's 4 heads"),
+        (("--plan", "cfg2", "--devices", "cpu:3"), "needs 2 devices.*3 were given"),
+        (("--devices", "7"), "there is no GPU 7"),
+        (("--devices", "gpu"), "not understood"),
+        (("--scheduler", "euler"), "scheduler.*euler"),
+        (("--steps", "0"), "steps is 0"),
+        (("--output", "/nowhere/at/all.mp4"), "there is no folder /nowhere/at"),
+        (("--output", "/tmp/video.avi"), "must end in .mp4"),
+        (("--model", "/nowhere"), "no checkpoint folder /nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_request_that_makes_no_sense_ends_with_2_and_one_line(more, words, checkpoints, tmp_path, capsys):
+    arguments = ["generate", "--model", str(checkpoints["5b"]), "--prompt", "x", "--output", str(tmp_path / "out.mp4"), *more]
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert re.search(words, error)
+    assert len(error.strip().splitlines()) == 1, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_checkpoint_ends_with_2_and_starts_no_group(checkpoints, tmp_path):
+    import shutil
+
+    broken = shutil.copytree(checkpoints["5b"], tmp_path / "broken")
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = generate(broken, tmp_path / "out.mp4", "--plan", "cfg2", "--devices", "cpu:2")
+    assert done.returncode == 2 and "it is cut off" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "starting" not in done.stderr
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(checkpoints, tmp_path, capsys):
+    common = ["generate", "--model", str(checkpoints["5b"]), "--prompt", "x"]
+    assert main([*common, "--output", str(tmp_path / "a.mp4"), "--save-latents", str(tmp_path / "none" / "x")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "folder.mp4").mkdir()
+    assert main([*common, "--output", str(tmp_path / "folder.mp4")]) == 2
+    assert "it is a folder" in capsys.readouterr().err
+
+
+def test_the_demo_model_is_always_there_and_says_what_it_is(tmp_path):
+    done = command("generate", "--model", "demo", "--prompt", "x", "--steps", 2, "--output", tmp_path / "demo.mp4")
+    assert done.returncode == 0, done.stderr
+    assert "random" in done.stderr
+    assert iio.imread(tmp_path / "demo.mp4", plugin="pyav").shape == (17, 64, 96, 3)
+
+
+def test_plan_says_what_auto_would_choose_and_why(checkpoints):
+    done = command("plan", "--model", checkpoints["5b"], "--gpus", 8)
+    assert done.returncode == 0
+    assert "-> cfg2-ulysses4" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("cfg2-ulysses4 for 8 devices: cfg2 halves the work")
+
+
+def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(checkpoints, tmp_path):
+    assert "no group is running" in command("status").stdout
+    server = subprocess.Popen(
+        [sys.executable, "-m", "parallel_backend", "serve", "--plan", "cfg2", "--devices", "cpu:2"],
+        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=dict(os.environ),
+    )  # fmt: skip
+    try:
+        assert server.stdout.readline().startswith("serving plan cfg2 on cpu:2")
+        done = generate(checkpoints["5b"], tmp_path / "out.mp4", "--plan", "cfg2", "--devices", "cpu:2")
+        assert done.returncode == 0 and "using the group that serve keeps" in done.stderr
+        (group,) = json.loads(command("status", "--json").stdout)["groups"]
+        assert (group["plan"], group["devices"], group["jobs"], group["loads"]) == ("cfg2", "cpu:2", 2, 2)
+        assert "cfg2 on cpu:2: ready" in command("status").stdout
+        assert "ended" in command("stop").stdout
+        assert server.wait(60) == 0
+        assert wait_until(lambda: not workers())
+        assert "no group is running" in command("status").stdout
+    finally:
+        server.kill()
+
+
+def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
+    run = subprocess.Popen(
+        [
+            sys.executable, "-m", "parallel_backend", "generate", "--model", checkpoints["5b"], "--prompt", "x", "--width", "480",
+            "--height", "320", "--steps", "1000", "--plan", "cfg2", "--devices", "cpu:2", "--output", tmp_path / "out.mp4",
+        ],
+        cwd=REPO, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        for line in run.stderr:
+            if line.startswith("step 2/"):
+                break
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 1
+        assert "stopped" in run.stderr.read()
+        assert wait_until(lambda: not workers())
+        assert not (tmp_path / "out.mp4").exists()
+    finally:
+        run.kill()
+
+
+def test_bench_states_ours_beside_diffusers(checkpoints, tmp_path):
+    done = command(
+        "bench", "--model", checkpoints["5b"], "--plans", "single,cfg2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,
+        "--decode", "--output", tmp_path / "rows.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["name"], row["plan"]) for row in rows] == [("ours", "single"), ("ours", "cfg2"), ("diffusers", "single")]
+    for row in rows:
+        assert row["seconds_per_step"] > 0 and row["decode_seconds"] > 0
+        assert row["max_difference"] <= TOLERANCE
+
+
+def test_the_options_are_frozen_so_that_scripts_go_on_working():
+    parser = build_parser()
+    commands = parser._subparsers._group_actions[0].choices
+    found = {name: {option for action in sub._actions for option in action.option_strings} for name, sub in commands.items()}
+    assert set(found) == {"generate", "plan", "serve", "status", "stop", "bench"}
+    assert found["generate"] >= {
+        "--model", "--prompt", "--negative-prompt", "--width", "--height", "--frames", "--steps", "--cfg", "--seed", "--scheduler",
+        "--dynamic-cfg", "--fps", "--plan", "--devices", "--dtype", "--offload", "--tiling", "--output", "--save-latents", "--json",
+    }  # fmt: skip
+
+

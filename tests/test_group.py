@@ -1,0 +1,265 @@
+"""The group: started once, warm between jobs, stopped within a step, and gone with its owner."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Client
+
+import pytest
+import torch
+
+from parallel_backend.errors import Cancelled, GroupError, GroupUnavailable, RequestError
+from parallel_backend.group import launcher, protocol
+from parallel_backend.group.address import GroupAddress, running
+from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.protocol import Message
+from parallel_backend.jobs import DecodeJob, Model, SampleJob
+
+from .conftest import REPO, TOLERANCE, wait_until, workers
+
+
+@pytest.fixture(scope="module")
+def group(request):
+    """A group of two, kept for the whole file."""
+    from parallel_backend.devices import Devices
+    from parallel_backend.plans import Plan
+
+    executor = GroupExecutor(Plan.parse("ulysses2"), Devices("cpu", (0, 1)))
+    yield executor
+    executor.close()
+
+
+def test_a_second_job_loads_nothing(group, make_job):
+    group.sample(make_job("5b", seed=1))
+    loads = group.status()["loads"]
+    result = group.sample(make_job("5b", seed=2, size=(80, 48, 9), scheduler="ddim", steps=9))
+    assert group.status()["loads"] == loads
+    assert result.report.load_seconds < 0.5  # opening the folder, no weights
+    group.sample(make_job("2b"))
+    assert group.status()["loads"] == loads + 1
+
+
+def test_status_says_what_the_group_is_and_does(group, make_job):
+    group.sample(make_job("5b"))
+    status = group.status()
+    assert (status["state"], status["plan"], status["world_size"], status["devices"]) == ("ready", "ulysses2", 2, "cpu:2")
+    assert status["model"] == make_job("5b").model.path
+    assert len(status["memory"]) == 2 and min(status["memory"]) > 0
+    assert status["jobs"] >= 1 and status["uptime"] > 0 and status["queue"] == 0
+
+
+def test_free_lets_go_of_the_weights_and_the_next_job_loads_again(group, make_job):
+    before = group.sample(make_job("5b")).tensor
+    loads = group.status()["loads"]
+    group.free()
+    assert group.status()["held"] == []
+    assert torch.equal(group.sample(make_job("5b")).tensor, before)
+    assert group.status()["loads"] == loads + 1
+
+
+def test_steps_are_reported_as_they_are_done(group, make_job):
+    seen = []
+    group.sample(make_job("5b", steps=9), on_step=lambda step, steps: seen.append((step, steps)))
+    assert seen == [(step, 9) for step in range(1, 10)]
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_cancelled_job_stops_within_a_step_and_the_group_stays_warm(stop_after, group, make_job):
+    expected = group.sample(make_job("5b")).tensor
+    loads, seen = group.status()["loads"], []
+    slow = make_job("5b", size=(480, 320, 17), steps=200)  # a step takes long enough to be stopped in
+    with pytest.raises(Cancelled):
+        group.sample(slow, on_step=lambda step, _: seen.append(step), should_stop=lambda: len(seen) >= stop_after)
+    assert seen[-1] <= stop_after + 1
+    assert torch.equal(group.sample(make_job("5b")).tensor, expected)
+    assert group.status()["loads"] == loads
+
+
+def test_a_client_that_goes_away_cancels_its_job_only(group, make_job):
+    class GoneAway(Exception):
+        pass
+
+    def leave(step, steps):
+        raise GoneAway
+
+    with pytest.raises(GoneAway):
+        group.sample(make_job("5b", size=(480, 320, 17), steps=500), on_step=leave)
+    assert len(group.sample(make_job("5b")).report.step_seconds) == 8
+    assert wait_until(lambda: group.status()["state"] == "ready")
+
+
+def test_clients_are_served_in_order_each_with_its_own_steps(group, make_job):
+    seen, results = {}, {}
+
+    def client(name: str, steps: int) -> None:
+        seen[name] = []
+        results[name] = group.sample(make_job("5b", steps=steps), on_step=lambda step, total: seen[name].append(total)).tensor
+
+    threads = [threading.Thread(target=client, args=(f"client {steps}", steps)) for steps in (6, 7, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert seen == {f"client {steps}": [steps] * steps for steps in (6, 7, 8)}
+    assert len(results) == 3
+
+
+def test_the_group_decodes_as_this_process_does(group, make_job, local):
+    latent = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(2))
+    job = DecodeJob(make_job("5b").model, latent)
+    assert (group.decode(job).tensor - local.decode(job).tensor).abs().max() <= TOLERANCE
+
+
+def test_a_request_that_makes_no_sense_never_reaches_the_group(group, make_job, tmp_path):
+    jobs = group.status()["jobs"]
+    with pytest.raises(RequestError, match="no checkpoint folder"):
+        group.sample(make_job("5b", model=Model(str(tmp_path / "none"))))
+    group.plan, plan = type(group.plan)(ulysses=3), group.plan
+    try:
+        with pytest.raises(RequestError, match="does not divide"):
+            group.sample(make_job("5b"))
+    finally:
+        group.plan = plan
+    assert group.status()["jobs"] == jobs
+
+
+def test_a_failure_in_the_group_names_the_rank_and_the_group_goes_on(group, make_job, checkpoints, tmp_path, monkeypatch):
+    job = make_job("5b", model=Model(str(tmp_path / "gone")))
+    monkeypatch.setattr(group, "check", lambda job: None)  # a checkpoint that vanished after it was looked at
+    with pytest.raises(RequestError, match="no checkpoint folder"):
+        group.sample(job)
+    monkeypatch.undo()
+    assert len(group.sample(make_job("5b")).report.step_seconds) == 8
+
+
+def test_the_folder_is_private_and_a_wrong_key_is_refused(group):
+    folder = group.address.folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(group.address.key_file.stat().st_mode) == 0o600
+    with pytest.raises(Exception, match="digest"):
+        Client(group.address.socket, family="AF_UNIX", authkey=b"wrong")
+    assert group.status()["state"] == "ready"
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\xff" * 64, b"\x10" + bytes(7) + b"[1]", protocol.encode(Message("dance"))])
+def test_rubbish_is_dropped_and_nobody_notices(data, group, make_job):
+    with Client(group.address.socket, family="AF_UNIX", authkey=group.address.key) as connection:
+        connection.send_bytes(data)
+        assert connection.poll(30)
+        assert protocol.decode(connection.recv_bytes()).kind == "failed"
+    assert len(group.sample(make_job("5b")).report.step_seconds) == 8
+
+
+def test_a_message_of_another_version_says_so(monkeypatch):
+    data = protocol.encode(Message("status"))
+    monkeypatch.setattr(protocol, "VERSION", 2)
+    with pytest.raises(protocol.ProtocolError, match="version 1 of the protocol and this side 2"):
+        protocol.decode(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_a_message_survives_the_wire(dtype):
+    tensor = torch.arange(12).to(dtype).reshape(3, 4)
+    message = protocol.decode(protocol.encode(Message("done", {"x": [1, "é", None]}, {"a": tensor, "view": tensor.T, "same": tensor})))
+    assert message.plain == {"x": [1, "é", None]}
+    assert torch.equal(message.tensors["a"], tensor) and torch.equal(message.tensors["view"], tensor.T)
+
+
+def test_a_killed_worker_is_named_by_its_group_and_the_next_job_starts_a_new_one(start_group, make_job):
+    group = start_group("cfg2")
+    expected = group.sample(make_job("5b")).tensor
+    first = group.address.folder
+    victim = next(pid for pid in workers() if str(first) in command_line(pid) and "RANK=1" in environment(pid))
+    threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()
+    with pytest.raises(GroupError, match="rank 1 was killed by SIGKILL"):
+        group.sample(make_job("5b", size=(480, 320, 17), steps=500))
+    assert torch.equal(group.sample(make_job("5b")).tensor, expected)
+    assert not first.exists()
+
+
+def command_line(pid: int) -> str:
+    with open(f"/proc/{pid}/cmdline") as file:
+        return file.read()
+
+
+def environment(pid: int) -> list[str]:
+    with open(f"/proc/{pid}/environ") as file:
+        return file.read().split("\0")
+
+
+def test_close_leaves_no_process_and_no_folder(start_group):
+    group = start_group("ring2")
+    group.start()
+    assert group.status()["state"] == "ready"
+    folder = group.address.folder
+    group.close()
+    group.close()
+    assert not folder.exists()
+    assert not [pid for pid in workers() if str(folder) in command_line(pid)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_group_goes_when_its_owner_is_killed(how):
+    code = (
+        "from parallel_backend.group.client import GroupExecutor\n"
+        "from parallel_backend.plans import Plan; from parallel_backend.devices import Devices\n"
+        "group = GroupExecutor(Plan(cfg=2), Devices('cpu', (0, 1))); group.start(); group.status()\n"
+        "print(group.address.folder, flush=True)\nimport time; time.sleep(600)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True)
+    try:
+        folder = owner.stdout.readline().strip()
+        assert len([pid for pid in workers() if folder in command_line(pid)]) >= 2
+        owner.send_signal(how)
+        owner.wait(30)
+        assert wait_until(lambda: not any(folder in command_line(pid) for pid in workers()))
+        assert wait_until(lambda: not os.path.exists(folder))
+    finally:
+        owner.kill()
+
+
+def test_a_folder_that_a_crash_left_behind_is_swept_and_never_in_the_way(start_group, tmp_path):
+    stale = GroupAddress.create({"plan": "cfg2", "devices": "cpu:2", "shared": True})
+    description = json.loads((stale.folder / "group.json").read_text())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (stale.folder / "group.json").write_text(json.dumps({**description, "owner": gone.pid}))
+    assert stale.folder not in [address.folder for address in running()]
+    start_group("cfg2").start()
+    assert not stale.folder.exists()
+
+
+def test_where_no_group_can_start_the_reason_is_one_line(start_group, monkeypatch):
+    monkeypatch.setattr(launcher.sys, "platform", "darwin")
+    with pytest.raises(GroupUnavailable, match="need Linux \\(this is darwin\\)"):
+        start_group("cfg2")
+    monkeypatch.undo()
+    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+    with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
+        start_group("cfg2")
+
+
+def test_a_group_that_cannot_come_up_says_what_its_processes_said(monkeypatch, start_group, make_job, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho this python is broken\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("XDIT_PYTHON", str(python))
+    started = time.monotonic()
+    with pytest.raises(GroupError, match="this python is broken"):
+        start_group("cfg2").sample(make_job("5b"))
+    assert time.monotonic() - started < 60
+
+
+def test_a_group_may_run_under_another_interpreter(monkeypatch, start_group, make_job, local, tmp_path):
+    python = tmp_path / "other-python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("XDIT_PYTHON", str(python))
+    job: SampleJob = make_job("2b")
+    assert (start_group("cfg2").sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE

@@ -1,0 +1,67 @@
+"""Every plan gives the latents of ``single``, in real processes over gloo, for sizes that divide and that do not."""
+
+import pytest
+import torch
+
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.parallel.transformer import Chunk
+from parallel_backend.plans import Plan
+
+from .conftest import TOLERANCE
+
+PLANS = ["cfg2", "ulysses2", "ring2", "cfg2-ulysses2", "ulysses2-ring2", "cfg2-ring2"]
+CASES = [
+    ("2b", {"size": (96, 64, 17), "scheduler": "ddim"}),
+    ("2b", {"size": (80, 48, 13), "scheduler": "dpm", "dynamic_cfg": True}),
+    ("5b", {"size": (96, 64, 17), "scheduler": "dpm"}),
+    ("5b", {"size": (112, 48, 9), "scheduler": "ddim", "batch": 2}),
+    ("5b", {"size": (80, 48, 5), "scheduler": "ddim", "cfg": 1.0}),
+    ("5b", {"size": (16, 16, 1), "scheduler": "dpm"}),
+    ("5b", {"size": (48, 80, 13), "denoise": 0.5, "latent": torch.randn(1, 16, 4, 10, 6)}),
+    ("1.5-5b", {"size": (80, 64, 13), "scheduler": "dpm"}),
+    ("1.5-5b", {"size": (48, 48, 9), "scheduler": "ddim"}),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_equals_single(plan, start_group, make_job, local):
+    group = start_group(plan)
+    for like, settings in CASES:
+        job = make_job(like, **settings)
+        result = group.sample(job)
+        difference = (result.tensor - local.sample(job).tensor).abs().max()
+        assert difference <= TOLERANCE, (like, settings)
+        assert (result.report.plan, result.report.world_size) == (plan, Plan.parse(plan).world_size)
+        assert len(result.report.peak_memory) == result.report.world_size
+
+
+def test_the_cases_have_tokens_that_divide_and_that_do_not(make_job):
+    for degree in (2, 4):
+        remainders = set()
+        for like, settings in CASES:
+            job = make_job(like, **settings)
+            checkpoint = Checkpoint.open(job.model.path)
+            remainders.add((checkpoint.tokens(*job.latent.shape[2:]) + checkpoint.text_tokens) % degree)
+        assert 0 in remainders and len(remainders) > 1
+
+
+@pytest.mark.parametrize("text, video, size", [(226, 17550, 16), (226, 17550, 7), (32, 1, 4), (32, 75, 4), (5, 3, 4)])
+def test_chunks_of_a_sequence_are_equal_and_lose_nothing(text, video, size):
+    joint = torch.arange(text + video, dtype=torch.float32)[None, :, None]
+    table = joint[0, text:]
+    chunks = [Chunk(text, video, rank, size) for rank in range(size)]
+    parts = [chunk.of_joint(joint) for chunk in chunks]
+    assert {part.shape[1] for part in parts} == {chunks[0].length}
+    assert torch.equal(torch.cat(parts, dim=1)[:, : text + video], joint)
+    assert chunks[0].padding < size
+    assert sum(chunk.local_text for chunk in chunks) == text
+    for chunk, part in zip(chunks, parts):
+        rows = chunk.of_video(table)
+        assert len(rows) == chunk.length - chunk.local_text
+        assert torch.equal(rows, part[0, chunk.local_text :])  # padding is zero in both
+
+
+def test_the_sizes_that_xdit_cannot_split_are_no_special_case():
+    """xDiT cuts the 30 rows of 480 pixels and refuses 4 and 8; whole tokens divide by 16."""
+    tokens = Checkpoint(None, {"sample_height": 60}, {}, {}).tokens(13, 60, 90)
+    assert (tokens + 226) % 16 == 0

@@ -1,0 +1,32 @@
+"""Prompts become the text states of diffusers' pipeline, padded or cut to the model's limit."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.text import TextEncoder
+
+
+@pytest.fixture
+def encoder(checkpoints):
+    return TextEncoder(Checkpoint.open(checkpoints["5b"]), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("prompt", ["", "a red circle", "A Panda, playing!", "red " * 31, "red " * 32, "red blue " * 40])
+def test_text_states_equal_those_of_diffusers(prompt, encoder, checkpoints):
+    pipeline = CogVideoXPipeline.from_pretrained(checkpoints["5b"])
+    expected, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=32)
+    states = encoder.encode([encoder.tokenize(prompt)])
+    assert states.shape == (1, 32, 32)
+    assert torch.equal(states, expected)
+
+
+def test_a_prompt_that_is_too_long_says_what_is_cut_off(encoder, caplog):
+    with caplog.at_level(logging.WARNING):
+        encoder.tokenize("red " * 31)
+        assert not caplog.messages
+        encoder.tokenize("red " * 31 + "green")
+    assert "33 tokens, 32 are used; cut off: 'green'" in caplog.text
