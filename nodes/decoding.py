@@ -24,7 +24,10 @@ class CogVideoXDecode(io.ComfyNode):
                 io.Latent.Input("samples"),
                 io.Vae.Input("vae"),
                 io.Combo.Input(
-                    "tiling", options=list(TILINGS), default="auto", tooltip="auto: in tiles only where the whole would not fit."
+                    "tiling",
+                    options=list(TILINGS),
+                    default="auto",
+                    tooltip="auto: in tiles only where the whole would not fit.",
                 ),
                 io.Int.Input("tile_size", default=256, min=64, max=4096, step=32, tooltip="Edge of a tile in pixels."),
                 io.Int.Input("overlap", default=64, min=0, max=1024, step=8, tooltip="Pixels that tiles share and blend."),

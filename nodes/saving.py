@@ -24,7 +24,9 @@ class SaveVideo(io.ComfyNode):
             description="Writes H.264 in MP4. Drag the file into ComfyUI to get its workflow back.",
             inputs=[
                 io.Image.Input("images"),
-                io.Float.Input("fps", default=8.0, min=1.0, max=120.0, step=1.0, tooltip="CogVideoX 1.0 makes 8, 1.5 makes 16."),
+                io.Float.Input(
+                    "fps", default=8.0, min=1.0, max=120.0, step=1.0, tooltip="CogVideoX 1.0 makes 8, 1.5 makes 16."
+                ),
                 io.String.Input("filename_prefix", default="video/CogVideoX"),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

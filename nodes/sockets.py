@@ -141,8 +141,6 @@ def fitting(pixels: torch.Tensor) -> torch.Tensor:
         raise RequestError(f"the video is {width}x{height}; it must be at least 16x16")
     kept, rows, columns = (frames - 1) // 4 * 4 + 1, height // 16 * 16, width // 16 * 16
     if (kept, rows, columns) != (frames, height, width):
-        logger.warning(
-            "the video of %d frames %dx%d is cropped to %d frames %dx%d", frames, width, height, kept, columns, rows
-        )
+        logger.warning("the video of %d frames %dx%d is cropped to %d frames %dx%d", frames, width, height, kept, columns, rows)
     top, left = (height - rows) // 2, (width - columns) // 2
     return pixels[:kept, top : top + rows, left : left + columns, :3]

@@ -17,7 +17,16 @@ from .commands import quiet_libraries, show, size_of
 from .devices import Devices
 from .jobs import DecodeJob, Model, SampleJob, empty_latent
 
-COLUMNS = ("name", "plan", "seconds_per_step", "sample_seconds", "outside_steps_seconds", "decode_seconds", "peak_gib", "max_difference")
+COLUMNS = (
+    "name",
+    "plan",
+    "seconds_per_step",
+    "sample_seconds",
+    "outside_steps_seconds",
+    "decode_seconds",
+    "peak_gib",
+    "max_difference",
+)
 
 
 def text_states(checkpoint: Checkpoint) -> list[torch.Tensor]:

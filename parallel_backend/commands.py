@@ -69,7 +69,13 @@ def generate(args: Namespace) -> int:
     plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1)
     model = Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload)
     latent = empty_latent(**size_of(args, checkpoint), channels=checkpoint.channels)
-    settings = {"seed": args.seed, "steps": args.steps, "cfg": args.cfg, "scheduler": args.scheduler, "dynamic_cfg": args.dynamic_cfg}
+    settings = {
+        "seed": args.seed,
+        "steps": args.steps,
+        "cfg": args.cfg,
+        "scheduler": args.scheduler,
+        "dynamic_cfg": args.dynamic_cfg,
+    }
     blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
     checkpoint.check(SampleJob(model, blank, latent, blank, **settings))  # before the text encoder is loaded
 

@@ -107,15 +107,15 @@ class Engine:
             return on_step(step, steps)
 
         try:
-            latent = denoise(
-                transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split, on_step=mark
-            )
+            latent = denoise(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split, on_step=mark)
         finally:
             if self._offload == "model":
                 transformer.to("cpu")
                 memory.release(self.device)
         steps = tuple(after - before for before, after in zip(marks, marks[1:]))
-        return Result(latent, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=steps))
+        return Result(
+            latent, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=steps)
+        )
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step) -> Result:
         need = vae.decode_bytes(job.latent.shape, dtype)

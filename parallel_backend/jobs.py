@@ -67,9 +67,7 @@ def check_latent(latent: torch.Tensor) -> None:
     if min(shape) < 1:
         raise RequestError(f"the latent is {shape}; every dimension must be at least 1")
     if shape[3] % 2 or shape[4] % 2:
-        raise RequestError(
-            f"the size is {shape[4] * 8}x{shape[3] * 8}; width and height must be multiples of 16"
-        )
+        raise RequestError(f"the size is {shape[4] * 8}x{shape[3] * 8}; width and height must be multiples of 16")
 
 
 def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
@@ -137,8 +135,7 @@ class SampleJob:
             text = getattr(self, name)
             if text is not None and (text.ndim != 3 or text.shape[0] not in (1, self.latent.shape[0])):
                 raise RequestError(
-                    f"{name} conditioning is {tuple(text.shape)}; it must be "
-                    f"[1 or {self.latent.shape[0]}, tokens, features]"
+                    f"{name} conditioning is {tuple(text.shape)}; it must be [1 or {self.latent.shape[0]}, tokens, features]"
                 )
 
     @property

@@ -28,7 +28,15 @@ def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(checkpoints,
     for plan, devices in (("single", "cpu"), ("ulysses2", "cpu:2")):
         output = tmp_path / f"{plan}.mp4"
         done = generate(
-            checkpoints["5b"], output, "--plan", plan, "--devices", devices, "--save-latents", tmp_path / f"{plan}.latent", "--json"
+            checkpoints["5b"],
+            output,
+            "--plan",
+            plan,
+            "--devices",
+            devices,
+            "--save-latents",
+            tmp_path / f"{plan}.latent",
+            "--json",
         )
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout.splitlines()[-1])
@@ -176,5 +184,3 @@ def test_the_options_are_frozen_so_that_scripts_go_on_working():
         "--model", "--prompt", "--negative-prompt", "--width", "--height", "--frames", "--steps", "--cfg", "--seed", "--scheduler",
         "--dynamic-cfg", "--fps", "--plan", "--devices", "--dtype", "--offload", "--tiling", "--output", "--save-latents", "--json",
     }  # fmt: skip
-
-

@@ -166,7 +166,9 @@ def test_a_message_of_another_version_says_so(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
 def test_a_message_survives_the_wire(dtype):
     tensor = torch.arange(12).to(dtype).reshape(3, 4)
-    message = protocol.decode(protocol.encode(Message("done", {"x": [1, "é", None]}, {"a": tensor, "view": tensor.T, "same": tensor})))
+    message = protocol.decode(
+        protocol.encode(Message("done", {"x": [1, "é", None]}, {"a": tensor, "view": tensor.T, "same": tensor}))
+    )
     assert message.plain == {"x": [1, "é", None]}
     assert torch.equal(message.tensors["a"], tensor) and torch.equal(message.tensors["view"], tensor.T)
 

@@ -9,6 +9,8 @@ from diffusers import CogVideoXPipeline
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
 
+from .conftest import TOLERANCE
+
 
 @pytest.fixture
 def encoder(checkpoints):
@@ -21,12 +23,13 @@ def test_text_states_equal_those_of_diffusers(prompt, encoder, checkpoints):
     expected, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=32)
     states = encoder.encode([encoder.tokenize(prompt)])
     assert states.shape == (1, 32, 32)
-    assert torch.equal(states, expected)
+    assert (states - expected).abs().max() <= TOLERANCE
 
 
 def test_a_prompt_that_is_too_long_says_what_is_cut_off(encoder, caplog):
     with caplog.at_level(logging.WARNING):
-        encoder.tokenize("red " * 31)
+        encoder.tokenize("red blue")
         assert not caplog.messages
-        encoder.tokenize("red " * 31 + "green")
-    assert "33 tokens, 32 are used; cut off: 'green'" in caplog.text
+        encoder.tokenize("red blue " * 20 + "green")
+    assert "32 are used; cut off: '" in caplog.text
+    assert caplog.messages[0].endswith("green'")

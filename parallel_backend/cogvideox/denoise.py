@@ -8,11 +8,14 @@ import math
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 
 from ..errors import Cancelled
 from ..jobs import SampleJob
 from .checkpoint import Checkpoint
 
+COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
+DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
 StepCallback = Callable[[int, int], bool]
 """Called after each step with the steps done and the steps to do; False asks the loop to stop."""
 
@@ -62,7 +65,7 @@ def starting_point(job: SampleJob, checkpoint: Checkpoint, scheduler, generator,
     noise = torch.randn((batch, frames + padding, channels, height, width), generator=generator, dtype=dtype)
     if job.denoise == 1:
         return noise * scheduler.init_noise_sigma, timesteps
-    clean = (job.latent.permute(0, 2, 1, 3, 4) * checkpoint.scaling_factor).to(dtype)
+    clean = rearrange(job.latent * checkpoint.scaling_factor, COMFYUI_TO_DIFFUSERS).to(dtype)
     return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
 
 
@@ -118,7 +121,7 @@ def denoise(
             raise Cancelled(f"stopped after step {index + 1} of {len(timesteps)}")
 
     padding = checkpoint.padding_frames(job.latent.shape[2])
-    result = latents[:, padding:].permute(0, 2, 1, 3, 4).float() / checkpoint.scaling_factor
+    result = rearrange(latents[:, padding:], DIFFUSERS_TO_COMFYUI).float() / checkpoint.scaling_factor
     if not result.isfinite().all():
         raise FloatingPointError(f"the latent is not finite after {len(timesteps)} steps in {dtype}; use dtype bf16 or fp32")
     return result.cpu().contiguous()

@@ -5,6 +5,8 @@ run on any machine in seconds and show noise; ``--full-size`` has the real shape
 """
 
 import argparse
+import io
+import json
 import shutil
 from pathlib import Path
 
@@ -55,21 +57,31 @@ def vae_config(like: str, full_size: bool) -> dict:
 
 
 def save_tokenizer(folder: Path, max_length: int) -> int:
-    """A tokenizer of whole words and single characters. Returns its vocabulary's size."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import T5TokenizerFast
+    """A SentencePiece tokenizer in the files of the real checkpoints. Returns its vocabulary's size."""
+    import sentencepiece
 
-    characters = [chr(code) for code in range(33, 127)]
-    pieces = ["<pad>", "</s>", "<unk>", "▁"] + [f"▁{word}" for word in WORDS] + characters
-    vocabulary = [(piece, 0.0 if rank < 3 else -float(rank)) for rank, piece in enumerate(dict.fromkeys(pieces))]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    letters = " ".join(chr(code) for code in range(33, 127))
+    sentences = [" ".join(WORDS[start::7]) for start in range(7)] * 40 + [letters] * 5
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=250,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
     )
-    T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=max_length).save_pretrained(folder)
-    return len(vocabulary)
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    config = {
+        "tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "extra_ids": 0, "model_max_length": max_length,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
 
 
 def fill(model: torch.nn.Module, generator: torch.Generator) -> None:
@@ -94,7 +106,10 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
         device: where to draw the weights; a GPU is quick for the full size.
     """
     from diffusers import (
-        AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline,
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
+        CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )  # fmt: skip
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
@@ -103,7 +118,8 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
     transformer = transformer_config(like, full_size)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    vocabulary = save_tokenizer(partial / "tokenizer", transformer.get("max_text_seq_length", 226))
+    max_length = transformer.get("max_text_seq_length", 226)
+    vocabulary = save_tokenizer(partial / "tokenizer", max_length)
     small_t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     full_t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     t5 = T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **(full_t5 if full_size else small_t5))
@@ -129,6 +145,8 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
         **{name: part.eval() for name, part in parts.items()},
     )
     pipeline.save_pretrained(partial, safe_serialization=True)
+    shutil.rmtree(partial / "tokenizer")  # transformers wrote its own format over the real checkpoints'
+    save_tokenizer(partial / "tokenizer", max_length)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     return output

@@ -31,7 +31,7 @@ class TextEncoder:
         if self._tokenizer is None:
             self._tokenizer = self.checkpoint.load_tokenizer()
         limit = self.checkpoint.text_tokens
-        ids = self._tokenizer(prompt, truncation=False, add_special_tokens=True).input_ids
+        ids = self._tokenizer(prompt, truncation=False, add_special_tokens=True, verbose=False).input_ids
         if len(ids) > limit:
             lost = self._tokenizer.decode(ids[limit - 1 : -1])
             logger.warning("the prompt has %d tokens, %d are used; cut off: '%s'", len(ids), limit, lost)

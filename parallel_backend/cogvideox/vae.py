@@ -1,6 +1,7 @@
 """Latents to frames and back, whole or in tiles, in ComfyUI's layouts."""
 
 import torch
+from einops import rearrange
 
 from .checkpoint import SPATIAL, TEMPORAL
 
@@ -43,7 +44,7 @@ def decode(vae, latent: torch.Tensor) -> torch.Tensor:
     videos = []
     for one in latent.split(1):
         video = vae.decode(one.to(device=vae.device, dtype=vae.dtype)).sample
-        video = video[:, :, -frames:].permute(0, 2, 3, 4, 1)
+        video = rearrange(video[:, :, -frames:], "batch colours frames height width -> batch frames height width colours")
         videos.append((video.float() / 2 + 0.5).clamp_(0, 1).cpu())
     return torch.cat(videos)
 
@@ -51,6 +52,6 @@ def decode(vae, latent: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def encode(vae, pixels: torch.Tensor) -> torch.Tensor:
     """Encodes ``[frames, height, width, 3]`` in 0..1 to the mean latent ``[1, 16, T, h, w]``, float32 on the CPU."""
-    video = pixels.permute(3, 0, 1, 2)[None] * 2 - 1
+    video = rearrange(pixels, "frames height width colours -> 1 colours frames height width") * 2 - 1
     posterior = vae.encode(video.to(device=vae.device, dtype=vae.dtype)).latent_dist
     return posterior.mode().float().cpu()

@@ -160,7 +160,9 @@ class GroupExecutor(Executor):
             return errors.RequestError(plain["message"])
         rank = plain.get("rank")
         where = "the group" if rank is None else f"rank {rank}"
-        return GroupError(f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", ""))
+        return GroupError(
+            f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", "")
+        )
 
     def _lost(self) -> GroupError:
         """The error of a group that went away, with the last words of the rank that went first."""

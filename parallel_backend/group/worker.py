@@ -15,7 +15,7 @@ import torch
 from ..cogvideox import memory
 from ..cogvideox.checkpoint import Checkpoint
 from ..engine import Engine
-from ..errors import Cancelled, RequestError
+from ..errors import Cancelled
 from ..jobs import Result, join_fields
 from ..parallel.groups import GroupSplit
 from ..plans import Plan

