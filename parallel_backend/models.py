@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 def demo_folder() -> Path:
     """The demo model: small, with seeded random weights, made at its first use."""
-    folder = cache_folder() / f"{DEMO}-{DEMO_LIKE}-2"
+    folder = cache_folder() / f"{DEMO}-{DEMO_LIKE}-3"
     if not folder.is_dir():
         from .cogvideox.random_weights import build
 

@@ -15,7 +15,7 @@ import torch
 WORDS = (
     "a the of in on at with and to from over under red green blue yellow purple orange white black grey circle "
     "square triangle star ball cube moves moving left right up down slowly fast grows shrinks bounces stops "
-    "crosses cat dog panda boat sea sun moon city street forest mountain river snow rain night day"
+    "crosses cat dog panda boat sea sun moon city street forest mountain river snow rain night day ground"
 ).split()
 
 SMALL_SIZE = {"sample_width": 12, "sample_height": 8, "sample_frames": 17}
@@ -61,11 +61,11 @@ def save_tokenizer(folder: Path, max_length: int) -> int:
     import sentencepiece
 
     letters = " ".join(chr(code) for code in range(33, 127))
-    sentences = [" ".join(WORDS[start::7]) for start in range(7)] * 40 + [letters] * 5
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
+        sentence_iterator=iter([letters, " ".join(WORDS)] * 10),
         model_writer=model,
+        user_defined_symbols=[f"▁{word}" for word in WORDS],
         vocab_size=250,
         hard_vocab_limit=False,
         pad_id=0,
