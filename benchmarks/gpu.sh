@@ -12,7 +12,7 @@ wanted() { [[ " ${PARTS:-parity build generate bench offload} " == *" $1 "* ]]; 
 
 if wanted parity; then run parity python3 -m pytest -q tests/test_gpu.py -p no:cacheprovider; fi
 if wanted build; then
-  for model in 5b 2b; do
+  for model in ${MODELS:-5b 2b}; do
     run "build $model" python3 -m parallel_backend.cogvideox.random_weights --like $model --output "$work/CogVideoX-$model" $like
   done
 fi
@@ -23,7 +23,7 @@ if wanted generate; then
   done
 fi
 if wanted bench; then
-  for model in 5b 2b; do
+  for model in ${MODELS:-5b 2b}; do
     run "bench $model" python3 -m parallel_backend bench --model "$work/CogVideoX-$model" --plans $plans $size \
       --steps ${STEPS:-5} --decode --output "$out/bench-$model.json"
   done
