@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
+from parallel_backend.cogvideox import checkpoint
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.errors import RequestError
 
 from .conftest import TOLERANCE
 
@@ -33,3 +35,9 @@ def test_a_prompt_that_is_too_long_says_what_is_cut_off(encoder, caplog):
         encoder.tokenize("red blue " * 20 + "green")
     assert "32 are used; cut off: '" in caplog.text
     assert caplog.messages[0].endswith("green'")
+
+
+def test_a_missing_package_is_named_with_the_command_that_brings_it(encoder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "has_module", lambda name: name != "google.protobuf")
+    with pytest.raises(RequestError, match="needs protobuf: pip install protobuf"):
+        encoder.tokenize("x")

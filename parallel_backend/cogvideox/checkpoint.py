@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,18 @@ class Checkpoint:
             )
 
     def load_tokenizer(self):
-        """The tokenizer of the text encoder."""
+        """The tokenizer of the text encoder.
+
+        Raises:
+            RequestError: when the folder has none, or a package to read it is missing.
+        """
+        self.check_text()
+        if not (self.path / "tokenizer" / "tokenizer.json").exists():
+            for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
+                if not has_module(module):
+                    raise RequestError(f"the tokenizer of {self.path.name} needs {package}: pip install {package}")
         from transformers import AutoTokenizer
 
-        self.check_text()
         return AutoTokenizer.from_pretrained(self.path / "tokenizer", local_files_only=True)
 
     def _load(self, cls, part: str, dtype: torch.dtype, device: torch.device | str):
@@ -273,6 +282,14 @@ class Checkpoint:
             self.path / part, use_safetensors=True, local_files_only=True, **{dtype_argument(cls): dtype}
         )
         return model.requires_grad_(False).eval().to(device)
+
+
+def has_module(name: str) -> bool:
+    """Whether a module can be imported, without importing more than its parent package."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def dtype_argument(cls) -> str:
