@@ -116,6 +116,8 @@ def executor_for(backend, checkpoint: Checkpoint, *, guided: bool | None, node_i
     except GroupUnavailable as error:
         say(f"no group: {error}; working in this process", node_id, level=logging.WARNING)
         return local()
+    for replaced in [held for held in _held if held not in (executor, *_local.values())]:
+        del _held[replaced]  # its group has ended, and ComfyUI must not count it
     executor.start()
     say(f"plan {plan} on {devices}: {reason}", node_id)
     return executor

@@ -5,6 +5,7 @@ Needs a ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI; elsewhere tests/test_workflo
 
 import json
 import re
+import shutil
 import time
 
 import av
@@ -176,6 +177,22 @@ def save_video_options(object_info: dict) -> dict:
                 options = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
                 chosen[name] = options[0]["key"] if isinstance(options[0], dict) else options[0]
     return chosen
+
+
+def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of, checkpoints):
+    for kind, like in (("CogVideo", "2b"), ("diffusers", "1.5-5b")):
+        (server.base / "models" / kind).mkdir(exist_ok=True)
+        shutil.copytree(checkpoints[like], server.base / "models" / kind / f"my {like}")
+    options = server.object_info("XDiTLoadCogVideoX")["XDiTLoadCogVideoX"]["input"]["required"]["model_name"][1]["options"]
+    assert options == ["demo", "CogVideo/my 2b", "diffusers/my 1.5-5b"]
+    for name in options[1:]:
+        server.run(prompt_of(f"XDiTLoadCogVideoX.model_name={name}"))
+    assert "my 2b: CogVideoX 1.0, text to video, 3 layers, 4 heads, sincos, fp32, ddim, 96x64x17 at 8 fps" in server.log()
+    assert "my 1.5-5b: CogVideoX 1.5" in server.log()
+    weights = server.base / "models" / "CogVideo" / "my 2b" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(RuntimeError, match="it is cut off; download it again"):
+        server.run(prompt_of("XDiTLoadCogVideoX.model_name=CogVideo/my 2b", "XDiTLoadCogVideoX.dtype=fp32"))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ def decode_bytes(latent_shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:
     """Turns tiling on with square tiles, or off; ``tile`` and ``overlap`` in pixels."""
-    vae.enable_slicing()
     if not tiled:
         vae.disable_tiling()
         return
