@@ -172,7 +172,7 @@ class GroupExecutor(Executor):
         failed = [json.loads(path.read_text()) | {"rank": rank} for rank, path in self._error_files()]
         details = self._launcher.last_words()
         self._launcher.stop()
-        if failed:
+        if failed and "was killed" not in cause:  # else what the others met with is only what followed
             return self._failure(failed[0])
         return GroupError(f"the group's processes ended: {cause}", details=details)
 
