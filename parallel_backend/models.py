@@ -24,9 +24,10 @@ def demo_folder() -> Path:
     if not folder.is_dir():
         from .cogvideox.random_weights import build
 
-        logger.warning("making the demo model in %s: its weights are random, so its videos are noise", folder)
+        logger.info("making the demo model in %s", folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         build(folder, like=DEMO_LIKE)
+    logger.warning("the demo model has random weights: its videos are noise")
     return folder
 
 
