@@ -86,9 +86,9 @@ def say(line: str, node_id: str | None, *, level: int = logging.INFO) -> None:
         logger.debug("no front end to show the line in")
 
 
-def local() -> LocalExecutor:
-    """The executor of this process, on ComfyUI's device."""
-    device = management.get_torch_device()
+def local(device: torch.device | None = None) -> LocalExecutor:
+    """The executor of this process, on ComfyUI's device or the one given."""
+    device = device or management.get_torch_device()
     return _local.setdefault(device, LocalExecutor(device))
 
 
@@ -110,15 +110,15 @@ def executor_for(backend, checkpoint: Checkpoint, *, guided: bool | None, node_i
     plan, devices, reason = resolve(backend.plan, backend.devices, heads=checkpoint.heads, guided=guided is not False)
     if plan.world_size == 1:
         say(f"plan single on {devices}: {reason}", node_id)
-        return local()
+        return local(None if backend.devices == AUTO else devices.first)
     try:
         executor = _groups.get(plan, devices)
+        executor.start()
     except GroupUnavailable as error:
         say(f"no group: {error}; working in this process", node_id, level=logging.WARNING)
         return local()
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it
-    executor.start()
     say(f"plan {plan} on {devices}: {reason}", node_id)
     return executor
 

@@ -76,8 +76,8 @@ class HeldWeights:
             self._loaded = False
             try:
                 self.executor.free()
-            except GroupError as error:  # a lost group holds nothing; ComfyUI must not trip over it
-                logger.warning("the group is gone, and its memory with it: %s", error.summary)
+            except (GroupError, OSError, EOFError) as error:  # a lost group holds nothing; ComfyUI must not trip over it
+                logger.warning("the group is gone, and its memory with it: %s", error)
         return self.model
 
     def is_dynamic(self) -> bool:

@@ -107,7 +107,9 @@ class VaeHandle:
     def decode_tiled(self, samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None) -> torch.Tensor:
         """As :meth:`decode`, in tiles; sizes in latent units. Frames are never cut: they are decoded a few at a time."""
         tile = SPATIAL * (tile_x or 32)
-        return host.decode(DecodeJob(self.model, samples, "on", tile, min(SPATIAL * (overlap or 8), tile // 2)))
+        return host.decode(
+            DecodeJob(self.model, samples, "on", tile, min(SPATIAL * (8 if overlap is None else overlap), tile // 2))
+        )
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """``[frames, height, width, 3]`` to a latent, cropped to what the VAE takes."""
@@ -116,7 +118,9 @@ class VaeHandle:
     def encode_tiled(self, pixel_samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None):
         """As :meth:`encode`, in tiles; sizes in pixels."""
         tile = tile_x or 256
-        return host.encode(EncodeJob(self.model, fitting(pixel_samples), "on", tile, min(overlap or 64, tile // 2)))
+        return host.encode(
+            EncodeJob(self.model, fitting(pixel_samples), "on", tile, min(64 if overlap is None else overlap, tile // 2))
+        )
 
     def spacial_compression_decode(self) -> int:
         """Pixels of one latent column."""

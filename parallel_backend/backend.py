@@ -79,7 +79,7 @@ class Keeper:
     def get(self, plan: Plan, devices: Devices) -> Executor:
         """The executor kept for this plan and these devices, or a new one."""
         with self._lock:
-            if self._key != (plan, devices):
+            if self._key != (plan, devices) or not self.executor.is_usable():
                 if self.executor is not None:
                     logger.warning("plan '%s' on %s takes the place of the one before", plan, devices)
                     self.executor.close()
@@ -90,7 +90,7 @@ class Keeper:
 
     def on(self, devices: Devices) -> Executor | None:
         """The executor kept for these devices, whatever its plan."""
-        return self.executor if self._key and self._key[1] == devices else None
+        return self.executor if self._key and self._key[1] == devices and self.executor.is_usable() else None
 
     def close(self) -> None:
         """Ends what is kept."""

@@ -15,8 +15,8 @@ from .backend import open_executor, resolve
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
-from .errors import RequestError
-from .jobs import DecodeJob, Model, SampleJob, empty_latent
+from .errors import GroupError, RequestError
+from .jobs import DecodeJob, Model, SampleJob, between, empty_latent
 from .planner import candidates, choose
 
 
@@ -47,7 +47,8 @@ def quiet_libraries() -> None:
 def size_of(args: Namespace, checkpoint: Checkpoint) -> dict[str, int]:
     """Width, height and frames asked for, or the checkpoint's own."""
     default = dict(zip(("width", "height", "frames"), checkpoint.default_size))
-    return {name: getattr(args, name) or value for name, value in default.items()}
+    asked = {name: getattr(args, name) for name in default}
+    return {name: value if asked[name] is None else asked[name] for name, value in default.items()}
 
 
 def encode_prompts(args: Namespace, checkpoint: Checkpoint, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -55,6 +56,7 @@ def encode_prompts(args: Namespace, checkpoint: Checkpoint, device: torch.device
     encoder = TextEncoder(checkpoint, device=device, dtype=checkpoint.dtype(args.dtype, device))
     prompts = [args.prompt] + ([args.negative_prompt] if args.cfg > 1 else [])
     states = [encoder.encode([encoder.tokenize(prompt)]) for prompt in prompts]
+    encoder.unload()
     return states[0], states[1] if len(states) > 1 else None
 
 
@@ -62,6 +64,8 @@ def generate(args: Namespace) -> int:
     """A prompt to a video file."""
     output = Path(args.output)
     video.check_video_name(output)
+    if args.fps is not None:
+        between("fps", args.fps, 1, 240)
     for path in filter(None, (output, args.save_latents and Path(args.save_latents))):
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
@@ -151,7 +155,8 @@ def serve(args: Namespace) -> int:
         executor.share()
         executor.status()
         show(f"serving plan {chosen} on {devices} ({reason}) at {executor.address.folder}; end it with stop or Ctrl-C")
-        executor.wait()
+        if executor.wait() != 0:
+            raise GroupError("the group's processes ended", details=executor.address.last_lines())
     except KeyboardInterrupt:
         show("ending")
     finally:
@@ -167,11 +172,18 @@ def status(args: Namespace) -> int:
     groups = []
     for address in running():
         description = address.describe()
-        groups.append({"folder": str(address.folder), **description, **GroupExecutor.attach(address).status()})
+        try:
+            said = GroupExecutor.attach(address).status()
+        except GroupError as error:
+            said = {"state": f"does not answer ({error.summary})"}
+        groups.append({"folder": str(address.folder), **description, **said})
     if args.json:
         show_json({"groups": groups})
         return 0
     for group in groups:
+        if "uptime" not in group:
+            show(f"{group['plan']} on {group['devices']}: {group['state']}, kept by process {group['owner']}")
+            continue
         memory = "/".join(f"{size / 2**30:.1f}" for size in group["memory"]) or "-"
         show(
             f"{group['plan']} on {group['devices']}: {group['state']}, up {group['uptime']:.0f} s, jobs {group['jobs']}, "
@@ -190,8 +202,11 @@ def stop(args: Namespace) -> int:
 
     for address in running():
         if args.all or address.describe()["shared"]:
-            GroupExecutor.attach(address).stop()
-            show(f"ended {address.folder}")
+            try:
+                GroupExecutor.attach(address).stop()
+                show(f"ended {address.folder}")
+            except GroupError as error:
+                show(f"{address.folder}: {error.summary}")
     return 0
 
 

@@ -79,6 +79,7 @@ class Engine:
         self._held.clear()
         self.model = None
         memory.release(self.device)
+        memory.reset_peak(self.device)
 
     def status(self) -> dict[str, Any]:
         """What is held, how often weights were loaded, and memory in use, in plain values."""
@@ -100,11 +101,15 @@ class Engine:
         loaded = time.perf_counter()
         if not job.guided and self.split.plan.cfg > 1:
             self._note(f"cfg is {job.cfg}: both halves of plan '{self.split.plan}' compute the same")
-        marks = [loaded]
+        steps: list[float] = []
+        began = loaded
 
-        def mark(step: int, steps: int) -> bool:
-            marks.append(time.perf_counter())
-            return on_step(step, steps)
+        def mark(step: int, total: int) -> bool:
+            nonlocal began
+            steps.append(time.perf_counter() - began)
+            go_on = self.split.agree(on_step(step, total))
+            began = time.perf_counter()  # reporting and agreeing are no part of a step
+            return go_on
 
         try:
             latent = denoise(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split, on_step=mark)
@@ -112,9 +117,9 @@ class Engine:
             if self._offload == "model":
                 transformer.to("cpu")
                 memory.release(self.device)
-        steps = tuple(after - before for before, after in zip(marks, marks[1:]))
         return Result(
-            latent, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=steps)
+            latent,
+            Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
         )
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step) -> Result:
@@ -174,6 +179,7 @@ class Engine:
         held = self._held.get(part)
         if held and held[0] == key:
             return held[1]
+        del held  # or the old weights would live until the new ones are read
         self._held.pop(part, None)
         memory.release(self.device)
         load = {"transformer": checkpoint.load_transformer, "vae": checkpoint.load_vae}[part]

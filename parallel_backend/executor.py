@@ -65,6 +65,10 @@ class Executor(ABC):
     def start(self) -> None:
         """Begins whatever takes time before the first job, without waiting for it."""
 
+    def is_usable(self) -> bool:
+        """Whether another job may be asked of it; False once what it was attached to has ended."""
+        return True
+
     @abstractmethod
     def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
         """Runs a job that was checked."""

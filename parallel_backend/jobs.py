@@ -202,6 +202,7 @@ class Report:
     run_seconds: float = 0.0
     """From the first step's start to the result, loading not counted."""
     step_seconds: tuple[float, ...] = ()
+    """The work of each step, reporting it to the caller not counted."""
     peak_memory: tuple[int, ...] = ()
     """Bytes by rank: the GPU's peak in the job, or the process's resident peak on the CPU."""
     notes: tuple[str, ...] = ()

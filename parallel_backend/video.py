@@ -1,11 +1,14 @@
 """Frames to a video file, with imageio."""
 
+import logging
 import os
 from pathlib import Path
 
 import torch
 
 from .errors import RequestError
+
+logger = logging.getLogger(__name__)
 
 
 def check_writable(path: Path) -> None:
@@ -34,12 +37,16 @@ def save(path: Path, frames: torch.Tensor, *, fps: float, metadata: dict[str, st
 
     Args:
         path: ending in ``.mp4``.
-        frames: ``[frames, height, width, 3]`` in 0..1; even height and width.
+        frames: ``[frames, height, width, 3]`` in 0..1; an odd height or width loses its last row or column.
         fps: frames per second.
         metadata: kept in the file under its own names, where ComfyUI's front end looks for a workflow.
     """
     import imageio.v3 as iio
 
+    height, width = (edge // 2 * 2 for edge in frames.shape[1:3])
+    if (height, width) != tuple(frames.shape[1:3]):
+        logger.warning("frames of %dx%d are cropped to %dx%d: H.264 needs even sizes", *frames.shape[1:3], height, width)
+        frames = frames[:, :height, :width]
     partial = path.with_name(f".{path.stem}.partial.mp4")
     try:
         with iio.imopen(partial, "w", plugin="pyav", options={"movflags": "use_metadata_tags+faststart"}) as file:

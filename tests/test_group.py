@@ -13,6 +13,8 @@ from multiprocessing.connection import Client
 import pytest
 import torch
 
+from parallel_backend.backend import Keeper
+from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupError, GroupUnavailable, RequestError
 from parallel_backend.group import launcher, protocol
 from parallel_backend.group.address import GroupAddress, running
@@ -26,7 +28,6 @@ from .conftest import REPO, TOLERANCE, wait_until, workers
 @pytest.fixture(scope="module")
 def group(request):
     """A group of two, kept for the whole file."""
-    from parallel_backend.devices import Devices
     from parallel_backend.plans import Plan
 
     executor = GroupExecutor(Plan.parse("ulysses2"), Devices("cpu", (0, 1)))
@@ -265,3 +266,66 @@ def test_a_group_may_run_under_another_interpreter(monkeypatch, start_group, mak
     monkeypatch.setenv("XDIT_PYTHON", str(python))
     job: SampleJob = make_job("2b")
     assert (start_group("cfg2").sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+
+
+def test_a_job_cancelled_while_it_waits_is_answered_at_once(group, make_job):
+    started, ended = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with pytest.raises(Cancelled):
+            group.sample(
+                make_job("5b", size=(480, 320, 17), steps=900), on_step=lambda *_: started.set(), should_stop=ended.is_set
+            )
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    try:
+        assert started.wait(60)
+        with pytest.raises(Cancelled, match="while waiting in the queue"):
+            group.sample(make_job("5b", seed=8), should_stop=lambda: group.status()["queue"] == 1)
+        assert thread.is_alive(), "the running job must not be what was stopped"
+    finally:
+        ended.set()
+        thread.join(60)
+    assert len(group.sample(make_job("5b")).report.step_seconds) == 8
+
+
+def test_a_failed_decode_leaves_the_group_warm(group, make_job, tmp_path, monkeypatch):
+    group.sample(make_job("5b"))
+    before, folder = group.status()["loads"], group.address.folder
+    monkeypatch.setattr(group, "check", lambda job: None)
+    with pytest.raises(RequestError, match="no checkpoint folder"):
+        group.decode(DecodeJob(Model(str(tmp_path / "gone")), torch.rand(1, 16, 1, 4, 4)))
+    monkeypatch.undo()
+    group.sample(make_job("5b"))
+    assert (group.status()["loads"], group.address.folder) == (before, folder)
+
+
+def test_an_interpreter_that_is_not_there_is_named_and_leaves_no_folder(monkeypatch, start_group, make_job):
+    before = running()
+    monkeypatch.setenv("XDIT_PYTHON", "/nowhere/python")
+    with pytest.raises(GroupUnavailable, match="/nowhere/python cannot be started.*correct XDIT_PYTHON"):
+        start_group("cfg2").sample(make_job("5b"))
+    assert running() == before
+
+
+def test_a_keeper_lets_go_of_a_shared_group_that_has_ended(start_group):
+    shared = start_group("cfg2")
+    shared.share()
+    shared.start()
+    assert shared.status()["state"] == "ready"
+    keeper, devices = Keeper(), Devices("cpu", (0, 1))
+    attached = keeper.get(shared.plan, devices)
+    assert attached.address == shared.address and keeper.on(devices) is attached
+    shared.close()
+    assert keeper.on(devices) is None
+    assert keeper.get(shared.plan, devices) is not attached
+    keeper.close()
+
+
+def test_a_group_that_another_keeps_is_waited_for_while_it_starts(start_group, make_job):
+    shared = start_group("cfg2")
+    shared.share()
+    attached = GroupExecutor.attach(shared.address)
+    assert attached.status()["state"] == "starting"
+    assert len(attached.sample(make_job("5b")).report.step_seconds) == 8

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXVideoToVideoPipeline,
+)
+from PIL import Image
 
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import encode
@@ -97,6 +103,49 @@ def test_denoise_below_1_is_the_end_of_a_run_on_the_noised_latent(denoise, sched
     result = local.sample(job)
     assert len(result.report.step_seconds) == len(timesteps)
     assert (result.tensor - latents.permute(0, 2, 1, 3, 4) / scale).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_dynamic_guidance_of_a_part_of_the_steps_equals_that_of_diffusers(scheduler, checkpoints, pipelines, make_job, local):
+    """The reference: diffusers' own video-to-video pipeline, whose encoding of the video is taken as it is."""
+    parts = pipelines["5b"].components | {"scheduler": SCHEDULERS[scheduler].from_config(pipelines["5b"].scheduler.config)}
+    pipeline = CogVideoXVideoToVideoPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    clean = torch.randn(1, 16, 3, 6, 8, generator=torch.Generator().manual_seed(4))
+    job = make_job("5b", steps=10, scheduler=scheduler, denoise=0.6, dynamic_cfg=True, latent=clean)
+    scaled = clean.permute(0, 2, 1, 3, 4) * pipeline.vae.config.scaling_factor
+
+    def noised(video, batch_size, channels, height, width, dtype, device, generator, latents=None, timestep=None):
+        noise = torch.randn(scaled.shape, generator=generator)
+        return pipeline.scheduler.add_noise(scaled, noise, timestep)
+
+    pipeline.prepare_latents = noised
+    expected = pipeline(
+        video=[Image.new("RGB", (64, 48))] * 9,
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        width=64,
+        height=48,
+        num_inference_steps=10,
+        strength=0.6,
+        guidance_scale=6.0,
+        use_dynamic_cfg=True,
+        generator=torch.Generator().manual_seed(job.seed),
+        max_sequence_length=32,
+        output_type="latent",
+    ).frames
+    expected = expected.permute(0, 2, 1, 3, 4) / pipeline.vae.config.scaling_factor
+    assert (local.sample(job).tensor - expected).abs().max() <= TOLERANCE
+
+
+def test_tiles_without_overlap_do_not_depend_on_the_job_before(local, make_job):
+    model = make_job("5b").model
+    latent = torch.randn(1, 16, 1, 12, 20, generator=torch.Generator().manual_seed(6))
+    alone = DecodeJob(model, latent, "on", 64, 0)
+    first = local.decode(alone).tensor
+    overlapping = local.decode(DecodeJob(model, latent, "on", 64, 32)).tensor
+    assert torch.equal(local.decode(alone).tensor, first)
+    assert not torch.equal(overlapping, first)
 
 
 @pytest.mark.parametrize("like", ["2b", "5b"])

@@ -44,11 +44,11 @@ def rotary_tables(checkpoint: Checkpoint, frames: int, height: int, width: int, 
     )
 
 
-def guidance(job: SampleJob, timestep: int) -> float:
-    """The guidance scale at a timestep; the dynamic one is diffusers' cosine of steps and timestep."""
+def guidance(job: SampleJob, timestep: int, steps: int) -> float:
+    """The guidance scale at a timestep; the dynamic one is diffusers' cosine of timestep and steps that are run."""
     if not job.dynamic_cfg:
         return job.cfg
-    progress = (job.steps - timestep) / job.steps
+    progress = (steps - timestep) / steps
     return 1 + job.cfg * (1 - math.cos(math.pi * progress**5.0)) / 2
 
 
@@ -82,7 +82,7 @@ def denoise(
         device: where latents live.
         dtype: of latents and text states.
         split: how the work is shared; see :class:`parallel_backend.parallel.split.Split`.
-        on_step: called on every rank after each step; what the ranks agree on is carried out.
+        on_step: called on every rank after each step; must answer the same on all of them.
     Returns:
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
     Raises:
@@ -111,13 +111,13 @@ def denoise(
         predicted = [half.float() for half in split.gather(predicted.chunk(len(mine)), of=len(prompts))]
         if job.guided:
             negative, positive = predicted
-            velocity = negative + guidance(job, timestep.item()) * (positive - negative)
+            velocity = negative + guidance(job, timestep.item(), len(timesteps)) * (positive - negative)
         else:
             (velocity,) = predicted
         latents, history = advance(scheduler, velocity, history, timesteps, index, latents, generator)
         latents = latents.to(dtype)
         split.synchronize()
-        if not split.agree(on_step(index + 1, len(timesteps))):
+        if not on_step(index + 1, len(timesteps)):
             raise Cancelled(f"stopped after step {index + 1} of {len(timesteps)}")
 
     padding = checkpoint.padding_frames(job.latent.shape[2])

@@ -1,5 +1,7 @@
 """Where weights wait between uses: on the device, or on the CPU, whole or in parts."""
 
+import gc
+
 import torch
 
 WORKING_FACTOR = 16
@@ -33,7 +35,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives what torch holds unused back to the driver."""
+    """Gives what is held unused back to the driver; offload hooks are reference cycles, so those are collected."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

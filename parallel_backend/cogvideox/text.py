@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from . import memory
 from .checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class TextEncoder:
         """Moves the weights back to the CPU."""
         if self._encoder is not None:
             self._encoder.to("cpu")
+            memory.release(self.device)  # a group on the same GPU must see it as free
 
     @property
     def weight_bytes(self) -> int:

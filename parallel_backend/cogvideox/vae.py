@@ -24,13 +24,9 @@ def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:
     if not tiled:
         vae.disable_tiling()
         return
-    factor = overlap / tile
-    vae.enable_tiling(
-        tile_sample_min_height=tile,
-        tile_sample_min_width=tile,
-        tile_overlap_factor_height=factor,
-        tile_overlap_factor_width=factor,
-    )
+    vae.enable_tiling(tile_sample_min_height=tile, tile_sample_min_width=tile)
+    # Set here because enable_tiling takes an overlap of 0 for "as before".
+    vae.tile_overlap_factor_height = vae.tile_overlap_factor_width = overlap / tile
 
 
 @torch.inference_mode()

@@ -49,7 +49,9 @@ class GroupAddress:
         address = cls(Path(tempfile.mkdtemp(prefix="group-", dir=runtime_root())))
         address.key_file.touch(mode=0o600)
         address.key_file.write_bytes(secrets.token_bytes(32))
-        (address.folder / "group.json").write_text(json.dumps({**description, "owner": os.getpid()}))
+        written = address.folder / "group.json.partial"
+        written.write_text(json.dumps({**description, "owner": os.getpid()}))
+        written.rename(address.folder / "group.json")  # others read it at any moment
         return address
 
     @property

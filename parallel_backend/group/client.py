@@ -16,7 +16,7 @@ from ..executor import Executor, StepListener, StopSignal, never, silent
 from ..jobs import Job, Report, Result, split_fields
 from ..plans import Plan
 from . import protocol
-from .address import GroupAddress
+from .address import GroupAddress, running
 from .launcher import Launcher, check_possible
 from .protocol import Message
 
@@ -69,13 +69,16 @@ class GroupExecutor(Executor):
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`; a group that is not there is ``absent``."""
+        known = {"plan": str(self.plan), "devices": self.devices}
         if self.address is None or (self._launcher and not self._launcher.is_running()):
-            return {"state": "absent", "plan": str(self.plan), "devices": self.devices}
+            return {"state": "absent", **known}
+        if self._launcher is None and not Path(self.address.socket).exists():
+            return {"state": "starting", **known}
         return {"devices": self.devices, **self._ask(Message("status")).plain}
 
     def free(self) -> None:
         """See :meth:`Executor.free`. A group that is not there holds nothing."""
-        if self.status()["state"] != "absent":
+        if self.status()["state"] not in ("absent", "starting"):
             self._ask(Message("free"))
 
     def close(self) -> None:
@@ -90,9 +93,13 @@ class GroupExecutor(Executor):
         self._launcher.is_shared = True
         self.start()
 
-    def wait(self) -> None:
-        """Waits until the group's processes end."""
-        self._launcher.process.wait()
+    def wait(self) -> int:
+        """Waits until the group's processes end. Returns their exit status."""
+        return self._launcher.process.wait()
+
+    def is_usable(self) -> bool:
+        """See :meth:`Executor.is_usable`. A group of its own is started again when it was lost."""
+        return self._launcher is not None or self.address in running()
 
     def stop(self) -> None:
         """Ends the group, whoever keeps it."""
@@ -107,31 +114,39 @@ class GroupExecutor(Executor):
     def _ask(self, message: Message, on_step: StepListener = silent, should_stop: StopSignal = never) -> Message:
         """Sends a request and waits for its last answer."""
         self.start()
-        with self._connect(should_stop) as connection:
-            try:
+        address = self.address
+        try:
+            with self._connect(address, should_stop) as connection:
                 connection.send_bytes(protocol.encode(message))
                 return self._listen(connection, on_step, should_stop)
-            except (EOFError, ConnectionError) as error:
-                raise self._lost() from error
+        except (EOFError, ConnectionError) as error:
+            raise self._lost(address) from error
 
-    def _connect(self, should_stop: StopSignal) -> Connection:
+    def _connect(self, address: GroupAddress, should_stop: StopSignal) -> Connection:
         """A connection, once the group answers."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                return Client(self.address.socket, family="AF_UNIX", authkey=self.address.key)
+                return Client(address.socket, family="AF_UNIX", authkey=address.key)
             except multiprocessing.AuthenticationError as error:
-                raise GroupError(f"the group at {self.address.folder} does not know this key") from error
+                raise GroupError(f"the group at {address.folder} does not know this key") from error
             except (FileNotFoundError, ConnectionRefusedError) as error:
-                if self._launcher is None or not self._launcher.is_running():
-                    raise self._lost() from error
+                if not self._may_come_up(address, error):
+                    raise self._lost(address) from error
                 if should_stop():
                     raise Cancelled("stopped while the group was starting") from None
                 if time.monotonic() > deadline:
                     raise GroupError(
-                        f"the group did not answer within {START_SECONDS:.0f} s", details=self._launcher.last_words()
+                        f"the group did not answer within {START_SECONDS:.0f} s", details=address.last_lines()
                     ) from error
                 time.sleep(POLL_SECONDS)
+
+    def _may_come_up(self, address: GroupAddress, error: OSError) -> bool:
+        """Whether a group that does not answer may be starting still: its own by its processes, another's by having no
+        socket yet and an owner that lives."""
+        if self._launcher is not None:
+            return self._launcher.is_running()
+        return isinstance(error, FileNotFoundError) and address in running()
 
     def _listen(self, connection: Connection, on_step: StepListener, should_stop: StopSignal) -> Message:
         """Passes steps on until the request ends; asks the group to stop when the caller wants to."""
@@ -164,10 +179,16 @@ class GroupExecutor(Executor):
             f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", "")
         )
 
-    def _lost(self) -> GroupError:
+    def _lost(self, address: GroupAddress) -> GroupError:
         """The error of a group that went away, with the last words of the rank that went first."""
         if self._launcher is None:
-            return GroupError(f"the group at {self.address.folder} is gone; start it again with serve")
+            return GroupError(f"the group at {address.folder} is gone; start it again with serve")
+        with self._lock:
+            if self.address != address or self._launcher.process is None:  # another thread has seen to it
+                return GroupError("the group's processes ended; see the other job's error")
+            return self._bury()
+
+    def _bury(self) -> GroupError:
         cause = self._launcher.cause_of_death()
         failed = [json.loads(path.read_text()) | {"rank": rank} for rank, path in self._error_files()]
         details = self._launcher.last_words()

@@ -68,22 +68,26 @@ class Launcher:
             f"--nproc-per-node={self.devices.count}", f"--log-dir={self.address.logs}", "--redirects=3",
             "-m", "parallel_backend.group.worker", str(self.address.folder), str(self.plan), self.devices.kind,
         ]  # fmt: skip
-        with (self.address.folder / "launcher.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment(),
-                start_new_session=True,  # Ctrl-C is for the caller, who then stops the group
-            )
+        try:
+            with (self.address.folder / "launcher.log").open("wb") as log:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment(),
+                    start_new_session=True,  # Ctrl-C is for the caller, who then stops the group
+                )
+        except OSError as error:
+            self.address.remove()
+            raise GroupUnavailable(f"{group_python()} cannot be started: {error.strerror}; correct XDIT_PYTHON") from error
         logger.info("starting %d processes for plan '%s' on %s", self.devices.count, self.plan, self.devices)
         return self.address
 
     def _environment(self) -> dict[str, str]:
         kept = dict(os.environ)
         paths = [str(PACK)]
-        if "XDIT_PYTHON" in os.environ:
+        if os.environ.get("XDIT_PYTHON"):
             kept.pop("PYTHONHOME", None)  # it belongs to another interpreter, as its packages do
         elif os.environ.get("PYTHONPATH"):
             paths.append(os.environ["PYTHONPATH"])

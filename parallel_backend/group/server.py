@@ -30,6 +30,22 @@ class Request:
         self.message = message
         self.connection = connection
         self.cancelled = threading.Event()
+        self._begun = False
+        self._lock = threading.Lock()
+
+    def begin(self) -> bool:
+        """Marks the request as taken from the queue; False when it was cancelled while it waited there."""
+        with self._lock:
+            self._begun = not self.cancelled.is_set()
+            return self._begun
+
+    def cancel(self) -> None:
+        """Asks for the request to stop. One that has not begun is answered at once: nobody else would."""
+        with self._lock:
+            waiting = not self._begun and not self.cancelled.is_set()
+            self.cancelled.set()
+        if waiting:
+            self.answer(Message("cancelled", {"message": "stopped while waiting in the queue"}))
 
     def answer(self, message: Message) -> None:
         """Sends a message back; a client that has gone cancels its request instead."""
@@ -101,6 +117,6 @@ class Server:
         try:
             while True:
                 connection.recv_bytes(1024)
-                request.cancelled.set()
+                request.cancel()
         finally:
             request.cancelled.set()

@@ -78,7 +78,7 @@ class Worker:
         """Takes requests until one says stop."""
         while True:
             request = self.server.next() if self.server else None
-            if request and request.cancelled.is_set():
+            if request and not request.begin():
                 continue
             self.state = "busy"
             message = decode(self.split.broadcast_bytes(request.data if request else None))
@@ -105,7 +105,7 @@ class Worker:
             failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
-        failures = self.compare(failure)
+        failures = self.compare(failure, together=message.kind == "sample")
         self.jobs += 1
         self.memory = self.split.collect(self.engine.status()["memory"])
         if request is None:
@@ -137,10 +137,14 @@ class Worker:
 
         return self.engine.run(job, after_step)
 
-    def compare(self, failure: dict | None) -> list[dict | None]:
-        """Every rank's failure or None. A rank that fails alone ends the group: the others hang in a collective."""
-        if failure is None:
-            return self.split.collect(None)
+    def compare(self, failure: dict | None, *, together: bool) -> list[dict | None]:
+        """Every rank's failure or None.
+
+        In a job that the ranks do ``together``, one that fails alone ends the group: the others hang in a
+        collective. In a job of rank 0's alone the others wait here already.
+        """
+        if failure is None or not together:
+            return self.split.collect(failure)
         try:
             self.split.meet(MEET_AFTER_FAILURE)
         except RuntimeError:

@@ -8,7 +8,6 @@ import types
 from importlib.util import find_spec
 
 import torch
-import torch.distributed as dist
 
 from ..plans import Plan
 
@@ -78,12 +77,3 @@ def sequence_group():
     from xfuser.core.distributed import get_sp_group
 
     return get_sp_group()
-
-
-def finalise() -> None:
-    """Leaves xDiT's groups and the process group."""
-    from xfuser.core.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-    destroy_model_parallel()
-    if dist.is_initialized():
-        destroy_distributed_environment()
