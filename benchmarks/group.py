@@ -1,6 +1,7 @@
 """What a group costs beside the work itself: `python -m benchmarks.group`, from the repository's root.
 
-Seconds until it answers, and what a warm second job adds to the denoise loop, on CPU processes and the small model.
+Seconds until it answers, and what the group adds to the work of a warm job's ten steps: sending the request and the
+result, reporting each step, agreeing to go on. On CPU processes and the small model.
 """
 
 import time

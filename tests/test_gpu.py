@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import DecodeJob, Model
@@ -57,7 +58,12 @@ def test_offload_changes_memory_and_not_the_video(offload, on_gpu, make_job, che
     executor = LocalExecutor(torch.device("cuda", 0))
     job = make_job("5b", model=Model(path, dtype="fp32", offload=offload))
     for _ in range(2):  # the second job finds the weights where the first left them
-        assert (executor.sample(job).tensor - expected).abs().max() <= TOLERANCE
+        result = executor.sample(job)
+        assert (result.tensor - expected).abs().max() <= TOLERANCE
+    held = sum(weight.numel() * 4 for weight in executor.engine._held["transformer"][1].parameters() if weight.is_cuda)
+    whole = Checkpoint.open(path).weight_bytes("transformer", torch.float32)
+    assert (held > 0.9 * whole) == (offload == "none")
+    assert (result.report.peak_memory[0] < whole) == (offload in ("group", "sequential"))
     executor.close()
 
 
