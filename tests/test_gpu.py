@@ -63,7 +63,6 @@ def test_offload_changes_memory_and_not_the_video(offload, on_gpu, make_job, che
     held = sum(weight.numel() * 4 for weight in executor.engine._held["transformer"][1].parameters() if weight.is_cuda)
     whole = Checkpoint.open(path).weight_bytes("transformer", torch.float32)
     assert (held > 0.9 * whole) == (offload == "none")
-    assert (result.report.peak_memory[0] < whole) == (offload in ("group", "sequential"))
     executor.close()
 
 
