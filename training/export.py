@@ -1,0 +1,45 @@
+"""Stage 4: the trained parts as one folder in diffusers layout, half precision, and what both variants share once.
+
+``python -m training.export --folder .train --output parallel_backend/demo``
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from safetensors.torch import load_file
+from transformers import T5EncoderModel
+
+from .parts import VARIANTS, make_scheduler, make_tokenizer, make_transformer, write_model_index
+
+
+def export(folder: Path, output: Path) -> None:
+    """Writes ``output/t2v`` whole, and of ``output/i2v`` what differs: transformer and model index."""
+    shutil.rmtree(output, ignore_errors=True)
+    whole = output / "t2v"
+    AutoencoderKLCogVideoX.from_pretrained(folder / "vae").half().save_pretrained(whole / "vae")
+    T5EncoderModel.from_pretrained(folder / "text_encoder").half().save_pretrained(whole / "text_encoder")
+    make_tokenizer().save_pretrained(whole / "tokenizer")
+    make_scheduler().save_pretrained(whole / "scheduler")
+    for variant in VARIANTS:
+        weights = folder / variant / "transformer.safetensors"
+        if weights.exists():
+            transformer = make_transformer(variant)
+            transformer.load_state_dict(load_file(weights))
+            transformer.to(torch.float16).save_pretrained(output / variant / "transformer")
+            write_model_index(output / variant, variant)
+
+
+def main() -> None:
+    """The command of the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(".train"))
+    parser.add_argument("--output", type=Path, default=Path("parallel_backend/demo"))
+    args = parser.parse_args()
+    export(args.folder, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Stages 2 and 3: the transformer. ``python -m training.transformer --variant t2v --folder .train --minutes 9``
+
+``t2v`` is trained together with the text encoder; ``i2v`` starts from its weights, and the text encoder stays as it is.
+"""
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
+
+from .drawing import draw
+from .parts import (
+    LATENT,
+    TEXT_TOKENS,
+    VARIANTS,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_transformer,
+    widen_input,
+)
+from .scenes import caption, training_scene
+from .stage import Stage
+from .vae import as_video
+
+CAPTIONS = 4
+"""Captions of each clip; one in four leaves something unsaid."""
+TEXT_DROPOUT = 0.12
+"""Share of prompts that are empty, so that guidance has something to lead away from."""
+UNKNOWN = 0.05
+"""Share of words that the model must do without."""
+EMA = 0.9995
+
+
+@dataclass
+class Bank:
+    """Encoded clips with their captions, on the device."""
+
+    latents: torch.Tensor
+    """``[clips, latent frames, 16, height, width]``, scaled."""
+    images: torch.Tensor
+    """First frames, each encoded alone: mean and deviation ``[clips, 2, 16, height, width]``, scaled."""
+    tokens: torch.Tensor
+    """``[clips, CAPTIONS, TEXT_TOKENS]``."""
+
+
+@torch.no_grad()
+def make_bank(vae, tokenizer, *, clips: int, seed: int, device: torch.device) -> Bank:
+    """Draws and encodes training scenes."""
+    rng = random.Random(f"bank {seed}")
+    scale = vae.config.scaling_factor
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae = vae.to(device, dtype)
+    latents, images, captions = [], [], []
+    done = 0
+    while done < clips:
+        scenes = [training_scene(rng) for _ in range(min(64, clips - done))]
+        done += len(scenes)
+        video = as_video(draw(scenes, device)).to(dtype)
+        latents.append((vae.encode(video).latent_dist.mode().float() * scale).half())
+        first = vae.encode(video[:, :, :1]).latent_dist
+        images.append((torch.stack([first.mean, first.std], 1)[:, :, :, 0].float() * scale).half())
+        captions += [caption(scene, rng, partial=number == 0) for scene in scenes for number in range(CAPTIONS)]
+    encoded = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    return Bank(
+        torch.cat(latents).transpose(1, 2).contiguous(),
+        torch.cat(images),
+        encoded.input_ids.view(clips, CAPTIONS, TEXT_TOKENS).to(device),
+    )
+
+
+def draw_batch(bank: Bank, size: int, unknown: int, generator: torch.Generator):
+    """Random clips with one caption each: latents, image latents and tokens, some words and some prompts left out."""
+    device = bank.latents.device
+    which = torch.randint(len(bank.latents), (size,), generator=generator, device=device)
+    wording = torch.randint(CAPTIONS, (size,), generator=generator, device=device)
+    tokens = bank.tokens[which, wording]
+    lost = torch.rand(tokens.shape, generator=generator, device=device) < UNKNOWN
+    tokens = torch.where(lost & (tokens > 2), unknown, tokens)
+    empty = torch.zeros(TEXT_TOKENS, dtype=tokens.dtype, device=device)
+    empty[0] = 1
+    dropped = torch.rand(size, 1, generator=generator, device=device) < TEXT_DROPOUT
+    tokens = torch.where(dropped, empty, tokens)
+    mean, deviation = bank.images[which].float().unbind(1)
+    image = mean + deviation * torch.randn(mean.shape, generator=generator, device=device)
+    return bank.latents[which].float(), image, tokens
+
+
+def rotary(device: torch.device):
+    """Positions of the one size there is."""
+    _, frames, height, width = LATENT
+    return get_3d_rotary_pos_embed(
+        embed_dim=48, crops_coords=((0, 0), (height // 2, width // 2)), grid_size=(height // 2, width // 2),
+        temporal_size=frames, device=device,
+    )  # fmt: skip
+
+
+class Average:
+    """An exponential moving average of a module's weights."""
+
+    def __init__(self, modules: list[torch.nn.Module]):
+        self.modules = modules
+        self.values = [value.detach().clone() for module in modules for value in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follows the weights, closely at first."""
+        current = [value for module in self.modules for value in module.parameters()]
+        torch._foreach_lerp_(self.values, current, 1 - min(EMA, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Gives the modules their averaged weights."""
+        current = [value for module in self.modules for value in module.parameters()]
+        torch._foreach_copy_(current, self.values)
+
+    def state_dict(self) -> dict:
+        """The averages by number."""
+        return {str(index): value for index, value in enumerate(self.values)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        for index, value in enumerate(self.values):
+            value.copy_(state[str(index)])
+
+
+def train(
+    folder: Path, *, variant: str, minutes: float, batch: int, clips: int, seed: int, device: torch.device,
+    learning_rate: float, compiled: bool,
+) -> None:  # fmt: skip
+    """Trains one variant on the VAE of ``folder/vae`` and saves averaged weights to ``folder/<variant>``."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer = make_tokenizer()
+    transformer, text_encoder = make_transformer(variant).to(device), make_text_encoder(len(tokenizer)).to(device)
+    trained = [transformer, text_encoder]
+    if variant == "i2v":
+        transformer.load_state_dict(widen_input(load_file(folder / "t2v" / "transformer.safetensors")))
+        text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").to(device)
+        trained = [transformer]
+    weights = [value for module in trained for value in module.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
+    average = Average(trained)
+    parts = {"transformer": transformer, "text_encoder": text_encoder, "optimizer": optimizer, "average": average}
+    stage = Stage(folder, variant, minutes, parts)
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
+    bank = make_bank(vae, tokenizer, clips=clips, seed=seed, device=device)
+    del vae
+    stage.say(f"{clips} clips encoded, latents {bank.latents.float().mean():.3f} +- {bank.latents.float().std():.3f}")
+    if compiled:
+        for block in transformer.transformer_blocks:
+            block.compile()
+    scheduler = make_scheduler()
+    signal = scheduler.alphas_cumprod.sqrt().float().to(device)
+    noise_level = (1 - scheduler.alphas_cumprod).sqrt().float().to(device)
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + stage.step)
+    positions = rotary(device)
+    unknown = tokenizer.unk_token_id
+
+    for step in stage.steps(optimizer):
+        clean, image, tokens = draw_batch(bank, batch, unknown, generator)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        timestep = torch.randint(1000, (batch,), generator=generator, device=device)
+        a, b = (level[timestep].view(-1, 1, 1, 1, 1) for level in (signal, noise_level))
+        noisy, velocity = a * clean + b * noise, a * noise - b * clean
+        if variant == "i2v":
+            frames = torch.zeros_like(clean)
+            frames[:, 0] = image
+            noisy = torch.cat([noisy, frames], dim=2)
+        with torch.autocast(device.type, torch.bfloat16):
+            text = text_encoder(tokens)[0]
+            predicted = transformer(noisy, text, timestep, image_rotary_emb=positions, return_dict=False)[0]
+        loss = (predicted.float() - velocity).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        average.update(step)
+        stage.note(loss=loss)
+    average.apply()
+    (folder / variant).mkdir(exist_ok=True)
+    save_file(transformer.state_dict(), folder / variant / "transformer.safetensors")
+    if variant == "t2v":
+        text_encoder.save_pretrained(folder / "text_encoder")
+    stage.finish()
+
+
+def main() -> None:
+    """The command of the module's docstring."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--folder", type=Path, default=Path(".train"))
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--clips", type=int, default=60_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=on_gpu)
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    args = vars(parser.parse_args())
+    train(args.pop("folder"), device=torch.device(args.pop("device")), **args)
+
+
+if __name__ == "__main__":
+    main()
