@@ -229,5 +229,5 @@ def progress(motion: str, frame: int) -> float:
     """How far from start (0) to end (1) a thing is at a frame of 17."""
     time = frame / (FRAMES - 1)
     if motion == "bounce":
-        return 1 - abs(math.cos(2 * math.pi * time))
+        return 1 - abs(math.cos(1.5 * math.pi * time))  # down, up, and down again
     return min(2 * time, 1.0) if motion.endswith("stop") else time

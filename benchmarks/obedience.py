@@ -1,0 +1,83 @@
+"""Does the demo model do what it is told? ``python -m benchmarks.obedience`` prints the table.
+
+Captions that training never saw, seeds and settings fixed in advance, judged by the measurements of tests/measures.py.
+"""
+
+import argparse
+import json
+import random
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from parallel_backend import models
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.executor import Executor
+from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent
+from parallel_backend.local import LocalExecutor
+from tests.measures import Verdict, judge
+from training.scenes import Scene, caption, held_out_scenes
+
+CAPTIONS, PAIRS = 60, 16
+
+
+def cases(count: int = CAPTIONS) -> list[tuple[Scene, str]]:
+    """The first ``count`` held-out scenes with their captions, in any of the wordings."""
+    rng = random.Random(2027)
+    return [(scene, caption(scene, rng)) for scene in held_out_scenes(CAPTIONS, pairs=PAIRS)][:count]
+
+
+def generate(executor: Executor, checkpoint: Checkpoint, encoder: TextEncoder, prompt: str, **settings) -> torch.Tensor:
+    """One clip ``[frames, height, width, 3]`` for a prompt, everything else as the sampler node has it."""
+    width, height, frames = checkpoint.default_size
+    model = Model(str(checkpoint.path))
+    positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in (prompt, settings.pop("negative_prompt", "")))
+    job = SampleJob(model, positive, empty_latent(width=width, height=height, frames=frames), negative, **settings)
+    return executor.decode(DecodeJob(model, executor.sample(job).tensor)).tensor[0]
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """Shares of right answers, a line each."""
+    lines = []
+    for name in ("colour", "shape", "motion", "background"):
+        right = sum(getattr(verdict, name) for verdict in verdicts)
+        lines.append(f"{name:<12}{right:>4} of {len(verdicts)}  {100 * right / len(verdicts):5.1f} %")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command of the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=models.DEMO)
+    parser.add_argument("--count", type=int, default=CAPTIONS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=SampleJob.steps)
+    parser.add_argument("--cfg", type=float, default=SampleJob.cfg)
+    parser.add_argument("--scheduler", default=SampleJob.scheduler)
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip; each next has the next")
+    parser.add_argument("--output", type=Path, help="a JSON file for every verdict")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    checkpoint = Checkpoint.open(models.find(args.model))
+    encoder = TextEncoder(checkpoint, device=device, dtype=torch.float32)
+    executor = LocalExecutor(device)
+    settings = {"steps": args.steps, "cfg": args.cfg, "scheduler": args.scheduler}
+    verdicts, records, started = [], [], time.perf_counter()
+    for index, (scene, prompt) in enumerate(cases(args.count)):
+        clip = generate(executor, checkpoint, encoder, prompt, seed=args.seed + index, **settings)
+        verdicts.append(judge(clip, scene))
+        wrong = [name for name, right in asdict(verdicts[-1]).items() if not right]
+        records.append({"prompt": prompt, "scene": scene.name, "wrong": wrong})
+        if wrong:
+            print(f"{prompt}: {', '.join(wrong)} wrong", flush=True)
+    print(table(verdicts))
+    print(f"{len(verdicts)} clips, {json.dumps(settings)}, {(time.perf_counter() - started) / len(verdicts):.1f} s each")
+    if args.output:
+        args.output.write_text(json.dumps({"settings": settings, "cases": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
