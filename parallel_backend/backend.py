@@ -77,15 +77,18 @@ class Keeper:
         self.executor: Executor | None = None
 
     def get(self, plan: Plan, devices: Devices) -> Executor:
-        """The executor kept for this plan and these devices, or a new one."""
+        """The executor kept for this plan and these devices, or a new one.
+
+        Raises:
+            RequestError, GroupUnavailable: when there can be none; what is kept stays.
+        """
         with self._lock:
             if self._key != (plan, devices) or not self.executor.is_usable():
+                opened = open_executor(plan, devices)  # starts nothing yet
                 if self.executor is not None:
                     logger.warning("plan '%s' on %s takes the place of the one before", plan, devices)
                     self.executor.close()
-                    self.executor, self._key = None, None
-                self.executor = open_executor(plan, devices)
-                self._key = (plan, devices)
+                self.executor, self._key = opened, (plan, devices)
             return self.executor
 
     def on(self, devices: Devices) -> Executor | None:

@@ -21,6 +21,7 @@ from parallel_backend.group.address import GroupAddress, running
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.protocol import Message
 from parallel_backend.jobs import DecodeJob, Model, SampleJob
+from parallel_backend.plans import Plan
 
 from .conftest import REPO, TOLERANCE, wait_until, workers
 
@@ -28,8 +29,6 @@ from .conftest import REPO, TOLERANCE, wait_until, workers
 @pytest.fixture(scope="module")
 def group(request):
     """A group of two, kept for the whole file."""
-    from parallel_backend.plans import Plan
-
     executor = GroupExecutor(Plan.parse("ulysses2"), Devices("cpu", (0, 1)))
     yield executor
     executor.close()
@@ -321,6 +320,23 @@ def test_a_keeper_lets_go_of_a_shared_group_that_has_ended(start_group):
     assert keeper.on(devices) is None
     assert keeper.get(shared.plan, devices) is not attached
     keeper.close()
+
+
+def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monkeypatch):
+    keeper, plan, devices = Keeper(), Plan(cfg=2), Devices("cpu", (0, 1))
+    kept = keeper.get(plan, devices)
+    kept.start()
+    try:
+        assert kept.status()["state"] == "ready"
+        with pytest.raises(RequestError, match="needs 3 devices"):
+            keeper.get(Plan(ring=3), devices)
+        monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+        with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
+            keeper.get(Plan(ulysses=2), devices)
+        assert keeper.get(plan, devices) is kept
+        assert kept.status()["state"] == "ready"
+    finally:
+        keeper.close()
 
 
 def test_a_group_that_another_keeps_is_waited_for_while_it_starts(start_group, make_job):
