@@ -92,44 +92,54 @@ def local(device: torch.device | None = None) -> LocalExecutor:
     return _local.setdefault(device, LocalExecutor(device))
 
 
-def executor_for(backend, checkpoint: Checkpoint, *, guided: bool | None, node_id: str | None) -> Executor:
-    """Who runs a job for a node.
+def run(job: Job, backend=None, node_id: str | None = None) -> Result:
+    """Runs a job for a node: on its backend, or in this process where it has none or no group can start.
 
     Args:
+        job: what to do.
         backend: a :class:`.sockets.BackendHandle`, or None for this process.
-        checkpoint: to check the plan against.
-        guided: whether there are two halves to share; None for a job that any group can do.
-        node_id: where to say it when the backend cannot start.
+        node_id: where to say what is done, and where progress is shown.
+    Raises:
+        RequestError: for what makes no sense; no group has been touched.
+        InterruptProcessingException: ComfyUI's own, when the person cancelled.
+    """
+    checkpoint = Checkpoint.open(job.model.path)
+    checkpoint.check(job)
+    try:
+        return run_on(executor_for(backend, checkpoint, job, node_id), job, node_id)
+    except GroupUnavailable as error:
+        say(f"no group: {error.summary}; working in this process", node_id, level=logging.WARNING)
+        if error.details:
+            logger.info(error.details)
+    return run_on(local(), job, node_id)
+
+
+def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None) -> Executor:
+    """Who runs a job for a node.
+
     Raises:
         RequestError: when plan, devices and model do not fit.
+        GroupUnavailable: when the backend cannot start here.
     """
     if backend is None:
         return local()
+    guided = job.guided if isinstance(job, SampleJob) else None
     if guided is None and backend.plan == AUTO and (warm := _groups.on(Devices.parse(backend.devices))):
         return warm
     plan, devices, reason = resolve(backend.plan, backend.devices, heads=checkpoint.heads, guided=guided is not False)
     if plan.world_size == 1:
         say(f"plan single on {devices}: {reason}", node_id)
         return local(None if backend.devices == AUTO else devices.first)
-    try:
-        executor = _groups.get(plan, devices)
-        executor.start()
-    except GroupUnavailable as error:
-        say(f"no group: {error}; working in this process", node_id, level=logging.WARNING)
-        return local()
+    executor = _groups.get(plan, devices)
+    executor.start()
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it
     say(f"plan {plan} on {devices}: {reason}", node_id)
     return executor
 
 
-def run(executor: Executor, job: Job, node_id: str | None = None) -> Result:
-    """Runs a job with ComfyUI's progress bar and cancel button.
-
-    Raises:
-        InterruptProcessingException: ComfyUI's own, when the person cancelled.
-    """
-    executor.check(job)
+def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
+    """Runs a job with ComfyUI's progress bar and cancel button."""
     bar = comfy.utils.ProgressBar(job.steps, node_id) if isinstance(job, SampleJob) else None
 
     def on_step(step: int, steps: int) -> None:
@@ -165,12 +175,12 @@ def summary(job: Job, report: Report) -> str:
 
 def decode(job: DecodeJob) -> torch.Tensor:
     """Decodes in this process."""
-    return run(local(), job).tensor
+    return run(job).tensor
 
 
 def encode(job: EncodeJob) -> torch.Tensor:
     """Encodes in this process."""
-    return run(local(), job).tensor
+    return run(job).tensor
 
 
 def devices_exist(devices: str) -> None:

@@ -9,7 +9,7 @@ import logging
 import torch
 
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
-from ..parallel_backend.errors import GroupError
+from ..parallel_backend.errors import GroupFailure
 from ..parallel_backend.executor import Executor
 from ..parallel_backend.jobs import Job, SampleJob
 
@@ -76,7 +76,7 @@ class HeldWeights:
             self._loaded = False
             try:
                 self.executor.free()
-            except (GroupError, OSError, EOFError) as error:  # a lost group holds nothing; ComfyUI must not trip over it
+            except (GroupFailure, OSError, EOFError) as error:  # a lost group holds nothing; ComfyUI must not trip over it
                 logger.warning("the group is gone, and its memory with it: %s", error)
         return self.model
 

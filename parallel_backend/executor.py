@@ -40,6 +40,7 @@ class Executor(ABC):
         Raises:
             RequestError: before anything is loaded.
             Cancelled: within a step of ``should_stop``.
+            GroupUnavailable: when the group's processes did not come up.
             GroupError: when a worker failed.
         """
         return self._checked(job, on_step, should_stop)

@@ -247,14 +247,28 @@ def test_where_no_group_can_start_the_reason_is_one_line(start_group, monkeypatc
         start_group("cfg2")
 
 
-def test_a_group_that_cannot_come_up_says_what_its_processes_said(monkeypatch, start_group, make_job, tmp_path):
+BROKEN_PYTHONS = {
+    "the launcher ended with status 3": "echo the reason; exit 3",
+    "rank [01] ended with status 1": 'export PYTHONPATH="$(dirname "$0"):$PYTHONPATH"; exec "{python}" "$@"',
+}
+
+
+@pytest.mark.parametrize("cause", BROKEN_PYTHONS)
+def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_said(
+    cause, monkeypatch, start_group, make_job, tmp_path
+):
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho this python is broken\nexit 3\n")
+    python.write_text(f"#!/bin/sh\n{BROKEN_PYTHONS[cause].format(python=sys.executable)}\n")
     python.chmod(0o755)
+    (tmp_path / "xfuser").mkdir()
+    for module in ("__init__", "envs"):
+        (tmp_path / "xfuser" / f"{module}.py").write_text("raise ImportError('the reason')")
     monkeypatch.setenv("XDIT_PYTHON", str(python))
-    started = time.monotonic()
-    with pytest.raises(GroupError, match="this python is broken"):
-        start_group("cfg2").sample(make_job("5b"))
+    group, started = start_group("cfg2"), time.monotonic()
+    with pytest.raises(GroupUnavailable, match=f"did not start: {cause}") as error:
+        group.sample(make_job("5b"))
+    assert "the reason" in error.value.details and "\n" not in error.value.summary
+    assert group.status()["state"] == "absent" and not running()
     assert time.monotonic() - started < 60
 
 
