@@ -170,7 +170,7 @@ class Engine:
             ),
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,
-            free=memory.free_bytes(self.device),
+            free=min(self.split.collect(memory.free_bytes(self.device))),  # one mode for all ranks
         )
 
     def _load(self, part: str, model: Model, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
