@@ -13,6 +13,7 @@ import torch
 from ..parallel_backend import models
 from ..parallel_backend.backend import Keeper, resolve
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.memory import working_bytes
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
@@ -148,7 +149,9 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
 
     held = _held.setdefault(executor, HeldWeights(executor, management.get_torch_device()))
     held.expect(job)
-    management.load_models_gpu([held])
+    checkpoint = Checkpoint.open(job.model.path)
+    working = working_bytes(job, checkpoint, executor.plan, checkpoint.dtype(job.model.dtype, held.load_device))
+    management.load_models_gpu([held], memory_required=working)
     stop = management.processing_interrupted
     try:
         if isinstance(job, SampleJob):

@@ -61,3 +61,21 @@ show(plans=[guided.plan, plain.plan], same=host._groups.executor.address.folder 
     assert "4 channels" in shown["refused"]  # another plan, but a job that makes no sense: nothing was touched
     assert shown["notes"] == ["cfg is 1.0: both halves of plan 'cfg2' compute the same"]
     assert "takes the place" not in log
+
+
+def test_comfyui_is_asked_for_room_for_the_work_and_not_only_for_the_weights(in_comfyui):
+    shown, _ = in_comfyui("""
+asked, load = [], host.management.load_models_gpu
+def record(models, memory_required=0):
+    asked.append(memory_required)
+    load(models, memory_required=memory_required)
+host.management.load_models_gpu = record
+large = jobs.empty_latent(width=128, height=96, frames=9)
+for job in (sample(), sample(cfg=1.0), sample(latent=large), jobs.DecodeJob(model, latent), jobs.DecodeJob(model, large),
+            jobs.DecodeJob(model, large, "on", 64, 32), jobs.EncodeJob(model, torch.zeros(9, 48, 64, 3))):
+    host.run(job)
+show(asked=asked)
+""")
+    guided, plain, large, decode, large_decode, tiled, encode = shown["asked"]
+    assert 0 < plain < guided < large and guided == 2 * plain
+    assert 0 < decode == encode < large_decode and tiled < large_decode
