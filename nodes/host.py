@@ -93,6 +93,12 @@ def local(device: torch.device | None = None) -> LocalExecutor:
     return _local.setdefault(device, LocalExecutor(device))
 
 
+def counted_on(executor: Executor) -> torch.device:
+    """The device whose memory ComfyUI counts an executor's weights against: its own, where the executor uses that."""
+    own = management.get_torch_device()
+    return own if own in executor.torch_devices else executor.torch_devices[0]
+
+
 def run(job: Job, backend=None, node_id: str | None = None) -> Result:
     """Runs a job for a node: on its backend, or in this process where it has none or no group can start.
 
@@ -147,7 +153,7 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
         if not management.processing_interrupted():
             bar.update_absolute(step, steps)
 
-    held = _held.setdefault(executor, HeldWeights(executor, management.get_torch_device()))
+    held = _held.setdefault(executor, HeldWeights(executor, counted_on(executor)))
     held.expect(job)
     checkpoint = Checkpoint.open(job.model.path)
     working = working_bytes(job, checkpoint, executor.plan, checkpoint.dtype(job.model.dtype, held.load_device))
@@ -160,8 +166,10 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
             result = executor.decode(job, should_stop=stop)
         else:
             result = executor.encode(job, should_stop=stop)
-    except Cancelled:
-        management.throw_exception_if_processing_interrupted()
+    except Exception as error:
+        held.forget()
+        if isinstance(error, Cancelled):
+            management.throw_exception_if_processing_interrupted()
         raise
     say(summary(job, result.report), node_id)
     for note in result.report.notes:

@@ -79,3 +79,70 @@ show(asked=asked)
     guided, plain, large, decode, large_decode, tiled, encode = shown["asked"]
     assert 0 < plain < guided < large and guided == 2 * plain
     assert 0 < decode == encode < large_decode and tiled < large_decode
+
+
+def test_what_is_loaded_is_counted_by_part_and_nothing_after_a_failure(in_comfyui):
+    shown, _ = in_comfyui("""
+class Nobody:
+    freed = 0
+    def free(self):
+        self.freed += 1
+executor, gpu = Nobody(), torch.device("cuda", 0)
+held = memory.HeldWeights(executor, gpu)
+decode, sizes = jobs.DecodeJob(model, latent), []
+def count():
+    sizes.append([held.model_size(), held.loaded_size(), str(held.current_loaded_device())])
+held.expect(sample()), count(), held.partially_load(gpu), count()
+held.expect(decode), count(), held.partially_load(gpu), count()
+held.detach(unpatch_all=False), count(), held.detach(), count()
+held.expect(decode), count(), held.partially_load(gpu), count()
+held.forget(), count(), held.detach()
+show(sizes=sizes, freed=executor.freed, parts=[checkpoint.weight_bytes(f, torch.float32) for f in ("transformer", "vae")])
+""")
+    transformer, vae = shown["parts"]
+    both = transformer + vae
+    assert shown["sizes"] == [
+        [transformer, 0, "cpu"],
+        [transformer, transformer, "cuda:0"],
+        [both, transformer, "cuda:0"],
+        [both, both, "cuda:0"],
+        [both, both, "cuda:0"],  # ComfyUI sorts its list anew
+        [0, 0, "cpu"],
+        [vae, 0, "cpu"],  # the transformer is not expected back
+        [vae, vae, "cuda:0"],
+        [0, 0, "cpu"],
+    ]
+    assert shown["freed"] == 2  # what a failed job left loaded can still be unloaded
+
+
+def test_a_job_that_fails_is_not_counted_as_loaded(in_comfyui):
+    shown, _ = in_comfyui("""
+executor = host.local()
+def fail(*_):
+    raise RuntimeError("no")
+run = executor.engine.run
+host.management.load_models_gpu = lambda held, **_: held[0].partially_load(held[0].load_device)  # as ComfyUI does
+sizes = []
+for engine_run in (run, fail):
+    executor.engine.run = engine_run
+    try:
+        host.run(sample())
+    except RuntimeError:
+        pass
+    sizes.append(host._held[executor].loaded_size() > 0)
+show(sizes=sizes)
+""")
+    assert shown["sizes"] == [True, False]
+
+
+def test_a_group_counts_against_the_gpu_of_comfyui_only_where_it_uses_it(in_comfyui):
+    shown, _ = in_comfyui("""
+torch.cuda.device_count = lambda: 4
+host.management.get_torch_device = lambda: torch.device("cuda", 1)
+Group, Plan = part("parallel_backend.group.client").GroupExecutor, part("parallel_backend.plans").Plan
+def counted(devices):
+    devices = host.Devices.parse(devices)
+    return str(host.counted_on(Group(Plan(ring=devices.count), devices)))
+show(devices=[counted(words) for words in ("auto", "1,3", "2,3", "cpu:2")], own=str(host.counted_on(host.local(torch.device("cpu")))))
+""")
+    assert shown == {"devices": ["cuda:1", "cuda:1", "cuda:2", "cpu"], "own": "cpu"}

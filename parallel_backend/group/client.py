@@ -9,6 +9,8 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import errors
 from ..devices import Devices
 from ..errors import Cancelled, GroupError, GroupFailure, GroupUnavailable, RequestError
@@ -57,6 +59,11 @@ class GroupExecutor(Executor):
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
         return executor
+
+    @property
+    def torch_devices(self) -> tuple[torch.device, ...]:
+        """See :meth:`Executor.torch_devices`."""
+        return Devices.parse(self.devices).torch_devices
 
     def start(self) -> None:
         """Starts the group if it is not there, without waiting for it."""
