@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint import SPATIAL, Checkpoint
+from ..parallel_backend.cogvideox.checkpoint import SPATIAL
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import TILINGS, DecodeJob, check_latent
 from . import host
@@ -45,9 +45,7 @@ class CogVideoXDecode(io.ComfyNode):
         if not isinstance(vae, VaeHandle):
             return io.NodeOutput(decode_with_core(vae, latent, tiling, tile_size, overlap))
         job = DecodeJob(vae.model, latent, tiling, tile_size, overlap)
-        node_id = cls.hidden.unique_id
-        executor = host.executor_for(backend, Checkpoint.open(vae.model.path), guided=None, node_id=node_id)
-        return io.NodeOutput(host.run(executor, job, node_id).tensor.flatten(0, 1))
+        return io.NodeOutput(host.run(job, backend, cls.hidden.unique_id).tensor.flatten(0, 1))
 
 
 def decode_with_core(vae, latent, tiling: str, tile: int, overlap: int):

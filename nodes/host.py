@@ -13,6 +13,7 @@ import torch
 from ..parallel_backend import models
 from ..parallel_backend.backend import Keeper, resolve
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.memory import working_bytes
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
@@ -92,53 +93,71 @@ def local(device: torch.device | None = None) -> LocalExecutor:
     return _local.setdefault(device, LocalExecutor(device))
 
 
-def executor_for(backend, checkpoint: Checkpoint, *, guided: bool | None, node_id: str | None) -> Executor:
-    """Who runs a job for a node.
+def counted_on(executor: Executor) -> torch.device:
+    """The device whose memory ComfyUI counts an executor's weights against: its own, where the executor uses that."""
+    own = management.get_torch_device()
+    return own if own in executor.torch_devices else executor.torch_devices[0]
+
+
+def run(job: Job, backend=None, node_id: str | None = None) -> Result:
+    """Runs a job for a node: on its backend, or in this process where it has none or no group can start.
 
     Args:
+        job: what to do.
         backend: a :class:`.sockets.BackendHandle`, or None for this process.
-        checkpoint: to check the plan against.
-        guided: whether there are two halves to share; None for a job that any group can do.
-        node_id: where to say it when the backend cannot start.
+        node_id: where to say what is done, and where progress is shown.
+    Raises:
+        RequestError: for what makes no sense; no group has been touched.
+        InterruptProcessingException: ComfyUI's own, when the person cancelled.
+    """
+    checkpoint = Checkpoint.open(job.model.path)
+    checkpoint.check(job)
+    try:
+        return run_on(executor_for(backend, checkpoint, job, node_id), job, node_id)
+    except GroupUnavailable as error:
+        say(f"no group: {error.summary}; working in this process", node_id, level=logging.WARNING)
+        if error.details:
+            logger.info(error.details)
+    return run_on(local(), job, node_id)
+
+
+def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None) -> Executor:
+    """Who runs a job for a node.
+
     Raises:
         RequestError: when plan, devices and model do not fit.
+        GroupUnavailable: when the backend cannot start here.
     """
     if backend is None:
         return local()
-    if guided is None and backend.plan == AUTO and (warm := _groups.on(Devices.parse(backend.devices))):
-        return warm
-    plan, devices, reason = resolve(backend.plan, backend.devices, heads=checkpoint.heads, guided=guided is not False)
+    if backend.plan == AUTO and (warm := _groups.on(Devices.parse(backend.devices), heads=checkpoint.heads)):
+        return warm  # even where cfg is 1 and another plan would be faster: a new group costs more than it saves
+    guided = job.guided if isinstance(job, SampleJob) else True
+    plan, devices, reason = resolve(backend.plan, backend.devices, heads=checkpoint.heads, guided=guided)
     if plan.world_size == 1:
         say(f"plan single on {devices}: {reason}", node_id)
         return local(None if backend.devices == AUTO else devices.first)
-    try:
-        executor = _groups.get(plan, devices)
-        executor.start()
-    except GroupUnavailable as error:
-        say(f"no group: {error}; working in this process", node_id, level=logging.WARNING)
-        return local()
+    executor = _groups.get(plan, devices)
+    executor.start()
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it
     say(f"plan {plan} on {devices}: {reason}", node_id)
     return executor
 
 
-def run(executor: Executor, job: Job, node_id: str | None = None) -> Result:
-    """Runs a job with ComfyUI's progress bar and cancel button.
-
-    Raises:
-        InterruptProcessingException: ComfyUI's own, when the person cancelled.
-    """
-    executor.check(job)
+def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
+    """Runs a job with ComfyUI's progress bar and cancel button."""
     bar = comfy.utils.ProgressBar(job.steps, node_id) if isinstance(job, SampleJob) else None
 
     def on_step(step: int, steps: int) -> None:
         if not management.processing_interrupted():
             bar.update_absolute(step, steps)
 
-    held = _held.setdefault(executor, HeldWeights(executor, management.get_torch_device()))
+    held = _held.setdefault(executor, HeldWeights(executor, counted_on(executor)))
     held.expect(job)
-    management.load_models_gpu([held])
+    checkpoint = Checkpoint.open(job.model.path)
+    working = working_bytes(job, checkpoint, executor.plan, checkpoint.dtype(job.model.dtype, held.load_device))
+    management.load_models_gpu([held], memory_required=working)
     stop = management.processing_interrupted
     try:
         if isinstance(job, SampleJob):
@@ -147,8 +166,10 @@ def run(executor: Executor, job: Job, node_id: str | None = None) -> Result:
             result = executor.decode(job, should_stop=stop)
         else:
             result = executor.encode(job, should_stop=stop)
-    except Cancelled:
-        management.throw_exception_if_processing_interrupted()
+    except Exception as error:
+        held.forget()
+        if isinstance(error, Cancelled):
+            management.throw_exception_if_processing_interrupted()
         raise
     say(summary(job, result.report), node_id)
     for note in result.report.notes:
@@ -165,12 +186,12 @@ def summary(job: Job, report: Report) -> str:
 
 def decode(job: DecodeJob) -> torch.Tensor:
     """Decodes in this process."""
-    return run(local(), job).tensor
+    return run(job).tensor
 
 
 def encode(job: EncodeJob) -> torch.Tensor:
     """Encodes in this process."""
-    return run(local(), job).tensor
+    return run(job).tensor
 
 
 def devices_exist(devices: str) -> None:

@@ -9,7 +9,7 @@ import logging
 import torch
 
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
-from ..parallel_backend.errors import GroupError
+from ..parallel_backend.errors import GroupFailure
 from ..parallel_backend.executor import Executor
 from ..parallel_backend.jobs import Job, SampleJob
 
@@ -25,7 +25,7 @@ class HeldWeights:
 
     Args:
         executor: that holds the weights.
-        device: ComfyUI's own, whose memory it counts against.
+        device: whose memory they count against.
     """
 
     parent = None
@@ -35,34 +35,42 @@ class HeldWeights:
         self.executor = executor
         self.load_device = device
         self.offload_device = torch.device("cpu")
-        self._sizes: dict[str, int] = {}
-        self._loaded = False
+        self._wanted: dict[str, int] = {}
+        """Bytes of the part that the job at hand needs."""
+        self._loaded: dict[str, int] = {}
+        """Bytes of each part, transformer or vae, that is loaded."""
 
     def expect(self, job: Job) -> None:
         """Notes which part a job will load, so that room is made for it."""
         checkpoint = Checkpoint.open(job.model.path)
         part = "transformer" if isinstance(job, SampleJob) else "vae"
-        size = checkpoint.weight_bytes(part, checkpoint.dtype(job.model.dtype, self.load_device))
-        if self._sizes.get(part) != size:
-            self._sizes[part] = size
-            self._loaded = False
+        self._wanted = {part: checkpoint.weight_bytes(part, checkpoint.dtype(job.model.dtype, self.load_device))}
+        if self._loaded.get(part) != self._wanted[part]:
+            self._loaded.pop(part, None)
+
+    def forget(self) -> None:
+        """Counts nothing: after a job that failed its part may not be loaded, and a group may be gone with all of them.
+
+        Counted too little only makes ComfyUI make room again; counted too much would keep it from doing so.
+        """
+        self._wanted, self._loaded = {}, {}
 
     def model_size(self) -> int:
-        """Bytes when all is loaded."""
-        return sum(self._sizes.values())
+        """Bytes once the job at hand is loaded."""
+        return sum({**self._loaded, **self._wanted}.values())
 
     def loaded_size(self) -> int:
         """Bytes that are loaded."""
-        return self.model_size() if self._loaded else 0
+        return sum(self._loaded.values())
 
     def current_loaded_device(self) -> torch.device:
         """Where the weights are."""
         return self.load_device if self._loaded else self.offload_device
 
     def partially_load(self, device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Marks all as loaded; the executor reads them when the job runs."""
-        self._loaded = True
-        return self.model_size()
+        """Marks the wanted part as loaded; the executor reads it when the job runs."""
+        self._loaded |= self._wanted
+        return self.loaded_size()
 
     def partially_unload(self, device, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         """Lets go of everything: weights in other processes are kept whole or not at all."""
@@ -72,11 +80,11 @@ class HeldWeights:
 
     def detach(self, unpatch_all: bool = True) -> CogVideoX:
         """Lets go of the weights, unless ComfyUI only sorts its list anew."""
-        if unpatch_all and self._loaded:
-            self._loaded = False
+        if unpatch_all:
+            self.forget()
             try:
                 self.executor.free()
-            except (GroupError, OSError, EOFError) as error:  # a lost group holds nothing; ComfyUI must not trip over it
+            except (GroupFailure, OSError, EOFError) as error:  # a lost group holds nothing; ComfyUI must not trip over it
                 logger.warning("the group is gone, and its memory with it: %s", error)
         return self.model
 

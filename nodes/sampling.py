@@ -65,5 +65,4 @@ class CogVideoXSampler(io.ComfyNode):
         node_id = cls.hidden.unique_id
         if "noise_mask" in latent:
             host.say("the latent's mask is not used: text to video has none", node_id)
-        executor = host.executor_for(backend, model.checkpoint, guided=job.guided, node_id=node_id)
-        return io.NodeOutput({"samples": host.run(executor, job, node_id).tensor})
+        return io.NodeOutput({"samples": host.run(job, backend, node_id).tensor})

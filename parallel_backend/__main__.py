@@ -5,7 +5,7 @@ import logging
 import sys
 
 from . import commands
-from .errors import Cancelled, GroupError, GroupUnavailable, RequestError
+from .errors import Cancelled, GroupFailure, RequestError
 from .jobs import DTYPES, OFFLOADS, SCHEDULERS, TILINGS
 
 
@@ -92,10 +92,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger(__package__).setLevel(logging.INFO)
     try:
         return args.run(args)
-    except (RequestError, GroupUnavailable) as error:
+    except RequestError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
-    except GroupError as error:
+    except GroupFailure as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1
     except (Cancelled, KeyboardInterrupt):

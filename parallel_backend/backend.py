@@ -77,20 +77,25 @@ class Keeper:
         self.executor: Executor | None = None
 
     def get(self, plan: Plan, devices: Devices) -> Executor:
-        """The executor kept for this plan and these devices, or a new one."""
+        """The executor kept for this plan and these devices, or a new one.
+
+        Raises:
+            RequestError, GroupUnavailable: when there can be none; what is kept stays.
+        """
         with self._lock:
             if self._key != (plan, devices) or not self.executor.is_usable():
+                opened = open_executor(plan, devices)  # starts nothing yet
                 if self.executor is not None:
                     logger.warning("plan '%s' on %s takes the place of the one before", plan, devices)
                     self.executor.close()
-                    self.executor, self._key = None, None
-                self.executor = open_executor(plan, devices)
-                self._key = (plan, devices)
+                self.executor, self._key = opened, (plan, devices)
             return self.executor
 
-    def on(self, devices: Devices) -> Executor | None:
-        """The executor kept for these devices, whatever its plan."""
-        return self.executor if self._key and self._key[1] == devices and self.executor.is_usable() else None
+    def on(self, devices: Devices, *, heads: int) -> Executor | None:
+        """The executor kept for these devices, whatever its plan, where a model of so many heads can use it."""
+        if self._key is None or self._key[1] != devices or heads % self._key[0].ulysses:
+            return None
+        return self.executor if self.executor.is_usable() else None
 
     def close(self) -> None:
         """Ends what is kept."""

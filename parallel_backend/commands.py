@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -15,9 +16,10 @@ from .backend import open_executor, resolve
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
-from .errors import GroupError, RequestError
-from .jobs import DecodeJob, Model, SampleJob, between, empty_latent
+from .errors import GroupError, GroupUnavailable, RequestError
+from .jobs import DecodeJob, Model, Report, SampleJob, between, empty_latent
 from .planner import candidates, choose
+from .plans import AUTO, Plan
 
 
 def show(line: str) -> None:
@@ -81,24 +83,20 @@ def generate(args: Namespace) -> int:
         "dynamic_cfg": args.dynamic_cfg,
     }
     blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
-    checkpoint.check(SampleJob(model, blank, latent, blank, **settings))  # before the text encoder is loaded
+    job = SampleJob(model, blank, latent, blank, **settings)
+    checkpoint.check(job)  # before the text encoder is loaded
 
     quiet_libraries()
     print(f"{checkpoint.describe}\nplan {plan} on {devices}: {reason}", file=sys.stderr)
     started = time.perf_counter()
-    executor = open_executor(plan, devices)
     try:
-        executor.start()  # a group comes up while the text is encoded
-        positive, negative = encode_prompts(args, checkpoint, devices.first)
-        sampled = executor.sample(SampleJob(model, positive, latent, negative, **settings), on_step=show_step)
-        if args.save_latents:
-            video.save_latent(Path(args.save_latents), sampled.tensor)
-        decoded = executor.decode(DecodeJob(model, sampled.tensor, tiling=args.tiling))
-        fps = args.fps or checkpoint.default_fps
-        video.save(output, decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
-    finally:
-        executor.close()
-    summary = summarise(sampled.report, decoded.report) | {
+        sampled, decoded = produce(args, job, checkpoint, plan, devices)
+    except GroupUnavailable as error:
+        if args.plan != AUTO:
+            raise
+        print(f"no group: {error.summary}; working in this process", file=sys.stderr)
+        sampled, decoded = produce(args, job, checkpoint, Plan(), devices)
+    summary = summarise(sampled, decoded) | {
         "total_seconds": time.perf_counter() - started, "output": str(output), "seed": args.seed,
     }  # fmt: skip
     for note in summary["notes"]:
@@ -114,7 +112,24 @@ def generate(args: Namespace) -> int:
     return 0
 
 
-def summarise(sampled, decoded) -> dict:
+def produce(args: Namespace, job: SampleJob, checkpoint: Checkpoint, plan: Plan, devices: Devices) -> tuple[Report, Report]:
+    """Encodes the prompts into the job's blanks, samples, decodes and writes the files. Returns what it cost."""
+    executor = open_executor(plan, devices)
+    try:
+        executor.start()  # a group comes up while the text is encoded
+        positive, negative = encode_prompts(args, checkpoint, devices.first)
+        sampled = executor.sample(replace(job, positive=positive, negative=negative), on_step=show_step)
+        if args.save_latents:
+            video.save_latent(Path(args.save_latents), sampled.tensor)
+        decoded = executor.decode(DecodeJob(job.model, sampled.tensor, tiling=args.tiling))
+        fps = args.fps or checkpoint.default_fps
+        video.save(Path(args.output), decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
+    finally:
+        executor.close()
+    return sampled.report, decoded.report
+
+
+def summarise(sampled: Report, decoded: Report) -> dict:
     """The figures of a sampling and a decoding report, in plain values."""
     return {
         "plan": sampled.plan,

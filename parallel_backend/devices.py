@@ -53,9 +53,14 @@ class Devices:
         return len(self.indices)
 
     @property
+    def torch_devices(self) -> tuple[torch.device, ...]:
+        """The device of each rank."""
+        return tuple(torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", index) for index in self.indices)
+
+    @property
     def first(self) -> torch.device:
         """The device for work in this process."""
-        return torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", self.indices[0])
+        return self.torch_devices[0]
 
     def environment(self) -> dict[str, str]:
         """What a group's processes must see: local rank r on the r-th of these devices."""

@@ -44,7 +44,8 @@ class Engine:
         """Times that weights were read from disk."""
         self.model: Model | None = None
         self._held: dict[str, tuple[Any, torch.nn.Module]] = {}
-        self._offload = "none"
+        self._offload: str | None = None
+        """The mode of the last sampling job."""
         self._notes: list[str] = []
 
     def run(self, job: Job, on_step: StepCallback = go_on) -> Result:
@@ -77,7 +78,7 @@ class Engine:
     def free(self) -> None:
         """Lets go of all weights."""
         self._held.clear()
-        self.model = None
+        self.model = self._offload = None
         memory.release(self.device)
         memory.reset_peak(self.device)
 
@@ -123,18 +124,15 @@ class Engine:
         )
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step) -> Result:
-        need = vae.decode_bytes(job.latent.shape, dtype)
-        return self._with_vae(job, checkpoint, dtype, need, lambda module: vae.decode(module, job.latent))
+        return self._with_vae(job, checkpoint, dtype, lambda module: vae.decode(module, job.latent))
 
     def _encode(self, job: EncodeJob, checkpoint: Checkpoint, dtype, on_step) -> Result:
-        frames, height, width, _ = job.pixels.shape
-        need = vae.decode_bytes((1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), dtype)
-        return self._with_vae(job, checkpoint, dtype, need, lambda module: vae.encode(module, job.pixels))
+        return self._with_vae(job, checkpoint, dtype, lambda module: vae.encode(module, job.pixels))
 
-    def _with_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, need: int, use) -> Result:
+    def _with_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, use) -> Result:
         started = time.perf_counter()
         module = self._load("vae", job.model, checkpoint, dtype).to(self.device)
-        free = memory.free_bytes(self.device)
+        need, free = vae.working_bytes(job, dtype), memory.free_bytes(self.device)
         tiled = job.tiling == "on" or (job.tiling == "auto" and need > memory.HEADROOM * free)
         if tiled and job.tiling == "auto":
             self._note(f"VAE in tiles of {job.tile}: whole needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
@@ -144,38 +142,39 @@ class Engine:
         return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
 
     def _transformer(self, job: SampleJob, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
+        """The transformer, its weights where this job can afford them."""
+        mode = self._choose_offload(job, checkpoint, dtype)
         before = self.loads
-        transformer = self._load("transformer", job.model, checkpoint, dtype)
+        hooks = mode if mode in memory.HOOKED else None
+        transformer = self._load("transformer", job.model, checkpoint, dtype, hooks)
+        if mode != "none" and "vae" in self._held:
+            self._held["vae"][1].to("cpu")  # its own job brings it back
         if self.loads > before:
             self.split.attach(transformer)
-            self._offload, note = self._choose_offload(job, checkpoint, dtype)
-            self._note(note)
-            memory.place(transformer, self._offload, self.device)
-        elif self._offload == "model":
+            memory.place(transformer, mode, self.device)
+        elif hooks is None:
             transformer.to(self.device)
+        self._offload = mode
         return transformer
 
-    def _choose_offload(self, job: SampleJob, checkpoint: Checkpoint, dtype) -> tuple[str, str | None]:
-        batch, _, frames, height, width = job.latent.shape
-        halves = 2 // self.split.plan.cfg if job.guided else 1
-        tokens = checkpoint.tokens(frames, height, width) + checkpoint.text_tokens
-        return memory.choose_offload(
+    def _choose_offload(self, job: SampleJob, checkpoint: Checkpoint, dtype) -> str:
+        held = sum(memory.bytes_on(self.device, module) for _, module in self._held.values())
+        mode, note = memory.choose_offload(
             job.model.offload,
             weights=checkpoint.weight_bytes("transformer", dtype),
-            working=memory.working_bytes(
-                batch=batch * halves,
-                tokens=tokens // self.split.plan.sequence,
-                features=checkpoint.heads * checkpoint.head_dim,
-                dtype=dtype,
-            ),
+            working=memory.working_bytes(job, checkpoint, self.split.plan, dtype),
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,
-            free=memory.free_bytes(self.device),
+            free=min(self.split.collect(memory.free_bytes(self.device) + held)),  # one mode for all ranks
         )
+        self._note(note)
+        if job.model.offload == "auto" and self._offload not in (None, mode):
+            self._note(f"offload was '{self._offload}' for the job before and is '{mode}' for this one")
+        return mode
 
-    def _load(self, part: str, model: Model, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
-        """The part, from before or newly read onto the CPU."""
-        key = (model, dtype, weights.fingerprint(checkpoint.path / part))
+    def _load(self, part: str, model: Model, checkpoint: Checkpoint, dtype, hooks: str | None = None) -> torch.nn.Module:
+        """The part, from before or newly read onto the CPU; one with other ``hooks`` is another part."""
+        key = (model, dtype, hooks, weights.fingerprint(checkpoint.path / part))
         held = self._held.get(part)
         if held and held[0] == key:
             return held[1]

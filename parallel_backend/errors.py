@@ -12,12 +12,26 @@ class Cancelled(Exception):
     """The caller asked for the job to stop; the engine or group is warm and takes the next one."""
 
 
-class GroupUnavailable(RuntimeError):
-    """No group can start here (platform, missing package, devices). The message is one line."""
+class GroupFailure(RuntimeError):
+    """A group is not there, or a job in it failed.
+
+    Args:
+        message: one line.
+        details: the remote traceback or the last log lines.
+    """
+
+    def __init__(self, message: str, *, details: str = ""):
+        super().__init__(f"{message}\n{details}".rstrip())
+        self.summary = message
+        self.details = details
 
 
-class GroupError(RuntimeError):
-    """A job failed inside a group.
+class GroupUnavailable(GroupFailure):
+    """No group can start here (platform, missing package, processes that end before they answer); nothing was lost."""
+
+
+class GroupError(GroupFailure):
+    """A job failed inside a group, or a group that had answered was lost.
 
     Args:
         message: one line, naming the rank where it is known.
@@ -26,7 +40,5 @@ class GroupError(RuntimeError):
     """
 
     def __init__(self, message: str, *, rank: int | None = None, details: str = ""):
-        super().__init__(f"{message}\n{details}".rstrip())
-        self.summary = message
+        super().__init__(message, details=details)
         self.rank = rank
-        self.details = details

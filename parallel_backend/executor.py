@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .cogvideox.checkpoint import Checkpoint
 from .jobs import DecodeJob, EncodeJob, Job, Result, SampleJob
 from .plans import Plan
@@ -40,6 +42,7 @@ class Executor(ABC):
         Raises:
             RequestError: before anything is loaded.
             Cancelled: within a step of ``should_stop``.
+            GroupUnavailable: when the group's processes did not come up.
             GroupError: when a worker failed.
         """
         return self._checked(job, on_step, should_stop)
@@ -68,6 +71,11 @@ class Executor(ABC):
     def is_usable(self) -> bool:
         """Whether another job may be asked of it; False once what it was attached to has ended."""
         return True
+
+    @property
+    @abstractmethod
+    def torch_devices(self) -> tuple[torch.device, ...]:
+        """The devices that hold its weights, as this process numbers them."""
 
     @abstractmethod
     def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:

@@ -22,6 +22,11 @@ class LocalExecutor(Executor):
         self.engine = Engine(Split(device))
         self._lock = threading.Lock()
 
+    @property
+    def torch_devices(self) -> tuple[torch.device, ...]:
+        """See :meth:`Executor.torch_devices`."""
+        return (self.engine.device,)
+
     def _run(self, job, on_step, should_stop) -> Result:
         def after_step(step: int, steps: int) -> bool:
             on_step(step, steps)

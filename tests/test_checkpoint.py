@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from parallel_backend.cogvideox import checkpoint, weights
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, Model
@@ -46,6 +47,23 @@ def test_weights_are_counted_without_being_read(checkpoints):
     checkpoint = Checkpoint.open(checkpoints["2b"])
     numbers = sum(weight.numel() for weight in checkpoint.load_transformer(torch.float32).parameters())
     assert checkpoint.weight_bytes("transformer", torch.bfloat16) == pytest.approx(2 * numbers, rel=0.05)
+
+
+def test_a_folder_is_read_again_only_when_a_file_of_it_changed(broken, monkeypatch):
+    read = []
+    header, config = weights.header, checkpoint.read_config
+    monkeypatch.setattr(weights, "header", lambda path: read.append(path) or header(path))
+    monkeypatch.setattr(checkpoint, "read_config", lambda *names: read.append(names) or config(*names))
+    first = Checkpoint.open(broken)
+    assert read
+    read.clear()
+    assert Checkpoint.open(str(broken)) == first
+    assert first.weight_bytes("vae", torch.float32) and not read
+    path = broken / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("DPM", "DDIM"))
+    assert (first.default_scheduler, Checkpoint.open(broken).default_scheduler) == ("dpm", "ddim")
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "no weights" in refusal(broken)
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):

@@ -16,10 +16,10 @@ from parallel_backend.__main__ import build_parser, main
 from .conftest import REPO, TOLERANCE, command, wait_until, workers
 
 
-def generate(checkpoint, output, *more):
+def generate(checkpoint, output, *more, **environment):
     return command(
         "generate", "--model", checkpoint, "--prompt", "a red circle", "--width", 64, "--height", 48, "--frames", 9,
-        "--steps", 6, "--seed", 7, "--output", output, *more,
+        "--steps", 6, "--seed", 7, "--output", output, *more, **environment,
     )  # fmt: skip
 
 
@@ -99,6 +99,17 @@ def test_a_broken_checkpoint_ends_with_2_and_starts_no_group(checkpoints, tmp_pa
     assert done.returncode == 2 and "it is cut off" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "starting" not in done.stderr
+
+
+def test_where_the_group_cannot_start_auto_works_alone_and_a_plan_that_was_asked_for_fails(checkpoints, tmp_path):
+    common = (checkpoints["5b"], tmp_path / "out.mp4", "--devices", "cpu:2")
+    failed = generate(*common, "--plan", "cfg2", XDIT_PYTHON="/bin/false")
+    assert failed.returncode == 1 and "generate: the group did not start" in failed.stderr
+    assert not (tmp_path / "out.mp4").exists()
+    alone = generate(*common, "--plan", "auto", "--json", XDIT_PYTHON="/bin/false")
+    assert alone.returncode == 0, alone.stderr
+    assert len([line for line in alone.stderr.splitlines() if line.startswith("no group: the group did not start")]) == 1
+    assert json.loads(alone.stdout.splitlines()[-1])["plan"] == "single" and (tmp_path / "out.mp4").exists()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(checkpoints, tmp_path, capsys):

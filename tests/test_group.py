@@ -21,6 +21,7 @@ from parallel_backend.group.address import GroupAddress, running
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.protocol import Message
 from parallel_backend.jobs import DecodeJob, Model, SampleJob
+from parallel_backend.plans import Plan
 
 from .conftest import REPO, TOLERANCE, wait_until, workers
 
@@ -28,8 +29,6 @@ from .conftest import REPO, TOLERANCE, wait_until, workers
 @pytest.fixture(scope="module")
 def group(request):
     """A group of two, kept for the whole file."""
-    from parallel_backend.plans import Plan
-
     executor = GroupExecutor(Plan.parse("ulysses2"), Devices("cpu", (0, 1)))
     yield executor
     executor.close()
@@ -248,14 +247,28 @@ def test_where_no_group_can_start_the_reason_is_one_line(start_group, monkeypatc
         start_group("cfg2")
 
 
-def test_a_group_that_cannot_come_up_says_what_its_processes_said(monkeypatch, start_group, make_job, tmp_path):
+BROKEN_PYTHONS = {
+    "the launcher ended with status 3": "echo the reason; exit 3",
+    "rank [01] ended with status 1": 'export PYTHONPATH="$(dirname "$0"):$PYTHONPATH"; exec "{python}" "$@"',
+}
+
+
+@pytest.mark.parametrize("cause", BROKEN_PYTHONS)
+def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_said(
+    cause, monkeypatch, start_group, make_job, tmp_path
+):
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho this python is broken\nexit 3\n")
+    python.write_text(f"#!/bin/sh\n{BROKEN_PYTHONS[cause].format(python=sys.executable)}\n")
     python.chmod(0o755)
+    (tmp_path / "xfuser").mkdir()
+    for module in ("__init__", "envs"):
+        (tmp_path / "xfuser" / f"{module}.py").write_text("raise ImportError('the reason')")
     monkeypatch.setenv("XDIT_PYTHON", str(python))
-    started = time.monotonic()
-    with pytest.raises(GroupError, match="this python is broken"):
-        start_group("cfg2").sample(make_job("5b"))
+    before, started, group = running(), time.monotonic(), start_group("cfg2")
+    with pytest.raises(GroupUnavailable, match=f"did not start: {cause}") as error:
+        group.sample(make_job("5b"))
+    assert "the reason" in error.value.details and "\n" not in error.value.summary
+    assert group.status()["state"] == "absent" and running() == before
     assert time.monotonic() - started < 60
 
 
@@ -316,11 +329,36 @@ def test_a_keeper_lets_go_of_a_shared_group_that_has_ended(start_group):
     assert shared.status()["state"] == "ready"
     keeper, devices = Keeper(), Devices("cpu", (0, 1))
     attached = keeper.get(shared.plan, devices)
-    assert attached.address == shared.address and keeper.on(devices) is attached
+    assert attached.address == shared.address and keeper.on(devices, heads=4) is attached
     shared.close()
-    assert keeper.on(devices) is None
+    assert keeper.on(devices, heads=4) is None
     assert keeper.get(shared.plan, devices) is not attached
     keeper.close()
+
+
+def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monkeypatch):
+    keeper, plan, devices = Keeper(), Plan(cfg=2), Devices("cpu", (0, 1))
+    kept = keeper.get(plan, devices)
+    kept.start()
+    try:
+        assert kept.status()["state"] == "ready"
+        with pytest.raises(RequestError, match="needs 3 devices"):
+            keeper.get(Plan(ring=3), devices)
+        monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+        with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
+            keeper.get(Plan(ulysses=2), devices)
+        assert keeper.get(plan, devices) is kept
+        assert kept.status()["state"] == "ready"
+    finally:
+        keeper.close()
+
+
+def test_a_group_is_kept_for_any_plan_but_not_for_a_model_whose_heads_do_not_fit():
+    keeper, devices = Keeper(), Devices("cpu", (0, 1, 2))
+    kept = keeper.get(Plan(ulysses=3), devices)
+    assert keeper.on(devices, heads=30) is kept
+    assert keeper.on(devices, heads=4) is None
+    assert keeper.on(Devices("cpu", (0, 1)), heads=30) is None
 
 
 def test_a_group_that_another_keeps_is_waited_for_while_it_starts(start_group, make_job):

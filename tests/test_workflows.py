@@ -30,12 +30,15 @@ def test_a_shipped_workflow_runs_on_two_processes_and_leaves_nothing_behind(path
     assert wait_until(lambda: not workers())
 
 
-def test_a_backend_that_cannot_start_says_so_and_the_work_is_done_in_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDIT_PYTHON", "/nowhere/python")
+@pytest.mark.parametrize(
+    "python, reason", [("/nowhere/python", "/nowhere/python cannot be started"), ("/bin/false", "the group did not start")]
+)
+def test_a_backend_that_cannot_start_says_so_and_the_work_is_done_in_process(python, reason, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDIT_PYTHON", python)
     command = [sys.executable, REPO / "workflows" / "headless.py", WORKFLOWS[0], "--output-dir", tmp_path]
     settings = ["--set", "XDiTBackend.devices=cpu:2", "--set", "XDiTBackend.plan=cfg2"]
     run = subprocess.run([*command, "--models-dir", tmp_path, *settings], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert "no group: /nowhere/python cannot be started" in run.stderr
+    assert f"no group: {reason}" in run.stderr
     assert "sample: plan single" in run.stderr
     assert len(run.stdout.split()) == 1

@@ -1,8 +1,8 @@
 """One checkpoint folder: what it holds, what it can do, and its parts, loaded where they run."""
 
 import json
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,14 @@ class Checkpoint:
     transformer: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
+    elements: dict[str, int] = field(default_factory=dict)
+    """Numbers in the weights of each part."""
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
         """Reads the configurations and checks that every weight file is there, whole, and safetensors.
+
+        A folder in which nothing changed is not read again: one decode opens it several times.
 
         Raises:
             RequestError: one line for what is missing, cut off, or of the wrong kind.
@@ -53,27 +57,12 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise RequestError(f"there is no checkpoint folder {path}")
-        if not any(path.iterdir()):
-            raise RequestError(f"the checkpoint folder {path} is empty; put a CogVideoX in diffusers layout there")
-        transformer = read_config(path / "transformer")
-        if transformer.get("_class_name") != TRANSFORMER_CLASS:
-            raise RequestError(f"{path} is a {transformer.get('_class_name')}, not a {TRANSFORMER_CLASS}")
-        vae = read_config(path / "vae")
-        if vae.get("_class_name") != VAE_CLASS:
-            raise RequestError(f"{path}/vae is a {vae.get('_class_name')}, not a {VAE_CLASS}")
-        scheduler = read_config(path / "scheduler", "scheduler_config.json")
-        for part in ("transformer", "vae"):
-            weights.check(path / part)
-        checkpoint = cls(path=path, transformer=transformer, vae=vae, scheduler=scheduler)
-        if checkpoint.has_text:
-            weights.check(path / "text_encoder")
-            read_config(path / "tokenizer", "tokenizer_config.json")
-        return checkpoint
+        return read(path, state(path))
 
     @property
     def has_text(self) -> bool:
         """Whether a text encoder lies in the folder; the CogVideoX wrapper's folders have none."""
-        return (self.path / "text_encoder").is_dir()
+        return "text_encoder" in self.elements
 
     @property
     def heads(self) -> int:
@@ -163,7 +152,7 @@ class Checkpoint:
 
     def weight_bytes(self, part: str, dtype: torch.dtype) -> int:
         """Bytes of a part's weights once loaded in ``dtype``."""
-        return weights.elements(self.path / part) * dtype.itemsize
+        return self.elements[part] * dtype.itemsize
 
     def padding_frames(self, latent_frames: int) -> int:
         """Latent frames put in front so that they divide into tokens, dropped after the loop."""
@@ -282,6 +271,31 @@ class Checkpoint:
             self.path / part, use_safetensors=True, local_files_only=True, **{dtype_argument(cls): dtype}
         )
         return model.requires_grad_(False).eval().to(device)
+
+
+def state(path: Path) -> tuple:
+    """Changes when a file of a checkpoint folder does: names, sizes and times of change."""
+    found = [file for file in sorted((*path.glob("*"), *path.glob("*/*"))) if file.is_file()]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found)
+
+
+@lru_cache(maxsize=8)
+def read(path: Path, state: tuple) -> Checkpoint:
+    """The checkpoint of a folder in one state; what is refused is not remembered."""
+    if not any(path.iterdir()):
+        raise RequestError(f"the checkpoint folder {path} is empty; put a CogVideoX in diffusers layout there")
+    transformer = read_config(path / "transformer")
+    if transformer.get("_class_name") != TRANSFORMER_CLASS:
+        raise RequestError(f"{path} is a {transformer.get('_class_name')}, not a {TRANSFORMER_CLASS}")
+    vae = read_config(path / "vae")
+    if vae.get("_class_name") != VAE_CLASS:
+        raise RequestError(f"{path}/vae is a {vae.get('_class_name')}, not a {VAE_CLASS}")
+    scheduler = read_config(path / "scheduler", "scheduler_config.json")
+    elements = {part: weights.elements(path / part) for part in ("transformer", "vae")}
+    if (path / "text_encoder").is_dir():
+        elements["text_encoder"] = weights.elements(path / "text_encoder")
+        read_config(path / "tokenizer", "tokenizer_config.json")
+    return Checkpoint(path, transformer, vae, scheduler, elements)
 
 
 def has_module(name: str) -> bool:

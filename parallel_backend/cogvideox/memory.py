@@ -4,6 +4,13 @@ import gc
 
 import torch
 
+from ..jobs import Job, SampleJob
+from ..plans import Plan
+from . import vae
+from .checkpoint import Checkpoint
+
+HOOKED = ("group", "sequential")
+"""Modes whose hooks stay on a transformer: to leave one of them its weights are read again."""
 WORKING_FACTOR = 16
 """Bytes a forward needs beside the weights, per token, feature and byte of dtype. Measured: 13.5, with 5b at
 49x480x720 in bf16 on an H200, for batches of one and two (benchmarks/results)."""
@@ -41,9 +48,19 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def working_bytes(*, batch: int, tokens: int, features: int, dtype: torch.dtype) -> int:
-    """Estimated bytes of one transformer forward beside the weights."""
-    return WORKING_FACTOR * batch * tokens * features * dtype.itemsize
+def bytes_on(device: torch.device, module: torch.nn.Module) -> int:
+    """Bytes of a module's weights that lie on a device now."""
+    return sum(weight.nbytes for weight in (*module.parameters(), *module.buffers()) if weight.device.type == device.type)
+
+
+def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
+    """Estimated bytes that a job needs beside the weights, on each rank of a plan."""
+    if not isinstance(job, SampleJob):
+        return vae.working_bytes(job, dtype)
+    batch, _, frames, height, width = job.latent.shape
+    halves = 2 // plan.cfg if job.guided else 1
+    tokens = (checkpoint.tokens(frames, height, width) + checkpoint.text_tokens) // plan.sequence
+    return WORKING_FACTOR * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize
 
 
 def choose_offload(asked: str, *, weights: int, working: int, others: int, layers: int, free: int) -> tuple[str, str | None]:
@@ -53,9 +70,9 @@ def choose_offload(asked: str, *, weights: int, working: int, others: int, layer
         asked: ``auto`` or a mode, which is then taken as it is.
         weights: bytes of the transformer.
         working: bytes of one forward beside them.
-        others: bytes of what else wants the device between jobs (the VAE and its work).
+        others: bytes of what else wants to stay on the device between jobs (the VAE).
         layers: blocks of the transformer.
-        free: bytes the device can give.
+        free: bytes the device can give when neither is on it.
     Returns:
         The mode, and a line for the person where ``auto`` had to give up speed.
     """

@@ -3,6 +3,7 @@
 import torch
 from einops import rearrange
 
+from ..jobs import DecodeJob, EncodeJob
 from .checkpoint import SPATIAL, TEMPORAL
 
 BYTES_PER_PIXEL = 5_800
@@ -17,6 +18,17 @@ def decode_bytes(latent_shape: tuple[int, ...], dtype: torch.dtype) -> int:
     pixels = height * width * SPATIAL**2
     working = min(FRAMES_IN_FLIGHT, frames * TEMPORAL) * pixels * BYTES_PER_PIXEL * dtype.itemsize // 2
     return working + frames * TEMPORAL * pixels * 3 * dtype.itemsize
+
+
+def working_bytes(job: DecodeJob | EncodeJob, dtype: torch.dtype) -> int:
+    """Estimated bytes of a job beside the weights: whole, or in a tile where tiles are asked for."""
+    if isinstance(job, DecodeJob):
+        frames, height, width = job.latent.shape[2:]
+    else:
+        frames, height, width = (job.pixels.shape[0] - 1) // TEMPORAL + 1, *(edge // SPATIAL for edge in job.pixels.shape[1:3])
+    if job.tiling == "on":
+        height, width = (min(edge, job.tile // SPATIAL) for edge in (height, width))
+    return decode_bytes((1, 16, frames, height, width), dtype)
 
 
 def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:

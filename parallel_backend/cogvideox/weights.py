@@ -54,18 +54,12 @@ def files(folder: Path) -> list[Path]:
     return found
 
 
-def check(folder: Path) -> None:
-    """Checks that every file of a component is there and whole.
+def elements(folder: Path) -> int:
+    """Numbers in all weights of a component, once every file of it is there and whole.
 
     Raises:
         RequestError: naming the first that is not.
     """
-    for path in files(folder):
-        header(path)
-
-
-def elements(folder: Path) -> int:
-    """Numbers in all weights of a component."""
     return sum(math.prod(entry["shape"]) for path in files(folder) for entry in header(path).values())
 
 

@@ -9,9 +9,11 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import errors
 from ..devices import Devices
-from ..errors import Cancelled, GroupError, RequestError
+from ..errors import Cancelled, GroupError, GroupFailure, GroupUnavailable, RequestError
 from ..executor import Executor, StepListener, StopSignal, never, silent
 from ..jobs import Job, Report, Result, split_fields
 from ..plans import Plan
@@ -57,6 +59,11 @@ class GroupExecutor(Executor):
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
         return executor
+
+    @property
+    def torch_devices(self) -> tuple[torch.device, ...]:
+        """See :meth:`Executor.torch_devices`."""
+        return Devices.parse(self.devices).torch_devices
 
     def start(self) -> None:
         """Starts the group if it is not there, without waiting for it."""
@@ -136,9 +143,7 @@ class GroupExecutor(Executor):
                 if should_stop():
                     raise Cancelled("stopped while the group was starting") from None
                 if time.monotonic() > deadline:
-                    raise GroupError(
-                        f"the group did not answer within {START_SECONDS:.0f} s", details=address.last_lines()
-                    ) from error
+                    raise self._lost(address, f"no answer within {START_SECONDS:.0f} s") from error
                 time.sleep(POLL_SECONDS)
 
     def _may_come_up(self, address: GroupAddress, error: OSError) -> bool:
@@ -179,20 +184,23 @@ class GroupExecutor(Executor):
             f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", "")
         )
 
-    def _lost(self, address: GroupAddress) -> GroupError:
-        """The error of a group that went away, with the last words of the rank that went first."""
+    def _lost(self, address: GroupAddress, cause: str | None = None) -> GroupFailure:
+        """The error of a group that does not answer, with the last words of the rank that went first."""
         if self._launcher is None:
             return GroupError(f"the group at {address.folder} is gone; start it again with serve")
         with self._lock:
             if self.address != address or self._launcher.process is None:  # another thread has seen to it
                 return GroupError("the group's processes ended; see the other job's error")
-            return self._bury()
+            return self._bury(cause or self._launcher.cause_of_death())
 
-    def _bury(self) -> GroupError:
-        cause = self._launcher.cause_of_death()
+    def _bury(self, cause: str) -> GroupFailure:
+        came_up = Path(self.address.socket).exists()  # rank 0 listens once all ranks have met
         failed = [json.loads(path.read_text()) | {"rank": rank} for rank, path in self._error_files()]
         details = self._launcher.last_words()
         self._launcher.stop()
+        if not came_up:
+            self.address = None  # it was never there, so the next start is no restart
+            return GroupUnavailable(f"the group did not start: {cause}", details=details)
         if failed and "was killed" not in cause:  # else what the others met with is only what followed
             return self._failure(failed[0])
         return GroupError(f"the group's processes ended: {cause}", details=details)

