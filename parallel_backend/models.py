@@ -1,34 +1,17 @@
 """Finds a model by what a person calls it."""
 
-import logging
-import os
 from pathlib import Path
 
 from .errors import RequestError
 
-logger = logging.getLogger(__name__)
-
 DEMO = "demo"
-DEMO_LIKE = "5b"
-
-
-def cache_folder() -> Path:
-    """Where the pack keeps what it can make again."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cogvideox-xdit"
+SHIPPED = Path(__file__).parent / "checkpoints"
+"""The models that come with the pack; how they were made is in ``training/``."""
 
 
 def demo_folder() -> Path:
-    """The demo model: small, with seeded random weights, made at its first use."""
-    folder = cache_folder() / f"{DEMO}-{DEMO_LIKE}-3"
-    if not folder.is_dir():
-        from .cogvideox.random_weights import build
-
-        logger.info("making the demo model in %s", folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        build(folder, like=DEMO_LIKE)
-    logger.warning("the demo model has random weights: its videos are noise")
-    return folder
+    """The small trained model that comes with the pack."""
+    return SHIPPED / DEMO
 
 
 def find(name: str) -> Path:

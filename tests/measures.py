@@ -78,6 +78,13 @@ def near_its_middle(mask: torch.Tensor) -> torch.Tensor:
     return kept
 
 
+def turned_back(track: list[float]) -> float:
+    """The smaller of the longest ways that a track goes forward and back: nothing, unless it turns."""
+    forward = max(later - earlier for index, earlier in enumerate(track) for later in track[index:])
+    back = max(earlier - later for index, earlier in enumerate(track) for later in track[index:])
+    return min(forward, back)
+
+
 def motion_of(mask: torch.Tensor) -> str:
     """The name of a motion (:data:`training.scenes.MOTIONS`) from the track and the area of a mask."""
     area = mask.flatten(1).sum(1).float()
@@ -89,13 +96,14 @@ def motion_of(mask: torch.Tensor) -> str:
     x = ((mask * columns).flatten(1).sum(1)[kept] / area[kept]).tolist()
     y = ((mask * rows).flatten(1).sum(1)[kept] / area[kept]).tolist()
     across, along = x[-1] - x[0], y[-1] - y[0]
+    height = max(y) - min(y)
+    if height >= 10 and turned_back(y) >= height / 2:
+        return "bounce"
     if max(abs(across), abs(along)) >= 10:
         track = x if abs(across) > abs(along) else y
         way = ("right" if across > 0 else "left") if track is x else ("down" if along > 0 else "up")
         late = abs(track[-1] - track[len(track) * 5 // 8]) / abs(track[-1] - track[0])
         return f"{way}, stop" if late < 0.18 else way
-    if max(y) - min(y) >= 10:
-        return "bounce"
     growth = area[kept][-1] / area[kept][0]
     return "grow" if growth > 1.7 else "shrink" if growth < 1 / 1.7 else "still"
 

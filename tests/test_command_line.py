@@ -9,11 +9,13 @@ import sys
 
 import imageio.v3 as iio
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from parallel_backend.__main__ import build_parser, main
 
 from .conftest import REPO, TOLERANCE, command, wait_until, workers
+from .measures import look
 
 
 def generate(checkpoint, output, *more, **environment):
@@ -121,11 +123,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(checkpoints
     assert "it is a folder" in capsys.readouterr().err
 
 
-def test_the_demo_model_is_always_there_and_says_what_it_is(tmp_path):
-    done = command("generate", "--model", "demo", "--prompt", "x", "--steps", 2, "--output", tmp_path / "demo.mp4")
+def test_the_demo_model_is_always_there_and_does_what_it_is_told(tmp_path):
+    prompt = "a red circle moves right on a white background"
+    done = command("generate", "--model", "demo", "--prompt", prompt, "--steps", 20, "--output", tmp_path / "demo.mp4")
     assert done.returncode == 0, done.stderr
-    assert "random" in done.stderr
-    assert iio.imread(tmp_path / "demo.mp4", plugin="pyav").shape == (17, 64, 96, 3)
+    clip = torch.from_numpy(iio.imread(tmp_path / "demo.mp4", plugin="pyav")) / 255
+    assert clip.shape == (17, 64, 96, 3)
+    background, (thing,) = look(clip, things=1)
+    assert (background, thing.colour, thing.motion) == ("white", "red", "right")
 
 
 def test_plan_says_what_auto_would_choose_and_why(checkpoints):

@@ -1,6 +1,6 @@
-"""Stage 4: the trained parts as one folder in diffusers layout, half precision, and what both variants share once.
+"""Stage 4: the trained parts in diffusers layout, half precision, and what both variants share only once.
 
-``python -m training.export --folder .train --output parallel_backend/demo``
+``python -m training.export --folder .train --output parallel_backend/checkpoints``
 """
 
 import argparse
@@ -16,27 +16,30 @@ from .parts import VARIANTS, make_scheduler, make_tokenizer, make_transformer, w
 
 
 def export(folder: Path, output: Path) -> None:
-    """Writes ``output/t2v`` whole, and of ``output/i2v`` what differs: transformer and model index."""
+    """Writes ``output/demo`` whole, and of ``output/demo-i2v`` what differs: transformer and model index."""
     shutil.rmtree(output, ignore_errors=True)
-    whole = output / "t2v"
+    names = {"t2v": "demo", "i2v": "demo-i2v"}
+    whole = output / names["t2v"]
     AutoencoderKLCogVideoX.from_pretrained(folder / "vae").half().save_pretrained(whole / "vae")
     T5EncoderModel.from_pretrained(folder / "text_encoder").half().save_pretrained(whole / "text_encoder")
     make_tokenizer().save_pretrained(whole / "tokenizer")
+    settings = whole / "tokenizer" / "tokenizer_config.json"  # transformers 5 writes a class name that 4 does not know
+    settings.write_text(settings.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     make_scheduler().save_pretrained(whole / "scheduler")
     for variant in VARIANTS:
         weights = folder / variant / "transformer.safetensors"
         if weights.exists():
             transformer = make_transformer(variant)
             transformer.load_state_dict(load_file(weights))
-            transformer.to(torch.float16).save_pretrained(output / variant / "transformer")
-            write_model_index(output / variant, variant)
+            transformer.to(torch.float16).save_pretrained(output / names[variant] / "transformer")
+            write_model_index(output / names[variant], variant)
 
 
 def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(".train"))
-    parser.add_argument("--output", type=Path, default=Path("parallel_backend/demo"))
+    parser.add_argument("--output", type=Path, default=Path("parallel_backend/checkpoints"))
     args = parser.parse_args()
     export(args.folder, args.output)
 

@@ -2,9 +2,13 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+Update = Callable[..., dict[str, torch.Tensor]]
+"""One training step on a batch: changes the weights and returns what the log is to say."""
 
 WARM_UP = 300
 """Steps in which the learning rate rises."""
@@ -25,14 +29,9 @@ class Stage:
         self.path = folder / f"{name}.resume.pt"
         self.name, self.seconds, self.parts, self.save_every = name, minutes * 60, parts, save_every
         self.step, self.spent = 0, 0.0
+        self.highest_rate = 0.0
         self._sums: dict[str, torch.Tensor] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            self.step, self.spent = state["step"], state["spent"]
-            for key, part in parts.items():
-                part.load_state_dict(state["parts"][key])
-            self.say(f"goes on at step {self.step}")
 
     @property
     def progress(self) -> float:
@@ -44,15 +43,31 @@ class Stage:
         """What the learning rate is multiplied by: a short rise, then a cosine to nothing."""
         return min(1.0, (self.step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * self.progress))
 
+    def make_optimizer(self, weights: list[torch.nn.Parameter], learning_rate: float, **settings) -> torch.optim.AdamW:
+        """An optimizer that a CUDA graph can hold, with a learning rate of nothing until :meth:`steps` sets it."""
+        self.highest_rate = learning_rate
+        on_gpu = weights[0].is_cuda
+        self.parts["optimizer"] = torch.optim.AdamW(
+            weights, lr=torch.zeros((), device=weights[0].device), fused=on_gpu or None, capturable=on_gpu, **settings
+        )
+        return self.parts["optimizer"]
+
+    def resume(self) -> None:
+        """Goes on from the checkpoint, where there is one."""
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.step, self.spent = state["step"], state["spent"]
+        for key, part in self.parts.items():
+            part.load_state_dict(state["parts"][key])
+        self.say(f"goes on at step {self.step}")
+
     def steps(self, optimizer: torch.optim.Optimizer):
         """Yields step numbers until the time is up; sets the learning rate and saves along the way."""
-        highest = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-        for group, rate in zip(optimizer.param_groups, highest):
-            group["initial_lr"] = rate
         last_time = last_saved = last_said = time.perf_counter()
         while self.spent < self.seconds:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self.rate
+                group["lr"].fill_(self.highest_rate * self.rate)  # in place: a captured step reads it there
             yield self.step
             self.step += 1
             now = time.perf_counter()
@@ -70,7 +85,7 @@ class Stage:
         """Adds to the means that are said every few seconds; nothing waits for the GPU."""
         values["count"] = torch.ones(())
         for key, value in values.items():
-            value = value.detach()
+            value = value.detach().clone()  # a captured step writes its results to the same place each time
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def save(self) -> None:
@@ -95,3 +110,33 @@ class Stage:
         means = ", ".join(f"{key} {value.item() / count:.4g}" for key, value in self._sums.items())
         self.say(f"step {self.step}, {self.spent:.0f} of {self.seconds:.0f} s: {means}")
         self._sums.clear()
+
+
+def captured(update: Update, *examples: torch.Tensor) -> Update:
+    """An update as one CUDA graph: small models wait for their launches more than for the GPU (65 ms a step against 22).
+
+    Args:
+        update: must not wait for the GPU; it is run a few times at once, with the learning rate as it is.
+        examples: a batch; every later one must have its shapes.
+    """
+    if not examples[0].is_cuda:
+        return update
+    held = [example.clone() for example in examples]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            update(*held)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = update(*held)
+
+    def replay(*batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        for place, tensor in zip(held, batch):
+            place.copy_(tensor)
+        graph.replay()
+        return results
+
+    return replay

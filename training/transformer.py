@@ -26,7 +26,7 @@ from .parts import (
     widen_input,
 )
 from .scenes import caption, training_scene
-from .stage import Stage
+from .stage import Stage, captured
 from .vae import as_video
 
 CAPTIONS = 4
@@ -145,10 +145,10 @@ def train(
         text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").to(device)
         trained = [transformer]
     weights = [value for module in trained for value in module.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
     average = Average(trained)
-    parts = {"transformer": transformer, "text_encoder": text_encoder, "optimizer": optimizer, "average": average}
-    stage = Stage(folder, variant, minutes, parts)
+    stage = Stage(folder, variant, minutes, {"transformer": transformer, "text_encoder": text_encoder, "average": average})
+    optimizer = stage.make_optimizer(weights, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    stage.resume()
     vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
     bank = make_bank(vae, tokenizer, clips=clips, seed=seed, device=device)
     del vae
@@ -163,26 +163,32 @@ def train(
     positions = rotary(device)
     unknown = tokenizer.unk_token_id
 
-    for step in stage.steps(optimizer):
-        clean, image, tokens = draw_batch(bank, batch, unknown, generator)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        timestep = torch.randint(1000, (batch,), generator=generator, device=device)
+    def update(clean, image, tokens, noise, timestep) -> dict[str, torch.Tensor]:
         a, b = (level[timestep].view(-1, 1, 1, 1, 1) for level in (signal, noise_level))
         noisy, velocity = a * clean + b * noise, a * noise - b * clean
         if variant == "i2v":
             frames = torch.zeros_like(clean)
             frames[:, 0] = image
             noisy = torch.cat([noisy, frames], dim=2)
-        with torch.autocast(device.type, torch.bfloat16):
+        optimizer.zero_grad(set_to_none=False)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             text = text_encoder(tokens)[0]
             predicted = transformer(noisy, text, timestep, image_rotary_emb=positions, return_dict=False)[0]
         loss = (predicted.float() - velocity).square().mean()
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
+        return {"loss": loss.detach()}
+
+    def next_batch() -> tuple[torch.Tensor, ...]:
+        clean, image, tokens = draw_batch(bank, batch, unknown, generator)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        return clean, image, tokens, noise, torch.randint(1000, (batch,), generator=generator, device=device)
+
+    run = captured(update, *next_batch())
+    for step in stage.steps(optimizer):
+        stage.note(**run(*next_batch()))
         average.update(step)
-        stage.note(loss=loss)
     average.apply()
     (folder / variant).mkdir(exist_ok=True)
     save_file(transformer.state_dict(), folder / variant / "transformer.safetensors")

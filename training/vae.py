@@ -9,7 +9,7 @@ import torch
 from .drawing import draw
 from .parts import make_vae
 from .scenes import held_out_scenes, training_scene
-from .stage import Stage
+from .stage import Stage, captured
 
 KL_WEIGHT = 2e-5
 """Of the mean divergence from a unit normal: latents stay smooth and bounded, which the transformer needs."""
@@ -78,25 +78,33 @@ def train(folder: Path, *, minutes: float, batch: int, seed: int, device: torch.
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = True
     vae = make_vae().to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
-    stage = Stage(folder, "vae", minutes, {"vae": vae, "optimizer": optimizer})
+    weights = list(vae.parameters())
+    stage = Stage(folder, "vae", minutes, {"vae": vae})
+    optimizer = stage.make_optimizer(weights, learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+    stage.resume()
     rng = random.Random(f"{seed} {stage.step}")
     scenes = [training_scene(rng) for _ in range(20_000 if device.type == "cuda" else 50)]
-    for _step in stage.steps(optimizer):
-        video = as_video(draw(rng.sample(scenes, batch), device))
-        if rng.random() < 0.15:  # one image: what image-to-video starts from
-            video = video[:, :, :1]
-        with torch.autocast(device.type, torch.bfloat16):
+
+    def update(video: torch.Tensor) -> dict[str, torch.Tensor]:
+        optimizer.zero_grad(set_to_none=False)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             again, posterior = reconstruct(vae, video)
         difference = again.float() - video
         square = difference.square().mean()
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        loss = square + 0.3 * difference.abs().mean() + KL_WEIGHT * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        (square + 0.3 * difference.abs().mean() + KL_WEIGHT * kl).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        stage.note(square=square, kl=kl, noise=posterior.std.float().mean())
+        return {"square": square.detach(), "kl": kl.detach()}
+
+    example = as_video(draw(scenes[:batch], device))
+    on_clips, on_images = captured(update, example), captured(update, example[:, :, :1].contiguous())
+    for _step in stage.steps(optimizer):
+        video = as_video(draw(rng.sample(scenes, batch), device))
+        if rng.random() < 0.15:  # one image: what image-to-video starts from
+            on_images(video[:, :, :1])
+        else:
+            stage.note(**on_clips(video))
     vae.eval()
     figures, mean, deviation = measure(vae, device, torch.float32)
     stage.say(f"held-out PSNR mean {figures.mean():.2f}, least {figures.min():.2f} dB; latents {mean:.3f} +- {deviation:.3f}")

@@ -1,0 +1,108 @@
+"""The demo model does what it is told, as far as it has learnt to; and the measurements that say so can be trusted."""
+
+import random
+
+import pytest
+import torch
+
+from benchmarks.obedience import cases, generate
+from parallel_backend import models
+from parallel_backend.cogvideox import vae
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.text import TextEncoder
+from training.drawing import draw
+from training.scenes import Scene, caption, held_out_scenes, random_scene, training_scene, vocabulary
+from training.vae import psnr
+
+from .measures import Verdict, judge
+
+SIZE_LIMIT = 24_000_000
+QUALITIES = ("background", "colour", "shape", "motion")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    return Checkpoint.open(models.find(models.DEMO))
+
+
+@pytest.fixture(scope="module")
+def encoder(demo) -> TextEncoder:
+    return TextEncoder(demo, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def verdicts(demo, encoder, local) -> list[Verdict]:
+    """A dozen of the benchmark's captions, at the sampler's default settings."""
+    dozen = enumerate(cases(12))
+    return [judge(generate(local, demo, encoder, prompt, seed=seed), scene) for seed, (scene, prompt) in dozen]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[tuple[Scene, torch.Tensor]]:
+    """Scenes with their clips, drawn and not generated."""
+    rng = random.Random(11)
+    scenes = [random_scene(rng) for _ in range(80)]
+    return list(zip(scenes, draw(scenes)))
+
+
+def share(verdicts: list[Verdict], quality: str) -> float:
+    return sum(getattr(verdict, quality) for verdict in verdicts) / len(verdicts)
+
+
+def test_the_measurements_read_drawn_clips(drawn):
+    read = [judge(clip, scene) for scene, clip in drawn]
+    for quality in QUALITIES:
+        assert share(read, quality) >= 0.97, quality
+
+
+def test_the_measurements_see_that_a_clip_shows_something_else(drawn):
+    def says(scene: Scene, quality: str):
+        return scene.background if quality == "background" else getattr(scene.things[0], quality)
+
+    singles = [(scene, clip) for scene, clip in drawn if len(scene.things) == 1]
+    swapped = [(one, other, judge(clip, one)) for (one, _), (other, clip) in zip(singles, singles[1:])]
+    for quality in QUALITIES:
+        different = [verdict for one, other, verdict in swapped if says(one, quality) != says(other, quality)]
+        assert len(different) > 20 and share(different, quality) <= 0.03, quality
+
+
+def test_training_never_draws_what_the_captions_are_held_out_for():
+    names = {scene.name for scene in held_out_scenes(60, pairs=16)}
+    rng = random.Random(4)
+    assert len(names) == 60 and not names & {training_scene(rng).name for _ in range(3000)}
+
+
+def test_the_tokenizer_knows_every_word_of_the_captions(encoder):
+    rng = random.Random(5)
+    unknown = encoder.tokenize("xylophone")[0]
+    assert unknown not in encoder.tokenize(" ".join(vocabulary()[:30]))
+    for _ in range(200):
+        assert unknown not in encoder.tokenize(caption(random_scene(rng), rng).upper() + ".")
+
+
+def test_the_demo_is_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in models.SHIPPED.rglob("*") if path.is_file()) <= SIZE_LIMIT
+
+
+def test_the_vae_gives_unseen_clips_back(demo):
+    module = demo.load_vae(torch.float32)
+    clips = draw(held_out_scenes(16, pairs=4))
+    again = torch.cat([vae.decode(module, vae.encode(module, clip)) for clip in clips])
+    assert psnr(clips, again).mean() >= 30
+
+
+def test_it_obeys_in_colour(verdicts):
+    assert sum(verdict.colour for verdict in verdicts) >= 11
+
+
+def test_it_obeys_in_background(verdicts):
+    assert sum(verdict.background for verdict in verdicts) >= 11
+
+
+def test_another_prompt_with_the_same_noise_is_another_video_and_the_negative_prompt_is_heard(demo, encoder, local):
+    common = {"seed": 7, "steps": 20}
+    red = generate(local, demo, encoder, "a red circle on a black background", **common)
+    blue = generate(local, demo, encoder, "a blue circle on a black background", **common)
+    assert red[..., 0].max() > red[..., 2].max() + 0.3 and blue[..., 2].max() > blue[..., 0].max() + 0.3
+    away = generate(local, demo, encoder, "a circle on a background", negative_prompt="on a black background", **common)
+    assert away.mean() > 0.3
