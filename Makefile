@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# Threads that wait by spinning are fifty times slower on a machine with other work.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test setup lint clean
 

@@ -72,7 +72,7 @@ def test_the_workflow_makes_a_video_on_two_processes(server, prompt_of):
     events = list(server.events(prompt_id))
     assert events[-1]["type"] == "execution_success", server.log_tail()
     steps = [event["data"]["value"] for event in events if event["type"] == "progress" and event["data"]["node"] == sampler]
-    assert steps[-1] == 20 and len(steps) >= 5 and steps == sorted(steps)
+    assert steps[-1] == 50 and len(steps) >= 5 and steps == sorted(steps)
     assert "plan cfg2 on cpu:2" in server.log()
 
     (shown,) = server.history(prompt_id)["outputs"][node_of(prompt, "XDiTSaveVideo")]["images"]

@@ -113,7 +113,7 @@ class Stage:
 
 
 def captured(update: Update, *examples: torch.Tensor) -> Update:
-    """An update as one CUDA graph: small models wait for their launches more than for the GPU (65 ms a step against 22).
+    """An update as one CUDA graph: a small model waits for its launches (65 ms a step, 20 of them the GPU's work).
 
     Args:
         update: must not wait for the GPU; it is run a few times at once, with the learning rate as it is.
