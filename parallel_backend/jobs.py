@@ -246,7 +246,7 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors[item.name] = value
         elif isinstance(value, Model):
             plain[item.name] = {f.name: getattr(value, f.name) for f in fields(value)}
-        else:
+        elif value is not None:  # None is always the default: a side that does not know the field yet need not see it
             plain[item.name] = value
     return plain, tensors
 

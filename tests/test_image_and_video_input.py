@@ -106,15 +106,24 @@ def test_another_image_gives_another_video_and_one_image_serves_a_batch(like, ma
     one, other = (encode(local, checkpoints[like], [image]) for image in pictures(2, width=96, height=64))
     first = local.sample(make_job(like, steps=4, image=one, size=(96, 64, 9))).tensor
     assert (first - local.sample(make_job(like, steps=4, image=other, size=(96, 64, 9))).tensor).abs().max() > 0.01
-    shared = make_job(like, steps=4, image=one, size=(96, 64, 9), batch=2)
-    assert local.sample(shared).tensor.shape[0] == 2
+    shared = local.sample(make_job(like, steps=4, image=one, size=(96, 64, 9), batch=2)).tensor
+    apart = local.sample(make_job(like, steps=4, image=one.repeat(2, 1, 1, 1, 1), size=(96, 64, 9), batch=2)).tensor
+    assert shared.shape == (2, 16, 3, 8, 12)
+    assert torch.equal(shared, apart)
+
+
+def test_a_start_image_and_a_part_of_the_steps_go_together(make_job, local, checkpoints):
+    (image,) = pictures(1, width=96, height=64)
+    given = {"image": encode(local, checkpoints["5b-i2v"], [image]), "latent": torch.ones(1, 16, 3, 8, 12)}
+    result = local.sample(make_job("5b-i2v", steps=4, denoise=0.5, **given))
+    assert len(result.report.step_seconds) == 2 and result.tensor.shape == (1, 16, 3, 8, 12)
 
 
 @pytest.mark.parametrize(
     "like, frames, settings",
     [
         ("2b", 9, {"scheduler": "ddim", "denoise": 0.5}),
-        ("5b", 17, {"scheduler": "dpm", "denoise": 0.8, "batch": 2}),
+        ("5b", 9, {"scheduler": "dpm", "denoise": 0.8, "batch": 2}),
         ("5b", 9, {"scheduler": "ddim", "denoise": 0.3, "cfg": 1.0}),
         ("5b", 9, {"scheduler": "dpm", "denoise": 0.6, "dynamic_cfg": True}),
         ("5b", 9, {"scheduler": "ddim", "denoise": 0.6, "dynamic_cfg": True}),

@@ -86,9 +86,9 @@ def test_a_job_survives_being_taken_apart(job):
     assert all(torch.equal(tensors[name], getattr(again, name)) for name in tensors)
 
 
-def test_a_caller_that_knows_no_start_image_is_understood():
+def test_sides_that_know_no_start_image_understand_a_job_without_one():
     plain, tensors = split_fields(sample())
-    del plain["image"]
+    assert "image" not in {*plain, *tensors}
     assert join_fields("sample", plain, tensors).image is None
 
 

@@ -64,7 +64,7 @@ def starting_point(job: SampleJob, checkpoint: Checkpoint, scheduler, generator,
         if encoded is not None:
             # diffusers samples the VAE's posterior with this generator before it draws the noise. We take the posterior's
             # mean, as the core's nodes do, and pass over its numbers, so that the noise of a seed is the same.
-            torch.randn(encoded.shape, generator=generator, dtype=dtype)
+            torch.randn((batch, *encoded.shape[1:]), generator=generator, dtype=dtype)
     skipped = job.steps - int(job.steps * job.denoise)
     timesteps = scheduler.timesteps[skipped:]
     noise = torch.randn((batch, frames + padding, channels, height, width), generator=generator, dtype=dtype)
