@@ -53,7 +53,7 @@ def build_parser() -> Parser:
     generate.add_argument("--dynamic-cfg", action="store_true", help="let the guidance scale follow a cosine")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--tiling", choices=TILINGS, default="auto", help="encode and decode in tiles")
-    generate.add_argument("--fps", type=float, help="default: the model's")
+    generate.add_argument("--fps", type=float, help="default: the video's own where one is given, else the model's")
     generate.add_argument("--output", required=True, help="an .mp4 file")
     generate.add_argument("--save-latents", help="also write the latents, as ComfyUI does")
     generate.add_argument("--json", action="store_true", help="print one JSON object last")

@@ -140,7 +140,7 @@ def produce(
         if args.save_latents:
             video.save_latent(Path(args.save_latents), sampled.tensor)
         decoded = executor.decode(DecodeJob(job.model, sampled.tensor, tiling=args.tiling))
-        fps = args.fps or checkpoint.default_fps
+        fps = args.fps or (inputs.frames_per_second(args.video) if args.video else checkpoint.default_fps)
         video.save(Path(args.output), decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
     finally:
         executor.close()

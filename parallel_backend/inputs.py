@@ -61,6 +61,13 @@ def read(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> dict[
     return found
 
 
+def frames_per_second(path: str) -> float:
+    """How fast a video file that was read plays."""
+    import imageio.v3 as iio
+
+    return float(iio.immeta(Path(path).expanduser(), plugin="pyav")["fps"])
+
+
 def whole_frames(frames: int, checkpoint: Checkpoint) -> int:
     """The most frames, 4k+1, that a video of so many gives without padding."""
     latent = (frames - 1) // TEMPORAL + 1

@@ -97,7 +97,7 @@ def files(tmp_path) -> dict[str, str]:
     folder.mkdir()
     colours = np.random.default_rng(0).integers(0, 256, (10, 48, 80, 3), dtype=np.uint8)
     iio.imwrite(folder / "image.png", colours[0])
-    iio.imwrite(folder / "video.mp4", colours, plugin="pyav", codec="libx264", fps=8)
+    iio.imwrite(folder / "video.mp4", colours, plugin="pyav", codec="libx264", fps=12)
     (folder / "text.png").write_text("not a picture")
     (folder / "text.mp4").write_text("not a video")
     (folder / "empty.mp4").touch()
@@ -122,6 +122,7 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^step (\d+)/3$", done.stderr, re.M) == ["1", "2", "3"]
     assert iio.imread(tmp_path / "out.mp4", plugin="pyav").shape == (frames, 48, 64, 3)
+    assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 12  # as fast as the video that was given
 
 
 @pytest.mark.parametrize(
