@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .backend import XDiTBackend
 from .conditioning import EmptyCogVideoXLatent
 from .decoding import CogVideoXDecode
+from .image_to_video import CogVideoXImageToVideo
 from .loaders import LoadCogVideoX
 from .sampling import CogVideoXSampler
 from .saving import SaveVideo
@@ -12,6 +13,7 @@ from .saving import SaveVideo
 NODES: list[type[io.ComfyNode]] = [
     LoadCogVideoX,
     EmptyCogVideoXLatent,
+    CogVideoXImageToVideo,
     CogVideoXSampler,
     CogVideoXDecode,
     SaveVideo,

@@ -1,4 +1,4 @@
-"""Latents to start from, and the core's conditioning as this pack's text states."""
+"""Latents to start from, and the core's conditioning as this pack's text states and start image."""
 
 import logging
 
@@ -10,6 +10,26 @@ from ..parallel_backend.jobs import empty_latent
 from .sockets import CATEGORY
 
 logger = logging.getLogger(__name__)
+
+START_IMAGE = "concat_latent_image"
+"""The core's own name in a conditioning for the latent that is concatenated to the noise."""
+
+
+def size_inputs() -> list:
+    """Width, height, length and batch size of a video."""
+    return [
+        io.Int.Input("width", default=720, min=16, max=4096, step=16, tooltip="A multiple of 16."),
+        io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="A multiple of 16."),
+        io.Int.Input(
+            "length",
+            default=49,
+            min=1,
+            max=1025,
+            step=4,
+            tooltip="Frames, 4k+1. CogVideoX 1.0 was trained with 49 (8 fps), 1.5 with 81 or 161 (16 fps).",
+        ),
+        io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos at once."),
+    ]
 
 
 class EmptyCogVideoXLatent(io.ComfyNode):
@@ -23,19 +43,7 @@ class EmptyCogVideoXLatent(io.ComfyNode):
             display_name="Empty CogVideoX Latent",
             category=CATEGORY,
             description="An empty latent for text to video.",
-            inputs=[
-                io.Int.Input("width", default=720, min=16, max=4096, step=16, tooltip="A multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="A multiple of 16."),
-                io.Int.Input(
-                    "length",
-                    default=49,
-                    min=1,
-                    max=1025,
-                    step=4,
-                    tooltip="Frames, 4k+1. CogVideoX 1.0 was trained with 49 (8 fps), 1.5 with 81 or 161 (16 fps).",
-                ),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos at once."),
-            ],
+            inputs=size_inputs(),
             outputs=[io.Latent.Output(display_name="latent")],
         )
 
@@ -43,6 +51,20 @@ class EmptyCogVideoXLatent(io.ComfyNode):
     def execute(cls, width: int, height: int, length: int, batch_size: int) -> io.NodeOutput:
         """Makes the zeros."""
         return io.NodeOutput({"samples": empty_latent(width=width, height=height, frames=length, batch=batch_size)})
+
+
+def check_conditioning(conditioning, name: str) -> None:
+    """Raises RequestError for another pack's tensors under the same socket name."""
+    if isinstance(conditioning, torch.Tensor):
+        raise RequestError(
+            f"{name} comes from the CogVideoX wrapper, whose conditioning is a bare tensor; "
+            "use CLIP Text Encode with Load CogVideoX or the core's CLIPLoader (type cogvideox)"
+        )
+
+
+def start_image(conditioning) -> torch.Tensor | None:
+    """The latent of the start image that a conditioning carries, or None."""
+    return conditioning[0][1].get(START_IMAGE)
 
 
 def text_states(conditioning, name: str, *, limit: int) -> torch.Tensor:
@@ -55,15 +77,11 @@ def text_states(conditioning, name: str, *, limit: int) -> torch.Tensor:
     Raises:
         RequestError: for another pack's tensors under the same socket name.
     """
-    if isinstance(conditioning, torch.Tensor):
-        raise RequestError(
-            f"{name} comes from the CogVideoX wrapper, whose conditioning is a bare tensor; "
-            "use CLIP Text Encode with Load CogVideoX or the core's CLIPLoader (type cogvideox)"
-        )
+    check_conditioning(conditioning, name)
     states, options = conditioning[0]
     if len(conditioning) > 1:
         logger.warning("%s has %d entries; the first is used", name, len(conditioning))
-    if ignored := sorted(set(options) - {"pooled_output"}):
+    if ignored := sorted(set(options) - {"pooled_output", START_IMAGE}):
         logger.warning("%s carries %s, which CogVideoX does not use", name, ", ".join(ignored))
     if states.shape[1] > limit:
         logger.warning("%s has %d tokens; the model takes %d, the rest is cut off", name, states.shape[1], limit)

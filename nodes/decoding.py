@@ -48,14 +48,15 @@ class CogVideoXDecode(io.ComfyNode):
         return io.NodeOutput(host.run(job, backend, cls.hidden.unique_id).tensor.flatten(0, 1))
 
 
-def decode_with_core(vae, latent, tiling: str, tile: int, overlap: int):
-    """Frames ``[batch * frames, height, width, 3]`` from a VAE of the core's loaders.
-
-    Raises:
-        RequestError: for the CogVideoX wrapper's VAE, which shares the socket's name.
-    """
+def check_vae(vae) -> None:
+    """Raises RequestError for the CogVideoX wrapper's VAE, which shares the socket's name."""
     if not hasattr(vae, "decode_tiled"):
         raise RequestError("this VAE comes from the CogVideoX wrapper; use Load CogVideoX or the core's VAELoader")
+
+
+def decode_with_core(vae, latent, tiling: str, tile: int, overlap: int):
+    """Frames ``[batch * frames, height, width, 3]`` from a VAE of the core's loaders."""
+    check_vae(vae)
     if tiling == "on":
         video = vae.decode_tiled(latent, tile_x=tile // SPATIAL, tile_y=tile // SPATIAL, overlap=overlap // SPATIAL)
     else:

@@ -40,15 +40,20 @@ def build_parser() -> Parser:
     parser = Parser(prog="parallel_backend", description="CogVideoX on every GPU you have.")
     commands_of = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
-    generate = commands_of.add_parser("generate", help="a prompt to a video file")
+    generate = commands_of.add_parser("generate", help="a prompt, an image or a video to a video file")
     add_model_options(generate)
     add_run_options(generate)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--negative-prompt", default="")
+    generate.add_argument(
+        "--image", help="a file to start from, for an image-to-video model; resized to cover, cropped at the centre"
+    )
+    generate.add_argument("--video", help="a file to make another video of; resized and cropped likewise")
+    generate.add_argument("--denoise", type=float, help="with a video: how much of it is made anew; default 0.8")
     generate.add_argument("--dynamic-cfg", action="store_true", help="let the guidance scale follow a cosine")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--tiling", choices=TILINGS, default="auto", help="decode in tiles")
-    generate.add_argument("--fps", type=float, help="default: the model's")
+    generate.add_argument("--tiling", choices=TILINGS, default="auto", help="encode and decode in tiles")
+    generate.add_argument("--fps", type=float, help="default: the video's own where one is given, else the model's")
     generate.add_argument("--output", required=True, help="an .mp4 file")
     generate.add_argument("--save-latents", help="also write the latents, as ComfyUI does")
     generate.add_argument("--json", action="store_true", help="print one JSON object last")

@@ -11,13 +11,13 @@ from statistics import median
 
 import torch
 
-from . import models, video
+from . import inputs, models, video
 from .backend import open_executor, resolve
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
 from .errors import GroupError, GroupUnavailable, RequestError
-from .jobs import DecodeJob, Model, Report, SampleJob, between, empty_latent
+from .jobs import DecodeJob, EncodeJob, Model, Report, SampleJob, between, empty_latent
 from .planner import candidates, choose
 from .plans import AUTO, Plan
 
@@ -62,8 +62,17 @@ def encode_prompts(args: Namespace, checkpoint: Checkpoint, device: torch.device
     return states[0], states[1] if len(states) > 1 else None
 
 
+def denoise_of(args: Namespace) -> float:
+    """The denoise asked for; by default everything, or what diffusers leaves of a video."""
+    if args.video is not None and args.denoise == 1:
+        raise RequestError("denoise 1 keeps nothing of the video; use less, such as 0.8, or leave the video out")
+    if args.denoise is None:
+        return 1.0 if args.video is None else 0.8
+    return args.denoise
+
+
 def generate(args: Namespace) -> int:
-    """A prompt to a video file."""
+    """A prompt, and an image or a video where one is given, to a video file."""
     output = Path(args.output)
     video.check_video_name(output)
     if args.fps is not None:
@@ -74,8 +83,13 @@ def generate(args: Namespace) -> int:
     checkpoint.check_text()
     plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1)
     model = Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload)
-    latent = empty_latent(**size_of(args, checkpoint), channels=checkpoint.channels)
+    denoise, size = denoise_of(args), size_of(args, checkpoint)
+    given = inputs.read(args, size, checkpoint)
+    if "latent" in given:
+        size["frames"] = len(given["latent"])
+    latent = empty_latent(**size, channels=checkpoint.channels)
     settings = {
+        "denoise": denoise,
         "seed": args.seed,
         "steps": args.steps,
         "cfg": args.cfg,
@@ -83,19 +97,20 @@ def generate(args: Namespace) -> int:
         "dynamic_cfg": args.dynamic_cfg,
     }
     blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
-    job = SampleJob(model, blank, latent, blank, **settings)
-    checkpoint.check(job)  # before the text encoder is loaded
+    blanks = {name: {"image": latent[:, :, :1], "latent": torch.ones_like(latent)}[name] for name in given}
+    job = SampleJob(model, blank, negative=blank, **{"latent": latent, **blanks}, **settings)
+    checkpoint.check(job)  # before anything is loaded to fill the blanks
 
     quiet_libraries()
     print(f"{checkpoint.describe}\nplan {plan} on {devices}: {reason}", file=sys.stderr)
     started = time.perf_counter()
     try:
-        sampled, decoded = produce(args, job, checkpoint, plan, devices)
+        sampled, decoded = produce(args, job, given, checkpoint, plan, devices)
     except GroupUnavailable as error:
         if args.plan != AUTO:
             raise
         print(f"no group: {error.summary}; working in this process", file=sys.stderr)
-        sampled, decoded = produce(args, job, checkpoint, Plan(), devices)
+        sampled, decoded = produce(args, job, given, checkpoint, Plan(), devices)
     summary = summarise(sampled, decoded) | {
         "total_seconds": time.perf_counter() - started, "output": str(output), "seed": args.seed,
     }  # fmt: skip
@@ -112,17 +127,20 @@ def generate(args: Namespace) -> int:
     return 0
 
 
-def produce(args: Namespace, job: SampleJob, checkpoint: Checkpoint, plan: Plan, devices: Devices) -> tuple[Report, Report]:
-    """Encodes the prompts into the job's blanks, samples, decodes and writes the files. Returns what it cost."""
+def produce(
+    args: Namespace, job: SampleJob, given: dict[str, torch.Tensor], checkpoint: Checkpoint, plan: Plan, devices: Devices
+) -> tuple[Report, Report]:
+    """Encodes prompts and pictures into the job's blanks, samples, decodes and writes the files. Returns what it cost."""
     executor = open_executor(plan, devices)
     try:
         executor.start()  # a group comes up while the text is encoded
         positive, negative = encode_prompts(args, checkpoint, devices.first)
-        sampled = executor.sample(replace(job, positive=positive, negative=negative), on_step=show_step)
+        encoded = {name: executor.encode(EncodeJob(job.model, pixels, args.tiling)).tensor for name, pixels in given.items()}
+        sampled = executor.sample(replace(job, positive=positive, negative=negative, **encoded), on_step=show_step)
         if args.save_latents:
             video.save_latent(Path(args.save_latents), sampled.tensor)
         decoded = executor.decode(DecodeJob(job.model, sampled.tensor, tiling=args.tiling))
-        fps = args.fps or checkpoint.default_fps
+        fps = args.fps or (inputs.frames_per_second(args.video) if args.video else checkpoint.default_fps)
         video.save(Path(args.output), decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
     finally:
         executor.close()

@@ -70,6 +70,21 @@ def check_latent(latent: torch.Tensor) -> None:
         raise RequestError(f"the size is {shape[4] * 8}x{shape[3] * 8}; width and height must be multiples of 16")
 
 
+def check_image(image: torch.Tensor, latent: torch.Tensor) -> None:
+    """Raises RequestError unless a start image's latent is one frame of the video's size."""
+    batch, channels, _, height, width = latent.shape
+    if image.ndim != 5 or image.shape[0] not in (1, batch) or tuple(image.shape[1:3]) != (channels, 1):
+        raise RequestError(
+            f"the start image's latent is {tuple(image.shape)}; it must be [1 or {batch}, {channels}, 1, height/8, width/8]: "
+            "use CogVideoX Image To Video"
+        )
+    if tuple(image.shape[3:]) != (height, width):
+        raise RequestError(
+            f"the start image is encoded for {image.shape[4] * 8}x{image.shape[3] * 8} and the video is "
+            f"{width * 8}x{height * 8}; use one size for both"
+        )
+
+
 def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
     """Checks a size in pixels and frames, before any tensor of it is made.
 
@@ -117,9 +132,13 @@ class SampleJob:
     dynamic_cfg: bool = False
     denoise: float = 1.0
     """1 starts from noise; 0.6 runs the last 60 % of the steps on the latent given, as diffusers does."""
+    image: torch.Tensor | None = None
+    """The start image as an unscaled VAE latent ``[1 or batch, channels, 1, height/8, width/8]``; None for text to video."""
 
     def __post_init__(self):
         check_latent(self.latent)
+        if self.image is not None:
+            check_image(self.image, self.latent)
         choice("scheduler", self.scheduler, SCHEDULERS)
         between("steps", self.steps, 1, 1000)
         between("seed", self.seed, 0, MAX_SEED)
@@ -227,7 +246,7 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors[item.name] = value
         elif isinstance(value, Model):
             plain[item.name] = {f.name: getattr(value, f.name) for f in fields(value)}
-        else:
+        elif value is not None:  # None is always the default: a side that does not know the field yet need not see it
             plain[item.name] = value
     return plain, tensors
 

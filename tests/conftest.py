@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox.checkpoint import Checkpoint
-from parallel_backend.cogvideox.random_weights import build
+from parallel_backend.cogvideox.random_weights import LIKES, build
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.devices import Devices
 from parallel_backend.group.client import GroupExecutor
@@ -39,9 +39,9 @@ def private_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """Small pipelines with random weights: like 2b (sincos), 5b (rotary) and 1.5 (two-frame tokens)."""
+    """Small pipelines with random weights: like 2b (sincos), 5b (rotary), 1.5 (two-frame tokens), and from images."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {like: build(root / like, like=like) for like in ("2b", "5b", "1.5-5b")}
+    return {like: build(root / like, like=like) for like in LIKES}
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,14 @@ from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, Model
 
+IMAGE = torch.ones(1, 16, 1, 8, 12)
+
+
+def configure(folder, **changes) -> None:
+    """Changes the transformer's configuration."""
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
 
 @pytest.fixture
 def broken(checkpoints, tmp_path):
@@ -35,6 +43,42 @@ def test_what_a_checkpoint_can_do_comes_from_its_configurations(checkpoints):
     assert new.default_size == (96, 64, 17)
     assert new.native_dtype == "fp32"
     assert new.dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_what_a_video_is_made_from_comes_from_the_channels_and_not_from_the_name(checkpoints, broken):
+    found = {like: Checkpoint.open(path) for like, path in checkpoints.items()}
+    assert [like for like, checkpoint in found.items() if checkpoint.takes_image] == ["5b-i2v", "1.5-5b-i2v"]
+    assert "CogVideoX 1.0, text to video, 3 layers, 4 heads, rotary, fp32" in found["5b"].describe
+    assert "CogVideoX 1.0, image to video, 3 layers, 4 heads, rotary and learned, fp32" in found["5b-i2v"].describe
+    assert "CogVideoX 1.5, image to video, 3 layers, 4 heads, rotary, fp32" in found["1.5-5b-i2v"].describe
+    assert (found["5b-i2v"].image_scaling_factor, found["1.5-5b-i2v"].image_scaling_factor) == (0.7, 1 / 0.7)
+    assert (found["5b-i2v"].ofs, found["1.5-5b-i2v"].ofs) == (None, 2.0)
+    configure(broken, in_channels=33)
+    assert "not supported yet (33 channels in)" in Checkpoint.open(broken).describe
+
+
+def test_the_published_1_5_says_how_far_its_positions_reach_and_not_its_size(checkpoints, broken):
+    configure(broken, patch_size_t=2, sample_width=300, sample_height=300, sample_frames=81)
+    checkpoint = Checkpoint.open(broken)
+    assert (checkpoint.positions_size, checkpoint.default_size) == ((2400, 2400), (1360, 768, 81))
+
+
+@pytest.mark.parametrize(
+    "like, changes, settings, words",
+    [
+        ("5b", {}, {"image": IMAGE}, "text alone; .* image-to-video model, such as CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"),
+        ("5b-i2v", {}, {}, "needs a start image .* text-to-video model, such as CogVideoX-2b"),
+        ("5b", {"in_channels": 33}, {}, "takes 33 channels, which is not supported yet; .*CogVideoX-5b-I2V"),
+        ("5b", {"in_channels": 33}, {"image": IMAGE}, "takes 33 channels"),
+        ("5b-i2v", {}, {"size": (80, 48, 9), "image": IMAGE[..., :6, :10]}, "positions for 96x64 alone .* 80x48; use 96x64"),
+    ],
+)
+def test_a_model_given_what_it_cannot_take_says_which_can(like, changes, settings, words, checkpoints, make_job, tmp_path):
+    folder = shutil.copytree(checkpoints[like], tmp_path / "model")
+    configure(folder, **changes)
+    with pytest.raises(RequestError, match=words) as error:
+        Checkpoint.open(folder).check(make_job(like, **{"size": (96, 64, 9), **settings}))
+    assert "\n" not in str(error.value)
 
 
 def test_the_name_of_the_folder_changes_nothing(checkpoints, tmp_path):

@@ -179,6 +179,31 @@ def save_video_options(object_info: dict) -> dict:
     return chosen
 
 
+def test_an_image_and_a_video_become_videos_with_the_shipped_workflows(server, checkpoints):
+    """The i2v model lies beside the others for this test alone."""
+    model = server.base / "models" / "CogVideo" / "small i2v"
+    shutil.copytree(checkpoints["5b-i2v"], model)
+    (server.base / "input").mkdir(exist_ok=True)
+    colours = np.random.default_rng(0).integers(0, 256, (20, 72, 128, 3), dtype=np.uint8)
+    iio.imwrite(server.base / "input" / "example.png", colours[0])
+    iio.imwrite(server.base / "input" / "example.mp4", colours, plugin="pyav", codec="libx264", fps=12)
+    info = server.object_info()
+    for name, settings in (("i2v", ["XDiTLoadCogVideoX.model_name=CogVideo/small i2v"]), ("v2v", [])):
+        workflow = json.loads((REPO / "workflows" / f"{name}.json").read_text())
+        prompt = to_api(workflow, info)
+        apply_settings(prompt, [*TWO_PROCESSES, *settings, f"XDiTSaveVideo.filename_prefix={name}"], info)
+        outputs = server.run(prompt, workflow=workflow)["outputs"]
+        (shown,) = outputs[node_of(prompt, "XDiTSaveVideo")]["images"]
+        path = server.base / "output" / shown["subfolder"] / shown["filename"]
+        assert iio.imread(path, plugin="pyav").shape == (17, 64, 96, 3)
+        assert iio.immeta(path, plugin="pyav")["fps"] == (12 if name == "v2v" else 8)
+    prompt = to_api(json.loads((REPO / "workflows" / "i2v.json").read_text()), info)
+    apply_settings(prompt, ["XDiTLoadCogVideoX.model_name=demo"], info)
+    with pytest.raises(RuntimeError, match="makes videos from text alone; for a start image use an image-to-video model"):
+        server.run(prompt)
+    shutil.rmtree(model)
+
+
 def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of, checkpoints):
     for kind, like in (("CogVideo", "2b"), ("diffusers", "1.5-5b")):
         (server.base / "models" / kind).mkdir(exist_ok=True)

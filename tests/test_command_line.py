@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,6 +90,71 @@ def test_a_request_that_makes_no_sense_ends_with_2_and_one_line(more, words, che
     assert re.search(words, error)
     assert len(error.strip().splitlines()) == 1, error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, str]:
+    """A wide picture, a video of ten frames, and what is neither."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    colours = np.random.default_rng(0).integers(0, 256, (10, 48, 80, 3), dtype=np.uint8)
+    iio.imwrite(folder / "image.png", colours[0])
+    iio.imwrite(folder / "video.mp4", colours, plugin="pyav", codec="libx264", fps=12)
+    (folder / "text.png").write_text("not a picture")
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "empty.mp4").touch()
+    return {path.name: str(path) for path in folder.iterdir()} | {"none": str(folder / "none.png")}
+
+
+@pytest.mark.parametrize("plan, devices", [("single", "cpu"), ("ulysses2", "cpu:2")])
+def test_an_image_becomes_a_video(plan, devices, checkpoints, files, tmp_path):
+    common = ("--width", 96, "--height", 64, "--steps", 2, "--plan", plan, "--devices", devices, "--json")
+    done = generate(checkpoints["5b-i2v"], tmp_path / "out.mp4", "--image", files["image.png"], *common)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["plan"] == plan
+    assert iio.imread(tmp_path / "out.mp4", plugin="pyav").shape == (9, 64, 96, 3)
+
+
+@pytest.mark.parametrize("like, frames", [("5b", 9), ("1.5-5b", 5)])  # ten frames: 4k+1, and what 1.5 need not pad
+def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames, checkpoints, files, tmp_path):
+    done = command(
+        "generate", "--model", checkpoints[like], "--prompt", "x", "--video", files["video.mp4"], "--denoise", 0.5,
+        "--steps", 6, "--width", 64, "--height", 48, "--output", tmp_path / "out.mp4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^step (\d+)/3$", done.stderr, re.M) == ["1", "2", "3"]
+    assert iio.imread(tmp_path / "out.mp4", plugin="pyav").shape == (frames, 48, 64, 3)
+    assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 12  # as fast as the video that was given
+
+
+@pytest.mark.parametrize(
+    "like, more, words",
+    [
+        ("5b-i2v", ("--image", "none"), "there is no image file .*none.png"),
+        ("5b-i2v", ("--image", "text.png"), "text.png cannot be read as image"),
+        ("5b", ("--video", "none"), "there is no video file"),
+        ("5b", ("--video", "text.mp4"), "text.mp4 cannot be read as video"),
+        ("5b", ("--video", "empty.mp4"), "empty.mp4 cannot be read as video"),
+        ("5b", ("--video", "text.png"), "text.png (holds no|cannot be read as) video"),
+        ("5b", ("--video", "video.mp4", "--denoise", "1"), "denoise 1 keeps nothing"),
+        ("5b", ("--video", "video.mp4", "--denoise", "2"), "denoise is 2.0; use 0.0 to 1.0"),
+        ("5b", ("--video", "video.mp4", "--frames", "13"), "has 10 frames and 13 were asked for"),
+        ("1.5-5b", ("--video", "video.mp4", "--frames", "9"), "multiple of 2 latent frames and the video has 3: use 13"),
+        ("5b", ("--denoise", "0.5"), "the latent is empty; encode a video"),
+        ("5b", ("--image", "image.png"), "makes videos from text alone; .* such as CogVideoX-5b-I2V"),
+        ("5b-i2v", (), "needs a start image .* such as CogVideoX-2b"),
+        ("5b-i2v", ("--image", "image.png", "--width", "80"), "learned positions for 96x64 alone .* 80x64; use 96x64"),
+        ("5b-i2v", ("--image", "image.png", "--width", "81"), "width is 81"),
+    ],
+    ids=str,
+)
+def test_files_and_models_that_do_not_fit_end_with_2_and_one_line(like, more, words, checkpoints, files, tmp_path, capsys):
+    output = tmp_path / "out.mp4"
+    arguments = ["generate", "--model", str(checkpoints[like]), "--prompt", "x", "--output", str(output)]
+    assert main([*arguments, *(files.get(word, word) for word in more)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error) and len(error.strip().splitlines()) == 1, error
+    assert not output.exists()
 
 
 def test_a_broken_checkpoint_ends_with_2_and_starts_no_group(checkpoints, tmp_path):
@@ -203,4 +269,5 @@ def test_the_options_are_frozen_so_that_scripts_go_on_working():
     assert found["generate"] >= {
         "--model", "--prompt", "--negative-prompt", "--width", "--height", "--frames", "--steps", "--cfg", "--seed", "--scheduler",
         "--dynamic-cfg", "--fps", "--plan", "--devices", "--dtype", "--offload", "--tiling", "--output", "--save-latents", "--json",
+        "--image", "--video", "--denoise",
     }  # fmt: skip

@@ -46,6 +46,10 @@ def test_a_size_that_no_cogvideox_makes_is_refused_with_the_nearest(size, words)
         ({"latent": torch.ones(1, 16, 8, 8)}, "a video latent is"),
         ({"latent": torch.ones(1, 16, 2, 5, 4)}, "multiples of 16"),
         ({"latent": torch.ones(1, 2, 16, 4, 4)}, "CogVideoX wrapper"),
+        ({"image": torch.ones(1, 16, 4, 4)}, "start image's latent is \\(1, 16, 4, 4\\); it must be \\[1 or 1, 16, 1"),
+        ({"image": torch.ones(1, 16, 2, 4, 4)}, "start image's latent is .*use CogVideoX Image To Video"),
+        ({"image": torch.ones(3, 16, 1, 4, 4)}, "start image's latent is"),
+        ({"image": torch.ones(1, 16, 1, 6, 4)}, "encoded for 32x48 and the video is 32x32; use one size"),
     ],
 )
 def test_a_sampling_job_that_makes_no_sense_is_refused_in_one_line(changes, words):
@@ -67,13 +71,25 @@ def test_a_video_to_encode_must_be_frames_of_three_channels():
 
 
 @pytest.mark.parametrize(
-    "job", [sample(seed=5), sample(cfg=1.0, negative=None), DecodeJob(MODEL, torch.rand(1, 16, 2, 4, 4), "on", 128, 32)]
+    "job",
+    [
+        sample(seed=5),
+        sample(cfg=1.0, negative=None),
+        sample(image=torch.rand(1, 16, 1, 4, 4)),
+        DecodeJob(MODEL, torch.rand(1, 16, 2, 4, 4), "on", 128, 32),
+    ],
 )
 def test_a_job_survives_being_taken_apart(job):
     plain, tensors = split_fields(job)
     again = join_fields(job.kind, plain, tensors)
     assert split_fields(again)[0] == plain
     assert all(torch.equal(tensors[name], getattr(again, name)) for name in tensors)
+
+
+def test_sides_that_know_no_start_image_understand_a_job_without_one():
+    plain, tensors = split_fields(sample())
+    assert "image" not in {*plain, *tensors}
+    assert join_fields("sample", plain, tensors).image is None
 
 
 @pytest.mark.parametrize("change", [{"extra": 1}, {"model": None}, {"model": {"path": "/x", "code": "y"}}])

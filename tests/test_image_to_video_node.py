@@ -1,0 +1,104 @@
+"""The start image on its way through the nodes: encoded once, carried as the core carries it, read by the sampler."""
+
+import pytest
+
+from .test_host import in_comfyui  # noqa: F401
+
+NODES = """
+Node, Sampler = part("nodes.image_to_video").CogVideoXImageToVideo, part("nodes.sampling").CogVideoXSampler
+sockets, image = part("nodes.sockets"), part("parallel_backend.cogvideox.image")
+from comfy_api.latest import io
+def call(node, **inputs):
+    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
+    return clone.execute(**inputs).result
+def refusal(node, **inputs):
+    try:
+        call(node, **inputs)
+    except errors.RequestError as error:
+        return str(error)
+def handles(path):
+    model = jobs.Model(path)
+    return sockets.ModelHandle(model, Checkpoint.open(path)), sockets.VaeHandle(model)
+def prompt(seed):
+    states = torch.randn(1, checkpoint.text_tokens, checkpoint.text_features, generator=torch.Generator().manual_seed(seed))
+    return [[states, {"pooled_output": None}]]
+positive, negative = prompt(1), prompt(2)
+picture = torch.rand(2, 40, 100, 3, generator=torch.Generator().manual_seed(3))
+size = {"width": 96, "height": 64, "length": 9, "batch_size": 2}
+settings = {"seed": 3, "steps": 2, "cfg": 6.0, "scheduler": "auto", "dynamic_cfg": False, "denoise": 1.0}
+prompts = {"positive": positive, "negative": negative}
+"""
+
+
+@pytest.fixture
+def nodes(in_comfyui, checkpoints):  # noqa: F811
+    """Runs lines that use the nodes on small models named ``text_model`` and ``image_model``."""
+    paths = f"text_model, image_model = {str(checkpoints['5b'])!r}, {str(checkpoints['5b-i2v'])!r}\n"
+    return lambda code: in_comfyui(NODES + paths + code)
+
+
+def test_the_start_image_is_covered_encoded_once_and_gives_what_a_job_with_it_gives(nodes):
+    shown, log = nodes("""
+model, vae = handles(image_model)
+conditioned = call(Node, **prompts, vae=vae, start_image=picture, **size)
+concat = [prompt[0][1]["concat_latent_image"] for prompt in conditioned[:2]]
+latent = conditioned[2]["samples"]
+sampled = call(Sampler, model=model, positive=conditioned[0], negative=conditioned[1], latent=conditioned[2], **settings)
+encoded = host.local().encode(jobs.EncodeJob(model.model, image.cover(picture[:1], width=96, height=64))).tensor
+job = jobs.SampleJob(model.model, positive[0][0], latent, negative[0][0], seed=3, steps=2, image=encoded)
+expected = host.local().sample(job).tensor
+show(shape=list(latent.shape), empty=not latent.any(), concat=list(concat[0].shape), once=concat[0] is concat[1],
+     equal=torch.equal(sampled[0]["samples"], expected), kept="concat_latent_image" in positive[0][1])
+""")
+    assert shown == {
+        "shape": [2, 16, 3, 8, 12],
+        "empty": True,
+        "concat": [1, 16, 1, 8, 12],
+        "once": True,
+        "equal": True,
+        "kept": False,
+    }
+    assert "does not use" not in log  # the sampler uses what the conditioning carries
+
+
+def test_without_an_image_it_is_an_empty_latent_for_a_text_model(nodes):
+    shown, _ = nodes("""
+model, vae = handles(text_model)
+conditioned = call(Node, **prompts, vae=vae, **size)
+sampled = call(Sampler, model=model, positive=conditioned[0], negative=conditioned[1], latent=conditioned[2], **settings)
+show(same=conditioned[0] is positive, shape=list(sampled[0]["samples"].shape))
+""")
+    assert shown == {"same": True, "shape": [2, 16, 3, 8, 12]}
+
+
+def test_what_does_not_fit_is_named_in_one_line_and_nothing_is_loaded(nodes):
+    shown, _ = nodes("""
+(text, vae), (i2v, _) = handles(text_model), handles(image_model)
+with_image = call(Node, **prompts, vae=vae, start_image=picture, **size)
+other = call(Node, **prompts, vae=vae, start_image=picture, **{**size, "width": 80, "height": 48})
+before = host.local().status()["loads"]
+def sample_with(model, found, latent):
+    return refusal(Sampler, model=model, positive=found[0], negative=found[1], latent=latent, **settings)
+show(
+    text_model=sample_with(text, with_image, with_image[2]),
+    image_model=sample_with(i2v, (positive, negative), with_image[2]),
+    sizes=sample_with(i2v, other, with_image[2]),
+    learned=sample_with(i2v, other, other[2]),
+    wrapper_vae=refusal(Node, **prompts, vae=object(), start_image=picture, **size),
+    wrapper_prompt=refusal(Node, positive=positive[0][0], negative=negative, vae=vae, start_image=picture, **size),
+    width=refusal(Node, **prompts, vae=vae, start_image=picture, **{**size, "width": 100}),
+    loads=host.local().status()["loads"] - before,
+)
+""")
+    assert shown.pop("loads") == 0
+    words = {
+        "text_model": "makes videos from text alone; for a start image use",
+        "image_model": "needs a start image (CogVideoX Image To Video, or --image)",
+        "sizes": "encoded for 80x48 and the video is 96x64",
+        "learned": "has learned positions for 96x64 alone",
+        "wrapper_vae": "this VAE comes from the CogVideoX wrapper",
+        "wrapper_prompt": "positive comes from the CogVideoX wrapper",
+        "width": "width is 100; it must be a multiple of 16",
+    }
+    for name, line in shown.items():
+        assert words[name] in line and "\n" not in line, (name, line)
