@@ -19,6 +19,7 @@ from workflows.headless import apply_settings, to_api
 
 from .comfyui_server import ComfyUIServer, find_comfyui
 from .conftest import REPO, wait_until, workers
+from .test_workflows import SMALL_IMAGE_TO_VIDEO
 
 pytestmark = pytest.mark.skipif(
     find_comfyui() is None, reason="no ComfyUI here: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI"
@@ -188,7 +189,8 @@ def test_an_image_and_a_video_become_videos_with_the_shipped_workflows(server, c
     iio.imwrite(server.base / "input" / "example.png", colours[0])
     iio.imwrite(server.base / "input" / "example.mp4", colours, plugin="pyav", codec="libx264", fps=12)
     info = server.object_info()
-    for name, settings in (("i2v", ["XDiTLoadCogVideoX.model_name=CogVideo/small i2v"]), ("v2v", [])):
+    small = ["XDiTLoadCogVideoX.model_name=CogVideo/small i2v", *SMALL_IMAGE_TO_VIDEO]
+    for name, settings in (("i2v", small), ("v2v", [])):
         workflow = json.loads((REPO / "workflows" / f"{name}.json").read_text())
         prompt = to_api(workflow, info)
         apply_settings(prompt, [*TWO_PROCESSES, *settings, f"XDiTSaveVideo.filename_prefix={name}"], info)
@@ -198,7 +200,7 @@ def test_an_image_and_a_video_become_videos_with_the_shipped_workflows(server, c
         assert iio.imread(path, plugin="pyav").shape == (17, 64, 96, 3)
         assert iio.immeta(path, plugin="pyav")["fps"] == (12 if name == "v2v" else 8)
     prompt = to_api(json.loads((REPO / "workflows" / "i2v.json").read_text()), info)
-    apply_settings(prompt, ["XDiTLoadCogVideoX.model_name=demo"], info)
+    apply_settings(prompt, [*SMALL_IMAGE_TO_VIDEO, "XDiTLoadCogVideoX.model_name=demo"], info)
     with pytest.raises(RuntimeError, match="makes videos from text alone; for a start image use an image-to-video model"):
         server.run(prompt)
     shutil.rmtree(model)
