@@ -2,8 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-# Threads that wait by spinning are fifty times slower on a machine with other work.
-export OMP_WAIT_POLICY ?= passive
+# Threads that spin as long as they do by default are fifty times slower on a machine with other work.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test setup lint clean
 

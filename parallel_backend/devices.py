@@ -66,8 +66,8 @@ class Devices:
         """What a group's processes must see: local rank r on the r-th of these devices."""
         if self.kind == "cpu":
             threads = max(1, (os.cpu_count() or 1) // self.count)
-            # Threads that wait by spinning take the cores that others compute on: 2.5 s a step against 0.1, measured.
-            return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+            # Threads that spin for long take the cores that others compute on: 2.5 s a step, 0.14 with a bound (measured).
+            return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
         return {"CUDA_VISIBLE_DEVICES": ",".join(names[i] if names else str(i) for i in self.indices)}
