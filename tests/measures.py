@@ -43,7 +43,7 @@ def background_of(clip: torch.Tensor) -> str:
     return names[nearest(clip, list(BACKGROUNDS.values())).flatten().bincount(minlength=len(names)).argmax()]
 
 
-def colours_of(clip: torch.Tensor, background: str, *, most: int) -> list[str]:
+def colours_of(clip: torch.Tensor, *, most: int) -> list[str]:
     """Up to ``most`` colours that things in the clip have, the largest first."""
     names = list(COLOURS)
     palette = [*COLOURS.values(), *BACKGROUNDS.values()]
@@ -111,7 +111,7 @@ def motion_of(mask: torch.Tensor) -> str:
 def look(clip: torch.Tensor, *, things: int) -> tuple[str, list[Seen]]:
     """Background and up to ``things`` things of a clip ``[frames, height, width, 3]`` in 0..1."""
     background = background_of(clip)
-    colours = colours_of(clip, background, most=things)
+    colours = colours_of(clip, most=things)
     classes = nearest(clip, [BACKGROUNDS[background], *(COLOURS[colour] for colour in colours)])
     masks = [near_its_middle(classes == index + 1) for index in range(len(colours))]
     return background, [Seen(shape_of(mask), colour, motion_of(mask)) for mask, colour in zip(masks, colours)]

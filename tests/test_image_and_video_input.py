@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXVideoToVideoPipeline,
 )
@@ -16,9 +14,9 @@ from parallel_backend.cogvideox.image import cover
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import EncodeJob, Model
 
-from .conftest import NEGATIVE, PROMPT, TOLERANCE
+from .conftest import TOLERANCE
+from .diffusers_reference import reference
 
-SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 CLASSES = {
     "5b-i2v": CogVideoXImageToVideoPipeline,
     "1.5-5b-i2v": CogVideoXImageToVideoPipeline,
@@ -47,27 +45,6 @@ def pixels_of(images: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).float() / 255
 
 
-def reference(pipeline, *, size, batch=1, steps=6, seed=3, cfg=6.0, scheduler, dynamic_cfg=False, **given) -> torch.Tensor:
-    """diffusers' latents, in ComfyUI's layout."""
-    width, height, frames = size
-    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
-    latents = pipeline(
-        prompt=[PROMPT] * batch,
-        negative_prompt=[NEGATIVE] * batch,
-        width=width,
-        height=height,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        use_dynamic_cfg=dynamic_cfg,
-        generator=torch.Generator().manual_seed(seed),
-        max_sequence_length=pipeline.transformer.config.max_text_seq_length,
-        output_type="latent",
-        **given,
-    ).frames
-    latents = latents[:, -((frames - 1) // 4 + 1) :]  # CogVideoX 1.5 keeps its padding here
-    return latents.permute(0, 2, 1, 3, 4) / pipeline.vae.config.scaling_factor
-
-
 def encode(local, path, images: list[Image.Image]) -> torch.Tensor:
     return local.encode(EncodeJob(Model(str(path)), pixels_of(images))).tensor
 
@@ -86,7 +63,7 @@ def encode(local, path, images: list[Image.Image]) -> torch.Tensor:
 def test_a_start_image_gives_the_latents_of_diffusers(like, scheduler, settings, pipelines, make_job, local, checkpoints):
     images = pictures(settings.get("batch", 1), width=96, height=64)
     frames = settings["size"][2]
-    expected = reference(pipelines[like], scheduler=scheduler, image=images, num_frames=frames, **settings)
+    expected = reference(pipelines[like], steps=6, scheduler=scheduler, image=images, num_frames=frames, **settings)
     image = torch.cat([encode(local, checkpoints[like], [one]) for one in images])
     latents = local.sample(make_job(like, steps=6, scheduler=scheduler, image=image, **settings)).tensor
     assert latents.shape == expected.shape
@@ -96,7 +73,7 @@ def test_a_start_image_gives_the_latents_of_diffusers(like, scheduler, settings,
 def test_cogvideox_1_5_takes_an_image_at_any_size_up_to_its_positions(pipelines, make_job, local, checkpoints):
     (image,) = pictures(1, width=80, height=48)
     size = (80, 48, 17)
-    expected = reference(pipelines["1.5-5b-i2v"], size=size, scheduler="dpm", image=image, num_frames=17)
+    expected = reference(pipelines["1.5-5b-i2v"], size=size, steps=6, scheduler="dpm", image=image, num_frames=17)
     job = make_job("1.5-5b-i2v", size=size, steps=6, image=encode(local, checkpoints["1.5-5b-i2v"], [image]))
     assert (local.sample(job).tensor - expected).abs().max() <= TOLERANCE
 

@@ -2,19 +2,14 @@
 
 import pytest
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    CogVideoXPipeline,
-)
+from diffusers import CogVideoXPipeline
 
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import encode
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
 
-from .conftest import NEGATIVE, PROMPT, TOLERANCE
-
-SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+from .conftest import TOLERANCE
+from .diffusers_reference import reference
 
 
 @pytest.fixture(scope="module")
@@ -23,27 +18,6 @@ def pipelines(checkpoints):
     for pipeline in found.values():
         pipeline.set_progress_bar_config(disable=True)
     return found
-
-
-def reference(pipeline, *, size, batch=1, steps=8, seed=3, cfg=6.0, scheduler, dynamic_cfg=False) -> torch.Tensor:
-    """diffusers' latents, in ComfyUI's layout."""
-    width, height, frames = size
-    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
-    latents = pipeline(
-        prompt=[PROMPT] * batch,
-        negative_prompt=[NEGATIVE] * batch,
-        width=width,
-        height=height,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        use_dynamic_cfg=dynamic_cfg,
-        generator=torch.Generator().manual_seed(seed),
-        max_sequence_length=pipeline.transformer.config.max_text_seq_length,
-        output_type="latent",
-    ).frames
-    latents = latents[:, -((frames - 1) // 4 + 1) :]  # CogVideoX 1.5 keeps its padding here
-    return latents.permute(0, 2, 1, 3, 4) / pipeline.vae.config.scaling_factor
 
 
 @pytest.mark.parametrize(
@@ -60,7 +34,7 @@ def reference(pipeline, *, size, batch=1, steps=8, seed=3, cfg=6.0, scheduler, d
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 @pytest.mark.parametrize("like", ["2b", "5b", "1.5-5b"])
 def test_latents_equal_those_of_diffusers(like, scheduler, settings, pipelines, make_job, local):
-    expected = reference(pipelines[like], scheduler=scheduler, **settings)
+    expected = reference(pipelines[like], scheduler=scheduler, num_frames=settings["size"][2], **settings)
     latents = local.sample(make_job(like, scheduler=scheduler, **settings)).tensor
     assert latents.shape == expected.shape
     assert (latents - expected).abs().max() <= TOLERANCE

@@ -172,11 +172,6 @@ def held_out_scenes(count: int, *, pairs: int, seed: int = 2026) -> list[Scene]:
     return list(found.values())
 
 
-def plain_caption(scene: Scene) -> str:
-    """The caption in its first wording: what it shows, completely."""
-    return caption(scene, None)
-
-
 def caption(scene: Scene, rng: random.Random | None, *, partial: bool = False) -> str:
     """Says what a scene shows.
 

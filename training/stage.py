@@ -62,11 +62,11 @@ class Stage:
             part.load_state_dict(state["parts"][key])
         self.say(f"goes on at step {self.step}")
 
-    def steps(self, optimizer: torch.optim.Optimizer):
+    def steps(self):
         """Yields step numbers until the time is up; sets the learning rate and saves along the way."""
         last_time = last_saved = last_said = time.perf_counter()
         while self.spent < self.seconds:
-            for group in optimizer.param_groups:
+            for group in self.parts["optimizer"].param_groups:
                 group["lr"].fill_(self.highest_rate * self.rate)  # in place: a captured step reads it there
             yield self.step
             self.step += 1

@@ -92,11 +92,11 @@ def draw_batch(bank: Bank, size: int, unknown: int, generator: torch.Generator):
     return bank.latents[which].float(), image, tokens
 
 
-def rotary(device: torch.device):
+def rotary(head_dim: int, device: torch.device):
     """Positions of the one size there is."""
     _, frames, height, width = LATENT
     return get_3d_rotary_pos_embed(
-        embed_dim=48, crops_coords=((0, 0), (height // 2, width // 2)), grid_size=(height // 2, width // 2),
+        embed_dim=head_dim, crops_coords=((0, 0), (height // 2, width // 2)), grid_size=(height // 2, width // 2),
         temporal_size=frames, device=device,
     )  # fmt: skip
 
@@ -160,7 +160,7 @@ def train(
     signal = scheduler.alphas_cumprod.sqrt().float().to(device)
     noise_level = (1 - scheduler.alphas_cumprod).sqrt().float().to(device)
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + stage.step)
-    positions = rotary(device)
+    positions = rotary(transformer.config.attention_head_dim, device)
     unknown = tokenizer.unk_token_id
 
     def update(clean, image, tokens, noise, timestep) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def train(
         return clean, image, tokens, noise, torch.randint(1000, (batch,), generator=generator, device=device)
 
     run = captured(update, *next_batch())
-    for step in stage.steps(optimizer):
+    for step in stage.steps():
         stage.note(**run(*next_batch()))
         average.update(step)
     average.apply()

@@ -33,15 +33,15 @@ def psnr(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(vae, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, float, float]:
+def measure(vae, device: torch.device) -> tuple[torch.Tensor, float, float]:
     """On held-out clips: PSNR of the round trip, and mean and standard deviation of their latents."""
     clips = draw(held_out_scenes(64, pairs=16), device)
     figures, latents = [], []
     for part in clips.split(16):
-        latent = vae.encode(as_video(part).to(dtype)).latent_dist.mode()
-        again = vae.decode(latent).sample.float().clamp(-1, 1).permute(0, 2, 3, 4, 1) / 2 + 0.5
+        latent = vae.encode(as_video(part)).latent_dist.mode()
+        again = vae.decode(latent).sample.clamp(-1, 1).permute(0, 2, 3, 4, 1) / 2 + 0.5
         figures.append(psnr(part, again))
-        latents.append(latent.float())
+        latents.append(latent)
     latents = torch.cat(latents)
     return torch.cat(figures), latents.mean().item(), latents.std().item()
 
@@ -99,14 +99,14 @@ def train(folder: Path, *, minutes: float, batch: int, seed: int, device: torch.
 
     example = as_video(draw(scenes[:batch], device))
     on_clips, on_images = captured(update, example), captured(update, example[:, :, :1].contiguous())
-    for _step in stage.steps(optimizer):
+    for _step in stage.steps():
         video = as_video(draw(rng.sample(scenes, batch), device))
         if rng.random() < 0.15:  # one image: what image-to-video starts from
             on_images(video[:, :, :1])
         else:
             stage.note(**on_clips(video))
     vae.eval()
-    figures, mean, deviation = measure(vae, device, torch.float32)
+    figures, mean, deviation = measure(vae, device)
     stage.say(f"held-out PSNR mean {figures.mean():.2f}, least {figures.min():.2f} dB; latents {mean:.3f} +- {deviation:.3f}")
     whiten(vae, device)
     vae.save_pretrained(folder / "vae")

@@ -344,8 +344,7 @@ class Checkpoint:
 
 def state(path: Path) -> tuple:
     """Changes when a file of a checkpoint folder does: names, sizes and times of change."""
-    found = [file for file in sorted((*path.glob("*"), *path.glob("*/*"))) if file.is_file()]
-    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found)
+    return weights.fingerprint(file for file in sorted((*path.glob("*"), *path.glob("*/*"))) if file.is_file())
 
 
 @lru_cache(maxsize=8)

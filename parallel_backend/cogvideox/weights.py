@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RequestError
@@ -72,6 +73,6 @@ def stored_dtype(folder: Path) -> str:
     return DTYPE_NAMES.get(max(counts, key=counts.get, default="F32"), "bf16")
 
 
-def fingerprint(folder: Path) -> tuple:
-    """Changes when a component's files do: their names, sizes and times of change."""
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files(folder))
+def fingerprint(paths: Iterable[Path]) -> tuple:
+    """Changes when one of these files does: their names, sizes and times of change."""
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
