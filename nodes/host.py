@@ -12,6 +12,7 @@ import torch
 
 from ..parallel_backend import models
 from ..parallel_backend.backend import Keeper, resolve
+from ..parallel_backend.cogvideox import checks
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.memory import working_bytes
 from ..parallel_backend.devices import Devices
@@ -111,7 +112,7 @@ def run(job: Job, backend=None, node_id: str | None = None) -> Result:
         InterruptProcessingException: ComfyUI's own, when the person cancelled.
     """
     checkpoint = Checkpoint.open(job.model.path)
-    checkpoint.check(job)
+    checks.check(checkpoint, job)
     try:
         return run_on(executor_for(backend, checkpoint, job, node_id), job, node_id)
     except GroupUnavailable as error:

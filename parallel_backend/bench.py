@@ -11,6 +11,7 @@ import torch
 
 from . import models
 from .backend import open_executor, resolve
+from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.memory import release, reset_peak, used_bytes
 from .commands import quiet_libraries, show, size_of
@@ -52,7 +53,7 @@ def run(args: Namespace) -> int:
         cfg=args.cfg,
         scheduler=args.scheduler,
     )
-    checkpoint.check(job)
+    checks.check(checkpoint, job)
     show(f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {args.cfg}")
     rows, reference = [], None
     for plan in args.plans.split(","):

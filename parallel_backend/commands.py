@@ -13,6 +13,7 @@ import torch
 
 from . import inputs, models, video
 from .backend import open_executor, resolve
+from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
@@ -99,7 +100,7 @@ def generate(args: Namespace) -> int:
     blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
     blanks = {name: {"image": latent[:, :, :1], "latent": torch.ones_like(latent)}[name] for name in given}
     job = SampleJob(model, blank, negative=blank, **{"latent": latent, **blanks}, **settings)
-    checkpoint.check(job)  # before anything is loaded to fill the blanks
+    checks.check(checkpoint, job)  # before anything is loaded to fill the blanks
 
     quiet_libraries()
     print(f"{checkpoint.describe}\nplan {plan} on {devices}: {reason}", file=sys.stderr)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
 from .jobs import DecodeJob, EncodeJob, Job, Result, SampleJob
 from .plans import Plan
@@ -58,7 +59,7 @@ class Executor(ABC):
     def check(self, job: Job) -> None:
         """Raises RequestError when the checkpoint or the plan cannot do the job."""
         checkpoint = Checkpoint.open(job.model.path)
-        checkpoint.check(job)
+        checks.check(checkpoint, job)
         self.plan.check_heads(checkpoint.heads)
 
     def _checked(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:

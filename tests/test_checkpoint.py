@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from parallel_backend.cogvideox import checkpoint, weights
+from parallel_backend.cogvideox import checkpoint, checks, weights
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, Model
@@ -77,7 +77,7 @@ def test_a_model_given_what_it_cannot_take_says_which_can(like, changes, setting
     folder = shutil.copytree(checkpoints[like], tmp_path / "model")
     configure(folder, **changes)
     with pytest.raises(RequestError, match=words) as error:
-        Checkpoint.open(folder).check(make_job(like, **{"size": (96, 64, 9), **settings}))
+        checks.check(Checkpoint.open(folder), make_job(like, **{"size": (96, 64, 9), **settings}))
     assert "\n" not in str(error.value)
 
 
@@ -171,15 +171,15 @@ def test_conditioning_of_another_model_is_named(make_job, checkpoints, text, wor
     job = make_job("5b")
     wrong = type(job)(job.model, torch.ones(text), job.latent, job.negative)
     with pytest.raises(RequestError, match=words):
-        Checkpoint.open(checkpoints["5b"]).check(wrong)
+        checks.check(Checkpoint.open(checkpoints["5b"]), wrong)
 
 
 def test_a_latent_of_another_model_is_named(checkpoints):
     job = DecodeJob(Model(str(checkpoints["5b"])), torch.ones(1, 4, 2, 4, 4))
     with pytest.raises(RequestError, match="4 channels; .* takes 16"):
-        Checkpoint.open(checkpoints["5b"]).check(job)
+        checks.check(Checkpoint.open(checkpoints["5b"]), job)
 
 
 def test_cogvideox_1_5_refuses_sizes_past_its_positions(make_job, checkpoints):
     with pytest.raises(RequestError, match="positions up to 96x64"):
-        Checkpoint.open(checkpoints["1.5-5b"]).check(make_job("1.5-5b", size=(112, 64, 9)))
+        checks.check(Checkpoint.open(checkpoints["1.5-5b"]), make_job("1.5-5b", size=(112, 64, 9)))

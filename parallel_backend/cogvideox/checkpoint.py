@@ -10,15 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import RequestError
-from ..jobs import DTYPES, DecodeJob, EncodeJob, Job, SampleJob
+from ..jobs import DTYPES
 from . import weights
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
 SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 SPATIAL, TEMPORAL = 8, 4
-TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
-IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
 TRAINED_AT = (1360, 768)
 """CogVideoX 1.5's own size: its published configurations say 300x300 latents, which is how far its positions reach."""
 
@@ -209,79 +207,6 @@ class Checkpoint:
         patch = self.transformer.get("patch_size", 2)
         frames = (latent_frames + self.padding_frames(latent_frames)) // (self.patch_size_t or 1)
         return frames * (height // patch) * (width // patch)
-
-    def check(self, job: Job) -> None:
-        """Refuses what this checkpoint cannot do, before anything is loaded.
-
-        Raises:
-            RequestError: naming what was given and what fits.
-        """
-        if isinstance(job, EncodeJob):
-            return
-        if job.latent.shape[1] != self.channels:
-            raise RequestError(
-                f"the latent has {job.latent.shape[1]} channels; {self.path.name} takes {self.channels}: "
-                "use Empty CogVideoX Latent"
-            )
-        if isinstance(job, DecodeJob):
-            return
-        self._check_sample(job)
-
-    def _check_sample(self, job: SampleJob) -> None:
-        self._check_task(job)
-        self._check_positions(*job.latent.shape[3:])
-        frames = job.latent.shape[2]
-        if job.denoise < 1 and (padding := self.padding_frames(frames)):
-            raise RequestError(
-                f"denoise below 1 with {self.path.name} needs a multiple of {self.patch_size_t} latent frames and the video has "
-                f"{frames}: use {(frames + padding - 1) * TEMPORAL + 1} frames"
-            )
-        for name in ("positive", "negative"):
-            text = getattr(job, name)
-            if text is None:
-                continue
-            if text.shape[2] != self.text_features:
-                raise RequestError(
-                    f"{name} conditioning has {text.shape[2]} features; {self.path.name} takes {self.text_features}: "
-                    "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
-                )
-            if text.shape[1] != self.text_tokens:
-                raise RequestError(
-                    f"{name} conditioning has {text.shape[1]} tokens; {self.path.name} takes {self.text_tokens}: "
-                    "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
-                )
-
-    def _check_task(self, job: SampleJob) -> None:
-        if not self.is_known:
-            raise RequestError(
-                f"{self.path.name} takes {self.in_channels} channels, which is not supported yet; "
-                f"use a text-to-video ({TEXT_MODELS}) or image-to-video model ({IMAGE_MODELS})"
-            )
-        if job.image is not None and not self.takes_image:
-            raise RequestError(
-                f"{self.path.name} makes videos from text alone; for a start image use an image-to-video model, "
-                f"such as {IMAGE_MODELS}"
-            )
-        if job.image is None and self.takes_image:
-            raise RequestError(
-                f"{self.path.name} needs a start image (CogVideoX Image To Video, or --image); "
-                f"from text alone use a text-to-video model, such as {TEXT_MODELS}"
-            )
-
-    def _check_positions(self, height: int, width: int) -> None:
-        """CogVideoX 1.5 cuts its positions from a table; 1.0 stretches them, but those that 5b-I2V has learned."""
-        most_width, most_height = self.positions_size
-        width, height = width * SPATIAL, height * SPATIAL
-        if self.learned_positions and (width, height) != (most_width, most_height):
-            raise RequestError(
-                f"{self.path.name} has learned positions for {most_width}x{most_height} alone and the video is "
-                f"{width}x{height}; use {most_width}x{most_height}"
-            )
-        if self.patch_size_t and (width > most_width or height > most_height):
-            raise RequestError(
-                f"{self.path.name} has positions up to {most_width}x{most_height}; "
-                f"{width}x{height} is larger: use a smaller size"
-            )
 
     def make_scheduler(self, name: str):
         """A new scheduler from the checkpoint's configuration; ``auto`` is its own class."""

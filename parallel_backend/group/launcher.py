@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 PACK = Path(__file__).resolve().parents[2]
 """The folder that holds ``parallel_backend``."""
 STOP_SECONDS = 10.0
+ENDED_RANK = re.compile(r"^ *rank *: (\d+) .*\n *exitcode *: (-?\d+)", re.MULTILINE)
+"""A rank that failed, in the report that ``torch.distributed.run`` ends with."""
+KILLED = [-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)]
+"""Exit codes of a process that another, the kernel or a fault of its own has ended; SIGTERM is the launcher's own."""
 
 
 def group_python() -> str:
@@ -133,12 +137,12 @@ class Launcher:
         except subprocess.TimeoutExpired:
             return "the launcher is still there; see the logs"
         log = (self.address.folder / "launcher.log").read_text(errors="replace")
-        found = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", log, re.DOTALL)
-        if not found:
+        if not (ends := ENDED_RANK.findall(log)):
             return f"the launcher ended with status {status}"
-        code = int(found[2])
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        return f"rank {found[1]} {how}"
+        # The one that ended first comes last. Of those that ended within a second any may, and a killed one takes the others
+        # with it.
+        rank, code = min(((int(rank), int(code)) for rank, code in reversed(ends)), key=lambda end: end[1] not in KILLED)
+        return f"rank {rank} " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}")
 
     def last_words(self) -> str:
         """What the processes wrote last."""

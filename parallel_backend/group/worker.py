@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..cogvideox import memory
+from ..cogvideox import checks, memory
 from ..cogvideox.checkpoint import Checkpoint
 from ..engine import Engine
 from ..errors import Cancelled
@@ -127,7 +127,7 @@ class Worker:
         if message.kind != "sample" and self.split.rank != 0:
             memory.reset_peak(self.split.device)
             return None
-        Checkpoint.open(job.model.path).check(job)
+        checks.check(Checkpoint.open(job.model.path), job)
 
         def after_step(step: int, steps: int) -> bool:
             if request is None:
