@@ -13,8 +13,9 @@ demo: setup
 		--set XDiTBackend.devices=cpu:2 --set XDiTBackend.plan=cfg2 --set XDiTSaveVideo.filename_prefix=demo) \
 		&& mv "$$saved" output/t2v.mp4 && echo "output/t2v.mp4"
 
+# Two files at a time: a core waits while the other's processes start.
 test: setup
-	$(BIN)/python -m pytest -q --durations=5
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
 
 setup: .venv/ready
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Before torch: threads that spin as long as they do by default make a test fifty times slower beside another program.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is the other file's
 
 import pytest
 import torch
@@ -22,10 +24,21 @@ from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
+from .comfy_runtime import ComfyRuntime
+from .comfyui_server import find_comfyui
+
 REPO = Path(__file__).resolve().parents[1]
 PROMPT, NEGATIVE = "a red circle moves left over a blue city at night", "rain"
 TOLERANCE = 1e-4
 """What the project promises between plans, and between itself and diffusers, in float32."""
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says what the shipped workflows ran on."""
+    found = find_comfyui()
+    terminalreporter.write_line(
+        f"workflows ran on comfy-runtime, and on {f'the ComfyUI at {found}' if found else 'no ComfyUI'}"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,6 +103,20 @@ def start_group():
     yield start
     for executor in started:
         executor.close()
+
+
+@pytest.fixture(scope="session")
+def comfy_runtime(checkpoints, tmp_path_factory):
+    """The pack on comfy-runtime."""
+    runtime = ComfyRuntime(tmp_path_factory.mktemp("comfy-runtime"), checkpoints["5b"])
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def in_comfyui(comfy_runtime) -> Callable[[str], tuple[dict, str]]:
+    """Runs lines in a process where the pack is loaded, and gives what they show and what was logged."""
+    return comfy_runtime.run
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

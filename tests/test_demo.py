@@ -32,9 +32,9 @@ def encoder(demo) -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def verdicts(demo, encoder, local) -> list[Verdict]:
-    """A dozen of the benchmark's captions, at the sampler's default settings."""
+    """A dozen of the benchmark's captions, in fewer steps than the benchmark's."""
     dozen = enumerate(cases(12))
-    return [judge(generate(local, demo, encoder, prompt, seed=seed), scene) for seed, (scene, prompt) in dozen]
+    return [judge(generate(local, demo, encoder, prompt, seed=seed, steps=20), scene) for seed, (scene, prompt) in dozen]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_the_demo_is_small_enough_to_ship():
 
 def test_the_vae_gives_unseen_clips_back(demo):
     module = demo.load_vae(torch.float32)
-    clips = draw(held_out_scenes(8, pairs=2))
+    clips = draw(held_out_scenes(4, pairs=1))
     again = torch.cat([vae.decode(module, vae.encode(module, clip)) for clip in clips])
     assert psnr(clips, again).mean() >= 30
 

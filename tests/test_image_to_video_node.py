@@ -2,8 +2,6 @@
 
 import pytest
 
-from .test_host import in_comfyui  # noqa: F401
-
 NODES = """
 Node, Sampler = part("nodes.image_to_video").CogVideoXImageToVideo, part("nodes.sampling").CogVideoXSampler
 sockets, image = part("nodes.sockets"), part("parallel_backend.cogvideox.image")
@@ -31,7 +29,7 @@ prompts = {"positive": positive, "negative": negative}
 
 
 @pytest.fixture
-def nodes(in_comfyui, checkpoints):  # noqa: F811
+def nodes(in_comfyui, checkpoints):
     """Runs lines that use the nodes on small models named ``text_model`` and ``image_model``."""
     paths = f"text_model, image_model = {str(checkpoints['5b'])!r}, {str(checkpoints['5b-i2v'])!r}\n"
     return lambda code: in_comfyui(NODES + paths + code)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.jobs import SampleJob
 from parallel_backend.parallel.transformer import Chunk
 from parallel_backend.plans import Plan
 
@@ -26,23 +27,31 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def jobs(make_job) -> list[SampleJob]:
+    return [make_job(like, **settings) for like, settings in CASES]
+
+
+@pytest.fixture(scope="module")
+def single(jobs, local) -> list[torch.Tensor]:
+    """What this process alone makes of each job."""
+    return [local.sample(job).tensor for job in jobs]
+
+
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_plan_equals_single(plan, start_group, make_job, local):
+def test_a_plan_equals_single(plan, start_group, jobs, single):
     group = start_group(plan)
-    for like, settings in CASES:
-        job = make_job(like, **settings)
+    for case, job, expected in zip(CASES, jobs, single):
         result = group.sample(job)
-        difference = (result.tensor - local.sample(job).tensor).abs().max()
-        assert difference <= TOLERANCE, (like, settings)
+        assert (result.tensor - expected).abs().max() <= TOLERANCE, case
         assert (result.report.plan, result.report.world_size) == (plan, Plan.parse(plan).world_size)
         assert len(result.report.peak_memory) == result.report.world_size
 
 
-def test_the_cases_have_tokens_that_divide_and_that_do_not(make_job):
+def test_the_cases_have_tokens_that_divide_and_that_do_not(jobs):
     for degree in (2, 4):
         remainders = set()
-        for like, settings in CASES:
-            job = make_job(like, **settings)
+        for job in jobs:
             checkpoint = Checkpoint.open(job.model.path)
             remainders.add((checkpoint.tokens(*job.latent.shape[2:]) + checkpoint.text_tokens) % degree)
         assert 0 in remainders and len(remainders) > 1

