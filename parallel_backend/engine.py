@@ -10,7 +10,7 @@ import torch
 from .cogvideox import memory, vae, weights
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.denoise import StepCallback, denoise
-from .jobs import DecodeJob, EncodeJob, Job, Model, Report, Result, SampleJob
+from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
 from .parallel.split import Split
 
 
@@ -25,7 +25,7 @@ def exact_float32(dtype: torch.dtype):
         torch.backends.cudnn.allow_tf32 = before
 
 
-def go_on(step: int, steps: int) -> bool:
+def go_on(progress: Progress, steps: int) -> bool:
     """The step callback of a job that nobody watches."""
     return True
 
@@ -105,10 +105,10 @@ class Engine:
         steps: list[float] = []
         began = loaded
 
-        def mark(step: int, total: int) -> bool:
+        def mark(progress: Progress, total: int) -> bool:
             nonlocal began
             steps.append(time.perf_counter() - began)
-            go_on = self.split.agree(on_step(step, total))
+            go_on = self.split.agree(on_step(progress, total))
             began = time.perf_counter()  # reporting and agreeing are no part of a step
             return go_on
 

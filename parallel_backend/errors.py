@@ -30,6 +30,14 @@ class GroupUnavailable(GroupFailure):
     """No group can start here (platform, missing package, processes that end before they answer); nothing was lost."""
 
 
+class GroupLost(GroupFailure):
+    """A group that had answered was killed, or hung, while it did a job: nothing is wrong with the job.
+
+    :class:`parallel_backend.group.client.GroupExecutor` starts the group again and goes on with the job; it raises
+    :class:`GroupError` when that does not help.
+    """
+
+
 class GroupError(GroupFailure):
     """A job failed inside a group, or a group that had answered was lost.
 

@@ -1,10 +1,12 @@
 """One rank of a group: ``python -m parallel_backend.group.worker FOLDER PLAN KIND`` under ``torch.distributed.run``."""
 
+import ctypes
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
-import threading
 import time
 import traceback
 from dataclasses import asdict, replace
@@ -16,30 +18,34 @@ from ..cogvideox import checks, memory
 from ..cogvideox.checkpoint import Checkpoint
 from ..engine import Engine
 from ..errors import Cancelled
-from ..jobs import Result, join_fields
+from ..jobs import Progress, Result, join_fields, split_fields
 from ..parallel.groups import GroupSplit
 from ..plans import Plan
 from .address import GroupAddress
+from .agent import AGENT
 from .protocol import Message, decode
+from .pulse import Heart
 from .server import Request, Server
 
 logger = logging.getLogger(__name__)
 
 MEET_AFTER_FAILURE = 15.0
 """Seconds that a failed rank waits for the others to fail too, before the group is given up."""
+MEET_SECONDS = 60.0
+"""The ranks' first exchange of data takes at most this long."""
+LOAD_SECONDS = 1800.0
+"""Reading weights and the first step, or a whole decode, take at most this long."""
+STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
+"""A later step takes at most the greater of this long and so many times the longest before it."""
+KEEP_SECONDS = 1.0
+"""The caller gets a sampling job's state so often, to go on from when the group is lost."""
 
 
-def watch_owner(address: GroupAddress, rank: int) -> None:
-    """Leaves as soon as the owner's pipe ends, wherever the main thread is."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        if rank == 0:
-            address.remove()
-        os._exit(0)
-
-    threading.Thread(target=watch, name="owner", daemon=True).start()
+def die_with_agent() -> None:
+    """Has the kernel kill this process with its parent, in whatever way that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ[AGENT]):  # it has ended before
+        os._exit(1)
 
 
 class Worker:
@@ -59,6 +65,7 @@ class Worker:
         self.jobs = 0
         self.memory: list[int] = []
         self.last_error: str | None = None
+        self.heart = Heart(address.pulse_file(split.rank))
         self.server = Server(address, self.status) if split.rank == 0 else None
 
     def status(self) -> dict:
@@ -77,9 +84,10 @@ class Worker:
     def loop(self) -> None:
         """Takes requests until one says stop."""
         while True:
+            self.heart.beat("waiting for a job", None)
             request = self.server.next() if self.server else None
-            if request and not request.begin():
-                continue
+            while request and not request.begin():
+                request = self.server.next()
             self.state = "busy"
             message = decode(self.split.broadcast_bytes(request.data if request else None))
             if message.kind == "stop":
@@ -105,6 +113,7 @@ class Worker:
             failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
+        self.heart.beat("ending a job", MEET_SECONDS)
         failures = self.compare(failure, together=message.kind == "sample")
         self.jobs += 1
         self.memory = self.split.collect(self.engine.status()["memory"])
@@ -123,16 +132,30 @@ class Worker:
 
     def run(self, message: Message, request: Request | None) -> Result | None:
         """This rank's part of a job; decoding and encoding are rank 0's alone so far."""
+        self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
         job = join_fields(message.kind, message.plain, message.tensors)
         if message.kind != "sample" and self.split.rank != 0:
             memory.reset_peak(self.split.device)
             return None
         checks.check(Checkpoint.open(job.model.path), job)
 
-        def after_step(step: int, steps: int) -> bool:
+        longest, began = 0.0, None
+        kept = time.monotonic()
+
+        def after_step(progress: Progress, steps: int) -> bool:
+            nonlocal longest, began, kept
+            now = time.monotonic()
+            if began is not None:  # the first loads and warms up
+                longest = max(longest, now - began)
+            began = now
+            doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
+            self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
             if request is None:
                 return True
-            request.answer(Message("step", {"step": step, "steps": steps}))
+            request.answer(Message("step", {"step": progress.step, "steps": steps}))
+            if now - kept >= KEEP_SECONDS:
+                kept = now
+                request.answer(Message("kept", *split_fields(progress)))
             return not request.cancelled.is_set()
 
         return self.engine.run(job, after_step)
@@ -166,10 +189,11 @@ class Worker:
 
 def main() -> None:
     """Joins the group and works until told to stop."""
+    die_with_agent()
+    faulthandler.register(signal.SIGUSR1)
     folder, plan, kind = sys.argv[1:]
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     address = GroupAddress(Path(folder))
-    watch_owner(address, rank)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank, local_rank=local_rank)
