@@ -8,6 +8,10 @@ class RequestError(ValueError):
     """
 
 
+class OutOfMemory(RuntimeError):
+    """A device is too small for a job. The message is one line: what was needed, what was free, which setting helps."""
+
+
 class Cancelled(Exception):
     """The caller asked for the job to stop; the engine or group is warm and takes the next one."""
 

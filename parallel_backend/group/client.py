@@ -78,7 +78,8 @@ class GroupExecutor(Executor):
         with self._lock:
             if self._launcher and not self._launcher.is_running():
                 if self.address is not None:
-                    logger.warning("the group of plan '%s' was lost; starting it again", self.plan)
+                    if Path(self.address.socket).exists():  # else it never came up
+                        logger.warning("the group of plan '%s' was lost; starting it again", self.plan)
                     self._launcher.stop()
                 self.address = self._launcher.start()
 
@@ -89,7 +90,10 @@ class GroupExecutor(Executor):
             return {"state": "absent", **known}
         if self._launcher is None and not Path(self.address.socket).exists():
             return {"state": "starting", **known}
-        return {"devices": self.devices, **self._ask(Message("status")).plain}
+        try:
+            return {"devices": self.devices, **self._ask(Message("status")).plain}
+        except GroupLost:
+            return {"state": "absent", **known}
 
     def free(self) -> None:
         """See :meth:`Executor.free`. A group that is not there holds nothing."""
@@ -134,7 +138,9 @@ class GroupExecutor(Executor):
                     job = replace(job, progress=kept.progress)
                 done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
                 if done == lost_at:
-                    raise GroupError(f"{error.summary}; twice there, so it is not tried again", details=error.details) from error
+                    raise GroupError(
+                        f"{error.summary}; twice there, so it is not tried again", details=error.details
+                    ) from error
                 lost_at = done
                 notes.append(f"{error.summary}; the group was started again and went on after step {done}")
                 logger.warning("%s; starting the group again, to go on after step %d", error.summary, done)
@@ -183,9 +189,7 @@ class GroupExecutor(Executor):
             return self._launcher.is_running()
         return isinstance(error, FileNotFoundError) and address in running()
 
-    def _listen(
-        self, connection: Connection, on_step: StepListener, should_stop: StopSignal, kept: "Keepsake"
-    ) -> Message:
+    def _listen(self, connection: Connection, on_step: StepListener, should_stop: StopSignal, kept: "Keepsake") -> Message:
         """Passes steps on until the request ends; asks the group to stop when the caller wants to."""
         deadline = None
         while True:

@@ -23,7 +23,7 @@ from ..parallel.groups import GroupSplit
 from ..plans import Plan
 from .address import GroupAddress
 from .agent import AGENT
-from .protocol import Message, decode
+from .protocol import Message, decode, encode
 from .pulse import Heart
 from .server import Request, Server
 
@@ -31,12 +31,14 @@ logger = logging.getLogger(__name__)
 
 MEET_AFTER_FAILURE = 15.0
 """Seconds that a failed rank waits for the others to fail too, before the group is given up."""
-MEET_SECONDS = 60.0
-"""The ranks' first exchange of data takes at most this long."""
+START_SECONDS, MEET_SECONDS = 300.0, 60.0
+"""The ranks find each other within the first, and exchange data for the first time, or end a job, within the second."""
 LOAD_SECONDS = 1800.0
 """Reading weights and the first step, or a whole decode, take at most this long."""
 STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
 """A later step takes at most the greater of this long and so many times the longest before it."""
+IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
+"""A group that had nothing to do for so long lets go of its weights; None never does."""
 KEEP_SECONDS = 1.0
 """The caller gets a sampling job's state so often, to go on from when the group is lost."""
 
@@ -54,9 +56,10 @@ class Worker:
     Args:
         split: the rank's share.
         address: the group's.
+        heart: the rank's sign of life.
     """
 
-    def __init__(self, split: GroupSplit, address: GroupAddress):
+    def __init__(self, split: GroupSplit, address: GroupAddress, heart: Heart):
         self.split = split
         self.address = address
         self.engine = Engine(split)
@@ -65,7 +68,7 @@ class Worker:
         self.jobs = 0
         self.memory: list[int] = []
         self.last_error: str | None = None
-        self.heart = Heart(address.pulse_file(split.rank))
+        self.heart = heart
         self.server = Server(address, self.status) if split.rank == 0 else None
 
     def status(self) -> dict:
@@ -85,9 +88,7 @@ class Worker:
         """Takes requests until one says stop."""
         while True:
             self.heart.beat("waiting for a job", None)
-            request = self.server.next() if self.server else None
-            while request and not request.begin():
-                request = self.server.next()
+            request = self.next_request() if self.server else None
             self.state = "busy"
             message = decode(self.split.broadcast_bytes(request.data if request else None))
             if message.kind == "stop":
@@ -102,6 +103,16 @@ class Worker:
             else:
                 self.do_job(message, request)
             self.state = "ready"
+
+    def next_request(self) -> Request:
+        """Rank 0's next request that is still wanted; one to free the memory when none came for long."""
+        while True:
+            request = self.server.next(IDLE_SECONDS if self.engine.status()["held"] else None)
+            if request is None:
+                logger.info("idle for %.0f minutes; letting go of the weights", IDLE_SECONDS / 60)
+                return Request(encode(Message("free")), None)
+            if request.begin():
+                return request
 
     def do_job(self, message: Message, request: Request | None) -> None:
         """Runs one job with the other ranks; rank 0 answers with its end."""
@@ -127,7 +138,7 @@ class Worker:
                 request.answer(Message(kind, {"rank": rank, **failure}))
                 return
         report = replace(result.report, peak_memory=tuple(self.memory))
-        self.log_line(message.kind, report)
+        self.log_line(message.kind, report, request.waited)
         request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
 
     def run(self, message: Message, request: Request | None) -> Result | None:
@@ -176,14 +187,14 @@ class Worker:
             os._exit(1)
         return self.split.collect(failure)
 
-    def log_line(self, kind: str, report) -> None:
+    def log_line(self, kind: str, report, waited: float) -> None:
         """One line a job."""
         steps = sorted(report.step_seconds)
         each = f", {len(steps)} steps of {steps[len(steps) // 2]:.3f} s" if steps else ""
         peak = "/".join(f"{size / 2**30:.2f}" for size in report.peak_memory)
         logger.info(
-            "%s: plan %s, load %.2f s, run %.2f s%s, peak %s GiB",
-            kind, report.plan, report.load_seconds, report.run_seconds, each, peak,
+            "%s: plan %s, waited %.2f s, load %.2f s, run %.2f s%s, peak %s GiB",
+            kind, report.plan, waited, report.load_seconds, report.run_seconds, each, peak,
         )  # fmt: skip
 
 
@@ -196,8 +207,14 @@ def main() -> None:
     address = GroupAddress(Path(folder))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
+    heart = Heart(address.pulse_file(rank))
+    heart.beat("joining the group", START_SECONDS)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank, local_rank=local_rank)
-    Worker(split, address).loop()
+    heart.beat(
+        "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)", MEET_SECONDS
+    )
+    split.probe()
+    Worker(split, address, heart).loop()
     os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
 
 
