@@ -35,11 +35,15 @@ class GroupUnavailable(GroupFailure):
 
 
 class GroupLost(GroupFailure):
-    """A group that had answered was killed, or hung, while it did a job: nothing is wrong with the job.
+    """A group was killed, or hung: nothing is wrong with the job.
 
     :class:`parallel_backend.group.client.GroupExecutor` starts the group again and goes on with the job; it raises
-    :class:`GroupError` when that does not help.
+    :class:`GroupError` when that does not help, or :class:`GroupUnavailable` where it had not come up.
     """
+
+    def __init__(self, message: str, *, details: str = "", came_up: bool = True):
+        super().__init__(message, details=details)
+        self.came_up = came_up
 
 
 class GroupError(GroupFailure):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -210,3 +211,24 @@ def test_a_step_that_is_not_finite_stops_the_job_with_its_number(make_job):
     with pytest.raises(FloatingPointError, match="step 1 of 3 is not finite in torch.float32"):
         executor.sample(replace(job, positive=job.positive * float("nan")))
     assert executor.sample(job).tensor.isfinite().all()
+
+
+def test_what_serve_keeps_is_started_again_and_its_clients_go_on(start_group, make_job, local):
+    kept = start_group("cfg2")
+    kept.share()
+    assert kept.status()["state"] == "ready"
+    keeper = threading.Thread(target=lambda: (kept.wait(), kept.start()), daemon=True)  # as the command does
+    keeper.start()
+    job = make_job("5b", **SLOW)
+    hurt = []
+
+    def hurt_once(step: int, total: int) -> None:
+        if step == 20 and not hurt:
+            hurt.append(step)
+            os.kill(rank_processes(attached.address)[0], signal.SIGKILL)
+
+    attached = GroupExecutor.attach(kept.address)
+    result = attached.sample(job, on_step=hurt_once)
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    assert hurt and attached.address == kept.address
+    assert len(result.report.step_seconds) < 40  # it went on from a kept step

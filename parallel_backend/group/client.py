@@ -19,7 +19,7 @@ from ..executor import Executor, StepListener, StopSignal, never, silent
 from ..jobs import Job, Progress, Report, Result, SampleJob, split_fields
 from ..plans import Plan
 from . import protocol
-from .address import GroupAddress, running
+from .address import GroupAddress, is_alive, running
 from .launcher import Death, Launcher, check_possible
 from .protocol import Message
 
@@ -66,6 +66,7 @@ class GroupExecutor(Executor):
         description = address.describe()
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
+        executor._owner = description["owner"]
         return executor
 
     @property
@@ -141,6 +142,8 @@ class GroupExecutor(Executor):
                     raise GroupError(
                         f"{error.summary}; twice there, so it is not tried again", details=error.details
                     ) from error
+                if self._launcher is None:
+                    self._find_again(error)
                 lost_at = done
                 notes.append(f"{error.summary}; the group was started again and went on after step {done}")
                 logger.warning("%s; starting the group again, to go on after step %d", error.summary, done)
@@ -225,11 +228,24 @@ class GroupExecutor(Executor):
     def _lost(self, address: GroupAddress, death: Death | None = None) -> GroupFailure:
         """The error of a group that does not answer, with the last words of the rank that went first."""
         if self._launcher is None:
+            if is_alive(self._owner):
+                return GroupLost(f"the group that process {self._owner} keeps was lost")
             return GroupError(f"the group at {address.folder} is gone; start it again with serve")
         with self._lock:
             if self.address != address or self._launcher.process is None:  # another thread has seen to it
                 return GroupLost("the group was lost in another job")
             return self._bury(death or self._launcher.cause_of_death())
+
+    def _find_again(self, error: GroupLost) -> None:
+        """Waits for the group that the owner starts in the place of the one that was lost."""
+        deadline = time.monotonic() + START_SECONDS
+        while is_alive(self._owner) and time.monotonic() < deadline:
+            for address in running():
+                if address != self.address and address.describe()["owner"] == self._owner:
+                    self.address = address
+                    return
+            time.sleep(POLL_SECONDS)
+        raise GroupError(f"{error.summary}, and no other came; start it again with serve", details=error.details) from error
 
     def _bury(self, death: Death) -> GroupFailure:
         came_up = Path(self.address.socket).exists()  # rank 0 listens once all ranks have met
