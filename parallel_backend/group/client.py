@@ -139,9 +139,8 @@ class GroupExecutor(Executor):
                     job = replace(job, progress=kept.progress)
                 done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
                 if done == lost_at:
-                    raise GroupError(
-                        f"{error.summary}; twice there, so it is not tried again", details=error.details
-                    ) from error
+                    kind = GroupError if error.came_up else GroupUnavailable
+                    raise kind(f"{error.summary}; twice there, so it is not tried again", details=error.details) from error
                 if self._launcher is None:
                     self._find_again(error)
                 lost_at = done
@@ -252,11 +251,11 @@ class GroupExecutor(Executor):
         failed = [json.loads(path.read_text()) | {"rank": rank} for rank, path in self._error_files()]
         details = self._launcher.last_words()
         self._launcher.stop()
+        if not death.by_itself:  # what the other ranks met with only followed
+            return GroupLost(f"the group was lost: {death.cause}", details=details, came_up=came_up)
         if not came_up:
             self.address = None  # it was never there, so the next start is no restart
             return GroupUnavailable(f"the group did not start: {death.cause}", details=details)
-        if not death.by_itself:  # what the other ranks met with only followed
-            return GroupLost(f"the group was lost: {death.cause}", details=details)
         if failed:
             return self._failure(failed[0])
         return GroupError(f"the group's processes ended: {death.cause}", details=details)
