@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Threads that spin as long as they do by default are fifty times slower on a machine with other work.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test soak setup lint clean
 
 demo: setup
 	@mkdir -p output
@@ -16,6 +16,9 @@ demo: setup
 # Two files at a time: a core waits while the other's processes start.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
+
+soak: setup
+	$(BIN)/python -m benchmarks.soak
 
 setup: .venv/ready
 

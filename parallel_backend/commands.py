@@ -17,7 +17,7 @@ from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
-from .errors import GroupError, GroupUnavailable, RequestError
+from .errors import GroupFailure, GroupUnavailable, RequestError
 from .jobs import DecodeJob, EncodeJob, Model, Report, SampleJob, between, empty_latent
 from .planner import candidates, choose
 from .plans import AUTO, Plan
@@ -189,8 +189,10 @@ def serve(args: Namespace) -> int:
         executor.share()
         executor.status()
         show(f"serving plan {chosen} on {devices} ({reason}) at {executor.address.folder}; end it with stop or Ctrl-C")
-        if executor.wait() != 0:
-            raise GroupError("the group's processes ended", details=executor.address.last_lines())
+        while executor.wait() != 0:
+            executor.start()
+            executor.status()  # raises when it does not come up
+            show(f"the group was lost; serving again at {executor.address.folder}")
     except KeyboardInterrupt:
         show("ending")
     finally:
@@ -208,7 +210,7 @@ def status(args: Namespace) -> int:
         description = address.describe()
         try:
             said = GroupExecutor.attach(address).status()
-        except GroupError as error:
+        except GroupFailure as error:
             said = {"state": f"does not answer ({error.summary})"}
         groups.append({"folder": str(address.folder), **description, **said})
     if args.json:
@@ -239,7 +241,7 @@ def stop(args: Namespace) -> int:
             try:
                 GroupExecutor.attach(address).stop()
                 show(f"ended {address.folder}")
-            except GroupError as error:
+            except GroupFailure as error:
                 show(f"{address.folder}: {error.summary}")
     return 0
 

@@ -10,7 +10,8 @@ import torch
 from .cogvideox import memory, vae, weights
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.denoise import StepCallback, denoise
-from .jobs import DecodeJob, EncodeJob, Job, Model, Report, Result, SampleJob
+from .errors import OutOfMemory
+from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
 from .parallel.split import Split
 
 
@@ -25,7 +26,7 @@ def exact_float32(dtype: torch.dtype):
         torch.backends.cudnn.allow_tf32 = before
 
 
-def go_on(step: int, steps: int) -> bool:
+def go_on(progress: Progress, steps: int) -> bool:
     """The step callback of a job that nobody watches."""
     return True
 
@@ -105,15 +106,22 @@ class Engine:
         steps: list[float] = []
         began = loaded
 
-        def mark(step: int, total: int) -> bool:
+        def mark(progress: Progress, total: int) -> bool:
             nonlocal began
             steps.append(time.perf_counter() - began)
-            go_on = self.split.agree(on_step(step, total))
+            go_on = self.split.agree(on_step(progress, total))
             began = time.perf_counter()  # reporting and agreeing are no part of a step
             return go_on
 
         try:
             latent = denoise(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split, on_step=mark)
+        except torch.OutOfMemoryError as error:
+            free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
+            raise OutOfMemory(
+                f"step {len(steps) + 1} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the "
+                f"weights and {free / 2**30:.1f} GiB are free; use offload 'group' (now '{self._offload}'), a smaller size, "
+                "or a plan with more ulysses or ring"
+            ) from error
         finally:
             if self._offload == "model":
                 transformer.to("cpu")
@@ -136,10 +144,27 @@ class Engine:
         tiled = job.tiling == "on" or (job.tiling == "auto" and need > memory.HEADROOM * free)
         if tiled and job.tiling == "auto":
             self._note(f"VAE in tiles of {job.tile}: whole needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
-        vae.set_tiling(module, tiled=tiled, tile=job.tile, overlap=job.overlap)
         loaded = time.perf_counter()
-        tensor = use(module)
-        return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
+        for tile in vae.ways_out(job, tiled=tiled):
+            overlap = min(job.overlap, (tile or job.tile) // 2)
+            vae.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
+            try:
+                tensor = use(module)
+                return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
+            except torch.OutOfMemoryError:
+                free = memory.free_bytes(self.device)
+                where = f"in tiles of {tile}" if tile else "whole"
+                self._note(f"VAE {where} ran out of memory ({free / 2**30:.1f} GiB free); the transformer made room")
+            self._make_room()
+        raise OutOfMemory(
+            f"the VAE ran out of memory {where}: {free / 2**30:.1f} GiB are free; use tiling auto, or unload models"
+        )
+
+    def _make_room(self) -> None:
+        """Brings everything but the VAE off the device; a job that needs it brings it back."""
+        if "transformer" in self._held and self._offload not in memory.HOOKED:
+            self._held["transformer"][1].to("cpu")
+        memory.release(self.device)
 
     def _transformer(self, job: SampleJob, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
         """The transformer, its weights where this job can afford them."""

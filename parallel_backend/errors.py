@@ -8,6 +8,10 @@ class RequestError(ValueError):
     """
 
 
+class OutOfMemory(RuntimeError):
+    """A device is too small for a job. The message is one line: what was needed, what was free, which setting helps."""
+
+
 class Cancelled(Exception):
     """The caller asked for the job to stop; the engine or group is warm and takes the next one."""
 
@@ -28,6 +32,18 @@ class GroupFailure(RuntimeError):
 
 class GroupUnavailable(GroupFailure):
     """No group can start here (platform, missing package, processes that end before they answer); nothing was lost."""
+
+
+class GroupLost(GroupFailure):
+    """A group was killed, or hung: nothing is wrong with the job.
+
+    :class:`parallel_backend.group.client.GroupExecutor` starts the group again and goes on with the job; it raises
+    :class:`GroupError` when that does not help, or :class:`GroupUnavailable` where it had not come up.
+    """
+
+    def __init__(self, message: str, *, details: str = "", came_up: bool = True):
+        super().__init__(message, details=details)
+        self.came_up = came_up
 
 
 class GroupError(GroupFailure):

@@ -113,6 +113,20 @@ def empty_latent(*, width: int, height: int, frames: int, batch: int = 1, channe
 
 
 @dataclass(frozen=True)
+class Progress:
+    """A sampling job after some of its steps: all that is needed to go on from there."""
+
+    step: int
+    """Steps done."""
+    latents: torch.Tensor
+    """Noisy, scaled, in the model's dtype: ``[batch, latent frames with padding, channels, height/8, width/8]``."""
+    generator: torch.Tensor
+    """State of the noise generator, bytes."""
+    history: torch.Tensor | None = None
+    """What the scheduler carries from step to step; None where it carries nothing."""
+
+
+@dataclass(frozen=True)
 class SampleJob:
     """Denoise a latent. The result is a latent of the same shape, float32."""
 
@@ -134,6 +148,8 @@ class SampleJob:
     """1 starts from noise; 0.6 runs the last 60 % of the steps on the latent given, as diffusers does."""
     image: torch.Tensor | None = None
     """The start image as an unscaled VAE latent ``[1 or batch, channels, 1, height/8, width/8]``; None for text to video."""
+    progress: Progress | None = None
+    """Where to go on from, as a group that was lost has told; None starts at the first step."""
 
     def __post_init__(self):
         check_latent(self.latent)
@@ -246,6 +262,9 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors[item.name] = value
         elif isinstance(value, Model):
             plain[item.name] = {f.name: getattr(value, f.name) for f in fields(value)}
+        elif isinstance(value, Progress):
+            plain[item.name], inner = split_fields(value)
+            tensors |= {f"{item.name}.{name}": tensor for name, tensor in inner.items()}
         elif value is not None:  # None is always the default: a side that does not know the field yet need not see it
             plain[item.name] = value
     return plain, tensors
@@ -261,6 +280,10 @@ def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tenso
         raise RequestError(f"job kind is '{kind}'; use one of {', '.join(JOBS)}")
     try:
         values = {**plain, **tensors, "model": Model(**plain["model"])}
+        if "progress" in plain:
+            names = [name for name in tensors if name.startswith("progress.")]
+            inner = {name.removeprefix("progress."): values.pop(name) for name in names}
+            values["progress"] = Progress(**plain["progress"], **inner)
         return JOBS[kind](**values)
     except (KeyError, TypeError) as error:
         raise RequestError(f"a {kind} job does not fit: {error}") from error

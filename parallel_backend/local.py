@@ -7,7 +7,7 @@ import torch
 
 from .engine import Engine
 from .executor import Executor
-from .jobs import Result
+from .jobs import Progress, Result
 from .parallel.split import Split
 
 
@@ -28,8 +28,8 @@ class LocalExecutor(Executor):
         return (self.engine.device,)
 
     def _run(self, job, on_step, should_stop) -> Result:
-        def after_step(step: int, steps: int) -> bool:
-            on_step(step, steps)
+        def after_step(progress: Progress, steps: int) -> bool:
+            on_step(progress.step, steps)
             return not should_stop()
 
         with self._lock:

@@ -12,6 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is the other file's
 
+import psutil
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import LIKES, build
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.devices import Devices
+from parallel_backend.group.address import GroupAddress
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
@@ -143,6 +145,12 @@ def workers() -> list[int]:
         if b"parallel_backend.group.worker" in words and any(word.startswith(mine) for word in words):
             found.append(int(path.parent.name))
     return found
+
+
+def rank_processes(address: GroupAddress) -> dict[int, int]:
+    """Process numbers of a group's workers, by rank."""
+    mine = [process for process in map(psutil.Process, workers()) if str(address.folder) in process.cmdline()]
+    return {int(rank): process.pid for process in mine if (rank := process.environ().get("RANK"))}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:

@@ -11,13 +11,13 @@ import torch
 from einops import rearrange
 
 from ..errors import Cancelled
-from ..jobs import SampleJob
+from ..jobs import Progress, SampleJob
 from .checkpoint import Checkpoint
 
 COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
 DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
-StepCallback = Callable[[int, int], bool]
-"""Called after each step with the steps done and the steps to do; False asks the loop to stop."""
+StepCallback = Callable[[Progress, int], bool]
+"""Called after each step with what is done and the steps to do; False asks the loop to stop."""
 
 
 def rotary_tables(checkpoint: Checkpoint, frames: int, height: int, width: int, device: torch.device):
@@ -102,7 +102,7 @@ def denoise(
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
     Raises:
         Cancelled: when ``on_step`` asked to stop.
-        FloatingPointError: when the result is not finite.
+        FloatingPointError: at the first step that is not finite.
     """
     scheduler = checkpoint.make_scheduler(job.scheduler)
     generator = torch.Generator("cpu").manual_seed(job.seed)
@@ -115,9 +115,13 @@ def denoise(
     rotary = rotary_tables(checkpoint, frames, height, width, device)
     condition = image_condition(job, checkpoint, latents)
     ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
-    history = None  # what the DPM scheduler carries from step to step
+    done, history = 0, None  # what the DPM scheduler carries from step to step
+    if job.progress is not None:
+        done, latents = job.progress.step, job.progress.latents.to(latents)
+        history = None if job.progress.history is None else job.progress.history.to(device)
+        generator.set_state(job.progress.generator)
 
-    for index, timestep in enumerate(timesteps):
+    for index, timestep in enumerate(timesteps[done:], start=done):
         seen = latents if condition is None else torch.cat([latents, condition], dim=2)
         predicted = transformer(
             hidden_states=torch.cat([seen] * len(mine)),
@@ -133,16 +137,16 @@ def denoise(
             velocity = negative + guidance(job, timestep.item(), len(timesteps)) * (positive - negative)
         else:
             (velocity,) = predicted
+        if not velocity.isfinite().all():
+            raise FloatingPointError(f"step {index + 1} of {len(timesteps)} is not finite in {dtype}; use dtype bf16 or fp32")
         latents, history = advance(scheduler, velocity, history, timesteps, index, latents, generator)
         latents = latents.to(dtype)
         split.synchronize()
-        if not on_step(index + 1, len(timesteps)):
+        if not on_step(Progress(index + 1, latents, generator.get_state(), history), len(timesteps)):
             raise Cancelled(f"stopped after step {index + 1} of {len(timesteps)}")
 
     padding = checkpoint.padding_frames(job.latent.shape[2])
     result = rearrange(latents[:, padding:], DIFFUSERS_TO_COMFYUI).float() / checkpoint.scaling_factor
-    if not result.isfinite().all():
-        raise FloatingPointError(f"the latent is not finite after {len(timesteps)} steps in {dtype}; use dtype bf16 or fp32")
     return result.cpu().contiguous()
 
 

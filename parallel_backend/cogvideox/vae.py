@@ -31,6 +31,14 @@ def working_bytes(job: DecodeJob | EncodeJob, dtype: torch.dtype) -> int:
     return decode_bytes((1, 16, frames, height, width), dtype)
 
 
+def ways_out(job: DecodeJob | EncodeJob, *, tiled: bool) -> list[int | None]:
+    """Tile edges in pixels to try one after the other as memory runs out; None is the whole frame."""
+    if job.tiling == "off":
+        return [None]
+    smaller = [tile for tile in (256, 128, 64) if tile < job.tile]
+    return [*([] if tiled else [None]), job.tile, *smaller]
+
+
 def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:
     """Turns tiling on with square tiles, or off; ``tile`` and ``overlap`` in pixels."""
     if not tiled:

@@ -78,6 +78,15 @@ class GroupAddress:
         """Where a rank leaves its last words."""
         return self.folder / f"error-{rank}.json"
 
+    def pulse_file(self, rank: int) -> Path:
+        """Where a rank says what it does; see :mod:`.pulse`."""
+        return self.folder / f"pulse-{rank}.json"
+
+    @property
+    def cause_file(self) -> Path:
+        """Where the agent says why it ended the group."""
+        return self.folder / "cause"
+
     def describe(self) -> dict[str, Any]:
         """What :meth:`create` was given, and ``owner``: the process that the group goes with."""
         return json.loads((self.folder / "group.json").read_text())

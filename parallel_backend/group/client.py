@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import threading
 import time
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 
 from .. import errors
 from ..devices import Devices
-from ..errors import Cancelled, GroupError, GroupFailure, GroupUnavailable, RequestError
+from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..executor import Executor, StepListener, StopSignal, never, silent
-from ..jobs import Job, Report, Result, split_fields
+from ..jobs import Job, Progress, Report, Result, SampleJob, split_fields
 from ..plans import Plan
 from . import protocol
-from .address import GroupAddress, running
-from .launcher import Launcher, check_possible
+from .address import GroupAddress, is_alive, running
+from .launcher import Death, Launcher, check_possible
 from .protocol import Message
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,13 @@ START_SECONDS = 300.0
 CANCEL_SECONDS = 600.0
 """At most this long for a cancelled job to finish its step."""
 POLL_SECONDS = 0.05
+
+
+@dataclass
+class Keepsake:
+    """What a group has told of its job, to go on from when it is lost."""
+
+    progress: Progress | None = None
 
 
 class GroupExecutor(Executor):
@@ -58,6 +66,7 @@ class GroupExecutor(Executor):
         description = address.describe()
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
+        executor._owner = description["owner"]
         return executor
 
     @property
@@ -70,7 +79,8 @@ class GroupExecutor(Executor):
         with self._lock:
             if self._launcher and not self._launcher.is_running():
                 if self.address is not None:
-                    logger.warning("the group of plan '%s' was lost; starting it again", self.plan)
+                    if Path(self.address.socket).exists():  # else it never came up
+                        logger.warning("the group of plan '%s' was lost; starting it again", self.plan)
                     self._launcher.stop()
                 self.address = self._launcher.start()
 
@@ -81,7 +91,10 @@ class GroupExecutor(Executor):
             return {"state": "absent", **known}
         if self._launcher is None and not Path(self.address.socket).exists():
             return {"state": "starting", **known}
-        return {"devices": self.devices, **self._ask(Message("status")).plain}
+        try:
+            return {"devices": self.devices, **self._ask(Message("status")).plain}
+        except GroupLost:
+            return {"state": "absent", **known}
 
     def free(self) -> None:
         """See :meth:`Executor.free`. A group that is not there holds nothing."""
@@ -113,19 +126,44 @@ class GroupExecutor(Executor):
         self._ask(Message("stop"))
 
     def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
-        plain, tensors = split_fields(job)
-        answer = self._ask(Message(job.kind, plain, tensors), on_step, should_stop)
+        """Runs a job, and goes on from where it was when the group is lost; what is lost twice there is not tried again."""
+        notes: list[str] = []
+        lost_at = None
+        while True:
+            kept = Keepsake()
+            try:
+                answer = self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
+                break
+            except GroupLost as error:
+                if kept.progress:
+                    job = replace(job, progress=kept.progress)
+                done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
+                if done == lost_at:
+                    kind = GroupError if error.came_up else GroupUnavailable
+                    raise kind(f"{error.summary}; twice there, so it is not tried again", details=error.details) from error
+                if self._launcher is None:
+                    self._find_again(error)
+                lost_at = done
+                notes.append(f"{error.summary}; the group was started again and went on after step {done}")
+                logger.warning("%s; starting the group again, to go on after step %d", error.summary, done)
         report = {key: tuple(value) if isinstance(value, list) else value for key, value in answer.plain["report"].items()}
+        report["notes"] = (*notes, *report["notes"])
         return Result(answer.tensors["tensor"], Report(**report))
 
-    def _ask(self, message: Message, on_step: StepListener = silent, should_stop: StopSignal = never) -> Message:
+    def _ask(
+        self,
+        message: Message,
+        on_step: StepListener = silent,
+        should_stop: StopSignal = never,
+        kept: "Keepsake | None" = None,
+    ) -> Message:
         """Sends a request and waits for its last answer."""
         self.start()
         address = self.address
         try:
             with self._connect(address, should_stop) as connection:
                 connection.send_bytes(protocol.encode(message))
-                return self._listen(connection, on_step, should_stop)
+                return self._listen(connection, on_step, should_stop, kept or Keepsake())
         except (EOFError, ConnectionError) as error:
             raise self._lost(address) from error
 
@@ -143,7 +181,7 @@ class GroupExecutor(Executor):
                 if should_stop():
                     raise Cancelled("stopped while the group was starting") from None
                 if time.monotonic() > deadline:
-                    raise self._lost(address, f"no answer within {START_SECONDS:.0f} s") from error
+                    raise self._lost(address, Death(f"no answer within {START_SECONDS:.0f} s")) from error
                 time.sleep(POLL_SECONDS)
 
     def _may_come_up(self, address: GroupAddress, error: OSError) -> bool:
@@ -153,7 +191,7 @@ class GroupExecutor(Executor):
             return self._launcher.is_running()
         return isinstance(error, FileNotFoundError) and address in running()
 
-    def _listen(self, connection: Connection, on_step: StepListener, should_stop: StopSignal) -> Message:
+    def _listen(self, connection: Connection, on_step: StepListener, should_stop: StopSignal, kept: "Keepsake") -> Message:
         """Passes steps on until the request ends; asks the group to stop when the caller wants to."""
         deadline = None
         while True:
@@ -167,6 +205,8 @@ class GroupExecutor(Executor):
             answer = protocol.decode(connection.recv_bytes(protocol.MAX_MESSAGE))
             if answer.kind == "step":
                 on_step(answer.plain["step"], answer.plain["steps"])
+            elif answer.kind == "kept":
+                kept.progress = Progress(**answer.plain, **answer.tensors)
             elif answer.kind == "cancelled":
                 raise Cancelled(answer.plain["message"])
             elif answer.kind == "failed":
@@ -184,26 +224,41 @@ class GroupExecutor(Executor):
             f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", "")
         )
 
-    def _lost(self, address: GroupAddress, cause: str | None = None) -> GroupFailure:
+    def _lost(self, address: GroupAddress, death: Death | None = None) -> GroupFailure:
         """The error of a group that does not answer, with the last words of the rank that went first."""
         if self._launcher is None:
+            if is_alive(self._owner):
+                return GroupLost(f"the group that process {self._owner} keeps was lost")
             return GroupError(f"the group at {address.folder} is gone; start it again with serve")
         with self._lock:
             if self.address != address or self._launcher.process is None:  # another thread has seen to it
-                return GroupError("the group's processes ended; see the other job's error")
-            return self._bury(cause or self._launcher.cause_of_death())
+                return GroupLost("the group was lost in another job")
+            return self._bury(death or self._launcher.cause_of_death())
 
-    def _bury(self, cause: str) -> GroupFailure:
+    def _find_again(self, error: GroupLost) -> None:
+        """Waits for the group that the owner starts in the place of the one that was lost."""
+        deadline = time.monotonic() + START_SECONDS
+        while is_alive(self._owner) and time.monotonic() < deadline:
+            for address in running():
+                if address != self.address and address.describe()["owner"] == self._owner:
+                    self.address = address
+                    return
+            time.sleep(POLL_SECONDS)
+        raise GroupError(f"{error.summary}, and no other came; start it again with serve", details=error.details) from error
+
+    def _bury(self, death: Death) -> GroupFailure:
         came_up = Path(self.address.socket).exists()  # rank 0 listens once all ranks have met
         failed = [json.loads(path.read_text()) | {"rank": rank} for rank, path in self._error_files()]
         details = self._launcher.last_words()
         self._launcher.stop()
+        if not death.by_itself:  # what the other ranks met with only followed
+            return GroupLost(f"the group was lost: {death.cause}", details=details, came_up=came_up)
         if not came_up:
             self.address = None  # it was never there, so the next start is no restart
-            return GroupUnavailable(f"the group did not start: {cause}", details=details)
-        if failed and "was killed" not in cause:  # else what the others met with is only what followed
+            return GroupUnavailable(f"the group did not start: {death.cause}", details=details)
+        if failed:
             return self._failure(failed[0])
-        return GroupError(f"the group's processes ended: {cause}", details=details)
+        return GroupError(f"the group's processes ended: {death.cause}", details=details)
 
     def _error_files(self) -> list[tuple[int, Path]]:
         paths = [(rank, self.address.error_file(rank)) for rank in range(self.plan.world_size)]

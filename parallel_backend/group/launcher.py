@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,22 @@ ENDED_RANK = re.compile(r"^ *rank *: (\d+) .*\n *exitcode *: (-?\d+)", re.MULTIL
 """A rank that failed, in the report that ``torch.distributed.run`` ends with."""
 KILLED = [-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)]
 """Exit codes of a process that another, the kernel or a fault of its own has ended; SIGTERM is the launcher's own."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a group ended."""
+
+    cause: str
+    by_itself: bool = True
+    """False when it was killed, or hung: the job may succeed when it is tried again."""
+
+
+def how_it_ended(who: str, code: int) -> Death:
+    """Says an exit code in words."""
+    if code < 0:
+        return Death(f"{who} was killed by {signal.Signals(-code).name}", by_itself=code not in KILLED)
+    return Death(f"{who} ended with status {code}")
 
 
 def group_python() -> str:
@@ -47,8 +64,8 @@ def check_possible(plan: Plan, devices: Devices) -> None:
 class Launcher:
     """The processes of one group, from :meth:`start` to :meth:`stop`.
 
-    ``torch.distributed.run`` starts one worker a device. All of them hold the read end of a pipe whose write
-    end is this process's alone, so they see it end in whatever way it ends, and leave.
+    ``torch.distributed.run`` starts one worker a device, inside :mod:`.agent`. That holds the read end of a pipe whose
+    write end is this process's alone, so it sees it end in whatever way it ends, and leaves with its workers.
     """
 
     def __init__(self, plan: Plan, devices: Devices):
@@ -68,7 +85,7 @@ class Launcher:
         check_possible(self.plan, self.devices)
         self.address = GroupAddress.create({"plan": str(self.plan), "devices": str(self.devices), "shared": self.is_shared})
         command = [
-            group_python(), "-m", "torch.distributed.run", "--standalone", "--max-restarts=0",
+            group_python(), "-m", "parallel_backend.group.agent", str(self.address.folder), "--standalone", "--max-restarts=0",
             f"--nproc-per-node={self.devices.count}", f"--log-dir={self.address.logs}", "--redirects=3",
             "-m", "parallel_backend.group.worker", str(self.address.folder), str(self.plan), self.devices.kind,
         ]  # fmt: skip
@@ -112,7 +129,7 @@ class Launcher:
         """Ends the processes, gently and then not, and removes the folder. Further calls do nothing."""
         if self.process is None:
             return
-        self.process.stdin.close()  # the workers leave when the pipe ends
+        self.process.stdin.close()  # the agent leaves when the pipe ends
         for ask in (lambda: None, self.process.terminate, self._kill):
             ask()
             try:
@@ -130,19 +147,19 @@ class Launcher:
         except ProcessLookupError:
             return
 
-    def cause_of_death(self) -> str:
-        """Which rank ended first and how, where ``torch.distributed.run`` says so."""
+    def cause_of_death(self) -> Death:
+        """Which rank ended first and how, where the agent or ``torch.distributed.run`` says so."""
         try:
             status = self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            return "the launcher is still there; see the logs"
+            return Death("the launcher is still there; see the logs")
+        if self.address.cause_file.exists():
+            return Death(self.address.cause_file.read_text(), by_itself=False)
         log = (self.address.folder / "launcher.log").read_text(errors="replace")
-        if not (ends := ENDED_RANK.findall(log)):
-            return f"the launcher ended with status {status}"
         # The one that ended first comes last. Of those that ended within a second any may, and a killed one takes the others
         # with it.
-        rank, code = min(((int(rank), int(code)) for rank, code in reversed(ends)), key=lambda end: end[1] not in KILLED)
-        return f"rank {rank} " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}")
+        ends = [(f"rank {rank}", int(code)) for rank, code in reversed(ENDED_RANK.findall(log))]
+        return how_it_ended(*min(ends or [("the launcher", status)], key=lambda end: end[1] not in KILLED))
 
     def last_words(self) -> str:
         """What the processes wrote last."""

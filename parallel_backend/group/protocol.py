@@ -23,7 +23,7 @@ class Message:
     """One message.
 
     Requests are ``sample``, ``decode``, ``encode``, ``status``, ``free``, ``stop`` and, while a job runs,
-    ``cancel``. Answers are ``step``, ``done``, ``failed`` and ``cancelled``.
+    ``cancel``. Answers are ``step``, ``kept``, ``done``, ``failed`` and ``cancelled``.
     """
 
     kind: str

@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any
@@ -21,15 +22,16 @@ class Request:
 
     Args:
         data: the message's bytes, as every rank will get them.
-        message: the same, decoded.
-        connection: the client's.
+        connection: the client's; None when nobody waits for an answer.
     """
 
-    def __init__(self, data: bytes, message: Message, connection: Connection):
+    def __init__(self, data: bytes, connection: Connection | None):
         self.data = data
-        self.message = message
         self.connection = connection
         self.cancelled = threading.Event()
+        self.waited = 0.0
+        """Seconds in the queue, once it has begun."""
+        self._arrived = time.monotonic()
         self._begun = False
         self._lock = threading.Lock()
 
@@ -37,6 +39,7 @@ class Request:
         """Marks the request as taken from the queue; False when it was cancelled while it waited there."""
         with self._lock:
             self._begun = not self.cancelled.is_set()
+            self.waited = time.monotonic() - self._arrived
             return self._begun
 
     def cancel(self) -> None:
@@ -49,6 +52,8 @@ class Request:
 
     def answer(self, message: Message) -> None:
         """Sends a message back; a client that has gone cancels its request instead."""
+        if self.connection is None:
+            return
         try:
             self.connection.send_bytes(protocol.encode(message))
         except OSError:
@@ -70,9 +75,12 @@ class Server:
         self._listener = Listener(address.socket, family="AF_UNIX")
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
-    def next(self) -> Request:
-        """The next queued request; waits as long as it takes."""
-        return self._requests.get()
+    def next(self, seconds: float | None = None) -> Request | None:
+        """The next queued request; None when there was none for so long. Without a time it waits as long as it takes."""
+        try:
+            return self._requests.get(timeout=seconds)
+        except queue.Empty:
+            return None
 
     @property
     def waiting(self) -> int:
@@ -111,7 +119,7 @@ class Server:
             text = f"request '{message.kind}' is unknown"
             connection.send_bytes(protocol.encode(Message("failed", {"error": "ProtocolError", "message": text})))
             return
-        request = Request(data, message, connection)
+        request = Request(data, connection)
         self._requests.put(request)
         # The client says "cancel" and waits for the end, or hangs up: either way nobody wants the rest.
         try:

@@ -1,10 +1,12 @@
 """One rank of a group: ``python -m parallel_backend.group.worker FOLDER PLAN KIND`` under ``torch.distributed.run``."""
 
+import ctypes
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
-import threading
 import time
 import traceback
 from dataclasses import asdict, replace
@@ -16,30 +18,36 @@ from ..cogvideox import checks, memory
 from ..cogvideox.checkpoint import Checkpoint
 from ..engine import Engine
 from ..errors import Cancelled
-from ..jobs import Result, join_fields
+from ..jobs import Progress, Result, join_fields, split_fields
 from ..parallel.groups import GroupSplit
 from ..plans import Plan
 from .address import GroupAddress
-from .protocol import Message, decode
+from .agent import AGENT
+from .protocol import Message, decode, encode
+from .pulse import Heart
 from .server import Request, Server
 
 logger = logging.getLogger(__name__)
 
 MEET_AFTER_FAILURE = 15.0
 """Seconds that a failed rank waits for the others to fail too, before the group is given up."""
+START_SECONDS, MEET_SECONDS = 300.0, 60.0
+"""The ranks find each other within the first, and exchange data for the first time, or end a job, within the second."""
+LOAD_SECONDS = 1800.0
+"""Reading weights and the first step, or a whole decode, take at most this long."""
+STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
+"""A later step takes at most the greater of this long and so many times the longest before it."""
+IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
+"""A group that had nothing to do for so long lets go of its weights; None never does."""
+KEEP_SECONDS = 1.0
+"""The caller gets a sampling job's state so often, to go on from when the group is lost."""
 
 
-def watch_owner(address: GroupAddress, rank: int) -> None:
-    """Leaves as soon as the owner's pipe ends, wherever the main thread is."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        if rank == 0:
-            address.remove()
-        os._exit(0)
-
-    threading.Thread(target=watch, name="owner", daemon=True).start()
+def die_with_agent() -> None:
+    """Has the kernel kill this process with its parent, in whatever way that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ[AGENT]):  # it has ended before
+        os._exit(1)
 
 
 class Worker:
@@ -48,9 +56,10 @@ class Worker:
     Args:
         split: the rank's share.
         address: the group's.
+        heart: the rank's sign of life.
     """
 
-    def __init__(self, split: GroupSplit, address: GroupAddress):
+    def __init__(self, split: GroupSplit, address: GroupAddress, heart: Heart):
         self.split = split
         self.address = address
         self.engine = Engine(split)
@@ -59,6 +68,7 @@ class Worker:
         self.jobs = 0
         self.memory: list[int] = []
         self.last_error: str | None = None
+        self.heart = heart
         self.server = Server(address, self.status) if split.rank == 0 else None
 
     def status(self) -> dict:
@@ -77,9 +87,8 @@ class Worker:
     def loop(self) -> None:
         """Takes requests until one says stop."""
         while True:
-            request = self.server.next() if self.server else None
-            if request and not request.begin():
-                continue
+            self.heart.beat("waiting for a job", None)
+            request = self.next_request() if self.server else None
             self.state = "busy"
             message = decode(self.split.broadcast_bytes(request.data if request else None))
             if message.kind == "stop":
@@ -95,6 +104,16 @@ class Worker:
                 self.do_job(message, request)
             self.state = "ready"
 
+    def next_request(self) -> Request:
+        """Rank 0's next request that is still wanted; one to free the memory when none came for long."""
+        while True:
+            request = self.server.next(IDLE_SECONDS if self.engine.status()["held"] else None)
+            if request is None:
+                logger.info("idle for %.0f minutes; letting go of the weights", IDLE_SECONDS / 60)
+                return Request(encode(Message("free")), None)
+            if request.begin():
+                return request
+
     def do_job(self, message: Message, request: Request | None) -> None:
         """Runs one job with the other ranks; rank 0 answers with its end."""
         failure: dict | None = None
@@ -105,6 +124,7 @@ class Worker:
             failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
+        self.heart.beat("ending a job", MEET_SECONDS)
         failures = self.compare(failure, together=message.kind == "sample")
         self.jobs += 1
         self.memory = self.split.collect(self.engine.status()["memory"])
@@ -118,21 +138,35 @@ class Worker:
                 request.answer(Message(kind, {"rank": rank, **failure}))
                 return
         report = replace(result.report, peak_memory=tuple(self.memory))
-        self.log_line(message.kind, report)
+        self.log_line(message.kind, report, request.waited)
         request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
 
     def run(self, message: Message, request: Request | None) -> Result | None:
         """This rank's part of a job; decoding and encoding are rank 0's alone so far."""
+        self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
         job = join_fields(message.kind, message.plain, message.tensors)
         if message.kind != "sample" and self.split.rank != 0:
             memory.reset_peak(self.split.device)
             return None
         checks.check(Checkpoint.open(job.model.path), job)
 
-        def after_step(step: int, steps: int) -> bool:
+        longest, began = 0.0, None
+        kept = time.monotonic()
+
+        def after_step(progress: Progress, steps: int) -> bool:
+            nonlocal longest, began, kept
+            now = time.monotonic()
+            if began is not None:  # the first loads and warms up
+                longest = max(longest, now - began)
+            began = now
+            doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
+            self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
             if request is None:
                 return True
-            request.answer(Message("step", {"step": step, "steps": steps}))
+            request.answer(Message("step", {"step": progress.step, "steps": steps}))
+            if now - kept >= KEEP_SECONDS:
+                kept = now
+                request.answer(Message("kept", *split_fields(progress)))
             return not request.cancelled.is_set()
 
         return self.engine.run(job, after_step)
@@ -153,27 +187,34 @@ class Worker:
             os._exit(1)
         return self.split.collect(failure)
 
-    def log_line(self, kind: str, report) -> None:
+    def log_line(self, kind: str, report, waited: float) -> None:
         """One line a job."""
         steps = sorted(report.step_seconds)
         each = f", {len(steps)} steps of {steps[len(steps) // 2]:.3f} s" if steps else ""
         peak = "/".join(f"{size / 2**30:.2f}" for size in report.peak_memory)
         logger.info(
-            "%s: plan %s, load %.2f s, run %.2f s%s, peak %s GiB",
-            kind, report.plan, report.load_seconds, report.run_seconds, each, peak,
+            "%s: plan %s, waited %.2f s, load %.2f s, run %.2f s%s, peak %s GiB",
+            kind, report.plan, waited, report.load_seconds, report.run_seconds, each, peak,
         )  # fmt: skip
 
 
 def main() -> None:
     """Joins the group and works until told to stop."""
+    die_with_agent()
+    faulthandler.register(signal.SIGUSR1)
     folder, plan, kind = sys.argv[1:]
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     address = GroupAddress(Path(folder))
-    watch_owner(address, rank)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
+    heart = Heart(address.pulse_file(rank))
+    heart.beat("joining the group", START_SECONDS)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank, local_rank=local_rank)
-    Worker(split, address).loop()
+    heart.beat(
+        "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)", MEET_SECONDS
+    )
+    split.probe()
+    Worker(split, address, heart).loop()
     os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
 
 

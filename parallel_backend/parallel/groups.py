@@ -33,6 +33,17 @@ class GroupSplit(Split):
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
         self.cfg_group = xdit.cfg_group()
 
+    def probe(self) -> None:
+        """Exchanges data over every kind of group once, as a job will, so that a broken link hangs here and not there."""
+        tensor = torch.ones(2**20, device=self.device)
+        dist.all_reduce(tensor)
+        if self.plan.cfg > 1:
+            self.cfg_group.all_gather(tensor)
+        if self.plan.sequence > 1:
+            xdit.sequence_group().all_gather(tensor)
+        self.synchronize()
+        self.collect(None)
+
     def attach(self, transformer) -> None:
         """See :meth:`Split.attach`. A plan without ulysses or ring leaves the transformer as it is."""
         if self.plan.sequence > 1:

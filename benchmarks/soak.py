@@ -1,0 +1,292 @@
+"""What a group survives: ``make soak`` prints three tables.
+
+Every rank and the launcher killed or stopped at every moment of a job; thousands of messages that are none; hundreds of
+jobs in a row with cancels among them. On CPU processes and a small model with random weights.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import struct
+import tempfile
+import threading
+import time
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import psutil
+import torch
+
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.random_weights import build
+from parallel_backend.devices import Devices
+from parallel_backend.errors import Cancelled
+from parallel_backend.group import protocol, pulse
+from parallel_backend.group.client import GroupExecutor
+from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent, split_fields
+from parallel_backend.local import LocalExecutor
+from parallel_backend.plans import Plan
+
+MOMENTS = ("starting", "loading", "first step", "middle step", "last step", "decoding", "idle")
+STEPS = 30
+
+
+def job_of(checkpoint: Checkpoint, *, size=(240, 160, 17), steps: int = STEPS, seed: int = 3, **settings) -> SampleJob:
+    """A sampling job on random text."""
+    width, height, frames = size
+    shape = (1, checkpoint.text_tokens, checkpoint.text_features)
+    positive, negative = torch.randn((2, *shape), generator=torch.Generator().manual_seed(1))
+    latent = empty_latent(width=width, height=height, frames=frames)
+    return SampleJob(Model(str(checkpoint.path)), positive, latent, negative, seed=seed, steps=steps, **settings)
+
+
+def processes(group: GroupExecutor) -> dict[str, psutil.Process]:
+    """The launcher and the workers by name."""
+    launcher = psutil.Process(group._launcher.process.pid)
+    found = {"launcher": launcher}
+    for child in launcher.children():
+        if rank := child.environ().get("RANK"):
+            found[f"rank {rank}"] = child
+    return found
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    """Waits until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not come")
+        time.sleep(0.005)
+
+
+class Attack:
+    """Sends one signal to one process of a group at one moment.
+
+    Args:
+        group: whose process it is.
+        victim: ``launcher`` or ``rank N``.
+        how: the signal.
+    """
+
+    def __init__(self, group: GroupExecutor, victim: str, how: int):
+        self.group, self.victim, self.how = group, victim, how
+        self.at: float | None = None
+
+    def strike(self) -> None:
+        """Sends it, once."""
+        if self.at is None:
+            self.at = time.monotonic()
+            processes(self.group)[self.victim].send_signal(self.how)
+
+    def strike_when(self, doing: str) -> None:
+        """Sends it when the ranks say that they do something."""
+
+        def wait() -> None:
+            path = self.group.address.pulse_file(0)
+            wait_for(lambda: (found := pulse.read(path)) is not None and doing in found.doing)
+            self.strike()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def survive(moment: str, victim: str, how: int, group: GroupExecutor, checkpoint: Checkpoint, expected: dict) -> str:
+    """Runs a job with an attack in it. Returns what became of it, for the table."""
+    attack, job = Attack(group, victim, how), job_of(checkpoint)
+    decode = DecodeJob(job.model, expected["latent"])
+    began = time.monotonic()
+    if moment == "starting":
+        group.close()
+        group.start()
+        wait_for(lambda: victim in processes(group))
+        attack.strike()
+    else:
+        group.sample(job_of(checkpoint, steps=1))
+    if moment == "idle":
+        attack.strike()
+        if how == signal.SIGKILL:
+            time.sleep(1)
+        else:
+            wait_for(lambda: not group._launcher.is_running(), 30)
+    if moment == "loading":
+        group.free()
+        attack.strike_when("loading")
+    if moment == "decoding":
+        attack.strike_when("decode")
+        result, wanted = group.decode(decode), expected["frames"]
+    else:
+        strike_at = {"first step": 1, "middle step": STEPS // 2, "last step": STEPS - 1}.get(moment)
+        result = group.sample(job, on_step=lambda step, _: attack.strike() if step == strike_at else None)
+        wanted = expected["latent"]
+    difference = (result.tensor - wanted).abs().max().item()
+    if difference > 1e-4:
+        return f"WRONG: differs by {difference:.1e}"
+    notes = [note.partition(";")[0] for note in result.report.notes]
+    return f"{time.monotonic() - began:.0f} s, differs by {difference:.0e}; {'; '.join(notes) or 'a new group, no job was hit'}"
+
+
+def kills(checkpoint: Checkpoint, plan: str) -> None:
+    """The first table."""
+    parsed = Plan.parse(plan)
+    local = LocalExecutor(torch.device("cpu"))
+    latent = local.sample(job_of(checkpoint)).tensor
+    expected = {"latent": latent, "frames": local.decode(DecodeJob(Model(str(checkpoint.path)), latent)).tensor}
+    print(f"\n| plan {plan}: hit | signal | moment | what became of the job |\n|---|---|---|---|", flush=True)
+    group = GroupExecutor(parsed, Devices("cpu", tuple(range(parsed.world_size))))
+    victims = [*(f"rank {rank}" for rank in range(parsed.world_size)), "launcher"]
+    try:
+        for moment in MOMENTS:
+            for victim in victims:
+                for how in (signal.SIGKILL, signal.SIGSTOP):
+                    if victim == "launcher" and how == signal.SIGSTOP:
+                        continue  # it does nothing while a job runs
+                    before = set(processes(group).values()) if group._launcher.process else set()
+                    said = survive(moment, victim, how, group, checkpoint, expected)
+                    now = set(processes(group).values())
+                    left = [process.pid for process in before - now if process.is_running() and process.status() != "zombie"]
+                    print(f"| {victim} | {how.name} | {moment} | {said}{f'; LEFT {left}' if left else ''} |", flush=True)
+    finally:
+        group.close()
+
+
+def rubbish(rng: random.Random, valid: bytes) -> bytes:
+    """Bytes that are no request: a valid one broken, or something else."""
+    length = int.from_bytes(valid[:8], "little")
+    header, body = json.loads(valid[8 : 8 + length]), valid[8 + length :]
+    head = json.loads(header["__metadata__"]["message"])
+
+    def packed(header, body=body) -> bytes:
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + body
+
+    def with_head(**changes) -> bytes:
+        return packed({**header, "__metadata__": {"message": json.dumps({**head, **changes})}})
+
+    def with_tensor(**changes) -> bytes:
+        name = rng.choice([name for name in header if name != "__metadata__"])
+        return packed({**header, name: {**header[name], **changes}})
+
+    def with_field() -> bytes:
+        plain = {
+            **head["plain"],
+            rng.choice(list(head["plain"])): rng.choice([None, -1, 1e99, "x", [], {}, float("nan"), 2**80]),
+        }
+        return with_head(plain=plain)
+
+    deep = "[" * 5000 + "]" * 5000
+    ways = [
+        lambda: valid[: rng.randrange(len(valid))],
+        lambda: bytes(rng.randrange(256) for _ in range(rng.randrange(200))),
+        lambda: bytes(byte ^ (rng.random() < 0.01) * rng.randrange(256) for byte in valid[: length + 8]) + body,
+        lambda: struct.pack("<Q", rng.choice([0, 1, 2**20 + 1, 2**40, 2**63, 2**64 - 1])) + valid[8:],
+        lambda: with_head(version=rng.choice([0, 2, -1, "1", None])),
+        lambda: with_head(kind=rng.choice(["", "dance", None, 7, "__class__"])),
+        lambda: with_head(plain=rng.choice([[], "x", None, {}, {"model": {}}, {"model": {"path": "/etc"}}])),
+        lambda: with_tensor(dtype=rng.choice(["F8_E4M3", "I64", "BOOL", "F64", "X"])),
+        lambda: with_tensor(shape=rng.choice([[], [0], [2**40], [-1], [1, 16, 5, 9, 11], "x", [[1]]])),
+        lambda: with_tensor(data_offsets=rng.choice([[0, 2**40], [5, 1], [-4, 4], "x"])),
+        with_field,
+        lambda: struct.pack("<Q", len(deep)) + deep.encode(),
+        lambda: packed({**header, "__metadata__": {"message": deep}}),
+    ]
+    return rng.choice(ways)()
+
+
+def messages(checkpoint: Checkpoint, count: int) -> None:
+    """The second table."""
+    rng = random.Random(0)
+    group = GroupExecutor(Plan(cfg=2), Devices("cpu", (0, 1)))
+    job = job_of(checkpoint, size=(64, 48, 9), steps=1)
+    plain, tensors = split_fields(job)
+    valid = protocol.encode(protocol.Message(job.kind, plain, tensors))
+    not_finite = protocol.encode(protocol.Message(job.kind, plain, {**tensors, "positive": job.positive * float("nan")}))
+    answers: dict[str, int] = {}
+    try:
+        expected = group.sample(job).tensor
+        before = processes(group)["rank 0"].memory_info().rss
+        for number in range(count):
+            data = not_finite if number % 500 == 0 else rubbish(rng, valid)
+            with Client(group.address.socket, family="AF_UNIX", authkey=group.address.key) as connection:
+                connection.send_bytes(data)
+                if not connection.poll(60):
+                    raise TimeoutError(f"no answer to message {number}")
+                try:
+                    while (answer := protocol.decode(connection.recv_bytes())).kind == "step":
+                        pass
+                    said = f"{answer.kind}: {answer.plain.get('error', '')}"
+                except EOFError:
+                    said = "dropped"
+            answers[said] = answers.get(said, 0) + 1
+        after = processes(group)["rank 0"].memory_info().rss
+        same = torch.equal(group.sample(job).tensor, expected)
+    finally:
+        group.close()
+    print("\n| answer to a message that is none | times |\n|---|---|")
+    for said, times in sorted(answers.items(), key=lambda item: -item[1]):
+        print(f"| {said} | {times} |")
+    print(
+        f"\n{count} messages: memory of rank 0 grew by {(after - before) / 2**20:.1f} MiB; a valid job afterwards: {same}",
+        flush=True,
+    )
+
+
+def jobs(checkpoint: Checkpoint, count: int) -> None:
+    """The third table."""
+    rng = random.Random(1)
+    sizes = [(64, 48, 9), (96, 64, 17), (80, 48, 5), (160, 96, 13)]
+    print("\n| plan | jobs | cancelled | steps after a cancel, most | memory MiB, start to end | files open | processes |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for plan in ("cfg2", "ulysses2"):
+        group = GroupExecutor(Plan.parse(plan), Devices("cpu", (0, 1)))
+        cancelled, late, figures = 0, 0, []
+        try:
+            for number in range(count // 2):
+                steps, stop_at = rng.randrange(2, 12), rng.choice([None, None, rng.randrange(1, 10)])
+                seen: list[int] = []
+                job = job_of(
+                    checkpoint, size=rng.choice(sizes), steps=steps, seed=number, scheduler=rng.choice(["ddim", "dpm"]),
+                    cfg=rng.choice([1.0, 6.0]),
+                )  # fmt: skip
+                try:
+                    group.sample(
+                        job,
+                        on_step=lambda step, _: seen.append(step),  # noqa: B023
+                        should_stop=lambda: stop_at is not None and len(seen) >= stop_at,  # noqa: B023
+                    )
+                except Cancelled:
+                    cancelled += 1
+                    late = max(late, seen[-1] - stop_at)
+                if number in (count // 4, count // 2 - 1):  # the first half warms up
+                    alive = processes(group).values()
+                    memory, files = sum(one.memory_info().rss for one in alive), sum(one.num_fds() for one in alive)
+                    figures.append((memory / 2**20, files, len(psutil.Process().children(recursive=True))))
+        finally:
+            group.close()
+        (memory, files, alive), (memory2, files2, alive2) = figures
+        print(
+            f"| {plan} | {count // 2} | {cancelled} | {late} | {memory:.0f} to {memory2:.0f} | {files} to {files2} | {alive} to {alive2} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plans", default="cfg2,ulysses2", help="of the first table")
+    parser.add_argument("--messages", type=int, default=10_000)
+    parser.add_argument("--jobs", type=int, default=200)
+    args = parser.parse_args()
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Checkpoint.open(build(Path(folder) / "5b", like="5b"))
+        for plan in filter(None, args.plans.split(",")):
+            kills(checkpoint, plan)
+        if args.messages:
+            messages(checkpoint, args.messages)
+        if args.jobs:
+            jobs(checkpoint, args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""A group that is killed or hangs: noticed, named, started again, and the video is the one of an undisturbed run."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from parallel_backend.cogvideox import denoise, vae
+from parallel_backend.devices import Devices
+from parallel_backend.errors import GroupError, OutOfMemory
+from parallel_backend.group.address import GroupAddress, is_alive
+from parallel_backend.group.agent import Standstill
+from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.pulse import Heart, Pulse
+from parallel_backend.jobs import DecodeJob
+from parallel_backend.local import LocalExecutor
+from parallel_backend.plans import Plan
+
+from .conftest import TOLERANCE, rank_processes, wait_until, workers
+
+SLOW = {"size": (240, 160, 17), "steps": 40}
+"""Steps that take long enough for a signal to come in the middle of one, and for the state to be kept."""
+
+
+@pytest.fixture(scope="module")
+def group():
+    """A group of two that every test disturbs."""
+    executor = GroupExecutor(Plan.parse("cfg2"), Devices("cpu", (0, 1)))
+    yield executor
+    executor.close()
+
+
+@pytest.mark.parametrize(
+    "how, rank, scheduler, word",
+    [
+        (signal.SIGKILL, 1, "dpm", "rank 1 was killed by SIGKILL"),
+        (signal.SIGSTOP, 0, "ddim", "rank 0 was stopped (SIGSTOP) while on step"),
+    ],
+)
+def test_a_lost_job_goes_on_from_its_last_kept_step(how, rank, scheduler, word, group, make_job, local, caplog):
+    job = make_job("5b", scheduler=scheduler, **SLOW)
+    expected = local.sample(job).tensor
+    steps, hurt = [], []
+
+    def hurt_once(step: int, total: int) -> None:
+        steps.append(step)
+        if step == 25 and not hurt:
+            hurt.append(step)
+            os.kill(rank_processes(group.address)[rank], how)
+
+    result = group.sample(job, on_step=hurt_once)
+    assert (result.tensor - expected).abs().max() <= TOLERANCE
+    assert any(before > after > 1 for before, after in zip(steps, steps[1:])), "it goes on from a kept step"
+    (note,) = result.report.notes
+    assert word in note and "started again and went on after step" in note
+    assert "starting the group again" in caplog.text
+
+
+def test_a_job_that_loses_the_group_twice_in_one_place_is_not_tried_again(group, make_job):
+    """The second process to be lost is lost before anything new is kept."""
+    deaths = []
+
+    def kill(step: int, total: int) -> None:
+        if len(deaths) < 2:
+            deaths.append(step)
+            os.kill(rank_processes(group.address)[1], signal.SIGKILL)
+
+    with pytest.raises(GroupError, match="rank 1 was killed by SIGKILL; twice there, so it is not tried again") as error:
+        group.sample(make_job("5b", size=(240, 160, 17), steps=12), on_step=kill)
+    assert deaths == [1, 1] and "--- rank" in error.value.details
+
+
+def test_an_idle_group_that_is_stopped_is_noticed_and_the_next_job_finds_a_new_one(group, make_job):
+    group.sample(make_job("5b", steps=2))
+    folder = group.address.folder
+    os.kill(rank_processes(group.address)[1], signal.SIGSTOP)
+    assert wait_until(lambda: not group._launcher.is_running(), 20)
+    assert len(group.sample(make_job("5b", steps=2)).report.step_seconds) == 2
+    assert not folder.exists()
+
+
+def test_a_killed_launcher_takes_its_workers_along_even_a_stopped_one(group, make_job):
+    group.sample(make_job("5b", steps=2))
+    ranks = rank_processes(group.address)
+    os.kill(ranks[0], signal.SIGSTOP)
+    group._launcher.process.kill()
+    assert wait_until(lambda: not any(map(is_alive, ranks.values())), 10)
+    assert len(group.sample(make_job("5b", steps=2)).report.step_seconds) == 2
+
+
+def test_a_group_burns_nothing_while_it_waits(group, make_job):
+    group.sample(make_job("5b", steps=2))
+    processes = [psutil.Process(pid) for pid in workers()]
+    before = [sum(process.cpu_times()[:2]) for process in processes]
+    time.sleep(4)
+    after = [sum(process.cpu_times()[:2]) for process in processes]
+    assert sum(after) - sum(before) < 0.8  # of 4 s times the cores
+
+
+def test_an_idle_group_hands_its_memory_back(monkeypatch, start_group, make_job):
+    monkeypatch.setenv("XDIT_IDLE_MINUTES", "0.02")
+    group = start_group("ulysses2")
+    first = group.sample(make_job("5b", steps=2)).tensor
+    assert wait_until(lambda: group.status()["held"] == [], 20)
+    assert torch.equal(group.sample(make_job("5b", steps=2)).tensor, first)
+
+
+def look_twice(tmp_path, pulses: list[Pulse], *, looks: int):
+    """What a watch says that looks at ranks with these pulses, which never change."""
+    address = GroupAddress(tmp_path)
+    for rank, pulse in enumerate(pulses):
+        heart = Heart(address.pulse_file(rank))
+        heart._count = pulse.count - 1
+        heart.beat(pulse.doing, pulse.seconds)
+    standstill, alive = Standstill(address), psutil.Process()
+    for _ in range(looks):
+        found = standstill.look({rank: alive for rank in range(len(pulses))})
+        if found:
+            return found
+    return None
+
+
+@pytest.mark.parametrize(
+    "pulses, looks, culprits",
+    [
+        ([Pulse(3, "on step 2 of 9", 8), Pulse(3, "on step 2 of 9", 8)], 9, None),
+        ([Pulse(3, "on step 2 of 9", 8), Pulse(3, "on step 2 of 9", 8)], 10, [0, 1]),
+        ([Pulse(3, "on step 2 of 9", 8), Pulse(2, "on step 1 of 9", 8)], 10, [1]),
+        ([Pulse(1, "waiting for a job", None)] * 2, 1000, None),
+    ],
+)
+def test_ranks_that_stand_still_are_given_up_after_their_own_time_and_the_one_behind_is_named(
+    pulses, looks, culprits, tmp_path
+):
+    found = look_twice(tmp_path, pulses, looks=looks)
+    if culprits is None:
+        assert found is None
+    else:
+        assert found[0] == culprits
+        assert f"no sign of life for 8 s while {pulses[culprits[0]].doing}" in found[1]
+
+
+class TooSmall:
+    """A VAE on a device that holds a whole frame, or a large tile, only so often."""
+
+    def __init__(self, module, fits):
+        self.module, self.fits, self.tried = module, fits, []
+
+    def __call__(self, *_):
+        tile = self.module.tile_sample_min_height if self.module.use_tiling else None
+        self.tried.append(tile)
+        if tile not in self.fits:
+            raise torch.OutOfMemoryError("no")
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    "tiling, fits, tried",
+    [("auto", [None], [None]), ("auto", [256], [None, 256]), ("auto", [64], [None, 256, 128, 64]), ("on", [128], [256, 128])],
+)
+def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_tiles_and_says_so(
+    tiling, fits, tried, make_job, monkeypatch, checkpoints
+):
+    executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=2)
+    latent = executor.sample(job).tensor
+    attempts = []
+
+    def decode(module, _):
+        attempts.append(TooSmall(module, fits))
+        return attempts[-1]()
+
+    monkeypatch.setattr(vae, "decode", decode)
+    result = executor.decode(DecodeJob(job.model, latent, tiling=tiling))
+    assert [attempt.tried[0] for attempt in attempts] == tried
+    assert len([note for note in result.report.notes if "ran out of memory" in note]) == len(tried) - 1
+    monkeypatch.undo()
+    assert torch.equal(executor.sample(job).tensor, latent)
+
+
+@pytest.mark.parametrize(
+    "tiling, words", [("off", "out of memory whole: .* use tiling"), ("auto", "out of memory in tiles of 64: ")]
+)
+def test_a_decode_that_fits_in_no_way_says_what_helps(tiling, words, make_job, monkeypatch):
+    executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=2)
+    monkeypatch.setattr(vae, "decode", lambda module, _: TooSmall(module, [])())
+    with pytest.raises(OutOfMemory, match=words):
+        executor.decode(DecodeJob(job.model, job.latent, tiling=tiling))
+
+
+def test_a_step_that_runs_out_of_memory_says_what_helps_and_the_next_job_works(make_job, monkeypatch):
+    executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=2)
+    expected = executor.sample(job).tensor
+
+    def advance(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(denoise, "advance", advance)
+    with pytest.raises(OutOfMemory, match="step 1 ran out of memory on cpu: it needs about .* use offload 'group' .now 'none'"):
+        executor.sample(job)
+    monkeypatch.undo()
+    assert torch.equal(executor.sample(job).tensor, expected)
+
+
+def test_a_step_that_is_not_finite_stops_the_job_with_its_number(make_job):
+    executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=3)
+    with pytest.raises(FloatingPointError, match="step 1 of 3 is not finite in torch.float32"):
+        executor.sample(replace(job, positive=job.positive * float("nan")))
+    assert executor.sample(job).tensor.isfinite().all()
+
+
+def test_what_serve_keeps_is_started_again_and_its_clients_go_on(start_group, make_job, local):
+    kept = start_group("cfg2")
+    kept.share()
+    assert kept.status()["state"] == "ready"
+    keeper = threading.Thread(target=lambda: (kept.wait(), kept.start()), daemon=True)  # as the command does
+    keeper.start()
+    job = make_job("5b", **SLOW)
+    hurt = []
+
+    def hurt_once(step: int, total: int) -> None:
+        if step == 20 and not hurt:
+            hurt.append(step)
+            os.kill(rank_processes(attached.address)[0], signal.SIGKILL)
+
+    attached = GroupExecutor.attach(kept.address)
+    result = attached.sample(job, on_step=hurt_once)
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    assert hurt and attached.address == kept.address
+    assert len(result.report.step_seconds) < 40  # it went on from a kept step
