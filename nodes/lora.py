@@ -34,6 +34,7 @@ class LoadCogVideoXLora(io.ComfyNode):
                     min=-MAX_STRENGTH,
                     max=MAX_STRENGTH,
                     step=0.01,
+                    round=0.0001,
                     tooltip="How much it changes the model; 0 leaves the model as it is.",
                 ),
             ],

