@@ -7,11 +7,13 @@ from .conditioning import EmptyCogVideoXLatent
 from .decoding import CogVideoXDecode
 from .image_to_video import CogVideoXImageToVideo
 from .loaders import LoadCogVideoX
+from .lora import LoadCogVideoXLora
 from .sampling import CogVideoXSampler
 from .saving import SaveVideo
 
 NODES: list[type[io.ComfyNode]] = [
     LoadCogVideoX,
+    LoadCogVideoXLora,
     EmptyCogVideoXLatent,
     CogVideoXImageToVideo,
     CogVideoXSampler,

@@ -14,6 +14,7 @@ from ..parallel_backend import models
 from ..parallel_backend.backend import Keeper, resolve
 from ..parallel_backend.cogvideox import checks
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.lora import SUFFIXES
 from ..parallel_backend.cogvideox.memory import working_bytes
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
@@ -26,6 +27,8 @@ from .memory import HeldWeights
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDERS = ("CogVideo", "diffusers")
+LORA_FOLDERS = {"loras": "", "cogvideox_loras": "CogVideo/loras/"}
+"""ComfyUI's name of each folder, the second being the CogVideoX wrapper's, and what its files are shown with."""
 
 _groups = Keeper()
 _held: dict[Executor, HeldWeights] = {}
@@ -64,6 +67,34 @@ def find_model(name: str) -> Path:
     if name not in folders:
         raise RequestError(f"there is no model '{name}' in models/CogVideo or models/diffusers; put its folder there")
     return folders[name]
+
+
+def lora_files() -> dict[str, Path]:
+    """The LoRA files that can be loaded, by the name shown."""
+    found = {}
+    for kind, shown in LORA_FOLDERS.items():
+        try:
+            roots = folder_paths.get_folder_paths(kind)
+        except KeyError:  # without the wrapper nobody has told ComfyUI of its folder
+            roots = [str(Path(folder_paths.models_dir) / "CogVideo" / "loras")]
+        for root in roots:
+            names, _ = folder_paths.recursive_search(root, [".git"])
+            for name in sorted(names):
+                if name.endswith(SUFFIXES):
+                    found.setdefault(shown + name, Path(root) / name)
+    return found
+
+
+def find_lora(name: str) -> Path:
+    """The file of a name.
+
+    Raises:
+        RequestError: for a name that is not in the list.
+    """
+    files = lora_files()
+    if name not in files:
+        raise RequestError(f"there is no LoRA '{name}' in models/loras or models/CogVideo/loras; put its .safetensors there")
+    return files[name]
 
 
 def text_device() -> torch.device:

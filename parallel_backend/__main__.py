@@ -27,6 +27,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a checkpoint folder in diffusers layout, or demo")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--offload", choices=OFFLOADS, default="auto", help="where weights wait between uses")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="a .safetensors file; may be given several times"
+    )
     parser.add_argument("--width", type=int, help="default: what the model was trained for")
     parser.add_argument("--height", type=int)
     parser.add_argument("--frames", type=int, help="4k+1")

@@ -11,12 +11,12 @@ import torch
 
 from . import models
 from .backend import open_executor, resolve
-from .cogvideox import checks
+from .cogvideox import checks, lora
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.memory import release, reset_peak, used_bytes
-from .commands import quiet_libraries, show, size_of
+from .commands import model_of, quiet_libraries, show, size_of
 from .devices import Devices
-from .jobs import DecodeJob, Model, SampleJob, empty_latent
+from .jobs import DecodeJob, SampleJob, empty_latent
 
 COLUMNS = (
     "name",
@@ -44,7 +44,7 @@ def run(args: Namespace) -> int:
     size = size_of(args, checkpoint)
     positive, negative = text_states(checkpoint)
     job = SampleJob(
-        Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload),
+        model_of(args, checkpoint),
         positive,
         empty_latent(**size, channels=checkpoint.channels),
         negative if args.cfg > 1 else None,
@@ -115,11 +115,13 @@ def measure_diffusers(args: Namespace, job: SampleJob, checkpoint: Checkpoint) -
 
     device = Devices.parse(args.devices).first
     dtype = checkpoint.dtype(args.dtype, device)
+    transformer = checkpoint.load_transformer(dtype, device)
+    lora.merge(transformer, checkpoint, lora.open_all(job.model.loras, checkpoint), device=device)
     pipeline = CogVideoXPipeline(
         tokenizer=checkpoint.load_tokenizer(),
         text_encoder=None,
         vae=checkpoint.load_vae(dtype, device),
-        transformer=checkpoint.load_transformer(dtype, device),
+        transformer=transformer,
         scheduler=checkpoint.make_scheduler(args.scheduler),
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -18,7 +18,7 @@ from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
-from .jobs import DecodeJob, EncodeJob, Model, Report, SampleJob, between, empty_latent
+from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, between, empty_latent
 from .planner import candidates, choose
 from .plans import AUTO, Plan
 
@@ -54,6 +54,24 @@ def size_of(args: Namespace, checkpoint: Checkpoint) -> dict[str, int]:
     return {name: value if asked[name] is None else asked[name] for name, value in default.items()}
 
 
+def model_of(args: Namespace, checkpoint: Checkpoint) -> Model:
+    """The model that the options describe."""
+    loras = tuple(lora_of(word) for word in args.lora)
+    return Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload, loras=loras)
+
+
+def lora_of(word: str) -> Lora:
+    """A LoRA from ``FILE`` or ``FILE:STRENGTH``; a file's own name may have a colon."""
+    file, _, strength = word.rpartition(":")
+    if not file or Path(word).expanduser().is_file():
+        file, strength = word, "1"
+    try:
+        number = float(strength)
+    except ValueError:
+        raise RequestError(f"--lora {word}: '{strength}' is no strength; write FILE:STRENGTH, such as {file}:0.8") from None
+    return Lora(str(Path(file).expanduser().absolute()), number)
+
+
 def encode_prompts(args: Namespace, checkpoint: Checkpoint, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Text states of the prompt and, with guidance, of the negative prompt; the encoder's memory is free again."""
     encoder = TextEncoder(checkpoint, device=device, dtype=checkpoint.dtype(args.dtype, device))
@@ -83,7 +101,7 @@ def generate(args: Namespace) -> int:
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_text()
     plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1)
-    model = Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload)
+    model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
     given = inputs.read(args, size, checkpoint)
     if "latent" in given:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .cogvideox import memory, vae, weights
+from .cogvideox import lora, memory, vae, weights
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.denoise import StepCallback, denoise
 from .errors import OutOfMemory
@@ -47,6 +47,8 @@ class Engine:
         self._held: dict[str, tuple[Any, torch.nn.Module]] = {}
         self._offload: str | None = None
         """The mode of the last sampling job."""
+        self._merged: tuple[lora.LoraFile, ...] = ()
+        """The LoRAs in the transformer's weights."""
         self._notes: list[str] = []
 
     def run(self, job: Job, on_step: StepCallback = go_on) -> Result:
@@ -171,16 +173,36 @@ class Engine:
         mode = self._choose_offload(job, checkpoint, dtype)
         before = self.loads
         hooks = mode if mode in memory.HOOKED else None
-        transformer = self._load("transformer", job.model, checkpoint, dtype, hooks)
+        loras = self._open_loras(job.model, checkpoint)
+        transformer = self._load("transformer", job.model, checkpoint, dtype, (hooks, loras) if hooks else None)
         if mode != "none" and "vae" in self._held:
             self._held["vae"][1].to("cpu")  # its own job brings it back
         if self.loads > before:
             self.split.attach(transformer)
+            self._merged = ()
+        self._merge(loras, transformer, checkpoint)
+        if self.loads > before:
             memory.place(transformer, mode, self.device)
         elif hooks is None:
             transformer.to(self.device)
         self._offload = mode
         return transformer
+
+    def _open_loras(self, model: Model, checkpoint: Checkpoint) -> tuple[lora.LoraFile, ...]:
+        """The LoRAs that change something."""
+        opened = lora.open_all(model.loras, checkpoint)
+        for file in opened:
+            self._note(file.note)
+        return tuple(file for file in opened if file.strength)
+
+    def _merge(self, loras: tuple[lora.LoraFile, ...], transformer, checkpoint: Checkpoint) -> None:
+        """Makes these the LoRAs in the transformer's weights."""
+        if loras == self._merged:
+            return
+        held = self._held.pop("transformer")  # when this fails half-way it is nobody's
+        lora.merge(transformer, checkpoint, loras, device=self.device, before=self._merged)
+        self._merged = loras
+        self._held["transformer"] = held
 
     def _choose_offload(self, job: SampleJob, checkpoint: Checkpoint, dtype) -> str:
         held = sum(memory.bytes_on(self.device, module) for _, module in self._held.values())
@@ -197,9 +219,12 @@ class Engine:
             self._note(f"offload was '{self._offload}' for the job before and is '{mode}' for this one")
         return mode
 
-    def _load(self, part: str, model: Model, checkpoint: Checkpoint, dtype, hooks: str | None = None) -> torch.nn.Module:
-        """The part, from before or newly read onto the CPU; one with other ``hooks`` is another part."""
-        key = (model, dtype, hooks, weights.fingerprint(weights.files(checkpoint.path / part)))
+    def _load(self, part: str, model: Model, checkpoint: Checkpoint, dtype, hooks: tuple | None = None) -> torch.nn.Module:
+        """The part, from before or newly read onto the CPU; one with other ``hooks`` is another part.
+
+        Other LoRAs need no other transformer, but where hooks hold the weights that they are in.
+        """
+        key = (replace(model, loras=()), dtype, hooks, weights.fingerprint(weights.files(checkpoint.path / part)))
         held = self._held.get(part)
         if held and held[0] == key:
             return held[1]

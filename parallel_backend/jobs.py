@@ -5,7 +5,7 @@ VAE latents; images ``[frames, height, width, 3]`` in 0..1. What a request means
 (channels, text tokens) is checked by :func:`parallel_backend.cogvideox.checks.check`.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ OFFLOADS = ("auto", "none", "model", "group", "sequential")
 SCHEDULERS = ("auto", "ddim", "dpm")
 TILINGS = ("auto", "on", "off")
 MAX_SEED = 2**64 - 1
+MAX_STRENGTH = 10.0
 
 
 def choice(name: str, value: Any, allowed) -> None:
@@ -32,6 +33,19 @@ def between(name: str, value: float, low: float, high: float) -> None:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A change of the transformer's weights."""
+
+    path: str
+    """A ``.safetensors`` file; see :mod:`parallel_backend.cogvideox.lora`."""
+    strength: float = 1.0
+    """What the change is multiplied by; 0 leaves the model as it is."""
+
+    def __post_init__(self):
+        between("LoRA strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
+
+
+@dataclass(frozen=True)
 class Model:
     """What to compute. Holds no weights: they are loaded where they run."""
 
@@ -41,6 +55,8 @@ class Model:
     """``auto`` is the checkpoint's own on a GPU and fp32 on the CPU."""
     offload: str = "auto"
     """Where weights wait between uses; ``auto`` decides by free memory."""
+    loras: tuple[Lora, ...] = ()
+    """All are added to the weights; their order changes nothing but rounding."""
 
     def __post_init__(self):
         choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -261,13 +277,26 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             tensors[item.name] = value
         elif isinstance(value, Model):
-            plain[item.name] = {f.name: getattr(value, f.name) for f in fields(value)}
+            plain[item.name] = split_model(value)
         elif isinstance(value, Progress):
             plain[item.name], inner = split_fields(value)
             tensors |= {f"{item.name}.{name}": tensor for name, tensor in inner.items()}
         elif value is not None:  # None is always the default: a side that does not know the field yet need not see it
             plain[item.name] = value
     return plain, tensors
+
+
+def split_model(model: Model) -> dict[str, Any]:
+    """A model as plain JSON values; a side that does not know LoRAs yet need not see that there are none."""
+    plain = asdict(model)
+    if not model.loras:
+        del plain["loras"]
+    return plain
+
+
+def join_model(plain: dict[str, Any]) -> Model:
+    """The model that :func:`split_model` took apart, checked again."""
+    return Model(**{**plain, "loras": tuple(Lora(**lora) for lora in plain.get("loras", ()))})
 
 
 def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Job:
@@ -279,7 +308,7 @@ def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tenso
     if kind not in JOBS:
         raise RequestError(f"job kind is '{kind}'; use one of {', '.join(JOBS)}")
     try:
-        values = {**plain, **tensors, "model": Model(**plain["model"])}
+        values = {**plain, **tensors, "model": join_model(dict(plain["model"]))}
         if "progress" in plain:
             names = [name for name in tensors if name.startswith("progress.")]
             inner = {name.removeprefix("progress."): values.pop(name) for name in names}

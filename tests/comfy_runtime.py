@@ -40,17 +40,43 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
+NODES = """
+Node, Sampler = part("nodes.image_to_video").CogVideoXImageToVideo, part("nodes.sampling").CogVideoXSampler
+sockets, image = part("nodes.sockets"), part("parallel_backend.cogvideox.image")
+from comfy_api.latest import io
+def call(node, **inputs):
+    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
+    return clone.execute(**inputs).result
+def refusal(node, **inputs):
+    try:
+        call(node, **inputs)
+    except errors.RequestError as error:
+        return str(error)
+def handles(path):
+    model = jobs.Model(path)
+    return sockets.ModelHandle(model, Checkpoint.open(path)), sockets.VaeHandle(model)
+def prompt(seed):
+    states = torch.randn(1, checkpoint.text_tokens, checkpoint.text_features, generator=torch.Generator().manual_seed(seed))
+    return [[states, {"pooled_output": None}]]
+positive, negative = prompt(1), prompt(2)
+picture = torch.rand(2, 40, 100, 3, generator=torch.Generator().manual_seed(3))
+size = {"width": 96, "height": 64, "length": 9, "batch_size": 2}
+settings = {"seed": 3, "steps": 2, "cfg": 6.0, "scheduler": "auto", "dynamic_cfg": False, "denoise": 1.0}
+prompts = {"positive": positive, "negative": negative}
+"""
+"""For lines that call nodes as ComfyUI does."""
+
 
 class ComfyRuntime:
     """Runs lines of code where the pack is loaded.
 
     Args:
-        folder: for ComfyUI's folders and the lines' output.
+        folder: ComfyUI's folders, and the lines' output.
         checkpoint: that ``model`` stands for.
     """
 
     def __init__(self, folder: Path, checkpoint: Path):
-        self._folder, self._count = folder, 0
+        self.folder, self._count = folder, 0
         command = [sys.executable, "-c", SERVER, str(REPO), str(folder), str(checkpoint)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -59,7 +85,7 @@ class ComfyRuntime:
     def run(self, code: str) -> tuple[dict, str]:
         """What the lines ``show``, and what was logged."""
         self._count += 1
-        work = self._folder / f"lines-{self._count}"
+        work = self.folder / f"lines-{self._count}"
         work.mkdir()
         (work / "code").write_text(code)
         print(work, file=self._process.stdin, flush=True)

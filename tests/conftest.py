@@ -22,12 +22,13 @@ from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.devices import Devices
 from parallel_backend.group.address import GroupAddress
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.jobs import Model, SampleJob, empty_latent
+from parallel_backend.jobs import Lora, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
-from .comfy_runtime import ComfyRuntime
+from .comfy_runtime import NODES, ComfyRuntime
 from .comfyui_server import find_comfyui
+from .lora_files import fun_layout, random_change, write
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPT, NEGATIVE = "a red circle moves left over a blue city at night", "rain"
@@ -70,8 +71,18 @@ def texts(checkpoints) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def make_job(checkpoints, texts) -> Callable[..., SampleJob]:
-    """Makes a sampling job: ``make_job("5b", size=(96, 64, 17), batch=1, steps=8, …)``."""
+def loras(checkpoints, tmp_path_factory) -> dict[str, str]:
+    """A LoRA file for each checkpoint, named as CogVideoX-Fun names it."""
+    root = tmp_path_factory.mktemp("loras")
+    return {
+        like: write(root / f"{like}.safetensors", fun_layout(random_change(path), alpha=4.0))
+        for like, path in checkpoints.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def make_job(checkpoints, texts, loras) -> Callable[..., SampleJob]:
+    """Makes a sampling job: ``make_job("5b", size=(96, 64, 17), batch=1, steps=8, lora=0.5, …)``."""
 
     def make(like: str, *, size=(96, 64, 17), batch=1, steps=8, seed=3, **settings) -> SampleJob:
         width, height, frames = size
@@ -79,7 +90,8 @@ def make_job(checkpoints, texts) -> Callable[..., SampleJob]:
         latent = settings.pop("latent", None)
         if latent is None:
             latent = empty_latent(width=width, height=height, frames=frames, batch=batch)
-        model = settings.pop("model", Model(str(checkpoints[like])))
+        added = (Lora(loras[like], settings.pop("lora")),) if "lora" in settings else ()
+        model = settings.pop("model", Model(str(checkpoints[like]), loras=added))
         return SampleJob(model, positive, latent, negative, seed=seed, steps=steps, **settings)
 
     return make
@@ -119,6 +131,13 @@ def comfy_runtime(checkpoints, tmp_path_factory):
 def in_comfyui(comfy_runtime) -> Callable[[str], tuple[dict, str]]:
     """Runs lines in a process where the pack is loaded, and gives what they show and what was logged."""
     return comfy_runtime.run
+
+
+@pytest.fixture
+def nodes(in_comfyui, checkpoints):
+    """Runs lines that use the nodes on small models named ``text_model`` and ``image_model``."""
+    paths = f"text_model, image_model = {str(checkpoints['5b'])!r}, {str(checkpoints['5b-i2v'])!r}\n"
+    return lambda code: in_comfyui(NODES + paths + code)
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -15,10 +15,12 @@ import pytest
 
 from parallel_backend.group.address import running
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.models import demo_folder
 from workflows.headless import apply_settings, to_api
 
 from .comfyui_server import ComfyUIServer, find_comfyui
 from .conftest import REPO, wait_until, workers
+from .lora_files import diffusers_layout, random_change, write
 from .test_workflows import SMALL_IMAGE_TO_VIDEO
 
 pytestmark = pytest.mark.skipif(
@@ -205,6 +207,29 @@ def test_an_image_and_a_video_become_videos_with_the_shipped_workflows(server, c
     with pytest.raises(RuntimeError, match="makes videos from text alone; for a start image use an image-to-video model"):
         server.run(prompt)
     shutil.rmtree(model)
+
+
+def test_a_lora_is_listed_merged_and_read_again_when_its_file_changes(server, prompt_of):
+    folder = server.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    workflow = json.loads((REPO / "workflows" / "lora.json").read_text())
+    for seed in (1, 2):
+        write(folder / "cogvideox-lora.safetensors", diffusers_layout(random_change(demo_folder(), seed=seed)))
+        info = server.object_info()
+        prompt = to_api(workflow, info)
+        apply_settings(prompt, ["XDiTCogVideoXSampler.steps=3", "XDiTEmptyCogVideoXLatent.length=5"], info)
+        server.run(with_images(prompt, f"lora_{seed}"))
+    for node in workflow["nodes"]:
+        if node["type"] == "XDiTCogVideoXLoRA":
+            node["mode"] = 4  # bypassed
+    prompts = to_api(workflow, info), prompt_of()
+    for name, prompt in zip(("bypassed", "plain"), prompts):
+        apply_settings(prompt, ["XDiTCogVideoXSampler.steps=3", "XDiTEmptyCogVideoXLatent.length=5"], info)
+        server.run(with_images(prompt, name))
+    frames = {name: frames_of(server, name) for name in ("lora_1", "lora_2", "bypassed", "plain")}
+    assert (frames["bypassed"] == frames["plain"]).all()
+    assert len({value.tobytes() for value in frames.values()}) == 3
+    assert "cogvideox-lora.safetensors: LoRA for" in server.log()
 
 
 def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of, checkpoints):

@@ -101,6 +101,9 @@ def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(checkpoints,
         (("--output", "/nowhere/at/all.mp4"), "there is no folder /nowhere/at"),
         (("--output", "/tmp/video.avi"), "must end in .mp4"),
         (("--model", "/nowhere"), "no checkpoint folder /nowhere"),
+        (("--lora", "/nowhere/a.safetensors"), "there is no LoRA file /nowhere/a.safetensors"),
+        (("--lora", "a.safetensors:0.5:much"), "'much' is no strength; write FILE:STRENGTH, such as a.safetensors:0.5:0.8"),
+        (("--lora", "a.safetensors:nan"), "LoRA strength is nan; use -10"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -115,6 +118,28 @@ def test_a_request_that_makes_no_sense_ends_with_2_and_one_line(more, words, che
     assert re.search(words, error)
     assert len(error.strip().splitlines()) == 1, error
     assert not list(tmp_path.iterdir())
+
+
+def test_loras_are_given_as_files_with_strengths(checkpoints, loras, tmp_path):
+    file = shutil.copy(loras["5b"], tmp_path / "a:1.safetensors")  # a colon may also be the name's own
+    latents = []
+    for given in ((), (file,), (f"{file}:0.75", f"{file}:0.25")):
+        options = ["--width", 32, "--height", 32, "--frames", 5, "--steps", 2, "--devices", "cpu"]
+        options += ["--save-latents", tmp_path / "a.latent", "--output", tmp_path / "a.mp4"]
+        words = [
+            "generate",
+            "--model",
+            checkpoints["5b"],
+            "--prompt",
+            "x",
+            *options,
+            *(word for lora in given for word in ("--lora", lora)),
+        ]
+        assert main([str(word) for word in words]) == 0
+        latents.append(load_file(tmp_path / "a.latent")["latent_tensor"])
+    without, whole, parts = latents
+    assert (whole - without).abs().max() > 0.01
+    assert (whole - parts).abs().max() <= TOLERANCE
 
 
 @pytest.fixture
@@ -274,10 +299,10 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
         run.kill()
 
 
-def test_bench_states_ours_beside_diffusers(run, checkpoints, tmp_path):
+def test_bench_states_ours_beside_diffusers(run, checkpoints, loras, tmp_path):
     done = run(
         "bench", "--model", checkpoints["5b"], "--plans", "single,cfg2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,
-        "--decode", "--output", tmp_path / "rows.json",
+        "--decode", "--lora", loras["5b"], "--output", tmp_path / "rows.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -295,5 +320,5 @@ def test_the_options_are_frozen_so_that_scripts_go_on_working():
     assert found["generate"] >= {
         "--model", "--prompt", "--negative-prompt", "--width", "--height", "--frames", "--steps", "--cfg", "--seed", "--scheduler",
         "--dynamic-cfg", "--fps", "--plan", "--devices", "--dtype", "--offload", "--tiling", "--output", "--save-latents", "--json",
-        "--image", "--video", "--denoise",
+        "--image", "--video", "--denoise", "--lora",
     }  # fmt: skip

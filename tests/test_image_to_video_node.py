@@ -1,39 +1,5 @@
 """The start image on its way through the nodes: encoded once, carried as the core carries it, read by the sampler."""
 
-import pytest
-
-NODES = """
-Node, Sampler = part("nodes.image_to_video").CogVideoXImageToVideo, part("nodes.sampling").CogVideoXSampler
-sockets, image = part("nodes.sockets"), part("parallel_backend.cogvideox.image")
-from comfy_api.latest import io
-def call(node, **inputs):
-    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
-    return clone.execute(**inputs).result
-def refusal(node, **inputs):
-    try:
-        call(node, **inputs)
-    except errors.RequestError as error:
-        return str(error)
-def handles(path):
-    model = jobs.Model(path)
-    return sockets.ModelHandle(model, Checkpoint.open(path)), sockets.VaeHandle(model)
-def prompt(seed):
-    states = torch.randn(1, checkpoint.text_tokens, checkpoint.text_features, generator=torch.Generator().manual_seed(seed))
-    return [[states, {"pooled_output": None}]]
-positive, negative = prompt(1), prompt(2)
-picture = torch.rand(2, 40, 100, 3, generator=torch.Generator().manual_seed(3))
-size = {"width": 96, "height": 64, "length": 9, "batch_size": 2}
-settings = {"seed": 3, "steps": 2, "cfg": 6.0, "scheduler": "auto", "dynamic_cfg": False, "denoise": 1.0}
-prompts = {"positive": positive, "negative": negative}
-"""
-
-
-@pytest.fixture
-def nodes(in_comfyui, checkpoints):
-    """Runs lines that use the nodes on small models named ``text_model`` and ``image_model``."""
-    paths = f"text_model, image_model = {str(checkpoints['5b'])!r}, {str(checkpoints['5b-i2v'])!r}\n"
-    return lambda code: in_comfyui(NODES + paths + code)
-
 
 def test_the_start_image_is_covered_encoded_once_and_gives_what_a_job_with_it_gives(nodes):
     shown, log = nodes("""

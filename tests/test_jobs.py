@@ -1,10 +1,12 @@
 """A job is checked when it is made, in words that say what to change."""
 
+import json
+
 import pytest
 import torch
 
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent, join_fields, split_fields
+from parallel_backend.jobs import DecodeJob, EncodeJob, Lora, Model, SampleJob, empty_latent, join_fields, split_fields
 
 MODEL = Model("/nowhere")
 
@@ -76,12 +78,14 @@ def test_a_video_to_encode_must_be_frames_of_three_channels():
         sample(seed=5),
         sample(cfg=1.0, negative=None),
         sample(image=torch.rand(1, 16, 1, 4, 4)),
+        sample(model=Model("/nowhere", loras=(Lora("/a.safetensors", -0.5), Lora("/b.safetensors")))),
         DecodeJob(MODEL, torch.rand(1, 16, 2, 4, 4), "on", 128, 32),
     ],
 )
 def test_a_job_survives_being_taken_apart(job):
     plain, tensors = split_fields(job)
-    again = join_fields(job.kind, plain, tensors)
+    again = join_fields(job.kind, json.loads(json.dumps(plain)), tensors)
+    assert again.model == job.model
     assert split_fields(again)[0] == plain
     assert all(torch.equal(tensors[name], getattr(again, name)) for name in tensors)
 
@@ -92,7 +96,24 @@ def test_sides_that_know_no_start_image_understand_a_job_without_one():
     assert join_fields("sample", plain, tensors).image is None
 
 
-@pytest.mark.parametrize("change", [{"extra": 1}, {"model": None}, {"model": {"path": "/x", "code": "y"}}])
+def test_sides_that_know_no_lora_understand_a_model_without_one():
+    plain, tensors = split_fields(sample())
+    assert "loras" not in plain["model"]
+    assert join_fields("sample", plain, tensors).model.loras == ()
+
+
+NO_LORAS = [5, [{"strength": 1.0}], ["/x.safetensors"], [{"path": "/x.safetensors", "strength": "strong"}]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extra": 1},
+        {"model": None},
+        {"model": {"path": "/x", "code": "y"}},
+        *({"model": {"path": "/x", "loras": loras}} for loras in NO_LORAS),
+    ],
+)
 def test_fields_that_no_job_has_are_refused(change):
     plain, tensors = split_fields(sample())
     with pytest.raises(RequestError):

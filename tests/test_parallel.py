@@ -14,13 +14,15 @@ PLANS = ["cfg2", "ulysses2", "ring2", "cfg2-ulysses2", "ulysses2-ring2", "cfg2-r
 CASES = [
     ("2b", {"size": (96, 64, 17), "scheduler": "ddim"}),
     ("2b", {"size": (80, 48, 13), "scheduler": "dpm", "dynamic_cfg": True}),
-    ("5b", {"size": (96, 64, 17), "scheduler": "dpm"}),
+    ("5b", {"size": (48, 48, 9), "scheduler": "ddim", "steps": 4, "lora": 0.8}),
+    ("5b", {"size": (48, 48, 9), "scheduler": "ddim", "steps": 3, "lora": -1.5}),
+    ("5b", {"size": (96, 64, 17), "scheduler": "dpm"}),  # and without it again
     ("5b", {"size": (112, 48, 9), "scheduler": "ddim", "batch": 2}),
     ("5b", {"size": (80, 48, 5), "scheduler": "ddim", "cfg": 1.0}),
     ("5b", {"size": (16, 16, 1), "scheduler": "dpm"}),
     ("5b", {"size": (48, 80, 13), "denoise": 0.5, "latent": torch.randn(1, 16, 4, 10, 6)}),
     ("1.5-5b", {"size": (80, 64, 13), "scheduler": "dpm"}),
-    ("1.5-5b", {"size": (48, 48, 9), "scheduler": "ddim"}),
+    ("1.5-5b", {"size": (48, 48, 9), "scheduler": "ddim", "lora": 1.0}),
     ("5b-i2v", {"size": (96, 64, 9), "scheduler": "dpm", "image": torch.randn(1, 16, 1, 8, 12)}),
     ("5b-i2v", {"size": (96, 64, 17), "batch": 2, "cfg": 1.0, "image": torch.randn(2, 16, 1, 8, 12)}),
     ("1.5-5b-i2v", {"size": (80, 48, 9), "scheduler": "dpm", "image": torch.randn(1, 16, 1, 6, 10)}),
@@ -55,6 +57,12 @@ def test_the_cases_have_tokens_that_divide_and_that_do_not(jobs):
             checkpoint = Checkpoint.open(job.model.path)
             remainders.add((checkpoint.tokens(*job.latent.shape[2:]) + checkpoint.text_tokens) % degree)
         assert 0 in remainders and len(remainders) > 1
+
+
+def test_the_lora_of_the_cases_changes_the_latents(make_job, local):
+    settings = {"size": (48, 48, 9), "steps": 2}
+    base, changed = (local.sample(make_job("5b", **settings, **lora)).tensor for lora in ({}, {"lora": 0.8}))
+    assert (base - changed).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("text, video, size", [(226, 17550, 16), (226, 17550, 7), (32, 1, 4), (32, 75, 4), (5, 3, 4)])

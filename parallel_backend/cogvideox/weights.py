@@ -2,8 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import torch
+from safetensors import safe_open
 
 from ..errors import RequestError
 
@@ -62,6 +65,20 @@ def elements(folder: Path) -> int:
         RequestError: naming the first that is not.
     """
     return sum(math.prod(entry["shape"]) for path in files(folder) for entry in header(path).values())
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of a component, by name."""
+    return {name: tuple(entry["shape"]) for path in files(folder) for name, entry in header(path).items()}
+
+
+def tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """These weights of a component, one by one, as they are stored."""
+    wanted = set(names)
+    for path in files(folder):
+        with safe_open(path, "pt") as file:
+            for name in sorted(wanted & set(file.keys())):
+                yield name, file.get_tensor(name)
 
 
 def stored_dtype(folder: Path) -> str:

@@ -1,0 +1,57 @@
+"""Load CogVideoX LoRA."""
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..parallel_backend.cogvideox.lora import LoraFile
+from ..parallel_backend.jobs import MAX_STRENGTH, Lora
+from . import host
+from .sockets import CATEGORY, ModelSocket
+
+
+class LoadCogVideoXLora(io.ComfyNode):
+    """A model with one more LoRA. Reads no weights: they are merged where the model runs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ComfyUI's V3 nodes."""
+        return io.Schema(
+            node_id="XDiTCogVideoXLoRA",
+            display_name="Load CogVideoX LoRA",
+            category=CATEGORY,
+            description="Adds a LoRA to a model, in the layout of diffusers, CogVideoX-Fun or ComfyUI. Chain it for several.",
+            inputs=[
+                ModelSocket.Input("model"),
+                io.Combo.Input(
+                    "lora_name",
+                    options=list(host.lora_files()),
+                    tooltip="A .safetensors file in models/loras or models/CogVideo/loras.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-MAX_STRENGTH,
+                    max=MAX_STRENGTH,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="How much it changes the model; 0 leaves the model as it is.",
+                ),
+            ],
+            outputs=[ModelSocket.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **kwargs) -> float | None:
+        """Has ComfyUI run the node again when the file was written anew."""
+        path = host.lora_files().get(lora_name)
+        return path and path.stat().st_mtime
+
+    @classmethod
+    def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
+        """Checks that the file fits the checkpoint."""
+        lora = Lora(str(host.find_lora(lora_name).resolve()), strength)
+        opened = LoraFile.open(lora, model.checkpoint)
+        host.say(opened.note or opened.describe, cls.hidden.unique_id)
+        return io.NodeOutput(replace(model, model=replace(model.model, loras=(*model.model.loras, lora))))
