@@ -174,7 +174,7 @@ class Engine:
 
     def _load(self, part: str, model: Model, checkpoint: Checkpoint, dtype, hooks: str | None = None) -> torch.nn.Module:
         """The part, from before or newly read onto the CPU; one with other ``hooks`` is another part."""
-        key = (model, dtype, hooks, weights.fingerprint(weights.files(checkpoint.path / part)))
+        key = (model, dtype, hooks, weights.fingerprint(checkpoint.files(part)))
         held = self._held.get(part)
         if held and held[0] == key:
             return held[1]

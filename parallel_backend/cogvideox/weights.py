@@ -65,12 +65,16 @@ def elements(folder: Path) -> int:
 
 
 def stored_dtype(folder: Path) -> str:
-    """``fp32``, ``bf16`` or ``fp16``: the dtype that most numbers are stored in."""
+    """The dtype that most numbers of a component are stored in, as safetensors calls it."""
+    return most_common_dtype(entry for path in files(folder) for entry in header(path).values())
+
+
+def most_common_dtype(entries: Iterable[dict]) -> str:
+    """The dtype that most numbers of these weights are stored in, as safetensors calls it."""
     counts: dict[str, int] = {}
-    for path in files(folder):
-        for entry in header(path).values():
-            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
-    return DTYPE_NAMES.get(max(counts, key=counts.get, default="F32"), "bf16")
+    for entry in entries:
+        counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+    return max(counts, key=counts.get, default="F32")
 
 
 def fingerprint(paths: Iterable[Path]) -> tuple:
