@@ -12,6 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import LIKES, build
@@ -21,6 +22,8 @@ from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
+
+from .single_files import save_as
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPT, NEGATIVE = "a red circle moves left over a blue city at night", "rain"
@@ -55,12 +58,22 @@ def texts(checkpoints) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def make_job(checkpoints, texts) -> Callable[..., SampleJob]:
+def transformer_files(checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """Transformers of CogVideoX 1.5 as single files, under the core's names."""
+    root = tmp_path_factory.mktemp("files")
+    return {like: save_as(checkpoints[like], root / f"{like}.safetensors", "core") for like in ("1.5-5b", "1.5-5b-i2v")}
+
+
+@pytest.fixture(scope="session")
+def make_job(checkpoints, texts, transformer_files) -> Callable[..., SampleJob]:
     """Makes a sampling job: ``make_job("5b", size=(96, 64, 17), batch=1, steps=8, …)``."""
 
-    def make(like: str, *, size=(96, 64, 17), batch=1, steps=8, seed=3, **settings) -> SampleJob:
+    def make(like: str, *, size=(96, 64, 17), batch=1, steps=8, seed=3, in_one_file=False, **settings) -> SampleJob:
         width, height, frames = size
         positive, negative = texts[like]
+        if in_one_file:  # the core's layout, and as many tokens as are published
+            settings["model"] = Model(str(transformer_files[like]))
+            positive, negative = (F.pad(text, (0, 0, 0, 226 - text.shape[1])) for text in (positive, negative))
         latent = settings.pop("latent", None)
         if latent is None:
             latent = empty_latent(width=width, height=height, frames=frames, batch=batch)

@@ -12,6 +12,7 @@ from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 
+from .conftest import TOLERANCE
 from .single_files import LAYOUTS, WEIGHTS, republish, save_as
 
 PUBLISHED = {"sample_width": 90, "sample_height": 60, "sample_frames": 49, "max_text_seq_length": 226}
@@ -54,9 +55,11 @@ def job_for(path, like: str, **settings) -> SampleJob:
 
 
 @pytest.mark.parametrize("like", CHANGES)
-def test_a_file_gives_the_very_latents_of_its_folder(like, folders, files, local):
+def test_a_file_gives_the_latents_of_its_folder(like, folders, files, local):
+    """Not to the bit: the same weights lie at other addresses in another file, where kernels round otherwise (2e-5)."""
     expected = local.sample(job_for(folders[like], like)).tensor
-    assert torch.equal(local.sample(job_for(files[like]["core"], like)).tensor, expected)
+    found = local.sample(job_for(files[like]["core"], like)).tensor
+    assert (found - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -116,8 +119,9 @@ def test_plain_fp8_is_computed_in_16_bits_and_says_so(folders, local, tmp_path):
     state = load_file(path)
     save_file({name: weight.float() for name, weight in state.items()}, rounded / WEIGHTS)
     job = job_for(path, "5b")
-    assert torch.equal(local.sample(job).tensor, local.sample(job_for(rounded, "5b")).tensor)
-    assert not torch.equal(local.sample(job).tensor, local.sample(job_for(folders["5b"], "5b")).tensor)
+    found = local.sample(job).tensor
+    assert (found - local.sample(job_for(rounded, "5b")).tensor).abs().max() <= TOLERANCE
+    assert (found - local.sample(job_for(folders["5b"], "5b")).tensor).abs().max() > 0.01
 
 
 def test_a_file_is_read_again_only_when_it_changed(folders, files, local, tmp_path):

@@ -212,10 +212,10 @@ def stored_dtype(path: Path) -> str:
 
 
 def load(path: Path, config: dict[str, Any], dtype: torch.dtype):
-    """The transformer, every weight on the CPU in ``dtype``; each is copied by itself, so one copy is held.
+    """The transformer, every weight on the CPU in ``dtype``.
 
-    Weights left in the file's mapping would lie at odd addresses, where the CPU's kernels round otherwise (2e-5 in a
-    latent), and would go when the file does.
+    A weight that is stored in it stays in the file's mapping, which the ranks of a machine share; any other is converted
+    by itself.
     """
     from accelerate import init_empty_weights
     from diffusers import CogVideoXTransformer3DModel
@@ -224,6 +224,6 @@ def load(path: Path, config: dict[str, Any], dtype: torch.dtype):
     with init_empty_weights():
         model = CogVideoXTransformer3DModel(**config)
     with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(stored).to(dtype, copy=True) for name, (stored, _) in entries(path).items()}
+        state = {name: file.get_tensor(stored).to(dtype) for name, (stored, _) in entries(path).items()}
     model.load_state_dict(state, assign=True)
     return model
