@@ -7,6 +7,7 @@ weight tells (positions' size, scheduler, VAE scale) is what was published with 
 """
 
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from ..errors import RequestError
 from . import weights
 
+SUFFIXES = (".safetensors", ".sft")
 ANCHOR = "patch_embed.text_proj.weight"
 """A weight that every CogVideoX has, under this name in both layouts, and no other model."""
 CORE_TO_DIFFUSERS = {
@@ -72,13 +74,19 @@ Entries = dict[str, dict[str, Any]]
 
 
 def is_cogvideox(path: Path) -> bool:
-    """Whether a file's header names a CogVideoX transformer's weights; quick, for lists of files."""
+    """Whether a file's header names a CogVideoX transformer's weights; quick, for lists of files that are asked for often."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return length <= weights.MAX_HEADER and f'{ANCHOR}"'.encode() in file.read(length)
+        return has_anchor(path, weights.fingerprint([path]))
     except OSError:
         return False
+
+
+@lru_cache(maxsize=4096)
+def has_anchor(path: Path, state: tuple) -> bool:
+    """Whether the header of a file in one state holds :data:`ANCHOR`."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return path.suffix in SUFFIXES and length <= weights.MAX_HEADER and f'{ANCHOR}"'.encode() in file.read(length)
 
 
 def read(path: Path) -> tuple[dict, dict, dict, dict[str, int]]:
@@ -106,7 +114,7 @@ def entries(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     Raises:
         RequestError: for a file that is not safetensors, not whole, or holds another model.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix not in SUFFIXES:
         raise RequestError(f"{path.name} is no .safetensors file; GGUF and pickled files are not read: use one in bf16 or fp16")
     stored = weights.header(path)
     anchors = [name for name in stored if name.endswith(ANCHOR)]

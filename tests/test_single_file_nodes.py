@@ -1,0 +1,54 @@
+"""Load CogVideoX with a transformer's file: listed, loaded, and its CLIP and VAE say where theirs come from."""
+
+import torch
+from safetensors.torch import save_file
+
+from .single_files import save_as
+from .test_host import in_comfyui  # noqa: F401
+
+NODES = """
+from comfy_api.latest import io
+loaders, sockets = part("nodes.loaders"), part("nodes.sockets")
+def load(name):
+    clone = loaders.LoadCogVideoX.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
+    return clone.execute(model_name=name, dtype="auto", offload="auto").result
+def refusal(call, *values, **named):
+    try:
+        call(*values, **named)
+    except errors.RequestError as error:
+        return str(error)
+"""
+
+
+def test_files_are_listed_beside_folders_and_only_cogvideox(in_comfyui, checkpoints, tmp_path):  # noqa: F811
+    models = tmp_path
+    save_as(checkpoints["1.5-5b"], models / "diffusion_models" / "video" / "cog.safetensors", "core")
+    save_as(checkpoints["5b"], models / "CogVideo" / "old.safetensors", "diffusers")
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, models / "diffusion_models" / "wan.safetensors")
+    (models / "diffusion_models" / "broken.safetensors").write_bytes(b"\0" * 3)
+    cut = save_as(checkpoints["5b"], models / "diffusion_models" / "cut.safetensors", "core")
+    cut.write_bytes(cut.read_bytes()[:-5])
+    shown, _ = in_comfyui(NODES + """
+model, clip, vae = load("diffusion_models/video/cog.safetensors")
+text = torch.zeros(1, 226, 32)
+video = jobs.empty_latent(width=64, height=48, frames=13)
+sampled = host.run(jobs.SampleJob(model.model, text, video, text, steps=2)).tensor
+show(names=host.model_names(), shape=list(sampled.shape), path=model.model.path, said=model.checkpoint.describe,
+     clip=refusal(clip.tokenize, "a ball"), decode=refusal(vae.decode, video), encode=refusal(vae.encode, torch.zeros(5, 32, 32, 3)),
+     cut=refusal(load, "diffusion_models/cut.safetensors"), none=refusal(load, "diffusion_models/wan.safetensors"))
+""")  # fmt: skip
+    assert shown["names"] == [
+        "demo",
+        "CogVideo/old.safetensors",
+        "diffusion_models/cut.safetensors",
+        "diffusion_models/video/cog.safetensors",
+    ]
+    assert shown["shape"] == [1, 16, 4, 6, 8]
+    assert shown["path"].endswith("video/cog.safetensors")
+    assert shown["said"].startswith(
+        "cog.safetensors: CogVideoX 1.5, text to video, 3 layers, 4 heads, rotary, fp32, dpm, 1360x768x81"
+    )
+    assert shown["clip"] == "cog.safetensors has no text encoder; use the core's CLIPLoader (type cogvideox) for the text"
+    assert shown["decode"] == shown["encode"] == "cog.safetensors has no VAE; use the core's VAELoader with CogVideoX's VAE"
+    assert "it is cut off; download it again" in shown["cut"]
+    assert "there is no model 'diffusion_models/wan.safetensors'; put a folder into" in shown["none"]
