@@ -23,6 +23,7 @@ from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
+from . import core_files
 from .single_files import save_as
 
 REPO = Path(__file__).resolve().parents[1]
@@ -62,6 +63,12 @@ def transformer_files(checkpoints, tmp_path_factory) -> dict[str, Path]:
     """Transformers of CogVideoX 1.5 as single files, under the core's names."""
     root = tmp_path_factory.mktemp("files")
     return {like: save_as(checkpoints[like], root / f"{like}.safetensors", "core") for like in ("1.5-5b", "1.5-5b-i2v")}
+
+
+@pytest.fixture(scope="session")
+def core_models(checkpoints, tmp_path_factory) -> dict[str, core_files.CoreFiles]:
+    """Small models in the files that a ComfyUI's own loaders read; only where there is a ComfyUI."""
+    return core_files.make(checkpoints, tmp_path_factory.mktemp("core"))
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from parallel_backend.cogvideox.denoise import rotary_tables
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 
-from . import core_files
 from .comfyui_server import find_comfyui, find_python
 from .conftest import NEGATIVE, PROMPT, REPO, TOLERANCE
+from .core_files import CoreFiles
 from .norms import without_norms
 
 pytestmark = pytest.mark.skipif(
@@ -62,8 +62,8 @@ comfy.utils.save_torch_file({name: value.float().contiguous() for name, value in
 
 
 @pytest.fixture(scope="module")
-def files(checkpoints, tmp_path_factory) -> core_files.CoreFiles:
-    return core_files.make(checkpoints["1.5-5b-i2v"], tmp_path_factory.mktemp("core"))
+def files(core_models) -> CoreFiles:
+    return core_models["1.5-5b-i2v"]
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,8 @@ def folders(checkpoints, tmp_path) -> list[str]:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_shipped_workflow_runs_on_two_processes_and_leaves_nothing_behind(path, folders, capsys):
+    if path.stem not in STEPS:
+        pytest.skip(f"{path.name} needs the loaders of a real ComfyUI; tests/test_comfyui.py runs it there")
     settings = ["XDiTBackend.devices=cpu:2", "XDiTBackend.plan=cfg2"]
     if path.stem == "i2v":
         settings += ["XDiTLoadCogVideoX.model_name=CogVideo/small-i2v", *SMALL_IMAGE_TO_VIDEO]
