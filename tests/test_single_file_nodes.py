@@ -52,3 +52,36 @@ show(names=host.model_names(), shape=list(sampled.shape), path=model.model.path,
     assert shown["decode"] == shown["encode"] == "cog.safetensors has no VAE; use the core's VAELoader with CogVideoX's VAE"
     assert "it is cut off; download it again" in shown["cut"]
     assert "there is no model 'diffusion_models/wan.safetensors'; put a folder into" in shown["none"]
+
+
+def test_what_the_wrapper_puts_on_the_same_sockets_is_named(in_comfyui):  # noqa: F811
+    """Its VAE is diffusers' own object, its conditioning a bare tensor, its latent has frames before channels."""
+    shown, _ = in_comfyui(NODES + """
+from diffusers import AutoencoderKLCogVideoX
+decoding, sampling, video = part("nodes.decoding"), part("nodes.sampling"), part("nodes.image_to_video")
+def call(node, **inputs):
+    return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}}).execute(**inputs)
+handle, vae = sockets.ModelHandle(model, checkpoint), sockets.VaeHandle(model)
+theirs = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+prompt, frames_first = [[text, {}]], {"samples": torch.zeros(1, 3, 16, 6, 8)}
+tiles = {"tiling": "auto", "tile_size": 256, "overlap": 64}
+settings = {"seed": 3, "steps": 2, "cfg": 6.0, "scheduler": "auto", "dynamic_cfg": False, "denoise": 1.0}
+size = {"width": 64, "height": 48, "length": 9, "batch_size": 1}
+def sample(positive, negative, found):
+    return refusal(call, sampling.CogVideoXSampler, model=handle, positive=positive, negative=negative, latent=found, **settings)
+before = host.local().status()["loads"]
+show(
+    decoded=refusal(call, decoding.CogVideoXDecode, samples={"samples": latent}, vae=theirs, **tiles),
+    latent_decoded=refusal(call, decoding.CogVideoXDecode, samples=frames_first, vae=vae, **tiles),
+    latent_sampled=sample(prompt, prompt, frames_first),
+    positive=sample(text, prompt, {"samples": latent}),
+    negative=sample(prompt, text, {"samples": latent}),
+    image=refusal(call, video.CogVideoXImageToVideo, positive=prompt, negative=prompt, vae=theirs, start_image=torch.zeros(1, 48, 64, 3), **size),
+    loads=host.local().status()["loads"] - before,
+)
+""")  # fmt: skip
+    assert shown.pop("loads") == 0
+    assert all("CogVideoX wrapper" in line and "\n" not in line for line in shown.values()), shown
+    assert shown["positive"].startswith("positive ") and shown["negative"].startswith("negative ")
+    assert shown["decoded"] == shown["image"]
+    assert "frames before channels" in shown["latent_sampled"] and shown["latent_sampled"] == shown["latent_decoded"]
