@@ -12,7 +12,7 @@ import torch
 
 from ..parallel_backend import models
 from ..parallel_backend.backend import Keeper, resolve
-from ..parallel_backend.cogvideox import checks
+from ..parallel_backend.cogvideox import checks, single_file
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.lora import SUFFIXES
 from ..parallel_backend.cogvideox.memory import working_bytes
@@ -36,37 +36,55 @@ _local: dict[torch.device, LocalExecutor] = {}
 atexit.register(_groups.close)
 
 
+def roots_of(kind: str) -> list[Path]:
+    """Where ComfyUI keeps a kind of models."""
+    try:
+        return [Path(root) for root in folder_paths.get_folder_paths(kind)]
+    except KeyError:
+        return [Path(folder_paths.models_dir) / kind]
+
+
 def model_folders() -> dict[str, Path]:
-    """The checkpoints that can be loaded, by the name shown: ``demo``, then what lies in the model folders."""
+    """The checkpoint folders that can be loaded, by the name shown."""
     found = {}
     for kind in MODEL_FOLDERS:
-        try:
-            roots = folder_paths.get_folder_paths(kind)
-        except KeyError:
-            roots = [str(Path(folder_paths.models_dir) / kind)]
-        for root in map(Path, roots):
+        for root in roots_of(kind):
             for config in sorted(root.glob("*/transformer/config.json")):
                 found.setdefault(f"{kind}/{config.parent.parent.name}", config.parent.parent)
     return found
 
 
+def model_files() -> dict[str, Path]:
+    """The single files of CogVideoX transformers, by the name shown; other models in the same folders are left out."""
+    beside = {f"CogVideo/{path.name}": path for root in roots_of("CogVideo") for path in sorted(root.glob("*.safetensors"))}
+    core = {
+        name: folder_paths.get_full_path("diffusion_models", name)
+        for name in folder_paths.get_filename_list("diffusion_models")
+    }
+    found = beside | {f"diffusion_models/{Path(name).as_posix()}": Path(path) for name, path in core.items() if path}
+    return {name: path for name, path in found.items() if single_file.is_cogvideox(path)}
+
+
 def model_names() -> list[str]:
-    """The names of :func:`model_folders`, with ``demo`` first."""
-    return [models.DEMO, *model_folders()]
+    """The names of all models: ``demo`` first, then folders, then files."""
+    return [models.DEMO, *model_folders(), *model_files()]
 
 
 def find_model(name: str) -> Path:
-    """The folder of a name.
+    """The folder or file of a name.
 
     Raises:
         RequestError: for a name that is not in the list.
     """
     if name == models.DEMO:
         return models.demo_folder()
-    folders = model_folders()
-    if name not in folders:
-        raise RequestError(f"there is no model '{name}' in models/CogVideo or models/diffusers; put its folder there")
-    return folders[name]
+    found = model_folders() | model_files()
+    if name not in found:
+        raise RequestError(
+            f"there is no model '{name}'; put a folder into models/CogVideo or models/diffusers, or a .safetensors file into "
+            "models/diffusion_models"
+        )
+    return found[name]
 
 
 def lora_files() -> dict[str, Path]:

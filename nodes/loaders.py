@@ -9,7 +9,7 @@ from .sockets import CATEGORY, ClipHandle, ModelHandle, ModelSocket, VaeHandle
 
 
 class LoadCogVideoX(io.ComfyNode):
-    """A checkpoint folder to model, CLIP and VAE. Reads no weights: they are read where they run."""
+    """A checkpoint folder, or a transformer's file, to model, CLIP and VAE. Reads no weights: they are read where they run."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -18,12 +18,15 @@ class LoadCogVideoX(io.ComfyNode):
             node_id="XDiTLoadCogVideoX",
             display_name="Load CogVideoX",
             category=CATEGORY,
-            description="Loads a CogVideoX in diffusers layout from models/CogVideo or models/diffusers.",
+            description="Loads a CogVideoX in diffusers layout from models/CogVideo or models/diffusers, or its transformer alone "
+            "from a file in models/diffusion_models.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=host.model_names(),
-                    tooltip="A folder in models/CogVideo or models/diffusers. 'demo' is small and always there.",
+                    tooltip="A folder in models/CogVideo or models/diffusers, or a .safetensors file in models/diffusion_models "
+                    "or models/CogVideo: for that take the core's CLIPLoader (type cogvideox) and VAELoader. 'demo' is small "
+                    "and always there.",
                 ),
                 io.Combo.Input(
                     "dtype",

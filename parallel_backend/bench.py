@@ -41,6 +41,8 @@ def run(args: Namespace) -> int:
     """Prints a table, and writes its rows as JSON where asked to."""
     quiet_libraries()
     checkpoint = Checkpoint.open(models.find(args.model))
+    if args.decode or not args.no_diffusers:
+        checkpoint.check_whole()
     size = size_of(args, checkpoint)
     positive, negative = text_states(checkpoint)
     job = SampleJob(

@@ -99,7 +99,7 @@ def generate(args: Namespace) -> int:
     for path in filter(None, (output, args.save_latents and Path(args.save_latents))):
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
-    checkpoint.check_text()
+    checkpoint.check_whole()
     plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1)
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)

@@ -224,7 +224,7 @@ class Engine:
 
         Other LoRAs need no other transformer, but where hooks hold the weights that they are in.
         """
-        key = (replace(model, loras=()), dtype, hooks, weights.fingerprint(weights.files(checkpoint.path / part)))
+        key = (replace(model, loras=()), dtype, hooks, weights.fingerprint(checkpoint.files(part)))
         held = self._held.get(part)
         if held and held[0] == key:
             return held[1]

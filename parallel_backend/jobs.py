@@ -50,7 +50,7 @@ class Model:
     """What to compute. Holds no weights: they are loaded where they run."""
 
     path: str
-    """Checkpoint folder in diffusers layout."""
+    """Checkpoint folder in diffusers layout, or a transformer's ``.safetensors`` file."""
     dtype: str = "auto"
     """``auto`` is the checkpoint's own on a GPU and fp32 on the CPU."""
     offload: str = "auto"

@@ -15,14 +15,14 @@ def demo_folder() -> Path:
 
 
 def find(name: str) -> Path:
-    """The checkpoint folder for ``demo`` or a path.
+    """The checkpoint for ``demo`` or a path, which may be a transformer's single file.
 
     Raises:
-        RequestError: when there is no such folder.
+        RequestError: when there is none.
     """
     if name == DEMO:
         return demo_folder()
     path = Path(name).expanduser()
-    if not path.is_dir():
+    if not path.exists():
         raise RequestError(f"there is no checkpoint folder {path}; give a folder in diffusers layout, or '{DEMO}'")
     return path.resolve()

@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import LIKES, build
@@ -26,9 +27,11 @@ from parallel_backend.jobs import Lora, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
+from . import core_files
 from .comfy_runtime import NODES, ComfyRuntime
 from .comfyui_server import find_comfyui
 from .lora_files import fun_layout, random_change, write
+from .single_files import save_as
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPT, NEGATIVE = "a red circle moves left over a blue city at night", "rain"
@@ -81,17 +84,34 @@ def loras(checkpoints, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def make_job(checkpoints, texts, loras) -> Callable[..., SampleJob]:
-    """Makes a sampling job: ``make_job("5b", size=(96, 64, 17), batch=1, steps=8, lora=0.5, …)``."""
+def transformer_files(checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """Transformers of CogVideoX 1.5 as single files, under the core's names."""
+    root = tmp_path_factory.mktemp("files")
+    return {like: save_as(checkpoints[like], root / f"{like}.safetensors", "core") for like in ("1.5-5b", "1.5-5b-i2v")}
 
-    def make(like: str, *, size=(96, 64, 17), batch=1, steps=8, seed=3, **settings) -> SampleJob:
+
+@pytest.fixture(scope="session")
+def core_models(checkpoints, tmp_path_factory) -> dict[str, core_files.CoreFiles]:
+    """Small models in the files that a ComfyUI's own loaders read; only where there is a ComfyUI."""
+    return core_files.make(checkpoints, tmp_path_factory.mktemp("core"))
+
+
+@pytest.fixture(scope="session")
+def make_job(checkpoints, texts, loras, transformer_files) -> Callable[..., SampleJob]:
+    """Makes a sampling job: ``make_job("5b", size=(96, 64, 17), batch=1, steps=8, lora=0.5, in_one_file=True, …)``."""
+
+    def make(like: str, *, size=(96, 64, 17), batch=1, steps=8, seed=3, in_one_file=False, **settings) -> SampleJob:
         width, height, frames = size
         positive, negative = texts[like]
+        path = checkpoints[like]
+        if in_one_file:  # the core's layout, and as many tokens as are published
+            path = transformer_files[like]
+            positive, negative = (F.pad(text, (0, 0, 0, 226 - text.shape[1])) for text in (positive, negative))
         latent = settings.pop("latent", None)
         if latent is None:
             latent = empty_latent(width=width, height=height, frames=frames, batch=batch)
         added = (Lora(loras[like], settings.pop("lora")),) if "lora" in settings else ()
-        model = settings.pop("model", Model(str(checkpoints[like]), loras=added))
+        model = settings.pop("model", Model(str(path), loras=added))
         return SampleJob(model, positive, latent, negative, seed=seed, steps=steps, **settings)
 
     return make

@@ -12,6 +12,8 @@ import av
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from parallel_backend.group.address import running
 from parallel_backend.group.client import GroupExecutor
@@ -19,7 +21,8 @@ from parallel_backend.models import demo_folder
 from workflows.headless import apply_settings, to_api
 
 from .comfyui_server import ComfyUIServer, find_comfyui
-from .conftest import REPO, wait_until, workers
+from .conftest import REPO, TOLERANCE, wait_until, workers
+from .core_files import in_model_folders
 from .lora_files import diffusers_layout, random_change, write
 from .test_workflows import SMALL_IMAGE_TO_VIDEO
 
@@ -35,7 +38,10 @@ SLOW = ("XDiTEmptyCogVideoXLatent.width=320", "XDiTEmptyCogVideoXLatent.height=1
 
 @pytest.fixture(scope="module")
 def server():
-    with ComfyUIServer() as running_server:
+    starting = ComfyUIServer()
+    (starting.base / "custom_nodes").mkdir(parents=True)
+    shutil.copy(REPO / "tests" / "narrow_core.py", starting.base / "custom_nodes")
+    with starting as running_server:
         yield running_server
 
 
@@ -230,6 +236,70 @@ def test_a_lora_is_listed_merged_and_read_again_when_its_file_changes(server, pr
     assert (frames["bypassed"] == frames["plain"]).all()
     assert len({value.tobytes() for value in frames.values()}) == 3
     assert "cogvideox-lora.safetensors: LoRA for" in server.log()
+
+
+SMALL = [
+    *TWO_PROCESSES, "XDiTCogVideoXSampler.steps=6", "XDiTCogVideoXSampler.seed=5", "Prompt.text=a red ball over the sea",
+    "Negative prompt.text=rain",
+]  # fmt: skip
+SINGLE_FILES = ["CLIPLoader.clip_name=t5.safetensors", "VAELoader.vae_name=1.5-5b.safetensors"]
+SMALL_LATENT = [f"XDiTEmptyCogVideoXLatent.{name}" for name in ("width=96", "height=64", "length=17")]
+
+
+def latent_of(server, prompt: dict, name: str) -> torch.Tensor:
+    """What the sampler of a prompt gives, as the core's Save Latent writes it."""
+    samples = [node_of(prompt, "XDiTCogVideoXSampler"), 0]
+    node = {"class_type": "SaveLatent", "inputs": {"samples": samples, "filename_prefix": name}}
+    server.run({**prompt, "save latent": node})
+    (path,) = [path for path in server.output_files() if path.name.startswith(f"{name}_") and path.suffix == ".latent"]
+    return load_file(path)["latent_tensor"]
+
+
+def test_a_workflow_of_the_core_s_loaders_and_decoder_makes_the_video_that_ours_makes(
+    server, object_info, prompt_of, core_models
+):
+    """core-nodes.json: transformer, T5 and VAE are single files; beside it the same weights as a folder."""
+    workflow = json.loads((REPO / "workflows" / "core-nodes.json").read_text())
+    with in_model_folders(core_models, server.base / "models"):
+        info = server.object_info()
+        mixed = to_api(workflow, info)
+        model = "XDiTLoadCogVideoX.model_name=diffusion_models/1.5-5b.safetensors"
+        apply_settings(mixed, [*SMALL, *SINGLE_FILES, *SMALL_LATENT, model, "XDiTSaveVideo.filename_prefix=core-nodes"], info)
+        mixed_latent = latent_of(server, with_images(mixed, "mixed", node_of(mixed, "VAEDecode")), "latent_mixed")
+        ours = prompt_of(*SMALL, *SMALL_LATENT, "XDiTLoadCogVideoX.model_name=CogVideo/1.5-5b")
+        # The core's decoder on both: its norms take other chunks of frames than diffusers' (tests/test_core_parts.py).
+        vae = {"class_type": "VAELoader", "inputs": {"vae_name": "1.5-5b.safetensors"}}
+        ours[node_of(ours, "XDiTCogVideoXVAEDecode")]["inputs"]["vae"] = ["vae", 0]
+        ours_latent = latent_of(server, with_images({**ours, "vae": vae}, "ours"), "latent_ours")
+    assert mixed_latent.shape == (1, 16, 5, 8, 12) and mixed_latent.std() > 0.1
+    assert (mixed_latent - ours_latent).abs().max() <= TOLERANCE
+    assert frames_of(server, "mixed").shape == (17, 64, 96, 3)
+    assert np.abs(frames_of(server, "mixed") - frames_of(server, "ours")).max() <= 1
+    assert [path for path in server.output_files() if path.name.startswith("core-nodes") and path.suffix == ".mp4"]
+    assert "1.5-5b.safetensors: CogVideoX 1.5, text to video, 3 layers, 2 heads, rotary, fp32" in server.log()
+
+
+def test_a_start_image_through_the_core_s_vae_gives_what_ours_gives(server, core_models):
+    image = np.random.default_rng(0).integers(0, 256, (72, 128, 3), dtype=np.uint8)
+    iio.imwrite(server.base / "input" / "example.png", image)
+    workflow, latents = json.loads((REPO / "workflows" / "i2v.json").read_text()), {}
+    vae = {"class_type": "VAELoader", "inputs": {"vae_name": "1.5-5b-i2v.safetensors"}}
+    clip = {"class_type": "CLIPLoader", "inputs": {"clip_name": "t5.safetensors", "type": "cogvideox"}}
+    with in_model_folders(core_models, server.base / "models"):
+        info = server.object_info()
+        for name in ("CogVideo/1.5-5b-i2v", "diffusion_models/1.5-5b-i2v.safetensors"):
+            prompt = to_api(workflow, info)
+            apply_settings(prompt, [*SMALL_IMAGE_TO_VIDEO, *SMALL, f"XDiTLoadCogVideoX.model_name={name}"], info)
+            if name.endswith(".safetensors"):
+                loader = node_of(prompt, "XDiTLoadCogVideoX")
+                prompt = json.loads(
+                    json.dumps(prompt).replace(f'["{loader}", 1]', '["clip", 0]').replace(f'["{loader}", 2]', '["vae", 0]')
+                )
+                prompt |= {"vae": vae, "clip": clip}
+            latents[name] = latent_of(server, prompt, f"i2v{len(latents)}")
+    ours, core = latents.values()
+    assert ours.shape == (1, 16, 5, 8, 12)
+    assert (ours - core).abs().max() <= TOLERANCE
 
 
 def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of, checkpoints):

@@ -1,4 +1,4 @@
-"""One checkpoint folder: what it holds, what it can do, and its parts, loaded where they run."""
+"""One checkpoint, a folder or a single file: what it holds, what it can do, and its parts, loaded where they run."""
 
 import json
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ import torch
 
 from ..errors import RequestError
 from ..jobs import DTYPES
-from . import weights
+from . import single_file, weights
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
@@ -38,7 +38,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in diffusers layout, opened without reading weights. Make it with :meth:`open`."""
+    """A folder in diffusers layout, or a transformer in one file, opened without reading weights. Make it with :meth:`open`."""
 
     path: Path
     transformer: dict[str, Any]
@@ -51,15 +51,23 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """Reads the configurations and checks that every weight file is there, whole, and safetensors.
 
-        A folder in which nothing changed is not read again: one decode opens it several times.
+        A folder in which nothing changed is not read again: one decode opens it several times. A single file's
+        configurations follow from its header; see :mod:`.single_file`.
 
         Raises:
             RequestError: one line for what is missing, cut off, or of the wrong kind.
         """
         path = Path(path)
+        if path.is_file():
+            return read_file(path, weights.fingerprint([path]))
         if not path.is_dir():
             raise RequestError(f"there is no checkpoint folder {path}")
         return read(path, state(path))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a transformer in one file, whose VAE and text encoder come from the core's loaders."""
+        return self.path.is_file()
 
     @property
     def has_text(self) -> bool:
@@ -179,20 +187,38 @@ class Checkpoint:
         positions = ("rotary" if self.rotary else "sincos") + (" and learned" if self.learned_positions else "")
         return (
             f"{self.path.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {self.task}, {self.layers} layers, "
-            f"{self.heads} heads, {positions}, {self.native_dtype}, {self.default_scheduler}, "
+            f"{self.heads} heads, {positions}, {self.native_dtype}{self.stored_otherwise}, {self.default_scheduler}, "
             f"{width}x{height}x{frames} at {self.default_fps} fps"
         )
 
     @cached_property
+    def stored_dtype(self) -> str:
+        """What most of the transformer's weights are stored in, as safetensors calls it."""
+        return single_file.stored_dtype(self.path) if self.is_file else weights.stored_dtype(self.path / "transformer")
+
+    @property
     def native_dtype(self) -> str:
-        """``fp32``, ``bf16`` or ``fp16``: what the transformer's weights are stored in."""
-        return weights.stored_dtype(self.path / "transformer")
+        """``fp32``, ``bf16`` or ``fp16``: what the transformer is computed in unless asked otherwise."""
+        return weights.DTYPE_NAMES.get(self.stored_dtype, "bf16")
+
+    @property
+    def stored_otherwise(self) -> str:
+        """Said where weights are not stored in what they are computed in, as FP8 is."""
+        return "" if self.stored_dtype in weights.DTYPE_NAMES else f" (stored in {self.stored_dtype})"
 
     @cached_property
+    def stored(self) -> dict[str, weights.Stored]:
+        """Where each weight of the transformer lies, by diffusers' name."""
+        return single_file.stored(self.path) if self.is_file else weights.stored(self.path / "transformer")
+
+    @property
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """The weight of each linear or convolutional layer of the transformer, by the layer's name."""
-        shapes = weights.shapes(self.path / "transformer").items()
-        return {name.removesuffix(".weight"): shape for name, shape in shapes if name.endswith(".weight") and len(shape) > 1}
+        return {
+            name.removesuffix(".weight"): where.shape
+            for name, where in self.stored.items()
+            if name.endswith(".weight") and len(where.shape) > 1
+        }
 
     def dtype(self, asked: str, device: torch.device) -> torch.dtype:
         """The dtype to compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
@@ -201,8 +227,12 @@ class Checkpoint:
         return DTYPES[asked]
 
     def weight_bytes(self, part: str, dtype: torch.dtype) -> int:
-        """Bytes of a part's weights once loaded in ``dtype``."""
-        return self.elements[part] * dtype.itemsize
+        """Bytes of a part's weights once loaded in ``dtype``; 0 for one that is not there."""
+        return self.elements.get(part, 0) * dtype.itemsize
+
+    def files(self, part: str) -> list[Path]:
+        """The files of a part's weights."""
+        return [self.path] if self.is_file else weights.files(self.path / part)
 
     def padding_frames(self, latent_frames: int) -> int:
         """Latent frames put in front so that they divide into tokens, dropped after the loop."""
@@ -223,6 +253,8 @@ class Checkpoint:
 
     def load_transformer(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
         """The transformer, in evaluation mode, every weight on ``device``."""
+        if self.is_file:
+            return ready(single_file.load(self.path, self.transformer, dtype), device)
         from diffusers import CogVideoXTransformer3DModel
 
         return self._load(CogVideoXTransformer3DModel, "transformer", dtype, device)
@@ -245,10 +277,22 @@ class Checkpoint:
         return self._load(T5EncoderModel, "text_encoder", dtype, device)
 
     def check_text(self) -> None:
-        """Raises RequestError when the folder has no text encoder, saying where text comes from then."""
+        """Raises RequestError when there is no text encoder, saying where text comes from then."""
         if not self.has_text:
+            raise RequestError(f"{self.path.name} has no text encoder; use the core's CLIPLoader (type cogvideox) for the text")
+
+    def check_vae(self) -> None:
+        """Raises RequestError when there is no VAE, saying what is used then."""
+        if "vae" not in self.elements:
+            raise RequestError(f"{self.path.name} has no VAE; use the core's VAELoader with CogVideoX's VAE")
+
+    def check_whole(self) -> None:
+        """Raises RequestError unless text encoder and VAE are there, for where no ComfyUI can lend them."""
+        lacking = [part.replace("_", " ") for part in ("text_encoder", "vae") if part not in self.elements]
+        if lacking:
             raise RequestError(
-                f"{self.path.name} has no text_encoder folder; use the core's CLIPLoader (type cogvideox) for the text"
+                f"{self.path.name} has no {' and no '.join(lacking)}, which come from ComfyUI's loaders there; "
+                "here give a whole folder in diffusers layout"
             )
 
     def load_tokenizer(self):
@@ -270,7 +314,12 @@ class Checkpoint:
         model = cls.from_pretrained(
             self.path / part, use_safetensors=True, local_files_only=True, **{dtype_argument(cls): dtype}
         )
-        return model.requires_grad_(False).eval().to(device)
+        return ready(model, device)
+
+
+def ready(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
+    """A model to be used and not trained, on a device."""
+    return model.requires_grad_(False).eval().to(device)
 
 
 def state(path: Path) -> tuple:
@@ -295,6 +344,12 @@ def read(path: Path, state: tuple) -> Checkpoint:
         elements["text_encoder"] = weights.elements(path / "text_encoder")
         read_config(path / "tokenizer", "tokenizer_config.json")
     return Checkpoint(path, transformer, vae, scheduler, elements)
+
+
+@lru_cache(maxsize=8)
+def read_file(path: Path, state: tuple) -> Checkpoint:
+    """The checkpoint of a single file in one state."""
+    return Checkpoint(path, *single_file.read(path))
 
 
 def has_module(name: str) -> bool:

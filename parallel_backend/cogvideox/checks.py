@@ -15,6 +15,8 @@ def check(checkpoint: Checkpoint, job: Job) -> None:
     Raises:
         RequestError: naming what was given and what fits.
     """
+    if not isinstance(job, SampleJob):
+        checkpoint.check_vae()
     if isinstance(job, EncodeJob):
         return
     name = checkpoint.path.name

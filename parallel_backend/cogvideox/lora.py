@@ -227,7 +227,7 @@ def merge(
     names = {f"{layer}.weight" for lora in (*before, *loras) for layer in lora.pairs}
     with ExitStack() as stack:
         opened = [(lora, stack.enter_context(safe_open(lora.path, "pt"))) for lora in loras]
-        for name, base in weights.tensors(checkpoint.path / "transformer", names):
+        for name, base in weights.tensors({name: checkpoint.stored[name] for name in names}):
             layer = name.removesuffix(".weight")
             weight = transformer.get_submodule(layer).weight
             merged = base.to(device=device, dtype=weight.dtype).float()

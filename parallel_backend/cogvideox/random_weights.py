@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .single_file import SCHEDULER
+
 WORDS = (
     "a the of in on at with and to from over under red green blue yellow purple orange white black grey circle "
     "square triangle star ball cube moves moving left right up down slowly fast grows shrinks bounces stops "
@@ -20,11 +22,6 @@ WORDS = (
 
 LIKES = ("2b", "5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v")
 SMALL_SIZE = {"sample_width": 12, "sample_height": 8, "sample_frames": 17}
-SCHEDULER = {
-    "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
-    "num_train_timesteps": 1000, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-    "set_alpha_to_one": True, "timestep_spacing": "trailing",
-}  # fmt: skip
 
 
 def transformer_config(like: str, full_size: bool) -> dict:

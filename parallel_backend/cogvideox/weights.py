@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,27 +68,41 @@ def elements(folder: Path) -> int:
     return sum(math.prod(entry["shape"]) for path in files(folder) for entry in header(path).values())
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight of a component, by name."""
-    return {name: tuple(entry["shape"]) for path in files(folder) for name, entry in header(path).items()}
+@dataclass(frozen=True)
+class Stored:
+    """Where a weight lies."""
+
+    path: Path
+    name: str
+    """In the file."""
+    shape: tuple[int, ...]
 
 
-def tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """These weights of a component, one by one, as they are stored."""
-    wanted = set(names)
-    for path in files(folder):
+def stored(folder: Path) -> dict[str, Stored]:
+    """Where each weight of a component lies, by name."""
+    return {name: Stored(path, name, tuple(entry["shape"])) for path in files(folder) for name, entry in header(path).items()}
+
+
+def tensors(wanted: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    """These weights, one by one, as they are stored."""
+    for path in sorted({where.path for where in wanted.values()}):
         with safe_open(path, "pt") as file:
-            for name in sorted(wanted & set(file.keys())):
-                yield name, file.get_tensor(name)
+            for name, where in sorted(wanted.items()):
+                if where.path == path:
+                    yield name, file.get_tensor(where.name)
 
 
 def stored_dtype(folder: Path) -> str:
-    """``fp32``, ``bf16`` or ``fp16``: the dtype that most numbers are stored in."""
+    """The dtype that most numbers of a component are stored in, as safetensors calls it."""
+    return most_common_dtype(entry for path in files(folder) for entry in header(path).values())
+
+
+def most_common_dtype(entries: Iterable[dict]) -> str:
+    """The dtype that most numbers of these weights are stored in, as safetensors calls it."""
     counts: dict[str, int] = {}
-    for path in files(folder):
-        for entry in header(path).values():
-            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
-    return DTYPE_NAMES.get(max(counts, key=counts.get, default="F32"), "bf16")
+    for entry in entries:
+        counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+    return max(counts, key=counts.get, default="F32")
 
 
 def fingerprint(paths: Iterable[Path]) -> tuple:

@@ -1,0 +1,241 @@
+"""A transformer in one ``.safetensors`` file, as ComfyUI keeps them: which CogVideoX it is, and its weights.
+
+Two layouts are read: diffusers' names (what the CogVideoX wrapper's files have) and those of ComfyUI's own
+CogVideoX (``blocks.0.q.weight``), either behind a prefix such as ``model.diffusion_model.``. A file says nothing
+of its configuration; that follows from names and shapes in its header, never from the file's name, and what no
+weight tells (positions' size, scheduler, VAE scale) is what was published with the models of those shapes.
+"""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RequestError
+from . import weights
+
+SUFFIXES = (".safetensors", ".sft")
+ANCHOR = "patch_embed.text_proj.weight"
+"""A weight that every CogVideoX has, under this name in both layouts, and no other model."""
+CORE_TO_DIFFUSERS = {
+    "blocks": "transformer_blocks",
+    "q": "attn1.to_q",
+    "k": "attn1.to_k",
+    "v": "attn1.to_v",
+    "norm_q": "attn1.norm_q",
+    "norm_k": "attn1.norm_k",
+    "attn_out": "attn1.to_out.0",
+    "ff_proj": "ff.net.0.proj",
+    "ff_out": "ff.net.2",
+    "time_embedding_linear_1": "time_embedding.linear_1",
+    "time_embedding_linear_2": "time_embedding.linear_2",
+    "ofs_embedding_linear_1": "ofs_embedding.linear_1",
+    "ofs_embedding_linear_2": "ofs_embedding.linear_2",
+}
+"""What the core calls a part of a name (ComfyUI 0.33, comfy/ldm/cogvideo/model.py), and what diffusers does."""
+BLOCK = (
+    "norm1.linear", "norm1.norm", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.norm_q", "attn1.norm_k", "attn1.to_out.0",
+    "norm2.linear", "norm2.norm", "ff.net.0.proj", "ff.net.2",
+)  # fmt: skip
+ENDS = (
+    "patch_embed.proj", "patch_embed.text_proj", "time_embedding.linear_1", "time_embedding.linear_2", "norm_final", "norm_out.linear",
+    "norm_out.norm", "proj_out",
+)  # fmt: skip
+OFS = ("ofs_embedding.linear_1", "ofs_embedding.linear_2")
+PLAIN_DTYPES = {*weights.DTYPE_NAMES, "F64", "F8_E4M3", "F8_E5M2"}
+"""What a weight can be stored in; FP8 is for the disk alone, it is computed in 16 bits or more."""
+OTHERS = {
+    "lora": "a LoRA, which goes on top of a model",
+    "encoder.block.0.layer.0.selfattention": "a T5 text encoder: load it with the core's CLIPLoader (type cogvideox)",
+    "decoder.conv_in.": "a VAE: load it with the core's VAELoader",
+    "decoder.conv1.": "a VAE, and not CogVideoX's",
+    "blocks.0.self_attn.q.": "a Wan",
+    "double_blocks.0.": "a Flux or HunyuanVideo",
+    "joint_blocks.0.": "a Stable Diffusion 3",
+    "input_blocks.0.": "a Stable Diffusion",
+}
+"""Part of a weight's name, and what a file with such a name is."""
+
+HEADS_OF_2B = 30
+"""Tells the 2b family, whose positions are sines and whose noise is shifted, from the 5b family."""
+TEXT_TOKENS = 226
+SAMPLE_SIZES = {False: (90, 60, 49), True: (300, 300, 81)}
+"""Latent columns and rows, and frames, in the published configurations of CogVideoX 1.0, and of 1.5."""
+SCHEDULER = {
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+    "num_train_timesteps": 1000, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True, "timestep_spacing": "trailing",
+}  # fmt: skip
+"""Common to all published scheduler configurations."""
+
+Entries = dict[str, dict[str, Any]]
+
+
+def is_cogvideox(path: Path) -> bool:
+    """Whether a file's header names a CogVideoX transformer's weights; quick, for lists of files that are asked for often."""
+    try:
+        return has_anchor(path, weights.fingerprint([path]))
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=4096)
+def has_anchor(path: Path, state: tuple) -> bool:
+    """Whether the header of a file in one state holds :data:`ANCHOR`."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return path.suffix in SUFFIXES and length <= weights.MAX_HEADER and f'{ANCHOR}"'.encode() in file.read(length)
+
+
+def read(path: Path) -> tuple[dict, dict, dict, dict[str, int]]:
+    """The configurations of transformer, VAE and scheduler, and the numbers in the transformer's weights.
+
+    Raises:
+        RequestError: in one line, when the file is cut off, quantised, or no CogVideoX transformer.
+    """
+    found = {name: entry for name, (_, entry) in entries(path).items()}
+    config = transformer_config(path, found)
+    check_names(path, set(found), config)
+    check_dtypes(path, found)
+    small = config["num_attention_heads"] == HEADS_OF_2B
+    vae = {"scaling_factor": 1.15258426 if small else 0.7, "invert_scale_latents": config["ofs_embed_dim"] is not None}
+    scheduler = SCHEDULER | {
+        "_class_name": "CogVideoXDDIMScheduler" if small else "CogVideoXDPMScheduler",
+        "snr_shift_scale": 3.0 if small else 1.0,
+    }
+    return config, vae, scheduler, {"transformer": sum(math.prod(entry["shape"]) for entry in found.values())}
+
+
+def entries(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The transformer's weights by diffusers' names: their names in the file, and their dtypes and shapes.
+
+    Raises:
+        RequestError: for a file that is not safetensors, not whole, or holds another model.
+    """
+    if path.suffix not in SUFFIXES:
+        raise RequestError(f"{path.name} is no .safetensors file; GGUF and pickled files are not read: use one in bf16 or fp16")
+    stored = weights.header(path)
+    anchors = [name for name in stored if name.endswith(ANCHOR)]
+    if len(anchors) != 1:
+        raise RequestError(f"{path.name} is no CogVideoX transformer{looks_like(stored)}; choose another file")
+    prefix = anchors[0].removesuffix(ANCHOR)
+    from_core = f"{prefix}blocks.0.q.weight" in stored
+    return {
+        diffusers_name(name.removeprefix(prefix)) if from_core else name.removeprefix(prefix): (name, entry)
+        for name, entry in stored.items()
+        if name.startswith(prefix)
+    }
+
+
+def stored(path: Path) -> dict[str, weights.Stored]:
+    """Where each of the transformer's weights lies, by diffusers' name."""
+    found = entries(path).items()
+    return {name: weights.Stored(path, inside, tuple(entry["shape"])) for name, (inside, entry) in found}
+
+
+def diffusers_name(name: str) -> str:
+    """What diffusers calls a weight of the core's CogVideoX."""
+    return ".".join(CORE_TO_DIFFUSERS.get(part, part) for part in name.split("."))
+
+
+def looks_like(names) -> str:
+    """What a file with these weights is, as far as it is known."""
+    joined = "\n".join(names).lower()
+    return next((f" but {what}" for part, what in OTHERS.items() if part in joined), "")
+
+
+def transformer_config(path: Path, found: Entries) -> dict[str, Any]:
+    """Arguments of diffusers' transformer for weights of these shapes.
+
+    Raises:
+        RequestError: when a weight that tells one is missing, or learned positions are for an unknown size.
+    """
+
+    def shape(name: str) -> list[int]:
+        if name not in found:
+            raise RequestError(f"{path.name} lacks the weight {name} of a CogVideoX transformer; download it again")
+        return found[name]["shape"]
+
+    features, head = shape(ANCHOR)[0], shape("transformer_blocks.0.attn1.norm_q.weight")[0]
+    patch = shape("patch_embed.proj.weight")
+    two_frames = len(patch) == 2  # CogVideoX 1.5 embeds patches of two frames, by a linear layer
+    edge = 2 if two_frames else patch[2]
+    width, height, frames = SAMPLE_SIZES[two_frames]
+    config = {
+        "num_attention_heads": features // head,
+        "attention_head_dim": head,
+        "num_layers": len({name.split(".")[1] for name in found if name.startswith("transformer_blocks.")}),
+        "in_channels": patch[1] // (2 * edge**2) if two_frames else patch[1],
+        "out_channels": shape("proj_out.weight")[0] // (edge**2 * (2 if two_frames else 1)),
+        "time_embed_dim": shape("time_embedding.linear_1.weight")[0],
+        "ofs_embed_dim": shape("ofs_embedding.linear_1.weight")[1] if "ofs_embedding.linear_1.weight" in found else None,
+        "text_embed_dim": shape(ANCHOR)[1],
+        "max_text_seq_length": TEXT_TOKENS,
+        "sample_width": width,
+        "sample_height": height,
+        "sample_frames": frames,
+        "patch_size": edge,
+        "patch_size_t": 2 if two_frames else None,
+        "patch_bias": not two_frames,  # as published; diffusers' linear layer has one all the same
+        "use_rotary_positional_embeddings": features // head != HEADS_OF_2B,
+        "use_learned_positional_embeddings": "patch_embed.pos_embedding" in found and features // head != HEADS_OF_2B,
+    }
+    if config["use_learned_positional_embeddings"]:
+        positions = shape("patch_embed.pos_embedding")[1]
+        published = TEXT_TOKENS + ((frames - 1) // 4 + 1) * (height // edge) * (width // edge)
+        if two_frames or positions != published:
+            raise RequestError(
+                f"{path.name} has learned positions for {positions} tokens; only those of CogVideoX-5b-I2V, {published}, are "
+                "known: use its folder in diffusers layout"
+            )
+    return config
+
+
+def check_names(path: Path, names: set[str], config: dict[str, Any]) -> None:
+    """Raises RequestError unless these are the weights of a CogVideoX with this configuration, all and no others."""
+    layers = [*ENDS, *(OFS if config["ofs_embed_dim"] else ())]
+    layers += [f"transformer_blocks.{index}.{layer}" for index in range(config["num_layers"]) for layer in BLOCK]
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    if config["use_learned_positional_embeddings"]:
+        expected.add("patch_embed.pos_embedding")
+    if missing := expected - names:
+        raise RequestError(f"{path.name} lacks {len(missing)} weights, such as {min(missing)}; download it again")
+    if unknown := names - expected:
+        scaled = any("scale" in name or "quant" in name for name in unknown)
+        what = "it is quantised with scales" if scaled else "it is a CogVideoX with additions"
+        raise RequestError(
+            f"{path.name} holds {len(unknown)} weights that are not known, such as {min(unknown)}: {what}; "
+            "use the plain bf16 or fp16 file"
+        )
+
+
+def check_dtypes(path: Path, found: Entries) -> None:
+    """Raises RequestError for quantised weights."""
+    for name, entry in found.items():
+        if entry["dtype"] not in PLAIN_DTYPES:
+            raise RequestError(
+                f"{path.name} is quantised: {name} is stored in {entry['dtype']}; use a file in bf16, fp16 or plain FP8"
+            )
+
+
+def stored_dtype(path: Path) -> str:
+    """The dtype that most of the transformer's numbers are stored in, as safetensors calls it."""
+    return weights.most_common_dtype(entry for _, entry in entries(path).values())
+
+
+def load(path: Path, config: dict[str, Any], dtype: torch.dtype):
+    """The transformer, every weight on the CPU in ``dtype``.
+
+    A weight that is stored in it stays in the file's mapping, which the ranks of a machine share; any other is converted
+    by itself.
+    """
+    from accelerate import init_empty_weights
+    from diffusers import CogVideoXTransformer3DModel
+
+    with init_empty_weights():
+        model = CogVideoXTransformer3DModel(**config)
+    state = {name: tensor.to(dtype) for name, tensor in weights.tensors(stored(path))}
+    model.load_state_dict(state, assign=True)
+    return model

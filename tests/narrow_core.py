@@ -1,0 +1,26 @@
+"""Makes ComfyUI's CogVideoX VAE and T5-XXL as narrow as the tests' weights: their code is the core's, their sizes are not.
+
+A custom node of the tests' ComfyUI. The core fixes both sizes in its code; a real T5-XXL and VAE are 10 GB. Layers (24)
+and the feed-forward width (10240), by which the core knows a T5-XXL, stay as they are.
+"""
+
+from functools import partial
+
+import comfy.ldm.cogvideo.vae as cogvideo
+from comfy.text_encoders import sd3_clip
+
+NODE_CLASS_MAPPINGS = {}
+
+cogvideo.AutoencoderKLCogVideoX = partial(
+    cogvideo.AutoencoderKLCogVideoX, block_out_channels=(16, 16, 32, 32), layers_per_block=1, groups=8
+)
+of_full_width = sd3_clip.T5XXLModel.__init__
+
+
+def narrow(self, *args, model_options, **options):
+    """T5-XXL with the widths of tests/core_files.py."""
+    sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4}
+    of_full_width(self, *args, model_options={**model_options, "t5xxl_model_config": sizes}, **options)
+
+
+sd3_clip.T5XXLModel.__init__ = narrow

@@ -1,0 +1,71 @@
+"""Small models saved as the single files that ComfyUI keeps, in each layout there is."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from parallel_backend.cogvideox.random_weights import fill
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+TO_CORE = (
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.attn1\.to_out\.0\.", ".attn_out."),
+    (r"\.attn1\.to_([qkv])\.", r".\1."),
+    (r"\.attn1\.norm_([qk])\.", r".norm_\1."),
+    (r"\.ff\.net\.0\.proj\.", ".ff_proj."),
+    (r"\.ff\.net\.2\.", ".ff_out."),
+    (r"^(time|ofs)_embedding\.linear_([12])\.", r"\1_embedding_linear_\2."),
+)
+"""From diffusers' names to those of ComfyUI's own CogVideoX; tests/test_core_parts.py holds them against it."""
+LAYOUTS = ("diffusers", "core", "prefixed")
+
+
+def core_name(name: str) -> str:
+    """What the core calls a weight."""
+    for pattern, replacement in TO_CORE:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def save_as(folder: Path, path: Path, layout: str, dtype: torch.dtype | None = None) -> Path:
+    """Saves the transformer of a checkpoint folder as one file.
+
+    Args:
+        folder: in diffusers layout.
+        path: of the file to make.
+        layout: ``diffusers`` (the wrapper's files), ``core``, or ``prefixed`` (the core's, in a whole checkpoint).
+        dtype: of matrices, as the wrapper stores FP8; None leaves them.
+    """
+    state = load_file(folder / WEIGHTS)
+    if dtype is not None:
+        state = {
+            name: weight.to(dtype) if "transformer_blocks" in name and weight.ndim > 1 else weight
+            for name, weight in state.items()
+        }
+    if layout != "diffusers":
+        state = {core_name(name): weight for name, weight in state.items()}
+    if layout == "prefixed":
+        state = {f"model.diffusion_model.{name}": weight for name, weight in state.items()}
+        state["vae.decoder.conv_in.conv.weight"] = torch.zeros(2, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.contiguous() for name, weight in state.items()}, path)
+    return path
+
+
+def republish(folder: Path, output: Path, **changes) -> Path:
+    """A copy of a checkpoint with another transformer: its configuration changed, its weights drawn anew."""
+    shutil.copytree(folder, output)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    model = CogVideoXTransformer3DModel.from_config(config | changes)
+    generator = torch.Generator().manual_seed(5)
+    fill(model, generator)
+    if model.config.use_learned_positional_embeddings:
+        positions = model.patch_embed.pos_embedding
+        positions.copy_(torch.randn(positions.shape, generator=generator) * 0.5)
+    model.save_pretrained(output / "transformer")
+    return output
