@@ -9,11 +9,13 @@ from .image_to_video import CogVideoXImageToVideo
 from .loaders import LoadCogVideoX
 from .sampling import CogVideoXSampler
 from .saving import SaveVideo
+from .windows import CogVideoXContextWindows
 
 NODES: list[type[io.ComfyNode]] = [
     LoadCogVideoX,
     EmptyCogVideoXLatent,
     CogVideoXImageToVideo,
+    CogVideoXContextWindows,
     CogVideoXSampler,
     CogVideoXDecode,
     SaveVideo,

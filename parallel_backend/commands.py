@@ -18,7 +18,7 @@ from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
 from .errors import GroupError, GroupUnavailable, RequestError
-from .jobs import DecodeJob, EncodeJob, Model, Report, SampleJob, between, empty_latent
+from .jobs import DecodeJob, EncodeJob, Model, Report, SampleJob, Windows, between, empty_latent
 from .planner import candidates, choose
 from .plans import AUTO, Plan
 
@@ -72,6 +72,21 @@ def denoise_of(args: Namespace) -> float:
     return args.denoise
 
 
+def windows_of(args: Namespace) -> Windows | None:
+    """The context windows asked for, or None."""
+    asked = {
+        "overlap": args.overlap,
+        "schedule": args.window_schedule,
+        "shuffle_noise": False if args.no_noise_shuffle else None,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if args.window is not None:
+        return Windows(args.window, **asked)
+    if asked:
+        raise RequestError("--overlap, --window-schedule and --no-noise-shuffle are about context windows; give --window too")
+    return None
+
+
 def generate(args: Namespace) -> int:
     """A prompt, and an image or a video where one is given, to a video file."""
     output = Path(args.output)
@@ -96,6 +111,7 @@ def generate(args: Namespace) -> int:
         "cfg": args.cfg,
         "scheduler": args.scheduler,
         "dynamic_cfg": args.dynamic_cfg,
+        "windows": windows_of(args),
     }
     blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
     blanks = {name: {"image": latent[:, :, :1], "latent": torch.ones_like(latent)}[name] for name in given}

@@ -16,6 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 SCHEDULERS = ("auto", "ddim", "dpm")
 TILINGS = ("auto", "on", "off")
+WINDOW_SCHEDULES = ("static", "uniform")
 MAX_SEED = 2**64 - 1
 
 
@@ -45,6 +46,36 @@ class Model:
     def __post_init__(self):
         choice("dtype", self.dtype, ("auto", *DTYPES))
         choice("offload", self.offload, OFFLOADS)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a long video is sampled in parts. Lengths are frames of the video; the model rounds them up to whole tokens."""
+
+    frames: int = 49
+    """Of one window, 4k+1: what the model was trained for. A video that is no longer has no windows."""
+    overlap: int = 16
+    """By which neighbours overlap at least and are blended; a multiple of 4."""
+    schedule: str = "static"
+    """``static`` windows stay where they are; ``uniform`` ones are shifted from step to step."""
+    shuffle_noise: bool = True
+    """Whether later windows start from the first one's noise in another order, not from noise of their own."""
+
+    def __post_init__(self):
+        if self.frames < 5 or self.frames % 4 != 1:
+            raise RequestError(
+                f"the window is {self.frames} frames; it must be 4k+1, such as {max(5, round((self.frames - 1) / 4) * 4 + 1)}"
+            )
+        if self.overlap < 0 or self.overlap % 4:
+            raise RequestError(
+                f"the windows' overlap is {self.overlap} frames; it must be a multiple of 4, "
+                f"such as {max(0, round(self.overlap / 4) * 4)}"
+            )
+        if self.overlap >= self.frames:
+            raise RequestError(
+                f"windows of {self.frames} frames cannot overlap by {self.overlap}; use less, such as {(self.frames - 1) // 8 * 4}"
+            )
+        choice("the windows' schedule", self.schedule, WINDOW_SCHEDULES)
 
 
 def check_latent(latent: torch.Tensor) -> None:
@@ -134,6 +165,8 @@ class SampleJob:
     """1 starts from noise; 0.6 runs the last 60 % of the steps on the latent given, as diffusers does."""
     image: torch.Tensor | None = None
     """The start image as an unscaled VAE latent ``[1 or batch, channels, 1, height/8, width/8]``; None for text to video."""
+    windows: Windows | None = None
+    """For a video longer than the model's own; None runs all frames at once."""
 
     def __post_init__(self):
         check_latent(self.latent)
@@ -244,7 +277,7 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         value = getattr(record, item.name)
         if isinstance(value, torch.Tensor):
             tensors[item.name] = value
-        elif isinstance(value, Model):
+        elif isinstance(value, Model | Windows):
             plain[item.name] = {f.name: getattr(value, f.name) for f in fields(value)}
         elif value is not None:  # None is always the default: a side that does not know the field yet need not see it
             plain[item.name] = value
@@ -261,6 +294,8 @@ def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tenso
         raise RequestError(f"job kind is '{kind}'; use one of {', '.join(JOBS)}")
     try:
         values = {**plain, **tensors, "model": Model(**plain["model"])}
+        if "windows" in plain:
+            values["windows"] = Windows(**plain["windows"])
         return JOBS[kind](**values)
     except (KeyError, TypeError) as error:
         raise RequestError(f"a {kind} job does not fit: {error}") from error

@@ -129,13 +129,15 @@ class Worker:
             return None
         checks.check(Checkpoint.open(job.model.path), job)
 
-        def after_step(step: int, steps: int) -> bool:
-            if request is None:
-                return True
-            request.answer(Message("step", {"step": step, "steps": steps}))
-            return not request.cancelled.is_set()
+        def wanted() -> bool:
+            return request is None or not request.cancelled.is_set()
 
-        return self.engine.run(job, after_step)
+        def after_step(step: int, steps: int) -> bool:
+            if request:
+                request.answer(Message("step", {"step": step, "steps": steps}))
+            return wanted()
+
+        return self.engine.run(job, after_step, wanted)
 
     def compare(self, failure: dict | None, *, together: bool) -> list[dict | None]:
         """Every rank's failure or None.
