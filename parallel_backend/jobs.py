@@ -54,7 +54,7 @@ class Windows:
 
     frames: int = 49
     """Of one window, 4k+1: what the model was trained for. A video that is no longer has no windows."""
-    overlap: int = 16
+    overlap: int = 24
     """By which neighbours overlap at least and are blended; a multiple of 4."""
     schedule: str = "static"
     """``static`` windows stay where they are; ``uniform`` ones are shifted from step to step."""

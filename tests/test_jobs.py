@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent, join_fields, split_fields
+from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows, empty_latent, join_fields, split_fields
 
 MODEL = Model("/nowhere")
 
@@ -76,6 +76,7 @@ def test_a_video_to_encode_must_be_frames_of_three_channels():
         sample(seed=5),
         sample(cfg=1.0, negative=None),
         sample(image=torch.rand(1, 16, 1, 4, 4)),
+        sample(windows=Windows(17, 4, "uniform", False)),
         DecodeJob(MODEL, torch.rand(1, 16, 2, 4, 4), "on", 128, 32),
     ],
 )
