@@ -36,8 +36,8 @@ class CogVideoXContextWindows(io.ComfyNode):
                     min=0,
                     max=1024,
                     step=4,
-                    tooltip="Frames by which neighbours overlap and are blended. More holds the video together better and "
-                    "takes longer.",
+                    tooltip="Frames by which neighbours overlap and are blended: two thirds of a window are a good start. "
+                    "Less is faster, and things may jump from one window to the next.",
                 ),
                 io.Combo.Input(
                     "schedule",

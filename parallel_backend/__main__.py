@@ -52,7 +52,7 @@ def build_parser() -> Parser:
     generate.add_argument("--denoise", type=float, help="with a video: how much of it is made anew; default 0.8")
     generate.add_argument("--dynamic-cfg", action="store_true", help="let the guidance scale follow a cosine")
     generate.add_argument("--window", type=int, help="for a long video: frames that the model sees at once, 4k+1")
-    generate.add_argument("--overlap", type=int, help="frames by which windows overlap; default 24")
+    generate.add_argument("--overlap", type=int, help="frames by which windows overlap; default: two thirds of one")
     generate.add_argument("--window-schedule", choices=WINDOW_SCHEDULES, help="static, or shifted from step to step")
     generate.add_argument("--no-noise-shuffle", action="store_true", help="new noise for every window")
     generate.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,7 @@ from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
 from .errors import GroupError, GroupUnavailable, RequestError
-from .jobs import DecodeJob, EncodeJob, Model, Report, SampleJob, Windows, between, empty_latent
+from .jobs import DecodeJob, EncodeJob, Model, Report, SampleJob, Windows, between, empty_latent, two_thirds
 from .planner import candidates, choose
 from .plans import AUTO, Plan
 
@@ -74,17 +74,15 @@ def denoise_of(args: Namespace) -> float:
 
 def windows_of(args: Namespace) -> Windows | None:
     """The context windows asked for, or None."""
-    asked = {
-        "overlap": args.overlap,
-        "schedule": args.window_schedule,
-        "shuffle_noise": False if args.no_noise_shuffle else None,
-    }
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if args.window is not None:
-        return Windows(args.window, **asked)
-    if asked:
-        raise RequestError("--overlap, --window-schedule and --no-noise-shuffle are about context windows; give --window too")
-    return None
+    if args.window is None:
+        if args.overlap is not None or args.window_schedule or args.no_noise_shuffle:
+            raise RequestError(
+                "--overlap, --window-schedule and --no-noise-shuffle are about context windows; give --window too"
+            )
+        return None
+    overlap = two_thirds(args.window) if args.overlap is None else args.overlap
+    schedule = args.window_schedule or Windows.schedule
+    return Windows(args.window, overlap, schedule, shuffle_noise=not args.no_noise_shuffle)
 
 
 def generate(args: Namespace) -> int:

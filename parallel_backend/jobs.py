@@ -48,13 +48,18 @@ class Model:
         choice("offload", self.offload, OFFLOADS)
 
 
+def two_thirds(frames: int) -> int:
+    """The overlap that suits a window of so many frames, a multiple of 4: with half, the demo's pictures jump at times."""
+    return round((frames - 1) / 6) * 4
+
+
 @dataclass(frozen=True)
 class Windows:
     """How a long video is sampled in parts. Lengths are frames of the video; the model rounds them up to whole tokens."""
 
     frames: int = 49
     """Of one window, 4k+1: what the model was trained for. A video that is no longer has no windows."""
-    overlap: int = 24
+    overlap: int = two_thirds(49)
     """By which neighbours overlap at least and are blended; a multiple of 4."""
     schedule: str = "static"
     """``static`` windows stay where they are; ``uniform`` ones are shifted from step to step."""
@@ -73,7 +78,7 @@ class Windows:
             )
         if self.overlap >= self.frames:
             raise RequestError(
-                f"windows of {self.frames} frames cannot overlap by {self.overlap}; use less, such as {(self.frames - 1) // 8 * 4}"
+                f"windows of {self.frames} frames cannot overlap by {self.overlap}; use less, such as {two_thirds(self.frames)}"
             )
         choice("the windows' schedule", self.schedule, WINDOW_SCHEDULES)
 

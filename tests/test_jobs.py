@@ -85,6 +85,7 @@ def test_a_job_survives_being_taken_apart(job):
     again = join_fields(job.kind, plain, tensors)
     assert split_fields(again)[0] == plain
     assert all(torch.equal(tensors[name], getattr(again, name)) for name in tensors)
+    assert again.model == job.model and getattr(again, "windows", None) == getattr(job, "windows", None)
 
 
 def test_sides_that_know_no_start_image_understand_a_job_without_one():

@@ -193,7 +193,7 @@ def test_a_long_step_can_be_stopped_between_its_windows(make_job, local):
         ({"frames": 1, "overlap": 0}, "window is 1 frames; it must be 4k\\+1, such as 5"),
         ({"overlap": 15}, "overlap is 15 frames; it must be a multiple of 4, such as 16"),
         ({"overlap": -4}, "overlap is -4 frames.*such as 0"),
-        ({"frames": 17, "overlap": 20}, "windows of 17 frames cannot overlap by 20; use less, such as 8"),
+        ({"frames": 17, "overlap": 20}, "windows of 17 frames cannot overlap by 20; use less, such as 12"),
         ({"schedule": "looped"}, "schedule is 'looped'; use one of static, uniform"),
     ],
 )
@@ -224,7 +224,8 @@ def test_what_a_model_cannot_do_in_windows_is_refused_and_done_whole(like, setti
     [
         (["--overlap", "8"], "give --window too"),
         (["--no-noise-shuffle"], "give --window too"),
-        (["--window", "17"], "cannot overlap by 24; use less, such as 8"),
+        (["--window", "17", "--overlap", "20"], "cannot overlap by 20; use less, such as 12"),
+        (["--window", "20"], "the window is 20 frames"),
     ],
 )
 def test_the_command_line_says_what_a_window_needs(options, words, tmp_path, capsys):
