@@ -30,6 +30,8 @@ TWO = {  # windows of 17 frames that overlap by 12, of a video of 25 (CogVideoX 
     "1.5-5b": [(slice(0, 6), [1, 1, 3 / 4, 3 / 5, 2 / 5, 1 / 4]), (slice(2, 8), [1 / 4, 2 / 5, 3 / 5, 3 / 4, 1, 1])],
 }
 TWO["2b"] = TWO["5b"]
+SEED = 4
+"""That swaps the two frames whose noise the second window takes over."""
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,9 @@ def pipelines(checkpoints):
 
 
 @torch.no_grad()
-def reference(pipeline, windows, *, scheduler, shuffled, steps, skipped=0, latent=None, cfg=6.0, seed=3) -> torch.Tensor:
+def reference(pipeline, windows, *, scheduler, shuffled, steps, skipped=0, latent=None, cfg=6.0) -> torch.Tensor:
     """Two windows a step, blended, by diffusers' transformer, scheduler and rotary tables; in ComfyUI's layout."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps[skipped:]
@@ -83,7 +85,7 @@ def reference(pipeline, windows, *, scheduler, shuffled, steps, skipped=0, laten
 def test_two_windows_give_the_latents_of_a_loop_around_diffusers(like, scheduler, shuffled, pipelines, make_job, local):
     expected = reference(pipelines[like], TWO[like], scheduler=scheduler, shuffled=shuffled, steps=4)
     windows = Windows(17, 12, shuffle_noise=shuffled)
-    job = make_job(like, size=(80, 48, 25), steps=4, scheduler=scheduler, windows=windows)
+    job = make_job(like, size=(80, 48, 25), steps=4, seed=SEED, scheduler=scheduler, windows=windows)
     result = local.sample(job)
     assert (result.tensor - expected).abs().max() <= TOLERANCE
     assert len(result.report.step_seconds) == 4
@@ -93,8 +95,9 @@ def test_two_windows_give_the_latents_of_a_loop_around_diffusers(like, scheduler
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 def test_a_long_video_is_made_of_a_long_video(scheduler, shuffled, pipelines, make_job, local):
     settings = {"scheduler": scheduler, "latent": LATENT, "steps": 6}
+    windows = Windows(17, 12, shuffle_noise=shuffled)
     expected = reference(pipelines["5b"], TWO["5b"], shuffled=shuffled, skipped=3, **settings)
-    result = local.sample(make_job("5b", denoise=0.5, windows=Windows(17, 12, shuffle_noise=shuffled), **settings))
+    result = local.sample(make_job("5b", denoise=0.5, seed=SEED, windows=windows, **settings))
     assert (result.tensor - expected).abs().max() <= TOLERANCE
 
 
@@ -128,6 +131,12 @@ def test_a_seed_gives_one_video_and_each_setting_another(like, frames, others, m
         assert all((one - other).abs().max() > 0.01 for other in videos[:index]), index
     decoded = local.decode(DecodeJob(make_job(like).model, first)).tensor
     assert first.shape == (1, 16, others, 4, 4) and decoded.shape == (1, frames, 32, 32, 3)
+
+
+def test_lengths_become_whole_tokens(make_job, checkpoints):
+    for like, expected in (("5b", Layout(7, 5, 3, 1, False, True)), ("1.5-5b", Layout(8, 6, 4, 2, False, True))):
+        job = make_job(like, size=(32, 32, 25), windows=Windows(17, 12))
+        assert Layout.of(job, Checkpoint.open(checkpoints[like])) == expected
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 7, 49])
