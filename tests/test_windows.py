@@ -182,16 +182,17 @@ def test_memory_is_that_of_one_window(make_job, checkpoints):
         assert working(like, 97, Windows(17, 8)) == working(like, 17) < working(like, 97)
 
 
-def test_a_long_step_can_be_stopped_between_its_windows(make_job, local):
+@pytest.mark.parametrize("ask, done", [(1, 0), (5, 1), (6, 2)])
+def test_a_long_step_can_be_stopped_between_its_windows(ask, done, make_job, local):
     asked = []
 
     def stop() -> bool:
         asked.append(True)
-        return len(asked) == 5  # a step of three windows asks three times
+        return len(asked) == ask  # a step of three windows asks three times
 
     job = make_job("5b", size=(48, 48, 25), steps=6, windows=Windows(9, 4))
     assert len(Layout.of(job, Checkpoint.open(job.model.path)).at(0)) == 3
-    with pytest.raises(Cancelled, match="stopped after step 1 of 6"):
+    with pytest.raises(Cancelled, match=f"stopped after step {done} of 6"):
         local.sample(job, should_stop=stop)
 
 
