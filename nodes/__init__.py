@@ -10,12 +10,14 @@ from .loaders import LoadCogVideoX
 from .lora import LoadCogVideoXLora
 from .sampling import CogVideoXSampler
 from .saving import SaveVideo
+from .windows import CogVideoXContextWindows
 
 NODES: list[type[io.ComfyNode]] = [
     LoadCogVideoX,
     LoadCogVideoXLora,
     EmptyCogVideoXLatent,
     CogVideoXImageToVideo,
+    CogVideoXContextWindows,
     CogVideoXSampler,
     CogVideoXDecode,
     SaveVideo,

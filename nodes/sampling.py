@@ -62,6 +62,7 @@ class CogVideoXSampler(io.ComfyNode):
             dynamic_cfg=dynamic_cfg,
             denoise=denoise,
             image=start_image(positive),
+            windows=model.windows,
         )
         node_id = cls.hidden.unique_id
         if "noise_mask" in latent:

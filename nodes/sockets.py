@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from ..parallel_backend.cogvideox.text import TextEncoder
 from ..parallel_backend.errors import RequestError
-from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model
+from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, Windows
 from . import host
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ class ModelHandle:
 
     model: Model
     checkpoint: Checkpoint
+    windows: Windows | None = None
+    """How the sampler cuts a long video; None where it does not."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 
 from . import commands
 from .errors import Cancelled, GroupFailure, RequestError
-from .jobs import DTYPES, OFFLOADS, SCHEDULERS, TILINGS
+from .jobs import DTYPES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +54,10 @@ def build_parser() -> Parser:
     generate.add_argument("--video", help="a file to make another video of; resized and cropped likewise")
     generate.add_argument("--denoise", type=float, help="with a video: how much of it is made anew; default 0.8")
     generate.add_argument("--dynamic-cfg", action="store_true", help="let the guidance scale follow a cosine")
+    generate.add_argument("--window", type=int, help="for a long video: frames that the model sees at once, 4k+1")
+    generate.add_argument("--overlap", type=int, help="frames by which windows overlap; default: two thirds of one")
+    generate.add_argument("--window-schedule", choices=WINDOW_SCHEDULES, help="static, or shifted from step to step")
+    generate.add_argument("--no-noise-shuffle", action="store_true", help="new noise for every window")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--tiling", choices=TILINGS, default="auto", help="encode and decode in tiles")
     generate.add_argument("--fps", type=float, help="default: the video's own where one is given, else the model's")

@@ -18,7 +18,7 @@ from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
-from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, between, empty_latent
+from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, empty_latent, two_thirds
 from .planner import candidates, choose
 from .plans import AUTO, Plan
 
@@ -90,6 +90,19 @@ def denoise_of(args: Namespace) -> float:
     return args.denoise
 
 
+def windows_of(args: Namespace) -> Windows | None:
+    """The context windows asked for, or None."""
+    if args.window is None:
+        if args.overlap is not None or args.window_schedule or args.no_noise_shuffle:
+            raise RequestError(
+                "--overlap, --window-schedule and --no-noise-shuffle are about context windows; give --window too"
+            )
+        return None
+    overlap = two_thirds(args.window) if args.overlap is None else args.overlap
+    schedule = args.window_schedule or Windows.schedule
+    return Windows(args.window, overlap, schedule, shuffle_noise=not args.no_noise_shuffle)
+
+
 def generate(args: Namespace) -> int:
     """A prompt, and an image or a video where one is given, to a video file."""
     output = Path(args.output)
@@ -114,6 +127,7 @@ def generate(args: Namespace) -> int:
         "cfg": args.cfg,
         "scheduler": args.scheduler,
         "dynamic_cfg": args.dynamic_cfg,
+        "windows": windows_of(args),
     }
     blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
     blanks = {name: {"image": latent[:, :, :1], "latent": torch.ones_like(latent)}[name] for name in given}

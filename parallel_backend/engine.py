@@ -9,7 +9,8 @@ import torch
 
 from .cogvideox import lora, memory, vae, weights
 from .cogvideox.checkpoint import Checkpoint
-from .cogvideox.denoise import StepCallback, denoise
+from .cogvideox.denoise import StepCallback, WindowCallback, denoise
+from .cogvideox.windows import advice
 from .errors import OutOfMemory
 from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
 from .parallel.split import Split
@@ -26,8 +27,8 @@ def exact_float32(dtype: torch.dtype):
         torch.backends.cudnn.allow_tf32 = before
 
 
-def go_on(progress: Progress, steps: int) -> bool:
-    """The step callback of a job that nobody watches."""
+def go_on(*progress: Progress | int) -> bool:
+    """The callback, of steps and of windows, of a job that nobody watches."""
     return True
 
 
@@ -51,16 +52,16 @@ class Engine:
         """The LoRAs in the transformer's weights."""
         self._notes: list[str] = []
 
-    def run(self, job: Job, on_step: StepCallback = go_on) -> Result:
+    def run(self, job: Job, on_step: StepCallback = go_on, on_window: WindowCallback = go_on) -> Result:
         """Runs one job.
 
         Args:
             job: checked against its checkpoint by the caller.
-            on_step: see :func:`parallel_backend.cogvideox.denoise.denoise`.
+            on_step, on_window: see :func:`parallel_backend.cogvideox.denoise.denoise`.
         Returns:
             The job's tensor, on the CPU, and the report of this rank.
         Raises:
-            Cancelled: when ``on_step`` asked to stop.
+            Cancelled: when ``on_step`` or ``on_window`` asked to stop.
         """
         checkpoint = Checkpoint.open(job.model.path)
         dtype = checkpoint.dtype(job.model.dtype, self.device)
@@ -68,7 +69,7 @@ class Engine:
         memory.reset_peak(self.device)
         run = {SampleJob: self._sample, DecodeJob: self._decode, EncodeJob: self._encode}[type(job)]
         with exact_float32(dtype):
-            result = run(job, checkpoint, dtype, on_step)
+            result = run(job, checkpoint, dtype, on_step, on_window)
         report = replace(
             result.report,
             plan=str(self.split.plan),
@@ -98,13 +99,14 @@ class Engine:
         if line:
             self._notes.append(line)
 
-    def _sample(self, job: SampleJob, checkpoint: Checkpoint, dtype, on_step) -> Result:
+    def _sample(self, job: SampleJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         started = time.perf_counter()
         transformer = self._transformer(job, checkpoint, dtype)
         self.split.synchronize()
         loaded = time.perf_counter()
         if not job.guided and self.split.plan.cfg > 1:
             self._note(f"cfg is {job.cfg}: both halves of plan '{self.split.plan}' compute the same")
+        self._note(advice(job, checkpoint))
         steps: list[float] = []
         began = loaded
 
@@ -115,8 +117,14 @@ class Engine:
             began = time.perf_counter()  # reporting and agreeing are no part of a step
             return go_on
 
+        def ask() -> bool:
+            self.split.synchronize()  # or all windows would be queued before the first has run
+            return self.split.agree(on_window())
+
         try:
-            latent = denoise(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split, on_step=mark)
+            latent = denoise(
+                transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split, on_step=mark, on_window=ask
+            )
         except torch.OutOfMemoryError as error:
             free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
             raise OutOfMemory(
@@ -133,10 +141,10 @@ class Engine:
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
         )
 
-    def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step) -> Result:
+    def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         return self._with_vae(job, checkpoint, dtype, lambda module: vae.decode(module, job.latent))
 
-    def _encode(self, job: EncodeJob, checkpoint: Checkpoint, dtype, on_step) -> Result:
+    def _encode(self, job: EncodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         return self._with_vae(job, checkpoint, dtype, lambda module: vae.encode(module, job.pixels))
 
     def _with_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, use) -> Result:

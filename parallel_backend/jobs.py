@@ -16,6 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 SCHEDULERS = ("auto", "ddim", "dpm")
 TILINGS = ("auto", "on", "off")
+WINDOW_SCHEDULES = ("static", "uniform")
 MAX_SEED = 2**64 - 1
 MAX_STRENGTH = 10.0
 
@@ -61,6 +62,41 @@ class Model:
     def __post_init__(self):
         choice("dtype", self.dtype, ("auto", *DTYPES))
         choice("offload", self.offload, OFFLOADS)
+
+
+def two_thirds(frames: int) -> int:
+    """The overlap that suits a window of so many frames, a multiple of 4: with half, the demo's pictures jump at times."""
+    return round((frames - 1) / 6) * 4
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a long video is sampled in parts. Lengths are frames of the video; the model rounds them up to whole tokens."""
+
+    frames: int = 49
+    """Of one window, 4k+1: what the model was trained for. A video that is no longer has no windows."""
+    overlap: int = two_thirds(49)
+    """By which neighbours overlap at least and are blended; a multiple of 4."""
+    schedule: str = "static"
+    """``static`` windows stay where they are; ``uniform`` ones are shifted from step to step."""
+    shuffle_noise: bool = True
+    """Whether later windows start from the first one's noise in another order, not from noise of their own."""
+
+    def __post_init__(self):
+        if self.frames < 5 or self.frames % 4 != 1:
+            raise RequestError(
+                f"the window is {self.frames} frames; it must be 4k+1, such as {max(5, round((self.frames - 1) / 4) * 4 + 1)}"
+            )
+        if self.overlap < 0 or self.overlap % 4:
+            raise RequestError(
+                f"the windows' overlap is {self.overlap} frames; it must be a multiple of 4, "
+                f"such as {max(0, round(self.overlap / 4) * 4)}"
+            )
+        if self.overlap >= self.frames:
+            raise RequestError(
+                f"windows of {self.frames} frames cannot overlap by {self.overlap}; use less, such as {two_thirds(self.frames)}"
+            )
+        choice("the windows' schedule", self.schedule, WINDOW_SCHEDULES)
 
 
 def check_latent(latent: torch.Tensor) -> None:
@@ -166,6 +202,8 @@ class SampleJob:
     """The start image as an unscaled VAE latent ``[1 or batch, channels, 1, height/8, width/8]``; None for text to video."""
     progress: Progress | None = None
     """Where to go on from, as a group that was lost has told; None starts at the first step."""
+    windows: Windows | None = None
+    """For a video longer than the model's own; None runs all frames at once."""
 
     def __post_init__(self):
         check_latent(self.latent)
@@ -281,6 +319,8 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         elif isinstance(value, Progress):
             plain[item.name], inner = split_fields(value)
             tensors |= {f"{item.name}.{name}": tensor for name, tensor in inner.items()}
+        elif isinstance(value, Windows):
+            plain[item.name] = asdict(value)
         elif value is not None:  # None is always the default: a side that does not know the field yet need not see it
             plain[item.name] = value
     return plain, tensors
@@ -313,6 +353,8 @@ def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tenso
             names = [name for name in tensors if name.startswith("progress.")]
             inner = {name.removeprefix("progress."): values.pop(name) for name in names}
             values["progress"] = Progress(**plain["progress"], **inner)
+        if "windows" in plain:
+            values["windows"] = Windows(**plain["windows"])
         return JOBS[kind](**values)
     except (KeyError, TypeError) as error:
         raise RequestError(f"a {kind} job does not fit: {error}") from error

@@ -33,7 +33,7 @@ class LocalExecutor(Executor):
             return not should_stop()
 
         with self._lock:
-            return self.engine.run(job, after_step)
+            return self.engine.run(job, after_step, lambda: not should_stop())
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`."""

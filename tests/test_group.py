@@ -20,7 +20,7 @@ from parallel_backend.group import launcher, protocol
 from parallel_backend.group.address import GroupAddress, is_alive, running
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.protocol import Message
-from parallel_backend.jobs import DecodeJob, Model, SampleJob
+from parallel_backend.jobs import DecodeJob, Model, SampleJob, Windows
 from parallel_backend.plans import Plan
 
 from .conftest import REPO, TOLERANCE, wait_until, workers
@@ -78,6 +78,15 @@ def test_a_cancelled_job_stops_within_a_step_and_the_group_stays_warm(stop_after
     assert seen[-1] <= stop_after + 1
     assert torch.equal(group.sample(make_job("5b")).tensor, expected)
     assert group.status()["loads"] == loads
+
+
+def test_a_long_step_is_stopped_between_its_windows_on_all_ranks(group, make_job):
+    seen = []
+    slow = make_job("5b", size=(240, 160, 121), steps=200, windows=Windows(5, 0))  # sixteen windows a step
+    with pytest.raises(Cancelled, match="stopped after step 0 of 200"):
+        group.sample(slow, on_step=lambda step, _: seen.append(step), should_stop=lambda: group.status()["state"] == "busy")
+    assert seen == []
+    assert len(group.sample(make_job("5b")).report.step_seconds) == 8
 
 
 def test_a_client_that_goes_away_cancels_its_job_only(group, make_job):

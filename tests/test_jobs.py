@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import DecodeJob, EncodeJob, Lora, Model, SampleJob, empty_latent, join_fields, split_fields
+from parallel_backend.jobs import DecodeJob, EncodeJob, Lora, Model, SampleJob, Windows, empty_latent, join_fields, split_fields
 
 MODEL = Model("/nowhere")
 
@@ -79,6 +79,7 @@ def test_a_video_to_encode_must_be_frames_of_three_channels():
         sample(cfg=1.0, negative=None),
         sample(image=torch.rand(1, 16, 1, 4, 4)),
         sample(model=Model("/nowhere", loras=(Lora("/a.safetensors", -0.5), Lora("/b.safetensors")))),
+        sample(windows=Windows(17, 4, "uniform", False)),
         DecodeJob(MODEL, torch.rand(1, 16, 2, 4, 4), "on", 128, 32),
     ],
 )
@@ -88,6 +89,7 @@ def test_a_job_survives_being_taken_apart(job):
     assert again.model == job.model
     assert split_fields(again)[0] == plain
     assert all(torch.equal(tensors[name], getattr(again, name)) for name in tensors)
+    assert again.model == job.model and getattr(again, "windows", None) == getattr(job, "windows", None)
 
 
 def test_sides_that_know_no_start_image_understand_a_job_without_one():

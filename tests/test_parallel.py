@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox.checkpoint import Checkpoint
-from parallel_backend.jobs import SampleJob
+from parallel_backend.cogvideox.windows import Layout
+from parallel_backend.jobs import SampleJob, Windows
 from parallel_backend.parallel.transformer import Chunk
 from parallel_backend.plans import Plan
 
@@ -27,6 +28,11 @@ CASES = [
     ("5b-i2v", {"size": (96, 64, 17), "batch": 2, "cfg": 1.0, "image": torch.randn(2, 16, 1, 8, 12)}),
     ("1.5-5b-i2v", {"size": (80, 48, 9), "scheduler": "dpm", "image": torch.randn(1, 16, 1, 6, 10)}),
     ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm", "in_one_file": True, "lora": 0.5}),
+    ("5b", {"size": (80, 48, 25), "steps": 4, "scheduler": "dpm", "windows": Windows(17, 12)}),
+    (
+        "1.5-5b",
+        {"size": (48, 64, 29), "steps": 4, "scheduler": "ddim", "cfg": 1.0, "windows": Windows(13, 0, "uniform", False)},
+    ),
 ]
 
 
@@ -56,7 +62,8 @@ def test_the_cases_have_tokens_that_divide_and_that_do_not(jobs):
         remainders = set()
         for job in jobs:
             checkpoint = Checkpoint.open(job.model.path)
-            remainders.add((checkpoint.tokens(*job.latent.shape[2:]) + checkpoint.text_tokens) % degree)
+            frames = Layout.of(job, checkpoint).length
+            remainders.add((checkpoint.tokens(frames, *job.latent.shape[3:]) + checkpoint.text_tokens) % degree)
         assert 0 in remainders and len(remainders) > 1
 
 

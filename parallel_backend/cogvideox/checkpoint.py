@@ -169,6 +169,12 @@ class Checkpoint:
         return *size, self.transformer.get("sample_frames", 49)
 
     @property
+    def most_frames(self) -> int:
+        """Frames of the longest videos it was trained for; CogVideoX 1.5 also saw twice its own 81 (161)."""
+        frames = self.default_size[2]
+        return frames if self.patch_size_t is None else 2 * frames - 1
+
+    @property
     def default_fps(self) -> int:
         """Frames per second: 8 in CogVideoX 1.0, 16 in 1.5."""
         return 8 if self.patch_size_t is None else 16

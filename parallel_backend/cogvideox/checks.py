@@ -4,6 +4,7 @@ from ..errors import RequestError
 from ..jobs import DecodeJob, EncodeJob, Job, SampleJob
 from .checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from .lora import open_all
+from .windows import Layout
 
 TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
 IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
@@ -35,6 +36,7 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
     check_task(checkpoint, job)
     open_all(job.model.loras, checkpoint)
     check_positions(checkpoint, *job.latent.shape[3:])
+    check_windows(checkpoint, job)
     frames = job.latent.shape[2]
     if job.denoise < 1 and (padding := checkpoint.padding_frames(frames)):
         raise RequestError(
@@ -88,4 +90,21 @@ def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:
     if checkpoint.patch_size_t and (width > most_width or height > most_height):
         raise RequestError(
             f"{name} has positions up to {most_width}x{most_height}; {width}x{height} is larger: use a smaller size"
+        )
+
+
+def check_windows(checkpoint: Checkpoint, job: SampleJob) -> None:
+    """Whether a video's windows advance in this model's tokens, and whether each of them can be told what the first is."""
+    layout = Layout.of(job, checkpoint)
+    if layout.is_whole:
+        return
+    if layout.stride < 1:
+        raise RequestError(
+            f"windows of {job.windows.frames} frames that overlap by {job.windows.overlap} do not advance with "
+            f"{checkpoint.path.name}, whose tokens are {layout.token * TEMPORAL} frames; use longer windows, or less overlap"
+        )
+    if job.image is not None:
+        raise RequestError(
+            "context windows with a start image are not supported, as only the first window would see it: use a text-to-video "
+            f"model ({TEXT_MODELS}), from text or a video, or at most {job.windows.frames} frames"
         )

@@ -6,6 +6,7 @@ collectives vanish in a plan of ``single``.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -13,11 +14,14 @@ from einops import rearrange
 from ..errors import Cancelled
 from ..jobs import Progress, SampleJob
 from .checkpoint import Checkpoint
+from .windows import Layout
 
 COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
 DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
 StepCallback = Callable[[Progress, int], bool]
 """Called after each step with what is done and the steps to do; False asks the loop to stop."""
+WindowCallback = Callable[[], bool]
+"""Called between the windows of a step; False asks the loop to stop."""
 
 
 def rotary_tables(checkpoint: Checkpoint, frames: int, height: int, width: int, device: torch.device):
@@ -52,7 +56,9 @@ def guidance(job: SampleJob, timestep: int, steps: int) -> float:
     return 1 + job.cfg * (1 - math.cos(math.pi * progress**5.0)) / 2
 
 
-def starting_point(job: SampleJob, checkpoint: Checkpoint, scheduler, generator, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def starting_point(
+    job: SampleJob, checkpoint: Checkpoint, layout: Layout, scheduler, generator, dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The noisy latent ``[batch, frames, channels, height, width]`` and the timesteps to run, on the CPU.
 
     Noise is drawn on the CPU in the model's dtype, as diffusers' pipelines draw it for a CPU generator.
@@ -68,6 +74,8 @@ def starting_point(job: SampleJob, checkpoint: Checkpoint, scheduler, generator,
     skipped = job.steps - int(job.steps * job.denoise)
     timesteps = scheduler.timesteps[skipped:]
     noise = torch.randn((batch, frames + padding, channels, height, width), generator=generator, dtype=dtype)
+    if layout.shuffled:
+        noise = noise[:, layout.noise_order(generator)]
     if job.denoise == 1:
         return noise * scheduler.init_noise_sigma, timesteps
     clean = rearrange(job.latent * checkpoint.scaling_factor, COMFYUI_TO_DIFFUSERS).to(dtype)
@@ -84,9 +92,47 @@ def image_condition(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tenso
     return condition
 
 
+def predict(transformer, seen: torch.Tensor, timestep, scale: float, *, text, rotary, ofs, split, prompts: int) -> torch.Tensor:
+    """The velocity of the frames of one window, guided; float32. A unit of work: it depends on its arguments alone.
+
+    Args:
+        transformer: that says it.
+        seen: noisy latents of the window with what is concatenated to them, ``[batch, frames, channels, height, width]``.
+        timestep: where all frames stand.
+        scale: of the guidance; not used with one prompt.
+        text: states of this rank's prompts, ``[prompts * batch, tokens, features]``.
+        rotary: tables for so many frames.
+        ofs: see :attr:`parallel_backend.cogvideox.checkpoint.Checkpoint.ofs`.
+        split: how the work is shared.
+        prompts: that all ranks together run: the negative and the positive one, or the positive one.
+    """
+    mine = len(text) // len(seen)
+    predicted = transformer(
+        hidden_states=torch.cat([seen] * mine),
+        encoder_hidden_states=text,
+        timestep=timestep.expand(len(text)).to(seen.device),
+        ofs=ofs,
+        image_rotary_emb=rotary,
+        return_dict=False,
+    )[0]
+    predicted = [half.float() for half in split.gather(predicted.chunk(mine), of=prompts)]
+    if prompts == 1:
+        return predicted[0]
+    negative, positive = predicted
+    return negative + scale * (positive - negative)
+
+
 @torch.inference_mode()
 def denoise(
-    transformer, checkpoint: Checkpoint, job: SampleJob, *, device, dtype, split, on_step: StepCallback
+    transformer,
+    checkpoint: Checkpoint,
+    job: SampleJob,
+    *,
+    device,
+    dtype,
+    split,
+    on_step: StepCallback,
+    on_window: WindowCallback,
 ) -> torch.Tensor:
     """Runs a job's steps.
 
@@ -97,22 +143,23 @@ def denoise(
         device: where latents live.
         dtype: of latents and text states.
         split: how the work is shared; see :class:`parallel_backend.parallel.split.Split`.
-        on_step: called on every rank after each step; must answer the same on all of them.
+        on_step, on_window: called on every rank after each step, and between its windows; must answer the same on all of them.
     Returns:
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
     Raises:
-        Cancelled: when ``on_step`` asked to stop.
+        Cancelled: when ``on_step`` or ``on_window`` asked to stop.
         FloatingPointError: at the first step that is not finite.
     """
     scheduler = checkpoint.make_scheduler(job.scheduler)
     generator = torch.Generator("cpu").manual_seed(job.seed)
-    latents, timesteps = starting_point(job, checkpoint, scheduler, generator, dtype)
+    layout = Layout.of(job, checkpoint)
+    latents, timesteps = starting_point(job, checkpoint, layout, scheduler, generator, dtype)
     latents = latents.to(device)
-    batch, frames, _, height, width = latents.shape
+    batch, _, _, height, width = latents.shape
     prompts = [job.negative, job.positive] if job.guided else [job.positive]
     mine = split.share(prompts)
     text = torch.cat([prompt.expand(batch, -1, -1) for prompt in mine]).to(device=device, dtype=dtype)
-    rotary = rotary_tables(checkpoint, frames, height, width, device)
+    rotary = rotary_tables(checkpoint, layout.length, height, width, device)
     condition = image_condition(job, checkpoint, latents)
     ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
     done, history = 0, None  # what the DPM scheduler carries from step to step
@@ -120,23 +167,16 @@ def denoise(
         done, latents = job.progress.step, job.progress.latents.to(latents)
         history = None if job.progress.history is None else job.progress.history.to(device)
         generator.set_state(job.progress.generator)
+    forward = partial(predict, transformer, text=text, rotary=rotary, ofs=ofs, split=split, prompts=len(prompts))
 
     for index, timestep in enumerate(timesteps[done:], start=done):
         seen = latents if condition is None else torch.cat([latents, condition], dim=2)
-        predicted = transformer(
-            hidden_states=torch.cat([seen] * len(mine)),
-            encoder_hidden_states=text,
-            timestep=timestep.expand(len(text)).to(device),
-            ofs=ofs,
-            image_rotary_emb=rotary,
-            return_dict=False,
-        )[0]
-        predicted = [half.float() for half in split.gather(predicted.chunk(len(mine)), of=len(prompts))]
-        if job.guided:
-            negative, positive = predicted
-            velocity = negative + guidance(job, timestep.item(), len(timesteps)) * (positive - negative)
-        else:
-            (velocity,) = predicted
+        scale = guidance(job, timestep.item(), len(timesteps))
+        velocity = torch.zeros_like(latents, dtype=torch.float32)
+        for window in (windows := layout.at(index)):
+            velocity[:, window.frames] += window.weigh(forward(seen[:, window.frames], timestep, scale))
+            if window is not windows[-1] and not on_window():
+                raise Cancelled(f"stopped after step {index} of {len(timesteps)}")
         if not velocity.isfinite().all():
             raise FloatingPointError(f"step {index + 1} of {len(timesteps)} is not finite in {dtype}; use dtype bf16 or fp32")
         latents, history = advance(scheduler, velocity, history, timesteps, index, latents, generator)

@@ -8,6 +8,7 @@ from ..jobs import Job, SampleJob
 from ..plans import Plan
 from . import vae
 from .checkpoint import Checkpoint
+from .windows import Layout
 
 HOOKED = ("group", "sequential")
 """Modes whose hooks stay on a transformer: to leave one of them its weights are read again."""
@@ -57,9 +58,9 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     """Estimated bytes that a job needs beside the weights, on each rank of a plan."""
     if not isinstance(job, SampleJob):
         return vae.working_bytes(job, dtype)
-    batch, _, frames, height, width = job.latent.shape
+    batch, _, _, height, width = job.latent.shape
     halves = 2 // plan.cfg if job.guided else 1
-    tokens = (checkpoint.tokens(frames, height, width) + checkpoint.text_tokens) // plan.sequence
+    tokens = (checkpoint.tokens(Layout.of(job, checkpoint).length, height, width) + checkpoint.text_tokens) // plan.sequence
     return WORKING_FACTOR * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize
 
 

@@ -153,6 +153,9 @@ class Worker:
         longest, began = 0.0, None
         kept = time.monotonic()
 
+        def wanted() -> bool:
+            return request is None or not request.cancelled.is_set()
+
         def after_step(progress: Progress, steps: int) -> bool:
             nonlocal longest, began, kept
             now = time.monotonic()
@@ -161,15 +164,14 @@ class Worker:
             began = now
             doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
             self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
-            if request is None:
-                return True
-            request.answer(Message("step", {"step": progress.step, "steps": steps}))
-            if now - kept >= KEEP_SECONDS:
-                kept = now
-                request.answer(Message("kept", *split_fields(progress)))
-            return not request.cancelled.is_set()
+            if request:
+                request.answer(Message("step", {"step": progress.step, "steps": steps}))
+                if now - kept >= KEEP_SECONDS:
+                    kept = now
+                    request.answer(Message("kept", *split_fields(progress)))
+            return wanted()
 
-        return self.engine.run(job, after_step)
+        return self.engine.run(job, after_step, wanted)
 
     def compare(self, failure: dict | None, *, together: bool) -> list[dict | None]:
         """Every rank's failure or None.
