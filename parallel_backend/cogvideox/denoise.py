@@ -1,4 +1,4 @@
-"""The one denoise loop: from text or a start image, from noise or from a latent, guided or not.
+"""The one denoise loop: from text or with a condition, from noise or from a latent, guided or not.
 
 It says what is computed. How a forward is split over ranks is the business of ``split``, whose
 collectives vanish in a plan of ``single``.
@@ -12,9 +12,10 @@ from einops import rearrange
 
 from ..errors import Cancelled
 from ..jobs import SampleJob
+from . import conditions
 from .checkpoint import Checkpoint
+from .conditions import COMFYUI_TO_DIFFUSERS
 
-COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
 DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
 StepCallback = Callable[[int, int], bool]
 """Called after each step with the steps done and the steps to do; False asks the loop to stop."""
@@ -74,16 +75,6 @@ def starting_point(job: SampleJob, checkpoint: Checkpoint, scheduler, generator,
     return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
 
 
-def image_condition(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torch.Tensor | None:
-    """What is concatenated to the noise: the start image in the first frame, padding frames counted, then zeros."""
-    if job.image is None:
-        return None
-    condition = torch.zeros_like(latents)
-    image = rearrange(job.image, COMFYUI_TO_DIFFUSERS).to(device=latents.device, dtype=latents.dtype)
-    condition[:, :1] = image * checkpoint.image_scaling_factor
-    return condition
-
-
 @torch.inference_mode()
 def denoise(
     transformer, checkpoint: Checkpoint, job: SampleJob, *, device, dtype, split, on_step: StepCallback
@@ -113,11 +104,12 @@ def denoise(
     mine = split.share(prompts)
     text = torch.cat([prompt.expand(batch, -1, -1) for prompt in mine]).to(device=device, dtype=dtype)
     rotary = rotary_tables(checkpoint, frames, height, width, device)
-    condition = image_condition(job, checkpoint, latents)
+    condition_at = conditions.make(job, checkpoint, latents)
     ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
     history = None  # what the DPM scheduler carries from step to step
 
     for index, timestep in enumerate(timesteps):
+        condition = condition_at(index / len(timesteps))
         seen = latents if condition is None else torch.cat([latents, condition], dim=2)
         predicted = transformer(
             hidden_states=torch.cat([seen] * len(mine)),
