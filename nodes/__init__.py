@@ -4,16 +4,22 @@ from comfy_api.latest import ComfyExtension, io
 
 from .backend import XDiTBackend
 from .conditioning import EmptyCogVideoXLatent
+from .control_to_video import CogVideoXControlToVideo
 from .decoding import CogVideoXDecode
 from .image_to_video import CogVideoXImageToVideo
+from .inpainting import CogVideoXInpaint
 from .loaders import LoadCogVideoX
 from .sampling import CogVideoXSampler
 from .saving import SaveVideo
+from .video_to_video import CogVideoXVideoToVideo
 
 NODES: list[type[io.ComfyNode]] = [
     LoadCogVideoX,
     EmptyCogVideoXLatent,
     CogVideoXImageToVideo,
+    CogVideoXVideoToVideo,
+    CogVideoXControlToVideo,
+    CogVideoXInpaint,
     CogVideoXSampler,
     CogVideoXDecode,
     SaveVideo,

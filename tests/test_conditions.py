@@ -171,7 +171,7 @@ def test_a_masked_video_gives_the_latents_of_videox_fun_s_formula(
     expected = fun_inpaint(pipelines(like), pixels=pixels, mask=mask[None], size=size, texts=texts[like], **settings)
     given = {}
     if kind != "everything":
-        hidden = conditions.black_out(video, mask)
+        hidden = conditions.shown(video, mask)
         encoded = local.encode(EncodeJob(Model(str(checkpoints[like])), hidden)).tensor
         given = {"masked_video": encoded, "mask": conditions.latent_mask(mask)}
     latents = local.sample(make_job(like, size=size, steps=3, **given, **settings)).tensor
@@ -191,7 +191,7 @@ def test_a_mask_of_one_frame_and_one_that_is_not_0_or_1_are_cut_at_a_half():
     mask = torch.tensor([0.0, 0.49, 0.5, 1.0]).repeat_interleave(8).expand(1, 16, 32)
     assert conditions.latent_mask(mask)[0, 0, 0].tolist() == [[0, 0, 1, 1]] * 2
     video = torch.full((1, 16, 32, 3), 0.25)
-    assert conditions.black_out(video, mask)[0, 0, ::8, 0].tolist() == [0.25, 0.25, 0, 0]
+    assert conditions.shown(video, mask)[0, 0, ::8, 0].tolist() == [0.25, 0.25, 0, 0]
 
 
 def test_noise_on_what_is_shown_is_as_large_as_asked_for_leaves_black_alone_and_is_the_same_each_time():

@@ -308,6 +308,12 @@ class Checkpoint:
         return model.requires_grad_(False).eval().to(device)
 
 
+def whole_frames(frames: int, together: int = 1) -> int:
+    """The most frames, 4k+1, that a video of so many gives without padding; ``together`` latent frames are one token."""
+    latent = (frames - 1) // TEMPORAL + 1
+    return (max(latent // together * together, 1) - 1) * TEMPORAL + 1
+
+
 def state(path: Path) -> tuple:
     """Changes when a file of a checkpoint folder does: names, sizes and times of change."""
     return weights.fingerprint(file for file in sorted((*path.glob("*"), *path.glob("*/*"))) if file.is_file())

@@ -63,6 +63,12 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
             )
 
 
+def check_end_image(checkpoint: Checkpoint) -> None:
+    """Raises RequestError unless the model takes an end image, naming those that do."""
+    if checkpoint.task != "inpaint":
+        raise RequestError(f"{checkpoint.path.name} takes no end image; {CONDITIONS['inpaint'][1]}")
+
+
 def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
     """Whether what is given fits what the model makes videos from."""
     name = checkpoint.path.name

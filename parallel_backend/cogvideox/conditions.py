@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from ..errors import RequestError
 from ..jobs import SampleJob
 from .checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from .image import cover
 
 COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
 Condition = Callable[[float], torch.Tensor | None]
@@ -62,8 +64,9 @@ def known(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torc
     """Where the video is known, and the video there; zeros where nothing is known."""
     if job.mask is None:
         return torch.zeros_like(latents[:, :, :1]).repeat(1, 1, 1 + latents.shape[2], 1, 1)
-    known = torch.cat([fit(1 - job.mask, latents), fit(job.masked_video, latents)], dim=2)
-    return known * checkpoint.scaling_factor
+    seen = fit(1 - job.mask, latents)
+    anything = seen.flatten(1).any(dim=1)[:, None, None, None, None]
+    return torch.cat([seen, fit(job.masked_video, latents) * anything], dim=2) * checkpoint.scaling_factor
 
 
 def between_images(start: torch.Tensor | None, end: torch.Tensor | None, *, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,9 +90,28 @@ def between_images(start: torch.Tensor | None, end: torch.Tensor | None, *, fram
     return video, mask
 
 
-def black_out(video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``[frames, height, width, 3]`` in 0..1 with black where the mask ``[frames, height, width]`` is at least a half."""
-    return torch.where(mask[..., None] < 0.5, video, 0.0)
+def fit_mask(mask: torch.Tensor, *, frames: int, width: int, height: int) -> torch.Tensor:
+    """A mask ``[frames, rows, columns]`` brought to the video's size as the video is; a single one serves every frame.
+
+    Raises:
+        RequestError: when there are several, and fewer than the video has frames.
+    """
+    if mask.ndim == 2:
+        mask = mask[None]
+    if 1 < len(mask) < frames:
+        raise RequestError(f"the mask has {len(mask)} frames and the video {frames}; give one for all, or as many")
+    return cover(mask[:frames, ..., None], width=width, height=height)[..., 0].expand(frames, -1, -1)
+
+
+def shown(video: torch.Tensor, mask: torch.Tensor, *, noise: float = 0.0) -> torch.Tensor:
+    """What an inpaint model is shown of a video: ``[frames, height, width, 3]`` in 0..1, ready to be encoded.
+
+    Args:
+        video: of the same shape.
+        mask: ``[frames, height, width]``; where it is at least a half the result is black.
+        noise: on what is not black; see ``Checkpoint.reference_noise``.
+    """
+    return add_noise(torch.where(mask[..., None] < 0.5, video, 0.0), noise)
 
 
 def latent_mask(mask: torch.Tensor) -> torch.Tensor:
