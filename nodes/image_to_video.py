@@ -1,5 +1,7 @@
 """CogVideoX Image To Video."""
 
+import logging
+
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox import checks, conditions
@@ -82,9 +84,8 @@ class CogVideoXImageToVideo(io.ComfyNode):
             image = vae.encode(cover(start_image[:1], width=width, height=height))
             return io.NodeOutput(*with_values(positive, negative, {CONCAT: image, IMAGE_SCALE: image_scale}), latent)
         if image_scale != "auto":
-            host.say(
-                "image_scale is for image-to-video models; an inpaint model's images are always scaled", cls.hidden.unique_id
-            )
+            line = "image_scale is for image-to-video models; an inpaint model's images are always scaled"
+            host.say(line, cls.hidden.unique_id, level=logging.WARNING)
         images = (image if image is None else cover(image, width=width, height=height) for image in (start_image, end_image))
         video, mask = conditions.between_images(*images, frames=length)
         return io.NodeOutput(*with_values(positive, negative, inpaint_values(vae, video, mask)), latent)

@@ -1,5 +1,7 @@
 """Videos and masks brought to what a model takes, and encoded."""
 
+import logging
+
 import torch
 from comfy_api.latest import io
 
@@ -39,13 +41,14 @@ def fit_video(video: torch.Tensor, vae, *, width: int, height: int, length: int,
     frames = whole_frames(min(length, len(video)), together)
     if frames < length:
         rule = f"{TEMPORAL * together}k+{TEMPORAL * (together - 1) + 1}"
-        host.say(
-            f"{frames} of the video's {len(video)} frames are used, not {length}: a model of this kind takes {rule}", node_id
-        )
+        line = f"{frames} of the video's {len(video)} frames are used, not {length}: a model of this kind takes {rule}"
+        host.say(line, node_id, level=logging.WARNING)
     return cover(video[:frames], width=width, height=height)
 
 
 def inpaint_values(vae, video: torch.Tensor, mask: torch.Tensor) -> dict:
     """What an inpaint model is given, as values of a conditioning: the video encoded where it is known, and the mask."""
+    if conditions.shows_nothing(mask):
+        return {}
     noise = vae.checkpoint.reference_noise if isinstance(vae, VaeHandle) else 0.0
     return {CONCAT: vae.encode(conditions.shown(video, mask, noise=noise)), CONCAT_MASK: conditions.latent_mask(mask)}

@@ -10,7 +10,7 @@ import torch
 
 from .cogvideox.checkpoint import Checkpoint, whole_frames
 from .cogvideox.checks import check_end_image
-from .cogvideox.conditions import between_images, fit_mask, latent_mask, shown
+from .cogvideox.conditions import between_images, fit_mask, latent_mask, shown, shows_nothing
 from .cogvideox.image import cover
 from .errors import RequestError
 from .jobs import check_size
@@ -77,6 +77,8 @@ def read(
         video, mask = between_images(start, end, frames=frames)
     else:
         return pixels | ({} if start is None else {"image": start}), {}
+    if shows_nothing(mask):
+        return pixels, {}
     pixels["masked_video"] = shown(video, mask, noise=checkpoint.reference_noise)
     return pixels, {"mask": latent_mask(mask)}
 

@@ -33,7 +33,7 @@ def nodes(in_comfyui, checkpoints):  # noqa: F811
     return lambda code: in_comfyui(NODES + MORE + paths + code)
 
 
-def test_what_the_nodes_give_is_what_a_job_is_given(nodes):
+def test_what_the_nodes_give_is_what_a_job_is_given_and_what_they_leave_out_is_said(nodes):
     shown, log = nodes("""
 model, vae = handles(control)
 found = call(Control, **prompts, vae=vae, control_video=clip, strength=0.5, start_percent=0.0, end_percent=0.4, **size)
@@ -48,6 +48,7 @@ known = conditions.fit_mask(mask, frames=9, width=48, height=32)
 fields = {"masked_video": encode(model, conditions.shown(covered, known)), "mask": conditions.latent_mask(known)}
 equal["inpaint"] = torch.equal(sampled(model, found), expected(model, **fields))
 keys = sorted(found[0][0][1])
+all_new = sorted(call(Inpaint, **prompts, vae=vae, video=clip, mask=torch.ones(1, 40, 100), **size)[0][0][1])
 
 found = call(Node, **prompts, vae=vae, start_image=clip[:1], end_image=clip[-1:], **size)
 ends = [image.cover(one, width=48, height=32) for one in (clip[:1], clip[-1:])]
@@ -65,47 +66,39 @@ equal["raw"] = torch.equal(sampled(model, found), expected(model, **fields))
 _, vae = handles(text)
 latent = call(VideoToVideo, vae=vae, video=clip, **{**size, "batch_size": 2})[0]["samples"]
 equal["video"] = torch.equal(latent, encode(handles(text)[0], covered).repeat(2, 1, 1, 1, 1))
-show(equal=equal, keys=keys)
-""")
-    assert shown["equal"] == dict.fromkeys(("control", "inpaint", "ends", "nothing", "raw", "video"), True)
-    assert shown["keys"] == ["concat_latent_image", "concat_mask", "pooled_output"]  # the core's own
-    assert "does not use" not in log
 
-
-def test_videos_are_shortened_to_whole_tokens_and_it_is_said_and_a_core_vae_says_no_task(nodes):
-    shown, log = nodes("""
 _, vae = handles(v2v15)
-short = call(VideoToVideo, vae=vae, video=clip, **{**size, "length": 13})[0]["samples"]
 core = CoreVAE()
-ends = call(Node, **prompts, vae=core, end_image=clip[:1], **size)
-start = call(Node, **prompts, vae=core, start_image=clip[:1], **size)
-video = call(VideoToVideo, vae=core, video=clip, **{**size, "length": 13})[0]["samples"]
-show(short=list(short.shape), video=list(video.shape), masked=list(ends[0][0][1]["concat_mask"].shape),
-     latent=list(ends[0][0][1]["concat_latent_image"].shape), one=list(start[0][0][1]["concat_latent_image"].shape),
-     mask=ends[0][0][1]["concat_mask"][0, 0, :, 0, 0].tolist())
-""")
-    assert shown["short"] == [1, 16, 2, 4, 6] and shown["video"] == [1, 16, 3, 4, 6]
-    assert "5 of the video's 11 frames are used, not 13: a model of this kind takes 8k+5" in log
-    assert "9 of the video's 11 frames are used, not 13: a model of this kind takes 4k+1" in log
-    assert (shown["latent"], shown["one"]) == ([1, 16, 3, 4, 6], [1, 16, 1, 4, 6])
-    assert shown["mask"] == [1, 1, 0.75]  # of the four frames of the last latent, one is known
+latent = call(VideoToVideo, vae=vae, video=clip, **{**size, "length": 13})[0]["samples"]
+shapes = {"short": latent.shape}
+shapes["short core"] = call(VideoToVideo, vae=core, video=clip, **{**size, "length": 13})[0]["samples"].shape
+end = call(Node, **prompts, vae=core, end_image=clip[:1], **size)[0][0][1]
+start = call(Node, **prompts, vae=core, start_image=clip[:1], **size)[0][0][1]
+shapes |= {"end": end["concat_latent_image"].shape, "start": start["concat_latent_image"].shape}
 
-
-def test_noise_is_put_on_the_images_of_a_model_that_was_trained_with_it(nodes):
-    shown, _ = nodes("""
 path = Path(inp) / "transformer" / "config.json"
 before = path.read_text()
 path.write_text(json.dumps(json.loads(before) | {"add_noise_in_inpaint_model": True}))
 try:
     model, vae = handles(inp)
-    found = call(Node, **prompts, vae=vae, start_image=clip[:1], **size)
+    noisy = call(Node, **prompts, vae=vae, start_image=clip[:1], image_scale="raw", **size)[0][0][1]["concat_latent_image"]
 finally:
     path.write_text(before)
 video, known = conditions.between_images(covered[:1], None, frames=9)
-latent = found[0][0][1]["concat_latent_image"]
-show(noisy=torch.equal(latent, encode(model, conditions.add_noise(video, 0.0563))), plain=torch.equal(latent, encode(model, video)))
+equal["noise"] = torch.equal(noisy, encode(model, conditions.add_noise(video, 0.0563)))
+show(equal=equal, keys=keys, all_new=all_new, shapes={name: list(shape) for name, shape in shapes.items()},
+     mask=end["concat_mask"][0, 0, :, 0, 0].tolist())
 """)
-    assert shown == {"noisy": True, "plain": False}
+    assert shown["equal"] == dict.fromkeys(("control", "inpaint", "ends", "nothing", "raw", "video", "noise"), True)
+    assert shown["keys"] == ["concat_latent_image", "concat_mask", "pooled_output"]  # the core's own
+    assert shown["all_new"] == ["pooled_output"]
+    assert shown["mask"] == [1, 1, 1]  # VideoX-Fun's mask looks at the middle two of every four frames
+    short, whole, one = [1, 16, 2, 4, 6], [1, 16, 3, 4, 6], [1, 16, 1, 4, 6]
+    assert shown["shapes"] == {"short": short, "short core": whole, "end": whole, "start": one}
+    assert "5 of the video's 11 frames are used, not 13: a model of this kind takes 8k+5" in log
+    assert "9 of the video's 11 frames are used, not 13: a model of this kind takes 4k+1" in log
+    assert "image_scale is for image-to-video models" in log
+    assert "does not use" not in log
 
 
 def test_what_does_not_fit_is_named_in_one_line_and_nothing_is_loaded(nodes):

@@ -8,8 +8,10 @@ and a masked video 16. The first two are diffusers' pipelines; inpainting is Vid
   whole, by its mean;
 - the transformer sees ``1 - mask``, so 1 is what is known, as large as the latent: the first frame by itself, the others
   together, both trilinear. Mask and masked video are multiplied by the VAE's scaling factor, never its inverse;
-- first and last frame are such a video of which only those frames are known; nothing known is zeros throughout, and then the
-  model makes a video from text alone (nine of ten of its training examples without an image were so);
+- first and last frame are such a video of which only those frames are known. Of every four frames that resizing looks at the
+  middle two, so that the mask never shows a last frame: the model sees it in the masked video alone, as in its training;
+- where nothing is known there are zeros throughout, and the model makes a video from text alone (nine of ten of its training
+  examples without an image were so);
 - V1.1-5b saw its images with noise (``add_noise_in_inpaint_model``); black stays black.
 """
 
@@ -64,9 +66,8 @@ def known(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torc
     """Where the video is known, and the video there; zeros where nothing is known."""
     if job.mask is None:
         return torch.zeros_like(latents[:, :, :1]).repeat(1, 1, 1 + latents.shape[2], 1, 1)
-    seen = fit(1 - job.mask, latents)
-    anything = seen.flatten(1).any(dim=1)[:, None, None, None, None]
-    return torch.cat([seen, fit(job.masked_video, latents) * anything], dim=2) * checkpoint.scaling_factor
+    seen = torch.cat([fit(1 - job.mask, latents), fit(job.masked_video, latents)], dim=2)
+    return seen * checkpoint.scaling_factor
 
 
 def between_images(start: torch.Tensor | None, end: torch.Tensor | None, *, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +102,11 @@ def fit_mask(mask: torch.Tensor, *, frames: int, width: int, height: int) -> tor
     if 1 < len(mask) < frames:
         raise RequestError(f"the mask has {len(mask)} frames and the video {frames}; give one for all, or as many")
     return cover(mask[:frames, ..., None], width=width, height=height)[..., 0].expand(frames, -1, -1)
+
+
+def shows_nothing(mask: torch.Tensor) -> bool:
+    """Whether all of a video is made anew: then an inpaint model is given nothing, see above."""
+    return bool((mask >= 0.5).all())
 
 
 def shown(video: torch.Tensor, mask: torch.Tensor, *, noise: float = 0.0) -> torch.Tensor:
