@@ -18,7 +18,7 @@ class CogVideoXVideoToVideo(io.ComfyNode):
             node_id="XDiTCogVideoXVideoToVideo",
             display_name="CogVideoX Video To Video",
             category=CATEGORY,
-            description="Resizes, shortens and encodes a video for the sampler, whose denoise, below 1, says how much is made anew.",
+            description="Resizes, shortens and encodes a video for the sampler; denoise below 1 says how much is made anew.",
             inputs=[
                 io.Vae.Input("vae"),
                 *size_inputs(),

@@ -100,7 +100,8 @@ def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *,
     batch, _, frames, height, width = latent.shape
     if condition.ndim != 5 or condition.shape[0] not in (1, batch) or condition.shape[1] != channels:
         raise RequestError(
-            f"the {name} is {tuple(condition.shape)}; it must be [1 or {batch}, {channels}, frames, height/8, width/8]: use {node}"
+            f"the {name} is {tuple(condition.shape)}; "
+            f"it must be [1 or {batch}, {channels}, frames, height/8, width/8]: use {node}"
         )
     if tuple(condition.shape[2:]) != (frames, height, width):
         _, _, own_frames, own_height, own_width = condition.shape

@@ -176,10 +176,10 @@ class Checkpoint:
     def image_scale(self, name: str = "auto") -> float:
         """What a start image's latent is multiplied by.
 
-        One of ``jobs.IMAGE_SCALES``, the four conventions for CogVideoX1.5-5B-I2V: ``auto`` is diffusers', which follows the VAE's
-        ``invert_scale_latents`` (the inverse of the factor there, the factor elsewhere); ``inverse`` is always the inverse;
-        ``raw`` is 1, as in the CogVideoX wrapper and zai-org/CogVideo#761; ``scaled`` is always the factor, as in ComfyUI's
-        own model.
+        One of ``jobs.IMAGE_SCALES``, the conventions that there are for CogVideoX1.5-5B-I2V: ``auto`` is diffusers', which
+        follows the VAE's ``invert_scale_latents`` (the inverse of the factor there, the factor elsewhere); ``inverse`` is
+        always the inverse; ``raw`` is 1, as in the CogVideoX wrapper and zai-org/CogVideo#761; ``scaled`` is always the
+        factor, as in ComfyUI's own model.
         """
         if name == "auto":
             name = "inverse" if self.vae.get("invert_scale_latents") else "scaled"

@@ -13,6 +13,9 @@ and a masked video 16. The first two are diffusers' pipelines; inpainting is Vid
 - where nothing is known there are zeros throughout, and the model makes a video from text alone (nine of ten of its training
   examples without an image were so);
 - V1.1-5b saw its images with noise (``add_noise_in_inpaint_model``); black stays black.
+
+One thing is diffusers' and not VideoX-Fun's: at another size than 720x480 the 2b models get sines computed for it, where
+VideoX-Fun stretches those of 720x480 (its ``reports/cogvideox_fun/report_v1.md``).
 """
 
 from collections.abc import Callable

@@ -39,7 +39,7 @@ def parse(like: str) -> tuple[str, str]:
 
 
 def transformer_config(like: str, full_size: bool) -> dict:
-    """Arguments of the transformer: like ``2b`` (sincos), ``5b`` (rotary), ``1.5-5b`` (two-frame tokens), and what each takes."""
+    """Arguments of the transformer: like ``2b`` (sincos), ``5b`` (rotary) or ``1.5-5b`` (two-frame tokens), and its channels."""
     base, kind = parse(like)
     in_channels = 16 + CONDITION_CHANNELS[kind]
     config = {"temporal_compression_ratio": 4, "patch_size": 2, "in_channels": in_channels, "out_channels": 16}
