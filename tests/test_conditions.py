@@ -16,11 +16,10 @@ from .diffusers_reference import SCHEDULERS, reference
 from .test_image_and_video_input import encode, pictures, pixels_of
 
 SIZES = {
-    "2b-control": (80, 48, 9),
-    "5b-control": (64, 48, 9),
-    "1.5-5b-control": (64, 48, 13),
+    "5b-control": (48, 48, 9),
+    "1.5-5b-control": (64, 48, 5),
     "5b-inp": (64, 48, 9),
-    "1.5-5b-inp": (48, 64, 13),
+    "1.5-5b-inp": (48, 64, 5),
 }
 
 
@@ -68,7 +67,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("like", ["2b-control", "5b-control", "1.5-5b-control"])
+@pytest.mark.parametrize("like", ["5b-control", "1.5-5b-control"])
 def test_a_control_video_gives_the_latents_of_diffusers(
     like, scheduler, settings, pipelines, make_job, local, checkpoints, monkeypatch
 ):
