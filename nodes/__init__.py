@@ -4,12 +4,15 @@ from comfy_api.latest import ComfyExtension, io
 
 from .backend import XDiTBackend
 from .conditioning import EmptyCogVideoXLatent
+from .control_to_video import CogVideoXControlToVideo
 from .decoding import CogVideoXDecode
 from .image_to_video import CogVideoXImageToVideo
+from .inpainting import CogVideoXInpaint
 from .loaders import LoadCogVideoX
 from .lora import LoadCogVideoXLora
 from .sampling import CogVideoXSampler
 from .saving import SaveVideo
+from .video_to_video import CogVideoXVideoToVideo
 from .windows import CogVideoXContextWindows
 
 NODES: list[type[io.ComfyNode]] = [
@@ -18,6 +21,9 @@ NODES: list[type[io.ComfyNode]] = [
     EmptyCogVideoXLatent,
     CogVideoXImageToVideo,
     CogVideoXContextWindows,
+    CogVideoXVideoToVideo,
+    CogVideoXControlToVideo,
+    CogVideoXInpaint,
     CogVideoXSampler,
     CogVideoXDecode,
     SaveVideo,

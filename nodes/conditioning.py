@@ -1,7 +1,8 @@
-"""Latents to start from, and the core's conditioning as this pack's text states and start image."""
+"""Latents to start from, and the core's conditioning as this pack's text states and conditions."""
 
 import logging
 
+import node_helpers
 import torch
 from comfy_api.latest import io
 
@@ -11,8 +12,10 @@ from .sockets import CATEGORY
 
 logger = logging.getLogger(__name__)
 
-START_IMAGE = "concat_latent_image"
-"""The core's own name in a conditioning for the latent that is concatenated to the noise."""
+CONCAT, CONCAT_MASK = "concat_latent_image", "concat_mask"
+"""The core's own names in a conditioning for a latent that is concatenated to the noise, and for where it is made anew."""
+IMAGE_SCALE, CONTROL = "cogvideox_image_scale", "cogvideox_control"
+"""This pack's: a name of ``jobs.IMAGE_SCALES``, and the fields of a job that a control video sets."""
 
 
 def size_inputs() -> list:
@@ -62,9 +65,26 @@ def check_conditioning(conditioning, name: str) -> None:
         )
 
 
-def start_image(conditioning) -> torch.Tensor | None:
-    """The latent of the start image that a conditioning carries, or None."""
-    return conditioning[0][1].get(START_IMAGE)
+def with_values(positive, negative, values: dict) -> tuple:
+    """Both prompts with values of a conditioning.
+
+    Raises:
+        RequestError: for another pack's tensors under the same socket name.
+    """
+    check_conditioning(positive, "positive")
+    check_conditioning(negative, "negative")
+    return tuple(node_helpers.conditioning_set_values(prompt, values) for prompt in (positive, negative))
+
+
+def conditions_of(conditioning) -> dict:
+    """The conditions that a conditioning carries, as fields of a sampling job."""
+    options = conditioning[0][1]
+    fields = dict(options.get(CONTROL, {}))
+    if CONCAT not in options:
+        return fields
+    if CONCAT_MASK in options:
+        return {**fields, "masked_video": options[CONCAT], "mask": options[CONCAT_MASK]}
+    return {**fields, "image": options[CONCAT], "image_scale": options.get(IMAGE_SCALE, "auto")}
 
 
 def text_states(conditioning, name: str, *, limit: int) -> torch.Tensor:
@@ -81,7 +101,7 @@ def text_states(conditioning, name: str, *, limit: int) -> torch.Tensor:
     states, options = conditioning[0]
     if len(conditioning) > 1:
         logger.warning("%s has %d entries; the first is used", name, len(conditioning))
-    if ignored := sorted(set(options) - {"pooled_output", START_IMAGE}):
+    if ignored := sorted(set(options) - {"pooled_output", CONCAT, CONCAT_MASK, IMAGE_SCALE, CONTROL}):
         logger.warning("%s carries %s, which CogVideoX does not use", name, ", ".join(ignored))
     if states.shape[1] > limit:
         logger.warning("%s has %d tokens; the model takes %d, the rest is cut off", name, states.shape[1], limit)

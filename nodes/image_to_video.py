@@ -1,17 +1,21 @@
 """CogVideoX Image To Video."""
 
-import node_helpers
+import logging
+
 from comfy_api.latest import io
 
+from ..parallel_backend.cogvideox import checks, conditions
 from ..parallel_backend.cogvideox.image import cover
-from ..parallel_backend.jobs import empty_latent
-from .conditioning import START_IMAGE, check_conditioning, size_inputs
+from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
+from . import host
+from .conditioning import CONCAT, IMAGE_SCALE, size_inputs, with_values
 from .decoding import check_vae
-from .sockets import CATEGORY
+from .sockets import CATEGORY, VaeHandle
+from .videos import COVERED, conditioned_outputs, inpaint_values
 
 
 class CogVideoXImageToVideo(io.ComfyNode):
-    """A start image into the conditioning, and an empty latent of the video's size."""
+    """A start image, an end image, or both into the conditioning, and an empty latent of the video's size."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -20,7 +24,8 @@ class CogVideoXImageToVideo(io.ComfyNode):
             node_id="XDiTCogVideoXImageToVideo",
             display_name="CogVideoX Image To Video",
             category=CATEGORY,
-            description="Encodes a start image for an image-to-video model, such as CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V.",
+            description="Encodes a start image for an image-to-video model, such as CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V, "
+            "or a start and an end image for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP.",
             inputs=[
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
@@ -29,26 +34,58 @@ class CogVideoXImageToVideo(io.ComfyNode):
                 io.Image.Input(
                     "start_image",
                     optional=True,
-                    tooltip="The video's first frame. Resized to cover the video's size, its shape kept, and cropped at the "
-                    "centre; of several images the first is used.",
+                    tooltip=f"The video's first frame. {COVERED} Of several images an image-to-video model gets the first; "
+                    "for an inpaint model they are the first frames.",
+                ),
+                io.Image.Input(
+                    "end_image",
+                    optional=True,
+                    tooltip=f"The video's last frame, or several; for inpaint models alone. {COVERED}",
+                ),
+                io.Combo.Input(
+                    "image_scale",
+                    options=list(IMAGE_SCALES),
+                    default="auto",
+                    optional=True,
+                    tooltip="What an image-to-video model's start image is multiplied by. auto: as the checkpoint says. "
+                    "Others, for CogVideoX1.5-5B-I2V: inverse (diffusers), raw (the wrapper), scaled (ComfyUI).",
                 ),
             ],
-            outputs=[
-                io.Conditioning.Output(display_name="positive"),
-                io.Conditioning.Output(display_name="negative"),
-                io.Latent.Output(display_name="latent"),
-            ],
+            outputs=conditioned_outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, positive, negative, vae, width, height, length, batch_size, start_image=None) -> io.NodeOutput:
-        """Encodes the image once, for both prompts and every video of the batch."""
+    def execute(
+        cls,
+        positive,
+        negative,
+        vae,
+        width,
+        height,
+        length,
+        batch_size,
+        start_image=None,
+        end_image=None,
+        image_scale="auto",
+    ) -> io.NodeOutput:
+        """Encodes the images once, for both prompts and every video of the batch.
+
+        The checkpoint of the VAE says for which kind of model; a core VAE has none, and then an end image does.
+        """
         latent = {"samples": empty_latent(width=width, height=height, frames=length, batch=batch_size)}
-        if start_image is None:
+        if start_image is None and end_image is None:
             return io.NodeOutput(positive, negative, latent)
-        check_conditioning(positive, "positive")
-        check_conditioning(negative, "negative")
         check_vae(vae)
-        values = {START_IMAGE: vae.encode(cover(start_image[:1], width=width, height=height))}
-        positive, negative = (node_helpers.conditioning_set_values(prompt, values) for prompt in (positive, negative))
-        return io.NodeOutput(positive, negative, latent)
+        checkpoint = vae.checkpoint if isinstance(vae, VaeHandle) else None
+        if end_image is not None and checkpoint:
+            checks.check_end_image(checkpoint)
+        if end_image is None and (checkpoint is None or checkpoint.task != "inpaint"):
+            image = vae.encode(cover(start_image[:1], width=width, height=height))
+            return io.NodeOutput(*with_values(positive, negative, {CONCAT: image, IMAGE_SCALE: image_scale}), latent)
+        if image_scale != "auto":
+            line = "image_scale is for image-to-video models; an inpaint model's images are always scaled"
+            host.say(line, cls.hidden.unique_id, level=logging.WARNING)
+        images = (image if image is None else cover(image, width=width, height=height) for image in (start_image, end_image))
+        video, mask = conditions.between_images(*images, frames=length)
+        return io.NodeOutput(*with_values(positive, negative, inpaint_values(vae, video, mask)), latent)

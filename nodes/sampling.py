@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
 from . import host
-from .conditioning import start_image, text_states
+from .conditioning import conditions_of, text_states
 from .sockets import CATEGORY, BackendSocket, ModelSocket
 
 
@@ -61,10 +61,10 @@ class CogVideoXSampler(io.ComfyNode):
             scheduler=scheduler,
             dynamic_cfg=dynamic_cfg,
             denoise=denoise,
-            image=start_image(positive),
             windows=model.windows,
+            **conditions_of(positive),
         )
         node_id = cls.hidden.unique_id
         if "noise_mask" in latent:
-            host.say("the latent's mask is not used: there is no inpainting yet", node_id)
+            host.say("the latent's mask is not used; CogVideoX Inpaint gives one to an inpaint model", node_id)
         return io.NodeOutput({"samples": host.run(job, backend, node_id).tensor})

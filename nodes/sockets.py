@@ -102,6 +102,11 @@ class VaeHandle:
     def __init__(self, model: Model):
         self.model = model
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that the VAE is of."""
+        return Checkpoint.open(self.model.path)
+
     def decode(self, samples: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
         """Latent to ``[batch, frames, height, width, 3]`` in 0..1; in tiles where the whole would not fit."""
         return host.decode(DecodeJob(self.model, samples))

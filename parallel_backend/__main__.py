@@ -6,7 +6,7 @@ import sys
 
 from . import commands
 from .errors import Cancelled, GroupFailure, RequestError
-from .jobs import DTYPES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES
+from .jobs import DTYPES, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,10 +49,19 @@ def build_parser() -> Parser:
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--negative-prompt", default="")
     generate.add_argument(
-        "--image", help="a file to start from, for an image-to-video model; resized to cover, cropped at the centre"
+        "--image", help="a file to start from, for an image-to-video or inpaint model; resized to cover, cropped at the centre"
     )
+    generate.add_argument("--end-image", help="a file to end with, for an inpaint model")
+    generate.add_argument(
+        "--image-scale", choices=IMAGE_SCALES, default="auto", help="what an image-to-video model's image is multiplied by"
+    )
+    generate.add_argument("--control-video", help="a file of poses, edges or depth, for a control model")
+    generate.add_argument("--control-strength", type=float, default=1.0)
+    generate.add_argument("--control-start", type=float, default=0.0, help="share of the steps without control at first")
+    generate.add_argument("--control-end", type=float, default=1.0, help="share of the steps after which there is none")
     generate.add_argument("--video", help="a file to make another video of; resized and cropped likewise")
-    generate.add_argument("--denoise", type=float, help="with a video: how much of it is made anew; default 0.8")
+    generate.add_argument("--mask", help="an image or video, white where --video is made anew; for an inpaint model")
+    generate.add_argument("--denoise", type=float, help="with a video: how much of it is made anew; default 0.8, with a mask 1")
     generate.add_argument("--dynamic-cfg", action="store_true", help="let the guidance scale follow a cosine")
     generate.add_argument("--window", type=int, help="for a long video: frames that the model sees at once, 4k+1")
     generate.add_argument("--overlap", type=int, help="frames by which windows overlap; default: two thirds of one")

@@ -83,10 +83,10 @@ def encode_prompts(args: Namespace, checkpoint: Checkpoint, device: torch.device
 
 def denoise_of(args: Namespace) -> float:
     """The denoise asked for; by default everything, or what diffusers leaves of a video."""
-    if args.video is not None and args.denoise == 1:
+    if args.video is not None and args.mask is None and args.denoise == 1:
         raise RequestError("denoise 1 keeps nothing of the video; use less, such as 0.8, or leave the video out")
     if args.denoise is None:
-        return 1.0 if args.video is None else 0.8
+        return 1.0 if args.video is None or args.mask is not None else 0.8
     return args.denoise
 
 
@@ -104,7 +104,7 @@ def windows_of(args: Namespace) -> Windows | None:
 
 
 def generate(args: Namespace) -> int:
-    """A prompt, and an image or a video where one is given, to a video file."""
+    """A prompt, and images or videos where they are given, to a video file."""
     output = Path(args.output)
     video.check_video_name(output)
     if args.fps is not None:
@@ -116,9 +116,7 @@ def generate(args: Namespace) -> int:
     plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1)
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
-    given = inputs.read(args, size, checkpoint)
-    if "latent" in given:
-        size["frames"] = len(given["latent"])
+    given, ready = inputs.read(args, size, checkpoint)
     latent = empty_latent(**size, channels=checkpoint.channels)
     settings = {
         "denoise": denoise,
@@ -128,9 +126,14 @@ def generate(args: Namespace) -> int:
         "scheduler": args.scheduler,
         "dynamic_cfg": args.dynamic_cfg,
         "windows": windows_of(args),
+        "image_scale": args.image_scale,
+        "control_strength": args.control_strength,
+        "control_start": args.control_start,
+        "control_end": args.control_end,
+        **ready,
     }
     blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
-    blanks = {name: {"image": latent[:, :, :1], "latent": torch.ones_like(latent)}[name] for name in given}
+    blanks = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in given}
     job = SampleJob(model, blank, negative=blank, **{"latent": latent, **blanks}, **settings)
     checks.check(checkpoint, job)  # before anything is loaded to fill the blanks
 
@@ -173,7 +176,8 @@ def produce(
         if args.save_latents:
             video.save_latent(Path(args.save_latents), sampled.tensor)
         decoded = executor.decode(DecodeJob(job.model, sampled.tensor, tiling=args.tiling))
-        fps = args.fps or (inputs.frames_per_second(args.video) if args.video else checkpoint.default_fps)
+        source = args.video or args.control_video
+        fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
         video.save(Path(args.output), decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
     finally:
         executor.close()

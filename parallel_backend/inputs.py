@@ -1,5 +1,6 @@
-"""The image and the video that a person starts from, read and brought to the size of the video to make."""
+"""The images, videos and masks that a person gives, read and brought to the size of the video to make."""
 
+import mimetypes
 from argparse import Namespace
 from collections.abc import Iterator
 from itertools import islice
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .cogvideox.checkpoint import TEMPORAL, Checkpoint
+from .cogvideox.checkpoint import Checkpoint, whole_frames
+from .cogvideox.checks import check_end_image
+from .cogvideox.conditions import between_images, fit_mask, latent_mask, shown, shows_nothing
 from .cogvideox.image import cover
 from .errors import RequestError
 from .jobs import check_size
@@ -37,28 +40,73 @@ def pictures(path: str, kind: str) -> Iterator[torch.Tensor]:
         raise RequestError(f"{path} holds no {kind}; give another file")
 
 
-def read(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The pixels of the files that were given, by the field of a SampleJob that they are encoded for.
+def read(
+    args: Namespace, size: dict[str, int], checkpoint: Checkpoint
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What the files that were given are, by the field of a SampleJob that they fill.
 
     Args:
-        args: with ``image``, ``video`` and ``frames``.
-        size: width and height of the video to make, and the most frames.
+        args: with ``image``, ``end_image``, ``control_video``, ``video``, ``mask``, ``denoise`` and ``frames``.
+        size: width and height of the video to make, and the most frames; they become those of a video that is given.
         checkpoint: that they are for.
+    Returns:
+        Pixels ``[frames, height, width, 3]``, each to be encoded for its field, and the fields that need no encoding.
     Raises:
-        RequestError: for a size no CogVideoX makes, a file that cannot be read, or too short a video.
+        RequestError: for a size no CogVideoX makes, a file that cannot be read, too short a video, or files that do not go
+            together.
     """
     check_size(**size)
+    if args.mask is not None and args.video is None:
+        raise RequestError("a mask says what of a video is made anew, and there is no video; give --video too")
+    if args.end_image is not None:
+        check_end_image(checkpoint)
     edges = {"width": size["width"], "height": size["height"]}
-    found = {}
-    if args.image is not None:
-        found["image"] = cover(next(pictures(args.image, "image")), **edges)
-    if args.video is not None:
-        video = torch.cat([cover(picture, **edges) for picture in islice(pictures(args.video, "video"), size["frames"])])
-        frames = args.frames or whole_frames(len(video), checkpoint)
+    pixels = read_videos(args, size, checkpoint)
+    if pixels:
+        size["frames"] = len(next(iter(pixels.values())))
+    frames = size["frames"]
+    start, end = (
+        None if path is None else cover(next(pictures(path, "image")), **edges) for path in (args.image, args.end_image)
+    )
+    if args.mask is not None:
+        if start is not None or end is not None:
+            raise RequestError("an image and a mask both say what is kept of the video; give one of them")
+        mask = fit_mask(read_mask(args.mask, frames), frames=frames, **edges)
+        video = pixels["latent"] if args.denoise is not None and args.denoise < 1 else pixels.pop("latent")
+    elif checkpoint.task == "inpaint" and (start is not None or end is not None):
+        video, mask = between_images(start, end, frames=frames)
+    else:
+        return pixels | ({} if start is None else {"image": start}), {}
+    if shows_nothing(mask):
+        return pixels, {}
+    pixels["masked_video"] = shown(video, mask, noise=checkpoint.reference_noise)
+    return pixels, {"mask": latent_mask(mask)}
+
+
+def read_videos(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The pixels of the videos that were given, of one length: as many frames as were asked for, or as fit."""
+    edges = {"width": size["width"], "height": size["height"]}
+    paths = {field: path for field, path in (("latent", args.video), ("control", args.control_video)) if path is not None}
+    videos = {
+        field: torch.cat([cover(picture, **edges) for picture in islice(pictures(path, "video"), size["frames"])])
+        for field, path in paths.items()
+    }
+    if not videos:
+        return {}
+    frames = args.frames or whole_frames(min(map(len, videos.values())), checkpoint.patch_size_t or 1)
+    for field, video in videos.items():
         if frames > len(video):
-            raise RequestError(f"{args.video} has {len(video)} frames and {frames} were asked for; use fewer or a longer video")
-        found["latent"] = video[:frames]
-    return found
+            raise RequestError(
+                f"{paths[field]} has {len(video)} frames and {frames} were asked for; use fewer or a longer video"
+            )
+    return {field: video[:frames] for field, video in videos.items()}
+
+
+def read_mask(path: str, frames: int) -> torch.Tensor:
+    """A mask ``[1 or frames, rows, columns]`` in 0..1 from an image or a video: white is made anew."""
+    guessed = mimetypes.guess_type(path)[0] or ""
+    kind = "video" if guessed.startswith("video/") else "image"
+    return torch.cat([picture.mean(dim=-1) for picture in islice(pictures(path, kind), frames)])
 
 
 def frames_per_second(path: str) -> float:
@@ -66,10 +114,3 @@ def frames_per_second(path: str) -> float:
     import imageio.v3 as iio
 
     return float(iio.immeta(Path(path).expanduser(), plugin="pyav")["fps"])
-
-
-def whole_frames(frames: int, checkpoint: Checkpoint) -> int:
-    """The most frames, 4k+1, that a video of so many gives without padding."""
-    latent = (frames - 1) // TEMPORAL + 1
-    together = checkpoint.patch_size_t or 1
-    return (max(latent // together * together, 1) - 1) * TEMPORAL + 1

@@ -17,6 +17,8 @@ OFFLOADS = ("auto", "none", "model", "group", "sequential")
 SCHEDULERS = ("auto", "ddim", "dpm")
 TILINGS = ("auto", "on", "off")
 WINDOW_SCHEDULES = ("static", "uniform")
+IMAGE_SCALES = ("auto", "inverse", "raw", "scaled")
+"""What a start image's latent is multiplied by; see ``Checkpoint.image_scale``."""
 MAX_SEED = 2**64 - 1
 MAX_STRENGTH = 10.0
 
@@ -137,6 +139,30 @@ def check_image(image: torch.Tensor, latent: torch.Tensor) -> None:
         )
 
 
+def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *, channels: int, node: str) -> None:
+    """Raises RequestError unless a condition has every frame of the video, at its size.
+
+    Args:
+        name: of the condition, for the message.
+        condition: to check.
+        latent: of the video.
+        channels: that the condition must have.
+        node: that makes one which fits.
+    """
+    batch, _, frames, height, width = latent.shape
+    if condition.ndim != 5 or condition.shape[0] not in (1, batch) or condition.shape[1] != channels:
+        raise RequestError(
+            f"the {name} is {tuple(condition.shape)}; "
+            f"it must be [1 or {batch}, {channels}, frames, height/8, width/8]: use {node}"
+        )
+    if tuple(condition.shape[2:]) != (frames, height, width):
+        _, _, own_frames, own_height, own_width = condition.shape
+        raise RequestError(
+            f"the {name} is made for {own_width * 8}x{own_height * 8} and {own_frames} latent frames and the video has "
+            f"{width * 8}x{height * 8} and {frames}; use the latent that {node} gives"
+        )
+
+
 def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
     """Checks a size in pixels and frames, before any tensor of it is made.
 
@@ -204,11 +230,26 @@ class SampleJob:
     """Where to go on from, as a group that was lost has told; None starts at the first step."""
     windows: Windows | None = None
     """For a video longer than the model's own; None runs all frames at once."""
+    image_scale: str = "auto"
+    """What the start image's latent is multiplied by: one of ``IMAGE_SCALES``; ``auto`` is the checkpoint's own."""
+    control: torch.Tensor | None = None
+    """A control video as an unscaled VAE latent ``[1 or batch, channels, latent frames, height/8, width/8]``."""
+    control_strength: float = 1.0
+    """The control video's latent is multiplied by this."""
+    control_start: float = 0.0
+    """Share of the steps before which there is no control."""
+    control_end: float = 1.0
+    """Share of the steps after which there is no control."""
+    masked_video: torch.Tensor | None = None
+    """For inpaint models: the video as an unscaled VAE latent like ``control``, black where it is made anew."""
+    mask: torch.Tensor | None = None
+    """Beside ``masked_video``: ``[1 or batch, 1, latent frames, height/8, width/8]``, 1 where the video is made anew."""
 
     def __post_init__(self):
         check_latent(self.latent)
         if self.image is not None:
             check_image(self.image, self.latent)
+        self.check_conditions()
         choice("scheduler", self.scheduler, SCHEDULERS)
         between("steps", self.steps, 1, 1000)
         between("seed", self.seed, 0, MAX_SEED)
@@ -226,6 +267,23 @@ class SampleJob:
                 raise RequestError(
                     f"{name} conditioning is {tuple(text.shape)}; it must be [1 or {self.latent.shape[0]}, tokens, features]"
                 )
+
+    def check_conditions(self) -> None:
+        """Raises RequestError unless what is concatenated to the noise fits the latent."""
+        choice("image_scale", self.image_scale, IMAGE_SCALES)
+        between("control_strength", self.control_strength, 0.0, 10.0)
+        between("control_start", self.control_start, 0.0, 1.0)
+        between("control_end", self.control_end, self.control_start, 1.0)
+        channels = self.latent.shape[1]
+        if self.control is not None:
+            node = "CogVideoX Control To Video"
+            check_condition("control video's latent", self.control, self.latent, channels=channels, node=node)
+        if (self.masked_video is None) != (self.mask is None):
+            raise RequestError("a masked video and its mask go together; use CogVideoX Inpaint or CogVideoX Image To Video")
+        if self.mask is not None:
+            node = "CogVideoX Inpaint or CogVideoX Image To Video"
+            check_condition("masked video's latent", self.masked_video, self.latent, channels=channels, node=node)
+            check_condition("mask", self.mask, self.latent, channels=1, node=node)
 
     @property
     def guided(self) -> bool:
@@ -321,7 +379,7 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors |= {f"{item.name}.{name}": tensor for name, tensor in inner.items()}
         elif isinstance(value, Windows):
             plain[item.name] = asdict(value)
-        elif value is not None:  # None is always the default: a side that does not know the field yet need not see it
+        elif value != item.default:  # a side that does not know the field yet need not see its default
             plain[item.name] = value
     return plain, tensors
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 # Before torch: threads that spin as long as they do by default make a test fifty times slower beside another program.
@@ -56,31 +56,51 @@ def private_folders(tmp_path_factory):
         yield
 
 
+class MadeWhenAsked(Mapping):
+    """One value for each of LIKES, made when it is first asked for and then kept."""
+
+    def __init__(self, make: Callable[[str], object]):
+        self._make, self._made = make, {}
+
+    def __getitem__(self, like: str):
+        if like not in LIKES:
+            raise KeyError(like)
+        if like not in self._made:
+            self._made[like] = self._make(like)
+        return self._made[like]
+
+    def __iter__(self):
+        return iter(LIKES)
+
+    def __len__(self) -> int:
+        return len(LIKES)
+
+
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """Small pipelines with random weights: like 2b (sincos), 5b (rotary), 1.5 (two-frame tokens), and from images."""
+def checkpoints(tmp_path_factory) -> Mapping[str, Path]:
+    """Small pipelines with random weights: like 2b (sincos), 5b (rotary), 1.5 (two-frame tokens), and what each takes."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {like: build(root / like, like=like) for like in LIKES}
+    return MadeWhenAsked(lambda like: build(root / like, like=like))
 
 
 @pytest.fixture(scope="session")
-def texts(checkpoints) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def texts(checkpoints) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
     """Text states of PROMPT and NEGATIVE for each checkpoint."""
-    found = {}
-    for like, path in checkpoints.items():
-        encoder = TextEncoder(Checkpoint.open(path), device=torch.device("cpu"), dtype=torch.float32)
-        found[like] = tuple(encoder.encode([encoder.tokenize(text)]) for text in (PROMPT, NEGATIVE))
-    return found
+
+    def encode(like: str) -> tuple[torch.Tensor, torch.Tensor]:
+        encoder = TextEncoder(Checkpoint.open(checkpoints[like]), device=torch.device("cpu"), dtype=torch.float32)
+        return tuple(encoder.encode([encoder.tokenize(text)]) for text in (PROMPT, NEGATIVE))
+
+    return MadeWhenAsked(encode)
 
 
 @pytest.fixture(scope="session")
-def loras(checkpoints, tmp_path_factory) -> dict[str, str]:
+def loras(checkpoints, tmp_path_factory) -> Mapping[str, str]:
     """A LoRA file for each checkpoint, named as CogVideoX-Fun names it."""
     root = tmp_path_factory.mktemp("loras")
-    return {
-        like: write(root / f"{like}.safetensors", fun_layout(random_change(path), alpha=4.0))
-        for like, path in checkpoints.items()
-    }
+    return MadeWhenAsked(
+        lambda like: write(root / f"{like}.safetensors", fun_layout(random_change(checkpoints[like]), alpha=4.0))
+    )
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,12 @@ import torch
 
 from parallel_backend.cogvideox import checkpoint, checks, weights
 from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.random_weights import parse
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, Model
 
-IMAGE = torch.ones(1, 16, 1, 8, 12)
+IMAGE, VIDEO = torch.ones(1, 16, 1, 8, 12), torch.ones(1, 16, 3, 8, 12)
+INPAINT = {"masked_video": VIDEO, "mask": VIDEO[:, :1]}
 
 
 def configure(folder, **changes) -> None:
@@ -45,16 +47,57 @@ def test_what_a_checkpoint_can_do_comes_from_its_configurations(checkpoints):
     assert new.dtype("auto", torch.device("cpu")) == torch.float32
 
 
-def test_what_a_video_is_made_from_comes_from_the_channels_and_not_from_the_name(checkpoints, broken):
+def test_what_a_video_is_made_from_comes_from_the_configurations_and_not_from_the_name(checkpoints, broken):
+    tasks = {"": "text", "i2v": "image", "control": "control", "inp": "inpaint"}
     found = {like: Checkpoint.open(path) for like, path in checkpoints.items()}
-    assert [like for like, checkpoint in found.items() if checkpoint.takes_image] == ["5b-i2v", "1.5-5b-i2v"]
+    assert {like: checkpoint.task for like, checkpoint in found.items()} == {like: tasks[parse(like)[1]] for like in found}
     assert "CogVideoX 1.0, text to video, 3 layers, 4 heads, rotary, fp32" in found["5b"].describe
     assert "CogVideoX 1.0, image to video, 3 layers, 4 heads, rotary and learned, fp32" in found["5b-i2v"].describe
     assert "CogVideoX 1.5, image to video, 3 layers, 4 heads, rotary, fp32" in found["1.5-5b-i2v"].describe
-    assert (found["5b-i2v"].image_scaling_factor, found["1.5-5b-i2v"].image_scaling_factor) == (0.7, 1 / 0.7)
+    assert "CogVideoX 1.0, control video to video, 3 layers, 4 heads, sincos, fp32" in found["2b-control"].describe
+    assert "CogVideoX 1.5, inpainting, first and last frame, 3 layers, 4 heads, rotary, fp32" in found["1.5-5b-inp"].describe
     assert (found["5b-i2v"].ofs, found["1.5-5b-i2v"].ofs) == (None, 2.0)
-    configure(broken, in_channels=33)
-    assert "not supported yet (33 channels in)" in Checkpoint.open(broken).describe
+    configure(broken, in_channels=48)
+    assert "not supported yet (48 channels in)" in Checkpoint.open(broken).describe
+
+
+@pytest.mark.parametrize(
+    "changes, pipeline, task",
+    [
+        ({}, "CogVideoXFunControlPipeline", "control"),
+        ({}, "CogVideoXPipeline", "control"),
+        ({}, None, "control"),  # the CogVideoX wrapper's folders have no model_index.json
+        ({}, "CogVideoXImageToVideoPipeline", "image"),
+        ({"use_learned_positional_embeddings": True}, "CogVideoXPipeline", "image"),
+        ({"patch_size_t": 2, "ofs_embed_dim": 64}, None, "image"),
+        ({"patch_size_t": 2}, None, "control"),
+    ],
+)
+def test_32_channels_are_an_image_where_positions_or_ofs_or_the_pipeline_say_so(changes, pipeline, task, broken):
+    configure(broken, in_channels=32, **changes)
+    index = broken / "model_index.json"
+    index.write_text(json.dumps({"_class_name": pipeline}))
+    if pipeline is None:
+        index.unlink()
+    assert Checkpoint.open(broken).task == task
+
+
+def test_the_published_fun_models_make_whole_tokens_at_8_frames_a_second_and_know_of_noise(checkpoints, broken):
+    configure(broken, in_channels=33, patch_size_t=2, sample_width=300, sample_height=300, sample_frames=81)
+    checkpoint = Checkpoint.open(broken)
+    assert (checkpoint.default_size, checkpoint.default_fps) == ((1360, 768, 85), 8)
+    assert Checkpoint.open(checkpoints["1.5-5b-i2v"]).default_fps == 16
+    assert checkpoint.reference_noise == 0
+    configure(broken, add_noise_in_inpaint_model=True)
+    assert Checkpoint.open(broken).reference_noise == 0.0563
+
+
+@pytest.mark.parametrize("like, auto", [("5b-i2v", 0.7), ("1.5-5b-i2v", 1 / 0.7), ("2b-i2v", 1.15258426)])
+def test_a_start_image_is_scaled_as_the_checkpoint_says_or_as_a_person_says(like, auto, checkpoints):
+    checkpoint = Checkpoint.open(checkpoints[like])
+    assert checkpoint.image_scale() == checkpoint.image_scale("auto") == auto
+    factor = checkpoint.scaling_factor
+    assert [checkpoint.image_scale(name) for name in ("inverse", "raw", "scaled")] == [1 / factor, 1.0, factor]
 
 
 def test_the_published_1_5_says_how_far_its_positions_reach_and_not_its_size(checkpoints, broken):
@@ -68,8 +111,18 @@ def test_the_published_1_5_says_how_far_its_positions_reach_and_not_its_size(che
     [
         ("5b", {}, {"image": IMAGE}, "text alone; .* image-to-video model, such as CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"),
         ("5b-i2v", {}, {}, "needs a start image .* text-to-video model, such as CogVideoX-2b"),
-        ("5b", {"in_channels": 33}, {}, "takes 33 channels, which is not supported yet; .*CogVideoX-5b-I2V"),
-        ("5b", {"in_channels": 33}, {"image": IMAGE}, "takes 33 channels"),
+        ("5b", {"in_channels": 48}, {}, "takes 48 channels, which is not supported yet; .*CogVideoX-5b-I2V"),
+        ("5b", {"in_channels": 48}, {"image": IMAGE}, "takes 48 channels"),
+        ("5b", {}, {"control": VIDEO}, "text alone; for a control video use a control model, such as .*-Control or .*-Pose"),
+        ("5b", {}, INPAINT, "text alone; for an end image or a mask use an inpaint model, such as .*-InP"),
+        ("5b-i2v", {}, {"image": IMAGE, "control": VIDEO}, "from a start image; for a control video use a control model"),
+        ("5b-i2v", {}, {"image": IMAGE, **INPAINT}, "from a start image; for an end image or a mask use an inpaint model"),
+        ("5b-control", {}, {}, "needs a control video \\(CogVideoX Control To Video, or --control-video\\)"),
+        ("5b-control", {}, {"control": VIDEO, "image": IMAGE}, "from a control video; for a start image use an image-to-video"),
+        ("5b-inp", {}, {"control": VIDEO}, "what is missing of a video; for a control video use a control model"),
+        ("5b-inp", {}, {"image": IMAGE}, "takes a start image as a masked video.*the VAE of this checkpoint"),
+        ("1.5-5b-inp", {}, {}, "needs a multiple of 2 latent frames and the video has 3: use 13 frames"),
+        ("1.5-5b-control", {}, {"control": VIDEO}, "needs a multiple of 2 latent frames and the video has 3: use 13 frames"),
         ("5b-i2v", {}, {"size": (80, 48, 9), "image": IMAGE[..., :6, :10]}, "positions for 96x64 alone .* 80x48; use 96x64"),
     ],
 )

@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from parallel_backend import inputs
 from parallel_backend.__main__ import build_parser, main
+from parallel_backend.cogvideox.checkpoint import Checkpoint
 
 from .conftest import REPO, TOLERANCE, command, wait_until, workers
 from .measures import look
@@ -150,6 +152,7 @@ def files(tmp_path) -> dict[str, str]:
     colours = np.random.default_rng(0).integers(0, 256, (10, 48, 80, 3), dtype=np.uint8)
     iio.imwrite(folder / "image.png", colours[0])
     iio.imwrite(folder / "video.mp4", colours, plugin="pyav", codec="libx264", fps=12)
+    iio.imwrite(folder / "two.mp4", colours[:2], plugin="pyav", codec="libx264", fps=12)
     (folder / "text.png").write_text("not a picture")
     (folder / "text.mp4").write_text("not a video")
     (folder / "empty.mp4").touch()
@@ -178,6 +181,49 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
 
 
 @pytest.mark.parametrize(
+    "like, more, encoded, frames",
+    [
+        ("5b-inp", ("--image", "image.png", "--end-image", "image.png"), {"masked_video"}, 17),
+        ("1.5-5b-inp", ("--end-image", "image.png", "--frames", "5"), {"masked_video"}, 5),
+        ("5b-inp", ("--video", "video.mp4", "--mask", "image.png"), {"masked_video"}, 9),
+        ("5b-inp", ("--video", "video.mp4", "--mask", "video.mp4", "--denoise", "0.5"), {"masked_video", "latent"}, 9),
+        ("5b-inp", ("--video", "video.mp4", "--image", "image.png"), {"masked_video", "latent"}, 9),
+        ("1.5-5b-inp", ("--video", "video.mp4"), {"latent"}, 5),
+        ("1.5-5b-control", ("--control-video", "video.mp4"), {"control"}, 5),
+        ("5b-control", ("--control-video", "video.mp4", "--video", "video.mp4"), {"control", "latent"}, 9),
+        ("5b-i2v", ("--image", "image.png"), {"image"}, 17),
+    ],
+    ids=str,
+)
+def test_files_are_read_for_the_fields_that_the_model_takes(like, more, encoded, frames, checkpoints, files):
+    arguments = ["generate", "--model", "x", "--prompt", "x", "--output", "x.mp4"]
+    args = build_parser().parse_args([*arguments, *(files.get(word, word) for word in more)])
+    size = {"width": 48, "height": 32, "frames": args.frames or 17}
+    pixels, ready = inputs.read(args, size, Checkpoint.open(checkpoints[like]))
+    assert set(pixels) == encoded and size["frames"] == frames
+    assert set(ready) == ({"mask"} if "masked_video" in encoded else set())
+    assert {video.shape for video in pixels.values()} == {(1 if encoded == {"image"} else frames, 32, 48, 3)}
+    for mask in ready.values():
+        assert mask.shape == (1, 1, (frames - 1) // 4 + 1, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "like, more",
+    [
+        ("5b-inp", ("--image", "image.png", "--end-image", "image.png")),
+        ("5b-control", ("--control-video", "video.mp4", "--control-strength", "0.5")),
+    ],
+    ids=str,
+)
+def test_images_and_control_videos_become_a_video(like, more, checkpoints, files, tmp_path, capsys):
+    arguments = ["generate", "--model", checkpoints[like], "--prompt", "x", "--output", tmp_path / "out.mp4"]
+    small = ["--steps", 1, "--width", 32, "--height", 32, "--frames", 5, "--plan", "single", "--devices", "cpu"]
+    status = main([*map(str, [*arguments, *small]), *(files.get(word, word) for word in more)])
+    assert status == 0, capsys.readouterr().err
+    assert iio.imread(tmp_path / "out.mp4", plugin="pyav").shape == (5, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
     "like, more, words",
     [
         ("5b-i2v", ("--image", "none"), "there is no image file .*none.png"),
@@ -195,6 +241,24 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
         ("5b-i2v", (), "needs a start image .* such as CogVideoX-2b"),
         ("5b-i2v", ("--image", "image.png", "--width", "80"), "learned positions for 96x64 alone .* 80x64; use 96x64"),
         ("5b-i2v", ("--image", "image.png", "--width", "81"), "width is 81"),
+        (
+            "5b-i2v",
+            ("--image", "image.png", "--end-image", "image.png"),
+            "takes no end image; .* such as CogVideoX-Fun-V1.1-5b-InP",
+        ),
+        ("5b", ("--end-image", "image.png"), "takes no end image; for an end image or a mask use an inpaint model"),
+        ("5b", ("--control-video", "video.mp4"), "text alone; for a control video use a control model"),
+        ("5b", ("--video", "video.mp4", "--mask", "image.png"), "text alone; for an end image or a mask use an inpaint model"),
+        ("5b-inp", ("--mask", "image.png"), "there is no video; give --video too"),
+        ("5b-inp", ("--video", "video.mp4", "--mask", "none"), "there is no image file"),
+        ("5b-inp", ("--video", "video.mp4", "--mask", "two.mp4"), "the mask has 2 frames and the video 9; give one for all"),
+        ("5b-inp", ("--video", "video.mp4", "--mask", "image.png", "--image", "image.png"), "give one of them"),
+        ("5b-inp", ("--control-video", "video.mp4"), "what is missing of a video; for a control video use a control model"),
+        ("1.5-5b-inp", ("--image", "image.png", "--frames", "9"), "multiple of 2 latent frames and the video has 3: use 13"),
+        ("5b-control", (), "needs a control video .*--control-video"),
+        ("5b-control", ("--control-video", "text.mp4"), "text.mp4 cannot be read as video"),
+        ("5b-control", ("--control-video", "video.mp4", "--control-end", "2"), "control_end is 2.0; use 0.0 to 1.0"),
+        ("5b-control", ("--control-video", "video.mp4", "--frames", "13"), "has 10 frames and 13 were asked for"),
     ],
     ids=str,
 )
@@ -321,4 +385,6 @@ def test_the_options_are_frozen_so_that_scripts_go_on_working():
         "--model", "--prompt", "--negative-prompt", "--width", "--height", "--frames", "--steps", "--cfg", "--seed", "--scheduler",
         "--dynamic-cfg", "--fps", "--plan", "--devices", "--dtype", "--offload", "--tiling", "--output", "--save-latents", "--json",
         "--image", "--video", "--denoise", "--lora",
+        "--end-image", "--image-scale", "--mask", "--control-video", "--control-strength",
+        "--control-start", "--control-end",
     }  # fmt: skip

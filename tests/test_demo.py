@@ -34,7 +34,7 @@ def encoder(demo) -> TextEncoder:
 def verdicts(demo, encoder, local) -> list[Verdict]:
     """A dozen of the benchmark's captions, in fewer steps than the benchmark's."""
     dozen = enumerate(cases(12))
-    return [judge(generate(local, demo, encoder, prompt, seed=seed, steps=20), scene) for seed, (scene, prompt) in dozen]
+    return [judge(generate(local, demo, encoder, prompt, seed=seed, steps=30), scene) for seed, (scene, prompt) in dozen]
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,20 @@ def test_a_size_that_no_cogvideox_makes_is_refused_with_the_nearest(size, words)
         ({"image": torch.ones(1, 16, 2, 4, 4)}, "start image's latent is .*use CogVideoX Image To Video"),
         ({"image": torch.ones(3, 16, 1, 4, 4)}, "start image's latent is"),
         ({"image": torch.ones(1, 16, 1, 6, 4)}, "encoded for 32x48 and the video is 32x32; use one size"),
+        ({"image_scale": "half"}, "image_scale is 'half'; use one of auto, inverse, raw, scaled"),
+        ({"control": torch.ones(1, 16, 4, 4)}, "control video's latent is \\(1, 16, 4, 4\\); .*use CogVideoX Control To Video"),
+        ({"control": torch.ones(3, 16, 2, 4, 4)}, "must be \\[1 or 1, 16, frames"),
+        ({"control": torch.ones(1, 17, 2, 4, 4)}, "control video's latent is"),
+        ({"control": torch.ones(1, 16, 1, 4, 4)}, "made for 32x32 and 1 latent frames and the video has 32x32 and 2"),
+        ({"control": torch.ones(1, 16, 2, 6, 4)}, "made for 32x48 and 2 latent frames"),
+        ({"control_strength": -0.1}, "control_strength is -0.1; use 0.0 to 10.0"),
+        ({"control_start": 1.5}, "control_start is 1.5; use 0.0 to 1.0"),
+        ({"control_start": 0.5, "control_end": 0.4}, "control_end is 0.4; use 0.5 to 1.0"),
+        ({"mask": torch.ones(1, 1, 2, 4, 4)}, "a masked video and its mask go together"),
+        ({"masked_video": torch.ones(1, 16, 2, 4, 4)}, "a masked video and its mask go together"),
+        ({"masked_video": torch.ones(1, 16, 2, 4, 4), "mask": torch.ones(1, 1, 1, 4, 4)}, "the mask is made for .* 1 latent"),
+        ({"masked_video": torch.ones(1, 16, 2, 4, 4), "mask": torch.ones(1, 2, 2, 4, 4)}, "the mask is \\(1, 2, 2, 4, 4\\)"),
+        ({"masked_video": torch.ones(1, 1, 2, 4, 4), "mask": torch.ones(1, 1, 2, 4, 4)}, "masked video's latent is"),
     ],
 )
 def test_a_sampling_job_that_makes_no_sense_is_refused_in_one_line(changes, words):
@@ -80,6 +94,8 @@ def test_a_video_to_encode_must_be_frames_of_three_channels():
         sample(image=torch.rand(1, 16, 1, 4, 4)),
         sample(model=Model("/nowhere", loras=(Lora("/a.safetensors", -0.5), Lora("/b.safetensors")))),
         sample(windows=Windows(17, 4, "uniform", False)),
+        sample(control=torch.rand(1, 16, 2, 4, 4), control_strength=0.5, control_start=0.1, control_end=0.9),
+        sample(masked_video=torch.rand(1, 16, 2, 4, 4), mask=torch.rand(1, 1, 2, 4, 4), image_scale="raw"),
         DecodeJob(MODEL, torch.rand(1, 16, 2, 4, 4), "on", 128, 32),
     ],
 )
@@ -92,10 +108,11 @@ def test_a_job_survives_being_taken_apart(job):
     assert again.model == job.model and getattr(again, "windows", None) == getattr(job, "windows", None)
 
 
-def test_sides_that_know_no_start_image_understand_a_job_without_one():
-    plain, tensors = split_fields(sample())
-    assert "image" not in {*plain, *tensors}
-    assert join_fields("sample", plain, tensors).image is None
+def test_sides_that_know_no_conditions_understand_a_job_without_them():
+    plain, tensors = split_fields(sample(steps=7))
+    assert (set(plain), set(tensors)) == ({"model", "steps"}, {"positive", "negative", "latent"})
+    again = join_fields("sample", plain, tensors)
+    assert (again.steps, again.cfg, again.image, again.control, again.control_strength) == (7, 6.0, None, None, 1.0)
 
 
 def test_sides_that_know_no_lora_understand_a_model_without_one():

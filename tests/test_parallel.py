@@ -12,6 +12,13 @@ from parallel_backend.plans import Plan
 from .conftest import TOLERANCE
 
 PLANS = ["cfg2", "ulysses2", "ring2", "cfg2-ulysses2", "ulysses2-ring2", "cfg2-ring2"]
+
+
+def masked(*size: int) -> dict[str, torch.Tensor]:
+    """What an inpaint model is given, for a latent of this size."""
+    return {"masked_video": torch.randn(1, 16, *size), "mask": torch.rand(1, 1, *size)}
+
+
 CASES = [
     ("2b", {"size": (96, 64, 17), "scheduler": "ddim"}),
     ("2b", {"size": (80, 48, 13), "scheduler": "dpm", "dynamic_cfg": True}),
@@ -33,6 +40,10 @@ CASES = [
         "1.5-5b",
         {"size": (48, 64, 29), "steps": 4, "scheduler": "ddim", "cfg": 1.0, "windows": Windows(13, 0, "uniform", False)},
     ),
+    ("2b-control", {"size": (48, 64, 5), "steps": 4, "batch": 2, "control": torch.randn(2, 16, 2, 8, 6), "control_end": 0.5}),
+    ("1.5-5b-control", {"size": (64, 48, 5), "steps": 3, "control": torch.randn(1, 16, 2, 6, 8), "control_strength": 0.5}),
+    ("5b-inp", {"size": (48, 48, 5), "steps": 3, "scheduler": "ddim", **masked(2, 6, 6)}),
+    ("1.5-5b-inp", {"size": (64, 48, 5), "steps": 3, "cfg": 1.0, **masked(2, 6, 8)}),
 ]
 
 

@@ -88,7 +88,7 @@ def test_what_the_header_tells_is_what_the_folder_says(like, folders, files):
         assert found.transformer == {name: folder.transformer.get(name) for name in found.transformer}
         assert found.scheduler == {name: folder.scheduler[name] for name in found.scheduler}
         assert found.scaling_factor == folder.scaling_factor
-        assert found.image_scaling_factor == folder.image_scaling_factor
+        assert found.image_scale("auto") == folder.image_scale("auto")
         assert found.elements == {"transformer": folder.elements["transformer"]}
         assert found.default_size == folder.default_size
         assert found.describe == folder.describe.replace(folder.path.name, path.name)
@@ -99,7 +99,7 @@ def test_published_values_of_the_families(files):
     assert {like: checkpoint.scheduler["snr_shift_scale"] for like, checkpoint in found.items()} == {
         "2b": 3.0, "5b": 1.0, "5b-i2v": 1.0, "1.5-5b": 1.0, "1.5-5b-i2v": 1.0,
     }  # fmt: skip
-    assert {like: (checkpoint.scaling_factor, checkpoint.image_scaling_factor) for like, checkpoint in found.items()} == {
+    assert {like: (checkpoint.scaling_factor, checkpoint.image_scale("auto")) for like, checkpoint in found.items()} == {
         "2b": (1.15258426, 1.15258426), "5b": (0.7, 0.7), "5b-i2v": (0.7, 0.7), "1.5-5b": (0.7, 0.7), "1.5-5b-i2v": (0.7, 1 / 0.7),
     }  # fmt: skip
     assert (found["5b"].default_size, found["1.5-5b"].default_size) == ((720, 480, 49), (1360, 768, 81))

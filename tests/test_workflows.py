@@ -17,7 +17,6 @@ from .lora_files import diffusers_layout, random_change, write
 from .test_nodes import WORKFLOWS
 
 ASKED = 10
-FRAMES = {"long-video": 49}
 STEPS = {"v2v": 6}  # it makes 60 % of them
 COMFYUI_ALONE = "core-nodes"
 """Needs the loaders of a real ComfyUI; tests/test_comfyui.py runs it there."""
@@ -27,7 +26,16 @@ SMALL_IMAGE_TO_VIDEO = [
     "XDiTCogVideoXImageToVideo.length=17",
 ]
 """The shipped workflow is for CogVideoX-5b-I2V; tests run it with a small model of 96x64."""
-SETTINGS = {"i2v": ["XDiTLoadCogVideoX.model_name=CogVideo/small-i2v", *SMALL_IMAGE_TO_VIDEO]}
+SMALL = {"width": 48, "height": 48, "length": 5}
+SETTINGS = {"i2v": ["XDiTLoadCogVideoX.model_name=CogVideo/5b-i2v", *SMALL_IMAGE_TO_VIDEO]}
+for name, node, like in (
+    ("control", "XDiTCogVideoXControlToVideo", "5b-control"),
+    ("first-last-frame", "XDiTCogVideoXImageToVideo", "5b-inp"),
+    ("inpaint", "XDiTCogVideoXInpaint", "5b-inp"),
+):
+    SETTINGS[name] = [f"XDiTLoadCogVideoX.model_name=CogVideo/{like}", *(f"{node}.{key}={SMALL[key]}" for key in SMALL)]
+SETTINGS["inpaint"].append("LoadImage.image=mask.png")
+SHAPES = {"long-video": (49, 64, 96, 3), **dict.fromkeys(("control", "first-last-frame", "inpaint"), (5, 48, 48, 3))}
 RUN_ALL = """
 import json, logging, sys, traceback
 from pathlib import Path
@@ -52,12 +60,14 @@ print(json.dumps(results))
 
 def prepare(folder, checkpoints) -> None:
     """Models and input as the shipped workflows name them: small models, and the files of Load Image and Load Video."""
-    shutil.copytree(checkpoints["5b-i2v"], folder / "models" / "CogVideo" / "small-i2v")
+    for like in ("5b-i2v", "5b-control", "5b-inp"):
+        shutil.copytree(checkpoints[like], folder / "models" / "CogVideo" / like)
     (folder / "models" / "loras").mkdir()
     write(folder / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(demo_folder())))
     (folder / "input").mkdir()
     colours = np.random.default_rng(0).integers(0, 256, (20, 72, 128, 3), dtype=np.uint8)
     iio.imwrite(folder / "input" / "example.png", colours[0])
+    iio.imwrite(folder / "input" / "mask.png", colours[1].repeat(2, axis=-1)[..., :4])  # Load Image: what is transparent
     iio.imwrite(folder / "input" / "example.mp4", colours, plugin="pyav", codec="libx264", fps=12)
 
 
@@ -83,8 +93,10 @@ def test_a_shipped_workflow_runs_on_two_processes(name, results):
     assert "error" not in made[name], made[name]["error"]
     assert made[name]["progress"]["CogVideoX Sampler"] == [STEPS.get(name, ASKED)] * 2
     (saved,) = made[name]["files"]
-    assert iio.imread(saved, plugin="pyav").shape == (FRAMES.get(name, 17), 64, 96, 3)
-    assert iio.immeta(saved, plugin="pyav")["fps"] == (12 if name == "v2v" else 8)  # v2v keeps its video's own
+    assert iio.imread(saved, plugin="pyav").shape == SHAPES.get(name, (17, 64, 96, 3))
+    assert iio.immeta(saved, plugin="pyav")["fps"] == (
+        12 if name in ("v2v", "control", "inpaint") else 8
+    )  # as the video that was given
     assert "plan cfg2 on cpu:2" in log
     if name == "lora":
         assert re.search(r"cogvideox-lora.safetensors: LoRA for \d+ layers, strength 1", log)

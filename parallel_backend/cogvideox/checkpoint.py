@@ -17,6 +17,18 @@ TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
 SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 SPATIAL, TEMPORAL = 8, 4
+TASKS = {
+    "text": "text to video",
+    "image": "image to video",
+    "control": "control video to video",
+    "inpaint": "inpainting, first and last frame",
+}
+"""What a checkpoint makes a video from, and how a person is told."""
+IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
+"""Tells a start image from a control video where a transformer of 32 channels does not."""
+REFERENCE_NOISE = 0.0563
+"""Standard deviation, of pixels in -1..1, of the noise on what an inpaint model is shown, where it was trained with noise
+(``noise_aug_strength`` of VideoX-Fun's CogVideoXFunInpaintPipeline)."""
 TRAINED_AT = (1360, 768)
 """CogVideoX 1.5's own size: its published configurations say 300x300 latents, which is how far its positions reach."""
 
@@ -46,6 +58,8 @@ class Checkpoint:
     scheduler: dict[str, Any]
     elements: dict[str, int] = field(default_factory=dict)
     """Numbers in the weights of each part."""
+    pipeline: str | None = None
+    """The class that ``model_index.json`` names; None where there is no such file."""
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -100,14 +114,37 @@ class Checkpoint:
         return self.transformer.get("in_channels", 16)
 
     @property
-    def takes_image(self) -> bool:
-        """Whether it makes a video from a start image."""
-        return self.in_channels == 2 * self.channels
+    def task(self) -> str | None:
+        """One of ``TASKS``, by the checkpoint's own configuration; None for channels this pack does not know.
+
+        Published models: noise alone is 16 channels. 33 are VideoX-Fun's InP (noise, mask, masked video). 32 are noise and
+        either a start image (5b-I2V has learned positions, 1.5-5B-I2V an ``ofs`` embedding) or a control video (Fun Control
+        and Pose, which have neither: VideoX-Fun's issue 176). What is left, such as a start-image finetune of 2b, is known
+        by the pipeline in ``model_index.json``; a folder without one, as the CogVideoX wrapper's, is taken for control.
+        """
+        if self.in_channels == self.channels:
+            return "text"
+        if self.in_channels == 2 * self.channels + 1:
+            return "inpaint"
+        if self.in_channels != 2 * self.channels:
+            return None
+        is_image = self.learned_positions or self.ofs is not None or self.pipeline == IMAGE_PIPELINE
+        return "image" if is_image else "control"
 
     @property
-    def is_known(self) -> bool:
-        """Whether this pack knows what to feed it."""
-        return self.takes_image or self.in_channels == self.channels
+    def takes_image(self) -> bool:
+        """Whether it makes a video from a start image alone."""
+        return self.task == "image"
+
+    @property
+    def is_fun(self) -> bool:
+        """Whether it is of VideoX-Fun's family, which was trained on whole tokens and at 8 frames per second."""
+        return self.task in ("control", "inpaint")
+
+    @property
+    def reference_noise(self) -> float:
+        """Standard deviation of the noise on the pixels an inpaint model is shown: only V1.1-5b was trained with it."""
+        return REFERENCE_NOISE if self.transformer.get("add_noise_in_inpaint_model") else 0.0
 
     @property
     def text_tokens(self) -> int:
@@ -144,10 +181,17 @@ class Checkpoint:
         """What a VAE latent is multiplied by for the transformer."""
         return self.vae.get("scaling_factor", 1.15258426)
 
-    @property
-    def image_scaling_factor(self) -> float:
-        """What a start image's latent is multiplied by: CogVideoX1.5-5B-I2V was trained with the inverse."""
-        return 1 / self.scaling_factor if self.vae.get("invert_scale_latents") else self.scaling_factor
+    def image_scale(self, name: str = "auto") -> float:
+        """What a start image's latent is multiplied by.
+
+        One of ``jobs.IMAGE_SCALES``, the conventions that there are for CogVideoX1.5-5B-I2V: ``auto`` is diffusers', which
+        follows the VAE's ``invert_scale_latents`` (the inverse of the factor there, the factor elsewhere); ``inverse`` is
+        always the inverse; ``raw`` is 1, as in the CogVideoX wrapper and zai-org/CogVideo#761; ``scaled`` is always the
+        factor, as in ComfyUI's own model.
+        """
+        if name == "auto":
+            name = "inverse" if self.vae.get("invert_scale_latents") else "scaled"
+        return {"inverse": 1 / self.scaling_factor, "raw": 1.0, "scaled": self.scaling_factor}[name]
 
     @property
     def default_scheduler(self) -> str:
@@ -166,7 +210,10 @@ class Checkpoint:
         size = self.positions_size
         if self.patch_size_t is not None:
             size = tuple(map(min, size, TRAINED_AT))
-        return *size, self.transformer.get("sample_frames", 49)
+        frames = self.transformer.get("sample_frames", 49)
+        if self.is_fun:  # which pads nothing: 85 frames for a configuration's 81
+            frames += self.padding_frames((frames - 1) // TEMPORAL + 1) * TEMPORAL
+        return *size, frames
 
     @property
     def most_frames(self) -> int:
@@ -176,23 +223,17 @@ class Checkpoint:
 
     @property
     def default_fps(self) -> int:
-        """Frames per second: 8 in CogVideoX 1.0, 16 in 1.5."""
-        return 8 if self.patch_size_t is None else 16
-
-    @property
-    def task(self) -> str:
-        """What it makes a video from, for a person."""
-        if not self.is_known:
-            return f"not supported yet ({self.in_channels} channels in)"
-        return "image to video" if self.takes_image else "text to video"
+        """Frames per second: 8 in CogVideoX 1.0 and in all of VideoX-Fun's models, 16 in 1.5."""
+        return 8 if self.patch_size_t is None or self.is_fun else 16
 
     @property
     def describe(self) -> str:
         """One line for a person."""
         width, height, frames = self.default_size
         positions = ("rotary" if self.rotary else "sincos") + (" and learned" if self.learned_positions else "")
+        task = TASKS[self.task] if self.task else f"not supported yet ({self.in_channels} channels in)"
         return (
-            f"{self.path.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {self.task}, {self.layers} layers, "
+            f"{self.path.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {task}, {self.layers} layers, "
             f"{self.heads} heads, {positions}, {self.native_dtype}{self.stored_otherwise}, {self.default_scheduler}, "
             f"{width}x{height}x{frames} at {self.default_fps} fps"
         )
@@ -328,6 +369,12 @@ def ready(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module
     return model.requires_grad_(False).eval().to(device)
 
 
+def whole_frames(frames: int, together: int = 1) -> int:
+    """The most frames, 4k+1, that a video of so many gives without padding; ``together`` latent frames are one token."""
+    latent = (frames - 1) // TEMPORAL + 1
+    return (max(latent // together * together, 1) - 1) * TEMPORAL + 1
+
+
 def state(path: Path) -> tuple:
     """Changes when a file of a checkpoint folder does: names, sizes and times of change."""
     return weights.fingerprint(file for file in sorted((*path.glob("*"), *path.glob("*/*"))) if file.is_file())
@@ -349,7 +396,8 @@ def read(path: Path, state: tuple) -> Checkpoint:
     if (path / "text_encoder").is_dir():
         elements["text_encoder"] = weights.elements(path / "text_encoder")
         read_config(path / "tokenizer", "tokenizer_config.json")
-    return Checkpoint(path, transformer, vae, scheduler, elements)
+    index = read_config(path, "model_index.json") if (path / "model_index.json").exists() else {}
+    return Checkpoint(path, transformer, vae, scheduler, elements, index.get("_class_name"))
 
 
 @lru_cache(maxsize=8)

@@ -8,6 +8,21 @@ from .windows import Layout
 
 TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
 IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
+CONTROL_MODELS = "CogVideoX-Fun-V1.1-5b-Control or CogVideoX-Fun-V1.1-5b-Pose"
+INPAINT_MODELS = "CogVideoX-Fun-V1.1-5b-InP or CogVideoX-Fun-V1.5-5b-InP"
+MAKES = {
+    "text": "makes videos from text alone",
+    "image": "makes videos from a start image",
+    "control": "makes videos from a control video",
+    "inpaint": "makes what is missing of a video",
+}
+"""What a checkpoint of each task does, after its name."""
+CONDITIONS = {
+    "image": ("image", f"for a start image use an image-to-video model, such as {IMAGE_MODELS}"),
+    "control": ("control", f"for a control video use a control model, such as {CONTROL_MODELS}"),
+    "inpaint": ("mask", f"for an end image or a mask use an inpaint model, such as {INPAINT_MODELS}"),
+}
+"""By task: the job's field that only its models take, and which those are."""
 
 
 def check(checkpoint: Checkpoint, job: Job) -> None:
@@ -37,12 +52,7 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
     open_all(job.model.loras, checkpoint)
     check_positions(checkpoint, *job.latent.shape[3:])
     check_windows(checkpoint, job)
-    frames = job.latent.shape[2]
-    if job.denoise < 1 and (padding := checkpoint.padding_frames(frames)):
-        raise RequestError(
-            f"denoise below 1 with {name} needs a multiple of {checkpoint.patch_size_t} latent frames and the video has "
-            f"{frames}: use {(frames + padding - 1) * TEMPORAL + 1} frames"
-        )
+    check_padding(checkpoint, job)
     for side in ("positive", "negative"):
         text = getattr(job, side)
         if text is None:
@@ -59,23 +69,55 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
             )
 
 
+def check_end_image(checkpoint: Checkpoint) -> None:
+    """Raises RequestError unless the model takes an end image, naming those that do."""
+    if checkpoint.task != "inpaint":
+        raise RequestError(f"{checkpoint.path.name} takes no end image; {CONDITIONS['inpaint'][1]}")
+
+
 def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
     """Whether what is given fits what the model makes videos from."""
     name = checkpoint.path.name
-    if not checkpoint.is_known:
+    if checkpoint.task is None:
         raise RequestError(
-            f"{name} takes {checkpoint.in_channels} channels, which is not supported yet; "
-            f"use a text-to-video ({TEXT_MODELS}) or image-to-video model ({IMAGE_MODELS})"
+            f"{name} takes {checkpoint.in_channels} channels, which is not supported yet; use a text-to-video ({TEXT_MODELS}), "
+            f"image-to-video ({IMAGE_MODELS}), control ({CONTROL_MODELS}) or inpaint model ({INPAINT_MODELS})"
         )
-    if job.image is not None and not checkpoint.takes_image:
+    if checkpoint.task == "inpaint" and job.image is not None:
         raise RequestError(
-            f"{name} makes videos from text alone; for a start image use an image-to-video model, such as {IMAGE_MODELS}"
+            f"{name} takes a start image as a masked video, and this one was encoded for an image-to-video model; "
+            "give CogVideoX Image To Video the VAE of this checkpoint"
         )
-    if job.image is None and checkpoint.takes_image:
+    for task, (given, who_takes_it) in CONDITIONS.items():
+        if task != checkpoint.task and getattr(job, given) is not None:
+            raise RequestError(f"{name} {MAKES[checkpoint.task]}; {who_takes_it}")
+    if job.image is None and checkpoint.task == "image":
         raise RequestError(
             f"{name} needs a start image (CogVideoX Image To Video, or --image); "
             f"from text alone use a text-to-video model, such as {TEXT_MODELS}"
         )
+    if job.control is None and checkpoint.task == "control":
+        raise RequestError(
+            f"{name} needs a control video (CogVideoX Control To Video, or --control-video); "
+            f"from text alone use a text-to-video model, such as {TEXT_MODELS}"
+        )
+
+
+def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
+    """Whether the frames are whole tokens, where padding cannot stand in front of them.
+
+    A latent that is given has no padding. Nor have conditions that go with every frame: diffusers' control pipeline refuses
+    them too, and VideoX-Fun, which has trained with none, shortens the video.
+    """
+    frames, name = job.latent.shape[2], checkpoint.path.name
+    padding = checkpoint.padding_frames(frames)
+    if not padding or not (checkpoint.is_fun or job.denoise < 1):
+        return
+    who = name if checkpoint.is_fun else f"denoise below 1 with {name}"
+    raise RequestError(
+        f"{who} needs a multiple of {checkpoint.patch_size_t} latent frames and the video has "
+        f"{frames}: use {(frames + padding - 1) * TEMPORAL + 1} frames"
+    )
 
 
 def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""The one denoise loop: from text or a start image, from noise or from a latent, guided or not.
+"""The one denoise loop: from text or with a condition, from noise or from a latent, guided or not.
 
 It says what is computed. How a forward is split over ranks is the business of ``split``, whose
 collectives vanish in a plan of ``single``.
@@ -13,10 +13,11 @@ from einops import rearrange
 
 from ..errors import Cancelled
 from ..jobs import Progress, SampleJob
+from . import conditions
 from .checkpoint import Checkpoint
+from .conditions import COMFYUI_TO_DIFFUSERS
 from .windows import Layout
 
-COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
 DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
 StepCallback = Callable[[Progress, int], bool]
 """Called after each step with what is done and the steps to do; False asks the loop to stop."""
@@ -80,16 +81,6 @@ def starting_point(
         return noise * scheduler.init_noise_sigma, timesteps
     clean = rearrange(job.latent * checkpoint.scaling_factor, COMFYUI_TO_DIFFUSERS).to(dtype)
     return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
-
-
-def image_condition(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torch.Tensor | None:
-    """What is concatenated to the noise: the start image in the first frame, padding frames counted, then zeros."""
-    if job.image is None:
-        return None
-    condition = torch.zeros_like(latents)
-    image = rearrange(job.image, COMFYUI_TO_DIFFUSERS).to(device=latents.device, dtype=latents.dtype)
-    condition[:, :1] = image * checkpoint.image_scaling_factor
-    return condition
 
 
 def predict(transformer, seen: torch.Tensor, timestep, scale: float, *, text, rotary, ofs, split, prompts: int) -> torch.Tensor:
@@ -160,7 +151,7 @@ def denoise(
     mine = split.share(prompts)
     text = torch.cat([prompt.expand(batch, -1, -1) for prompt in mine]).to(device=device, dtype=dtype)
     rotary = rotary_tables(checkpoint, layout.length, height, width, device)
-    condition = image_condition(job, checkpoint, latents)
+    condition_at = conditions.make(job, checkpoint, latents)
     ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
     done, history = 0, None  # what the DPM scheduler carries from step to step
     if job.progress is not None:
@@ -170,6 +161,7 @@ def denoise(
     forward = partial(predict, transformer, text=text, rotary=rotary, ofs=ofs, split=split, prompts=len(prompts))
 
     for index, timestep in enumerate(timesteps[done:], start=done):
+        condition = condition_at(index / len(timesteps))
         seen = latents if condition is None else torch.cat([latents, condition], dim=2)
         scale = guidance(job, timestep.item(), len(timesteps))
         velocity = torch.zeros_like(latents, dtype=torch.float32)

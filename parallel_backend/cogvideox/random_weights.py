@@ -20,14 +20,26 @@ WORDS = (
     "crosses cat dog panda boat sea sun moon city street forest mountain river snow rain night day ground"
 ).split()
 
-LIKES = ("2b", "5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v")
+CONDITION_CHANNELS = {"": 0, "i2v": 16, "control": 16, "inp": 17}
+"""What is concatenated to the noise, by the end of a like's name."""
+LIKES = (
+    "2b", "5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v", "2b-i2v",
+    "2b-control", "5b-control", "1.5-5b-control", "2b-inp", "5b-inp", "1.5-5b-inp",
+)  # fmt: skip
 SMALL_SIZE = {"sample_width": 12, "sample_height": 8, "sample_frames": 17}
 
 
+def parse(like: str) -> tuple[str, str]:
+    """``5b-control`` as ``5b`` and ``control``; what follows is empty for text to video."""
+    base, _, kind = like.rpartition("-")
+    return (base, kind) if kind in CONDITION_CHANNELS else (like, "")
+
+
 def transformer_config(like: str, full_size: bool) -> dict:
-    """Arguments of the transformer: like ``2b`` (sincos), ``5b`` (rotary), ``1.5-5b`` (two-frame tokens) or an ``-i2v``."""
-    base, with_image = like.removesuffix("-i2v"), like.endswith("-i2v")
-    config = {"temporal_compression_ratio": 4, "patch_size": 2, "in_channels": 32 if with_image else 16, "out_channels": 16}
+    """Arguments of the transformer: like ``2b`` (sincos), ``5b`` (rotary) or ``1.5-5b`` (two-frame tokens), and its channels."""
+    base, kind = parse(like)
+    in_channels = 16 + CONDITION_CHANNELS[kind]
+    config = {"temporal_compression_ratio": 4, "patch_size": 2, "in_channels": in_channels, "out_channels": 16}
     time_features = 512 if full_size else 64
     if base != "2b":
         config["use_rotary_positional_embeddings"] = True
@@ -52,7 +64,7 @@ def vae_config(like: str, full_size: bool) -> dict:
         "down_block_types": ("CogVideoXDownBlock3D",) * 4,
         "up_block_types": ("CogVideoXUpBlock3D",) * 4,
         "latent_channels": 16,
-        "scaling_factor": 1.15258426 if like == "2b" else 0.7,
+        "scaling_factor": 1.15258426 if parse(like)[0] == "2b" else 0.7,
         "temporal_compression_ratio": 4,
         "invert_scale_latents": like == "1.5-5b-i2v",
     }
@@ -125,13 +137,15 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler,
+        CogVideoXFunControlPipeline,
         CogVideoXImageToVideoPipeline,
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )  # fmt: skip
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-    dtype = torch.float32 if not full_size else torch.float16 if like == "2b" else torch.bfloat16
+    base, kind = parse(like)
+    dtype = torch.float32 if not full_size else torch.float16 if base == "2b" else torch.bfloat16
     transformer = transformer_config(like, full_size)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -155,9 +169,10 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
     for part in parts.values():
         fill(part, generator)
     settle(parts["transformer"], parts["vae"], generator)
-    scheduler = CogVideoXDDIMScheduler if like == "2b" else CogVideoXDPMScheduler
-    shift = {"snr_shift_scale": 3.0 if like == "2b" else 1.0}
-    pipeline = (CogVideoXImageToVideoPipeline if like.endswith("-i2v") else CogVideoXPipeline)(
+    scheduler = CogVideoXDDIMScheduler if base == "2b" else CogVideoXDPMScheduler
+    shift = {"snr_shift_scale": 3.0 if base == "2b" else 1.0}
+    classes = {"i2v": CogVideoXImageToVideoPipeline, "control": CogVideoXFunControlPipeline}
+    pipeline = classes.get(kind, CogVideoXPipeline)(  # diffusers has none for inpainting
         tokenizer=AutoTokenizer.from_pretrained(partial / "tokenizer"),
         scheduler=scheduler(**SCHEDULER, **shift),
         **{name: part.eval() for name, part in parts.items()},

@@ -1,0 +1,65 @@
+"""CogVideoX Control To Video."""
+
+from comfy_api.latest import io
+
+from ..parallel_backend.jobs import empty_latent
+from .conditioning import CONTROL, size_inputs, with_values
+from .decoding import check_vae
+from .sockets import CATEGORY
+from .videos import COVERED, conditioned_outputs, fit_video
+
+
+class CogVideoXControlToVideo(io.ComfyNode):
+    """A control video into the conditioning, and an empty latent of its size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ComfyUI's V3 nodes."""
+        share = {"min": 0.0, "max": 1.0, "step": 0.01}
+        return io.Schema(
+            node_id="XDiTCogVideoXControlToVideo",
+            display_name="CogVideoX Control To Video",
+            category=CATEGORY,
+            description="Encodes a control video (poses, edges, depth …) for a control model, such as "
+            "CogVideoX-Fun-V1.1-5b-Control or CogVideoX-Fun-V1.1-5b-Pose.",
+            inputs=[
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Vae.Input("vae"),
+                *size_inputs(),
+                io.Image.Input("control_video", tooltip=f"Its first frames are used, as many as length. {COVERED}"),
+                io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="1 is as trained; 0 is none."),
+                io.Float.Input("start_percent", default=0.0, tooltip="Share of the steps without control at first.", **share),
+                io.Float.Input("end_percent", default=1.0, tooltip="Share of the steps after which there is none.", **share),
+            ],
+            outputs=conditioned_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        positive,
+        negative,
+        vae,
+        width,
+        height,
+        length,
+        batch_size,
+        control_video,
+        strength,
+        start_percent,
+        end_percent,
+    ) -> io.NodeOutput:
+        """Encodes the control video once, for both prompts and every video of the batch."""
+        check_vae(vae)
+        node_id = cls.hidden.unique_id
+        video = fit_video(control_video, vae, width=width, height=height, length=length, node_id=node_id)
+        latent = empty_latent(width=width, height=height, frames=len(video), batch=batch_size)
+        control = {
+            "control": vae.encode(video),
+            "control_strength": strength,
+            "control_start": start_percent,
+            "control_end": end_percent,
+        }
+        return io.NodeOutput(*with_values(positive, negative, {CONTROL: control}), {"samples": latent})

@@ -1,0 +1,37 @@
+"""CogVideoX Video To Video."""
+
+from comfy_api.latest import io
+
+from .conditioning import size_inputs
+from .decoding import check_vae
+from .sockets import CATEGORY
+from .videos import COVERED, fit_video
+
+
+class CogVideoXVideoToVideo(io.ComfyNode):
+    """A video to the latent that the sampler starts from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See ComfyUI's V3 nodes."""
+        return io.Schema(
+            node_id="XDiTCogVideoXVideoToVideo",
+            display_name="CogVideoX Video To Video",
+            category=CATEGORY,
+            description="Resizes, shortens and encodes a video for the sampler; denoise below 1 says how much is made anew.",
+            inputs=[
+                io.Vae.Input("vae"),
+                *size_inputs(),
+                io.Image.Input("video", tooltip=f"Its first frames are used, as many as length. {COVERED}"),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, vae, width, height, length, batch_size, video) -> io.NodeOutput:
+        """Encodes the video once, for every video of the batch."""
+        check_vae(vae)
+        node_id = cls.hidden.unique_id
+        latent = vae.encode(fit_video(video, vae, width=width, height=height, length=length, node_id=node_id))
+        return io.NodeOutput({"samples": latent.repeat(batch_size, 1, 1, 1, 1)})

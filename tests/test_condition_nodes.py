@@ -1,0 +1,148 @@
+"""Images, control videos and masks on their way through the nodes: encoded once, carried in the conditioning, read by the sampler."""
+
+import pytest
+
+from .comfy_runtime import NODES
+
+MORE = """
+Control, Inpaint = part("nodes.control_to_video").CogVideoXControlToVideo, part("nodes.inpainting").CogVideoXInpaint
+VideoToVideo, conditions = part("nodes.video_to_video").CogVideoXVideoToVideo, part("parallel_backend.cogvideox.conditions")
+clip = torch.rand(11, 40, 100, 3, generator=torch.Generator().manual_seed(5))
+covered = image.cover(clip[:9], width=48, height=32)
+size = {"width": 48, "height": 32, "length": 9, "batch_size": 1}
+def sampled(model, found):
+    return call(Sampler, model=model, positive=found[0], negative=found[1], latent=found[2], **settings)[0]["samples"]
+def expected(model, **fields):
+    latent = jobs.empty_latent(width=48, height=32, frames=9)
+    return host.local().sample(jobs.SampleJob(model.model, positive[0][0], latent, negative[0][0], seed=3, steps=2, **fields)).tensor
+def encode(model, pixels):
+    return host.local().encode(jobs.EncodeJob(model.model, pixels)).tensor
+class CoreVAE:
+    decode_tiled = None
+    def encode(self, pixels):
+        return torch.ones(1, 16, (len(pixels) - 1) // 4 + 1, pixels.shape[1] // 8, pixels.shape[2] // 8)
+"""
+LIKES = {"text": "5b", "i2v": "2b-i2v", "control": "5b-control", "inp": "5b-inp", "inp15": "1.5-5b-inp", "v2v15": "1.5-5b"}
+
+
+@pytest.fixture
+def nodes(in_comfyui, checkpoints):
+    """Runs lines that use the nodes on small models, by the names of LIKES."""
+    paths = "".join(f"{name} = {str(checkpoints[like])!r}\n" for name, like in LIKES.items())
+    return lambda code: in_comfyui(NODES + MORE + paths + code)
+
+
+def test_what_the_nodes_give_is_what_a_job_is_given_and_what_they_leave_out_is_said(nodes):
+    shown, log = nodes("""
+model, vae = handles(control)
+found = call(Control, **prompts, vae=vae, control_video=clip, strength=0.5, start_percent=0.0, end_percent=0.4, **size)
+fields = {"control": encode(model, covered), "control_strength": 0.5, "control_end": 0.4}
+equal = {"control": torch.equal(sampled(model, found), expected(model, **fields))}
+
+model, vae = handles(inp)
+mask = torch.zeros(1, 40, 100)
+mask[:, :20] = 1
+found = call(Inpaint, **prompts, vae=vae, video=clip, mask=mask, **size)
+known = conditions.fit_mask(mask, frames=9, width=48, height=32)
+fields = {"masked_video": encode(model, conditions.shown(covered, known)), "mask": conditions.latent_mask(known)}
+equal["inpaint"] = torch.equal(sampled(model, found), expected(model, **fields))
+keys = sorted(found[0][0][1])
+all_new = sorted(call(Inpaint, **prompts, vae=vae, video=clip, mask=torch.ones(1, 40, 100), **size)[0][0][1])
+
+found = call(Node, **prompts, vae=vae, start_image=clip[:1], end_image=clip[-1:], **size)
+ends = [image.cover(one, width=48, height=32) for one in (clip[:1], clip[-1:])]
+video, known = conditions.between_images(*ends, frames=9)
+fields = {"masked_video": encode(model, video), "mask": conditions.latent_mask(known)}
+equal["ends"] = torch.equal(sampled(model, found), expected(model, **fields))
+found = call(Node, **prompts, vae=vae, **size)
+equal["nothing"] = torch.equal(sampled(model, found), expected(model))
+
+model, vae = handles(i2v)
+found = call(Node, **prompts, vae=vae, start_image=clip, image_scale="raw", **size)
+fields = {"image": encode(model, covered[:1]), "image_scale": "raw"}
+equal["raw"] = torch.equal(sampled(model, found), expected(model, **fields))
+
+_, vae = handles(text)
+latent = call(VideoToVideo, vae=vae, video=clip, **{**size, "batch_size": 2})[0]["samples"]
+equal["video"] = torch.equal(latent, encode(handles(text)[0], covered).repeat(2, 1, 1, 1, 1))
+
+_, vae = handles(v2v15)
+core = CoreVAE()
+latent = call(VideoToVideo, vae=vae, video=clip, **{**size, "length": 13})[0]["samples"]
+shapes = {"short": latent.shape}
+shapes["short core"] = call(VideoToVideo, vae=core, video=clip, **{**size, "length": 13})[0]["samples"].shape
+end = call(Node, **prompts, vae=core, end_image=clip[:1], **size)[0][0][1]
+start = call(Node, **prompts, vae=core, start_image=clip[:1], **size)[0][0][1]
+shapes |= {"end": end["concat_latent_image"].shape, "start": start["concat_latent_image"].shape}
+
+path = Path(inp) / "transformer" / "config.json"
+before = path.read_text()
+path.write_text(json.dumps(json.loads(before) | {"add_noise_in_inpaint_model": True}))
+try:
+    model, vae = handles(inp)
+    noisy = call(Node, **prompts, vae=vae, start_image=clip[:1], image_scale="raw", **size)[0][0][1]["concat_latent_image"]
+finally:
+    path.write_text(before)
+video, known = conditions.between_images(covered[:1], None, frames=9)
+equal["noise"] = torch.equal(noisy, encode(model, conditions.add_noise(video, 0.0563)))
+show(equal=equal, keys=keys, all_new=all_new, shapes={name: list(shape) for name, shape in shapes.items()},
+     mask=end["concat_mask"][0, 0, :, 0, 0].tolist())
+""")
+    assert shown["equal"] == dict.fromkeys(("control", "inpaint", "ends", "nothing", "raw", "video", "noise"), True)
+    assert shown["keys"] == ["concat_latent_image", "concat_mask", "pooled_output"]  # the core's own
+    assert shown["all_new"] == ["pooled_output"]
+    assert shown["mask"] == [1, 1, 1]  # VideoX-Fun's mask looks at the middle two of every four frames
+    short, whole, one = [1, 16, 2, 4, 6], [1, 16, 3, 4, 6], [1, 16, 1, 4, 6]
+    assert shown["shapes"] == {"short": short, "short core": whole, "end": whole, "start": one}
+    assert "5 of the video's 11 frames are used, not 13: a model of this kind takes 8k+5" in log
+    assert "9 of the video's 11 frames are used, not 13: a model of this kind takes 4k+1" in log
+    assert "image_scale is for image-to-video models" in log
+    assert "does not use" not in log
+
+
+def test_what_does_not_fit_is_named_in_one_line_and_nothing_is_loaded(nodes):
+    shown, _ = nodes("""
+by_name = {name: handles(globals()[name]) for name in ("text", "i2v", "control", "inp", "inp15")}
+core = CoreVAE()
+ends = call(Node, **prompts, vae=core, start_image=clip[:1], end_image=clip[:1], **size)
+start = call(Node, **prompts, vae=core, start_image=clip[:1], **size)
+controlled = call(Control, **prompts, vae=core, control_video=clip, strength=1.0, start_percent=0.0, end_percent=1.0, **size)
+def sample_with(name, found):
+    return refusal(Sampler, model=by_name[name][0], positive=found[0], negative=found[1], latent=found[2], **settings)
+show(
+    end_i2v=refusal(Node, **prompts, vae=by_name["i2v"][1], start_image=clip[:1], end_image=clip[:1], **size),
+    end_text=refusal(Node, **prompts, vae=by_name["text"][1], end_image=clip[:1], **size),
+    ends_text=sample_with("text", ends), ends_i2v=sample_with("i2v", ends), ends_control=sample_with("control", ends),
+    start_inp=sample_with("inp", start), start_control=sample_with("control", start),
+    controlled_text=sample_with("text", controlled), controlled_inp=sample_with("inp", controlled),
+    nothing=sample_with("control", (positive, negative, start[2])),
+    odd=sample_with("inp15", ends),
+    mask=refusal(Inpaint, **prompts, vae=by_name["inp"][1], video=clip, mask=torch.ones(2, 40, 100), **size),
+    width=refusal(Control, **prompts, vae=core, control_video=clip, strength=1.0, start_percent=0.0, end_percent=1.0,
+                  **{**size, "width": 100}),
+    wrapper_vae=refusal(VideoToVideo, vae=object(), video=clip, **size),
+    wrapper_prompt=refusal(Inpaint, positive=positive[0][0], negative=negative, vae=core, video=clip, mask=torch.ones(40, 100), **size),
+    loads=host.local().status()["loads"],
+)
+""")
+    assert shown.pop("loads") == 0
+    words = {
+        "end_i2v": "takes no end image; for an end image or a mask use an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP",
+        "end_text": "takes no end image",
+        "ends_text": "makes videos from text alone; for an end image or a mask use an inpaint model",
+        "ends_i2v": "makes videos from a start image; for an end image or a mask use an inpaint model",
+        "ends_control": "makes videos from a control video; for an end image or a mask use",
+        "start_inp": "takes a start image as a masked video, and this one was encoded for an image-to-video model",
+        "start_control": "makes videos from a control video; for a start image use an image-to-video model",
+        "controlled_text": "makes videos from text alone; for a control video use a control model",
+        "controlled_inp": "makes what is missing of a video; for a control video use a control model",
+        "nothing": "needs a control video (CogVideoX Control To Video, or --control-video)",
+        "odd": "needs a multiple of 2 latent frames and the video has 3: use 13 frames",
+        "mask": "the mask has 2 frames and the video 9; give one for all, or as many",
+        "width": "width is 100; it must be a multiple of 16",
+        "wrapper_vae": "this VAE comes from the CogVideoX wrapper",
+        "wrapper_prompt": "positive comes from the CogVideoX wrapper",
+    }
+    assert set(shown) == set(words)
+    for name, line in shown.items():
+        assert words[name] in line and "\n" not in line, (name, line)
