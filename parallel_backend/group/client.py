@@ -240,7 +240,9 @@ class GroupExecutor(Executor):
         deadline = time.monotonic() + START_SECONDS
         while is_alive(self._owner) and time.monotonic() < deadline:
             for address in running():
-                if address != self.address and address.describe()["owner"] == self._owner:
+                said = address.describe()
+                same = said["shared"] and (said["plan"], said["devices"]) == (str(self.plan), self.devices)
+                if address != self.address and said["owner"] == self._owner and same:
                     self.address = address
                     return
             time.sleep(POLL_SECONDS)

@@ -39,7 +39,7 @@ STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
 """A later step takes at most the greater of this long and so many times the longest before it."""
 IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
 """A group that had nothing to do for so long lets go of its weights; None never does."""
-KEEP_SECONDS = 1.0
+KEEP_SECONDS = float(os.environ.get("XDIT_KEEP_SECONDS") or 1)
 """The caller gets a sampling job's state so often, to go on from when the group is lost."""
 
 
@@ -165,10 +165,10 @@ class Worker:
             doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
             self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
             if request:
-                request.answer(Message("step", {"step": progress.step, "steps": steps}))
                 if now - kept >= KEEP_SECONDS:
                     kept = now
                     request.answer(Message("kept", *split_fields(progress)))
+                request.answer(Message("step", {"step": progress.step, "steps": steps}))
             return wanted()
 
         return self.engine.run(job, after_step, wanted)
