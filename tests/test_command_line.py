@@ -52,12 +52,12 @@ def generate(run, checkpoint, output, *more):
     )  # fmt: skip
 
 
-def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(checkpoints, tmp_path):
+def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(run, checkpoints, tmp_path):
     latents = {}
     for plan, devices in (("single", "cpu"), ("ulysses2", "cpu:2")):
         output = tmp_path / f"{plan}.mp4"
         done = generate(
-            command,  # for once as a person does, in a process of its own
+            run if plan == "single" else command,  # for once as a person does, in a process of its own
             checkpoints["5b"],
             output,
             "--plan",

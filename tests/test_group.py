@@ -17,13 +17,13 @@ from parallel_backend.backend import Keeper
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from parallel_backend.group import launcher, protocol
-from parallel_backend.group.address import GroupAddress, is_alive, running
+from parallel_backend.group.address import GroupAddress, running
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.protocol import Message
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, Windows
 from parallel_backend.plans import Plan
 
-from .conftest import REPO, TOLERANCE, rank_processes, wait_until, workers
+from .conftest import REPO, TOLERANCE, wait_until, workers
 
 
 @pytest.fixture(scope="module")
@@ -182,57 +182,35 @@ def test_a_message_survives_the_wire(dtype):
     assert torch.equal(message.tensors["a"], tensor) and torch.equal(message.tensors["view"], tensor.T)
 
 
-def test_a_killed_worker_is_named_also_where_the_launcher_sees_all_ends_at_once(start_group, make_job):
-    group, hurt = start_group("cfg2"), []
-
-    def hurt_once(step: int, total: int) -> None:
-        if step < 2 or hurt:
-            return
-        hurt.append(step)
-        ranks, launcher_pid = rank_processes(group.address), group._launcher.process.pid
-        os.kill(launcher_pid, signal.SIGSTOP)
-        os.kill(ranks[1], signal.SIGKILL)
-        wait_until(lambda: not is_alive(ranks[0]))  # its end is only what followed
-        os.kill(launcher_pid, signal.SIGCONT)
-
-    (note,) = group.sample(make_job("5b", steps=6), on_step=hurt_once).report.notes
-    assert "rank 1 was killed by SIGKILL" in note
-
-
 def command_line(pid: int) -> str:
-    with open(f"/proc/{pid}/cmdline") as file:
-        return file.read()
+    """Of a process; empty once it is gone."""
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
-def test_close_leaves_no_process_and_no_folder(start_group):
-    group = start_group("ring2")
-    group.start()
-    assert group.status()["state"] == "ready"
-    folder = group.address.folder
-    group.close()
-    group.close()
-    assert not folder.exists()
-    assert not [pid for pid in workers() if str(folder) in command_line(pid)]
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_the_group_goes_when_its_owner_is_killed(how):
+def test_the_group_goes_when_its_owner_is_killed():
     code = (
         "from parallel_backend.group.client import GroupExecutor\n"
         "from parallel_backend.plans import Plan; from parallel_backend.devices import Devices\n"
         "group = GroupExecutor(Plan(cfg=2), Devices('cpu', (0, 1))); group.start(); group.status()\n"
         "print(group.address.folder, flush=True)\nimport time; time.sleep(600)"
     )
-    owner = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True)
+    signals = (signal.SIGKILL, signal.SIGTERM)
+    owners = [subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in signals]
     try:
-        folder = owner.stdout.readline().strip()
-        assert len([pid for pid in workers() if folder in command_line(pid)]) >= 2
-        owner.send_signal(how)
-        owner.wait(30)
-        assert wait_until(lambda: not any(folder in command_line(pid) for pid in workers()))
-        assert wait_until(lambda: not os.path.exists(folder))
+        for owner, how in zip(owners, signals):
+            folder = owner.stdout.readline().strip()
+            assert len([pid for pid in workers() if folder in command_line(pid)]) >= 2
+            owner.send_signal(how)
+            owner.wait(30)
+            assert wait_until(lambda: not any(folder in command_line(pid) for pid in workers()))  # noqa: B023
+            assert wait_until(lambda: not os.path.exists(folder))  # noqa: B023
     finally:
-        owner.kill()
+        for owner in owners:
+            owner.kill()
 
 
 def test_a_folder_that_a_crash_left_behind_is_swept_and_never_in_the_way(start_group, tmp_path):
@@ -281,13 +259,21 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
     assert time.monotonic() - started < 60
 
 
-def test_a_group_may_run_under_another_interpreter(monkeypatch, start_group, make_job, local, tmp_path):
+def test_a_group_may_run_under_another_interpreter_and_close_leaves_nothing_of_it(
+    monkeypatch, start_group, make_job, local, tmp_path
+):
     python = tmp_path / "other-python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("XDIT_PYTHON", str(python))
     job: SampleJob = make_job("2b")
-    assert (start_group("cfg2").sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    group = start_group("cfg2")
+    assert (group.sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    folder = group.address.folder
+    group.close()
+    group.close()
+    assert not folder.exists()
+    assert wait_until(lambda: not any(str(folder) in command_line(pid) for pid in workers()), 10)
 
 
 def test_a_job_cancelled_while_it_waits_is_answered_at_once(group, make_job):
@@ -331,14 +317,14 @@ def test_an_interpreter_that_is_not_there_is_named_and_leaves_no_folder(monkeypa
     assert running() == before
 
 
-def test_a_keeper_lets_go_of_a_shared_group_that_has_ended(start_group):
+def test_a_group_that_another_keeps_is_waited_for_while_it_starts_and_let_go_of_when_it_has_ended(start_group, make_job):
     shared = start_group("cfg2")
     shared.share()
-    shared.start()
-    assert shared.status()["state"] == "ready"
     keeper, devices = Keeper(), Devices("cpu", (0, 1))
     attached = keeper.get(shared.plan, devices)
     assert attached.address == shared.address and keeper.on(devices, heads=4) is attached
+    assert attached.status()["state"] == "starting"
+    assert len(attached.sample(make_job("5b")).report.step_seconds) == 8
     shared.close()
     assert keeper.on(devices, heads=4) is None
     assert keeper.get(shared.plan, devices) is not attached
@@ -368,11 +354,3 @@ def test_a_group_is_kept_for_any_plan_but_not_for_a_model_whose_heads_do_not_fit
     assert keeper.on(devices, heads=30) is kept
     assert keeper.on(devices, heads=4) is None
     assert keeper.on(Devices("cpu", (0, 1)), heads=30) is None
-
-
-def test_a_group_that_another_keeps_is_waited_for_while_it_starts(start_group, make_job):
-    shared = start_group("cfg2")
-    shared.share()
-    attached = GroupExecutor.attach(shared.address)
-    assert attached.status()["state"] == "starting"
-    assert len(attached.sample(make_job("5b")).report.step_seconds) == 8
