@@ -3,10 +3,10 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.jobs import empty_latent
-from .conditioning import CONTROL, size_inputs, with_values
+from .conditioning import CONTROL, with_values
 from .decoding import check_vae
 from .sockets import CATEGORY
-from .videos import COVERED, conditioned_outputs, fit_video
+from .videos import COVERED, conditioned_inputs, conditioned_outputs, fit_video
 
 
 class CogVideoXControlToVideo(io.ComfyNode):
@@ -23,10 +23,7 @@ class CogVideoXControlToVideo(io.ComfyNode):
             description="Encodes a control video (poses, edges, depth …) for a control model, such as "
             "CogVideoX-Fun-V1.1-5b-Control or CogVideoX-Fun-V1.1-5b-Pose.",
             inputs=[
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
-                io.Vae.Input("vae"),
-                *size_inputs(),
+                *conditioned_inputs(),
                 io.Image.Input("control_video", tooltip=f"Its first frames are used, as many as length. {COVERED}"),
                 io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="1 is as trained; 0 is none."),
                 io.Float.Input("start_percent", default=0.0, tooltip="Share of the steps without control at first.", **share),

@@ -8,10 +8,10 @@ from ..parallel_backend.cogvideox import checks, conditions
 from ..parallel_backend.cogvideox.image import cover
 from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
 from . import host
-from .conditioning import CONCAT, IMAGE_SCALE, size_inputs, with_values
+from .conditioning import CONCAT, IMAGE_SCALE, with_values
 from .decoding import check_vae
 from .sockets import CATEGORY, VaeHandle
-from .videos import COVERED, conditioned_outputs, inpaint_values
+from .videos import COVERED, conditioned_inputs, conditioned_outputs, inpaint_values
 
 
 class CogVideoXImageToVideo(io.ComfyNode):
@@ -27,10 +27,7 @@ class CogVideoXImageToVideo(io.ComfyNode):
             description="Encodes a start image for an image-to-video model, such as CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V, "
             "or a start and an end image for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP.",
             inputs=[
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
-                io.Vae.Input("vae"),
-                *size_inputs(),
+                *conditioned_inputs(),
                 io.Image.Input(
                     "start_image",
                     optional=True,

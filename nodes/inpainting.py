@@ -4,10 +4,10 @@ from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox import conditions
 from ..parallel_backend.jobs import empty_latent
-from .conditioning import size_inputs, with_values
+from .conditioning import with_values
 from .decoding import check_vae
 from .sockets import CATEGORY
-from .videos import COVERED, conditioned_outputs, fit_video, inpaint_values
+from .videos import COVERED, conditioned_inputs, conditioned_outputs, fit_video, inpaint_values
 
 
 class CogVideoXInpaint(io.ComfyNode):
@@ -23,10 +23,7 @@ class CogVideoXInpaint(io.ComfyNode):
             description="Encodes a video without what the mask covers, for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP "
             "or CogVideoX-Fun-V1.5-5b-InP, which makes that anew.",
             inputs=[
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
-                io.Vae.Input("vae"),
-                *size_inputs(),
+                *conditioned_inputs(),
                 io.Image.Input("video", tooltip=f"Its first frames are used, as many as length. {COVERED}"),
                 io.Mask.Input("mask", tooltip="White is made anew. One for every frame, or one for all."),
             ],

@@ -10,10 +10,15 @@ from ..parallel_backend.cogvideox.checkpoint import TEMPORAL, whole_frames
 from ..parallel_backend.cogvideox.image import cover
 from ..parallel_backend.jobs import check_size
 from . import host
-from .conditioning import CONCAT, CONCAT_MASK
+from .conditioning import CONCAT, CONCAT_MASK, size_inputs
 from .sockets import VaeHandle
 
 COVERED = "Resized to cover the video's size, its shape kept, and cropped at the centre."
+
+
+def conditioned_inputs() -> list:
+    """Both prompts, a VAE and the video's size."""
+    return [io.Conditioning.Input("positive"), io.Conditioning.Input("negative"), io.Vae.Input("vae"), *size_inputs()]
 
 
 def conditioned_outputs() -> list:

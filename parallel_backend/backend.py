@@ -55,13 +55,11 @@ def shared_group(plan: Plan, devices: Devices) -> GroupExecutor | None:
     """A group that ``serve`` keeps for this plan on these devices, if there is one."""
     if sys.platform == "win32":
         return None
-    from .group.address import running
+    from .group.address import shared
 
-    for address in running():
-        description = address.describe()
-        if description["shared"] and (description["plan"], description["devices"]) == (str(plan), str(devices)):
-            logger.warning("using the group that serve keeps at %s", address.folder)
-            return GroupExecutor.attach(address)
+    for address in shared(str(plan), str(devices)):
+        logger.warning("using the group that serve keeps at %s", address.folder)
+        return GroupExecutor.attach(address)
     return None
 
 

@@ -112,6 +112,12 @@ def running() -> list[GroupAddress]:
     return [address for address in addresses if is_alive(address.describe()["owner"])]
 
 
+def shared(plan: str, devices: str) -> list[GroupAddress]:
+    """The running groups that ``serve`` keeps for a plan on these devices."""
+    wanted = {"shared": True, "plan": plan, "devices": devices}
+    return [address for address in running() if wanted.items() <= address.describe().items()]
+
+
 def remove_stale() -> None:
     """Removes folders that a crash left behind."""
     for path in runtime_root().glob("group-*"):

@@ -19,7 +19,7 @@ from ..executor import Executor, StepListener, StopSignal, never, silent
 from ..jobs import Job, Progress, Report, Result, SampleJob, split_fields
 from ..plans import Plan
 from . import protocol
-from .address import GroupAddress, is_alive, running
+from .address import GroupAddress, is_alive, running, shared
 from .launcher import Death, Launcher, check_possible
 from .protocol import Message
 
@@ -239,10 +239,8 @@ class GroupExecutor(Executor):
         """Waits for the group that the owner starts in the place of the one that was lost."""
         deadline = time.monotonic() + START_SECONDS
         while is_alive(self._owner) and time.monotonic() < deadline:
-            for address in running():
-                said = address.describe()
-                same = said["shared"] and (said["plan"], said["devices"]) == (str(self.plan), self.devices)
-                if address != self.address and said["owner"] == self._owner and same:
+            for address in shared(str(self.plan), self.devices):
+                if address != self.address and address.describe()["owner"] == self._owner:
                     self.address = address
                     return
             time.sleep(POLL_SECONDS)
