@@ -4,9 +4,11 @@ import math
 
 import torch
 
-from .scenes import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, SHAPES, WIDTH, Scene, progress
+from .scenes import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, MOTIONS, SHAPES, WIDTH, Scene, progress
 
 STAR_OUTER, STAR_INNER = 1.15, 0.42 * 1.15
+WAYS = {motion: [progress(motion, frame) for frame in range(FRAMES)] for motion in MOTIONS}
+"""How far from start to end a thing is at each frame, by its motion."""
 
 
 def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -34,16 +36,10 @@ def draw(scenes: list[Scene], device: torch.device | str = "cpu") -> torch.Tenso
     for layer in reversed(range(max(len(scene.things) for scene in scenes))):
         where = [index for index, scene in enumerate(scenes) if layer < len(scene.things)]
         things = [scenes[index].things[layer] for index in where]
-        track = torch.tensor(
-            [
-                [
-                    [(1 - u) * first + u * last for first, last in zip((*t.start, t.radius[0]), (*t.end, t.radius[1]))]
-                    for u in (progress(t.motion, frame) for frame in range(FRAMES))
-                ]
-                for t in things
-            ],
-            device=device,
-        )
+        first = torch.tensor([(*thing.start, thing.radius[0]) for thing in things], device=device)[:, None]
+        last = torch.tensor([(*thing.end, thing.radius[1]) for thing in things], device=device)[:, None]
+        along = torch.tensor([WAYS[thing.motion] for thing in things], device=device)[:, :, None]
+        track = (1 - along) * first + along * last
         x, y, radius = (track[..., index, None, None] for index in range(3))
         all_shapes = distances((columns - x) / radius, (rows - y) / radius)
         kind = torch.tensor([shapes.index(thing.shape) for thing in things], device=device)

@@ -50,6 +50,17 @@ class Bank:
     """``[clips, CAPTIONS, TEXT_TOKENS]``."""
 
 
+def load_bank(folder: Path, tokenizer, *, clips: int, seed: int, device: torch.device) -> Bank:
+    """The clips that both variants learn from; made once, and kept in ``folder/bank.pt``."""
+    path = folder / "bank.pt"
+    if path.exists() and (kept := torch.load(path, map_location=device, weights_only=True))["made with"] == [clips, seed]:
+        return Bank(kept["latents"], kept["images"], kept["tokens"])
+    vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
+    bank = make_bank(vae, tokenizer, clips=clips, seed=seed, device=device)
+    torch.save({"made with": [clips, seed], **vars(bank)}, path)
+    return bank
+
+
 @torch.no_grad()
 def make_bank(vae, tokenizer, *, clips: int, seed: int, device: torch.device) -> Bank:
     """Draws and encodes training scenes."""
@@ -60,7 +71,7 @@ def make_bank(vae, tokenizer, *, clips: int, seed: int, device: torch.device) ->
     latents, images, captions = [], [], []
     done = 0
     while done < clips:
-        scenes = [training_scene(rng) for _ in range(min(64, clips - done))]
+        scenes = [training_scene(rng) for _ in range(min(128, clips - done))]
         done += len(scenes)
         video = as_video(draw(scenes, device)).to(dtype)
         latents.append((vae.encode(video).latent_dist.mode().float() * scale).half())
@@ -149,9 +160,7 @@ def train(
     stage = Stage(folder, variant, minutes, {"transformer": transformer, "text_encoder": text_encoder, "average": average})
     optimizer = stage.make_optimizer(weights, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     stage.resume()
-    vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
-    bank = make_bank(vae, tokenizer, clips=clips, seed=seed, device=device)
-    del vae
+    bank = load_bank(folder, tokenizer, clips=clips, seed=seed, device=device)
     stage.say(f"{clips} clips encoded, latents {bank.latents.float().mean():.3f} +- {bank.latents.float().std():.3f}")
     if compiled:
         for block in transformer.transformer_blocks:
@@ -205,7 +214,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".train"))
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--clips", type=int, default=60_000)
+    parser.add_argument("--clips", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=on_gpu)

@@ -1,0 +1,24 @@
+#!/bin/bash
+# Every stage of the demo model's training that FOLDER lacks, packed into RESULTS as soon as it is done:
+#   bash training/all.sh FOLDER RESULTS
+# VAE, T2V and I2V are the minutes of each stage; START a trained VAE to go on from; OPTIONS more for all of them.
+set -e
+folder=$1 results=$2
+cd "$(dirname "$0")/.."
+mkdir -p "$folder" "$results"
+
+pack() {
+    python3 -m training.export --folder "$folder" --output "$folder/out"
+    tar czf "$results/partial" -C "$folder/out" "$2" && mv "$results/partial" "$results/$1.tar.gz"
+}
+
+[ -d "$folder/vae" ] || python3 -m training.vae --folder "$folder" --minutes "${VAE:-9}" ${START:+--start "$START"} $OPTIONS
+[ -e "$results/vae.tar.gz" ] || tar czf "$results/vae.tar.gz" -C "$folder" vae
+for variant in t2v i2v; do
+    minutes=${T2V:-10} name=demo
+    [ $variant = i2v ] && minutes=${I2V:-5} name=demo-i2v
+    if [ ! -d "$folder/$variant" ]; then
+        python3 -m training.transformer --variant $variant --folder "$folder" --minutes "$minutes" $OPTIONS
+        pack $variant $name
+    fi
+done
