@@ -193,6 +193,13 @@ def rubbish(rng: random.Random, valid: bytes) -> bytes:
     return rng.choice(ways)()
 
 
+def parts(rng: random.Random, data: bytes) -> list[bytes]:
+    """A message as it is sent, header and tensors, or now and then cut elsewhere."""
+    length = 8 + int.from_bytes(data[:8], "little")
+    cut = length if rng.random() < 0.9 else rng.randrange(len(data) + 1)
+    return [data[:cut], data[cut:]]
+
+
 def messages(checkpoint: Checkpoint, count: int) -> None:
     """The second table."""
     rng = random.Random(0)
@@ -208,14 +215,15 @@ def messages(checkpoint: Checkpoint, count: int) -> None:
         for number in range(count):
             data = not_finite if number % 500 == 0 else rubbish(rng, valid)
             with Client(group.address.socket, family="AF_UNIX", authkey=group.address.key) as connection:
-                connection.send_bytes(data)
-                if not connection.poll(60):
-                    raise TimeoutError(f"no answer to message {number}")
                 try:
-                    while (answer := protocol.decode(connection.recv_bytes())).kind == "step":
+                    for part in parts(rng, data):
+                        connection.send_bytes(part)
+                    if not connection.poll(60):
+                        raise TimeoutError(f"no answer to message {number}")
+                    while (answer := protocol.decode(protocol.receive(connection))).kind == "step":
                         pass
                     said = f"{answer.kind}: {answer.plain.get('error', '')}"
-                except EOFError:
+                except (EOFError, ConnectionError):
                     said = "dropped"
             answers[said] = answers.get(said, 0) + 1
         after = processes(group)["rank 0"].memory_info().rss

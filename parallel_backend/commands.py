@@ -178,7 +178,7 @@ def produce(
         decoded = executor.decode(DecodeJob(job.model, sampled.tensor, tiling=args.tiling))
         source = args.video or args.control_video
         fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
-        video.save(Path(args.output), decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
+        video.save_or_rescue(Path(args.output), decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
     finally:
         executor.close()
     return sampled.report, decoded.report

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +42,8 @@ def save(path: Path, frames: torch.Tensor, *, fps: float, metadata: dict[str, st
         frames: ``[frames, height, width, 3]`` in 0..1; an odd height or width loses its last row or column.
         fps: frames per second.
         metadata: kept in the file under its own names, where ComfyUI's front end looks for a workflow.
+    Raises:
+        RequestError: when the disk is full, or the folder has gone.
     """
     import imageio.v3 as iio
 
@@ -47,20 +51,51 @@ def save(path: Path, frames: torch.Tensor, *, fps: float, metadata: dict[str, st
     if (height, width) != tuple(frames.shape[1:3]):
         logger.warning("frames of %dx%d are cropped to %dx%d: H.264 needs even sizes", *frames.shape[1:3], height, width)
         frames = frames[:, :height, :width]
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    try:
+    with whole_file(path) as partial:
         with iio.imopen(partial, "w", plugin="pyav", options={"movflags": "use_metadata_tags+faststart"}) as file:
             file.container_metadata.update(metadata or {})
             file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
             for frame in frames:
                 file.write_frame((frame * 255).round().clamp(0, 255).to("cpu", torch.uint8).numpy())
+
+
+@contextmanager
+def whole_file(path: Path):
+    """A name to write to; what is there at the end appears as ``path``, or nothing does.
+
+    Raises:
+        RequestError: naming what the system says, when the disk is full or the folder has gone.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
         partial.replace(path)
+    except OSError as error:
+        raise RequestError(
+            f"cannot write {path}: {error.strerror}; make room or choose another place, and run it again"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+
+
+def save_or_rescue(path: Path, frames: torch.Tensor, **settings) -> None:
+    """As :func:`save`; where that fails, the video goes to the system's folder for temporary files, and the error says so."""
+    try:
+        save(path, frames, **settings)
+    except RequestError as error:
+        rescued = Path(tempfile.mkdtemp(prefix="xdit-video-")) / path.name
+        save(rescued, frames, **settings)
+        raise RequestError(f"{error}; this video is kept as {rescued}") from error
 
 
 def save_latent(path: Path, latent: torch.Tensor) -> None:
-    """Writes ComfyUI's own latent file: ``latent_tensor`` in the core's layout, unscaled."""
-    from safetensors.torch import save_file
+    """Writes ComfyUI's own latent file: ``latent_tensor`` in the core's layout, unscaled.
 
-    save_file({"latent_tensor": latent.contiguous(), "latent_format_version_0": torch.tensor([])}, path)
+    Raises:
+        RequestError: when the disk is full, or the folder has gone.
+    """
+    from safetensors.torch import save
+
+    with whole_file(path) as partial:
+        partial.write_bytes(save({"latent_tensor": latent.contiguous(), "latent_format_version_0": torch.tensor([])}))

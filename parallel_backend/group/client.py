@@ -162,7 +162,7 @@ class GroupExecutor(Executor):
         address = self.address
         try:
             with self._connect(address, should_stop) as connection:
-                connection.send_bytes(protocol.encode(message))
+                protocol.send(connection, message)
                 return self._listen(connection, on_step, should_stop, kept or Keepsake())
         except (EOFError, ConnectionError) as error:
             raise self._lost(address) from error
@@ -202,7 +202,7 @@ class GroupExecutor(Executor):
                 raise GroupError(f"the group did not stop within {CANCEL_SECONDS:.0f} s of being asked")
             if not connection.poll(POLL_SECONDS):
                 continue
-            answer = protocol.decode(connection.recv_bytes(protocol.MAX_MESSAGE))
+            answer = protocol.decode(protocol.receive(connection))
             if answer.kind == "step":
                 on_step(answer.plain["step"], answer.plain["steps"])
             elif answer.kind == "kept":

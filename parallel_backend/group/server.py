@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 QUEUED = ("sample", "decode", "encode", "free", "stop")
 
 
+def refusal(error: ProtocolError) -> Message:
+    """The answer to a message that is none."""
+    return Message("failed", {"error": type(error).__name__, "message": str(error)})
+
+
 class Request:
     """One queued request and the way back to who asked.
 
@@ -55,7 +60,9 @@ class Request:
         if self.connection is None:
             return
         try:
-            self.connection.send_bytes(protocol.encode(message))
+            protocol.send(self.connection, message)
+        except ProtocolError as error:
+            self.answer(refusal(error))
         except OSError:
             self.cancelled.set()
 
@@ -106,18 +113,16 @@ class Server:
             logger.warning("dropped a client: %s: %s", type(error).__name__, error)
 
     def _converse(self, connection: Connection) -> None:
-        data = connection.recv_bytes(protocol.MAX_MESSAGE)
         try:
-            message = protocol.decode(data)
+            data = protocol.receive(connection)
+            kind = protocol.decode(data).kind
+            if kind not in (*QUEUED, "status"):
+                raise ProtocolError(f"request '{kind}' is unknown")
         except ProtocolError as error:
-            connection.send_bytes(protocol.encode(Message("failed", {"error": "ProtocolError", "message": str(error)})))
+            protocol.send(connection, refusal(error))
             return
-        if message.kind == "status":
-            connection.send_bytes(protocol.encode(Message("done", {**self._status(), "queue": self.waiting})))
-            return
-        if message.kind not in QUEUED:
-            text = f"request '{message.kind}' is unknown"
-            connection.send_bytes(protocol.encode(Message("failed", {"error": "ProtocolError", "message": text})))
+        if kind == "status":
+            protocol.send(connection, Message("done", {**self._status(), "queue": self.waiting}))
             return
         request = Request(data, connection)
         self._requests.put(request)
