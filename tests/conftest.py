@@ -39,6 +39,16 @@ TOLERANCE = 1e-4
 """What the project promises between plans, and between itself and diffusers, in float32."""
 
 
+LONG = ("comfyui", "supervision", "parallel", "workflows", "group", "command_line", "demo", "core_parts", "host", "offload")
+"""Files of tests that take long, longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Has long files begin first, so that none is left to run alone at the end."""
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Says what the shipped workflows ran on."""
     found = find_comfyui()
