@@ -216,10 +216,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--clips", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-3 for t2v, 5e-4 for i2v, which goes on from it")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=on_gpu)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     args = vars(parser.parse_args())
+    args["learning_rate"] = args["learning_rate"] or {"t2v": 1e-3, "i2v": 5e-4}[args["variant"]]
     train(args.pop("folder"), device=torch.device(args.pop("device")), **args)
 
 

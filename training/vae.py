@@ -158,9 +158,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=20_000)
     parser.add_argument("--start", type=Path, help="folder of a trained VAE to go on from, not from nothing")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-3 from nothing, 7e-4 from a trained VAE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = vars(parser.parse_args())
+    args["learning_rate"] = args["learning_rate"] or (7e-4 if args["start"] else 1e-3)
     train(args.pop("folder"), device=torch.device(args.pop("device")), **args)
 
 
