@@ -106,10 +106,10 @@ def make_thing(rng: random.Random, shape: str, colour: str, motion: str, box: tu
     left, top, right, bottom = box
     room = min(right - left, bottom - top) / 2 - 2
     alone = box == (0, 0, WIDTH, HEIGHT)
-    radius = rng.uniform(9, 14) if alone else rng.uniform(7, 11)
+    radius = rng.uniform(11, 16) if alone else rng.uniform(9, 12.5)
     radii = (radius, radius)
     if motion in ("grow", "shrink"):
-        least = rng.uniform(6.5, 8.5) if alone else rng.uniform(5.5, 6.5)
+        least = rng.uniform(8, 10) if alone else rng.uniform(6.5, 7.5)
         most = min(room, least * rng.uniform(1.8, 2.1))
         radii = (least, most) if motion == "grow" else (most, least)
     edge = max(radii) * 1.15 + 1
