@@ -1,4 +1,5 @@
-"""Does the demo model do what it is told? ``python -m benchmarks.obedience`` prints the table.
+"""Do the demo models do what they are told? ``python -m benchmarks.obedience`` prints the table; with ``--model demo-i2v`` for
+start images: how well the first frame keeps the image, and whether things move as they are told to from there.
 
 Captions that training never saw, seeds and settings fixed in advance, judged by the measurements of tests/measures.py.
 """
@@ -16,12 +17,15 @@ from parallel_backend import models
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.executor import Executor
-from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent
+from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
 from tests.measures import Verdict, judge
+from training.drawing import draw
 from training.scenes import Scene, caption, held_out_scenes
+from training.vae import psnr
 
 CAPTIONS, PAIRS = 60, 16
+IMAGES, IMAGE_PAIRS = 40, 10
 
 
 def cases(count: int = CAPTIONS) -> list[tuple[Scene, str]]:
@@ -30,13 +34,46 @@ def cases(count: int = CAPTIONS) -> list[tuple[Scene, str]]:
     return [(scene, caption(scene, rng)) for scene in held_out_scenes(CAPTIONS, pairs=PAIRS)][:count]
 
 
-def generate(executor: Executor, checkpoint: Checkpoint, encoder: TextEncoder, prompt: str, **settings) -> torch.Tensor:
-    """One clip ``[frames, height, width, 3]`` for a prompt, everything else as the sampler node has it."""
+def image_cases(count: int = IMAGES) -> list[tuple[Scene, str]]:
+    """The same for image to video: other scenes, whose first frame is the start image."""
+    rng = random.Random(2028)
+    scenes = held_out_scenes(IMAGES, pairs=IMAGE_PAIRS, seed=2029)
+    return [(scene, caption(scene, rng)) for scene in scenes][:count]
+
+
+def generate(
+    executor: Executor,
+    checkpoint: Checkpoint,
+    encoder: TextEncoder,
+    prompt: str,
+    *,
+    image: torch.Tensor | None = None,
+    **settings,
+) -> torch.Tensor:
+    """One clip ``[frames, height, width, 3]`` for a prompt, everything else as the sampler node has it.
+
+    Args:
+        image: the start image ``[1, height, width, 3]`` in 0..1, for a model that takes one.
+    """
     width, height, frames = checkpoint.default_size
     model = Model(str(checkpoint.path))
     positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in (prompt, settings.pop("negative_prompt", "")))
+    if image is not None:
+        settings["image"] = executor.encode(EncodeJob(model, image)).tensor
     job = SampleJob(model, positive, empty_latent(width=width, height=height, frames=frames), negative, **settings)
     return executor.decode(DecodeJob(model, executor.sample(job).tensor)).tensor[0]
+
+
+def first_frame(scene: Scene) -> torch.Tensor:
+    """The start image of a scene, ``[1, height, width, 3]`` in 0..1."""
+    return draw([scene])[0, :1]
+
+
+def kept(executor: Executor, checkpoint: Checkpoint, image: torch.Tensor, clip: torch.Tensor) -> float:
+    """PSNR in dB of a clip's first frame against the VAE's own round trip of the start image."""
+    model = Model(str(checkpoint.path))
+    again = executor.decode(DecodeJob(model, executor.encode(EncodeJob(model, image)).tensor)).tensor[0]
+    return psnr(again, clip[:1]).item()
 
 
 def table(verdicts: list[Verdict]) -> str:
@@ -52,7 +89,7 @@ def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=models.DEMO)
-    parser.add_argument("--count", type=int, default=CAPTIONS)
+    parser.add_argument("--count", type=int, default=CAPTIONS, help="of cases, from the first")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=SampleJob.steps)
     parser.add_argument("--cfg", type=float, default=SampleJob.cfg)
@@ -65,15 +102,22 @@ def main() -> None:
     encoder = TextEncoder(checkpoint, device=device, dtype=torch.float32)
     executor = LocalExecutor(device)
     settings = {"steps": args.steps, "cfg": args.cfg, "scheduler": args.scheduler}
-    verdicts, records, started = [], [], time.perf_counter()
-    for index, (scene, prompt) in enumerate(cases(args.count)):
-        clip = generate(executor, checkpoint, encoder, prompt, seed=args.seed + index, **settings)
+    verdicts, records, decibels, started = [], [], [], time.perf_counter()
+    for index, (scene, prompt) in enumerate((image_cases if checkpoint.takes_image else cases)(args.count)):
+        image = first_frame(scene) if checkpoint.takes_image else None
+        clip = generate(executor, checkpoint, encoder, prompt, image=image, seed=args.seed + index, **settings)
         verdicts.append(judge(clip, scene))
         wrong = [name for name, right in asdict(verdicts[-1]).items() if not right]
         records.append({"prompt": prompt, "scene": scene.name, "wrong": wrong})
+        if checkpoint.takes_image:
+            decibels.append(kept(executor, checkpoint, image, clip))
+            records[-1]["first frame dB"] = round(decibels[-1], 1)
         if wrong:
             print(f"{prompt}: {', '.join(wrong)} wrong", flush=True)
     print(table(verdicts))
+    if decibels:
+        low = sum(value < 24 for value in decibels)
+        print(f"first frame {sum(decibels) / len(decibels):.1f} dB in the mean, least {min(decibels):.1f}; {low} below 24")
     print(f"{len(verdicts)} clips, {json.dumps(settings)}, {(time.perf_counter() - started) / len(verdicts):.1f} s each")
     if args.output:
         args.output.write_text(json.dumps({"settings": settings, "cases": records}, indent=1) + "\n")

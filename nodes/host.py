@@ -66,8 +66,8 @@ def model_files() -> dict[str, Path]:
 
 
 def model_names() -> list[str]:
-    """The names of all models: ``demo`` first, then folders, then files."""
-    return [models.DEMO, *model_folders(), *model_files()]
+    """The names of all models: those that come with the pack first, then folders, then files."""
+    return [*models.shipped(), *model_folders(), *model_files()]
 
 
 def find_model(name: str) -> Path:
@@ -76,8 +76,8 @@ def find_model(name: str) -> Path:
     Raises:
         RequestError: for a name that is not in the list.
     """
-    if name == models.DEMO:
-        return models.demo_folder()
+    if name in models.shipped():
+        return models.shipped()[name]
     found = model_folders() | model_files()
     if name not in found:
         raise RequestError(

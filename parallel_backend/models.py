@@ -4,25 +4,27 @@ from pathlib import Path
 
 from .errors import RequestError
 
-DEMO = "demo"
+DEMO, DEMO_I2V = "demo", "demo-i2v"
+"""The small trained models that come with the pack: text to video, and image to video, which borrows VAE and text from it."""
 SHIPPED = Path(__file__).parent / "checkpoints"
-"""The models that come with the pack; how they were made is in ``training/``."""
+"""Where they lie; how they were made is in ``training/``."""
 
 
-def demo_folder() -> Path:
-    """The small trained model that comes with the pack."""
-    return SHIPPED / DEMO
+def shipped() -> dict[str, Path]:
+    """The models that come with the pack, by name."""
+    return {name: SHIPPED / name for name in (DEMO, DEMO_I2V)}
 
 
 def find(name: str) -> Path:
-    """The checkpoint for ``demo`` or a path, which may be a transformer's single file.
+    """The checkpoint for the name of a model that comes with the pack, or for a path, which may be a transformer's single file.
 
     Raises:
         RequestError: when there is none.
     """
-    if name == DEMO:
-        return demo_folder()
+    if name in shipped():
+        return shipped()[name]
     path = Path(name).expanduser()
     if not path.exists():
-        raise RequestError(f"there is no checkpoint folder {path}; give a folder in diffusers layout, or '{DEMO}'")
+        names = " or ".join(f"'{known}'" for known in shipped())
+        raise RequestError(f"there is no checkpoint folder {path}; give a folder in diffusers layout, or {names}")
     return path.resolve()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from parallel_backend.group.address import running
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.models import demo_folder
+from parallel_backend.models import DEMO, find
 from workflows.headless import apply_settings, to_api
 
 from .comfyui_server import ComfyUIServer, find_comfyui
@@ -220,7 +220,7 @@ def test_a_lora_is_listed_merged_and_read_again_when_its_file_changes(server, pr
     folder.mkdir(exist_ok=True)
     workflow = json.loads((REPO / "workflows" / "lora.json").read_text())
     for seed in (1, 2):
-        write(folder / "cogvideox-lora.safetensors", diffusers_layout(random_change(demo_folder(), seed=seed)))
+        write(folder / "cogvideox-lora.safetensors", diffusers_layout(random_change(find(DEMO), seed=seed)))
         info = server.object_info()
         prompt = to_api(workflow, info)
         apply_settings(prompt, ["XDiTCogVideoXSampler.steps=3", "XDiTEmptyCogVideoXLatent.length=5"], info)

@@ -10,7 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from parallel_backend.models import demo_folder
+from parallel_backend.models import DEMO, find
 
 from .conftest import REPO, wait_until, workers
 from .lora_files import diffusers_layout, random_change, write
@@ -63,7 +63,7 @@ def prepare(folder, checkpoints) -> None:
     for like in ("5b-i2v", "5b-control", "5b-inp"):
         shutil.copytree(checkpoints[like], folder / "models" / "CogVideo" / like)
     (folder / "models" / "loras").mkdir()
-    write(folder / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(demo_folder())))
+    write(folder / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(find(DEMO))))
     (folder / "input").mkdir()
     colours = np.random.default_rng(0).integers(0, 256, (20, 72, 128, 3), dtype=np.uint8)
     iio.imwrite(folder / "input" / "example.png", colours[0])

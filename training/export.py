@@ -17,8 +17,9 @@ from .parts import VARIANTS, make_scheduler, make_tokenizer, make_transformer, w
 
 def export(folder: Path, output: Path) -> None:
     """Writes ``output/demo`` whole, and of ``output/demo-i2v`` what differs: transformer and model index."""
-    shutil.rmtree(output, ignore_errors=True)
     names = {"t2v": "demo", "i2v": "demo-i2v"}
+    for name in names.values():
+        shutil.rmtree(output / name, ignore_errors=True)
     whole = output / names["t2v"]
     AutoencoderKLCogVideoX.from_pretrained(folder / "vae").half().save_pretrained(whole / "vae")
     T5EncoderModel.from_pretrained(folder / "text_encoder").half().save_pretrained(whole / "text_encoder")
@@ -32,7 +33,7 @@ def export(folder: Path, output: Path) -> None:
             transformer = make_transformer(variant)
             transformer.load_state_dict(load_file(weights))
             transformer.to(torch.float16).save_pretrained(output / names[variant] / "transformer")
-            write_model_index(output / names[variant], variant)
+            write_model_index(output / names[variant], variant, lender=names["t2v"] if variant == "i2v" else None)
 
 
 def main() -> None:

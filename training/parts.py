@@ -7,6 +7,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from parallel_backend.cogvideox.checkpoint import LENDER
+
 from .scenes import FRAMES, HEIGHT, WIDTH, vocabulary
 
 TEXT_TOKENS = 32
@@ -87,8 +89,8 @@ def widen_input(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**state, name: torch.cat([state[name], torch.zeros_like(state[name])], dim=1)}
 
 
-def write_model_index(folder: Path, variant: str) -> None:
-    """What ``DiffusionPipeline.from_pretrained`` reads first."""
+def write_model_index(folder: Path, variant: str, lender: str | None = None) -> None:
+    """What ``DiffusionPipeline.from_pretrained`` reads first; ``lender`` names the folder beside it that has the rest."""
     index = {
         "_class_name": "CogVideoXImageToVideoPipeline" if variant == "i2v" else "CogVideoXPipeline",
         "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
@@ -97,4 +99,6 @@ def write_model_index(folder: Path, variant: str) -> None:
         "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
+    if lender:
+        index[LENDER] = lender
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

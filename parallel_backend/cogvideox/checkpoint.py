@@ -29,6 +29,9 @@ IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
 REFERENCE_NOISE = 0.0563
 """Standard deviation, of pixels in -1..1, of the noise on what an inpaint model is shown, where it was trained with noise
 (``noise_aug_strength`` of VideoX-Fun's CogVideoXFunInpaintPipeline)."""
+LENDER = "_parts_from"
+"""In ``model_index.json``: the name of the folder beside it that lends what this one lacks, so that the VAE and the text
+encoder of the pack's two models are stored once. diffusers passes over names that begin so."""
 TRAINED_AT = (1360, 768)
 """CogVideoX 1.5's own size: its published configurations say 300x300 latents, which is how far its positions reach."""
 
@@ -60,6 +63,8 @@ class Checkpoint:
     """Numbers in the weights of each part."""
     pipeline: str | None = None
     """The class that ``model_index.json`` names; None where there is no such file."""
+    lender: Path | None = None
+    """The folder beside it that has the parts it lacks; ``model_index.json`` names it (``LENDER``)."""
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -241,7 +246,7 @@ class Checkpoint:
     @cached_property
     def stored_dtype(self) -> str:
         """What most of the transformer's weights are stored in, as safetensors calls it."""
-        return single_file.stored_dtype(self.path) if self.is_file else weights.stored_dtype(self.path / "transformer")
+        return single_file.stored_dtype(self.path) if self.is_file else weights.stored_dtype(self.folder("transformer"))
 
     @property
     def native_dtype(self) -> str:
@@ -256,7 +261,7 @@ class Checkpoint:
     @cached_property
     def stored(self) -> dict[str, weights.Stored]:
         """Where each weight of the transformer lies, by diffusers' name."""
-        return single_file.stored(self.path) if self.is_file else weights.stored(self.path / "transformer")
+        return single_file.stored(self.path) if self.is_file else weights.stored(self.folder("transformer"))
 
     @property
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -277,9 +282,13 @@ class Checkpoint:
         """Bytes of a part's weights once loaded in ``dtype``; 0 for one that is not there."""
         return self.elements.get(part, 0) * dtype.itemsize
 
+    def folder(self, part: str) -> Path:
+        """Where a part lies."""
+        return folder_of(self.path, part, self.lender)
+
     def files(self, part: str) -> list[Path]:
         """The files of a part's weights."""
-        return [self.path] if self.is_file else weights.files(self.path / part)
+        return [self.path] if self.is_file else weights.files(self.folder(part))
 
     def padding_frames(self, latent_frames: int) -> int:
         """Latent frames put in front so that they divide into tokens, dropped after the loop."""
@@ -349,17 +358,17 @@ class Checkpoint:
             RequestError: when the folder has none, or a package to read it is missing.
         """
         self.check_text()
-        if not (self.path / "tokenizer" / "tokenizer.json").exists():
+        if not (self.folder("tokenizer") / "tokenizer.json").exists():
             for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
                 if not has_module(module):
                     raise RequestError(f"the tokenizer of {self.path.name} needs {package}: pip install {package}")
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path / "tokenizer", local_files_only=True)
+        return AutoTokenizer.from_pretrained(self.folder("tokenizer"), local_files_only=True)
 
     def _load(self, cls, part: str, dtype: torch.dtype, device: torch.device | str):
         model = cls.from_pretrained(
-            self.path / part, use_safetensors=True, local_files_only=True, **{dtype_argument(cls): dtype}
+            self.folder(part), use_safetensors=True, local_files_only=True, **{dtype_argument(cls): dtype}
         )
         return ready(model, device)
 
@@ -375,9 +384,27 @@ def whole_frames(frames: int, together: int = 1) -> int:
     return (max(latent // together * together, 1) - 1) * TEMPORAL + 1
 
 
+def folder_of(path: Path, part: str, lender: Path | None) -> Path:
+    """A part's folder: the checkpoint's own, or the one that is lent."""
+    own = path / part
+    return lender / part if lender and not own.is_dir() else own
+
+
 def state(path: Path) -> tuple:
-    """Changes when a file of a checkpoint folder does: names, sizes and times of change."""
-    return weights.fingerprint(file for file in sorted((*path.glob("*"), *path.glob("*/*"))) if file.is_file())
+    """Changes when a file of a checkpoint folder, or of one that lends it parts, does: names, sizes and times of change."""
+    folders = [path, *filter(None, [lender_of(path, read_index(path))])]
+    found = (file for folder in folders for file in sorted((*folder.glob("*"), *folder.glob("*/*"))))
+    return weights.fingerprint(file for file in found if file.is_file())
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """What ``model_index.json`` says; nothing where there is none."""
+    return read_config(path, "model_index.json") if (path / "model_index.json").exists() else {}
+
+
+def lender_of(path: Path, index: dict[str, Any]) -> Path | None:
+    """The folder beside a checkpoint's that lends it parts."""
+    return path.parent / Path(index[LENDER]).name if index.get(LENDER) else None
 
 
 @lru_cache(maxsize=8)
@@ -385,19 +412,24 @@ def read(path: Path, state: tuple) -> Checkpoint:
     """The checkpoint of a folder in one state; what is refused is not remembered."""
     if not any(path.iterdir()):
         raise RequestError(f"the checkpoint folder {path} is empty; put a CogVideoX in diffusers layout there")
-    transformer = read_config(path / "transformer")
+    index = read_index(path)
+    lender = lender_of(path, index)
+
+    def folder(part: str) -> Path:
+        return folder_of(path, part, lender)
+
+    transformer = read_config(folder("transformer"))
     if transformer.get("_class_name") != TRANSFORMER_CLASS:
         raise RequestError(f"{path} is a {transformer.get('_class_name')}, not a {TRANSFORMER_CLASS}")
-    vae = read_config(path / "vae")
+    vae = read_config(folder("vae"))
     if vae.get("_class_name") != VAE_CLASS:
         raise RequestError(f"{path}/vae is a {vae.get('_class_name')}, not a {VAE_CLASS}")
-    scheduler = read_config(path / "scheduler", "scheduler_config.json")
-    elements = {part: weights.elements(path / part) for part in ("transformer", "vae")}
-    if (path / "text_encoder").is_dir():
-        elements["text_encoder"] = weights.elements(path / "text_encoder")
-        read_config(path / "tokenizer", "tokenizer_config.json")
-    index = read_config(path, "model_index.json") if (path / "model_index.json").exists() else {}
-    return Checkpoint(path, transformer, vae, scheduler, elements, index.get("_class_name"))
+    scheduler = read_config(folder("scheduler"), "scheduler_config.json")
+    elements = {part: weights.elements(folder(part)) for part in ("transformer", "vae")}
+    if folder("text_encoder").is_dir():
+        elements["text_encoder"] = weights.elements(folder("text_encoder"))
+        read_config(folder("tokenizer"), "tokenizer_config.json")
+    return Checkpoint(path, transformer, vae, scheduler, elements, index.get("_class_name"), lender)
 
 
 @lru_cache(maxsize=8)
