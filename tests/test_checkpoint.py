@@ -163,6 +163,25 @@ def test_a_folder_is_read_again_only_when_a_file_of_it_changed(broken, monkeypat
     assert "no weights" in refusal(broken)
 
 
+def test_a_folder_can_borrow_parts_of_the_one_beside_it(checkpoints, tmp_path):
+    lender, borrower = shutil.copytree(checkpoints["5b"], tmp_path / "lender"), tmp_path / "borrower"
+    borrower.mkdir()
+    (lender / "transformer").rename(borrower / "transformer")
+    (borrower / "model_index.json").write_text(json.dumps({checkpoint.LENDER: "lender"}))
+    ours, whole = Checkpoint.open(borrower), Checkpoint.open(checkpoints["5b"])
+    ours.check_whole()
+    assert ours.elements == whole.elements
+    for part in ("transformer", "vae", "text_encoder"):
+        one, other = (getattr(each, f"load_{part}")(torch.float32).state_dict() for each in (ours, whole))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert ours.load_tokenizer()("a red ball").input_ids == whole.load_tokenizer()("a red ball").input_ids
+    path = lender / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("DPM", "DDIM"))
+    assert Checkpoint.open(borrower).default_scheduler == "ddim"
+    shutil.rmtree(lender)
+    assert "has no" in refusal(borrower)
+
+
 def test_a_missing_or_empty_folder_is_named(tmp_path):
     assert "no checkpoint folder" in refusal(tmp_path / "none")
     assert "is empty" in refusal(tmp_path)

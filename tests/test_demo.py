@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from benchmarks.obedience import cases, generate
+from benchmarks.obedience import cases, first_frame, generate, image_cases, kept
 from parallel_backend import models
 from parallel_backend.cogvideox import vae
 from parallel_backend.cogvideox.checkpoint import Checkpoint
@@ -31,10 +31,12 @@ def encoder(demo) -> TextEncoder:
 
 
 @pytest.fixture(scope="module")
-def verdicts(demo, encoder, local) -> list[Verdict]:
+def verdicts(demo, encoder, local) -> list[tuple[Scene, Verdict]]:
     """A dozen of the benchmark's captions, in fewer steps than the benchmark's."""
     dozen = enumerate(cases(12))
-    return [judge(generate(local, demo, encoder, prompt, seed=seed, steps=30), scene) for seed, (scene, prompt) in dozen]
+    return [
+        (scene, judge(generate(local, demo, encoder, prompt, seed=seed, steps=20), scene)) for seed, (scene, prompt) in dozen
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +93,28 @@ def test_the_vae_gives_unseen_clips_back(demo):
     assert psnr(clips, again).mean() >= 30
 
 
-def test_it_obeys_in_colour(verdicts):
-    assert sum(verdict.colour for verdict in verdicts) >= 11
+def test_it_obeys_in_colour_and_background(verdicts):
+    assert sum(verdict.colour for _, verdict in verdicts) >= 11
+    assert sum(verdict.background for _, verdict in verdicts) >= 11
 
 
-def test_it_obeys_in_background(verdicts):
-    assert sum(verdict.background for verdict in verdicts) >= 11
+def test_it_obeys_in_shape_and_motion_where_there_is_one_thing(verdicts):
+    """Of two things it often gives one what the other was told; the benchmark counts those too."""
+    alone = [verdict for scene, verdict in verdicts if len(scene.things) == 1]
+    assert len(alone) == 6
+    assert sum(verdict.shape for verdict in alone) >= 5
+    assert sum(verdict.motion for verdict in alone) >= 5
+
+
+def test_image_to_video_keeps_the_image_and_moves_as_it_is_told(encoder, local):
+    """Two of these have two things."""
+    checkpoint, moved = Checkpoint.open(models.find(models.DEMO_I2V)), 0
+    for seed, (scene, prompt) in enumerate(image_cases(8)):
+        image = first_frame(scene)
+        clip = generate(local, checkpoint, encoder, prompt, image=image, seed=seed, steps=10)
+        assert kept(local, checkpoint, image, clip) >= 24, prompt
+        moved += judge(clip, scene).motion
+    assert moved >= 7
 
 
 def test_another_prompt_with_the_same_noise_is_another_video_and_the_negative_prompt_is_heard(demo, encoder, local):

@@ -1,7 +1,8 @@
 #!/bin/bash
-# Every stage of the demo model's training that FOLDER lacks, packed into RESULTS as soon as it is done:
+# Every stage of the demo models' training that FOLDER lacks, packed into RESULTS as soon as it is done:
 #   bash training/all.sh FOLDER RESULTS
-# VAE, T2V and I2V are the minutes of each stage; START a trained VAE to go on from; OPTIONS more for all of them.
+# VAE, T2V and I2V are the minutes of each stage; START exported models (parallel_backend/checkpoints) to go on from, whose
+# VAE stays as it is unless VAE is given; OPTIONS more for both transformers.
 set -e
 folder=$1 results=$2
 cd "$(dirname "$0")/.."
@@ -12,13 +13,17 @@ pack() {
     tar czf "$results/partial" -C "$folder/out" "$2" && mv "$results/partial" "$results/$1.tar.gz"
 }
 
-[ -d "$folder/vae" ] || python3 -m training.vae --folder "$folder" --minutes "${VAE:-9}" ${START:+--start "$START"} $OPTIONS
-[ -e "$results/vae.tar.gz" ] || tar czf "$results/vae.tar.gz" -C "$folder" vae
+if [ ! -d "$folder/vae" ] && [ -n "$START" ] && [ -z "$VAE" ]; then cp -r "$START/demo/vae" "$folder/vae"; fi
+if [ ! -d "$folder/vae" ]; then
+    python3 -m training.vae --folder "$folder" --minutes "${VAE:-9}" ${START:+--start "$START/demo/vae"}
+    tar czf "$results/vae.tar.gz" -C "$folder" vae
+fi
 for variant in t2v i2v; do
     minutes=${T2V:-10} name=demo
     [ $variant = i2v ] && minutes=${I2V:-5} name=demo-i2v
     if [ ! -d "$folder/$variant" ]; then
-        python3 -m training.transformer --variant $variant --folder "$folder" --minutes "$minutes" $OPTIONS
+        python3 -m training.transformer --variant $variant --folder "$folder" --minutes "$minutes" \
+            ${START:+--start "$START/$name"} $OPTIONS
         pack $variant $name
     fi
 done

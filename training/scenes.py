@@ -127,10 +127,10 @@ def make_thing(rng: random.Random, shape: str, colour: str, motion: str, box: tu
     return Thing(shape, colour, motion, start, end, radii)
 
 
-def random_scene(rng: random.Random) -> Scene:
-    """Any scene: one thing, or (three in ten) two."""
+def random_scene(rng: random.Random, *, pairs: float = 0.3) -> Scene:
+    """Any scene: one thing, or, with the likelihood of ``pairs``, two."""
     background = rng.choice(list(BACKGROUNDS))
-    if rng.random() < 0.7:
+    if rng.random() < 1 - pairs:
         thing = make_thing(
             rng, rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS)), (0, 0, WIDTH, HEIGHT)
         )
@@ -151,9 +151,9 @@ def random_scene(rng: random.Random) -> Scene:
     return Scene(background, things, crossing)
 
 
-def training_scene(rng: random.Random) -> Scene:
+def training_scene(rng: random.Random, *, pairs: float = 0.3) -> Scene:
     """Any scene that is not held out."""
-    while (scene := random_scene(rng)).held_out:
+    while (scene := random_scene(rng, pairs=pairs)).held_out:
         pass
     return scene
 

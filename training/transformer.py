@@ -1,6 +1,7 @@
 """Stages 2 and 3: the transformer. ``python -m training.transformer --variant t2v --folder .train --minutes 9``
 
 ``t2v`` is trained together with the text encoder; ``i2v`` starts from its weights, and the text encoder stays as it is.
+``--start FOLDER`` goes on from an exported model of the variant instead: less to learn again when the scenes change.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
@@ -50,20 +51,24 @@ class Bank:
     """``[clips, CAPTIONS, TEXT_TOKENS]``."""
 
 
-def load_bank(folder: Path, tokenizer, *, clips: int, seed: int, device: torch.device) -> Bank:
+def load_bank(folder: Path, tokenizer, *, clips: int, pairs: float, seed: int, device: torch.device) -> Bank:
     """The clips that both variants learn from; made once, and kept in ``folder/bank.pt``."""
     path = folder / "bank.pt"
-    if path.exists() and (kept := torch.load(path, map_location=device, weights_only=True))["made with"] == [clips, seed]:
+    if path.exists() and (kept := torch.load(path, map_location=device, weights_only=True))["made with"] == [
+        clips,
+        pairs,
+        seed,
+    ]:
         return Bank(kept["latents"], kept["images"], kept["tokens"])
     vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
-    bank = make_bank(vae, tokenizer, clips=clips, seed=seed, device=device)
-    torch.save({"made with": [clips, seed], **vars(bank)}, path)
+    bank = make_bank(vae, tokenizer, clips=clips, pairs=pairs, seed=seed, device=device)
+    torch.save({"made with": [clips, pairs, seed], **vars(bank)}, path)
     return bank
 
 
 @torch.no_grad()
-def make_bank(vae, tokenizer, *, clips: int, seed: int, device: torch.device) -> Bank:
-    """Draws and encodes training scenes."""
+def make_bank(vae, tokenizer, *, clips: int, pairs: float, seed: int, device: torch.device) -> Bank:
+    """Draws and encodes training scenes; ``pairs`` is the share of those with two things."""
     rng = random.Random(f"bank {seed}")
     scale = vae.config.scaling_factor
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -71,7 +76,7 @@ def make_bank(vae, tokenizer, *, clips: int, seed: int, device: torch.device) ->
     latents, images, captions = [], [], []
     done = 0
     while done < clips:
-        scenes = [training_scene(rng) for _ in range(min(128, clips - done))]
+        scenes = [training_scene(rng, pairs=pairs) for _ in range(min(128, clips - done))]
         done += len(scenes)
         video = as_video(draw(scenes, device)).to(dtype)
         latents.append((vae.encode(video).latent_dist.mode().float() * scale).half())
@@ -142,8 +147,8 @@ class Average:
 
 
 def train(
-    folder: Path, *, variant: str, minutes: float, batch: int, clips: int, seed: int, device: torch.device,
-    learning_rate: float, compiled: bool,
+    folder: Path, *, variant: str, start: Path | None, minutes: float, batch: int, clips: int, pairs: float, seed: int,
+    device: torch.device, learning_rate: float, compiled: bool,
 ) -> None:  # fmt: skip
     """Trains one variant on the VAE of ``folder/vae`` and saves averaged weights to ``folder/<variant>``."""
     torch.manual_seed(seed)
@@ -151,8 +156,13 @@ def train(
     tokenizer = make_tokenizer()
     transformer, text_encoder = make_transformer(variant).to(device), make_text_encoder(len(tokenizer)).to(device)
     trained = [transformer, text_encoder]
+    if start:
+        transformer.load_state_dict(CogVideoXTransformer3DModel.from_pretrained(start / "transformer").float().state_dict())
+        if variant == "t2v":
+            text_encoder.load_state_dict(T5EncoderModel.from_pretrained(start / "text_encoder").float().state_dict())
     if variant == "i2v":
-        transformer.load_state_dict(widen_input(load_file(folder / "t2v" / "transformer.safetensors")))
+        if not start:
+            transformer.load_state_dict(widen_input(load_file(folder / "t2v" / "transformer.safetensors")))
         text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").to(device)
         trained = [transformer]
     weights = [value for module in trained for value in module.parameters()]
@@ -160,7 +170,7 @@ def train(
     stage = Stage(folder, variant, minutes, {"transformer": transformer, "text_encoder": text_encoder, "average": average})
     optimizer = stage.make_optimizer(weights, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     stage.resume()
-    bank = load_bank(folder, tokenizer, clips=clips, seed=seed, device=device)
+    bank = load_bank(folder, tokenizer, clips=clips, pairs=pairs, seed=seed, device=device)
     stage.say(f"{clips} clips encoded, latents {bank.latents.float().mean():.3f} +- {bank.latents.float().std():.3f}")
     if compiled:
         for block in transformer.transformer_blocks:
@@ -212,15 +222,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     parser.add_argument("--folder", type=Path, default=Path(".train"))
+    parser.add_argument("--start", type=Path, help="an exported model of the variant to go on from")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--clips", type=int, default=100_000)
+    parser.add_argument("--pairs", type=float, default=0.5, help="share of clips with two things")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, help="default: 1e-3 for t2v, 5e-4 for i2v, which goes on from it")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-3, or 5e-4 for what goes on from something")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=on_gpu)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     args = vars(parser.parse_args())
-    args["learning_rate"] = args["learning_rate"] or {"t2v": 1e-3, "i2v": 5e-4}[args["variant"]]
+    args["learning_rate"] = args["learning_rate"] or (5e-4 if args["start"] or args["variant"] == "i2v" else 1e-3)
     train(args.pop("folder"), device=torch.device(args.pop("device")), **args)
 
 

@@ -399,7 +399,14 @@ def state(path: Path) -> tuple:
 
 def read_index(path: Path) -> dict[str, Any]:
     """What ``model_index.json`` says; nothing where there is none."""
-    return read_config(path, "model_index.json") if (path / "model_index.json").exists() else {}
+    found = path / "model_index.json"
+    return read_found_index(path, weights.fingerprint([found])) if found.exists() else {}
+
+
+@lru_cache(maxsize=8)
+def read_found_index(path: Path, state: tuple) -> dict[str, Any]:
+    """The index of a folder in one state."""
+    return read_config(path, "model_index.json")
 
 
 def lender_of(path: Path, index: dict[str, Any]) -> Path | None:
