@@ -15,11 +15,11 @@ from .obedience import generate
 
 PROMPTS = (
     "a blue ball moves left on a white background",
-    "a yellow star grows on a black background",
+    "a yellow circle grows on a black background",
     "an orange ball bounces on a white background",
-    "a purple circle shrinks on a grey background",
+    "a purple triangle shrinks on a grey background",
     "a green square moves down on a pink background",
-    "a blue circle and a yellow square cross on black",
+    "a red star goes right and then stops on white",
 )
 COLUMNS, SCALE, LABEL, GAP = 3, 3, 22, 6
 
