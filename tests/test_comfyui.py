@@ -24,6 +24,7 @@ from .comfyui_server import ComfyUIServer, find_comfyui
 from .conftest import REPO, TOLERANCE, wait_until, workers
 from .core_files import in_model_folders
 from .lora_files import diffusers_layout, random_change, write
+from .test_workflows import MODELS, SETTINGS, SHAPES, prepare
 
 pytestmark = pytest.mark.skipif(
     find_comfyui() is None, reason="no ComfyUI here: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI"
@@ -209,6 +210,29 @@ def test_an_image_and_a_video_become_videos_with_the_shipped_workflows(server):
     apply_settings(prompt, ["XDiTLoadCogVideoX.model_name=demo"], info)
     with pytest.raises(RuntimeError, match="makes videos from text alone; for a start image use an image-to-video model"):
         server.run(prompt)
+
+
+@pytest.fixture
+def prepared(server, checkpoints):
+    """The models and the input of every shipped workflow; the models are there for one test alone."""
+    prepare(server.base, checkpoints)
+    yield server.object_info()
+    for name in MODELS:
+        shutil.rmtree(server.base / "models" / "CogVideo" / name)
+
+
+def test_the_workflows_for_other_models_run_as_they_are_dragged_in(server, prepared):
+    """Every task that the demo models do not do; the rest of the shipped workflows run in tests of their own."""
+    for name in ("first-last-frame", "inpaint", "control", "long-video"):
+        workflow = json.loads((REPO / "workflows" / f"{name}.json").read_text())
+        prompt = to_api(workflow, prepared)
+        settings = SETTINGS.get(name, ["XDiTEmptyCogVideoXLatent.length=33"])
+        few = ["XDiTCogVideoXSampler.steps=2", f"XDiTSaveVideo.filename_prefix={name}"]
+        apply_settings(prompt, [*TWO_PROCESSES, *few, *settings], prepared)
+        outputs = server.run(prompt, workflow=workflow)["outputs"]
+        (shown,) = outputs[node_of(prompt, "XDiTSaveVideo")]["images"]
+        made = iio.imread(server.base / "output" / shown["subfolder"] / shown["filename"], plugin="pyav")
+        assert made.shape == ((33, 64, 96, 3) if name == "long-video" else SHAPES[name]), name
 
 
 def test_a_lora_is_listed_merged_and_read_again_when_its_file_changes(server, prompt_of):

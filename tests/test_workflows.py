@@ -24,6 +24,8 @@ COMFYUI_ALONE = "core-nodes"
 """Needs the loaders of a real ComfyUI; tests/test_comfyui.py runs it there."""
 SMALL = {"width": 48, "height": 48, "length": 5}
 SETTINGS = {}
+MODELS = ("5b-control", "5b-inp")
+"""The small models that workflows need beside those that come with the pack."""
 for name, node, like in (
     ("control", "XDiTCogVideoXControlToVideo", "5b-control"),
     ("first-last-frame", "XDiTCogVideoXImageToVideo", "5b-inp"),
@@ -56,11 +58,11 @@ print(json.dumps(results))
 
 def prepare(folder, checkpoints) -> None:
     """Models and input as the shipped workflows name them: small models, and the files of Load Image and Load Video."""
-    for like in ("5b-control", "5b-inp"):
+    for like in MODELS:
         shutil.copytree(checkpoints[like], folder / "models" / "CogVideo" / like)
-    (folder / "models" / "loras").mkdir()
+    (folder / "models" / "loras").mkdir(exist_ok=True)
     write(folder / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(find(DEMO))))
-    (folder / "input").mkdir()
+    (folder / "input").mkdir(exist_ok=True)
     colours = np.random.default_rng(0).integers(0, 256, (20, 72, 128, 3), dtype=np.uint8)
     iio.imwrite(folder / "input" / "example.png", colours[0])
     iio.imwrite(folder / "input" / "mask.png", colours[1].repeat(2, axis=-1)[..., :4])  # Load Image: what is transparent
