@@ -69,11 +69,24 @@ def first_frame(scene: Scene) -> torch.Tensor:
     return draw([scene])[0, :1]
 
 
+def round_trip(executor: Executor, checkpoint: Checkpoint, pixels: torch.Tensor) -> torch.Tensor:
+    """A video ``[frames, height, width, 3]`` as the VAE gives it back."""
+    model = Model(str(checkpoint.path))
+    return executor.decode(DecodeJob(model, executor.encode(EncodeJob(model, pixels)).tensor)).tensor[0]
+
+
 def kept(executor: Executor, checkpoint: Checkpoint, image: torch.Tensor, clip: torch.Tensor) -> float:
     """PSNR in dB of a clip's first frame against the VAE's own round trip of the start image."""
-    model = Model(str(checkpoint.path))
-    again = executor.decode(DecodeJob(model, executor.encode(EncodeJob(model, image)).tensor)).tensor[0]
-    return psnr(again, clip[:1]).item()
+    return psnr(round_trip(executor, checkpoint, image), clip[:1]).item()
+
+
+def show_round_trips(executor: Executor, checkpoint: Checkpoint, scenes: list[Scene]) -> None:
+    """Prints what the VAE alone leaves of the scenes as drawn: the most that any transformer could do with it."""
+    drawn = list(draw(scenes))
+    again = [round_trip(executor, checkpoint, clip) for clip in drawn]
+    decibels = psnr(torch.stack(drawn), torch.stack(again))
+    print(f"the VAE's round trip of the same scenes, drawn: {decibels.mean():.1f} dB in the mean, least {decibels.min():.1f}")
+    print(table([judge(clip, scene) for clip, scene in zip(again, scenes)]))
 
 
 def table(verdicts: list[Verdict]) -> str:
@@ -103,7 +116,8 @@ def main() -> None:
     executor = LocalExecutor(device)
     settings = {"steps": args.steps, "cfg": args.cfg, "scheduler": args.scheduler}
     verdicts, records, decibels, started = [], [], [], time.perf_counter()
-    for index, (scene, prompt) in enumerate((image_cases if checkpoint.takes_image else cases)(args.count)):
+    chosen = (image_cases if checkpoint.takes_image else cases)(args.count)
+    for index, (scene, prompt) in enumerate(chosen):
         image = first_frame(scene) if checkpoint.takes_image else None
         clip = generate(executor, checkpoint, encoder, prompt, image=image, seed=args.seed + index, **settings)
         verdicts.append(judge(clip, scene))
@@ -119,6 +133,7 @@ def main() -> None:
         low = sum(value < 24 for value in decibels)
         print(f"first frame {sum(decibels) / len(decibels):.1f} dB in the mean, least {min(decibels):.1f}; {low} below 24")
     print(f"{len(verdicts)} clips, {json.dumps(settings)}, {(time.perf_counter() - started) / len(verdicts):.1f} s each")
+    show_round_trips(executor, checkpoint, [scene for scene, _ in chosen])
     if args.output:
         args.output.write_text(json.dumps({"settings": settings, "cases": records}, indent=1) + "\n")
 
