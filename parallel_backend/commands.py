@@ -259,7 +259,8 @@ def status(args: Namespace) -> int:
         memory = "/".join(f"{size / 2**30:.1f}" for size in group["memory"]) or "-"
         show(
             f"{group['plan']} on {group['devices']}: {group['state']}, up {group['uptime']:.0f} s, jobs {group['jobs']}, "
-            f"queue {group['queue']}, model {group['model']}, memory {memory} GiB, kept by process {group['owner']}, "
+            f"queue {group['queue']}, model {group['model']}, memory {memory} GiB, "
+            f"link {group['link'] / 1e9:.2g} GB/s, kept by process {group['owner']}, "
             f"logs {group['folder']}/logs, last error {group['last_error']}"
         )
     if not groups:

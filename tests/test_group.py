@@ -24,6 +24,7 @@ from parallel_backend.group.address import GroupAddress, running
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.protocol import Message
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, Windows
+from parallel_backend.parallel.groups import slow_link
 from parallel_backend.plans import Plan
 
 from .conftest import REPO, TOLERANCE, wait_until, workers
@@ -47,12 +48,29 @@ def test_a_second_job_loads_nothing(group, make_job):
     assert group.status()["loads"] == loads + 1
 
 
+@pytest.mark.parametrize(
+    "plan, kind, speed, words",
+    [
+        ("ulysses2", "cuda", 3e8, ("only 0.3 GB/s", "ulysses2 waits", "cfg2 alone exchanges least", "NCCL_P2P_DISABLE=1")),
+        ("cfg2-ring2", "cuda", 1.9e9, ("only 1.9 GB/s", "cfg2-ring2 waits")),
+        ("cfg2", "cuda", 1e8, ("only 0.1 GB/s", "NCCL_P2P_DISABLE=1")),
+        ("ulysses2", "cuda", 2e10, None),
+        ("cfg2", "cuda", 1e9, None),
+        ("ulysses2", "cpu", 1e8, None),
+    ],
+)
+def test_a_slow_link_is_named_where_it_will_hold_the_plan_up(plan, kind, speed, words):
+    said = slow_link(Plan.parse(plan), kind, speed)
+    assert said is None if words is None else all(word in said for word in words) and "\n" not in said
+
+
 def test_status_says_what_the_group_is_and_does(group, make_job):
     group.sample(make_job("5b"))
     status = group.status()
     assert (status["state"], status["plan"], status["world_size"], status["devices"]) == ("ready", "ulysses2", 2, "cpu:2")
     assert status["model"] == make_job("5b").model.path
     assert len(status["memory"]) == 2 and min(status["memory"]) > 0
+    assert status["link"] > 0
     assert status["jobs"] >= 1 and status["uptime"] > 0 and status["queue"] == 0
 
 

@@ -19,7 +19,7 @@ from ..cogvideox.checkpoint import Checkpoint
 from ..engine import Engine
 from ..errors import Cancelled
 from ..jobs import Progress, Result, join_fields, split_fields
-from ..parallel.groups import GroupSplit
+from ..parallel.groups import GroupSplit, slow_link
 from ..plans import Plan
 from .address import GroupAddress
 from .agent import AGENT
@@ -57,10 +57,14 @@ class Worker:
         split: the rank's share.
         address: the group's.
         heart: the rank's sign of life.
+        link: bytes a second between the ranks.
     """
 
-    def __init__(self, split: GroupSplit, address: GroupAddress, heart: Heart):
+    def __init__(self, split: GroupSplit, address: GroupAddress, heart: Heart, link: float):
         self.split = split
+        self.link = link
+        slow = slow_link(split.plan, split.device.type, link)
+        self.notes = (slow,) if slow else ()
         self.address = address
         self.engine = Engine(split)
         self.started = time.time()
@@ -81,6 +85,7 @@ class Worker:
             "jobs": self.jobs,
             **self.engine.status(),
             "memory": self.memory,
+            "link": self.link,
             "last_error": self.last_error,
         }
 
@@ -137,7 +142,8 @@ class Worker:
                     self.last_error = f"rank {rank}: {failure['error']}: {failure['message']}"
                 request.answer(Message(kind, {"rank": rank, **failure}))
                 return
-        report = replace(result.report, peak_memory=tuple(self.memory))
+        notes = self.notes if message.kind == "sample" else ()
+        report = replace(result.report, peak_memory=tuple(self.memory), notes=(*notes, *result.report.notes))
         self.log_line(message.kind, report, request.waited)
         request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
 
@@ -215,8 +221,9 @@ def main() -> None:
     heart.beat(
         "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)", MEET_SECONDS
     )
-    split.probe()
-    Worker(split, address, heart).loop()
+    link = split.probe()
+    logger.info("the ranks exchange %.2g GB/s", link / 1e9)
+    Worker(split, address, heart, link).loop()
     os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
 
 

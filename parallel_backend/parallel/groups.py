@@ -1,5 +1,6 @@
 """The share of one rank in a process group, on xDiT's groups."""
 
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,23 @@ from .transformer import SequenceShare
 
 IDLE = timedelta(days=365)
 """How long a rank may wait for the next job: collectives of the control group must not time out."""
+
+
+PROBE_NUMBERS = {"cpu": 2**20, "cuda": 2**24}
+"""Float32 numbers that are exchanged for trial: 4 MiB between processes, 64 MiB between GPUs."""
+SLOW_LINK, SLOWEST_LINK = 2e9, 2e8
+"""Bytes a second between GPUs. A step of CogVideoX-5b at its own size sends 9 GB a rank with ulysses2 and 2 MB with cfg2."""
+
+
+def slow_link(plan: Plan, kind: str, speed: float) -> str | None:
+    """What a person is told of a link of ``speed`` bytes a second between devices of a ``kind``, where it will hold them up."""
+    if kind == "cpu" or speed >= (SLOW_LINK if plan.sequence > 1 else SLOWEST_LINK):
+        return None
+    advice = "a plan of cfg2 alone exchanges least, and " if plan.sequence > 1 else ""
+    return (
+        f"the GPUs exchange only {speed / 1e9:.2g} GB/s, and {plan} waits for that in every step; {advice}"
+        "NCCL_P2P_DISABLE=1 helps where peer-to-peer is broken"
+    )
 
 
 class GroupSplit(Split):
@@ -33,16 +51,25 @@ class GroupSplit(Split):
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
         self.cfg_group = xdit.cfg_group()
 
-    def probe(self) -> None:
-        """Exchanges data over every kind of group once, as a job will, so that a broken link hangs here and not there."""
-        tensor = torch.ones(2**20, device=self.device)
+    def probe(self) -> float:
+        """Exchanges data over every kind of group once, as a job will, so that a broken link hangs here and not there.
+
+        Returns:
+            Bytes a second that the slowest rank sent and received, which are the same in an all-reduce.
+        """
+        tensor = torch.zeros(PROBE_NUMBERS[self.device.type], device=self.device)
         dist.all_reduce(tensor)
         if self.plan.cfg > 1:
             self.cfg_group.all_gather(tensor)
         if self.plan.sequence > 1:
             xdit.sequence_group().all_gather(tensor)
         self.synchronize()
-        self.collect(None)
+        began = time.perf_counter()
+        dist.all_reduce(tensor)
+        self.synchronize()
+        seconds = time.perf_counter() - began
+        ranks = self.plan.world_size
+        return min(self.collect(2 * (ranks - 1) / ranks * tensor.nbytes / seconds))
 
     def attach(self, transformer) -> None:
         """See :meth:`Split.attach`. A plan without ulysses or ring leaves the transformer as it is."""
