@@ -178,6 +178,11 @@ def test_a_folder_can_borrow_parts_of_the_one_beside_it(checkpoints, tmp_path):
     path = lender / "scheduler" / "scheduler_config.json"
     path.write_text(path.read_text().replace("DPM", "DDIM"))
     assert Checkpoint.open(borrower).default_scheduler == "ddim"
+    for elsewhere in ("..", "/etc", "../../lender/.."):
+        (borrower / "model_index.json").write_text(json.dumps({checkpoint.LENDER: elsewhere}))
+        assert "has no" in refusal(borrower)
+    (borrower / "model_index.json").write_text(json.dumps({checkpoint.LENDER: "lender"}))
+    assert Checkpoint.open(borrower).default_scheduler == "ddim"
     shutil.rmtree(lender)
     assert "has no" in refusal(borrower)
 

@@ -410,8 +410,9 @@ def read_found_index(path: Path, state: tuple) -> dict[str, Any]:
 
 
 def lender_of(path: Path, index: dict[str, Any]) -> Path | None:
-    """The folder beside a checkpoint's that lends it parts."""
-    return path.parent / Path(index[LENDER]).name if index.get(LENDER) else None
+    """The folder beside a checkpoint's that lends it parts; nowhere else, whatever the index says."""
+    name = Path(str(index.get(LENDER, ""))).name
+    return path.parent / name if name not in ("", "..") else None
 
 
 @lru_cache(maxsize=8)
