@@ -38,6 +38,7 @@ show(names=host.model_names(), shape=list(sampled.shape), path=model.model.path,
 """)  # fmt: skip
     assert shown["names"] == [
         "demo",
+        "demo-i2v",
         "CogVideo/old.safetensors",
         "diffusion_models/cut.safetensors",
         "diffusion_models/video/cog.safetensors",
