@@ -53,16 +53,12 @@ class Bank:
 
 def load_bank(folder: Path, tokenizer, *, clips: int, pairs: float, seed: int, device: torch.device) -> Bank:
     """The clips that both variants learn from; made once, and kept in ``folder/bank.pt``."""
-    path = folder / "bank.pt"
-    if path.exists() and (kept := torch.load(path, map_location=device, weights_only=True))["made with"] == [
-        clips,
-        pairs,
-        seed,
-    ]:
+    path, made_with = folder / "bank.pt", [clips, pairs, seed]
+    if path.exists() and (kept := torch.load(path, map_location=device, weights_only=True))["made with"] == made_with:
         return Bank(kept["latents"], kept["images"], kept["tokens"])
     vae = AutoencoderKLCogVideoX.from_pretrained(folder / "vae").eval()
     bank = make_bank(vae, tokenizer, clips=clips, pairs=pairs, seed=seed, device=device)
-    torch.save({"made with": [clips, pairs, seed], **vars(bank)}, path)
+    torch.save({"made with": made_with, **vars(bank)}, path)
     return bank
 
 
