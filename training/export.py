@@ -1,4 +1,4 @@
-"""Stage 4: the trained parts in diffusers layout, half precision, and what both variants share only once.
+"""Stage 5: the trained parts in diffusers layout, half precision, and what both variants share only once.
 
 ``python -m training.export --folder .train --output parallel_backend/checkpoints``
 """

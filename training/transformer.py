@@ -1,6 +1,6 @@
-"""Stages 2 and 3: the transformer. ``python -m training.transformer --variant t2v --folder .train --minutes 9``
+"""Stages 3 and 4: the transformer. ``python -m training.transformer --variant t2v --folder .train --minutes 9``
 
-``t2v`` is trained together with the text encoder; ``i2v`` starts from its weights, and the text encoder stays as it is.
+The VAE and the text encoder of the folder stay as they are; ``i2v`` starts from the weights of ``t2v``.
 ``--start FOLDER`` goes on from an exported model of the variant instead: less to learn again when the scenes change.
 """
 
@@ -21,21 +21,19 @@ from .parts import (
     TEXT_TOKENS,
     VARIANTS,
     make_scheduler,
-    make_text_encoder,
     make_tokenizer,
     make_transformer,
     widen_input,
 )
 from .scenes import caption, training_scene
 from .stage import Stage, captured
+from .text import tokenized, without_words
 from .vae import as_video
 
 CAPTIONS = 4
 """Captions of each clip; one in four leaves something unsaid."""
 TEXT_DROPOUT = 0.12
 """Share of prompts that are empty, so that guidance has something to lead away from."""
-UNKNOWN = 0.05
-"""Share of words that the model must do without."""
 EMA = 0.9995
 
 
@@ -79,11 +77,10 @@ def make_bank(vae, tokenizer, *, clips: int, pairs: float, seed: int, device: to
         first = vae.encode(video[:, :, :1]).latent_dist
         images.append((torch.stack([first.mean, first.std], 1)[:, :, :, 0].float() * scale).half())
         captions += [caption(scene, rng, partial=number == 0) for scene in scenes for number in range(CAPTIONS)]
-    encoded = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
     return Bank(
         torch.cat(latents).transpose(1, 2).contiguous(),
         torch.cat(images),
-        encoded.input_ids.view(clips, CAPTIONS, TEXT_TOKENS).to(device),
+        tokenized(tokenizer, captions).view(clips, CAPTIONS, TEXT_TOKENS).to(device),
     )
 
 
@@ -92,9 +89,7 @@ def draw_batch(bank: Bank, size: int, unknown: int, generator: torch.Generator):
     device = bank.latents.device
     which = torch.randint(len(bank.latents), (size,), generator=generator, device=device)
     wording = torch.randint(CAPTIONS, (size,), generator=generator, device=device)
-    tokens = bank.tokens[which, wording]
-    lost = torch.rand(tokens.shape, generator=generator, device=device) < UNKNOWN
-    tokens = torch.where(lost & (tokens > 2), unknown, tokens)
+    tokens = without_words(bank.tokens[which, wording], unknown, generator)
     empty = torch.zeros(TEXT_TOKENS, dtype=tokens.dtype, device=device)
     empty[0] = 1
     dropped = torch.rand(size, 1, generator=generator, device=device) < TEXT_DROPOUT
@@ -116,21 +111,19 @@ def rotary(head_dim: int, device: torch.device):
 class Average:
     """An exponential moving average of a module's weights."""
 
-    def __init__(self, modules: list[torch.nn.Module]):
-        self.modules = modules
-        self.values = [value.detach().clone() for module in modules for value in module.parameters()]
+    def __init__(self, module: torch.nn.Module):
+        self.weights = list(module.parameters())
+        self.values = [value.detach().clone() for value in self.weights]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Follows the weights, closely at first."""
-        current = [value for module in self.modules for value in module.parameters()]
-        torch._foreach_lerp_(self.values, current, 1 - min(EMA, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(self.values, self.weights, 1 - min(EMA, (1 + step) / (10 + step)))
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Gives the modules their averaged weights."""
-        current = [value for module in self.modules for value in module.parameters()]
-        torch._foreach_copy_(current, self.values)
+        """Gives the module its averaged weights."""
+        torch._foreach_copy_(self.weights, self.values)
 
     def state_dict(self) -> dict:
         """The averages by number."""
@@ -146,24 +139,18 @@ def train(
     folder: Path, *, variant: str, start: Path | None, minutes: float, batch: int, clips: int, pairs: float, seed: int,
     device: torch.device, learning_rate: float, compiled: bool,
 ) -> None:  # fmt: skip
-    """Trains one variant on the VAE of ``folder/vae`` and saves averaged weights to ``folder/<variant>``."""
+    """Trains one variant on ``folder/vae`` and ``folder/text_encoder`` and saves averaged weights to ``folder/<variant>``."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = make_tokenizer()
-    transformer, text_encoder = make_transformer(variant).to(device), make_text_encoder(len(tokenizer)).to(device)
-    trained = [transformer, text_encoder]
+    transformer = make_transformer(variant).to(device)
     if start:
         transformer.load_state_dict(CogVideoXTransformer3DModel.from_pretrained(start / "transformer").float().state_dict())
-        if variant == "t2v":
-            text_encoder.load_state_dict(T5EncoderModel.from_pretrained(start / "text_encoder").float().state_dict())
-    if variant == "i2v":
-        if not start:
-            transformer.load_state_dict(widen_input(load_file(folder / "t2v" / "transformer.safetensors")))
-        text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").to(device)
-        trained = [transformer]
-    weights = [value for module in trained for value in module.parameters()]
-    average = Average(trained)
-    stage = Stage(folder, variant, minutes, {"transformer": transformer, "text_encoder": text_encoder, "average": average})
+    elif variant == "i2v":
+        transformer.load_state_dict(widen_input(load_file(folder / "t2v" / "transformer.safetensors")))
+    text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").to(device).requires_grad_(False)
+    weights, average = list(transformer.parameters()), Average(transformer)
+    stage = Stage(folder, variant, minutes, {"transformer": transformer, "average": average})
     optimizer = stage.make_optimizer(weights, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     stage.resume()
     bank = load_bank(folder, tokenizer, clips=clips, pairs=pairs, seed=seed, device=device)
@@ -198,7 +185,9 @@ def train(
     def next_batch() -> tuple[torch.Tensor, ...]:
         clean, image, tokens = draw_batch(bank, batch, unknown, generator)
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        return clean, image, tokens, noise, torch.randint(1000, (batch,), generator=generator, device=device)
+        # the noisier of two: what goes where is decided in the first steps, at little signal
+        timestep = torch.randint(1000, (2, batch), generator=generator, device=device).amax(0)
+        return clean, image, tokens, noise, timestep
 
     run = captured(update, *next_batch())
     for step in stage.steps():
@@ -207,8 +196,6 @@ def train(
     average.apply()
     (folder / variant).mkdir(exist_ok=True)
     save_file(transformer.state_dict(), folder / variant / "transformer.safetensors")
-    if variant == "t2v":
-        text_encoder.save_pretrained(folder / "text_encoder")
     stage.finish()
 
 
@@ -221,7 +208,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="an exported model of the variant to go on from")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--clips", type=int, default=100_000)
+    parser.add_argument("--clips", type=int, default=200_000)
     parser.add_argument("--pairs", type=float, default=0.5, help="share of clips with two things")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, help="default: 1e-3, or 5e-4 for what goes on from something")
