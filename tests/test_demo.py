@@ -93,17 +93,12 @@ def test_the_vae_gives_unseen_clips_back(demo):
     assert psnr(clips, again).mean() >= 30
 
 
-def test_it_obeys_in_colour_and_background(verdicts):
-    assert sum(verdict.colour for _, verdict in verdicts) >= 11
-    assert sum(verdict.background for _, verdict in verdicts) >= 11
-
-
-def test_it_obeys_in_shape_and_motion_where_there_is_one_thing(verdicts):
-    """Of two things it often gives one what the other was told; the benchmark counts those too."""
-    alone = [verdict for scene, verdict in verdicts if len(scene.things) == 1]
-    assert len(alone) == 6
-    assert sum(verdict.shape for verdict in alone) >= 5
-    assert sum(verdict.motion for verdict in alone) >= 5
+def test_it_obeys_with_one_thing_and_with_two(verdicts):
+    right = {quality: sum(getattr(verdict, quality) for _, verdict in verdicts) for quality in QUALITIES}
+    assert right["colour"] >= 11 and right["background"] >= 11 and right["motion"] >= 10 and right["shape"] >= 9, right
+    pairs = [verdict for scene, verdict in verdicts if len(scene.things) == 2]
+    assert len(pairs) == 6
+    assert sum(verdict.motion for verdict in pairs) >= 4
 
 
 def test_image_to_video_keeps_the_image_and_moves_as_it_is_told(encoder, local):
