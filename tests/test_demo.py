@@ -93,6 +93,13 @@ def test_the_vae_gives_unseen_clips_back(demo):
     assert psnr(clips, again).mean() >= 30
 
 
+def test_it_obeys_where_there_is_one_thing(verdicts):
+    alone = [verdict for scene, verdict in verdicts if len(scene.things) == 1]
+    assert len(alone) == 6
+    assert sum(verdict.shape for verdict in alone) >= 5
+    assert sum(verdict.motion for verdict in alone) >= 5
+
+
 def test_it_obeys_with_one_thing_and_with_two(verdicts):
     right = {quality: sum(getattr(verdict, quality) for _, verdict in verdicts) for quality in QUALITIES}
     assert right["colour"] >= 11 and right["background"] >= 11 and right["motion"] >= 10 and right["shape"] >= 9, right

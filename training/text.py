@@ -86,9 +86,10 @@ def train(folder: Path, *, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(f"reading {seed}"), make_tokenizer()
     reader = Reader(len(tokenizer)).to(device)
-    order = [value for name, value in reader.named_parameters() if "relative_attention_bias" in name]
-    rest = [value for name, value in reader.named_parameters() if "relative_attention_bias" not in name]
-    groups = [{"params": rest, "lr": LEARNING_RATE}, {"params": order, "lr": BIAS_RATE}]
+    groups = [
+        {"params": [value], "lr": BIAS_RATE if "relative_attention_bias" in name else LEARNING_RATE}
+        for name, value in reader.named_parameters()
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = torch.Generator(device).manual_seed(seed)
