@@ -25,14 +25,16 @@ from .conftest import TOLERANCE, rank_processes, wait_until, workers
 
 
 @pytest.fixture(scope="module", autouse=True)
-def every_step_is_kept():
+def impatient():
+    """Groups that keep every step and are idle soon."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDIT_KEEP_SECONDS", "1e-9")
+        patch.setenv("XDIT_IDLE_MINUTES", "0.02")
         yield
 
 
 @pytest.fixture(scope="module")
-def group(every_step_is_kept):
+def group(impatient):
     """A group of two that every test disturbs."""
     executor = GroupExecutor(Plan.parse("cfg2"), Devices("cpu", (0, 1)))
     yield executor
@@ -76,21 +78,6 @@ def hurt_rank(group: GroupExecutor, rank: int, how: int) -> None:
         os.kill(launcher, signal.SIGCONT)
 
 
-def test_a_job_that_loses_the_group_twice_in_one_place_is_not_tried_again(group, make_job, monkeypatch):
-    monkeypatch.setenv("XDIT_KEEP_SECONDS", "1000")  # nothing new is kept between the two
-    group.close()
-    deaths = []
-
-    def kill(step: int, total: int) -> None:
-        if step == 1:
-            deaths.append(step)
-            os.kill(rank_processes(group.address)[1], signal.SIGKILL)
-
-    with pytest.raises(GroupError, match="rank 1 was killed by SIGKILL; twice there, so it is not tried again") as error:
-        group.sample(make_job("5b", steps=12), on_step=kill)
-    assert deaths == [1, 1] and "--- rank" in error.value.details
-
-
 def test_a_killed_launcher_takes_its_workers_along_even_a_stopped_one(group, make_job):
     group.sample(make_job("5b", steps=2))
     ranks = rank_processes(group.address)
@@ -109,12 +96,25 @@ def test_a_group_burns_nothing_while_it_waits(group, make_job):
     assert sum(after) - sum(before) < 0.8  # of 4 s times the cores
 
 
-def test_an_idle_group_hands_its_memory_back(monkeypatch, start_group, make_job):
-    monkeypatch.setenv("XDIT_IDLE_MINUTES", "0.02")
-    group = start_group("ulysses2")
+def test_an_idle_group_hands_its_memory_back(group, make_job):
     first = group.sample(make_job("5b", steps=2)).tensor
     assert wait_until(lambda: group.status()["held"] == [], 20)
     assert torch.equal(group.sample(make_job("5b", steps=2)).tensor, first)
+
+
+def test_a_job_that_loses_the_group_twice_in_one_place_is_not_tried_again(group, make_job, monkeypatch):
+    monkeypatch.setenv("XDIT_KEEP_SECONDS", "1000")  # nothing new is kept between the two
+    group.close()
+    deaths = []
+
+    def kill(step: int, total: int) -> None:
+        if step == 1:
+            deaths.append(step)
+            os.kill(rank_processes(group.address)[1], signal.SIGKILL)
+
+    with pytest.raises(GroupError, match="rank 1 was killed by SIGKILL; twice there, so it is not tried again") as error:
+        group.sample(make_job("5b", steps=12), on_step=kill)
+    assert deaths == [1, 1] and "--- rank" in error.value.details
 
 
 def look_twice(tmp_path, pulses: list[Pulse], *, looks: int):
