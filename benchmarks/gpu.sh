@@ -32,7 +32,7 @@ fi
 if wanted offload; then
   for offload in model group sequential; do
     run "offload $offload" python3 -m parallel_backend bench --model "$work/CogVideoX-5b" --plans single $size --steps 2 \
-      --offload $offload --no-diffusers --output "$out/offload-$offload.json"
+      --offload $offload --diffusers none --output "$out/offload-$offload.json"
   done
 fi
 if wanted image; then

@@ -6,7 +6,7 @@ import sys
 
 from . import commands
 from .errors import Cancelled, GroupFailure, RequestError
-from .jobs import DTYPES, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES
+from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +27,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a checkpoint folder in diffusers layout, or demo")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--offload", choices=OFFLOADS, default="auto", help="where weights wait between uses")
+    parser.add_argument("--compile", choices=COMPILES, default="auto", help="the transformer's blocks, on a GPU: faster steps")
+    parser.add_argument("--fp8", choices=FP8S, default="off", help="what is rounded to FP8: faster and smaller, another video")
     parser.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="a .safetensors file; may be given several times"
     )
@@ -97,9 +99,11 @@ def build_parser() -> Parser:
     bench = commands_of.add_parser("bench", help="side by side with diffusers' own pipeline")
     add_model_options(bench)
     bench.add_argument("--plans", default="single", help="comma-separated")
+    bench.add_argument("--precisions", default="lossless", help="comma-separated: lossless, eager, fp8, fp8-all")
+    bench.add_argument("--float32", action="store_true", help="also state each row's distance from float32 after two steps")
     bench.add_argument("--devices", default="auto")
     bench.add_argument("--repeat", type=int, default=2, help="jobs a plan; the last one is stated")
-    bench.add_argument("--no-diffusers", action="store_true")
+    bench.add_argument("--diffusers", default="eager", help="comma-separated: eager, compiled; none leaves it out")
     bench.add_argument("--decode", action="store_true", help="also time a decode")
     bench.add_argument("--output", help="write the rows as JSON here")
     bench.set_defaults(run=commands.bench)

@@ -57,7 +57,7 @@ def size_of(args: Namespace, checkpoint: Checkpoint) -> dict[str, int]:
 def model_of(args: Namespace, checkpoint: Checkpoint) -> Model:
     """The model that the options describe."""
     loras = tuple(lora_of(word) for word in args.lora)
-    return Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload, loras=loras)
+    return Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload, compile=args.compile, fp8=args.fp8, loras=loras)
 
 
 def lora_of(word: str) -> Lora:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .cogvideox import lora, memory, vae, weights
+from .cogvideox import attention, blocks, fp8, lora, memory, vae, weights
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise
 from .cogvideox.windows import advice
-from .errors import OutOfMemory
+from .errors import OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
 from .parallel.split import Split
 
@@ -186,15 +186,45 @@ class Engine:
         if mode != "none" and "vae" in self._held:
             self._held["vae"][1].to("cpu")  # its own job brings it back
         if self.loads > before:
-            self.split.attach(transformer)
+            self._quantize(job.model, transformer, home=torch.device("cpu") if hooks else self.device)
+            self.split.attach(transformer, fp8_attention=job.model.fp8 == "all")
             self._merged = ()
         self._merge(loras, transformer, checkpoint)
         if self.loads > before:
             memory.place(transformer, mode, self.device)
         elif hooks is None:
             transformer.to(self.device)
+        if job.model.fp8 == "all" and not attention.uses_flash_3(self.device, dtype):
+            self._note("attention is not in FP8: that needs FlashAttention-3 (pip install fa3-fwd), a Hopper GPU and bf16")
+        blocks.use(transformer, compiled=self._wants_compiled(job.model, checkpoint, dtype, mode))
         self._offload = mode
         return transformer
+
+    def _quantize(self, model: Model, transformer, home: torch.device) -> None:
+        """Rounds what the model asks for to FP8; says what is not done as it would be where it is fast.
+
+        Raises:
+            RequestError: where the device cannot.
+        """
+        if model.fp8 == "off":
+            return
+        held = self._held.pop("transformer")  # when this fails half-way it is nobody's
+        if reason := fp8.missing(self.device):
+            raise RequestError(reason)
+        fp8.convert(transformer, self.device, home)
+        self._held["transformer"] = held
+
+    def _wants_compiled(self, model: Model, checkpoint: Checkpoint, dtype, offload: str) -> bool:
+        """Whether the blocks are to run compiled, the same on all ranks; says why not where that was to be expected."""
+        large = self.device.type == "cuda" and checkpoint.weight_bytes("transformer", dtype) >= blocks.WORTH_COMPILING
+        if model.compile == "off" or (model.compile == "auto" and not large):
+            return False
+        if offload in memory.HOOKED:
+            self._note(f"not compiled: offload '{offload}' moves weights while blocks run")
+            return False
+        reasons = [reason for reason in self.split.collect(blocks.why_not_compiled(self.device)) if reason]
+        self._note(f"not compiled, so slower: {reasons[0]}" if reasons else None)
+        return not reasons
 
     def _open_loras(self, model: Model, checkpoint: Checkpoint) -> tuple[lora.LoraFile, ...]:
         """The LoRAs that change something."""
@@ -216,7 +246,8 @@ class Engine:
         held = sum(memory.bytes_on(self.device, module) for _, module in self._held.values())
         mode, note = memory.choose_offload(
             job.model.offload,
-            weights=checkpoint.weight_bytes("transformer", dtype),
+            weights=checkpoint.weight_bytes("transformer", dtype)
+            - (fp8.saved_bytes(checkpoint, dtype) if job.model.fp8 != "off" else 0),
             working=memory.working_bytes(job, checkpoint, self.split.plan, dtype),
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,
@@ -232,7 +263,7 @@ class Engine:
 
         Other LoRAs need no other transformer, but where hooks hold the weights that they are in.
         """
-        key = (replace(model, loras=()), dtype, hooks, weights.fingerprint(checkpoint.files(part)))
+        key = (replace(model, loras=(), compile="auto"), dtype, hooks, weights.fingerprint(checkpoint.files(part)))
         held = self._held.get(part)
         if held and held[0] == key:
             return held[1]

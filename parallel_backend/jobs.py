@@ -13,6 +13,8 @@ import torch
 from .errors import RequestError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8S = ("off", "linears", "all")
+COMPILES = ("auto", "on", "off")
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 SCHEDULERS = ("auto", "ddim", "dpm")
 TILINGS = ("auto", "on", "off")
@@ -58,12 +60,18 @@ class Model:
     """``auto`` is the checkpoint's own on a GPU and fp32 on the CPU."""
     offload: str = "auto"
     """Where weights wait between uses; ``auto`` decides by free memory."""
+    compile: str = "auto"
+    """Whether blocks are compiled; ``auto`` on a GPU whose memory the weights are in, for all but small models."""
+    fp8: str = "off"
+    """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
     loras: tuple[Lora, ...] = ()
     """All are added to the weights; their order changes nothing but rounding."""
 
     def __post_init__(self):
         choice("dtype", self.dtype, ("auto", *DTYPES))
         choice("offload", self.offload, OFFLOADS)
+        choice("compile", self.compile, COMPILES)
+        choice("fp8", self.fp8, FP8S)
 
 
 def two_thirds(frames: int) -> int:

@@ -366,14 +366,21 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
 def test_bench_states_ours_beside_diffusers(run, checkpoints, loras, tmp_path):
     done = run(
         "bench", "--model", checkpoints["5b"], "--plans", "single,cfg2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,
-        "--decode", "--lora", loras["5b"], "--output", tmp_path / "rows.json",
+        "--decode", "--lora", loras["5b"], "--precisions", "lossless,fp8", "--float32", "--output", tmp_path / "rows.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["name"], row["plan"]) for row in rows] == [("ours", "single"), ("ours", "cfg2"), ("diffusers", "single")]
+    ours = [("ours", plan, precision) for plan in ("single", "cfg2") for precision in ("lossless", "fp8")]
+    assert [(row["name"], row["plan"], row["precision"]) for row in rows] == [*ours, ("diffusers", "single", "eager")]
     for row in rows:
         assert row["seconds_per_step"] > 0 and row["decode_seconds"] > 0
-        assert row["max_difference"] <= TOLERANCE
+        if row["precision"] == "fp8":
+            assert 1e-3 < row["from_float32"] < 0.1
+        else:
+            assert row["max_difference"] <= TOLERANCE
+            assert row["name"] == "diffusers" or row["from_float32"] <= 1e-5
+    bad = run("bench", "--model", checkpoints["5b"], "--precisions", "fast")
+    assert bad.returncode == 2 and "'fast' is not understood; use some of lossless, eager, fp8" in bad.stderr
 
 
 def test_the_options_are_frozen_so_that_scripts_go_on_working():

@@ -1,13 +1,17 @@
 """What only GPUs can show: NCCL, offload, half precision. Skipped where there are too few."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from parallel_backend.bench import distance, two_steps
 from parallel_backend.cogvideox import memory
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
+from parallel_backend.errors import OutOfMemory
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.jobs import DecodeJob, Model
+from parallel_backend.jobs import DecodeJob, Model, SampleJob
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
@@ -104,3 +108,88 @@ def test_tiled_decode_shows_no_seam(on_gpu, make_job, checkpoints):
     tiled = on_gpu.decode(DecodeJob(model, latent, "on", 64, 32)).tensor
     assert whole.shape == tiled.shape
     assert (whole - tiled).abs().mean() < 0.1
+
+
+@pytest.fixture
+def cap():
+    """Leaves this process so many bytes of the GPU beside what it holds, until the test ends."""
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def leave(room: int | None) -> None:
+        memory.release(torch.device("cuda"))
+        held = torch.cuda.memory_reserved()
+        torch.cuda.set_per_process_memory_fraction(1.0 if room is None else (held + room) / total)
+
+    yield leave
+    leave(None)
+
+
+@one_gpu
+def test_a_step_that_does_not_fit_says_what_helps_and_the_next_job_works(make_job, checkpoints, cap):
+    model = Model(str(checkpoints["5b"]), dtype="fp32", offload="none")
+    small, large = (make_job("5b", model=model, size=size, steps=2) for size in ((96, 64, 17), (480, 320, 49)))
+    executor = LocalExecutor(torch.device("cuda", 0))
+    expected = executor.sample(small).tensor
+    cap(40 * 2**20)
+    with pytest.raises(
+        OutOfMemory, match="step 1 ran out of memory on cuda:0: it needs about .* use offload 'group' .now 'none'"
+    ):
+        executor.sample(large)
+    assert torch.equal(executor.sample(small).tensor, expected)
+    cap(None)
+    assert executor.sample(large).tensor.isfinite().all()
+    executor.close()
+
+
+@one_gpu
+def test_a_decode_that_does_not_fit_goes_on_in_tiles_and_the_next_job_works(make_job, checkpoints, cap):
+    model = Model(str(checkpoints["5b"]), dtype="fp32", offload="none")
+    executor = LocalExecutor(torch.device("cuda", 0))
+    job = make_job("5b", model=model, steps=2, size=(480, 320, 17))
+    latent = executor.sample(job).tensor
+    frames, peaks = {}, {}
+    for tiling in ("off", "on"):
+        result = executor.decode(DecodeJob(model, latent, tiling, 64, 32))
+        frames[tiling], peaks[tiling] = result.tensor, result.report.peak_memory[0]
+    assert peaks["on"] < 0.6 * peaks["off"]
+    cap((peaks["off"] + peaks["on"]) // 2 - torch.cuda.memory_reserved())
+    result = executor.decode(DecodeJob(model, latent, "auto", 64, 32))
+    assert any("VAE whole ran out of memory" in note for note in result.report.notes)
+    assert (result.tensor - frames["on"]).abs().max() <= 1e-3
+    with pytest.raises(OutOfMemory, match="the VAE ran out of memory whole: .* use tiling auto"):
+        executor.decode(DecodeJob(model, latent, "off"))
+    cap(None)
+    assert (executor.decode(DecodeJob(model, latent, "off")).tensor - frames["off"]).abs().max() <= 1e-3
+    assert torch.equal(executor.sample(job).tensor, latent)
+    executor.close()
+
+
+def rounding(executor: LocalExecutor, job: SampleJob, **settings) -> float:
+    """How far a job in bf16 with these settings is from the same in float32, relatively."""
+    exact = two_steps(executor, replace(job, model=replace(job.model, dtype="fp32")), Checkpoint.open(job.model.path))
+    latent = two_steps(
+        executor, replace(job, model=replace(job.model, dtype="bf16", **settings)), Checkpoint.open(job.model.path)
+    )
+    return distance(latent, exact)
+
+
+@one_gpu
+@pytest.mark.parametrize("like", ["2b", "5b", "1.5-5b"])
+def test_compiled_blocks_are_as_near_to_float32_as_others(like, on_gpu, make_job, checkpoints):
+    for settings in ({}, {"batch": 2}, {"cfg": 1.0}, {"size": (80, 48, 13)}):
+        job = make_job(like, model=Model(str(checkpoints[like])), **settings)
+        assert rounding(on_gpu, job, compile="on") <= 1.1 * rounding(on_gpu, job, compile="off")
+        single = replace(job.model, dtype="fp32", compile="on")
+        difference = (
+            on_gpu.sample(replace(job, model=single)).tensor
+            - on_gpu.sample(replace(job, model=replace(single, compile="off"))).tensor
+        )
+        assert difference.abs().max() <= 10 * TOLERANCE
+
+
+@one_gpu
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_fp8_is_near_and_smaller(compile, on_gpu, make_job, checkpoints):
+    job = make_job("5b", model=Model(str(checkpoints["5b"])))
+    for fp8 in ("linears", "all"):
+        assert rounding(on_gpu, job, compile="off") < rounding(on_gpu, job, compile=compile, fp8=fp8) < 0.1

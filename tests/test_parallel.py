@@ -87,7 +87,7 @@ def test_the_lora_of_the_cases_changes_the_latents(make_job, local):
 @pytest.mark.parametrize("text, video, size", [(226, 17550, 16), (226, 17550, 7), (32, 1, 4), (32, 75, 4), (5, 3, 4)])
 def test_chunks_of_a_sequence_are_equal_and_lose_nothing(text, video, size):
     joint = torch.arange(text + video, dtype=torch.float32)[None, :, None]
-    table = joint[0, text:]
+    cosines, sines = joint[0, text:], -joint[0, text:]
     chunks = [Chunk(text, video, rank, size) for rank in range(size)]
     parts = [chunk.of_joint(joint) for chunk in chunks]
     assert {part.shape[1] for part in parts} == {chunks[0].length}
@@ -95,9 +95,11 @@ def test_chunks_of_a_sequence_are_equal_and_lose_nothing(text, video, size):
     assert chunks[0].padding < size
     assert sum(chunk.local_text for chunk in chunks) == text
     for chunk, part in zip(chunks, parts):
-        rows = chunk.of_video(table)
-        assert len(rows) == chunk.length - chunk.local_text
-        assert torch.equal(rows, part[0, chunk.local_text :])  # padding is zero in both
+        assert chunk.is_text("cpu").tolist() == [True] * chunk.local_text + [False] * (chunk.length - chunk.local_text)
+        cosine_rows, sine_rows = chunk.of_rotary(cosines, sines)
+        for rows, sign, at_text in ((cosine_rows, 1, 1), (sine_rows, -1, 0)):
+            assert (rows[: chunk.local_text] == at_text).all()
+            assert torch.equal(rows[chunk.local_text :], sign * part[0, chunk.local_text :])  # padding is zero in both
 
 
 def test_the_sizes_that_xdit_cannot_split_are_no_special_case():

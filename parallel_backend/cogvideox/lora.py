@@ -20,6 +20,7 @@ from ..errors import RequestError
 from ..jobs import Lora
 from . import weights
 from .checkpoint import Checkpoint
+from .fp8 import Fp8Linear
 
 SUFFIXES = (".safetensors", ".sft")
 PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.|lora_unet_+|lora_transformer_)?")
@@ -229,10 +230,14 @@ def merge(
         opened = [(lora, stack.enter_context(safe_open(lora.path, "pt"))) for lora in loras]
         for name, base in weights.tensors({name: checkpoint.stored[name] for name in names}):
             layer = name.removesuffix(".weight")
-            weight = transformer.get_submodule(layer).weight
-            merged = base.to(device=device, dtype=weight.dtype).float()
+            module = transformer.get_submodule(layer)
+            quantized = isinstance(module, Fp8Linear)
+            merged = base.to(device=device, dtype=module.dtype if quantized else module.weight.dtype).float()
             for lora, file in opened:
                 if pair := lora.pairs.get(layer):
                     down, up = (file.get_tensor(half).to(device).float().flatten(1) for half in (pair.down, pair.up))
                     merged = merged + lora.strength * pair.scale * (up @ down).view_as(merged)
-            weight.copy_(merged)
+            if quantized:
+                module.set_weight(merged)
+            else:
+                module.weight.copy_(merged)

@@ -1,7 +1,8 @@
-"""Attention over a sequence that is spread over ranks: xDiT's USP inside a diffusers attention processor."""
+"""Attention over a sequence that is spread over ranks: xDiT's USP."""
 
 import torch
-import torch.nn.functional as F
+
+from ..cogvideox import attention
 
 BACKEND = "cogvideox"
 """The name our attention function has in xfuser's registry."""
@@ -14,11 +15,15 @@ def attend(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=N
     on. Only the last rank's keys can end in padding, which is cut off here.
     """
     ring: RingPosition | None = (attention_kwargs or {}).get("ring")
+    fp8 = (attention_kwargs or {}).get("fp8", False)
     if ring is None:
-        return F.scaled_dot_product_attention(query, key, value), None
+        return attention.attend(*(states.transpose(1, 2) for states in (query, key, value)), fp8=fp8).transpose(1, 2), None
     key, value = ring.trim(key, value)
     if query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]
+    if attention.uses_flash_3(query.device, query.dtype):
+        output, log_sum_exp = attention.flash(*(states.transpose(1, 2) for states in (query, key, value)), fp8=fp8)
+        return output.transpose(1, 2), log_sum_exp
     if query.dtype in (torch.bfloat16, torch.float16):
         from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
@@ -51,15 +56,16 @@ class RingPosition:
         return key[:, :, :valid], value[:, :, :valid]
 
 
-class SequenceAttention:
-    """A CogVideoX attention processor whose tokens are one rank's chunk of the joint sequence.
+class SharedAttention:
+    """Attention whose tokens are one rank's chunk of the joint sequence.
 
     Args:
         ulysses, ring: degrees of the sequence group.
         ring_rank: this rank's place in its ring.
+        fp8: whether to attend in FP8 where that can be done.
     """
 
-    def __init__(self, *, ulysses: int, ring: int, ring_rank: int):
+    def __init__(self, *, ulysses: int, ring: int, ring_rank: int, fp8: bool):
         from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
         from xfuser.model_executor.layers.usp import USP
 
@@ -68,34 +74,19 @@ class SequenceAttention:
         self.ulysses = ulysses
         self.ring = ring
         self.ring_rank = ring_rank
+        self.fp8 = fp8
         self.padding = 0
         """Tokens of padding at the end of the whole sequence; set for each forward."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
-        """Returns this rank's video and text tokens, each ``[batch, tokens, features]``."""
-        num_text = encoder_hidden_states.shape[1]
-        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (
-            project(joint).unflatten(2, (attn.heads, -1)).transpose(1, 2) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        if attn.norm_q is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
-        if image_rotary_emb is not None and hidden_states.shape[1]:
-            query, key = (rotate_video(states, num_text, image_rotary_emb) for states in (query, key))
+    @torch.compiler.disable  # xDiT's groups and its runtime state are not for a compiler to see
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of ``[batch, tokens, heads, head_dim]``, this rank's tokens to everyone's."""
+        heads_first = (states.transpose(1, 2) for states in (query, key, value))
+        kwargs = self._kwargs(query.shape[1])
+        output = self.usp(*heads_first, combine_qkv_a2a=True, backend=BACKEND, attention_kwargs=kwargs)
+        return output.transpose(1, 2).to(query.dtype)
 
-        output = self.usp(query, key, value, combine_qkv_a2a=True, backend=BACKEND, attention_kwargs=self._kwargs(joint))
-        output = output.transpose(1, 2).flatten(2).to(joint.dtype)
-        output = attn.to_out[1](attn.to_out[0](output))
-        return output[:, num_text:], output[:, :num_text]
-
-    def _kwargs(self, joint: torch.Tensor) -> dict:
+    def _kwargs(self, tokens: int) -> dict:
         if self.ring > 1:
-            return {"ring": RingPosition(self.ring_rank, self.ring, self.padding)}
-        return {"valid_kv_len": joint.shape[1] * self.ulysses - self.padding} if self.padding else {}
-
-
-def rotate_video(states: torch.Tensor, num_text: int, rotary) -> torch.Tensor:
-    """Applies rotary positions to the tokens after the text; ``states`` is ``[batch, heads, tokens, head_dim]``."""
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    return torch.cat([states[:, :, :num_text], apply_rotary_emb(states[:, :, num_text:], rotary)], dim=2)
+            return {"ring": RingPosition(self.ring_rank, self.ring, self.padding), "fp8": self.fp8}
+        return {"fp8": self.fp8, **({"valid_kv_len": tokens * self.ulysses - self.padding} if self.padding else {})}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ..plans import Plan
 from . import xdit
 from .split import Split
-from .transformer import SequenceShare
+from .transformer import JointSequence
 
 IDLE = timedelta(days=365)
 """How long a rank may wait for the next job: collectives of the control group must not time out."""
@@ -71,10 +71,10 @@ class GroupSplit(Split):
         ranks = self.plan.world_size
         return min(self.collect(2 * (ranks - 1) / ranks * tensor.nbytes / seconds))
 
-    def attach(self, transformer) -> None:
-        """See :meth:`Split.attach`. A plan without ulysses or ring leaves the transformer as it is."""
-        if self.plan.sequence > 1:
-            SequenceShare(transformer, group=xdit.sequence_group(), ulysses=self.plan.ulysses, ring=self.plan.ring)
+    def attach(self, transformer, *, fp8_attention: bool = False) -> None:
+        """See :meth:`Split.attach`."""
+        group = xdit.sequence_group() if self.plan.sequence > 1 else None
+        JointSequence(transformer, group=group, ulysses=self.plan.ulysses, ring=self.plan.ring, fp8_attention=fp8_attention)
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """See :meth:`Split.share`. With one prompt both halves of ``cfg2`` compute it."""

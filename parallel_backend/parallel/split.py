@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..plans import Plan
+from .transformer import JointSequence
 
 
 class Split:
@@ -23,8 +24,9 @@ class Split:
         if device.type == "cuda":
             torch.cuda.init()  # memory statistics are refused before
 
-    def attach(self, transformer) -> None:
-        """Makes a newly loaded transformer compute only this rank's share of the tokens."""
+    def attach(self, transformer, *, fp8_attention: bool = False) -> None:
+        """Makes a newly loaded transformer compute this rank's share of the tokens, text and video joined."""
+        JointSequence(transformer, fp8_attention=fp8_attention)
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Of the prompts that a step runs the model on, those that are this rank's."""

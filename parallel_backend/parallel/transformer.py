@@ -5,12 +5,16 @@ what is missing to the last chunk is padding whose keys attention leaves out. Ev
 block and after the last is diffusers' own, unchanged.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .attention import SequenceAttention
+from ..cogvideox import blocks
+from ..cogvideox.attention import attend as attend_to_all
+from .attention import SharedAttention
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,8 @@ class Chunk:
 
     text: int
     video: int
-    rank: int
-    size: int
+    rank: int = 0
+    size: int = 1
 
     @property
     def length(self) -> int:
@@ -42,57 +46,63 @@ class Chunk:
         padded = F.pad(joint, (0, 0, 0, self.padding))
         return padded[:, self.rank * self.length :][:, : self.length]
 
-    def of_video(self, table: torch.Tensor) -> torch.Tensor:
-        """The rows of ``[video, features]`` for this rank's video tokens, padded with zeros."""
-        padded = F.pad(table, (0, 0, 0, self.padding))
-        start = max(self.rank * self.length - self.text, 0)
-        return padded[start : start + self.length - self.local_text]
+    def of_rotary(self, cosines: torch.Tensor, sines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of tables ``[video, features]`` for this rank's tokens; angle 0 for text."""
+        joint = F.pad(cosines, (0, 0, self.text, 0), value=1.0), F.pad(sines, (0, 0, self.text, 0))
+        return tuple(self.of_joint(table[None])[0] for table in joint)
+
+    def is_text(self, device: torch.device) -> torch.Tensor:
+        """``[length]``, whether each of this rank's tokens is text."""
+        return torch.arange(self.length, device=device) < self.local_text
 
 
-class SequenceShare:
+class JointSequence:
     """Attaches to one transformer; afterwards its forward takes and gives whole tensors, on every rank.
 
     Args:
         transformer: diffusers' ``CogVideoXTransformer3DModel``.
-        group: xDiT's sequence group coordinator.
+        group: xDiT's sequence group coordinator; without one this rank sees all tokens.
         ulysses, ring: its degrees.
+        fp8_attention: whether to attend in FP8 where that can be done.
     """
 
-    def __init__(self, transformer, *, group, ulysses: int, ring: int):
+    def __init__(self, transformer, *, group=None, ulysses: int = 1, ring: int = 1, fp8_attention: bool = False):
         self.group = group
         self.config = transformer.config
-        self.rank = group.rank_in_group
-        self.attention = SequenceAttention(ulysses=ulysses, ring=ring, ring_rank=self.rank // ulysses)
+        self.rank, self.size = (group.rank_in_group, group.world_size) if group else (0, 1)
+        self.shared = (
+            SharedAttention(ulysses=ulysses, ring=ring, ring_rank=self.rank // ulysses, fp8=fp8_attention) if group else None
+        )
+        self.attend: Callable = self.shared.attend if group else partial(attend_to_all, fp8=fp8_attention)
         self.ulysses, self.ring = ulysses, ring
         self.chunk: Chunk | None = None
-        transformer.set_attn_processor(self.attention)
+        blocks.use(transformer)
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_pre_hook(self._scatter, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
 
     def _begin(self, module, args, kwargs):
-        """Measures the sequence and hands on this rank's rows of the rotary tables."""
+        """Measures the sequence and hands on what the blocks need to know of this rank's tokens."""
         _, frames, _, height, width = kwargs["hidden_states"].shape
         patch = self.config.patch_size
         video = frames // (self.config.patch_size_t or 1) * (height // patch) * (width // patch)
-        self.chunk = Chunk(kwargs["encoder_hidden_states"].shape[1], video, self.rank, self.group.world_size)
-        self.attention.padding = self.chunk.padding
+        self.chunk = Chunk(kwargs["encoder_hidden_states"].shape[1], video, self.rank, self.size)
+        if self.shared:
+            self.shared.padding = self.chunk.padding
         if self.ring > 1 and self.chunk.padding >= self.chunk.length * self.ulysses:
-            raise ValueError(f"{self.chunk.text + video} tokens are too few for {self.group.world_size} ranks")
-        if kwargs.get("image_rotary_emb") is not None:
-            rows = tuple(self.chunk.of_video(table) for table in kwargs["image_rotary_emb"])
-            kwargs = {**kwargs, "image_rotary_emb": rows}
-        return args, kwargs
+            raise ValueError(f"{self.chunk.text + video} tokens are too few for {self.size} ranks")
+        rotary = kwargs.get("image_rotary_emb")
+        about = {"is_text": self.chunk.is_text(kwargs["hidden_states"].device), "attend": self.attend}
+        rows = None if rotary is None else self.chunk.of_rotary(*rotary)
+        return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about}
 
     def _scatter(self, module, args, kwargs):
-        """Gives the first block this rank's chunk; a rank past the text gets zero text tokens."""
+        """Gives the first block this rank's chunk, text and video joined."""
         joint = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
-        text, video = self.chunk.of_joint(joint).tensor_split([self.chunk.local_text], dim=1)
-        return args, {**kwargs, "encoder_hidden_states": text, "hidden_states": video}
+        chunk = self.chunk.of_joint(joint)
+        return args, {**kwargs, "encoder_hidden_states": chunk[:, :0], "hidden_states": chunk}
 
     def _gather(self, module, args, output):
         """Joins every rank's output rows, text and padding dropped."""
-        chunk = self.chunk
-        rows = F.pad(output, (0, 0, chunk.local_text, 0)).contiguous()
-        joint = self.group.all_gather(rows, dim=1)
-        return joint[:, chunk.text : chunk.text + chunk.video]
+        joint = self.group.all_gather(output.contiguous(), dim=1) if self.group else output
+        return joint[:, self.chunk.text :][:, : self.chunk.video]
