@@ -1,0 +1,76 @@
+"""Attention of a whole sequence: FlashAttention-3 where it is installed and the GPU is made for it, torch's own otherwise.
+
+Tensors are ``[batch, tokens, heads, head_dim]``, as the projections give them. On a Hopper GPU torch's own is cuDNN's.
+"""
+
+from functools import cache
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+
+FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
+"""Modules with FlashAttention-3: PyPI's ``fa3-fwd``, and what its authors' repository builds. The first has no fp16."""
+
+
+@cache
+def flash_3():
+    """FlashAttention-3's function, or None."""
+    for name in FLASH_3:
+        try:
+            return import_module(name).flash_attn_func
+        except (ImportError, OSError):  # absent, or built for another torch
+            continue
+    return None
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is the kind of GPU that FlashAttention-3 is made for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def uses_flash_3(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention of such tensors is FlashAttention-3's."""
+    return dtype == torch.bfloat16 and is_hopper(device) and flash_3() is not None
+
+
+@torch.library.custom_op("cogvideox_xdit::flash_attention_3", mutates_args=())
+def flash_attention_3(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in bfloat16 and its log-sum-exp ``[batch, heads, tokens]``; one operation to a compiler.
+
+    ``scales`` are none, or those of query, key and value in FP8, each ``[batch, heads]``.
+    """
+    descale = dict(zip(("q_descale", "k_descale", "v_descale"), scales))
+    return flash_3()(query, key, value, return_attn_probs=True, **descale)[:2]
+
+
+@flash_attention_3.register_fake
+def _(query, key, value, scales):
+    batch, tokens, heads, _ = query.shape
+    return torch.empty_like(query, dtype=torch.bfloat16), query.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+def quantize(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens in FP8, and what each head is to be multiplied by, ``[batch, heads]``."""
+    exact = states.float()
+    scales = exact.abs().amax(dim=(1, 3)).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (exact / scales[:, None, :, None]).to(torch.float8_e4m3fn), scales
+
+
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention-3, in FP8 where asked for, and its log-sum-exp."""
+    if not fp8:
+        return flash_attention_3(query, key, value, [])
+    states, scales = zip(*(quantize(states) for states in (query, key, value)))
+    return flash_attention_3(*states, list(scales))
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, fp8: bool = False) -> torch.Tensor:
+    """Attention of every query to all keys; in FP8 where asked for and FlashAttention-3 does it."""
+    if uses_flash_3(query.device, query.dtype):
+        return flash(query, key, value, fp8=fp8)[0]
+    heads_first = (states.transpose(1, 2) for states in (query, key, value))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
