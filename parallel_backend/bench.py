@@ -168,7 +168,8 @@ def measure_diffusers(args: Namespace, job: SampleJob, checkpoint: Checkpoint, *
     transformer = checkpoint.load_transformer(dtype, device)
     lora.merge(transformer, checkpoint, lora.open_all(job.model.loras, checkpoint), device=device)
     if compiled:
-        transformer.compile_repeated_blocks(fullgraph=True)
+        for block in transformer.transformer_blocks:
+            block.compile(fullgraph=True)
     pipeline = CogVideoXPipeline(
         tokenizer=checkpoint.load_tokenizer(),
         text_encoder=None,

@@ -196,7 +196,9 @@ class Engine:
             transformer.to(self.device)
         if job.model.fp8 == "all" and not attention.uses_flash_3(self.device, dtype):
             self._note("attention is not in FP8: that needs FlashAttention-3 (pip install fa3-fwd), a Hopper GPU and bf16")
-        blocks.use(transformer, compiled=self._wants_compiled(job.model, checkpoint, dtype, mode))
+        compiled = self._wants_compiled(job.model, checkpoint, dtype, mode)
+        if hooks is None:  # hooks hold on to the forward that they found
+            blocks.use(transformer, compiled=compiled)
         self._offload = mode
         return transformer
 

@@ -3,12 +3,14 @@
 Tensors are ``[batch, tokens, heads, head_dim]``, as the projections give them. On a Hopper GPU torch's own is cuDNN's.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
 """Modules with FlashAttention-3: PyPI's ``fa3-fwd``, and what its authors' repository builds. The first has no fp16."""
 
@@ -68,9 +70,24 @@ def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, fp8: b
     return flash_attention_3(*states, list(scales))
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, fp8: bool = False) -> torch.Tensor:
-    """Attention of every query to all keys; in FP8 where asked for and FlashAttention-3 does it."""
-    if uses_flash_3(query.device, query.dtype):
-        return flash(query, key, value, fp8=fp8)[0]
+def attend_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """FlashAttention-3 of every query to all keys."""
+    return flash(query, key, value, fp8=False)[0]
+
+
+def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """FlashAttention-3 in FP8."""
+    return flash(query, key, value, fp8=True)[0]
+
+
+def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """torch's own attention."""
     heads_first = (states.transpose(1, 2) for states in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def attention_of(device: torch.device, dtype: torch.dtype, *, fp8: bool) -> Attention:
+    """The attention for such tensors: chosen outside of what is compiled, which cannot look for packages."""
+    if not uses_flash_3(device, dtype):
+        return attend_torch
+    return attend_fp8 if fp8 else attend_flash

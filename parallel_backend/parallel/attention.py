@@ -17,7 +17,8 @@ def attend(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=N
     ring: RingPosition | None = (attention_kwargs or {}).get("ring")
     fp8 = (attention_kwargs or {}).get("fp8", False)
     if ring is None:
-        return attention.attend(*(states.transpose(1, 2) for states in (query, key, value)), fp8=fp8).transpose(1, 2), None
+        whole = attention.attention_of(query.device, query.dtype, fp8=fp8)
+        return whole(*(states.transpose(1, 2) for states in (query, key, value))).transpose(1, 2), None
     key, value = ring.trim(key, value)
     if query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]

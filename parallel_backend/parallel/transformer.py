@@ -5,15 +5,13 @@ what is missing to the last chunk is padding whose keys attention leaves out. Ev
 block and after the last is diffusers' own, unchanged.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from ..cogvideox import blocks
-from ..cogvideox.attention import attend as attend_to_all
+from ..cogvideox.attention import attention_of
 from .attention import SharedAttention
 
 
@@ -73,7 +71,7 @@ class JointSequence:
         self.shared = (
             SharedAttention(ulysses=ulysses, ring=ring, ring_rank=self.rank // ulysses, fp8=fp8_attention) if group else None
         )
-        self.attend: Callable = self.shared.attend if group else partial(attend_to_all, fp8=fp8_attention)
+        self.fp8_attention = fp8_attention
         self.ulysses, self.ring = ulysses, ring
         self.chunk: Chunk | None = None
         blocks.use(transformer)
@@ -92,7 +90,9 @@ class JointSequence:
         if self.ring > 1 and self.chunk.padding >= self.chunk.length * self.ulysses:
             raise ValueError(f"{self.chunk.text + video} tokens are too few for {self.size} ranks")
         rotary = kwargs.get("image_rotary_emb")
-        about = {"is_text": self.chunk.is_text(kwargs["hidden_states"].device), "attend": self.attend}
+        latents = kwargs["hidden_states"]
+        whole = attention_of(latents.device, latents.dtype, fp8=self.fp8_attention)
+        about = {"is_text": self.chunk.is_text(latents.device), "attend": self.shared.attend if self.shared else whole}
         rows = None if rotary is None else self.chunk.of_rotary(*rotary)
         return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about}
 
