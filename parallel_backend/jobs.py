@@ -393,15 +393,15 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def split_model(model: Model) -> dict[str, Any]:
-    """A model as plain JSON values; a side that does not know LoRAs yet need not see that there are none."""
-    plain = asdict(model)
-    if not model.loras:
-        del plain["loras"]
-    return plain
+    """A model as plain JSON values; a side that does not know a field yet need not see its default."""
+    defaults = {item.name: item.default for item in fields(model)}
+    return {name: value for name, value in asdict(model).items() if value != defaults[name]}
 
 
 def join_model(plain: dict[str, Any]) -> Model:
     """The model that :func:`split_model` took apart, checked again."""
+    if not isinstance(plain, dict):
+        raise TypeError(f"a model is not {plain!r}")
     return Model(**{**plain, "loras": tuple(Lora(**lora) for lora in plain.get("loras", ()))})
 
 
@@ -414,7 +414,7 @@ def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tenso
     if kind not in JOBS:
         raise RequestError(f"job kind is '{kind}'; use one of {', '.join(JOBS)}")
     try:
-        values = {**plain, **tensors, "model": join_model(dict(plain["model"]))}
+        values = {**plain, **tensors, "model": join_model(plain["model"])}
         if "progress" in plain:
             names = [name for name in tensors if name.startswith("progress.")]
             inner = {name.removeprefix("progress."): values.pop(name) for name in names}

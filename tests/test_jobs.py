@@ -93,6 +93,7 @@ def test_a_video_to_encode_must_be_frames_of_three_channels():
         sample(cfg=1.0, negative=None),
         sample(image=torch.rand(1, 16, 1, 4, 4)),
         sample(model=Model("/nowhere", loras=(Lora("/a.safetensors", -0.5), Lora("/b.safetensors")))),
+        sample(model=Model("/nowhere", dtype="bf16", offload="none", compile="off", fp8="all")),
         sample(windows=Windows(17, 4, "uniform", False)),
         sample(control=torch.rand(1, 16, 2, 4, 4), control_strength=0.5, control_start=0.1, control_end=0.9),
         sample(masked_video=torch.rand(1, 16, 2, 4, 4), mask=torch.rand(1, 1, 2, 4, 4), image_scale="raw"),
@@ -115,10 +116,10 @@ def test_sides_that_know_no_conditions_understand_a_job_without_them():
     assert (again.steps, again.cfg, again.image, again.control, again.control_strength) == (7, 6.0, None, None, 1.0)
 
 
-def test_sides_that_know_no_lora_understand_a_model_without_one():
+def test_sides_that_know_only_paths_understand_a_model_without_more():
     plain, tensors = split_fields(sample())
-    assert "loras" not in plain["model"]
-    assert join_fields("sample", plain, tensors).model.loras == ()
+    assert plain["model"] == {"path": MODEL.path}
+    assert join_fields("sample", plain, tensors).model == MODEL
 
 
 NO_LORAS = [5, [{"strength": 1.0}], ["/x.safetensors"], [{"path": "/x.safetensors", "strength": "strong"}]]
@@ -129,6 +130,7 @@ NO_LORAS = [5, [{"strength": 1.0}], ["/x.safetensors"], [{"path": "/x.safetensor
     [
         {"extra": 1},
         {"model": None},
+        {"model": "x"},
         {"model": {"path": "/x", "code": "y"}},
         *({"model": {"path": "/x", "loras": loras}} for loras in NO_LORAS),
     ],
