@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from .cogvideox import attention, blocks, fp8, lora, memory, vae, weights
-from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise
 from .cogvideox.windows import advice
 from .errors import OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
 from .parallel.split import Split
+from .parallel.strips import Strips, shared
 
 
 @contextmanager
@@ -32,6 +33,10 @@ def go_on(*progress: Progress | int) -> bool:
     return True
 
 
+STRIP_MARGIN = 1.2
+"""What the estimate of a strip's memory is multiplied by: a rank that runs out there takes the group with it."""
+
+
 class Engine:
     """Holds at most one transformer and one VAE, and reloads one only when another is asked for.
 
@@ -42,6 +47,8 @@ class Engine:
     def __init__(self, split: Split):
         self.split = split
         self.device = split.device
+        self.together = False
+        """Whether the ranks exchange data in this job, so that one that fails alone leaves the others waiting."""
         self.loads = 0
         """Times that weights were read from disk."""
         self.model: Model | None = None
@@ -66,6 +73,7 @@ class Engine:
         checkpoint = Checkpoint.open(job.model.path)
         dtype = checkpoint.dtype(job.model.dtype, self.device)
         self.model, self._notes = job.model, []
+        self.together = isinstance(job, SampleJob)
         memory.reset_peak(self.device)
         run = {SampleJob: self._sample, DecodeJob: self._decode, EncodeJob: self._encode}[type(job)]
         with exact_float32(dtype):
@@ -142,14 +150,24 @@ class Engine:
         )
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
-        return self._with_vae(job, checkpoint, dtype, lambda module: vae.decode(module, job.latent))
+        return self._with_vae(job, checkpoint, dtype, lambda module, strips: vae.decode(module, job.latent, strips))
 
     def _encode(self, job: EncodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
-        return self._with_vae(job, checkpoint, dtype, lambda module: vae.encode(module, job.pixels))
+        return self._with_vae(job, checkpoint, dtype, lambda module, strips: vae.encode(module, job.pixels, strips))
 
     def _with_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, use) -> Result:
         started = time.perf_counter()
+        strips = self._strips(job, checkpoint, dtype)
+        if strips is None and self.split.rank != 0:
+            return Result(torch.empty(0), Report())
+        self.together = strips is not None
         module = self._load("vae", job.model, checkpoint, dtype).to(self.device)
+        if strips is not None:
+            loaded = time.perf_counter()
+            vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
+            with shared(module, strips):
+                tensor = use(module, strips)
+            return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
         need, free = vae.working_bytes(job, dtype), memory.free_bytes(self.device)
         tiled = job.tiling == "on" or (job.tiling == "auto" and need > memory.HEADROOM * free)
         if tiled and job.tiling == "auto":
@@ -159,7 +177,7 @@ class Engine:
             overlap = min(job.overlap, (tile or job.tile) // 2)
             vae.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
             try:
-                tensor = use(module)
+                tensor = use(module, None)
                 return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
             except torch.OutOfMemoryError:
                 free = memory.free_bytes(self.device)
@@ -169,6 +187,30 @@ class Engine:
         raise OutOfMemory(
             f"the VAE ran out of memory {where}: {free / 2**30:.1f} GiB are free; use tiling auto, or unload models"
         )
+
+    def _strips(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype) -> Strips | None:
+        """How the ranks share the picture's rows, or None: one rank alone, in tiles asked for, or too little memory on one.
+
+        In tiles a rank that runs out of memory can try smaller ones; in a strip all the others would wait for it.
+        """
+        rows = job.latent.shape[3] if isinstance(job, DecodeJob) else job.pixels.shape[1] // SPATIAL
+        strips = self.split.strips(rows)
+        if strips is None or job.tiling == "on":
+            return None
+        weights = 0 if "vae" in self._held else checkpoint.weight_bytes("vae", dtype)
+        need = weights + vae.working_bytes(job, dtype) * max(strips.counts) / rows
+
+        def enough() -> bool:
+            return min(self.split.collect(memory.free_bytes(self.device))) * memory.HEADROOM >= STRIP_MARGIN * need
+
+        if enough():
+            return strips
+        self._make_room()
+        if enough():
+            self._note("the transformer made room for the VAE")
+            return strips
+        self._note("rank 0 works the VAE alone, in tiles: a strip on each rank does not fit")
+        return None
 
     def _make_room(self) -> None:
         """Brings everything but the VAE off the device; a job that needs it brings it back."""

@@ -5,7 +5,7 @@ import torch
 
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.windows import Layout
-from parallel_backend.jobs import SampleJob, Windows
+from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
 from parallel_backend.parallel.transformer import Chunk
 from parallel_backend.plans import Plan
 
@@ -46,6 +46,26 @@ CASES = [
     ("1.5-5b-inp", {"size": (64, 48, 5), "steps": 3, "cfg": 1.0, **masked(2, 6, 8)}),
 ]
 
+PICTURES = [
+    ("5b", (80, 112, 17), "auto"),  # width, height, frames: rows that no plan divides
+    ("2b", (48, 64, 13), "off"),
+    ("1.5-5b", (64, 32, 5), "auto"),
+    ("5b", (48, 16, 9), "auto"),  # too few rows for four
+    ("5b", (96, 64, 1), "on"),
+]
+"""What the VAE decodes and encodes."""
+
+
+@pytest.fixture(scope="module")
+def vae_jobs(checkpoints) -> list[DecodeJob | EncodeJob]:
+    jobs, generator = [], torch.Generator().manual_seed(0)
+    for like, (width, height, frames), tiling in PICTURES:
+        model = Model(str(checkpoints[like]))
+        shape = (2, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
+        jobs.append(DecodeJob(model, torch.randn(shape, generator=generator), tiling, 64, 32))
+        jobs.append(EncodeJob(model, torch.rand((frames, height, width, 3), generator=generator), tiling, 64, 32))
+    return jobs
+
 
 @pytest.fixture(scope="module")
 def jobs(make_job) -> list[SampleJob]:
@@ -59,8 +79,12 @@ def single(jobs, local) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_plan_equals_single(plan, start_group, jobs, single):
+def test_a_plan_equals_single(plan, start_group, jobs, single, vae_jobs, local):
     group = start_group(plan)
+    for job in vae_jobs:
+        run = {DecodeJob: "decode", EncodeJob: "encode"}[type(job)]
+        result, expected = getattr(group, run)(job).tensor, getattr(local, run)(job).tensor
+        assert result.shape == expected.shape and (result - expected).abs().max() <= TOLERANCE, job
     for case, job, expected in zip(CASES, jobs, single):
         result = group.sample(job)
         assert (result.tensor - expected).abs().max() <= TOLERANCE, case

@@ -50,23 +50,27 @@ def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:
 
 
 @torch.inference_mode()
-def decode(vae, latent: torch.Tensor) -> torch.Tensor:
+def decode(vae, latent: torch.Tensor, strips=None) -> torch.Tensor:
     """Decodes ``[batch, 16, T, h, w]`` to ``[batch, 4T-3, 8h, 8w, 3]``, float32 in 0..1 on the CPU.
 
-    An even T decodes to 4T frames, the first latent to four instead of one; the first three are dropped.
+    An even T decodes to 4T frames, the first latent to four instead of one; the first three are dropped. With ``strips``, see
+    :mod:`parallel_backend.parallel.strips`, this rank decodes its own and rank 0 has them all.
     """
     frames = (latent.shape[2] - 1) * TEMPORAL + 1
     videos = []
     for one in latent.split(1):
+        one = one if strips is None else strips.mine(one, dim=3)
         video = vae.decode(one.to(device=vae.device, dtype=vae.dtype)).sample
+        video = video if strips is None else strips.join(video, dim=3)
         video = rearrange(video[:, :, -frames:], "batch colours frames height width -> batch frames height width colours")
         videos.append((video.float() / 2 + 0.5).clamp_(0, 1).cpu())
     return torch.cat(videos)
 
 
 @torch.inference_mode()
-def encode(vae, pixels: torch.Tensor) -> torch.Tensor:
+def encode(vae, pixels: torch.Tensor, strips=None) -> torch.Tensor:
     """Encodes ``[frames, height, width, 3]`` in 0..1 to the mean latent ``[1, 16, T, h, w]``, float32 on the CPU."""
+    pixels = pixels if strips is None else strips.mine(pixels, dim=1)
     video = rearrange(pixels, "frames height width colours -> 1 colours frames height width") * 2 - 1
-    posterior = vae.encode(video.to(device=vae.device, dtype=vae.dtype)).latent_dist
-    return posterior.mode().float().cpu()
+    latent = vae.encode(video.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode()
+    return (latent if strips is None else strips.join(latent, dim=3)).float().cpu()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..cogvideox import checks, memory
+from ..cogvideox import checks
 from ..cogvideox.checkpoint import Checkpoint
 from ..engine import Engine
 from ..errors import Cancelled
@@ -130,7 +130,7 @@ class Worker:
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
         self.heart.beat("ending a job", MEET_SECONDS)
-        failures = self.compare(failure, together=message.kind == "sample")
+        failures = self.compare(failure, together=self.engine.together)
         self.jobs += 1
         self.memory = self.split.collect(self.engine.status()["memory"])
         if request is None:
@@ -148,12 +148,10 @@ class Worker:
         request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
 
     def run(self, message: Message, request: Request | None) -> Result | None:
-        """This rank's part of a job; decoding and encoding are rank 0's alone so far."""
+        """This rank's part of a job."""
+        self.engine.together = message.kind == "sample"  # until the engine knows better
         self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
         job = join_fields(message.kind, message.plain, message.tensors)
-        if message.kind != "sample" and self.split.rank != 0:
-            memory.reset_peak(self.split.device)
-            return None
         checks.check(Checkpoint.open(job.model.path), job)
 
         longest, began = 0.0, None

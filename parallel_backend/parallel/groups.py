@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ..plans import Plan
 from . import xdit
 from .split import Split
+from .strips import Strips
 from .transformer import JointSequence
 
 IDLE = timedelta(days=365)
@@ -88,6 +89,11 @@ class GroupSplit(Split):
             return mine
         (own,) = mine
         return self.cfg_group.all_gather(own.contiguous(), separate_tensors=True)
+
+    def strips(self, rows: int) -> Strips | None:
+        """See :meth:`Split.strips`."""
+        size = self.plan.world_size
+        return Strips(self.rank, size, rows) if rows >= size > 1 else None
 
     def agree(self, go_on: bool) -> bool:
         """See :meth:`Split.agree`. Over gloo, so that no GPU waits for it."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..plans import Plan
+from .strips import Strips
 from .transformer import JointSequence
 
 
@@ -35,6 +36,10 @@ class Split:
     def gather(self, mine: Sequence[torch.Tensor], *, of: int) -> Sequence[torch.Tensor]:
         """The predictions for all ``of`` prompts, in order, from each rank's own."""
         return mine
+
+    def strips(self, rows: int) -> Strips | None:
+        """How a latent's rows are shared while the VAE works on them, or None where rank 0 does it alone."""
+        return None
 
     def agree(self, go_on: bool) -> bool:
         """What rank 0 says, on every rank."""
