@@ -158,27 +158,36 @@ class Engine:
     def _with_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, use) -> Result:
         started = time.perf_counter()
         strips = self._strips(job, checkpoint, dtype)
-        if strips is None and self.split.rank != 0:
-            return Result(torch.empty(0), Report())
         self.together = strips is not None
+        if strips is None and self.split.rank != 0:
+            return Result(torch.empty(0))
         module = self._load("vae", job.model, checkpoint, dtype).to(self.device)
-        if strips is not None:
-            loaded = time.perf_counter()
-            vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
+        loaded = time.perf_counter()
+        tensor = self._alone(job, dtype, module, use) if strips is None else self._in_strips(job, module, strips, use)
+        return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
+
+    def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
+        vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
+        try:
             with shared(module, strips):
-                tensor = use(module, strips)
-            return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
+                return use(module, strips)
+        except torch.OutOfMemoryError as error:
+            free = memory.free_bytes(self.device)
+            raise OutOfMemory(
+                f"the VAE ran out of memory in a strip on {self.device}: {free / 2**30:.1f} GiB are free; use tiling on"
+            ) from error
+
+    def _alone(self, job: DecodeJob | EncodeJob, dtype, module, use) -> torch.Tensor:
+        """Whole where that fits, then in smaller and smaller tiles."""
         need, free = vae.working_bytes(job, dtype), memory.free_bytes(self.device)
         tiled = job.tiling == "on" or (job.tiling == "auto" and need > memory.HEADROOM * free)
         if tiled and job.tiling == "auto":
             self._note(f"VAE in tiles of {job.tile}: whole needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
-        loaded = time.perf_counter()
         for tile in vae.ways_out(job, tiled=tiled):
             overlap = min(job.overlap, (tile or job.tile) // 2)
             vae.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
             try:
-                tensor = use(module, None)
-                return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
+                return use(module, None)
             except torch.OutOfMemoryError:
                 free = memory.free_bytes(self.device)
                 where = f"in tiles of {tile}" if tile else "whole"
@@ -201,7 +210,7 @@ class Engine:
         need = weights + vae.working_bytes(job, dtype) * max(strips.counts) / rows
 
         def enough() -> bool:
-            return min(self.split.collect(memory.free_bytes(self.device))) * memory.HEADROOM >= STRIP_MARGIN * need
+            return all(self.split.collect(memory.free_bytes(self.device) * memory.HEADROOM >= STRIP_MARGIN * need))
 
         if enough():
             return strips
@@ -209,7 +218,7 @@ class Engine:
         if enough():
             self._note("the transformer made room for the VAE")
             return strips
-        self._note("rank 0 works the VAE alone, in tiles: a strip on each rank does not fit")
+        self._note("rank 0 works the VAE alone: a strip on each rank does not fit")
         return None
 
     def _make_room(self) -> None:

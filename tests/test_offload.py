@@ -5,12 +5,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import torch
 
-from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox import memory, vae
 from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.engine import STRIP_MARGIN, Engine
+from parallel_backend.jobs import DecodeJob, Model
 from parallel_backend.local import LocalExecutor
+from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.strips import Strips
 from parallel_backend.plans import Plan
 
 from .conftest import REPO
@@ -82,3 +87,33 @@ def test_auto_is_chosen_for_each_job_through_the_same_weights(make_job, checkpoi
         assert (engine._offload, engine.loads) == (mode, loads)
         assert len(result.report.notes) == len(words), result.report.notes
         assert all(re.search(word, note) for word, note in zip(words, result.report.notes))
+
+
+class TwoRanks(Split):
+    """The first of two ranks, as far as it decides; the other agrees or not."""
+
+    other_agrees = True
+
+    def strips(self, rows):
+        return Strips(0, 2, rows)
+
+    def collect(self, value):
+        return [value, value and self.other_agrees]
+
+
+def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_job, checkpoints, monkeypatch):
+    checkpoint, split = Checkpoint.open(checkpoints["5b"]), TwoRanks(torch.device("cpu"))
+    engine, latent = Engine(split), torch.zeros(1, 16, 5, 31, 40)
+    job = DecodeJob(Model(str(checkpoint.path)), latent)
+    need = memory.HEADROOM**-1 * STRIP_MARGIN * (vae.working_bytes(job, torch.float32) * 16 / 31)
+    weights = memory.HEADROOM**-1 * STRIP_MARGIN * checkpoint.weight_bytes("vae", torch.float32)
+    decide = lambda job: engine._strips(job, checkpoint, torch.float32)  # noqa: E731
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(1.001 * (need + weights)))
+    assert decide(job).counts == [16, 15] and not engine._notes
+    assert decide(replace(job, tiling="on")) is None and not engine._notes
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(0.999 * (need + weights)))
+    assert decide(job) is None
+    assert engine._notes == ["rank 0 works the VAE alone: a strip on each rank does not fit"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**50)
+    split.other_agrees = False
+    assert decide(job) is None
