@@ -103,13 +103,13 @@ class TwoRanks(Split):
 
 def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_job, checkpoints, monkeypatch):
     checkpoint, split = Checkpoint.open(checkpoints["5b"]), TwoRanks(torch.device("cpu"))
-    engine, latent = Engine(split), torch.zeros(1, 16, 5, 31, 40)
+    engine, latent = Engine(split), torch.zeros(1, 16, 5, 30, 40)
     job = DecodeJob(Model(str(checkpoint.path)), latent)
-    need = memory.HEADROOM**-1 * STRIP_MARGIN * (vae.working_bytes(job, torch.float32) * 16 / 31)
+    need = memory.HEADROOM**-1 * STRIP_MARGIN * (vae.working_bytes(job, torch.float32) / 2)
     weights = memory.HEADROOM**-1 * STRIP_MARGIN * checkpoint.weight_bytes("vae", torch.float32)
     decide = lambda job: engine._strips(job, checkpoint, torch.float32)  # noqa: E731
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(1.001 * (need + weights)))
-    assert decide(job).counts == [16, 15] and not engine._notes
+    assert decide(job).counts == [15, 15] and not engine._notes
     assert decide(replace(job, tiling="on")) is None and not engine._notes
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(0.999 * (need + weights)))
     assert decide(job) is None
