@@ -45,7 +45,7 @@ def group(impatient):
     "how, rank, scheduler, word",
     [
         (signal.SIGKILL, 1, "dpm", "rank 1 was killed by SIGKILL"),
-        (signal.SIGSTOP, 0, "ddim", "rank 0 was stopped (SIGSTOP) while on step"),
+        (signal.SIGSTOP, 0, "ddim", "rank 0 was stopped (SIGSTOP) while"),
     ],
 )
 def test_a_lost_job_goes_on_from_its_last_kept_step(how, rank, scheduler, word, group, make_job, local, caplog):
