@@ -30,6 +30,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", choices=COMPILES, default="auto", help="the transformer's blocks, on a GPU: faster steps")
     parser.add_argument("--fp8", choices=FP8S, default="off", help="what is rounded to FP8: faster and smaller, another video")
     parser.add_argument(
+        "--step-cache",
+        type=float,
+        default=0.0,
+        metavar="CHANGE",
+        help="use blocks of an earlier step again while the first one changes less, such as 0.1: faster, another video",
+    )
+    parser.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="a .safetensors file; may be given several times"
     )
     parser.add_argument("--width", type=int, help="default: what the model was trained for")

@@ -57,7 +57,8 @@ def size_of(args: Namespace, checkpoint: Checkpoint) -> dict[str, int]:
 def model_of(args: Namespace, checkpoint: Checkpoint) -> Model:
     """The model that the options describe."""
     loras = tuple(lora_of(word) for word in args.lora)
-    return Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload, compile=args.compile, fp8=args.fp8, loras=loras)
+    fast = {"compile": args.compile, "fp8": args.fp8, "step_cache": args.step_cache}
+    return Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload, **fast, loras=loras)
 
 
 def lora_of(word: str) -> Lora:

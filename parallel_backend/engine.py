@@ -10,6 +10,7 @@ import torch
 from .cogvideox import attention, blocks, fp8, lora, memory, vae, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise
+from .cogvideox.step_cache import StepCaches
 from .cogvideox.windows import advice
 from .errors import OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
@@ -129,10 +130,12 @@ class Engine:
             self.split.synchronize()  # or all windows would be queued before the first has run
             return self.split.agree(on_window())
 
+        caches = StepCaches(job.model.step_cache, self.split.total)
+        if job.progress is not None and job.model.step_cache:
+            self._note("the step cache began anew on the way, so this is not quite the video of an undisturbed run")
+        place = {"device": self.device, "dtype": dtype, "split": self.split}
         try:
-            latent = denoise(
-                transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split, on_step=mark, on_window=ask
-            )
+            latent = denoise(transformer, checkpoint, job, **place, caches=caches, on_step=mark, on_window=ask)
         except torch.OutOfMemoryError as error:
             free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
             raise OutOfMemory(
@@ -144,6 +147,7 @@ class Engine:
             if self._offload == "model":
                 transformer.to("cpu")
                 memory.release(self.device)
+        self._note(caches.note)
         return Result(
             latent,
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
@@ -316,7 +320,12 @@ class Engine:
 
         Other LoRAs need no other transformer, but where hooks hold the weights that they are in.
         """
-        key = (replace(model, loras=(), compile="auto"), dtype, hooks, weights.fingerprint(checkpoint.files(part)))
+        key = (
+            replace(model, loras=(), compile="auto", step_cache=0.0),
+            dtype,
+            hooks,
+            weights.fingerprint(checkpoint.files(part)),
+        )
         held = self._held.get(part)
         if held and held[0] == key:
             return held[1]

@@ -64,6 +64,9 @@ class Model:
     """Whether blocks are compiled; ``auto`` on a GPU whose memory the weights are in, for all but small models."""
     fp8: str = "off"
     """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
+    step_cache: float = 0.0
+    """Change of the first block's work below which a step uses the other blocks' earlier work again; 0 never. See
+    :class:`parallel_backend.cogvideox.step_cache.StepCache`."""
     loras: tuple[Lora, ...] = ()
     """All are added to the weights; their order changes nothing but rounding."""
 
@@ -72,6 +75,7 @@ class Model:
         choice("offload", self.offload, OFFLOADS)
         choice("compile", self.compile, COMPILES)
         choice("fp8", self.fp8, FP8S)
+        between("step_cache", self.step_cache, 0, 1)
 
 
 def two_thirds(frames: int) -> int:

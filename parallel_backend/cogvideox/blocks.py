@@ -13,6 +13,8 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 
+from .step_cache import StepCache
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-xdit" / "compiled"
 """Where compiled kernels are kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
 
@@ -96,8 +98,17 @@ def compiled_forward():
 def use(transformer, *, compiled: bool = False) -> None:
     """Gives every block of a transformer this module's forward."""
     function = compiled_forward() if compiled else forward
+
+    def unless_cached(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
+        """Outside of what is compiled, which must not see a cache that is another one for every job."""
+        cache: StepCache | None = attention_kwargs["cache"]
+        if cache is not None and cache.reusing:
+            return hidden_states, encoder_hidden_states
+        seen = {name: attention_kwargs[name] for name in ("is_text", "attend")}
+        return function(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, seen)
+
     for block in transformer.transformer_blocks:
-        block.forward = MethodType(function, block)
+        block.forward = MethodType(unless_cached, block)
 
 
 @cache

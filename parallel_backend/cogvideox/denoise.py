@@ -16,6 +16,7 @@ from ..jobs import Progress, SampleJob
 from . import conditions
 from .checkpoint import Checkpoint
 from .conditions import COMFYUI_TO_DIFFUSERS
+from .step_cache import StepCaches
 from .windows import Layout
 
 DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
@@ -83,8 +84,10 @@ def starting_point(
     return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
 
 
-def predict(transformer, seen: torch.Tensor, timestep, scale: float, *, text, rotary, ofs, split, prompts: int) -> torch.Tensor:
-    """The velocity of the frames of one window, guided; float32. A unit of work: it depends on its arguments alone.
+def predict(
+    transformer, seen: torch.Tensor, timestep, scale: float, *, text, rotary, ofs, split, prompts: int, cache
+) -> torch.Tensor:
+    """The velocity of the frames of one window, guided; float32. A unit of work: it depends on its arguments alone, of which ``cache`` remembers.
 
     Args:
         transformer: that says it.
@@ -96,6 +99,7 @@ def predict(transformer, seen: torch.Tensor, timestep, scale: float, *, text, ro
         ofs: see :attr:`parallel_backend.cogvideox.checkpoint.Checkpoint.ofs`.
         split: how the work is shared.
         prompts: that all ranks together run: the negative and the positive one, or the positive one.
+        cache: of this window, or None.
     """
     mine = len(text) // len(seen)
     predicted = transformer(
@@ -104,6 +108,7 @@ def predict(transformer, seen: torch.Tensor, timestep, scale: float, *, text, ro
         timestep=timestep.expand(len(text)).to(seen.device),
         ofs=ofs,
         image_rotary_emb=rotary,
+        attention_kwargs={"cache": cache},
         return_dict=False,
     )[0]
     predicted = [half.float() for half in split.gather(predicted.chunk(mine), of=prompts)]
@@ -122,6 +127,7 @@ def denoise(
     device,
     dtype,
     split,
+    caches: StepCaches,
     on_step: StepCallback,
     on_window: WindowCallback,
 ) -> torch.Tensor:
@@ -134,6 +140,7 @@ def denoise(
         device: where latents live.
         dtype: of latents and text states.
         split: how the work is shared; see :class:`parallel_backend.parallel.split.Split`.
+        caches: of the job's windows; new for each job.
         on_step, on_window: called on every rank after each step, and between its windows; must answer the same on all of them.
     Returns:
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
@@ -166,7 +173,9 @@ def denoise(
         scale = guidance(job, timestep.item(), len(timesteps))
         velocity = torch.zeros_like(latents, dtype=torch.float32)
         for window in (windows := layout.at(index)):
-            velocity[:, window.frames] += window.weigh(forward(seen[:, window.frames], timestep, scale))
+            velocity[:, window.frames] += window.weigh(
+                forward(seen[:, window.frames], timestep, scale, cache=caches.of(window.frames))
+            )
             if window is not windows[-1] and not on_window():
                 raise Cancelled(f"stopped after step {index} of {len(timesteps)}")
         if not velocity.isfinite().all():

@@ -6,7 +6,7 @@ import torch
 
 from ..jobs import Job, SampleJob
 from ..plans import Plan
-from . import vae
+from . import step_cache, vae
 from .checkpoint import Checkpoint
 from .windows import Layout
 
@@ -61,7 +61,8 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     batch, _, _, height, width = job.latent.shape
     halves = 2 // plan.cfg if job.guided else 1
     tokens = (checkpoint.tokens(Layout.of(job, checkpoint).length, height, width) + checkpoint.text_tokens) // plan.sequence
-    return WORKING_FACTOR * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize
+    factor = WORKING_FACTOR + (step_cache.STATES if job.model.step_cache else 0)
+    return factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize
 
 
 def choose_offload(asked: str, *, weights: int, working: int, others: int, layers: int, free: int) -> tuple[str, str | None]:

@@ -90,6 +90,11 @@ class GroupSplit(Split):
         (own,) = mine
         return self.cfg_group.all_gather(own.contiguous(), separate_tensors=True)
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Split.total`."""
+        dist.all_reduce(tensor)
+        return tensor
+
     def strips(self, rows: int) -> Strips | None:
         """See :meth:`Split.strips`."""
         size = self.plan.world_size

@@ -37,6 +37,10 @@ class Split:
         """The predictions for all ``of`` prompts, in order, from each rank's own."""
         return mine
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks, the same on every rank."""
+        return tensor
+
     def strips(self, rows: int) -> Strips | None:
         """How a latent's rows are shared while the VAE works on them, or None where rank 0 does it alone."""
         return None

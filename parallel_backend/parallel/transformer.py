@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..cogvideox import blocks
 from ..cogvideox.attention import attention_of
+from ..cogvideox.step_cache import StepCache
 from .attention import SharedAttention
 
 
@@ -38,6 +39,11 @@ class Chunk:
     def local_text(self) -> int:
         """Text tokens in this rank's chunk."""
         return min(max(self.text - self.rank * self.length, 0), self.length)
+
+    @property
+    def real(self) -> int:
+        """Tokens in this rank's chunk that are no padding."""
+        return min(max(self.text + self.video - self.rank * self.length, 0), self.length)
 
     def of_joint(self, joint: torch.Tensor) -> torch.Tensor:
         """This rank's chunk of ``[batch, text + video, features]``, padded with zeros."""
@@ -77,10 +83,15 @@ class JointSequence:
         blocks.use(transformer)
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_pre_hook(self._scatter, with_kwargs=True)
+        transformer.transformer_blocks[0].register_forward_hook(self._after_first, with_kwargs=True)
+        transformer.transformer_blocks[-1].register_forward_hook(self._after_last, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
 
     def _begin(self, module, args, kwargs):
-        """Measures the sequence and hands on what the blocks need to know of this rank's tokens."""
+        """Measures the sequence and hands on what the blocks need to know of this rank's tokens.
+
+        A forward's ``attention_kwargs`` may have a ``cache``, a :class:`parallel_backend.cogvideox.step_cache.StepCache`.
+        """
         _, frames, _, height, width = kwargs["hidden_states"].shape
         patch = self.config.patch_size
         video = frames // (self.config.patch_size_t or 1) * (height // patch) * (width // patch)
@@ -92,7 +103,11 @@ class JointSequence:
         rotary = kwargs.get("image_rotary_emb")
         latents = kwargs["hidden_states"]
         whole = attention_of(latents.device, latents.dtype, fp8=self.fp8_attention)
-        about = {"is_text": self.chunk.is_text(latents.device), "attend": self.shared.attend if self.shared else whole}
+        cache: StepCache | None = (kwargs.get("attention_kwargs") or {}).get("cache")
+        if cache is not None:
+            cache.begin()
+        attend = self.shared.attend if self.shared else whole
+        about = {"is_text": self.chunk.is_text(latents.device), "attend": attend, "cache": cache}
         rows = None if rotary is None else self.chunk.of_rotary(*rotary)
         return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about}
 
@@ -101,6 +116,17 @@ class JointSequence:
         joint = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
         chunk = self.chunk.of_joint(joint)
         return args, {**kwargs, "encoder_hidden_states": chunk[:, :0], "hidden_states": chunk}
+
+    def _after_first(self, module, args, kwargs, output):
+        """Lets a cache decide whether the other blocks run."""
+        cache: StepCache | None = kwargs["attention_kwargs"]["cache"]
+        if cache is not None:
+            cache.after_first(kwargs["hidden_states"], output[0], self.chunk.real)
+
+    def _after_last(self, module, args, kwargs, output):
+        """Keeps what the blocks added, or adds what they did before."""
+        cache: StepCache | None = kwargs["attention_kwargs"]["cache"]
+        return output if cache is None else (cache.after_last(output[0]), *output[1:])
 
     def _gather(self, module, args, output):
         """Joins every rank's output rows, text and padding dropped."""
