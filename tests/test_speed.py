@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel_backend.bench import distance
-from parallel_backend.cogvideox import attention, blocks, fp8
+from parallel_backend.cogvideox import attention, blocks, fp8, kernels
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 from parallel_backend.local import LocalExecutor
@@ -105,7 +105,10 @@ def test_a_lora_is_merged_before_weights_are_rounded_to_fp8(make_job, local):
 def test_a_product_in_fp8_is_that_of_the_rounded_numbers():
     linear = torch.nn.Linear(64, 32)
     layer, states = fp8.Fp8Linear(linear, torch.device("cpu")), torch.randn(2, 5, 64)
-    rounded = [part.float() * scales for part, scales in (fp8.quantize(states.flatten(0, 1)), fp8.quantize(linear.weight))]
+    rounded = [
+        part.float() * scales
+        for part, scales in (kernels.quantize_rows(states.flatten(0, 1)), kernels.quantize_rows(linear.weight))
+    ]
     expected = (rounded[0] @ rounded[1].T + linear.bias).unflatten(0, (2, 5))
     assert (layer(states) - expected).abs().max() <= 1e-5
     assert 0.005 < distance(layer(states), linear(states)) < 0.06
@@ -128,6 +131,6 @@ def test_a_gpu_without_fp8_is_refused_in_one_line_and_the_next_job_works(make_jo
 
 def test_attention_is_torch_s_own_where_there_is_no_other():
     states = [torch.randn(2, 9, 3, 16) for _ in range(3)]
-    function = attention.attention_of(torch.device("cpu"), torch.bfloat16, fp8=True)
+    function = attention.attention_of(torch.device("cpu"), torch.bfloat16)
     weights = torch.einsum("bqhd,bkhd->bhqk", states[0], states[1]).div(4).softmax(-1)
-    assert (function(*states) - torch.einsum("bhqk,bkhd->bqhd", weights, states[2])).abs().max() <= 1e-5
+    assert (function(*states, [None] * 3) - torch.einsum("bhqk,bkhd->bqhd", weights, states[2])).abs().max() <= 1e-5

@@ -10,7 +10,11 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from .kernels import LARGEST, SMALLEST, quantize
+
+Scales = list[torch.Tensor | None]
+"""What queries, keys and values in FP8 are to be multiplied by: one number, one number, one a head ``[batch, heads]``."""
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scales], torch.Tensor]
 FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
 """Modules with FlashAttention-3: PyPI's ``fa3-fwd``, and what its authors' repository builds. The first has no fp16."""
 
@@ -55,39 +59,46 @@ def _(query, key, value, scales):
     return torch.empty_like(query, dtype=torch.bfloat16), query.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-def quantize(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens in FP8, and what each head is to be multiplied by, ``[batch, heads]``."""
-    exact = states.float()
-    scales = exact.abs().amax(dim=(1, 3)).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (exact / scales[:, None, :, None]).to(torch.float8_e4m3fn), scales
+def bound(norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """The scale in FP8 of what a norm over ``n`` features gives, turned: a vector of length ``sqrt(n)`` before weight and bias.
+
+    FP8 is a floating point, so the room that most numbers leave below the bound costs no precision.
+    """
+    weight, bias = (values.float().abs().max() for values in (norm.weight, norm.bias))
+    return (norm.weight.numel() ** 0.5 * weight + 2**0.5 * bias) / LARGEST
+
+
+def quantize_heads(states: torch.Tensor, largest: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    """``[batch, tokens, heads, head_dim]`` in FP8, and what each head is to be multiplied by, ``[batch, heads]``.
+
+    ``largest`` makes each rank's maxima those of all ranks that have tokens of the sequence.
+    """
+    maxima = states.abs().amax(dim=(1, 3)).float()
+    scales = (maxima if largest is None else largest(maxima)).clamp(min=SMALLEST) / LARGEST
+    return quantize(states, scales[:, None, :, None]), scales
 
 
 def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashAttention-3, in FP8 where asked for, and its log-sum-exp."""
     if not fp8:
         return flash_attention_3(query, key, value, [])
-    states, scales = zip(*(quantize(states) for states in (query, key, value)))
+    states, scales = zip(*(quantize_heads(states) for states in (query, key, value)))
     return flash_attention_3(*states, list(scales))
 
 
-def attend_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """FlashAttention-3 of every query to all keys."""
-    return flash(query, key, value, fp8=False)[0]
+def attend_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """FlashAttention-3 of every query to all keys, in FP8 where these are."""
+    shape = query.shape[0], query.shape[2]
+    descale = [] if scales[0] is None else [*(scale.expand(shape) for scale in scales[:2]), scales[2]]
+    return flash_attention_3(query, key, value, descale)[0]
 
 
-def attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """FlashAttention-3 in FP8."""
-    return flash(query, key, value, fp8=True)[0]
-
-
-def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: Scales) -> torch.Tensor:
     """torch's own attention."""
     heads_first = (states.transpose(1, 2) for states in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
-def attention_of(device: torch.device, dtype: torch.dtype, *, fp8: bool) -> Attention:
+def attention_of(device: torch.device, dtype: torch.dtype) -> Attention:
     """The attention for such tensors: chosen outside of what is compiled, which cannot look for packages."""
-    if not uses_flash_3(device, dtype):
-        return attend_torch
-    return attend_fp8 if fp8 else attend_flash
+    return attend_flash if uses_flash_3(device, dtype) else attend_torch

@@ -13,6 +13,9 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 
+from . import kernels
+from .attention import bound, quantize_heads
+from .fp8 import Fp8Linear
 from .step_cache import StepCache
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-xdit" / "compiled"
@@ -20,14 +23,6 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogv
 
 WORTH_COMPILING = 2**30
 """Bytes of a transformer whose steps are long enough for the seconds that compiling takes."""
-
-
-def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs of ``[batch, tokens, heads, head_dim]`` by tables ``[tokens, head_dim]``; computed in float32."""
-    exact = states.float()
-    first, second = exact.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-second, first], dim=-1).flatten(-2)
-    return (exact * cosines[:, None] + turned * sines[:, None]).to(states.dtype)
 
 
 def modulate(norm, tokens: torch.Tensor, temb: torch.Tensor, is_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,12 +50,37 @@ def _(tokens, weight, bias):
 
 
 def feed_forward(layers, tokens: torch.Tensor) -> torch.Tensor:
-    """A block's feed-forward; compiled, its first layer and GELU are one kernel, which spares two passes over memory."""
-    first = layers.net[0]
-    fused = type(first.proj) is torch.nn.Linear and first.proj.bias is not None and first.approximate == "tanh"
-    if torch.compiler.is_compiling() and fused:
-        return layers.net[2](linear_gelu(tokens, first.proj.weight, first.proj.bias))
+    """A block's feed-forward; compiled, GELU is one kernel with the product before it, or with the rounding to FP8 after it."""
+    first, second = layers.net[0], layers.net[2]
+    if not torch.compiler.is_compiling() or first.approximate != "tanh" or first.proj.bias is None:
+        return layers(tokens)
+    if type(second) is Fp8Linear:
+        product = first.proj(tokens)
+        return second.product(*kernels.gelu_quantize(product.flatten(0, 1)), product.dtype).unflatten(0, tokens.shape[:2])
+    if type(first.proj) is torch.nn.Linear:
+        return second(linear_gelu(tokens, first.proj.weight, first.proj.bias))
     return layers(tokens)
+
+
+def normal_heads(norm, states: torch.Tensor, tables, scale: torch.Tensor | None) -> torch.Tensor:
+    """Queries or keys ``[batch, tokens, heads, head_dim]``, normalised, rotated, and in FP8 where there is a ``scale``."""
+    if torch.compiler.is_compiling():
+        return kernels.norm_rotate(states, norm.weight, norm.bias, norm.eps, list(tables or ()), scale)
+    states = norm(states)
+    states = states if tables is None else kernels.rotate(states, *tables)
+    return states if scale is None else kernels.quantize(states, scale)
+
+
+def spread(states: torch.Tensor, ranks: int, parts: int) -> torch.Tensor:
+    """``[batch, tokens, heads, head_dim]`` as it is sent: ``[batch, parts, ranks, tokens, heads of each, head_dim]``."""
+    if ranks == 1:
+        return states
+    return states.unflatten(2, (ranks, parts, -1)).permute(0, 3, 2, 1, 4, 5).contiguous()
+
+
+def collect(states: torch.Tensor, ranks: int) -> torch.Tensor:
+    """What :func:`spread` took apart, and for one rank nothing did, as ``[batch, tokens, heads * head_dim]``."""
+    return states.flatten(2) if ranks == 1 else states.permute(0, 3, 2, 1, 4, 5).flatten(2)
 
 
 def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
@@ -72,19 +92,24 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
         encoder_hidden_states: empty; handed back.
         temb: ``[batch, features]``.
         image_rotary_emb: tables for the joint tokens, with angle 0 for text, or None.
-        attention_kwargs: ``is_text`` ``[tokens]``, and the function ``attend``.
+        attention_kwargs: ``is_text`` ``[tokens]``; what :class:`parallel_backend.parallel.transformer.JointSequence` says
+            of attention: the function ``attend``, ``fp8``, and in how many ``ranks`` and ``parts`` heads are spread for it.
     """
-    is_text, attend, attention = attention_kwargs["is_text"], attention_kwargs["attend"], block.attn1
-    tokens, gate = modulate(block.norm1, hidden_states, temb, is_text)
+    about, attention = attention_kwargs, block.attn1
+    ranks, parts = about["ranks"], about["parts"]
+    tokens, gate = modulate(block.norm1, hidden_states, temb, about["is_text"])
     query, key, value = (
         project(tokens).unflatten(2, (attention.heads, -1)) for project in (attention.to_q, attention.to_k, attention.to_v)
     )
-    if attention.norm_q is not None:
-        query, key = attention.norm_q(query), attention.norm_k(key)
-    if image_rotary_emb is not None:
-        query, key = (rotate(states, *image_rotary_emb) for states in (query, key))
-    hidden_states = hidden_states + gate * attention.to_out[0](attend(query, key, value).flatten(2))
-    tokens, gate = modulate(block.norm2, hidden_states, temb, is_text)
+    scales = [bound(norm) for norm in (attention.norm_q, attention.norm_k)] if about["fp8"] else [None, None]
+    query = normal_heads(attention.norm_q, query, image_rotary_emb, scales[0])
+    key = normal_heads(attention.norm_k, key, image_rotary_emb, scales[1])
+    if about["fp8"]:
+        value, scale = quantize_heads(value, about["largest"])
+        scales.append(scale)
+    attended = about["attend"](*(spread(states, ranks, parts) for states in (query, key, value)), scales)
+    hidden_states = hidden_states + gate * attention.to_out[0](collect(attended, ranks))
+    tokens, gate = modulate(block.norm2, hidden_states, temb, about["is_text"])
     return hidden_states + gate * feed_forward(block.ff, tokens), encoder_hidden_states
 
 
@@ -104,7 +129,7 @@ def use(transformer, *, compiled: bool = False) -> None:
         cache: StepCache | None = attention_kwargs["cache"]
         if cache is not None and cache.reusing:
             return hidden_states, encoder_hidden_states
-        seen = {name: attention_kwargs[name] for name in ("is_text", "attend")}
+        seen = {name: value for name, value in attention_kwargs.items() if name != "cache"}
         return function(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, seen)
 
     for block in transformer.transformer_blocks:

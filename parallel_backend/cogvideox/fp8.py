@@ -9,8 +9,8 @@ import math
 import torch
 
 from .checkpoint import Checkpoint
+from .kernels import FP8, quantize_rows
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
 LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 """Of a block; the small ones stay as they are."""
 CAPABILITY = (8, 9)
@@ -25,13 +25,6 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[rows, features]`` in e4m3, and what each row is to be multiplied by, ``[rows, 1]`` in float32."""
-    exact = rows.float()
-    scales = exact.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
-    return (exact / scales).to(torch.float8_e4m3fn), scales
-
-
 class Fp8Linear(torch.nn.Module):
     """A linear layer whose product runs in FP8.
 
@@ -44,29 +37,31 @@ class Fp8Linear(torch.nn.Module):
         super().__init__()
         self.dtype = linear.weight.dtype
         self.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.to(device), requires_grad=False)
-        self.weight = torch.nn.Parameter(linear.weight.to(device, torch.float8_e4m3fn), requires_grad=False)
+        self.weight = torch.nn.Parameter(linear.weight.to(device, FP8), requires_grad=False)
         self.register_buffer("scales", torch.empty(linear.out_features, 1, device=device))
         self.set_weight(linear.weight)
 
     @torch.no_grad()
     def set_weight(self, weight: torch.Tensor) -> None:
         """Takes another weight, rounded to the layer's dtype first, as one that is not quantised would be."""
-        quantized, scales = quantize(weight.to(self.weight.device, self.dtype))
+        quantized, scales = quantize_rows(weight.to(self.weight.device, self.dtype))
         self.weight.copy_(quantized)
         self.scales.copy_(scales)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """``[batch, tokens, features]`` to ``[batch, tokens, out_features]``."""
-        rows, scales = quantize(states.flatten(0, 1))
-        if states.device.type == "cpu":  # no such product there: the same numbers by way of float32
+        return self.product(*quantize_rows(states.flatten(0, 1)), states.dtype).unflatten(0, states.shape[:2])
+
+    def product(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``[rows, features]`` in e4m3, and what each is to be multiplied by, to ``[rows, out_features]`` in ``dtype``."""
+        if rows.device.type == "cpu":  # no such product there: the same numbers by way of float32
             product = torch.nn.functional.linear(rows.float() * scales, self.weight.float() * self.scales)
-            product = product.to(states.dtype) if self.bias is None else (product + self.bias.float()).to(states.dtype)
-        else:
-            bias = None if self.bias is None else self.bias.bfloat16()  # the one dtype that scales a row come with
-            product = torch._scaled_mm(
-                rows, self.weight.t(), scales, self.scales.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-            ).to(states.dtype)
-        return product.unflatten(0, states.shape[:2])
+            return product.to(dtype) if self.bias is None else (product + self.bias.float()).to(dtype)
+        bias = None if self.bias is None else self.bias.bfloat16()  # the one dtype that scales a row come with
+        product = torch._scaled_mm(
+            rows, self.weight.t(), scales, self.scales.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return product.to(dtype)
 
 
 def convert(transformer, device: torch.device, home: torch.device) -> None:

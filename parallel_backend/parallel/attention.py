@@ -1,24 +1,96 @@
-"""Attention over a sequence that is spread over ranks: xDiT's USP."""
+"""Attention over a sequence that is spread over ranks: Ulysses, and xDiT's USP where there is a ring."""
+
+from itertools import product
 
 import torch
+import torch.distributed as dist
 
 from ..cogvideox import attention
 
 BACKEND = "cogvideox"
 """The name our attention function has in xfuser's registry."""
+PIECES = 4
+"""Into how many the work of an attention is cut at most, so that one travels while another is attended to."""
 
 
-def attend(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=None):
-    """Attention of ``[batch, heads, tokens, head_dim]``, and its log-sum-exp where a ring needs it.
+class UlyssesAttention:
+    """Attention in which each rank attends with its share of the heads to everyone's tokens.
 
-    In a ring this is called once for each rank's keys, own first, then those of the rank before, and so
-    on. Only the last rank's keys can end in padding, which is cut off here.
+    USP does the same in one piece: it waits while tokens travel, and copies them five times (benchmarks/NOTES.md). Here they
+    are sent as the block arranged them, each sample and each part of the heads for itself.
+
+    Args:
+        group: of processes, in the order of their chunks.
+        rank, size: of this process in the group, and of the group.
     """
-    ring: RingPosition | None = (attention_kwargs or {}).get("ring")
-    fp8 = (attention_kwargs or {}).get("fp8", False)
-    if ring is None:
-        whole = attention.attention_of(query.device, query.dtype, fp8=fp8)
-        return whole(*(states.transpose(1, 2) for states in (query, key, value))).transpose(1, 2), None
+
+    def __init__(self, group, *, rank: int, size: int):
+        self.group, self.rank, self.size = group, rank, size
+        self.whole: attention.Attention | None = None
+        """Attention of one rank; like ``padding`` set for each forward."""
+        self.padding = 0
+        """Tokens of padding at the end of the whole sequence."""
+
+    def parts(self, batch: int, heads: int) -> int:
+        """In how many parts a rank's heads are sent, for ``heads`` of all ranks."""
+        own = heads // self.size
+        return max(parts for parts in range(1, max(PIECES // batch, 1) + 1) if own % parts == 0)
+
+    @torch.compiler.disable  # waiting for what travels is not for a compiler to see
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+        """This rank's tokens to everyone's.
+
+        Args:
+            query, key, value: ``[batch, parts, ranks, tokens, heads, head_dim]``: for each rank its heads of this one's tokens.
+            scales: see :data:`parallel_backend.cogvideox.attention.Scales`, for all heads.
+        Returns:
+            In the same shape, from each rank its heads.
+        """
+        batch, parts, ranks, tokens, heads, _ = query.shape
+        pieces = list(product(range(batch), range(parts)))
+        coming = [[self._exchange(states[piece]) for states in (query, key, value)] for piece in pieces]
+        going = []
+        for piece, flights in zip(pieces, coming):
+            query, key, value = (arrived(flight).flatten(0, 1)[None] for flight in flights)
+            valid = slice(ranks * tokens - self.padding)
+            own = self.whole(query, key[:, valid], value[:, valid], self._own(scales, *piece, (ranks, parts, heads)))
+            going.append(self._exchange(own[0].unflatten(0, (ranks, tokens))))
+        return torch.stack([arrived(flight) for flight in going]).unflatten(0, (batch, parts))
+
+    @torch.compiler.disable
+    def largest(self, maxima: torch.Tensor) -> torch.Tensor:
+        """The greatest of all ranks, number by number."""
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
+        return maxima
+
+    def _exchange(self, states: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+        """Begins to send each rank its ``[tokens, heads, head_dim]`` of ``[ranks, tokens, heads, head_dim]``."""
+        states = states.contiguous()
+        result = torch.empty_like(states)
+        numbers = (states, result) if states.dtype.itemsize > 1 else (states.view(torch.uint8), result.view(torch.uint8))
+        return result, dist.all_to_all_single(numbers[1], numbers[0], group=self.group, async_op=True)
+
+    def _own(self, scales: attention.Scales, sample: int, part: int, shape: tuple[int, int, int]) -> attention.Scales:
+        """The scales of one piece's heads."""
+        if scales[0] is None:
+            return scales
+        return [*scales[:2], scales[2][sample : sample + 1].unflatten(1, shape)[:, self.rank, part]]
+
+
+def arrived(flight: tuple[torch.Tensor, dist.Work]) -> torch.Tensor:
+    """What was sent here, once it is."""
+    result, work = flight
+    work.wait()
+    return result
+
+
+def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=None):
+    """Attention of ``[batch, heads, tokens, head_dim]`` and its log-sum-exp, for xDiT's ring.
+
+    It is called once for each rank's keys, own first, then those of the rank before, and so on. Only the last rank's keys can
+    end in padding, which is cut off here.
+    """
+    ring, fp8 = attention_kwargs["ring"], attention_kwargs["fp8"]
     key, value = ring.trim(key, value)
     if query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]
@@ -37,7 +109,7 @@ def attend(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=N
 
 
 class RingPosition:
-    """Which rank's keys a call of :func:`attend` sees, within one attention.
+    """Which rank's keys a call of :func:`attend_in_ring` sees, within one attention.
 
     Args:
         rank: this rank's place in the ring.
@@ -57,37 +129,30 @@ class RingPosition:
         return key[:, :, :valid], value[:, :, :valid]
 
 
-class SharedAttention:
-    """Attention whose tokens are one rank's chunk of the joint sequence.
+class RingAttention:
+    """Attention whose keys and values are passed around, by xDiT's USP; with Ulysses in it too where the plan says so.
 
     Args:
-        ulysses, ring: degrees of the sequence group.
-        ring_rank: this rank's place in its ring.
+        ring: degree.
+        rank: this rank's place in its ring.
         fp8: whether to attend in FP8 where that can be done.
     """
 
-    def __init__(self, *, ulysses: int, ring: int, ring_rank: int, fp8: bool):
+    def __init__(self, *, ring: int, rank: int, fp8: bool):
         from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
         from xfuser.model_executor.layers.usp import USP
 
-        ATTENTION_FUNCTION_REGISTRY[BACKEND] = attend
+        ATTENTION_FUNCTION_REGISTRY[BACKEND] = attend_in_ring
         self.usp = USP
-        self.ulysses = ulysses
-        self.ring = ring
-        self.ring_rank = ring_rank
+        self.ring, self.rank = ring, rank
         self.fp8 = fp8
         self.padding = 0
         """Tokens of padding at the end of the whole sequence; set for each forward."""
 
     @torch.compiler.disable  # xDiT's groups and its runtime state are not for a compiler to see
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
         """Attention of ``[batch, tokens, heads, head_dim]``, this rank's tokens to everyone's."""
         heads_first = (states.transpose(1, 2) for states in (query, key, value))
-        kwargs = self._kwargs(query.shape[1])
-        output = self.usp(*heads_first, combine_qkv_a2a=True, backend=BACKEND, attention_kwargs=kwargs)
+        about = {"ring": RingPosition(self.rank, self.ring, self.padding), "fp8": self.fp8}
+        output = self.usp(*heads_first, combine_qkv_a2a=True, backend=BACKEND, attention_kwargs=about)
         return output.transpose(1, 2).to(query.dtype)
-
-    def _kwargs(self, tokens: int) -> dict:
-        if self.ring > 1:
-            return {"ring": RingPosition(self.ring_rank, self.ring, self.padding), "fp8": self.fp8}
-        return {"fp8": self.fp8, **({"valid_kv_len": tokens * self.ulysses - self.padding} if self.padding else {})}

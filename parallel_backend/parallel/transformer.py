@@ -6,14 +6,14 @@ block and after the last is diffusers' own, unchanged.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..cogvideox import blocks
-from ..cogvideox.attention import attention_of
+from ..cogvideox import attention, blocks
 from ..cogvideox.step_cache import StepCache
-from .attention import SharedAttention
+from .attention import RingAttention, UlyssesAttention
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,14 @@ class JointSequence:
         self.group = group
         self.config = transformer.config
         self.rank, self.size = (group.rank_in_group, group.world_size) if group else (0, 1)
-        self.shared = (
-            SharedAttention(ulysses=ulysses, ring=ring, ring_rank=self.rank // ulysses, fp8=fp8_attention) if group else None
-        )
         self.fp8_attention = fp8_attention
         self.ulysses, self.ring = ulysses, ring
         self.chunk: Chunk | None = None
+        self.shared: UlyssesAttention | RingAttention | None = None
+        if ring > 1:
+            self.shared = RingAttention(ring=ring, rank=self.rank // ulysses, fp8=fp8_attention)
+        elif group:
+            self.shared = UlyssesAttention(group.device_group, rank=self.rank, size=self.size)
         blocks.use(transformer)
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_pre_hook(self._scatter, with_kwargs=True)
@@ -96,20 +98,30 @@ class JointSequence:
         patch = self.config.patch_size
         video = frames // (self.config.patch_size_t or 1) * (height // patch) * (width // patch)
         self.chunk = Chunk(kwargs["encoder_hidden_states"].shape[1], video, self.rank, self.size)
-        if self.shared:
-            self.shared.padding = self.chunk.padding
         if self.ring > 1 and self.chunk.padding >= self.chunk.length * self.ulysses:
             raise ValueError(f"{self.chunk.text + video} tokens are too few for {self.size} ranks")
         rotary = kwargs.get("image_rotary_emb")
-        latents = kwargs["hidden_states"]
-        whole = attention_of(latents.device, latents.dtype, fp8=self.fp8_attention)
         cache: StepCache | None = (kwargs.get("attention_kwargs") or {}).get("cache")
         if cache is not None:
             cache.begin()
-        attend = self.shared.attend if self.shared else whole
-        about = {"is_text": self.chunk.is_text(latents.device), "attend": attend, "cache": cache}
+        about = {"is_text": self.chunk.is_text(kwargs["hidden_states"].device), "cache": cache}
         rows = None if rotary is None else self.chunk.of_rotary(*rotary)
-        return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about}
+        return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about | self._attention(kwargs["hidden_states"])}
+
+    def _attention(self, latents: torch.Tensor) -> dict[str, Any]:
+        """What a block is to know of attention; see :func:`parallel_backend.cogvideox.blocks.forward`."""
+        whole = attention.attention_of(latents.device, latents.dtype)
+        alone = {"ranks": 1, "parts": 1, "largest": None, "fp8": False}
+        if self.ring > 1:  # rounds to FP8 what travels around, itself
+            self.shared.padding = self.chunk.padding
+            return {**alone, "attend": self.shared.attend}
+        alone["fp8"] = self.fp8_attention and attention.uses_flash_3(latents.device, latents.dtype)
+        if self.shared is None:
+            return {**alone, "attend": whole}
+        self.shared.padding, self.shared.whole = self.chunk.padding, whole
+        parts = self.shared.parts(len(latents), self.config.num_attention_heads)
+        shared = {"attend": self.shared.attend, "largest": self.shared.largest}
+        return {**alone, **shared, "ranks": self.size, "parts": parts}
 
     def _scatter(self, module, args, kwargs):
         """Gives the first block this rank's chunk, text and video joined."""

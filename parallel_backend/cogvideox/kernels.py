@@ -1,0 +1,107 @@
+"""What a compiler makes two or three passes over memory of, in one: kernels in Triton, each a custom operation.
+
+Only compiled blocks on a GPU use them (:mod:`.blocks`), where Triton is there for certain. The same operations in torch's own
+words, in which uncompiled blocks and CPUs do the work, are their implementations on a CPU.
+"""
+
+import torch
+import torch.nn.functional as F
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+SMALLEST = 1e-12
+"""Below which a maximum counts as nothing to scale by."""
+
+
+def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotates pairs of ``[batch, tokens, heads, head_dim]`` by tables ``[tokens, head_dim]``; computed in float32."""
+    exact = states.float()
+    first, second = exact.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return (exact * cosines[:, None] + turned * sines[:, None]).to(states.dtype)
+
+
+def quantize(states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``states / scale`` in e4m3."""
+    return (states.float() / scale).clamp(-LARGEST, LARGEST).to(FP8)
+
+
+def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[rows, features]`` in e4m3, and what each row is to be multiplied by, ``[rows, 1]`` in float32."""
+    exact = rows.float()
+    scales = exact.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST
+    return (exact / scales).to(FP8), scales
+
+
+@torch.library.custom_op("cogvideox_xdit::norm_rotate", mutates_args=(), device_types="cuda")
+def norm_rotate(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    epsilon: float,
+    tables: list[torch.Tensor],
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Normalises each head of ``[batch, tokens, heads, head_dim]`` and rotates its pairs.
+
+    Args:
+        states: of queries or keys.
+        weight, bias, epsilon: of the layer norm over a head.
+        tables: cosines and sines ``[tokens, head_dim]`` in float32, or none.
+        scale: of the result in e4m3, one number: it is divided by this. None keeps the dtype.
+    """
+    import triton
+
+    from .triton_kernels import norm_rotate_kernel
+
+    states = states.contiguous()
+    batch, tokens, heads, features = states.shape
+    result = torch.empty_like(states, dtype=states.dtype if scale is None else FP8)
+    rows, block = batch * tokens * heads, 64
+    cosines, sines = tables or (states, states)
+    norm_rotate_kernel[(triton.cdiv(rows, block),)](
+        states, result, weight, bias, cosines, sines, states if scale is None else scale,
+        rows, tokens, heads, epsilon,
+        FEATURES=features, ROWS=block, ROTATES=bool(tables), SCALES=scale is not None, num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+@norm_rotate.register_kernel("cpu")
+def _(states, weight, bias, epsilon, tables, scale):
+    normal = F.layer_norm(states, weight.shape, weight, bias, epsilon)
+    turned = rotate(normal, *tables) if tables else normal
+    return turned.contiguous() if scale is None else quantize(turned, scale).contiguous()
+
+
+@norm_rotate.register_fake
+def _(states, weight, bias, epsilon, tables, scale):
+    return torch.empty_like(states, dtype=states.dtype if scale is None else FP8, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("cogvideox_xdit::gelu_quantize", mutates_args=(), device_types="cuda")
+def gelu_quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """GELU (tanh) of ``[rows, features]``, quantised as :func:`quantize_rows` does: a row is read once."""
+    import triton
+
+    from .triton_kernels import gelu_quantize_kernel
+
+    rows = rows.contiguous()
+    count, features = rows.shape
+    result, scales = torch.empty_like(rows, dtype=FP8), rows.new_empty(count, 1, dtype=torch.float32)
+    gelu_quantize_kernel[(count,)](
+        rows, result, scales, features, LARGEST=LARGEST, SMALLEST=SMALLEST, BLOCK=triton.next_power_of_2(features), num_warps=16
+    )
+    return result, scales
+
+
+@gelu_quantize.register_kernel("cpu")
+def _(rows):
+    return quantize_rows(F.gelu(rows, approximate="tanh"))
+
+
+@gelu_quantize.register_fake
+def _(rows):
+    return torch.empty_like(rows, dtype=FP8, memory_format=torch.contiguous_format), rows.new_empty(
+        rows.shape[0], 1, dtype=torch.float32
+    )
