@@ -58,6 +58,17 @@ class LoadCogVideoX(io.ComfyNode):
                     "float32 after two steps of a 5b with random weights, where bf16 is 6 %), all attention too (25 %). Needs an "
                     "Ada, Hopper or newer GPU; attention also FlashAttention-3 (pip install fa3-fwd).",
                 ),
+                io.Float.Input(
+                    "step_cache",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Faster, and another video: while the first block's work has changed by less than this share since "
+                    "a whole step, the other blocks' work of that step is used again. With the demo in 50 steps of DPM, 0.1 spares "
+                    "40 % of the steps and ends 3 % from the video without, 0.2 70 % and 16 %. 0 is off.",
+                ),
             ],
             outputs=[
                 ModelSocket.Output(display_name="model"),
@@ -68,9 +79,12 @@ class LoadCogVideoX(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str, dtype: str, offload: str, compile: str = "auto", fp8: str = "off") -> io.NodeOutput:
+    def execute(
+        cls, model_name: str, dtype: str, offload: str, compile: str = "auto", fp8: str = "off", step_cache: float = 0.0
+    ) -> io.NodeOutput:
         """Opens and checks the checkpoint."""
         checkpoint = Checkpoint.open(host.find_model(model_name))
         host.say(checkpoint.describe, cls.hidden.unique_id)
-        model = Model(str(checkpoint.path), dtype=dtype, offload=offload, compile=compile, fp8=fp8)
+        fast = {"compile": compile, "fp8": fp8, "step_cache": step_cache}
+        model = Model(str(checkpoint.path), dtype=dtype, offload=offload, **fast)
         return io.NodeOutput(ModelHandle(model, checkpoint), ClipHandle(checkpoint, dtype), VaeHandle(model))

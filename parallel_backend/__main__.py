@@ -103,15 +103,21 @@ def build_parser() -> Parser:
     stop.add_argument("--all", action="store_true", help="also those that other programs keep")
     stop.set_defaults(run=commands.stop)
 
-    bench = commands_of.add_parser("bench", help="side by side with diffusers' own pipeline")
+    bench = commands_of.add_parser("bench", help="side by side with diffusers' and xDiT's own pipelines")
     add_model_options(bench)
-    bench.add_argument("--plans", default="single", help="comma-separated")
-    bench.add_argument("--precisions", default="lossless", help="comma-separated: lossless, eager, fp8, fp8-all")
+    bench.add_argument("--plans", default="single", help="comma-separated; none leaves ours out")
+    bench.add_argument(
+        "--precisions",
+        default="lossless",
+        help="comma-separated: lossless, eager, fp8, fp8-all; each may have a step cache: fp8-all+cache0.1",
+    )
     bench.add_argument("--float32", action="store_true", help="also state each row's distance from float32 after two steps")
     bench.add_argument("--devices", default="auto")
     bench.add_argument("--repeat", type=int, default=2, help="jobs a plan; the last one is stated")
     bench.add_argument("--diffusers", default="eager", help="comma-separated: eager, compiled; none leaves it out")
+    bench.add_argument("--xdit", default="none", help="comma-separated plans of xDiT's own pipeline, such as cfg2,ulysses2")
     bench.add_argument("--decode", action="store_true", help="also time a decode")
+    bench.add_argument("--tiling", choices=TILINGS, default="auto", help="decode in tiles")
     bench.add_argument("--output", help="write the rows as JSON here")
     bench.set_defaults(run=commands.bench)
     return parser

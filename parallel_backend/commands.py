@@ -285,7 +285,7 @@ def stop(args: Namespace) -> int:
 
 
 def bench(args: Namespace) -> int:
-    """Side by side with diffusers."""
-    from .bench import run
+    """Side by side with diffusers and xDiT's own pipeline."""
+    from .bench.table import run
 
     return run(args)

@@ -363,22 +363,28 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
         run.kill()
 
 
-def test_bench_states_ours_beside_diffusers(run, checkpoints, loras, tmp_path):
+def test_bench_states_ours_beside_diffusers_and_xdit(run, checkpoints, loras, tmp_path):
     done = run(
         "bench", "--model", checkpoints["5b"], "--plans", "single,cfg2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,
-        "--decode", "--lora", loras["5b"], "--precisions", "lossless,fp8", "--float32", "--output", tmp_path / "rows.json",
+        "--decode", "--lora", loras["5b"], "--precisions", "lossless,fp8,lossless+cache0.9", "--float32", "--xdit", "cfg2",
+        "--output", tmp_path / "rows.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    ours = [("ours", plan, precision) for plan in ("single", "cfg2") for precision in ("lossless", "fp8")]
-    assert [(row["name"], row["plan"], row["precision"]) for row in rows] == [*ours, ("diffusers", "single", "eager")]
+    ours = [("ours", plan, precision) for plan in ("single", "cfg2") for precision in ("lossless", "fp8", "lossless+cache0.9")]
+    theirs = [("diffusers", "single", "eager"), ("xdit", "cfg2", "eager")]
+    assert [(row["name"], row["plan"], row["precision"]) for row in rows] == [*ours, *theirs]
     for row in rows:
-        assert row["seconds_per_step"] > 0 and row["decode_seconds"] > 0
+        assert row["seconds_per_step"] > 0, row["notes"]
+        if row["name"] == "xdit":
+            continue
+        assert row["decode_seconds"] > 0
         if row["precision"] == "fp8":
-            assert 1e-3 < row["from_float32"] < 0.1
+            assert 1e-3 < row["from_first"] < 0.1 and 1e-3 < row["from_float32"] < 0.1
         else:
-            assert row["max_difference"] <= TOLERANCE
+            assert row["from_first"] <= TOLERANCE
             assert row["name"] == "diffusers" or row["from_float32"] <= 1e-5
+        assert ("step cache 0.9" in "".join(row["notes"])) == row["precision"].endswith("+cache0.9")
     bad = run("bench", "--model", checkpoints["5b"], "--precisions", "fast")
     assert bad.returncode == 2 and "'fast' is not understood; use some of lossless, eager, fp8" in bad.stderr
 

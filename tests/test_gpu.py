@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel_backend.bench import distance, two_steps
-from parallel_backend.cogvideox import memory
+from parallel_backend.bench.table import distance, two_steps
+from parallel_backend.cogvideox import kernels, memory
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.errors import OutOfMemory
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.jobs import DecodeJob, Model, SampleJob
+from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
@@ -193,3 +193,54 @@ def test_fp8_is_near_and_smaller(compile, on_gpu, make_job, checkpoints):
     job = make_job("5b", model=Model(str(checkpoints["5b"])))
     for fp8 in ("linears", "all"):
         assert rounding(on_gpu, job, compile="off") < rounding(on_gpu, job, compile=compile, fp8=fp8) < 0.1
+
+
+@one_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 1027, 5, 64), (1, 33, 48, 16)])
+def test_norm_and_rotation_in_one_kernel_are_what_they_are_in_several(shape, dtype):
+    states = torch.randn(shape) * 3 + 1
+    weight, bias = torch.rand(shape[-1]) + 0.5, torch.randn(shape[-1])
+    angles = torch.rand(shape[1], shape[-1]) * 6
+    tables = [angles.cos(), angles.sin()]
+    there = [part.to("cuda", dtype) for part in (states, weight, bias)]
+    for chosen in ([], tables):
+        expected = kernels.norm_rotate(
+            *(part.cpu().double() for part in there), 1e-6, [table.double() for table in chosen], None
+        )
+        found = kernels.norm_rotate(*there, 1e-6, [table.cuda() for table in chosen], None)
+        assert distance(found.cpu().double(), expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+        scale = torch.tensor(0.025)
+        rounded = kernels.norm_rotate(*there, 1e-6, [table.cuda() for table in chosen], scale.cuda())
+        assert rounded.dtype == torch.float8_e4m3fn
+        assert distance(rounded.cpu().double() * scale, expected) < 0.04
+
+
+@one_gpu
+@pytest.mark.parametrize("features", [128, 12288, 7680])
+def test_gelu_and_rounding_in_one_kernel_are_what_they_are_in_several(features):
+    rows = torch.randn(67, features, dtype=torch.bfloat16) * 2
+    (found, scales), (expected, right) = kernels.gelu_quantize(rows.cuda()), kernels.gelu_quantize(rows.float())
+    assert (scales.cpu() - right).abs().max() <= 1e-3 * right.max()
+    assert distance(found.cpu().float() * scales.cpu(), expected.float() * right) < 0.01
+
+
+@two_gpus
+def test_compiled_and_fp8_plans_are_as_near_to_float32_as_single(on_gpu, make_job, checkpoints):
+    job = make_job("5b", model=Model(str(checkpoints["5b"])))
+    group = GroupExecutor(Plan.parse("ulysses2"), Devices("cuda", (0, 1)))
+    try:
+        for settings in ({"compile": "on"}, {"compile": "on", "fp8": "linears"}, {"compile": "on", "fp8": "all"}):
+            assert rounding(group, job, **settings) <= 1.2 * rounding(on_gpu, job, **settings), settings
+    finally:
+        group.close()
+
+
+@two_gpus
+def test_strips_over_nccl_equal_one_gpu(group, on_gpu, checkpoints):
+    model = Model(str(checkpoints["5b"]), dtype="fp32")
+    latent = torch.randn(1, 16, 5, 14, 10, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(9, 112, 80, 3, generator=torch.Generator().manual_seed(0))
+    for run, asked in (("decode", DecodeJob(model, latent)), ("encode", EncodeJob(model, pixels))):
+        difference = (getattr(group, run)(asked).tensor - getattr(on_gpu, run)(asked).tensor).abs().max()
+        assert difference <= 10 * TOLERANCE

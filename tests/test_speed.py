@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel_backend.bench import distance
+from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import attention, blocks, fp8, kernels
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError

@@ -12,7 +12,7 @@ import torch
 from ..plans import Plan
 
 
-def _import_without_gpu() -> None:
+def import_without_gpu() -> None:
     """Imports xfuser where there is no accelerator.
 
     xfuser asks for the accelerator's version and decides which groups to build while its package is
@@ -27,6 +27,8 @@ def _import_without_gpu() -> None:
 
     envs.get_device_version = lambda: None
     envs._is_cuda = lambda: False
+    envs.get_device = lambda local_rank: torch.device("cpu")
+    envs.get_torch_distributed_backend = lambda: "gloo"
     envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
     del sys.modules["xfuser"]
     import xfuser.model_executor.layers.usp as usp
@@ -45,7 +47,7 @@ def initialise(plan: Plan, *, rank: int, local_rank: int, device: torch.device) 
         device: ``cpu`` or the rank's GPU.
     """
     if device.type == "cpu" and "xfuser" not in sys.modules:
-        _import_without_gpu()
+        import_without_gpu()
     from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel, runtime_state
 
     backend = "gloo" if device.type == "cpu" else "nccl"

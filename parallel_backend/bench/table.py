@@ -1,0 +1,239 @@
+"""The table: what is measured, row by row."""
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from .. import models
+from ..backend import open_executor, resolve
+from ..cogvideox import checks
+from ..cogvideox.checkpoint import Checkpoint
+from ..commands import model_of, quiet_libraries, show, size_of
+from ..devices import Devices
+from ..errors import RequestError
+from ..executor import Executor
+from ..jobs import DecodeJob, Model, Progress, SampleJob, empty_latent
+from ..local import LocalExecutor
+from . import peers
+
+COLUMNS = (
+    "name",
+    "plan",
+    "precision",
+    "seconds_per_step",
+    "share_of_peak",
+    "first_step_seconds",
+    "sample_seconds",
+    "outside_steps_seconds",
+    "decode_seconds",
+    "peak_gib",
+    "decode_peak_gib",
+    "from_first",
+    "from_float32",
+)
+PRECISIONS = {"lossless": {}, "eager": {"compile": "off"}, "fp8": {"fp8": "linears"}, "fp8-all": {"fp8": "all"}}
+"""What differs in the model from what the options say. Behind a ``+``, ``cacheC`` is a step cache of threshold C."""
+DIFFUSERS = ("eager", "compiled")
+PEAK_SIZE = 8192
+"""Of the square matrices whose product says what a GPU can do."""
+
+
+def text_states(checkpoint: Checkpoint) -> list[torch.Tensor]:
+    """Two prompts' worth of made-up text states: what they say costs nothing to leave out."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, checkpoint.text_tokens, checkpoint.text_features)
+    return [torch.randn(shape, generator=generator) * 0.2 for _ in range(2)]
+
+
+def chosen(option: str, words: str, allowed) -> list[str]:
+    """The words of a comma-separated option.
+
+    Raises:
+        RequestError: for one that is not allowed.
+    """
+    found = words.split(",")
+    if unknown := set(found) - set(allowed):
+        raise RequestError(f"{option}: '{unknown.pop()}' is not understood; use some of {', '.join(allowed)}")
+    return found
+
+
+def in_precision(model: Model, word: str) -> Model:
+    """A model in what a word of ``--precisions`` says, such as ``fp8-all+cache0.1``."""
+    name, _, cache = word.partition("+cache")
+    return replace(model, **PRECISIONS[name], **({"step_cache": float(cache)} if cache else {}))
+
+
+def chosen_precisions(words: str) -> list[str]:
+    """The words of ``--precisions``.
+
+    Raises:
+        RequestError: for one that is not understood.
+    """
+    for word in words.split(","):
+        name, plus, cache = word.partition("+cache")
+        if name not in PRECISIONS or (plus and not cache.replace(".", "", 1).isdigit()):
+            allowed = ", ".join(PRECISIONS)
+            raise RequestError(f"--precisions: '{word}' is not understood; use some of {allowed}, each with +cache0.1 or so")
+    return words.split(",")
+
+
+def run(args: Namespace) -> int:
+    """Prints a table, and writes its rows as JSON where asked to."""
+    quiet_libraries()
+    checkpoint = Checkpoint.open(models.find(args.model))
+    wanted = (
+        chosen_precisions(args.precisions),
+        *(
+            [] if words == "none" else chosen(option, words, allowed)
+            for option, words, allowed in (("--diffusers", args.diffusers, DIFFUSERS), ("--xdit", args.xdit, peers.XDIT))
+        ),
+    )
+    if args.decode or args.diffusers != "none":
+        checkpoint.check_whole()
+    size = size_of(args, checkpoint)
+    positive, negative = text_states(checkpoint)
+    job = SampleJob(
+        model_of(args, checkpoint),
+        positive,
+        empty_latent(**size, channels=checkpoint.channels),
+        negative if args.cfg > 1 else None,
+        seed=0,
+        steps=args.steps,
+        cfg=args.cfg,
+        scheduler=args.scheduler,
+    )
+    checks.check(checkpoint, job)
+    device = Devices.parse(args.devices).first
+    peak, work = measured_peak(device), operations(checkpoint, job)
+    about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {args.cfg}"
+    show(f"{about}; {work / 1e12:.3g} TFLOP a step" + (f", {peak / 1e12:.0f} TFLOP/s at most a GPU" if peak else ""))
+    rows, reference = [], None
+    common = {"model": checkpoint.path.name, "device": device_name(device), "dtype": args.dtype, "cfg": args.cfg, **size}
+    for row, latent in measured(args, job, checkpoint, *wanted):
+        reference = latent if reference is None else reference
+        row["from_first"] = distance(latent, reference) if latent is not None else None
+        row["tflop_per_step"], row["peak_tflops"] = work / 1e12, peak and peak / 1e12
+        if row["gpus"] and row["seconds_per_step"]:
+            row["share_of_peak"] = work / row["seconds_per_step"] / peak / row["gpus"]
+        rows.append({**common, "steps": args.steps, **row})
+        show(line(row))
+        if args.output:  # after every row: a run that is cut off has what it has
+            Path(args.output).write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+def measured(
+    args: Namespace, job: SampleJob, checkpoint: Checkpoint, precisions: list[str], diffusers: list[str], xdit: list[str]
+) -> Iterator[tuple[dict, torch.Tensor | None]]:
+    """The rows, and the latent of each where it is known."""
+    exact = None
+    if args.float32:
+        executor = LocalExecutor(Devices.parse(args.devices).first)
+        exact = two_steps(executor, replace(job, model=replace(job.model, dtype="fp32", compile="off")), checkpoint)
+        executor.close()
+    for plan_text in args.plans.split(",") if args.plans != "none" else ():
+        plan, devices, _ = resolve(plan_text, args.devices, heads=checkpoint.heads)
+        if plan.world_size == 1:
+            devices = Devices(devices.kind, devices.indices[:1])
+        executor = open_executor(plan, devices)
+        try:
+            for precision in precisions:
+                asked = replace(job, model=in_precision(job.model, precision))
+                row, latent = measure(executor, args, asked)
+                row |= {"plan": str(plan), "precision": precision, "gpus": plan.world_size if devices.kind == "cuda" else 0}
+                row["from_float32"] = None if exact is None else distance(two_steps(executor, asked, checkpoint), exact)
+                yield row, latent
+        finally:
+            executor.close()
+    device = Devices.parse(args.devices).first
+    for precision in diffusers:
+        row, latent = peers.diffusers(args, job, checkpoint, device, compiled=precision == "compiled")
+        yield {**row, "plan": "single", "precision": precision, "gpus": int(device.type == "cuda")}, latent
+    for plan_text in xdit:
+        yield peers.xdit(args, job, checkpoint, plan_text, device), None
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def measured_peak(device: torch.device) -> float | None:
+    """Operations a second of a large bf16 matrix product on a GPU: the median of ten, of random numbers."""
+    if device.type != "cuda":
+        return None
+    first, second = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        first @ second
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * PEAK_SIZE**3 / median(seconds[2:])
+
+
+def operations(checkpoint: Checkpoint, job: SampleJob) -> float:
+    """Floating-point operations of the blocks in one step, over all prompts: matrix products and attention."""
+    batch, _, frames, height, width = job.latent.shape
+    tokens, features = checkpoint.tokens(frames, height, width) + checkpoint.text_tokens, checkpoint.heads * checkpoint.head_dim
+    block = 24 * tokens * features**2 + 4 * tokens**2 * features
+    return block * checkpoint.layers * batch * (2 if job.guided else 1)
+
+
+def distance(latent: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative difference of two latents, as the norm has it."""
+    return ((latent - exact).norm() / exact.norm()).item()
+
+
+def two_steps(executor: Executor, job: SampleJob, checkpoint: Checkpoint) -> torch.Tensor:
+    """The latent after two DDIM steps from noise that is the same in every dtype."""
+    batch, channels, frames, height, width = job.latent.shape
+    frames += checkpoint.padding_frames(frames)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((batch, frames, channels, height, width), generator=generator).bfloat16().float()
+    progress = Progress(0, noise, generator.get_state())
+    return executor.sample(replace(job, steps=2, scheduler="ddim", progress=progress)).tensor
+
+
+def line(row: dict) -> str:
+    """One row of the table."""
+    found = {name: row.get(name) for name in COLUMNS}
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in found.items()}
+    return "  ".join([*(f"{name} {value}" for name, value in shown.items() if value is not None), *row["notes"]])
+
+
+def measure(executor: Executor, args: Namespace, job: SampleJob) -> tuple[dict, torch.Tensor]:
+    """One plan in one precision: jobs in a row through one executor, the last one stated."""
+    first = None
+    for _ in range(args.repeat):
+        started = time.perf_counter()
+        result = executor.sample(job)
+        seconds = time.perf_counter() - started
+        first = first or result.report.step_seconds[0]
+    report = result.report
+    decode, whole = None, None
+    for _ in range(args.repeat if args.decode else 0):
+        started = time.perf_counter()
+        decode = executor.decode(DecodeJob(job.model, result.tensor, tiling=args.tiling)).report
+        whole = time.perf_counter() - started
+    row = {
+        "name": "ours",
+        "seconds_per_step": median(report.step_seconds),
+        "first_step_seconds": first,
+        "sample_seconds": seconds,
+        "outside_steps_seconds": seconds - sum(report.step_seconds),
+        "load_seconds": report.load_seconds,
+        "decode_seconds": decode.run_seconds if decode else None,
+        "decode_whole_seconds": whole,
+        "peak_gib": max(report.peak_memory) / 2**30,
+        "decode_peak_gib": max(decode.peak_memory) / 2**30 if decode else None,
+        "notes": [*report.notes, *(decode.notes if decode else ())],
+    }
+    return row, result.tensor
