@@ -77,7 +77,7 @@ def test_rounding_to_bfloat16_is_not_above_that_of_diffusers(diffusers_vae):
     latent = torch.randn(1, 16, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     exact = diffusers_vae.decode(latent).sample.detach()
     distances = [(module.decode(latent.bfloat16()).sample.detach() - exact).norm() / exact.norm() for module in (ours, theirs)]
-    assert 1e-3 < distances[0] <= 1.02 * distances[1]
+    assert 1e-3 < distances[0] <= 0.9 * distances[1]
 
 
 def test_moments_lose_nothing_to_a_large_mean():
@@ -111,6 +111,7 @@ def test_a_loaded_vae_is_on_the_way_to_its_layers_unchanged(checkpoints):
 
 INTERPRETED = """
 import torch
+from parallel_backend.cogvideox import vae_triton
 from parallel_backend.cogvideox.vae_kernels import Plain
 from parallel_backend.cogvideox.vae_layers import use, set_memory_format, triton_kernels
 from tests.test_vae import make_vae, with_vae_of
@@ -123,13 +124,19 @@ torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
 for frames, latent_frames, bias in ((5, 3, torch.randn(32)), (4, 2, None), (1, 1, torch.randn(32))):
     states, others = last(2, 32, frames, 4, 150) + 50, last(2, 32, frames, 4, 150)
     moments = plain.moments(states, bias, 8)
-    for one, other in zip(kernels.moments(states, bias, 8), moments):
-        assert (one - other).abs().max() <= 1e-4
+    for programs in (800, 2):  # a row each, and several
+        vae_triton.PROGRAMS = programs
+        for one, other in zip(kernels.moments(states, bias, 8), moments):
+            assert (one - other).abs().max() <= 1e-4
     for conditions in ((None, None), (last(2, 32, latent_frames, 2, 75), last(2, 32, latent_frames, 2, 75))):
         results = [torch.zeros(2, 32, frames + 2, 6, 150).to(memory_format=torch.channels_last_3d) for _ in range(2)]
         for kind, result in zip((kernels, plain), results):
             kind.normalise(states, bias, *moments, norm, *conditions, result[:, :, 2:, 1:-1])
         assert (results[0] - results[1]).abs().max() <= 1e-4 and (results[0][:, :, :2] == 0).all()
+    doubled = [torch.zeros(2, 32, 2 * frames - frames % 2, 10, 300).to(memory_format=torch.channels_last_3d) for _ in range(2)]
+    for kind, result in zip((kernels, plain), doubled):
+        kind.enlarge(states, result[..., 1:-1, :])
+    assert torch.equal(*doubled)
     bias = torch.randn(32)
     assert (kernels.add(states.clone(), bias, others) - plain.add(states.clone(), bias, others)).abs().max() <= 1e-5
 

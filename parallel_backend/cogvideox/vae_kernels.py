@@ -22,6 +22,11 @@ def frame_indices(frames: int, latent_frames: int) -> list[int]:
     return [0] * first + [first + index // times for index in range(frames - first)]
 
 
+def square_views(states: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """``[…, height, width]`` as ``[…, rows, n, columns, n]``."""
+    return states.unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1))
+
+
 def per_channel(values: torch.Tensor) -> torch.Tensor:
     """``[…, channels]`` to stand before frames, rows and columns."""
     return values[..., None, None, None]
@@ -53,8 +58,7 @@ def normalised(states, bias, mean, variance, norm: nn.GroupNorm, gain, offset) -
     shift = norm.bias.float() - (mean if bias is None else mean - bias.float()) * scale
     states = states.float() * per_channel(scale) + per_channel(shift)
     if gain is not None:  # each number stands for a square of pixels
-        rows, columns = gain.shape[3:]
-        squares = states.unflatten(4, (columns, -1)).unflatten(3, (rows, -1))
+        squares = square_views(states, *gain.shape[3:])
         squares = squares * gain[..., :, None, :, None] + offset[..., :, None, :, None]
         states = squares.flatten(5, 6).flatten(3, 4)
     return F.silu(states)
@@ -77,6 +81,11 @@ class Plain:
             conditions = (None if part is None else part[:, :, index : index + 1] for part in (gain, offset))
             at = slice(frame, frame + 1)
             out[:, :, at] = normalised(states[:, :, at], bias, mean, variance, norm, *conditions)
+
+    def enlarge(self, states: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes states to ``out``, each for as many frames, rows and columns as there are more."""
+        for frame, index in enumerate(frame_indices(out.shape[2], states.shape[2])):
+            square_views(out[:, :, frame], *states.shape[3:]).copy_(states[:, :, index, :, None, :, None])
 
     def add(self, states: torch.Tensor, bias: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """The sum of a convolution's result, its bias and other states; may be written over the first."""
