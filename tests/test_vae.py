@@ -109,6 +109,20 @@ def test_a_loaded_vae_is_on_the_way_to_its_layers_unchanged(checkpoints):
     assert before.keys() == after.keys() and all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+@pytest.mark.parametrize("loaded_in_it", [False, True])
+def test_layers_may_be_set_in_inference_mode_and_outside(loaded_in_it):
+    latent, found = torch.randn(1, 16, 2, 2, 2), []
+    with torch.inference_mode(loaded_in_it):
+        module = make_vae()
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            vae_layers.use(module)
+            for last in (True, False):
+                vae_layers.set_memory_format(module, last=last)
+                found.append(vae.decode(module, latent))
+    assert all((one - found[0]).abs().max() <= TOLERANCE for one in found)
+
+
 INTERPRETED = """
 import torch
 from parallel_backend.cogvideox import vae_triton

@@ -207,4 +207,5 @@ def set_memory_format(vae, *, last: bool) -> None:
     vae.layers.memory_format = formats.get(5, torch.contiguous_format)
     for weight in vae.parameters():
         if weight.ndim >= 4:
-            weight.data = weight.data.contiguous(memory_format=formats.get(weight.ndim, torch.contiguous_format))
+            with torch.inference_mode(weight.is_inference()):  # ComfyUI's thread is in it, weights may be from outside
+                weight.data = weight.data.contiguous(memory_format=formats.get(weight.ndim, torch.contiguous_format))

@@ -202,7 +202,7 @@ class Triton:
     def add(self, states, bias, others):
         """One pass, over the first."""
         others = channels_last(others)
-        if states.stride() != others.stride() or not states.is_contiguous(memory_format=torch.channels_last_3d):
+        if not all(part.is_contiguous(memory_format=torch.channels_last_3d) for part in (states, others)):
             return states.add_(bias[:, None, None, None]).add_(others)
         pixels, columns = states.numel() // states.shape[1], max(TILE // states.shape[1], 1)
         _add[(triton.cdiv(pixels, columns),)](
