@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .cogvideox import attention, blocks, fp8, lora, memory, vae, weights
+from .cogvideox import attention, blocks, fp8, lora, memory, vae, vae_layers, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise
 from .cogvideox.step_cache import StepCaches
@@ -166,14 +166,16 @@ class Engine:
         if strips is None and self.split.rank != 0:
             return Result(torch.empty(0))
         module = self._load("vae", job.model, checkpoint, dtype).to(self.device)
+        vae_layers.use(module, compiled=self._wants_compiled_vae(job, dtype, shared=self.together))
         loaded = time.perf_counter()
-        tensor = self._alone(job, dtype, module, use) if strips is None else self._in_strips(job, module, strips, use)
+        with vae_layers.searching():
+            tensor = self._alone(job, dtype, module, use) if strips is None else self._in_strips(job, module, strips, use)
         return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
 
     def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
         vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
         try:
-            with shared(module, strips):
+            with shared(module.layers, strips):
                 return use(module, strips)
         except torch.OutOfMemoryError as error:
             free = memory.free_bytes(self.device)
@@ -279,9 +281,21 @@ class Engine:
         if offload in memory.HOOKED:
             self._note(f"not compiled: offload '{offload}' moves weights while blocks run")
             return False
-        reasons = [reason for reason in self.split.collect(blocks.why_not_compiled(self.device)) if reason]
-        self._note(f"not compiled, so slower: {reasons[0]}" if reasons else None)
-        return not reasons
+        return self._can_compile("not compiled", self.split.collect(blocks.why_not_compiled(self.device)))
+
+    def _wants_compiled_vae(self, job: DecodeJob | EncodeJob, dtype, *, shared: bool) -> bool:
+        """Whether the VAE's layers are to run compiled, the same on all ranks that are in it."""
+        large = self.device.type == "cuda" and vae.working_bytes(job, dtype) >= vae_layers.WORTH_COMPILING
+        if job.model.compile == "off" or (job.model.compile == "auto" and not large):
+            return False
+        reason = vae_layers.why_not_compiled(self.device)
+        return self._can_compile("VAE not compiled", self.split.collect(reason) if shared else [reason])
+
+    def _can_compile(self, otherwise: str, reasons: list[str | None]) -> bool:
+        """Whether no rank has a reason against; says the first, and what is the case for it."""
+        against = [reason for reason in reasons if reason]
+        self._note(f"{otherwise}, so slower: {against[0]}" if against else None)
+        return not against
 
     def _open_loras(self, model: Model, checkpoint: Checkpoint) -> tuple[lora.LoraFile, ...]:
         """The LoRAs that change something."""

@@ -61,7 +61,8 @@ class Model:
     offload: str = "auto"
     """Where weights wait between uses; ``auto`` decides by free memory."""
     compile: str = "auto"
-    """Whether blocks are compiled; ``auto`` on a GPU whose memory the weights are in, for all but small models."""
+    """Whether blocks are compiled, and kernels of the VAE; ``auto`` on a GPU whose memory the weights are in, for all but small
+    models and pictures."""
     fp8: str = "off"
     """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
     step_cache: float = 0.0

@@ -244,3 +244,22 @@ def test_strips_over_nccl_equal_one_gpu(group, on_gpu, checkpoints):
     for run, asked in (("decode", DecodeJob(model, latent)), ("encode", EncodeJob(model, pixels))):
         difference = (getattr(group, run)(asked).tensor - getattr(on_gpu, run)(asked).tensor).abs().max()
         assert difference <= 10 * TOLERANCE
+
+
+@one_gpu
+@pytest.mark.parametrize("frames", [3, 4])
+def test_the_vae_s_kernels_are_exact_in_float32_and_as_near_to_it_in_16_bit_as_torch_s(frames, on_gpu, local, checkpoints):
+    latent = torch.randn(1, 16, frames, 12, 18, generator=torch.Generator().manual_seed(7))
+    model = Model(str(checkpoints["5b"]), dtype="fp32")
+    exact = local.decode(DecodeJob(model, latent, "off")).tensor
+    encoded = local.encode(EncodeJob(model, exact[0])).tensor
+    for setting in ("on", "off"):
+        asked = replace(model, compile=setting)
+        result = on_gpu.decode(DecodeJob(asked, latent, "off"))
+        assert not result.report.notes and (result.tensor - exact).abs().max() <= 10 * TOLERANCE
+        assert (on_gpu.encode(EncodeJob(asked, exact[0])).tensor - encoded).abs().max() <= 10 * TOLERANCE
+    distances = [
+        distance(on_gpu.decode(DecodeJob(replace(model, dtype="bf16", compile=setting), latent, "off")).tensor, exact)
+        for setting in ("on", "off")
+    ]
+    assert distances[0] <= 1.1 * distances[1]

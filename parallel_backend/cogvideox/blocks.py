@@ -113,10 +113,16 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     return hidden_states + gate * feed_forward(block.ff, tokens), encoder_hidden_states
 
 
+def keep_kernels() -> None:
+    """Has whatever is compiled from now on keep its kernels on disk."""
+    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(folder) / "triton"))
+
+
 @cache
 def compiled_forward():
     """:func:`forward`, compiled when it is first called. One for all blocks: their weights are its arguments."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+    keep_kernels()
     return torch.compile(forward, dynamic=True)
 
 
@@ -139,7 +145,7 @@ def use(transformer, *, compiled: bool = False) -> None:
 @cache
 def why_not_compiled(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device here, in one line, or None: tried once with a small function."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+    keep_kernels()
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # Triton, a C compiler or Python's headers may be missing; each fails in its own way

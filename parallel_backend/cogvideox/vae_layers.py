@@ -1,0 +1,211 @@
+"""diffusers' VAE, its layers computed with fewer passes over memory; whole, or in one rank's strip of rows.
+
+Modules and weights stay diffusers', and so do the loops over blocks and frames. What differs:
+
+- A norm, its condition on the latent and SiLU are one pass, which writes to where the next convolution reads: beside the frames
+  that it keeps from before and, in a strip, the neighbours' rows.
+- The condition is two 1x1 convolutions of the latent enlarged to the picture. They are made of the latent as it is, and what they
+  give is enlarged: the same numbers for a hundredth of the work.
+- Frames are doubled in time after an upsampling convolution of each, not before.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .blocks import keep_kernels
+from .vae_kernels import Plain, convolve
+
+CHANNELS_LAST = True
+"""Whether a GPU's numbers lie with a pixel's channels together: so cuDNN's 16-bit convolutions read them, and the kernels."""
+SEARCH = False
+"""Whether cuDNN tries its convolutions on a GPU when it first sees a size, instead of guessing the fastest."""
+
+WORTH_COMPILING = 2**30
+"""Bytes that a job works in, from which on the second or two that compiling takes the first time are worth it."""
+
+
+@contextmanager
+def searching() -> Iterator[None]:
+    """Within, cuDNN chooses convolutions as ``SEARCH`` says."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = SEARCH
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class Whole:
+    """The rows of a picture that is all on one rank; :class:`parallel_backend.parallel.strips.Strips` has those of several."""
+
+    border = 0
+    """Rows above and below that a convolution is given, instead of padding with zeros itself."""
+
+    def fill(self, states: torch.Tensor, *, above: int, below: int) -> None:
+        """Sets so many (0 or 1) rows at either end of ``[…, height, width]`` to what is next to the others."""
+        for row in [0] * above + [-1] * below:
+            states[..., row, :] = 0
+
+    def moments(self, mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the picture, ``[batch, groups]``, from those of the rows that are here."""
+        return mean, variance
+
+
+class Layers:
+    """How the layers of one ``AutoencoderKLCogVideoX`` are computed; made for it once, by :func:`use`."""
+
+    def __init__(self, vae):
+        from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d, CogVideoXResnetBlock3D
+        from diffusers.models.downsampling import CogVideoXDownsample3D
+        from diffusers.models.upsampling import CogVideoXUpsample3D
+
+        self.kernels = Plain()
+        self.rows = Whole()
+        self.memory_format = torch.contiguous_format
+        forwards = {
+            CogVideoXResnetBlock3D: self.resnet,
+            CogVideoXCausalConv3d: self.causal,
+            CogVideoXUpsample3D: self.upsample,
+            CogVideoXDownsample3D: self.downsample,
+        }
+        for module in vae.modules():
+            if type(module) in forwards:
+                module.forward = partial(forwards[type(module)], module)
+        for coder in (vae.encoder, vae.decoder):
+            coder.conv_act.forward = lambda states: states  # part of the norm
+        vae.encoder.norm_out.forward = lambda states: self.norm(vae.encoder.norm_out, states)
+        vae.decoder.norm_out.forward = lambda states, zq, conv_cache=None: (self.norm(vae.decoder.norm_out, states, zq), None)
+
+    def empty(self, states: torch.Tensor, *sizes: int) -> torch.Tensor:
+        """A tensor ``[batch, …]`` like the states but of other sizes."""
+        size = (states.shape[0], *sizes)
+        return torch.empty(size, dtype=states.dtype, device=states.device, memory_format=self.memory_format)
+
+    def room(self, states: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A convolution's input with ``depth`` frames before and border rows around, and the part that has the states' sizes."""
+        _, channels, frames, rows, columns = states.shape
+        room = self.empty(states, channels, frames + depth, rows + 2 * self.rows.border, columns)
+        return room, room[:, :, depth:].narrow(3, self.rows.border, rows)
+
+    def through(self, layer, room: torch.Tensor, kept: torch.Tensor | None, bias: torch.Tensor | None = None):
+        """A causal convolution of what is in a room: its result, and the frames that the next ones need to see."""
+        depth = layer.time_kernel_size - 1
+        self.rows.fill(room[:, :, depth:], above=self.rows.border, below=self.rows.border)
+        room[:, :, :depth] = room[:, :, depth : depth + 1] if kept is None else kept
+        return convolve(layer.conv, room, self.rows.border, bias), room[:, :, -depth:].clone()
+
+    def causal(self, layer, inputs: torch.Tensor, conv_cache: torch.Tensor | None = None):
+        """The forward of a ``CogVideoXCausalConv3d``, of three frames deep."""
+        room, inside = self.room(inputs, layer.time_kernel_size - 1)
+        inside.copy_(inputs)
+        return self.through(layer, room, conv_cache, layer.conv.bias)
+
+    def norm(self, norm, states, zq=None, *, bias=None, out=None) -> torch.Tensor:
+        """A norm, with its condition on the latent ``zq`` if it has one, and SiLU."""
+        group_norm = norm if zq is None else norm.norm_layer
+        mean, variance = self.rows.moments(*self.kernels.moments(states, bias, group_norm.num_groups))
+        gain, offset = (None, None) if zq is None else (self.pointwise(layer.conv, zq) for layer in (norm.conv_y, norm.conv_b))
+        out = self.empty(states, *states.shape[1:]) if out is None else out
+        self.kernels.normalise(states, bias, mean, variance, group_norm, gain, offset, out)
+        return out
+
+    @staticmethod
+    def pointwise(convolution: nn.Conv3d, latent: torch.Tensor) -> torch.Tensor:
+        """A 1x1x1 convolution, in float32: at the latent's size it costs nothing, and a fifth of the rounding in 16 bit is gone."""
+        weight, bias = convolution.weight.flatten(1).float(), convolution.bias.float()
+        return F.linear(latent.movedim(1, -1).float(), weight, bias).movedim(-1, 1)
+
+    def resnet(self, block, inputs: torch.Tensor, temb=None, zq: torch.Tensor | None = None, conv_cache: dict | None = None):
+        """The forward of a ``CogVideoXResnetBlock3D``, which in this VAE has no ``temb``."""
+        conv_cache, new_cache, states, bias = conv_cache or {}, {}, inputs, None
+        for norm, name in ((block.norm1, "conv1"), (block.norm2, "conv2")):
+            layer = getattr(block, name)
+            room, inside = self.room(states, layer.time_kernel_size - 1)
+            self.norm(norm, states, zq, bias=bias, out=inside)
+            states, new_cache[name] = self.through(layer, room, conv_cache.get(name))
+            bias = layer.conv.bias
+            del room, inside  # or two would be held at a time
+        if block.in_channels != block.out_channels:
+            inputs = block.conv_shortcut(inputs)
+        return self.kernels.add(states, bias, inputs), new_cache
+
+    def frame_by_frame(self, convolution: nn.Conv2d, states: torch.Tensor, padding: tuple[int, int]) -> torch.Tensor:
+        """A 2D convolution of each frame of ``[batch, channels, frames, height, width]``."""
+        flat = states.transpose(1, 2).flatten(0, 1)
+        flat = F.conv2d(flat, convolution.weight, convolution.bias, convolution.stride, padding)
+        return flat.unflatten(0, (states.shape[0], -1)).transpose(1, 2)
+
+    def upsample(self, layer, inputs: torch.Tensor) -> torch.Tensor:
+        """The forward of a ``CogVideoXUpsample3D``."""
+        _, channels, frames, rows, columns = inputs.shape
+        border = self.rows.border
+        room = self.empty(inputs, channels, frames, 2 * rows + 2 * border, 2 * columns)
+        self.kernels.enlarge(inputs, room.narrow(3, border, 2 * rows))
+        self.rows.fill(room, above=border, below=border)
+        states = self.frame_by_frame(layer.conv, room, (1 - border, 1))
+        if not layer.compress_time or frames == 1:
+            return states
+        doubled = self.empty(states, states.shape[1], 2 * frames - frames % 2, *states.shape[3:])
+        self.kernels.enlarge(states, doubled)
+        return doubled
+
+    def downsample(self, layer, states: torch.Tensor) -> torch.Tensor:
+        """The forward of a ``CogVideoXDownsample3D``."""
+        _, channels, frames, rows, columns = states.shape
+        first = frames % 2
+        halved = layer.compress_time and frames > 1
+        room = self.empty(states, channels, (frames + first) // 2 if halved else frames, rows + 1, columns + 1)
+        inside = room[..., :-1, :-1]
+        if halved:
+            inside[:, :, :first] = states[:, :, :first]
+            inside[:, :, first:] = states[:, :, first:].unflatten(2, (-1, 2)).mean(3)
+        else:
+            inside.copy_(states)
+        room[..., -1] = 0
+        self.rows.fill(room, above=0, below=1)
+        return self.frame_by_frame(layer.conv, room, (0, 0))
+
+
+def triton_kernels():
+    """Kernels in one pass each; Triton is not everywhere."""
+    from .vae_triton import Triton
+
+    return Triton()
+
+
+@cache
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why a VAE's kernels cannot be compiled for a device here, in one line, or None: tried once with the smallest."""
+    if device.type != "cuda":
+        return "its kernels are for GPUs"
+    keep_kernels()
+    try:
+        triton_kernels().moments(torch.ones(1, 16, 1, 1, 1, device=device), None, 4)
+    except Exception as error:  # Triton, a C compiler or Python's headers may be missing; each fails in its own way
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0]
+    return None
+
+
+def use(vae, *, compiled: bool = False) -> Layers:
+    """Gives a VAE, where it will be used, this module's layers; with compiled kernels or torch's own."""
+    if not hasattr(vae, "layers"):
+        vae.layers = Layers(vae)
+    vae.layers.kernels = triton_kernels() if compiled else Plain()
+    set_memory_format(vae, last=vae.device.type == "cuda" and (CHANNELS_LAST or compiled))
+    return vae.layers
+
+
+def set_memory_format(vae, *, last: bool) -> None:
+    """Has a VAE with :class:`Layers` work with channels last, or first."""
+    formats = {5: torch.channels_last_3d, 4: torch.channels_last} if last else {}
+    vae.layers.memory_format = formats.get(5, torch.contiguous_format)
+    for weight in vae.parameters():
+        if weight.ndim >= 4:
+            with torch.inference_mode(weight.is_inference()):  # ComfyUI's thread is in it, weights may be from outside
+                weight.data = weight.data.contiguous(memory_format=formats.get(weight.ndim, torch.contiguous_format))

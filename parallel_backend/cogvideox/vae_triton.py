@@ -1,0 +1,211 @@
+"""What a VAE computes between its convolutions, in Triton: each one pass over memory, for states with channels last.
+
+A program takes a row of one frame, or a few. So the position in the latent is found once a row, and within it by a shift: the general
+kernels of torch's compiler would divide by sizes that they do not know, five times for every number.
+"""
+
+from functools import wraps
+
+import torch
+import triton
+import triton.language as tl
+
+TILE = 4096
+"""Numbers that a program holds at a time."""
+WARPS = 4
+"""Of 32 threads each that a program has."""
+PROGRAMS = 800
+"""As many as keep a GPU busy: where rows are more, a program takes moments of several."""
+
+
+SIZES = ["frames", "rows", "columns", "lines", "first", "times", "scale", "biased", "pixels"]
+"""Arguments that no kernel is compiled anew for, so that a few, made in a few seconds, do for every picture."""
+
+
+@triton.jit
+def _place(row, frames, rows):
+    """Batch, frame and row within the frame, wide enough for the offsets of the largest tensors."""
+    row = row.to(tl.int64)
+    return row // (frames * rows), row // rows % frames, row % rows
+
+
+@triton.jit
+def _made_of(frame, first, times):
+    """The frame that one was made of: as many ``first`` ones, 0 or 1, were made of one each, the others of one for ``times``."""
+    return tl.where(frame < first, 0, first + (frame - first) // times)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _moments(
+    states, bias, found, frames, rows, columns, lines, biased, s_batch, s_frame, s_row,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of each channel of so many ``lines``, to ``found`` ``[2, batch * frames * rows / lines, channels]``."""
+    program = tl.program_id(0)
+    batch, frame, line = _place(program, frames, rows // lines)
+    channel = tl.arange(0, CHANNELS)
+    source = states + batch * s_batch + frame * s_frame + line * lines * s_row
+    near = tl.load(source + channel).to(tl.float32)  # sums of differences from it lose nothing to a large mean
+    total = tl.zeros([COLUMNS, CHANNELS], tl.float32)
+    squares = tl.zeros([COLUMNS, CHANNELS], tl.float32)
+    for _ in range(0, lines):
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = (column < columns)[:, None]
+            value = tl.load(source + column[:, None] * CHANNELS + channel[None, :], mask=inside, other=0).to(tl.float32)
+            value = tl.where(inside, value - near[None, :], 0)
+            total += value
+            squares += value * value
+        source += s_row
+    mean = tl.sum(total, 0) / (lines * columns)
+    variance = tl.sum(squares, 0) / (lines * columns) - mean * mean
+    mean += near + tl.load(bias + channel, mask=channel < biased * CHANNELS, other=0).to(tl.float32)
+    target = found + program.to(tl.int64) * CHANNELS + channel
+    tl.store(target, mean)
+    tl.store(target + tl.num_programs(0).to(tl.int64) * CHANNELS, variance)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _normalise(
+    states, out, mean, variance, weight, shift, bias, gain, offset, frames, rows, columns, eps, biased, first, times, scale,
+    s_batch, s_frame, s_row, o_batch, o_frame, o_row, g_batch, g_frame, g_row,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, CONDITIONED: tl.constexpr,
+):  # fmt: skip
+    """SiLU of a normalised row, with gain and offset where it is conditioned: ``scale`` pixels for each of their numbers."""
+    batch, frame, line = _place(tl.program_id(0), frames, rows)
+    channel = tl.arange(0, CHANNELS)
+    group = batch * GROUPS + channel // (CHANNELS // GROUPS)
+    middle = tl.load(mean + group)
+    slope = tl.rsqrt(tl.load(variance + group) + eps) * tl.load(weight + channel).to(tl.float32)
+    added = tl.load(shift + channel).to(tl.float32)
+    middle -= tl.load(bias + channel, mask=channel < biased * CHANNELS, other=0).to(tl.float32)
+    source = states + batch * s_batch + frame * s_frame + line * s_row
+    target = out + batch * o_batch + frame * o_frame + line * o_row
+    if CONDITIONED:
+        conditions = batch * g_batch + _made_of(frame, first, times) * g_frame + line // scale * g_row
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (column < columns)[:, None]
+        place = column[:, None] * CHANNELS + channel[None, :]
+        value = tl.load(source + place, mask=inside, other=0).to(tl.float32)
+        value = (value - middle[None, :]) * slope[None, :] + added[None, :]
+        if CONDITIONED:
+            latent = conditions + (column // scale)[:, None] * CHANNELS + channel[None, :]
+            value = value * tl.load(gain + latent, mask=inside, other=0).to(tl.float32)
+            value += tl.load(offset + latent, mask=inside, other=0).to(tl.float32)
+        value = value / (1 + tl.exp(-value))
+        tl.store(target + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _add(states, bias, others, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+    channel = tl.arange(0, CHANNELS)[None, :]
+    pixel = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    place, inside = pixel * CHANNELS + channel, pixel < pixels
+    total = tl.load(states + place, mask=inside, other=0).to(tl.float32) + tl.load(bias + channel).to(tl.float32)
+    total += tl.load(others + place, mask=inside, other=0).to(tl.float32)
+    tl.store(states + place, total.to(states.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _enlarge(
+    states, out, frames, rows, columns, first, times, scale, s_batch, s_frame, s_row, o_batch, o_frame, o_row,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    batch, frame, line = _place(tl.program_id(0), frames, rows)
+    channel = tl.arange(0, CHANNELS)[None, :]
+    source = states + batch * s_batch + _made_of(frame, first, times) * s_frame + line // scale * s_row
+    target = out + batch * o_batch + frame * o_frame + line * o_row
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[:, None]
+        inside = column < columns
+        value = tl.load(source + column // scale * CHANNELS + channel, mask=inside, other=0)
+        tl.store(target + column * CHANNELS + channel, value, mask=inside)
+
+
+def strides(states: torch.Tensor) -> tuple[int, int, int]:
+    """From one of a batch, a frame and a row to the next."""
+    return states.stride(0), states.stride(2), states.stride(3)
+
+
+def times_of(frames: int, latent_frames: int) -> tuple[int, int]:
+    """For :func:`_made_of`; see :func:`parallel_backend.cogvideox.vae_kernels.frame_indices`."""
+    first = frames % 2 if frames > 1 else 0
+    return first, (frames - first) // (latent_frames - first)
+
+
+def where_states_are(method):
+    """Triton launches on the current GPU."""
+
+    @wraps(method)
+    def guarded(self, states, *others):
+        with torch.cuda.device_of(states):
+            return method(self, states, *others)
+
+    return guarded
+
+
+def channels_last(states: torch.Tensor) -> torch.Tensor:
+    """The states, a copy where a row's numbers do not lie as the kernels expect: columns, and the channels of each."""
+    if states.stride(1) == 1 and states.stride(4) == states.shape[1]:
+        return states
+    return torch.empty_like(states, memory_format=torch.channels_last_3d).copy_(states)
+
+
+class Triton:
+    """See :class:`parallel_backend.cogvideox.vae_kernels.Plain`. Channels are a power of two, as in CogVideoX's VAE."""
+
+    @where_states_are
+    def moments(self, states, bias, groups):
+        """A pass for the moments of each channel of some rows; few enough to be taken together by torch."""
+        states = channels_last(states)
+        batch, channels, frames, rows, columns = states.shape
+        lines = 1
+        while rows % (2 * lines) == 0 and batch * frames * rows >= 2 * lines * PROGRAMS:
+            lines *= 2
+        programs = batch * frames * rows // lines
+        found = states.new_empty((2, programs, channels), dtype=torch.float32)
+        _moments[(programs,)](
+            states, states if bias is None else bias, found, frames, rows, columns, lines, int(bias is not None),
+            *strides(states), CHANNELS=channels, COLUMNS=max(TILE // channels, 1), num_warps=WARPS,
+        )  # fmt: skip
+        means, variances = found.unflatten(2, (groups, -1)).unflatten(1, (batch, -1))
+        between, mean = torch.var_mean(means, dim=(1, 3), correction=0)
+        return mean, variances.mean((1, 3)) + between
+
+    @where_states_are
+    def normalise(self, states, bias, mean, variance, norm, gain, offset, out):
+        """One pass."""
+        states, g_strides, times, scale = channels_last(states), (0, 0, 0), (0, 1), 1
+        batch, channels, frames, rows, columns = states.shape
+        if gain is not None:
+            gain, offset = channels_last(gain), channels_last(offset)
+            g_strides, times, scale = strides(gain), times_of(frames, gain.shape[2]), columns // gain.shape[4]
+        _normalise[(batch * frames * rows,)](
+            states, out, mean, variance, norm.weight, norm.bias, states if bias is None else bias, gain, offset,
+            frames, rows, columns, norm.eps, int(bias is not None), *times, scale,
+            *strides(states), *strides(out), *g_strides, CHANNELS=channels, GROUPS=norm.num_groups,
+            COLUMNS=max(TILE // channels, 1), CONDITIONED=gain is not None, num_warps=WARPS,
+        )  # fmt: skip
+
+    @where_states_are
+    def enlarge(self, states, out):
+        """One pass."""
+        states = channels_last(states)
+        batch, channels, frames, rows, columns = out.shape
+        _enlarge[(batch * frames * rows,)](
+            states, out, frames, rows, columns, *times_of(frames, states.shape[2]), columns // states.shape[4],
+            *strides(states), *strides(out), CHANNELS=channels, COLUMNS=max(TILE // channels, 1), num_warps=WARPS,
+        )  # fmt: skip
+
+    @where_states_are
+    def add(self, states, bias, others):
+        """One pass, over the first."""
+        others = channels_last(others)
+        if not all(part.is_contiguous(memory_format=torch.channels_last_3d) for part in (states, others)):
+            return states.add_(bias[:, None, None, None]).add_(others)
+        pixels, columns = states.numel() // states.shape[1], max(TILE // states.shape[1], 1)
+        _add[(triton.cdiv(pixels, columns),)](
+            states, bias, others, pixels, CHANNELS=states.shape[1], COLUMNS=columns, num_warps=WARPS
+        )  # fmt: skip
+        return states
