@@ -211,9 +211,22 @@ def test_norm_and_rotation_in_one_kernel_are_what_they_are_in_several(shape, dty
         found = kernels.norm_rotate(*there, 1e-6, [table.cuda() for table in chosen], None)
         assert distance(found.cpu().double(), expected) < (1e-6 if dtype == torch.float32 else 3e-3)
         scale = torch.tensor(0.025)
-        rounded = kernels.norm_rotate(*there, 1e-6, [table.cuda() for table in chosen], scale.cuda())
+        rounded = kernels.norm_rotate(*there, 1e-6, [table.cuda() for table in chosen], scale.cuda(), 1)
         assert rounded.dtype == torch.float8_e4m3fn
         assert distance(rounded.cpu().double() * scale, expected) < 0.04
+
+
+@one_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_heads_are_laid_out_for_ranks_as_several_copies_would(dtype):
+    states = torch.randn(2, 33, 6, 64, device="cuda").bfloat16()
+    weight, bias, scale = torch.ones(64, device="cuda"), torch.zeros(64, device="cuda"), torch.ones((), device="cuda")
+    scale = scale if dtype == torch.float8_e4m3fn else None
+    together = kernels.norm_rotate(states, weight, bias, 1e-6, [], scale, 1)[:, 0]
+    for ranks in (2, 3):
+        found = kernels.norm_rotate(states, weight, bias, 1e-6, [], scale, ranks)
+        assert torch.equal(found.float(), kernels.spread(together, ranks).float())
+        assert torch.equal(kernels.swap(found.flatten(3)).view(together.shape).float(), together.float())
 
 
 @one_gpu

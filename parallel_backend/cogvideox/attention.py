@@ -99,6 +99,11 @@ def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
+def alone(attend: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """The attention of one rank, which heads of ``[batch, 1, tokens, heads, head_dim]`` were spread to."""
+    return attend(*(states.squeeze(1) for states in (query, key, value)), scales).unsqueeze(1)
+
+
 def attention_of(device: torch.device, dtype: torch.dtype) -> Attention:
     """The attention for such tensors: chosen outside of what is compiled, which cannot look for packages."""
     return attend_flash if uses_flash_3(device, dtype) else attend_torch

@@ -62,25 +62,20 @@ def feed_forward(layers, tokens: torch.Tensor) -> torch.Tensor:
     return layers(tokens)
 
 
-def normal_heads(norm, states: torch.Tensor, tables, scale: torch.Tensor | None) -> torch.Tensor:
-    """Queries or keys ``[batch, tokens, heads, head_dim]``, normalised, rotated, and in FP8 where there is a ``scale``."""
+def normal_heads(norm, states: torch.Tensor, tables, scale: torch.Tensor | None, ranks: int) -> torch.Tensor:
+    """Queries or keys ``[batch, tokens, heads, head_dim]``, normalised, rotated, in FP8 where there is a ``scale``, and spread."""
     if torch.compiler.is_compiling():
-        return kernels.norm_rotate(states, norm.weight, norm.bias, norm.eps, list(tables or ()), scale)
+        return kernels.norm_rotate(states, norm.weight, norm.bias, norm.eps, list(tables or ()), scale, ranks)
     states = norm(states)
     states = states if tables is None else kernels.rotate(states, *tables)
-    return states if scale is None else kernels.quantize(states, scale)
+    return kernels.spread(states if scale is None else kernels.quantize(states, scale), ranks)
 
 
-def spread(states: torch.Tensor, ranks: int, parts: int) -> torch.Tensor:
-    """``[batch, tokens, heads, head_dim]`` as it is sent: ``[batch, parts, ranks, tokens, heads of each, head_dim]``."""
-    if ranks == 1:
-        return states
-    return states.unflatten(2, (ranks, parts, -1)).permute(0, 3, 2, 1, 4, 5).contiguous()
-
-
-def collect(states: torch.Tensor, ranks: int) -> torch.Tensor:
-    """What :func:`spread` took apart, and for one rank nothing did, as ``[batch, tokens, heads * head_dim]``."""
-    return states.flatten(2) if ranks == 1 else states.permute(0, 3, 2, 1, 4, 5).flatten(2)
+def swap(states: torch.Tensor) -> torch.Tensor:
+    """``[batch, first, second, features]`` as ``[batch, second, first, features]``."""
+    if 1 in states.shape[1:3]:
+        return states.reshape(states.shape[0], states.shape[2], states.shape[1], -1)
+    return kernels.swap(states) if torch.compiler.is_compiling() else states.transpose(1, 2).contiguous()
 
 
 def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
@@ -93,22 +88,23 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
         temb: ``[batch, features]``.
         image_rotary_emb: tables for the joint tokens, with angle 0 for text, or None.
         attention_kwargs: ``is_text`` ``[tokens]``; what :class:`parallel_backend.parallel.transformer.JointSequence` says
-            of attention: the function ``attend``, ``fp8``, and in how many ``ranks`` and ``parts`` heads are spread for it.
+            of attention: the function ``attend``, ``fp8``, and the ``ranks`` among whom heads are spread for it.
     """
     about, attention = attention_kwargs, block.attn1
-    ranks, parts = about["ranks"], about["parts"]
+    ranks = about["ranks"]
     tokens, gate = modulate(block.norm1, hidden_states, temb, about["is_text"])
     query, key, value = (
         project(tokens).unflatten(2, (attention.heads, -1)) for project in (attention.to_q, attention.to_k, attention.to_v)
     )
     scales = [bound(norm) for norm in (attention.norm_q, attention.norm_k)] if about["fp8"] else [None, None]
-    query = normal_heads(attention.norm_q, query, image_rotary_emb, scales[0])
-    key = normal_heads(attention.norm_k, key, image_rotary_emb, scales[1])
+    query = normal_heads(attention.norm_q, query, image_rotary_emb, scales[0], ranks)
+    key = normal_heads(attention.norm_k, key, image_rotary_emb, scales[1], ranks)
     if about["fp8"]:
         value, scale = quantize_heads(value, about["largest"])
         scales.append(scale)
-    attended = about["attend"](*(spread(states, ranks, parts) for states in (query, key, value)), scales)
-    hidden_states = hidden_states + gate * attention.to_out[0](collect(attended, ranks))
+    value = swap(value.unflatten(2, (ranks, -1)).flatten(3)).view(query.shape)
+    attended = about["attend"](query, key, value, scales)
+    hidden_states = hidden_states + gate * attention.to_out[0](swap(attended.flatten(3)).flatten(2))
     tokens, gate = modulate(block.norm2, hidden_states, temb, about["is_text"])
     return hidden_states + gate * feed_forward(block.ff, tokens), encoder_hidden_states
 

@@ -33,6 +33,17 @@ def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (exact / scales).to(FP8), scales
 
 
+def spread(states: torch.Tensor, ranks: int) -> torch.Tensor:
+    """``[batch, tokens, heads, head_dim]`` as it is sent to ``ranks``: ``[batch, ranks, tokens, heads / ranks, head_dim]``."""
+    return states.unflatten(2, (ranks, -1)).transpose(1, 2).contiguous()
+
+
+def for_ranks(states: torch.Tensor, ranks: int, dtype: torch.dtype | None) -> torch.Tensor:
+    """Room for what :func:`spread` gives."""
+    batch, tokens, heads, features = states.shape
+    return states.new_empty(batch, ranks, tokens, heads // ranks, features, dtype=dtype or states.dtype)
+
+
 @torch.library.custom_op("cogvideox_xdit::norm_rotate", mutates_args=(), device_types="cuda")
 def norm_rotate(
     states: torch.Tensor,
@@ -41,14 +52,18 @@ def norm_rotate(
     epsilon: float,
     tables: list[torch.Tensor],
     scale: torch.Tensor | None,
+    ranks: int,
 ) -> torch.Tensor:
-    """Normalises each head of ``[batch, tokens, heads, head_dim]`` and rotates its pairs.
+    """Normalises each head of ``[batch, tokens, heads, head_dim]``, rotates its pairs, and lays them out for ``ranks``.
 
     Args:
         states: of queries or keys.
         weight, bias, epsilon: of the layer norm over a head.
         tables: cosines and sines ``[tokens, head_dim]`` in float32, or none.
         scale: of the result in e4m3, one number: it is divided by this. None keeps the dtype.
+        ranks: among whom heads are spread.
+    Returns:
+        ``[batch, ranks, tokens, heads / ranks, head_dim]``.
     """
     import triton
 
@@ -56,27 +71,53 @@ def norm_rotate(
 
     states = states.contiguous()
     batch, tokens, heads, features = states.shape
-    result = torch.empty_like(states, dtype=states.dtype if scale is None else FP8)
+    result = for_ranks(states, ranks, None if scale is None else FP8)
     rows, block = batch * tokens * heads, 64
     cosines, sines = tables or (states, states)
     norm_rotate_kernel[(triton.cdiv(rows, block),)](
         states, result, weight, bias, cosines, sines, states if scale is None else scale,
-        rows, tokens, heads, epsilon,
+        rows, tokens, heads, heads // ranks, epsilon,
         FEATURES=features, ROWS=block, ROTATES=bool(tables), SCALES=scale is not None, num_warps=4,
     )  # fmt: skip
     return result
 
 
 @norm_rotate.register_kernel("cpu")
-def _(states, weight, bias, epsilon, tables, scale):
+def _(states, weight, bias, epsilon, tables, scale, ranks):
     normal = F.layer_norm(states, weight.shape, weight, bias, epsilon)
     turned = rotate(normal, *tables) if tables else normal
-    return turned.contiguous() if scale is None else quantize(turned, scale).contiguous()
+    return spread(turned if scale is None else quantize(turned, scale), ranks)
 
 
 @norm_rotate.register_fake
-def _(states, weight, bias, epsilon, tables, scale):
-    return torch.empty_like(states, dtype=states.dtype if scale is None else FP8, memory_format=torch.contiguous_format)
+def _(states, weight, bias, epsilon, tables, scale, ranks):
+    return for_ranks(states, ranks, None if scale is None else FP8)
+
+
+@torch.library.custom_op("cogvideox_xdit::swap", mutates_args=(), device_types="cuda")
+def swap(states: torch.Tensor) -> torch.Tensor:
+    """``[batch, first, second, features]`` as ``[batch, second, first, features]``, copied a row at a time."""
+    import triton
+
+    from .triton_kernels import swap_kernel
+
+    batch, first, second, features = states.shape
+    words = states.contiguous().view(torch.int32)
+    result = words.new_empty(batch, second, first, words.shape[-1])
+    swap_kernel[(batch * first * second,)](
+        words, result, first, second, words.shape[-1], BLOCK=triton.next_power_of_2(words.shape[-1]), num_warps=4
+    )
+    return result.view(states.dtype)
+
+
+@swap.register_kernel("cpu")
+def _(states):
+    return states.transpose(1, 2).contiguous()
+
+
+@swap.register_fake
+def _(states):
+    return states.new_empty(states.shape[0], states.shape[2], states.shape[1], states.shape[3])
 
 
 @torch.library.custom_op("cogvideox_xdit::gelu_quantize", mutates_args=(), device_types="cuda")

@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def norm_rotate_kernel(
     states, result, weight, bias, cosines, sines, scale,
-    rows, tokens, heads, epsilon,
+    rows, tokens, heads, heads_of_rank, epsilon,
     FEATURES: tl.constexpr, ROWS: tl.constexpr, ROTATES: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """See ``norm_rotate``; a row is one head of one token, computed in float32."""
@@ -27,7 +27,20 @@ def norm_rotate_kernel(
         value = value * cosine + turned * sine
     if SCALES:
         value = value / tl.load(scale)
-    tl.store(result + at, value.to(result.dtype.element_ty), mask=there)
+    batch, token, head = row // (tokens * heads), row // heads % tokens, row % heads
+    rank = head // heads_of_rank
+    target = ((batch * (heads // heads_of_rank) + rank) * tokens + token) * heads_of_rank + head % heads_of_rank
+    tl.store(result + target[:, None] * FEATURES + column, value.to(result.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def swap_kernel(states, result, first, second, words, BLOCK: tl.constexpr):
+    """See ``swap``; a program copies one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    target = (row // (first * second) * second + row % second) * first + row // second % first
+    there = column < words
+    tl.store(result + target * words + column, tl.load(states + row * words + column, mask=there), mask=there)
 
 
 @triton.jit

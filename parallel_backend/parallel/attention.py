@@ -1,7 +1,5 @@
 """Attention over a sequence that is spread over ranks: Ulysses, and xDiT's USP where there is a ring."""
 
-from itertools import product
-
 import torch
 import torch.distributed as dist
 
@@ -9,15 +7,13 @@ from ..cogvideox import attention
 
 BACKEND = "cogvideox"
 """The name our attention function has in xfuser's registry."""
-PIECES = 4
-"""Into how many the work of an attention is cut at most, so that one travels while another is attended to."""
 
 
 class UlyssesAttention:
     """Attention in which each rank attends with its share of the heads to everyone's tokens.
 
-    USP does the same in one piece: it waits while tokens travel, and copies them five times (benchmarks/NOTES.md). Here they
-    are sent as the block arranged them, each sample and each part of the heads for itself.
+    USP does the same and copies tokens five times on the way (benchmarks/NOTES.md). Here the block lays them out as they are
+    sent, they arrive as they are attended to, and all that a rank sends at a time is one operation.
 
     Args:
         group: of processes, in the order of their chunks.
@@ -31,31 +27,23 @@ class UlyssesAttention:
         self.padding = 0
         """Tokens of padding at the end of the whole sequence."""
 
-    def parts(self, batch: int, heads: int) -> int:
-        """In how many parts a rank's heads are sent, for ``heads`` of all ranks."""
-        own = heads // self.size
-        return max(parts for parts in range(1, max(PIECES // batch, 1) + 1) if own % parts == 0)
-
     @torch.compiler.disable  # waiting for what travels is not for a compiler to see
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
         """This rank's tokens to everyone's.
 
         Args:
-            query, key, value: ``[batch, parts, ranks, tokens, heads, head_dim]``: for each rank its heads of this one's tokens.
+            query, key, value: ``[batch, ranks, tokens, heads, head_dim]``: for each rank its heads of this one's tokens.
             scales: see :data:`parallel_backend.cogvideox.attention.Scales`, for all heads.
         Returns:
             In the same shape, from each rank its heads.
         """
-        batch, parts, ranks, tokens, heads, _ = query.shape
-        pieces = list(product(range(batch), range(parts)))
-        coming = [[self._exchange(states[piece]) for states in (query, key, value)] for piece in pieces]
-        going = []
-        for piece, flights in zip(pieces, coming):
-            query, key, value = (arrived(flight).flatten(0, 1)[None] for flight in flights)
-            valid = slice(ranks * tokens - self.padding)
-            own = self.whole(query, key[:, valid], value[:, valid], self._own(scales, *piece, (ranks, parts, heads)))
-            going.append(self._exchange(own[0].unflatten(0, (ranks, tokens))))
-        return torch.stack([arrived(flight) for flight in going]).unflatten(0, (batch, parts))
+        ranks, tokens = query.shape[1:3]
+        query, key, value = (states.flatten(1, 2) for states in self._exchange(query, key, value))
+        valid = slice(ranks * tokens - self.padding)
+        if scales[0] is not None:
+            scales = [*scales[:2], scales[2].chunk(ranks, dim=1)[self.rank].contiguous()]
+        attended = self.whole(query, key[:, valid], value[:, valid], scales)
+        return self._exchange(attended.unflatten(1, (ranks, tokens)).contiguous())[0]
 
     @torch.compiler.disable
     def largest(self, maxima: torch.Tensor) -> torch.Tensor:
@@ -63,25 +51,20 @@ class UlyssesAttention:
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
         return maxima
 
-    def _exchange(self, states: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
-        """Begins to send each rank its ``[tokens, heads, head_dim]`` of ``[ranks, tokens, heads, head_dim]``."""
-        states = states.contiguous()
-        result = torch.empty_like(states)
-        numbers = (states, result) if states.dtype.itemsize > 1 else (states.view(torch.uint8), result.view(torch.uint8))
-        return result, dist.all_to_all_single(numbers[1], numbers[0], group=self.group, async_op=True)
-
-    def _own(self, scales: attention.Scales, sample: int, part: int, shape: tuple[int, int, int]) -> attention.Scales:
-        """The scales of one piece's heads."""
-        if scales[0] is None:
-            return scales
-        return [*scales[:2], scales[2][sample : sample + 1].unflatten(1, shape)[:, self.rank, part]]
-
-
-def arrived(flight: tuple[torch.Tensor, dist.Work]) -> torch.Tensor:
-    """What was sent here, once it is."""
-    result, work = flight
-    work.wait()
-    return result
+    def _exchange(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Sends each rank its part of ``[batch, ranks, …]``; what each sent here is in its place."""
+        received, transfers = [torch.empty_like(states) for states in tensors], []
+        for sent, found in zip(tensors, received):
+            if sent.dtype.itemsize == 1:
+                sent, found = sent.view(torch.uint8), found.view(torch.uint8)
+            found[:, self.rank].copy_(sent[:, self.rank])
+            for peer in (rank for rank in range(self.size) if rank != self.rank):
+                for from_here, to_here in zip(sent[:, peer], found[:, peer]):
+                    transfers.append(dist.P2POp(dist.isend, from_here, group=self.group, group_peer=peer))
+                    transfers.append(dist.P2POp(dist.irecv, to_here, group=self.group, group_peer=peer))
+        for transfer in dist.batch_isend_irecv(transfers):
+            transfer.wait()
+        return received
 
 
 def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=None):
@@ -151,8 +134,8 @@ class RingAttention:
 
     @torch.compiler.disable  # xDiT's groups and its runtime state are not for a compiler to see
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
-        """Attention of ``[batch, tokens, heads, head_dim]``, this rank's tokens to everyone's."""
-        heads_first = (states.transpose(1, 2) for states in (query, key, value))
+        """Attention of ``[batch, 1, tokens, heads, head_dim]``, this rank's tokens to everyone's."""
+        heads_first = (states.squeeze(1).transpose(1, 2) for states in (query, key, value))
         about = {"ring": RingPosition(self.rank, self.ring, self.padding), "fp8": self.fp8}
         output = self.usp(*heads_first, combine_qkv_a2a=True, backend=BACKEND, attention_kwargs=about)
-        return output.transpose(1, 2).to(query.dtype)
+        return output.transpose(1, 2).to(query.dtype).unsqueeze(1)

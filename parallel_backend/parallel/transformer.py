@@ -6,6 +6,7 @@ block and after the last is diffusers' own, unchanged.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,17 +112,15 @@ class JointSequence:
     def _attention(self, latents: torch.Tensor) -> dict[str, Any]:
         """What a block is to know of attention; see :func:`parallel_backend.cogvideox.blocks.forward`."""
         whole = attention.attention_of(latents.device, latents.dtype)
-        alone = {"ranks": 1, "parts": 1, "largest": None, "fp8": False}
+        alone = {"ranks": 1, "largest": None, "fp8": False}
         if self.ring > 1:  # rounds to FP8 what travels around, itself
             self.shared.padding = self.chunk.padding
             return {**alone, "attend": self.shared.attend}
         alone["fp8"] = self.fp8_attention and attention.uses_flash_3(latents.device, latents.dtype)
         if self.shared is None:
-            return {**alone, "attend": whole}
+            return {**alone, "attend": partial(attention.alone, whole)}
         self.shared.padding, self.shared.whole = self.chunk.padding, whole
-        parts = self.shared.parts(len(latents), self.config.num_attention_heads)
-        shared = {"attend": self.shared.attend, "largest": self.shared.largest}
-        return {**alone, **shared, "ranks": self.size, "parts": parts}
+        return {**alone, "attend": self.shared.attend, "largest": self.shared.largest, "ranks": self.size}
 
     def _scatter(self, module, args, kwargs):
         """Gives the first block this rank's chunk, text and video joined."""
