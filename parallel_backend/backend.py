@@ -91,7 +91,7 @@ class Keeper:
 
     def on(self, devices: Devices, *, heads: int) -> Executor | None:
         """The executor kept for these devices, whatever its plan, where a model of so many heads can use it."""
-        if self._key is None or self._key[1] != devices or heads % self._key[0].ulysses:
+        if self._key is None or self._key[1] != devices or not self._key[0].fits(heads):
             return None
         return self.executor if self.executor.is_usable() else None
 

@@ -104,7 +104,7 @@ def test_a_lora_is_merged_before_weights_are_rounded_to_fp8(make_job, local):
 
 def test_a_product_in_fp8_is_that_of_the_rounded_numbers():
     linear = torch.nn.Linear(64, 32)
-    layer, states = fp8.Fp8Linear(linear, torch.device("cpu")), torch.randn(2, 5, 64)
+    layer, states = fp8.Fp8Linear(linear), torch.randn(2, 5, 64)
     rounded = [part.float() * scales for part, scales in (fp8.quantize(states.flatten(0, 1)), fp8.quantize(linear.weight))]
     expected = (rounded[0] @ rounded[1].T + linear.bias).unflatten(0, (2, 5))
     assert (layer(states) - expected).abs().max() <= 1e-5

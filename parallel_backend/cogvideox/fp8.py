@@ -9,9 +9,10 @@ import math
 import torch
 
 from .checkpoint import Checkpoint
+from .shards import BLOCKS, BY_COLUMNS, BY_ROWS, put
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+LAYERS = (*BY_ROWS, *BY_COLUMNS)
 """Of a block; the small ones stay as they are."""
 CAPABILITY = (8, 9)
 """Of the first GPUs with FP8 products."""
@@ -36,24 +37,28 @@ class Fp8Linear(torch.nn.Module):
     """A linear layer whose product runs in FP8.
 
     Args:
-        linear: whose weight is quantised and whose bias is kept.
-        device: where to quantise; the layer stays there.
+        linear: whose weight is quantised and whose bias is kept; neither need be there yet.
     """
 
-    def __init__(self, linear: torch.nn.Linear, device: torch.device):
+    def __init__(self, linear: torch.nn.Linear):
         super().__init__()
         self.dtype = linear.weight.dtype
-        self.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.to(device), requires_grad=False)
-        self.weight = torch.nn.Parameter(linear.weight.to(device, torch.float8_e4m3fn), requires_grad=False)
-        self.register_buffer("scales", torch.empty(linear.out_features, 1, device=device))
-        self.set_weight(linear.weight)
+        self.bias = linear.bias
+        # As parameters both are sharded and offloaded together, row by row.
+        quantized, scales = quantize(linear.weight)
+        self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+        self.scales = torch.nn.Parameter(scales, requires_grad=False)
 
     @torch.no_grad()
-    def set_weight(self, weight: torch.Tensor) -> None:
-        """Takes another weight, rounded to the layer's dtype first, as one that is not quantised would be."""
-        quantized, scales = quantize(weight.to(self.weight.device, self.dtype))
-        self.weight.copy_(quantized)
-        self.scales.copy_(scales)
+    def set_weight(self, weight: torch.Tensor, home: torch.device | str | None = None) -> None:
+        """Takes another weight, or this rank's part of it, rounded to the layer's dtype first, as one not quantised would be.
+
+        Args:
+            weight: quantised where it lies.
+            home: where the result stays; where it lies unless said otherwise.
+        """
+        for name, part in zip(("weight", "scales"), quantize(weight.to(self.dtype))):
+            put(self, name, part.to(home or part.device))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """``[batch, tokens, features]`` to ``[batch, tokens, out_features]``."""
@@ -69,14 +74,20 @@ class Fp8Linear(torch.nn.Module):
         return product.unflatten(0, states.shape[:2])
 
 
-def convert(transformer, device: torch.device, home: torch.device) -> None:
-    """Turns the large linear layers of every block into FP8, one after the other: computed on ``device``, left at ``home``."""
+def convert(transformer) -> None:
+    """Turns the large linear layers of every block into FP8: best before weights are read, which are then quantised one by one."""
     for block in transformer.transformer_blocks:
         for name in LAYERS:
-            block.set_submodule(name, Fp8Linear(block.get_submodule(name), device).to(home))
+            block.set_submodule(name, Fp8Linear(block.get_submodule(name)))
+
+
+def is_large(layer: str) -> bool:
+    """Whether a layer of a transformer is one of ``LAYERS``."""
+    return layer.startswith(BLOCKS) and layer.split(".", 2)[-1] in LAYERS
 
 
 def saved_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """By how much a transformer in ``dtype`` becomes smaller."""
-    shapes = [shape for layer, shape in checkpoint.layer_shapes.items() if layer.split(".", 2)[-1] in LAYERS]
-    return sum(math.prod(shape) for shape in shapes) * (dtype.itemsize - 1)
+    shapes = [shape for layer, shape in checkpoint.layer_shapes.items() if is_large(layer)]
+    scales = torch.float32.itemsize * sum(rows for rows, _ in shapes)
+    return sum(math.prod(shape) for shape in shapes) * (dtype.itemsize - 1) - scales
