@@ -105,6 +105,13 @@ class Engine:
             "memory": memory.used_bytes(self.device),
         }
 
+    @property
+    def _advice(self) -> str:
+        """What makes room for a job beside the weights."""
+        if self.split.plan.fsdp > 1:
+            return "fp8 'linears' or more fsdp"
+        return f"offload 'group' (now '{self._offload}')"
+
     def _note(self, line: str | None) -> None:
         if line:
             self._notes.append(line)
@@ -141,8 +148,8 @@ class Engine:
             free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
             raise OutOfMemory(
                 f"step {len(steps) + 1} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the "
-                f"weights and {free / 2**30:.1f} GiB are free; use offload 'group' (now '{self._offload}'), a smaller size, "
-                "or a plan with more ulysses or ring"
+                f"weights and {free / 2**30:.1f} GiB are free; use {self._advice}, a smaller size, "
+                "or a plan with more ulysses, ring or tensor"
             ) from error
         finally:
             if self._offload == "model":

@@ -133,7 +133,7 @@ class Plan:
             RequestError: printing every factor.
         """
         if self.world_size != world_size:
-            factors = " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self))
+            factors = " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if f.name != "fsdp")
             raise RequestError(
                 f"plan '{self}' needs {self.world_size} devices ({factors}) but {world_size} were given; "
                 f"change the plan, or the devices"

@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from parallel_backend.bench import distance
 from parallel_backend.cogvideox import attention, blocks, fp8
 from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.engine import Engine
 from parallel_backend.errors import RequestError
 from parallel_backend.local import LocalExecutor
+from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.tensor import add_products
 
 from .conftest import TOLERANCE
 
@@ -65,6 +69,24 @@ def test_compiled_blocks_and_fp8_work_in_a_group(can_compile, make_job, local, s
             assert (together - exact).abs().max() <= TOLERANCE
         else:  # a rounding that falls the other way is a step of FP8
             assert distance(together, alone) < 0.5 * distance(alone, exact)
+
+
+def test_the_sum_over_ranks_is_a_part_of_what_is_compiled(can_compile, make_job, local, tmp_path):
+    class OneOfOne(Split):
+        def attach(self, transformer, **settings):
+            add_products(transformer, dist.group.WORLD)
+            super().attach(transformer, **settings)
+
+    job = make_job("5b", size=(48, 48, 5), steps=2)
+    expected = local.sample(job).tensor
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        torch._dynamo.reset()
+        engine = Engine(OneOfOne(torch.device("cpu")))
+        assert torch.allclose(engine.run(with_model(job, compile="on")).tensor, expected, atol=TOLERANCE)
+        assert not torch._dynamo.utils.counters["graph_break"]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(make_job, monkeypatch):

@@ -5,16 +5,28 @@ around what is compiled.
 """
 
 import torch
+from packaging.version import Version
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..errors import RequestError
 from ..plans import Plan
+
+OLDEST = Version("2.7")
+"""The first torch whose FSDP2 leaves weights whole that it is told to."""
 
 
 def fsdp_mesh(plan: Plan, device: torch.device) -> DeviceMesh:
     """The ranks that have the same weights and share them with this one.
 
     xfuser's own group for this is of neighbours, which with ``tensor`` have different weights.
+
+    Raises:
+        RequestError: where torch is too old.
     """
+    if Version(torch.__version__) < OLDEST:
+        raise RequestError(
+            f"plan '{plan}': fsdp needs torch {OLDEST} or newer, this is {torch.__version__}; use tensor instead"
+        )
     others = plan.world_size // (plan.fsdp * plan.tensor)
     mesh = init_device_mesh(device.type, (others, plan.fsdp, plan.tensor), mesh_dim_names=("others", "fsdp", "tensor"))
     return mesh["fsdp"]
