@@ -85,7 +85,7 @@ def test_plans_that_split_weights_equal_single_and_hold_their_part(size, jobs, s
             )
             assert part < 0.9 * whole
             if checkpoint.rotary:  # 2b has a table of positions, too
-                assert all(count == pytest.approx(part, rel=0.02) for count in bytes_held), plan
+                assert all(count == pytest.approx(part, rel=0.05) for count in bytes_held), plan
 
 
 def test_a_group_that_shards_weights_takes_every_kind_of_job(start_group, jobs, single):
@@ -133,3 +133,19 @@ def test_the_estimate_of_weights_is_what_is_loaded(mode, bytes_saved, checkpoint
     assert sum(weight.nbytes for weight in loaded.parameters()) == memory.transformer_bytes(
         checkpoint, Plan(), torch.bfloat16, fp8=mode != "off"
     )
+
+
+def test_splitting_frees_room_and_gathering_takes_some_back(jobs):
+    job = jobs[1]
+    checkpoint = Checkpoint.open(job.model.path)
+
+    def working(plan: str) -> int:
+        return memory.working_bytes(job, checkpoint, Plan.parse(plan), torch.float32)
+
+    block = memory.block_bytes(checkpoint, Plan(), torch.float32) // checkpoint.layers
+    assert working("cfg2-fsdp2") - working("cfg2") == pytest.approx(memory.GATHERED * block, abs=10)
+    assert working("single") > working("tensor2") > working("tensor4") > working("single") / 2
+    settings = {"weights": 2**30, "others": 0, "layers": 42, "free": 2**30, "in_parts": False}
+    assert memory.choose_offload("auto", working=2**20, **{**settings, "free": 2**31}) == ("none", None)
+    mode, note = memory.choose_offload("auto", working=2**20, **settings)
+    assert mode == "model" and "more fsdp helps" in note

@@ -13,7 +13,7 @@ from parallel_backend.engine import Engine
 from parallel_backend.errors import RequestError
 from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.split import Split
-from parallel_backend.parallel.tensor import add_products
+from parallel_backend.parallel.tensor import join_products
 
 from .conftest import TOLERANCE
 
@@ -74,7 +74,7 @@ def test_compiled_blocks_and_fp8_work_in_a_group(can_compile, make_job, local, s
 def test_the_sum_over_ranks_is_a_part_of_what_is_compiled(can_compile, make_job, local, tmp_path):
     class OneOfOne(Split):
         def attach(self, transformer, **settings):
-            add_products(transformer, dist.group.WORLD)
+            join_products(transformer, dist.group.WORLD)
             super().attach(transformer, **settings)
 
     job = make_job("5b", size=(48, 48, 5), steps=2)

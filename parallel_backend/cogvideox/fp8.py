@@ -82,7 +82,7 @@ def convert(transformer) -> None:
 
 
 def is_large(layer: str) -> bool:
-    """Whether a layer of a transformer is one of ``LAYERS``."""
+    """Whether a layer of a transformer is one of :data:`LAYERS` of a block."""
     return layer.startswith(BLOCKS) and layer.split(".", 2)[-1] in LAYERS
 
 

@@ -71,10 +71,10 @@ def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *,
 def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
     """Bytes of all blocks' weights on a rank of a plan, whole blocks as ``fsdp`` gathers them."""
     inside = {name: where.shape for name, where in checkpoint.stored.items() if name.startswith(shards.BLOCKS)}
-    large = sum(math.prod(inside[f"{layer}.weight"]) for layer in checkpoint.layer_shapes if quantized.is_large(layer))
-    small = (sum(map(math.prod, inside.values())) - large) * dtype.itemsize
-    large_bytes = large * dtype.itemsize - (quantized.saved_bytes(checkpoint, dtype) if fp8 else 0)
-    return small + large_bytes // plan.tensor
+    matrices = sum(math.prod(shape) for shape in inside.values() if len(shape) > 1)  # with tensor all of a block's are split
+    vectors = sum(map(math.prod, inside.values())) - matrices
+    saved = quantized.saved_bytes(checkpoint, dtype) if fp8 else 0
+    return vectors * dtype.itemsize + (matrices * dtype.itemsize - saved) // plan.tensor
 
 
 def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:

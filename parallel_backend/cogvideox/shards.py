@@ -19,6 +19,8 @@ BY_ROWS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.0.proj")
 """Layers of a block whose outputs, heads or hidden features, are split by ``tensor``."""
 BY_COLUMNS = ("attn1.to_out.0", "ff.net.2")
 """Those whose inputs are: the products of all ranks are to be added."""
+MODULATION = ("norm1.linear", "norm2.linear")
+"""What makes scales, shifts and gates of the timestep: a seventh of a block. A rank has some rows, and their few outputs are joined."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Shard:
         """What ``tensor`` leaves this rank of a weight of the whole model, by its name there."""
         layer, _, kind = name.removeprefix(BLOCKS).partition(".")[2].rpartition(".")
         parts = [slice(0, length) for length in shape]
-        split = 0 if layer in BY_ROWS else 1 if layer in BY_COLUMNS and kind == "weight" else None
+        split = 0 if layer in (*BY_ROWS, *MODULATION) else 1 if layer in BY_COLUMNS and kind == "weight" else None
         if split is not None and name.startswith(BLOCKS):
             length = shape[split] // self.tensor
             parts[split] = slice(self.tensor_rank * length, (self.tensor_rank + 1) * length)

@@ -14,7 +14,7 @@ from . import xdit
 from .fsdp import fsdp_mesh, spread
 from .split import Split
 from .strips import Strips
-from .tensor import add_products
+from .tensor import join_products
 from .transformer import JointSequence
 
 IDLE = timedelta(days=365)
@@ -86,7 +86,7 @@ class GroupSplit(Split):
         """See :meth:`Split.attach`."""
         self.shard.cut(transformer)
         if self.plan.tensor > 1:
-            add_products(transformer, xdit.tensor_group().device_group)
+            join_products(transformer, xdit.tensor_group().device_group)
         group = xdit.sequence_group() if self.plan.sequence > 1 else None
         JointSequence(transformer, group=group, ulysses=self.plan.ulysses, ring=self.plan.ring, fp8_attention=fp8_attention)
         if self.mesh:
