@@ -115,7 +115,7 @@ def generate(args: Namespace) -> int:
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
-    plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1)
+    plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1, offload=args.offload)
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
     given, ready = inputs.read(args, size, checkpoint)

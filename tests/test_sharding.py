@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from parallel_backend.backend import resolve
 from parallel_backend.bench import distance
 from parallel_backend.cogvideox import fp8, memory
 from parallel_backend.cogvideox.checkpoint import Checkpoint
@@ -107,6 +108,8 @@ def test_what_a_plan_cannot_do_is_refused_before_processes_start(jobs):
         with pytest.raises(RequestError, match=f"offload '{mode}' keeps weights on the CPU.* use plan 'cfg2', or") as error:
             group.check(replace(jobs[0], model=replace(jobs[0].model, offload=mode)))
         assert "\n" not in str(error.value)
+        with pytest.raises(RequestError, match="use plan 'cfg2', or"):
+            resolve("cfg2-fsdp2", "cpu:2", heads=4, offload=mode)
 
 
 @pytest.mark.parametrize("tensor, fsdp", [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
