@@ -90,9 +90,11 @@ class Keeper:
                 self.executor, self._key = opened, (plan, devices)
             return self.executor
 
-    def on(self, devices: Devices, *, heads: int) -> Executor | None:
-        """The executor kept for these devices, whatever its plan, where a model of so many heads can use it."""
-        if self._key is None or self._key[1] != devices or not self._key[0].fits(heads):
+    def on(self, devices: Devices, *, heads: int, offload: str = "auto") -> Executor | None:
+        """The executor kept for these devices, whatever its plan, where a model of so many heads can use it, offloaded so."""
+        if self._key is None or self._key[1] != devices:
+            return None
+        if not self._key[0].fits(heads) or not self._key[0].can_offload(offload):
             return None
         return self.executor if self.executor.is_usable() else None
 

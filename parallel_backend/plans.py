@@ -114,13 +114,17 @@ class Plan:
             f"plan '{self}': ulysses{self.ulysses} does not divide {whose}; use ulysses {divisors(left)}, or ring{self.ulysses}"
         )
 
+    def can_offload(self, mode: str) -> bool:
+        """Whether weights can wait as a mode says: ``fsdp`` brings them in parts by itself."""
+        return self.fsdp == 1 or mode not in ("group", "sequential")
+
     def check_offload(self, mode: str) -> None:
         """Refuses to move weights in parts that are already gathered in parts.
 
         Raises:
             RequestError: naming the nearest plan and modes that work.
         """
-        if self.fsdp > 1 and mode in ("group", "sequential"):
+        if not self.can_offload(mode):
             raise RequestError(
                 f"plan '{self}': offload '{mode}' keeps weights on the CPU and fsdp keeps them on the devices; "
                 f"use plan '{replace(self, fsdp=1)}', or offload 'auto', 'none' or 'model'"
