@@ -65,7 +65,8 @@ def test_split_weights_leave_the_gpu_and_come_back_with_every_other_option(group
         job = make_job("5b", model=Model(path, dtype="fp32", offload=offload, compile=compile))
         for _ in range(2):
             assert (group.sample(job).tensor - exact).abs().max() <= 10 * TOLERANCE, (offload, compile)
-        assert group.status()["weights"]["transformer"] == pytest.approx(part if offload == "none" else 0, rel=0.03, abs=2**17)
+        on_device = group.status()["weights"]["transformer"]
+        assert on_device < 1.05 * part and (on_device > 0.95 * part) == (offload == "none"), (offload, compile)
         assert group.decode(DecodeJob(job.model, torch.rand(1, 16, 1, 8, 8))).tensor.isfinite().all()
         assert (group.sample(job).tensor - exact).abs().max() <= 10 * TOLERANCE
 

@@ -60,7 +60,7 @@ def test_a_size_is_compiled_once_and_for_all(can_compile, make_job):
 
 
 def test_compiled_blocks_and_fp8_work_in_a_group(can_compile, make_job, local, start_group):
-    group = start_group("ulysses2")
+    group = start_group("ulysses2-fsdp2")  # whose blocks are gathered by hooks around what is compiled
     for like, settings in (("5b", {"compile": "on"}), ("5b", {"fp8": "linears"})):
         job = with_model(make_job(like, size=(80, 48, 5), steps=3, scheduler="ddim"), **settings)
         exact, alone = local.sample(with_model(job, compile="auto", fp8="off")).tensor, local.sample(job).tensor
