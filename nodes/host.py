@@ -180,10 +180,11 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
     """
     if backend is None:
         return local()
-    if backend.plan == AUTO and (warm := _groups.on(Devices.parse(backend.devices), heads=checkpoint.heads)):
+    samples = isinstance(job, SampleJob)
+    wants = {"heads": checkpoint.heads, "offload": job.model.offload if samples else "auto"}
+    if backend.plan == AUTO and (warm := _groups.on(Devices.parse(backend.devices), **wants)):
         return warm  # even where cfg is 1 and another plan would be faster: a new group costs more than it saves
-    guided = job.guided if isinstance(job, SampleJob) else True
-    plan, devices, reason = resolve(backend.plan, backend.devices, heads=checkpoint.heads, guided=guided)
+    plan, devices, reason = resolve(backend.plan, backend.devices, guided=job.guided if samples else True, **wants)
     if plan.world_size == 1:
         say(f"plan single on {devices}: {reason}", node_id)
         return local(None if backend.devices == AUTO else devices.first)

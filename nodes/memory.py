@@ -9,6 +9,7 @@ import logging
 import torch
 
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.memory import transformer_bytes
 from ..parallel_backend.errors import GroupFailure
 from ..parallel_backend.executor import Executor
 from ..parallel_backend.jobs import Job, SampleJob
@@ -44,7 +45,11 @@ class HeldWeights:
         """Notes which part a job will load, so that room is made for it."""
         checkpoint = Checkpoint.open(job.model.path)
         part = "transformer" if isinstance(job, SampleJob) else "vae"
-        self._wanted = {part: checkpoint.weight_bytes(part, checkpoint.dtype(job.model.dtype, self.load_device))}
+        dtype = checkpoint.dtype(job.model.dtype, self.load_device)
+        if part == "transformer":
+            self._wanted = {part: transformer_bytes(checkpoint, self.executor.plan, dtype, fp8=job.model.fp8 != "off")}
+        else:
+            self._wanted = {part: checkpoint.weight_bytes(part, dtype)}
         if self._loaded.get(part) != self._wanted[part]:
             self._loaded.pop(part, None)
 

@@ -15,7 +15,7 @@ from .plans import AUTO, Plan
 logger = logging.getLogger(__name__)
 
 
-def resolve(plan: str, devices: str, *, heads: int, guided: bool = True) -> tuple[Plan, Devices, str]:
+def resolve(plan: str, devices: str, *, heads: int, guided: bool = True, offload: str = "auto") -> tuple[Plan, Devices, str]:
     """The plan and devices for two words of a person.
 
     ``auto`` devices are every GPU, or as many as a given plan needs; ``auto`` plan asks the planner.
@@ -23,7 +23,7 @@ def resolve(plan: str, devices: str, *, heads: int, guided: bool = True) -> tupl
     Returns:
         Plan, devices, and the reason in one sentence.
     Raises:
-        RequestError: when they do not fit each other or the model's heads.
+        RequestError: when they do not fit each other, the model's heads, or where its weights are to wait.
     """
     found = Devices.parse(devices)
     if plan == AUTO:
@@ -34,6 +34,7 @@ def resolve(plan: str, devices: str, *, heads: int, guided: bool = True) -> tupl
         found = Devices(found.kind, tuple(range(chosen.world_size))) if found.kind == "cpu" else first(found, chosen)
     chosen.check_world(found.count)
     chosen.check_heads(heads)
+    chosen.check_offload(offload)
     return chosen, found, "as asked"
 
 
@@ -89,9 +90,11 @@ class Keeper:
                 self.executor, self._key = opened, (plan, devices)
             return self.executor
 
-    def on(self, devices: Devices, *, heads: int) -> Executor | None:
-        """The executor kept for these devices, whatever its plan, where a model of so many heads can use it."""
-        if self._key is None or self._key[1] != devices or heads % self._key[0].ulysses:
+    def on(self, devices: Devices, *, heads: int, offload: str = "auto") -> Executor | None:
+        """The executor kept for these devices, whatever its plan, where a model of so many heads can use it, offloaded so."""
+        if self._key is None or self._key[1] != devices:
+            return None
+        if not self._key[0].fits(heads) or not self._key[0].can_offload(offload):
             return None
         return self.executor if self.executor.is_usable() else None
 

@@ -15,6 +15,7 @@ from . import inputs, models, video
 from .backend import open_executor, resolve
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.memory import HEADROOM
 from .cogvideox.text import TextEncoder
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
@@ -114,7 +115,7 @@ def generate(args: Namespace) -> int:
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
-    plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1)
+    plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1, offload=args.offload)
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
     given, ready = inputs.read(args, size, checkpoint)
@@ -207,10 +208,19 @@ def plan(args: Namespace) -> int:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
     count = args.gpus or Devices.parse("auto").count
     chosen, reason = choose(heads=checkpoint.heads, world_size=count, guided=args.cfg > 1)
+    if args.memory_gb is not None and not args.memory_gb > 0:
+        raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
+    weights = checkpoint.weight_bytes("transformer", checkpoint.dtype("auto", torch.device("cuda")))
+    whole_fits = args.memory_gb is None or weights < HEADROOM * args.memory_gb * 2**30
     show(checkpoint.describe)
-    for candidate in candidates(heads=checkpoint.heads, world_size=count):
+    for candidate in candidates(heads=checkpoint.heads, world_size=count, whole_fits=whole_fits):
         show(f"{'->' if candidate == chosen else '  '} {candidate}")
     show(f"{chosen} for {count} device{'s' * (count > 1)}: {reason}")
+    if not whole_fits:
+        show(
+            f"the transformer's {weights / 2**30:.1f} GiB do not fit into {args.memory_gb:g} GB: weights would wait on the CPU; "
+            + ("the plans above split them" if count > 1 else "more GPUs could split them")
+        )
     return 0
 
 

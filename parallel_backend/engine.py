@@ -96,13 +96,21 @@ class Engine:
         memory.reset_peak(self.device)
 
     def status(self) -> dict[str, Any]:
-        """What is held, how often weights were loaded, and memory in use, in plain values."""
+        """What is held, its bytes on the device, how often weights were loaded, and memory in use, in plain values."""
         return {
             "model": self.model.path if self.model else None,
             "held": sorted(self._held),
+            "weights": {part: memory.bytes_on(self.device, module) for part, (_, module) in self._held.items()},
             "loads": self.loads,
             "memory": memory.used_bytes(self.device),
         }
+
+    @property
+    def _advice(self) -> str:
+        """What makes room for a job beside the weights."""
+        if self.split.plan.fsdp > 1:
+            return "fp8 'linears' or more fsdp"
+        return f"offload 'group' (now '{self._offload}')"
 
     def _note(self, line: str | None) -> None:
         if line:
@@ -140,8 +148,8 @@ class Engine:
             free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
             raise OutOfMemory(
                 f"step {len(steps) + 1} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the "
-                f"weights and {free / 2**30:.1f} GiB are free; use offload 'group' (now '{self._offload}'), a smaller size, "
-                "or a plan with more ulysses or ring"
+                f"weights and {free / 2**30:.1f} GiB are free; use {self._advice}, a smaller size, "
+                "or a plan with more ulysses, ring or tensor"
             ) from error
         finally:
             if self._offload == "model":
@@ -239,12 +247,11 @@ class Engine:
         before = self.loads
         hooks = mode if mode in memory.HOOKED else None
         loras = self._open_loras(job.model, checkpoint)
-        transformer = self._load("transformer", job.model, checkpoint, dtype, (hooks, loras) if hooks else None)
+        self._check_fp8(job.model)
         if mode != "none" and "vae" in self._held:
             self._held["vae"][1].to("cpu")  # its own job brings it back
+        transformer = self._load("transformer", job.model, checkpoint, dtype, (hooks, loras) if hooks else None)
         if self.loads > before:
-            self._quantize(job.model, transformer, home=torch.device("cpu") if hooks else self.device)
-            self.split.attach(transformer, fp8_attention=job.model.fp8 == "all")
             self._merged = ()
         self._merge(loras, transformer, checkpoint)
         if self.loads > before:
@@ -259,19 +266,21 @@ class Engine:
         self._offload = mode
         return transformer
 
-    def _quantize(self, model: Model, transformer, home: torch.device) -> None:
-        """Rounds what the model asks for to FP8; says what is not done as it would be where it is fast.
-
-        Raises:
-            RequestError: where the device cannot.
-        """
-        if model.fp8 == "off":
-            return
-        held = self._held.pop("transformer")  # when this fails half-way it is nobody's
-        if reason := fp8.missing(self.device):
+    def _check_fp8(self, model: Model) -> None:
+        """Raises RequestError where FP8 is asked for and the device has none."""
+        if model.fp8 != "off" and (reason := fp8.missing(self.device)):
             raise RequestError(reason)
-        fp8.convert(transformer, self.device, home)
-        self._held["transformer"] = held
+
+    def _read_transformer(self, model: Model, checkpoint: Checkpoint, dtype, in_parts: bool) -> torch.nn.Module:
+        """The transformer with this rank's weights, on the device, or on the CPU where they come in parts."""
+
+        def prepare(skeleton: torch.nn.Module) -> None:
+            if model.fp8 != "off":
+                fp8.convert(skeleton)
+            self.split.attach(skeleton, fp8_attention=model.fp8 == "all")
+
+        home = torch.device("cpu") if in_parts else self.device
+        return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare)
 
     def _wants_compiled(self, model: Model, checkpoint: Checkpoint, dtype, offload: str) -> bool:
         """Whether the blocks are to run compiled, the same on all ranks; says why not where that was to be expected."""
@@ -309,7 +318,7 @@ class Engine:
         if loras == self._merged:
             return
         held = self._held.pop("transformer")  # when this fails half-way it is nobody's
-        lora.merge(transformer, checkpoint, loras, device=self.device, before=self._merged)
+        lora.merge(transformer, checkpoint, loras, device=self.device, before=self._merged, shard=self.split.shard)
         self._merged = loras
         self._held["transformer"] = held
 
@@ -317,12 +326,12 @@ class Engine:
         held = sum(memory.bytes_on(self.device, module) for _, module in self._held.values())
         mode, note = memory.choose_offload(
             job.model.offload,
-            weights=checkpoint.weight_bytes("transformer", dtype)
-            - (fp8.saved_bytes(checkpoint, dtype) if job.model.fp8 != "off" else 0),
+            weights=memory.transformer_bytes(checkpoint, self.split.plan, dtype, fp8=job.model.fp8 != "off"),
             working=memory.working_bytes(job, checkpoint, self.split.plan, dtype),
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,
             free=min(self.split.collect(memory.free_bytes(self.device) + held)),  # one mode for all ranks
+            in_parts=self.split.plan.fsdp == 1,
         )
         self._note(note)
         if job.model.offload == "auto" and self._offload not in (None, mode):
@@ -330,7 +339,7 @@ class Engine:
         return mode
 
     def _load(self, part: str, model: Model, checkpoint: Checkpoint, dtype, hooks: tuple | None = None) -> torch.nn.Module:
-        """The part, from before or newly read onto the CPU; one with other ``hooks`` is another part.
+        """The part, from before or newly read; one with other ``hooks`` is another part.
 
         Other LoRAs need no other transformer, but where hooks hold the weights that they are in.
         """
@@ -346,8 +355,10 @@ class Engine:
         del held  # or the old weights would live until the new ones are read
         self._held.pop(part, None)
         memory.release(self.device)
-        load = {"transformer": checkpoint.load_transformer, "vae": checkpoint.load_vae}[part]
-        module = load(dtype)
+        if part == "vae":
+            module = checkpoint.load_vae(dtype)
+        else:
+            module = self._read_transformer(model, checkpoint, dtype, in_parts=hooks is not None)
         self.loads += 1
         self._held[part] = (key, module)
         return module

@@ -61,6 +61,8 @@ class Executor(ABC):
         checkpoint = Checkpoint.open(job.model.path)
         checks.check(checkpoint, job)
         self.plan.check_heads(checkpoint.heads)
+        if isinstance(job, SampleJob):
+            self.plan.check_offload(job.model.offload)
 
     def _checked(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
         self.check(job)

@@ -1,5 +1,8 @@
 """``auto``: the plan for a model and a number of devices, and why."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from .plans import Plan
 
 
@@ -36,14 +39,27 @@ def choose(*, heads: int, world_size: int, guided: bool = True) -> tuple[Plan, s
     return plan, "; ".join(reasons)
 
 
-def candidates(*, heads: int, world_size: int) -> list[Plan]:
-    """Every plan of exactly ``world_size`` devices that the heads allow."""
-    found = []
+def candidates(*, heads: int, world_size: int, whole_fits: bool = True) -> list[Plan]:
+    """Every plan of exactly ``world_size`` devices that the heads allow.
+
+    Args:
+        heads: attention heads of the model.
+        world_size: devices to use, all of them.
+        whole_fits: whether a device has room for all of the model. Where it has, splitting weights only costs time, so no
+            such plan is listed; where it has not, only those are, with ``fsdp`` over all ranks that it can be over.
+    """
+    plans = [plan for plan in products(world_size) if plan.fits(heads)]
+    if whole_fits:
+        return [plan for plan in plans if plan.tensor == 1]
+    split = [plan for plan in plans if plan.tensor > 1]
+    return [replace(plan, fsdp=world_size) for plan in plans if plan.tensor == 1 and world_size > 1] + split
+
+
+def products(world_size: int) -> Iterator[Plan]:
+    """Plans of exactly so many devices, without ``fsdp``."""
     for cfg in (1, 2):
-        if world_size % cfg:
-            continue
-        rest = world_size // cfg
-        for ulysses in range(1, rest + 1):
-            if rest % ulysses == 0 and heads % ulysses == 0:
-                found.append(Plan(cfg=cfg, ulysses=ulysses, ring=rest // ulysses))
-    return found
+        for tensor in range(1, world_size + 1):
+            for ulysses in range(1, world_size + 1):
+                ring, left = divmod(world_size, cfg * tensor * ulysses)
+                if left == 0:
+                    yield Plan(cfg=cfg, tensor=tensor, ulysses=ulysses, ring=ring)

@@ -1,7 +1,7 @@
 """How one forward pass is split: checked arithmetic, importable without torch."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .errors import RequestError
 
@@ -11,18 +11,22 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Plan:
-    """Degrees that multiply to the number of processes.
+    """Degrees that multiply to the number of processes, ``fsdp`` aside.
 
     Raises:
-        RequestError: for a degree that no forward pass can be split by.
+        RequestError: for a degree that no forward pass can be split by, or that does not go with the others.
     """
 
     cfg: int = 1
     """1, or 2 to compute the negative and the positive prompt on different ranks."""
+    tensor: int = 1
+    """Ranks that share the weights of attention heads and feed-forward, and the work with them; must divide the heads."""
     ulysses: int = 1
-    """Ranks that share the attention heads; must divide them."""
+    """Ranks that share the attention heads of their tokens; must divide those that ``tensor`` leaves a rank."""
     ring: int = 1
     """Ranks that pass keys and values around; takes any number."""
+    fsdp: int = 1
+    """Ranks, of those that the other degrees make, that keep a part of each block's weights and gather it when it runs."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -31,6 +35,21 @@ class Plan:
                 raise RequestError(f"plan: {field.name} is {degree}; a degree is a whole number from 1")
         if self.cfg > 2:
             raise RequestError(f"plan: cfg is {self.cfg}; there are two halves to share, so it is 1 or 2")
+        self._check_fsdp()
+
+    def _check_fsdp(self) -> None:
+        holders = self.world_size // self.tensor
+        if holders % self.fsdp == 0:
+            return
+        if holders == 1:
+            raise RequestError(
+                f"plan '{self}': fsdp shares weights over ranks that other degrees use, and there is one with the same weights; "
+                f"use '{replace(self, cfg=2, fsdp=2)}', or '{replace(self, ulysses=2, fsdp=2)}'"
+            )
+        legal = ", ".join(str(n) for n in range(2, holders + 1) if holders % n == 0)
+        raise RequestError(
+            f"plan '{self}': fsdp{self.fsdp} does not divide the {holders} ranks that would have the same weights; use fsdp {legal}"
+        )
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
@@ -65,19 +84,50 @@ class Plan:
     @property
     def world_size(self) -> int:
         """Processes the plan needs."""
-        return self.cfg * self.sequence
+        return self.cfg * self.tensor * self.sequence
+
+    @property
+    def talks_much(self) -> bool:
+        """Whether ranks exchange tokens or weights in every block, and not a prediction in every step."""
+        return self.world_size > self.cfg or self.fsdp > 1
+
+    def fits(self, heads: int) -> bool:
+        """Whether a model of so many heads can be split so. Its feed-forward is a multiple of the heads."""
+        return heads % (self.tensor * self.ulysses) == 0
 
     def check_heads(self, heads: int) -> None:
-        """Refuses an Ulysses degree that the model's heads do not divide by.
+        """Refuses degrees that the model's heads do not divide by.
 
         Raises:
             RequestError: naming the legal degrees.
         """
-        if heads % self.ulysses:
-            legal = [str(n) for n in range(1, heads + 1) if heads % n == 0 and n <= 16]
+        if self.fits(heads):
+            return
+        if heads % self.tensor:
             raise RequestError(
-                f"plan '{self}': ulysses{self.ulysses} does not divide this model's {heads} heads; "
-                f"use ulysses {', '.join(legal)}, or ring{self.ulysses}"
+                f"plan '{self}': tensor{self.tensor} does not divide this model's {heads} heads; use tensor {divisors(heads)}"
+            )
+        left, whose = heads // self.tensor, f"this model's {heads} heads"
+        if self.tensor > 1:
+            whose = f"the {left} of this model's {heads} heads that tensor{self.tensor} leaves a rank"
+        raise RequestError(
+            f"plan '{self}': ulysses{self.ulysses} does not divide {whose}; use ulysses {divisors(left)}, or ring{self.ulysses}"
+        )
+
+    def can_offload(self, mode: str) -> bool:
+        """Whether weights can wait as a mode says: ``fsdp`` brings them in parts by itself."""
+        return self.fsdp == 1 or mode not in ("group", "sequential")
+
+    def check_offload(self, mode: str) -> None:
+        """Refuses to move weights in parts that are already gathered in parts.
+
+        Raises:
+            RequestError: naming the nearest plan and modes that work.
+        """
+        if not self.can_offload(mode):
+            raise RequestError(
+                f"plan '{self}': offload '{mode}' keeps weights on the CPU and fsdp keeps them on the devices; "
+                f"use plan '{replace(self, fsdp=1)}', or offload 'auto', 'none' or 'model'"
             )
 
     def check_world(self, world_size: int) -> None:
@@ -87,8 +137,13 @@ class Plan:
             RequestError: printing every factor.
         """
         if self.world_size != world_size:
-            factors = " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self))
+            factors = " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if f.name != "fsdp")
             raise RequestError(
                 f"plan '{self}' needs {self.world_size} devices ({factors}) but {world_size} were given; "
                 f"change the plan, or the devices"
             )
+
+
+def divisors(heads: int) -> str:
+    """Degrees up to 16 that divide so many heads, for a person."""
+    return ", ".join(str(n) for n in range(1, min(heads, 16) + 1) if heads % n == 0)

@@ -39,7 +39,19 @@ TOLERANCE = 1e-4
 """What the project promises between plans, and between itself and diffusers, in float32."""
 
 
-LONG = ("comfyui", "supervision", "parallel", "workflows", "group", "command_line", "demo", "core_parts", "host", "offload")
+LONG = (
+    "comfyui",
+    "supervision",
+    "parallel",
+    "sharding",
+    "workflows",
+    "group",
+    "command_line",
+    "demo",
+    "core_parts",
+    "host",
+    "offload",
+)
 """Files of tests that take long, longest first."""
 
 

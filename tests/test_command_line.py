@@ -319,6 +319,8 @@ def test_plan_says_what_auto_would_choose_and_why(run, checkpoints):
     assert done.returncode == 0
     assert "-> cfg2-ulysses4" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("cfg2-ulysses4 for 8 devices: cfg2 halves the work")
+    short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gb", 0.001)
+    assert "cfg2-fsdp2" in short.stdout and "do not fit into 0.001 GB" in short.stdout.splitlines()[-1]
 
 
 def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkpoints, tmp_path, caplog):

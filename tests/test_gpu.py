@@ -26,7 +26,7 @@ def on_gpu() -> LocalExecutor:
     return LocalExecutor(torch.device("cuda", 0))
 
 
-@pytest.fixture(scope="module", params=["cfg2", "ulysses2", "ring2"])
+@pytest.fixture(scope="module", params=["cfg2", "ulysses2", "ring2", "tensor2", "cfg2-fsdp2", "ulysses2-fsdp2"])
 def group(request):
     executor = GroupExecutor(Plan.parse(request.param), Devices("cuda", (0, 1)))
     yield executor
@@ -53,6 +53,31 @@ def test_half_precision_is_as_near_to_float32_in_every_plan_as_in_single(group, 
     job = make_job("5b", model=Model(path, dtype=dtype), scheduler="ddim")
     rounding = (on_gpu.sample(job).tensor - exact).norm()
     assert (group.sample(job).tensor - exact).norm() <= 1.5 * rounding
+
+
+@two_gpus
+def test_split_weights_leave_the_gpu_and_come_back_with_every_other_option(group, on_gpu, make_job, checkpoints):
+    path, plan = str(checkpoints["5b"]), group.plan
+    exact = on_gpu.sample(make_job("5b", model=Model(path, dtype="fp32"))).tensor
+    part = memory.transformer_bytes(Checkpoint.open(path), plan, torch.float32)
+    modes = ("none", "model") if plan.fsdp > 1 else ("none", "model", "group", "sequential")
+    for offload, compile in [*((mode, "off") for mode in modes), ("none", "on"), ("model", "on")]:
+        job = make_job("5b", model=Model(path, dtype="fp32", offload=offload, compile=compile))
+        for _ in range(2):
+            assert (group.sample(job).tensor - exact).abs().max() <= 10 * TOLERANCE, (offload, compile)
+        on_device = group.status()["weights"]["transformer"]
+        assert on_device < 1.05 * part and (on_device > 0.95 * part) == (offload == "none"), (offload, compile)
+        assert group.decode(DecodeJob(job.model, torch.rand(1, 16, 1, 8, 8))).tensor.isfinite().all()
+        assert (group.sample(job).tensor - exact).abs().max() <= 10 * TOLERANCE
+
+
+@two_gpus
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_fp8_is_as_near_in_every_plan_as_in_single(compile, group, on_gpu, make_job, checkpoints):
+    path = str(checkpoints["5b"])
+    exact = on_gpu.sample(make_job("5b", model=Model(path, dtype="fp32"), steps=2, scheduler="ddim")).tensor
+    job = make_job("5b", model=Model(path, dtype="bf16", fp8="linears", compile=compile), steps=2, scheduler="ddim")
+    assert distance(group.sample(job).tensor, exact) <= 1.5 * distance(on_gpu.sample(job).tensor, exact)
 
 
 @one_gpu
@@ -206,9 +231,9 @@ def test_norm_and_rotation_in_one_kernel_are_what_they_are_in_several(shape, dty
     there = [part.to("cuda", dtype) for part in (states, weight, bias)]
     for chosen in ([], tables):
         expected = kernels.norm_rotate(
-            *(part.cpu().double() for part in there), 1e-6, [table.double() for table in chosen], None
+            *(part.cpu().double() for part in there), 1e-6, [table.double() for table in chosen], None, 1
         )
-        found = kernels.norm_rotate(*there, 1e-6, [table.cuda() for table in chosen], None)
+        found = kernels.norm_rotate(*there, 1e-6, [table.cuda() for table in chosen], None, 1)
         assert distance(found.cpu().double(), expected) < (1e-6 if dtype == torch.float32 else 3e-3)
         scale = torch.tensor(0.025)
         rounded = kernels.norm_rotate(*there, 1e-6, [table.cuda() for table in chosen], scale.cuda(), 1)

@@ -418,3 +418,7 @@ def test_a_group_is_kept_for_any_plan_but_not_for_a_model_whose_heads_do_not_fit
     assert keeper.on(devices, heads=30) is kept
     assert keeper.on(devices, heads=4) is None
     assert keeper.on(Devices("cpu", (0, 1)), heads=30) is None
+    devices = Devices("cpu", (0, 1))
+    kept = keeper.get(Plan(cfg=2, fsdp=2), devices)
+    assert keeper.on(devices, heads=30, offload="model") is kept
+    assert keeper.on(devices, heads=30, offload="group") is None

@@ -54,6 +54,7 @@ show(asked=asked)
 def test_what_is_loaded_is_counted_by_part_and_nothing_after_a_failure(in_comfyui):
     shown, _ = in_comfyui("""
 class Nobody:
+    plan = part("parallel_backend.plans").Plan()
     freed = 0
     def free(self):
         self.freed += 1

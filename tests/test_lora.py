@@ -204,8 +204,8 @@ def test_a_merge_that_fails_half_way_leaves_nothing_behind(with_loras, local, ch
     executor.sample(base)
     tensors = weights.tensors
 
-    def fail(wanted):
-        yield next(tensors(wanted))
+    def fail(*wanted):
+        yield next(tensors(*wanted))
         raise MemoryError
 
     with monkeypatch.context() as patch:

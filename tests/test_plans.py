@@ -12,7 +12,13 @@ from parallel_backend.plans import Plan
 from .conftest import REPO
 
 
-@pytest.mark.parametrize("text, world", [("single", 1), ("cfg2", 2), ("ulysses4", 4), ("cfg2-ulysses2-ring3", 12)])
+@pytest.mark.parametrize(
+    "text, world",
+    [
+        ("single", 1), ("cfg2", 2), ("ulysses4", 4), ("cfg2-ulysses2-ring3", 12), ("tensor2-ulysses2", 4),
+        ("cfg2-fsdp2", 2), ("cfg2-ulysses2-fsdp4", 4), ("cfg2-tensor3-ring2-fsdp4", 12),
+    ],
+)  # fmt: skip
 def test_a_plan_reads_and_writes_the_same_and_multiplies(text, world):
     plan = Plan.parse(text)
     assert str(plan) == text
@@ -32,8 +38,39 @@ def test_ulysses_must_divide_the_heads_and_the_error_names_what_does():
         Plan.parse("ulysses4").check_heads(30)
 
 
+@pytest.mark.parametrize(
+    "text, heads, words",
+    [
+        ("tensor4", 30, "tensor4 does not divide this model's 30 heads; use tensor 1, 2, 3, 5, 6, 10, 15$"),
+        (
+            "tensor4-ulysses8",
+            48,
+            "ulysses8 does not divide the 12 of this model's 48 heads .*; use ulysses 1, 2, 3, 4, 6, 12, or ring8",
+        ),
+    ],
+)
+def test_tensor_takes_heads_first_and_ulysses_of_what_is_left(text, heads, words):
+    Plan.parse("tensor2-ulysses3").check_heads(30)
+    with pytest.raises(RequestError, match=words):
+        Plan.parse(text).check_heads(heads)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("fsdp2", "there is one with the same weights; use 'cfg2-fsdp2', or 'ulysses2-fsdp2'"),
+        ("tensor2-fsdp2", "there is one with the same weights; use 'cfg2-tensor2-fsdp2', or 'tensor2-ulysses2-fsdp2'"),
+        ("cfg2-ring2-fsdp3", "fsdp3 does not divide the 4 ranks that would have the same weights; use fsdp 2, 4"),
+    ],
+)
+def test_fsdp_is_over_ranks_that_would_have_the_same_weights(text, words):
+    with pytest.raises(RequestError, match=words) as error:
+        Plan.parse(text)
+    assert "\n" not in str(error.value)
+
+
 def test_degrees_must_multiply_to_the_devices_and_the_error_names_each():
-    with pytest.raises(RequestError, match="cfg 2 x ulysses 2 x ring 1.* but 3 were given"):
+    with pytest.raises(RequestError, match="cfg 2 x tensor 1 x ulysses 2 x ring 1.* but 3 were given"):
         Plan.parse("cfg2-ulysses2").check_world(3)
 
 
@@ -59,6 +96,18 @@ def test_every_candidate_fits_and_auto_is_one_of_them(heads, world):
         plan.check_world(world)
         plan.check_heads(heads)
     assert choose(heads=heads, world_size=world)[0] in found
+
+
+@pytest.mark.parametrize("heads, world", [(30, 2), (48, 8), (30, 7), (48, 1)])
+def test_where_the_model_does_not_fit_every_candidate_splits_its_weights(heads, world):
+    found = candidates(heads=heads, world_size=world, whole_fits=False)
+    for plan in found:
+        plan.check_world(world)
+        plan.check_heads(heads)
+        assert plan.tensor > 1 or plan.fsdp == world
+    assert bool(found) == (world > 1)
+    if (heads, world) == (30, 2):
+        assert {*map(str, found)} == {"cfg2-fsdp2", "ulysses2-fsdp2", "ring2-fsdp2", "tensor2"}
 
 
 def test_plans_import_without_torch():

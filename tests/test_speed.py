@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import attention, blocks, fp8, kernels
 from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.engine import Engine
 from parallel_backend.errors import RequestError
 from parallel_backend.local import LocalExecutor
+from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.tensor import join_products
 
 from .conftest import TOLERANCE
 
@@ -56,7 +60,7 @@ def test_a_size_is_compiled_once_and_for_all(can_compile, make_job):
 
 
 def test_compiled_blocks_and_fp8_work_in_a_group(can_compile, make_job, local, start_group):
-    group = start_group("ulysses2")
+    group = start_group("ulysses2-fsdp2")  # whose blocks are gathered by hooks around what is compiled
     for like, settings in (("5b", {"compile": "on"}), ("5b", {"fp8": "linears"})):
         job = with_model(make_job(like, size=(80, 48, 5), steps=3, scheduler="ddim"), **settings)
         exact, alone = local.sample(with_model(job, compile="auto", fp8="off")).tensor, local.sample(job).tensor
@@ -65,6 +69,24 @@ def test_compiled_blocks_and_fp8_work_in_a_group(can_compile, make_job, local, s
             assert (together - exact).abs().max() <= TOLERANCE
         else:  # a rounding that falls the other way is a step of FP8
             assert distance(together, alone) < 0.5 * distance(alone, exact)
+
+
+def test_the_sum_over_ranks_is_a_part_of_what_is_compiled(can_compile, make_job, local, tmp_path):
+    class OneOfOne(Split):
+        def attach(self, transformer, **settings):
+            join_products(transformer, dist.group.WORLD)
+            super().attach(transformer, **settings)
+
+    job = make_job("5b", size=(48, 48, 5), steps=2)
+    expected = local.sample(job).tensor
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        torch._dynamo.reset()
+        engine = Engine(OneOfOne(torch.device("cpu")))
+        assert torch.allclose(engine.run(with_model(job, compile="on")).tensor, expected, atol=TOLERANCE)
+        assert not torch._dynamo.utils.counters["graph_break"]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(make_job, monkeypatch):
@@ -104,7 +126,7 @@ def test_a_lora_is_merged_before_weights_are_rounded_to_fp8(make_job, local):
 
 def test_a_product_in_fp8_is_that_of_the_rounded_numbers():
     linear = torch.nn.Linear(64, 32)
-    layer, states = fp8.Fp8Linear(linear, torch.device("cpu")), torch.randn(2, 5, 64)
+    layer, states = fp8.Fp8Linear(linear), torch.randn(2, 5, 64)
     rounded = [
         part.float() * scales
         for part, scales in (kernels.quantize_rows(states.flatten(0, 1)), kernels.quantize_rows(linear.weight))

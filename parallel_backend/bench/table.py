@@ -138,7 +138,7 @@ def measured(
         exact = two_steps(executor, replace(job, model=replace(job.model, dtype="fp32", compile="off")), checkpoint)
         executor.close()
     for plan_text in args.plans.split(",") if args.plans != "none" else ():
-        plan, devices, _ = resolve(plan_text, args.devices, heads=checkpoint.heads)
+        plan, devices, _ = resolve(plan_text, args.devices, heads=checkpoint.heads, offload=args.offload)
         if plan.world_size == 1:
             devices = Devices(devices.kind, devices.indices[:1])
         executor = open_executor(plan, devices)

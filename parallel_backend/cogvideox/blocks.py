@@ -55,8 +55,8 @@ def feed_forward(layers, tokens: torch.Tensor) -> torch.Tensor:
     if not torch.compiler.is_compiling() or first.approximate != "tanh" or first.proj.bias is None:
         return layers(tokens)
     if type(second) is Fp8Linear:
-        product = first.proj(tokens)
-        return second.product(*kernels.gelu_quantize(product.flatten(0, 1)), product.dtype).unflatten(0, tokens.shape[:2])
+        rows, scales = kernels.gelu_quantize(first.proj(tokens).flatten(0, 1))
+        return second(rows.unflatten(0, tokens.shape[:2]), scales)
     if type(first.proj) is torch.nn.Linear:
         return second(linear_gelu(tokens, first.proj.weight, first.proj.bias))
     return layers(tokens)

@@ -1,6 +1,7 @@
 """One checkpoint, a folder or a single file: what it holds, what it can do, and its parts, loaded where they run."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ import torch
 
 from ..errors import RequestError
 from ..jobs import DTYPES
-from . import single_file, weights
+from . import shards, single_file, weights
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
@@ -307,13 +308,29 @@ class Checkpoint:
         wanted = SCHEDULER_CLASSES[self.default_scheduler if name == "auto" else name]
         return getattr(diffusers, wanted).from_config(self.scheduler)
 
-    def load_transformer(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        """The transformer, in evaluation mode, every weight on ``device``."""
-        if self.is_file:
-            return ready(single_file.load(self.path, self.transformer, dtype), device)
-        from diffusers import CogVideoXTransformer3DModel
+    def load_transformer(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        home: torch.device | str | None = None,
+        shard: shards.Shard = shards.WHOLE,
+        prepare: Callable[[torch.nn.Module], None] = lambda skeleton: None,
+    ):
+        """The transformer, in evaluation mode.
 
-        return self._load(CogVideoXTransformer3DModel, "transformer", dtype, device)
+        Args:
+            dtype: to compute in.
+            device: where weights are converted.
+            home: where they stay; ``device`` unless said otherwise.
+            shard: what of them this rank keeps, and reads.
+            prepare: changes the model before its weights are read.
+        """
+        model = shards.skeleton(self.transformer, dtype)
+        wanted = shards.find(model, self.stored)
+        prepare(model)
+        shards.fill(model, wanted, shard=shard, dtype=dtype, device=device, home=home or device)
+        return model
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
         """The VAE, in evaluation mode."""

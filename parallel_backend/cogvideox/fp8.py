@@ -9,9 +9,10 @@ import math
 import torch
 
 from .checkpoint import Checkpoint
-from .kernels import FP8, quantize_rows
+from .kernels import quantize_rows
+from .shards import BLOCKS, BY_COLUMNS, BY_ROWS, put
 
-LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+LAYERS = (*BY_ROWS, *BY_COLUMNS)
 """Of a block; the small ones stay as they are."""
 CAPABILITY = (8, 9)
 """Of the first GPUs with FP8 products."""
@@ -29,49 +30,65 @@ class Fp8Linear(torch.nn.Module):
     """A linear layer whose product runs in FP8.
 
     Args:
-        linear: whose weight is quantised and whose bias is kept.
-        device: where to quantise; the layer stays there.
+        linear: whose weight is quantised and whose bias is kept; neither need be there yet.
     """
 
-    def __init__(self, linear: torch.nn.Linear, device: torch.device):
+    def __init__(self, linear: torch.nn.Linear):
         super().__init__()
         self.dtype = linear.weight.dtype
-        self.bias = None if linear.bias is None else torch.nn.Parameter(linear.bias.to(device), requires_grad=False)
-        self.weight = torch.nn.Parameter(linear.weight.to(device, FP8), requires_grad=False)
-        self.register_buffer("scales", torch.empty(linear.out_features, 1, device=device))
-        self.set_weight(linear.weight)
+        self.bias = linear.bias
+        # As parameters both are sharded and offloaded together, row by row.
+        quantized, scales = quantize_rows(linear.weight)
+        self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+        self.scales = torch.nn.Parameter(scales, requires_grad=False)
 
     @torch.no_grad()
-    def set_weight(self, weight: torch.Tensor) -> None:
-        """Takes another weight, rounded to the layer's dtype first, as one that is not quantised would be."""
-        quantized, scales = quantize_rows(weight.to(self.weight.device, self.dtype))
-        self.weight.copy_(quantized)
-        self.scales.copy_(scales)
+    def set_weight(self, weight: torch.Tensor, home: torch.device | str | None = None) -> None:
+        """Takes another weight, or this rank's part of it, rounded to the layer's dtype first, as one not quantised would be.
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """``[batch, tokens, features]`` to ``[batch, tokens, out_features]``."""
-        return self.product(*quantize_rows(states.flatten(0, 1)), states.dtype).unflatten(0, states.shape[:2])
+        Args:
+            weight: quantised where it lies.
+            home: where the result stays; where it lies unless said otherwise.
+        """
+        for name, part in zip(("weight", "scales"), quantize_rows(weight.to(self.dtype))):
+            put(self, name, part.to(home or part.device))
 
-    def product(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``[rows, features]`` in e4m3, and what each is to be multiplied by, to ``[rows, out_features]`` in ``dtype``."""
+    def forward(self, states: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """``[batch, tokens, features]`` to ``[batch, tokens, out_features]``.
+
+        Args:
+            states: to be rounded; in e4m3 already where ``scales`` ``[batch * tokens, 1]`` say what each token is to be multiplied by.
+        """
+        rows = states.flatten(0, 1)
+        rows, scales = quantize_rows(rows) if scales is None else (rows, scales)
+        return self.product(rows, scales).unflatten(0, states.shape[:2])
+
+    def product(self, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """``[rows, features]`` in e4m3, and what each is to be multiplied by, to ``[rows, out_features]``."""
         if rows.device.type == "cpu":  # no such product there: the same numbers by way of float32
             product = torch.nn.functional.linear(rows.float() * scales, self.weight.float() * self.scales)
-            return product.to(dtype) if self.bias is None else (product + self.bias.float()).to(dtype)
+            return (product if self.bias is None else product + self.bias.float()).to(self.dtype)
         bias = None if self.bias is None else self.bias.bfloat16()  # the one dtype that scales a row come with
         product = torch._scaled_mm(
             rows, self.weight.t(), scales, self.scales.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-        return product.to(dtype)
+        return product.to(self.dtype)
 
 
-def convert(transformer, device: torch.device, home: torch.device) -> None:
-    """Turns the large linear layers of every block into FP8, one after the other: computed on ``device``, left at ``home``."""
+def convert(transformer) -> None:
+    """Turns the large linear layers of every block into FP8: best before weights are read, which are then quantised one by one."""
     for block in transformer.transformer_blocks:
         for name in LAYERS:
-            block.set_submodule(name, Fp8Linear(block.get_submodule(name), device).to(home))
+            block.set_submodule(name, Fp8Linear(block.get_submodule(name)))
+
+
+def is_large(layer: str) -> bool:
+    """Whether a layer of a transformer is one of :data:`LAYERS` of a block."""
+    return layer.startswith(BLOCKS) and layer.split(".", 2)[-1] in LAYERS
 
 
 def saved_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """By how much a transformer in ``dtype`` becomes smaller."""
-    shapes = [shape for layer, shape in checkpoint.layer_shapes.items() if layer.split(".", 2)[-1] in LAYERS]
-    return sum(math.prod(shape) for shape in shapes) * (dtype.itemsize - 1)
+    shapes = [shape for layer, shape in checkpoint.layer_shapes.items() if is_large(layer)]
+    scales = torch.float32.itemsize * sum(rows for rows, _ in shapes)
+    return sum(math.prod(shape) for shape in shapes) * (dtype.itemsize - 1) - scales

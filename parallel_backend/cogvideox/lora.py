@@ -21,6 +21,7 @@ from ..jobs import Lora
 from . import weights
 from .checkpoint import Checkpoint
 from .fp8 import Fp8Linear
+from .shards import WHOLE, Shard, put
 
 SUFFIXES = (".safetensors", ".sft")
 PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.|lora_unet_+|lora_transformer_)?")
@@ -214,7 +215,13 @@ def peft_scale(config: dict, layer: str, rank: int) -> float:
 
 @torch.inference_mode()
 def merge(
-    transformer, checkpoint: Checkpoint, loras: Sequence[LoraFile], *, device: torch.device, before: Sequence[LoraFile] = ()
+    transformer,
+    checkpoint: Checkpoint,
+    loras: Sequence[LoraFile],
+    *,
+    device: torch.device,
+    before: Sequence[LoraFile] = (),
+    shard: Shard = WHOLE,
 ) -> None:
     """Makes a transformer's weights the checkpoint's own with LoRAs added; without LoRAs exactly the checkpoint's own.
 
@@ -224,20 +231,24 @@ def merge(
         loras: what to add, in float32 and rounded once.
         device: where to compute; the weights stay where they are.
         before: what was added until now.
+        shard: this rank's part of the weights, which alone is read and changed.
     """
     names = {f"{layer}.weight" for lora in (*before, *loras) for layer in lora.pairs}
     with ExitStack() as stack:
         opened = [(lora, stack.enter_context(safe_open(lora.path, "pt"))) for lora in loras]
-        for name, base in weights.tensors({name: checkpoint.stored[name] for name in names}):
+        for name, base in shard.read({name: checkpoint.stored[name] for name in names}):
             layer = name.removesuffix(".weight")
             module = transformer.get_submodule(layer)
             quantized = isinstance(module, Fp8Linear)
             merged = base.to(device=device, dtype=module.dtype if quantized else module.weight.dtype).float()
+            rows, *columns = shard.of(name, checkpoint.stored[name].shape)
             for lora, file in opened:
                 if pair := lora.pairs.get(layer):
                     down, up = (file.get_tensor(half).to(device).float().flatten(1) for half in (pair.down, pair.up))
-                    merged = merged + lora.strength * pair.scale * (up @ down).view_as(merged)
+                    if len(columns) == 1:  # a linear layer; a convolution is never split
+                        down = down[:, columns[0]]
+                    merged = merged + lora.strength * pair.scale * (up[rows] @ down).view_as(merged)
             if quantized:
-                module.set_weight(merged)
+                module.set_weight(merged, module.weight.device)
             else:
-                module.weight.copy_(merged)
+                put(module, "weight", merged)

@@ -1,12 +1,14 @@
 """Where weights wait between uses: on the device, or on the CPU, whole or in parts."""
 
 import gc
+import math
 
 import torch
 
 from ..jobs import Job, SampleJob
 from ..plans import Plan
-from . import step_cache, vae
+from . import fp8 as quantized
+from . import shards, step_cache, vae
 from .checkpoint import Checkpoint
 from .windows import Layout
 
@@ -15,6 +17,10 @@ HOOKED = ("group", "sequential")
 WORKING_FACTOR = 16
 """Bytes a forward needs beside the weights, per token, feature and byte of dtype. Measured: 13.5, with 5b at
 49x480x720 in bf16 on an H200, for batches of one and two (benchmarks/results)."""
+SPLIT_FACTOR = 8
+"""Of these, the bytes of hidden features, four times as many and twice, before GELU and after: ``tensor`` splits them."""
+GATHERED = 3
+"""Blocks that are whole at once under ``fsdp``: the one that runs, and the next one, as it arrives and once it is sorted."""
 HEADROOM = 0.9
 """Share of free memory that is counted on; the rest is fragmentation and the allocator's."""
 
@@ -51,7 +57,24 @@ def release(device: torch.device) -> None:
 
 def bytes_on(device: torch.device, module: torch.nn.Module) -> int:
     """Bytes of a module's weights that lie on a device now."""
-    return sum(weight.nbytes for weight in (*module.parameters(), *module.buffers()) if weight.device.type == device.type)
+    weights = map(shards.local, (*module.parameters(), *module.buffers()))
+    return sum(weight.nbytes for weight in weights if weight.device.type == device.type)
+
+
+def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
+    """Bytes of the transformer's weights that each rank of a plan keeps."""
+    blocks = block_bytes(checkpoint, plan, dtype, fp8=fp8)
+    rest = checkpoint.weight_bytes("transformer", dtype) - block_bytes(checkpoint, Plan(), dtype)
+    return rest + blocks // plan.fsdp
+
+
+def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
+    """Bytes of all blocks' weights on a rank of a plan, whole blocks as ``fsdp`` gathers them."""
+    inside = {name: where.shape for name, where in checkpoint.stored.items() if name.startswith(shards.BLOCKS)}
+    matrices = sum(math.prod(shape) for shape in inside.values() if len(shape) > 1)  # with tensor all of a block's are split
+    vectors = sum(map(math.prod, inside.values())) - matrices
+    saved = quantized.saved_bytes(checkpoint, dtype) if fp8 else 0
+    return vectors * dtype.itemsize + (matrices * dtype.itemsize - saved) // plan.tensor
 
 
 def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
@@ -61,11 +84,16 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     batch, _, _, height, width = job.latent.shape
     halves = 2 // plan.cfg if job.guided else 1
     tokens = (checkpoint.tokens(Layout.of(job, checkpoint).length, height, width) + checkpoint.text_tokens) // plan.sequence
-    factor = WORKING_FACTOR + (step_cache.STATES if job.model.step_cache else 0)
-    return factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize
+    factor = WORKING_FACTOR - SPLIT_FACTOR + SPLIT_FACTOR / plan.tensor + (step_cache.STATES if job.model.step_cache else 0)
+    states = int(factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize)
+    if plan.fsdp == 1:
+        return states
+    return states + GATHERED * block_bytes(checkpoint, plan, dtype, fp8=job.model.fp8 != "off") // checkpoint.layers
 
 
-def choose_offload(asked: str, *, weights: int, working: int, others: int, layers: int, free: int) -> tuple[str, str | None]:
+def choose_offload(
+    asked: str, *, weights: int, working: int, others: int, layers: int, free: int, in_parts: bool = True
+) -> tuple[str, str | None]:
     """How the transformer's weights are kept.
 
     Args:
@@ -75,6 +103,7 @@ def choose_offload(asked: str, *, weights: int, working: int, others: int, layer
         others: bytes of what else wants to stay on the device between jobs (the VAE).
         layers: blocks of the transformer.
         free: bytes the device can give when neither is on it.
+        in_parts: whether they can come in parts at all, which ``fsdp`` does by itself.
     Returns:
         The mode, and a line for the person where ``auto`` had to give up speed.
     """
@@ -86,6 +115,8 @@ def choose_offload(asked: str, *, weights: int, working: int, others: int, layer
         return "none", None
     if weights + working <= room:
         return "model", f"offload 'model': weights leave the GPU after each job ({say})"
+    if not in_parts:
+        return "model", f"even a share of the weights does not fit, so this may run out of memory: more fsdp helps ({say})"
     if 2 * weights // layers + working <= room:
         return "group", f"offload 'group': weights stay on the CPU and come block by block ({say})"
     return "sequential", f"offload 'sequential': weights come layer by layer, slowly ({say})"

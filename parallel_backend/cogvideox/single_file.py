@@ -11,8 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import RequestError
 from . import weights
 
@@ -223,19 +221,3 @@ def check_dtypes(path: Path, found: Entries) -> None:
 def stored_dtype(path: Path) -> str:
     """The dtype that most of the transformer's numbers are stored in, as safetensors calls it."""
     return weights.most_common_dtype(entry for _, entry in entries(path).values())
-
-
-def load(path: Path, config: dict[str, Any], dtype: torch.dtype):
-    """The transformer, every weight on the CPU in ``dtype``.
-
-    A weight that is stored in it stays in the file's mapping, which the ranks of a machine share; any other is converted
-    by itself.
-    """
-    from accelerate import init_empty_weights
-    from diffusers import CogVideoXTransformer3DModel
-
-    with init_empty_weights():
-        model = CogVideoXTransformer3DModel(**config)
-    state = {name: tensor.to(dtype) for name, tensor in weights.tensors(stored(path))}
-    model.load_state_dict(state, assign=True)
-    return model

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,13 +83,25 @@ def stored(folder: Path) -> dict[str, Stored]:
     return {name: Stored(path, name, tuple(entry["shape"])) for path in files(folder) for name, entry in header(path).items()}
 
 
-def tensors(wanted: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-    """These weights, one by one, as they are stored."""
+Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
+"""What is wanted of a weight, by its name and shape."""
+
+
+def tensors(wanted: dict[str, Stored], cut: Cut = lambda name, shape: ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """These weights, or what ``cut`` says of each, one by one, as they are stored; no more than that is read.
+
+    Whole ones lie in the file's mapping, which the processes of a machine share, until they are moved or converted.
+    """
     for path in sorted({where.path for where in wanted.values()}):
         with safe_open(path, "pt") as file:
             for name, where in sorted(wanted.items()):
-                if where.path == path:
+                if where.path != path:
+                    continue
+                part = cut(name, where.shape)
+                if all(piece == slice(0, length) for piece, length in zip(part, where.shape)):
                     yield name, file.get_tensor(where.name)
+                else:
+                    yield name, file.get_slice(where.name)[part]
 
 
 def stored_dtype(folder: Path) -> str:

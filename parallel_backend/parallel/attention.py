@@ -59,9 +59,10 @@ class UlyssesAttention:
                 sent, found = sent.view(torch.uint8), found.view(torch.uint8)
             found[:, self.rank].copy_(sent[:, self.rank])
             for peer in (rank for rank in range(self.size) if rank != self.rank):
+                number = dist.get_global_rank(self.group, peer)
                 for from_here, to_here in zip(sent[:, peer], found[:, peer]):
-                    transfers.append(dist.P2POp(dist.isend, from_here, group=self.group, group_peer=peer))
-                    transfers.append(dist.P2POp(dist.irecv, to_here, group=self.group, group_peer=peer))
+                    transfers.append(dist.P2POp(dist.isend, from_here, number, self.group))
+                    transfers.append(dist.P2POp(dist.irecv, to_here, number, self.group))
         for transfer in dist.batch_isend_irecv(transfers):
             transfer.wait()
         return received

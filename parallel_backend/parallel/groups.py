@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..cogvideox.shards import Shard
 from ..plans import Plan
 from . import xdit
+from .fsdp import fsdp_mesh, spread
 from .split import Split
 from .strips import Strips
+from .tensor import join_products
 from .transformer import JointSequence
 
 IDLE = timedelta(days=365)
@@ -26,9 +29,9 @@ SLOW_LINK, SLOWEST_LINK = 2e9, 2e8
 
 def slow_link(plan: Plan, kind: str, speed: float) -> str | None:
     """What a person is told of a link of ``speed`` bytes a second between devices of a ``kind``, where it will hold them up."""
-    if kind == "cpu" or speed >= (SLOW_LINK if plan.sequence > 1 else SLOWEST_LINK):
+    if kind == "cpu" or speed >= (SLOW_LINK if plan.talks_much else SLOWEST_LINK):
         return None
-    advice = "a plan of cfg2 alone exchanges least, and " if plan.sequence > 1 else ""
+    advice = "a plan of cfg2 alone exchanges least, and " if plan.talks_much else ""
     return (
         f"the GPUs exchange only {speed / 1e9:.2g} GB/s, and {plan} waits for that in every step; {advice}"
         "NCCL_P2P_DISABLE=1 helps where peer-to-peer is broken"
@@ -51,6 +54,9 @@ class GroupSplit(Split):
         xdit.initialise(plan, rank=rank, local_rank=local_rank, device=device)
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
         self.cfg_group = xdit.cfg_group()
+        self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
+        tensor_rank = xdit.tensor_group().rank_in_group
+        self.shard = Shard(plan.tensor, tensor_rank, plan.fsdp, self.mesh.get_local_rank() if self.mesh else 0)
 
     def probe(self) -> float:
         """Exchanges data over every kind of group once, as a job will, so that a broken link hangs here and not there.
@@ -64,6 +70,10 @@ class GroupSplit(Split):
             self.cfg_group.all_gather(tensor)
         if self.plan.sequence > 1:
             xdit.sequence_group().all_gather(tensor)
+        if self.plan.tensor > 1:
+            xdit.tensor_group().all_reduce(tensor)
+        if self.mesh:
+            dist.all_reduce(tensor, group=self.mesh.get_group())
         self.synchronize()
         began = time.perf_counter()
         dist.all_reduce(tensor)
@@ -74,8 +84,13 @@ class GroupSplit(Split):
 
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
         """See :meth:`Split.attach`."""
+        self.shard.cut(transformer)
+        if self.plan.tensor > 1:
+            join_products(transformer, xdit.tensor_group().device_group)
         group = xdit.sequence_group() if self.plan.sequence > 1 else None
         JointSequence(transformer, group=group, ulysses=self.plan.ulysses, ring=self.plan.ring, fp8_attention=fp8_attention)
+        if self.mesh:
+            spread(transformer, self.mesh)
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """See :meth:`Split.share`. With one prompt both halves of ``cfg2`` compute it."""

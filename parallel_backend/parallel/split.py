@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..cogvideox.shards import WHOLE
 from ..plans import Plan
 from .strips import Strips
 from .transformer import JointSequence
@@ -19,6 +20,8 @@ class Split:
 
     plan = Plan()
     rank = 0
+    shard = WHOLE
+    """What this rank keeps of the transformer's weights."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -26,7 +29,7 @@ class Split:
             torch.cuda.init()  # memory statistics are refused before
 
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
-        """Makes a newly loaded transformer compute this rank's share of the tokens, text and video joined."""
+        """Makes a transformer, whose weights are not read yet, compute this rank's share, text and video tokens joined."""
         JointSequence(transformer, fp8_attention=fp8_attention)
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

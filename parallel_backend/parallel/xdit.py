@@ -57,14 +57,34 @@ def initialise(plan: Plan, *, rank: int, local_rank: int, device: torch.device) 
         sequence_parallel_degree=plan.sequence,
         ulysses_degree=plan.ulysses,
         ring_degree=plan.ring,
+        tensor_parallel_degree=plan.tensor,
         backend=backend,
     )
+    if plan.tensor > 1 and plan.sequence > 1:
+        _regroup_sequences(plan, rank)
     # All that USP reads of the runtime state; the real one wants a whole xDiT engine configuration.
     runtime_state._RUNTIME = types.SimpleNamespace(
         attention_backend=None,
         fp8_comms=None,
         runtime_config=types.SimpleNamespace(use_spargeattn_head_balance=False),
     )
+
+
+def _regroup_sequences(plan: Plan, rank: int) -> None:
+    """Makes the groups within a sequence anew: xfuser numbers its ranks ``tensor`` apart, yunchang's are neighbours all the same."""
+    from xfuser.core.distributed import get_sp_group
+    from yunchang.globals import PROCESS_GROUP
+
+    for first in range(plan.world_size // plan.sequence):
+        half, tensor_rank = divmod(first, plan.tensor)
+        ranks = [tensor_rank + plan.tensor * (place + plan.sequence * half) for place in range(plan.sequence)]
+        ulysses = [ranks[start : start + plan.ulysses] for start in range(0, plan.sequence, plan.ulysses)]
+        ring = [ranks[place :: plan.ulysses] for place in range(plan.ulysses)]
+        for name, members in [*(("ulysses", part) for part in ulysses), *(("ring", part) for part in ring)]:
+            group = torch.distributed.new_group(members)  # every rank must ask for every group
+            if rank in members:
+                setattr(PROCESS_GROUP, f"{name.upper()}_PG", group)
+                setattr(get_sp_group(), f"{name}_group", group)
 
 
 def cfg_group():
@@ -79,3 +99,10 @@ def sequence_group():
     from xfuser.core.distributed import get_sp_group
 
     return get_sp_group()
+
+
+def tensor_group():
+    """Ranks that share the heads and hidden features of the same tokens: an xfuser GroupCoordinator."""
+    from xfuser.core.distributed.parallel_state import get_tp_group
+
+    return get_tp_group()

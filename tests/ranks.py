@@ -1,0 +1,44 @@
+"""One rank that runs the same jobs under several plans of as many processes, since starting a group takes longer than its jobs.
+
+``python -m torch.distributed.run --standalone --nproc-per-node=N tests/ranks.py FOLDER PLAN …`` reads ``FOLDER/*.job`` and writes
+``FOLDER/PLAN.pt``: what rank 0 made of each, and the bytes of weights that each rank held then.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from parallel_backend.engine import Engine
+from parallel_backend.group.protocol import decode
+from parallel_backend.jobs import join_fields
+from parallel_backend.parallel.groups import GroupSplit
+from parallel_backend.plans import Plan
+
+
+def main() -> None:
+    """The command of the module's docstring."""
+    folder, plans = Path(sys.argv[1]), sys.argv[2:]
+    rank = int(os.environ["RANK"])
+    messages = [decode(path.read_bytes()) for path in sorted(folder.glob("*.job"))]
+    jobs = [join_fields(message.kind, message.plain, message.tensors) for message in messages]
+    for plan in plans:
+        engine = Engine(GroupSplit(Plan.parse(plan), device=torch.device("cpu"), rank=rank, local_rank=rank))
+        engine.split.probe()
+        made, held = [], []
+        for job in jobs:
+            made.append(engine.run(job).tensor)
+            held.append(engine.split.collect(engine.status()["weights"]["transformer"]))
+        if rank == 0:
+            torch.save((made, held), folder / f"{plan}.pt")
+        engine.free()
+        torch._dynamo.reset()
+        from xfuser.core.distributed.parallel_state import destroy_model_parallel
+
+        destroy_model_parallel()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

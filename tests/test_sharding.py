@@ -1,0 +1,154 @@
+"""Plans that split weights give the latents of ``single``, each rank with its part of them alone."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parallel_backend.backend import resolve
+from parallel_backend.bench import distance
+from parallel_backend.cogvideox import fp8, memory
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.shards import BLOCKS, Shard
+from parallel_backend.devices import Devices
+from parallel_backend.errors import RequestError
+from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.protocol import Message, encode
+from parallel_backend.jobs import split_fields
+from parallel_backend.plans import Plan
+
+from .conftest import REPO, TOLERANCE
+
+PLANS = {
+    2: ["tensor2", "cfg2-fsdp2", "ulysses2-fsdp2", "ring2-fsdp2"],
+    4: ["tensor4", "cfg2-tensor2", "tensor2-ulysses2", "tensor2-ring2", "cfg2-tensor2-fsdp2", "cfg2-ulysses2-fsdp4"],
+}
+CASES = [
+    ("2b", {"size": (80, 48, 13), "scheduler": "dpm", "dynamic_cfg": True}),
+    ("5b", {"size": (48, 48, 9), "scheduler": "ddim", "lora": 0.8}),
+    ("5b", {"size": (80, 64, 9), "scheduler": "dpm", "batch": 2}),  # and without it again
+    ("5b", {"size": (48, 48, 5), "scheduler": "ddim", "fp8": "linears", "lora": -1.5}),
+    ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm", "in_one_file": True, "lora": 0.5}),
+    ("5b-i2v", {"size": (96, 64, 9), "scheduler": "dpm", "cfg": 1.0, "image": torch.randn(1, 16, 1, 8, 12)}),
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(make_job):
+    made = []
+    for like, settings in CASES:
+        settings = {"steps": 3, **settings}
+        kind = settings.pop("fp8", "off")
+        job = make_job(like, **settings)
+        made.append(replace(job, model=replace(job.model, fp8=kind)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def single(jobs, local) -> list[torch.Tensor]:
+    """What this process alone makes of each job."""
+    return [local.sample(job).tensor for job in jobs]
+
+
+def run_plans(folder, jobs, size: int, plans: list[str]) -> dict[str, tuple[list[torch.Tensor], list[list[int]]]]:
+    """What processes make of jobs under each plan, and the bytes of weights that each has; see ``ranks.py``."""
+    for number, job in enumerate(jobs):
+        (folder / f"{number:02}.job").write_bytes(encode(Message("sample", *split_fields(job))))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    script = [REPO / "tests" / "ranks.py", folder, *plans]
+    done = subprocess.run([*launch, *map(str, script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {plan: torch.load(folder / f"{plan}.pt") for plan in plans}
+
+
+@pytest.mark.parametrize("size", PLANS)
+def test_plans_that_split_weights_equal_single_and_hold_their_part(size, jobs, single, local, tmp_path):
+    exact = {
+        id(job): local.sample(replace(job, model=replace(job.model, fp8="off"))).tensor
+        for job in jobs
+        if job.model.fp8 != "off"
+    }
+    for plan, (made, held) in run_plans(tmp_path, jobs, size, PLANS[size]).items():
+        for job, found, expected, bytes_held in zip(jobs, made, single, held):
+            if job.model.fp8 == "off":
+                assert (found - expected).abs().max() <= TOLERANCE, (plan, job)
+            else:  # a row's scale is that of a rank's columns, and a rounding that falls the other way is a step of FP8
+                rounded = distance(expected, exact[id(job)])
+                assert distance(found, exact[id(job)]) < 1.5 * rounded and distance(found, expected) < 1.5 * rounded, plan
+            checkpoint = Checkpoint.open(job.model.path)
+            whole, part = (
+                memory.transformer_bytes(checkpoint, of, torch.float32, fp8=job.model.fp8 != "off")
+                for of in (Plan(), Plan.parse(plan))
+            )
+            assert part < 0.9 * whole
+            if checkpoint.rotary:  # 2b has a table of positions, too
+                assert all(count == pytest.approx(part, rel=0.05) for count in bytes_held), plan
+
+
+def test_a_group_that_shards_weights_takes_every_kind_of_job(start_group, jobs, single):
+    group = start_group("cfg2-fsdp2")
+    for job, expected in zip(jobs[1:3], single[1:3]):
+        result = group.sample(job)
+        assert (result.tensor - expected).abs().max() <= TOLERANCE
+        assert (result.report.plan, result.report.world_size) == ("cfg2-fsdp2", 2)
+    weights = group.status()["weights"]
+    group.free()
+    assert group.status()["weights"] == {} != weights
+    assert (group.sample(jobs[2]).tensor - single[2]).abs().max() <= TOLERANCE
+    assert group.status()["weights"] == weights
+
+
+def test_what_a_plan_cannot_do_is_refused_before_processes_start(jobs):
+    group = GroupExecutor(Plan.parse("cfg2-fsdp2"), Devices("cpu", (0, 1)))
+    for mode in ("group", "sequential"):
+        with pytest.raises(RequestError, match=f"offload '{mode}' keeps weights on the CPU.* use plan 'cfg2', or") as error:
+            group.check(replace(jobs[0], model=replace(jobs[0].model, offload=mode)))
+        assert "\n" not in str(error.value)
+        with pytest.raises(RequestError, match="use plan 'cfg2', or"):
+            resolve("cfg2-fsdp2", "cpu:2", heads=4, offload=mode)
+
+
+@pytest.mark.parametrize("tensor, fsdp", [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
+def test_ranks_read_every_weight_once_and_no_more_of_it_than_they_keep(tensor, fsdp, checkpoints):
+    stored = Checkpoint.open(checkpoints["5b"]).stored
+    whole = dict(Shard().read(stored))
+    ranks = [[dict(Shard(tensor, left, fsdp, right).read(stored)) for right in range(fsdp)] for left in range(tensor)]
+    for name, weight in whole.items():
+        columns = [torch.cat([rank[name] for rank in row]) if name.startswith(BLOCKS) else row[0][name] for row in ranks]
+        if columns[0].shape == weight.shape:
+            brought = sum(columns) if name.endswith(("to_out.0.bias", "net.2.bias")) else columns[-1]
+        else:
+            brought = torch.cat(columns, dim=int(columns[0].shape[0] == weight.shape[0]))
+        assert torch.equal(brought, weight), name
+    if tensor * fsdp > 1:
+        assert sum(weight.numel() for weight in ranks[0][0].values()) < 0.8 * sum(weight.numel() for weight in whole.values())
+
+
+@pytest.mark.parametrize("mode, bytes_saved", [("off", 0), ("linears", 1)])
+def test_the_estimate_of_weights_is_what_is_loaded(mode, bytes_saved, checkpoints):
+    checkpoint = Checkpoint.open(checkpoints["1.5-5b"])
+    prepare = fp8.convert if bytes_saved else lambda skeleton: None
+    loaded = checkpoint.load_transformer(torch.bfloat16, prepare=prepare)
+    assert sum(weight.nbytes for weight in loaded.parameters()) == memory.transformer_bytes(
+        checkpoint, Plan(), torch.bfloat16, fp8=mode != "off"
+    )
+
+
+def test_splitting_frees_room_and_gathering_takes_some_back(jobs):
+    job = jobs[1]
+    checkpoint = Checkpoint.open(job.model.path)
+
+    def working(plan: str) -> int:
+        return memory.working_bytes(job, checkpoint, Plan.parse(plan), torch.float32)
+
+    block = memory.block_bytes(checkpoint, Plan(), torch.float32) // checkpoint.layers
+    assert working("cfg2-fsdp2") - working("cfg2") == pytest.approx(memory.GATHERED * block, abs=10)
+    assert working("single") > working("tensor2") > working("tensor4") > working("single") / 2
+    settings = {"weights": 2**30, "others": 0, "layers": 42, "free": 2**30, "in_parts": False}
+    assert memory.choose_offload("auto", working=2**20, **{**settings, "free": 2**31}) == ("none", None)
+    mode, note = memory.choose_offload("auto", working=2**20, **settings)
+    assert mode == "model" and "more fsdp helps" in note
