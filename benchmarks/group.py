@@ -8,7 +8,7 @@ import time
 from statistics import median
 
 from parallel_backend import models
-from parallel_backend.bench import text_states
+from parallel_backend.bench.table import text_states
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.group.client import GroupExecutor

@@ -196,8 +196,15 @@ def rubbish(rng: random.Random, valid: bytes) -> bytes:
 def parts(rng: random.Random, data: bytes) -> list[bytes]:
     """A message as it is sent, header and tensors, or now and then cut elsewhere."""
     length = 8 + int.from_bytes(data[:8], "little")
-    cut = length if rng.random() < 0.9 else rng.randrange(len(data) + 1)
-    return [data[:cut], data[cut:]]
+    try:
+        sizes = [size for _, _, size in protocol.read_head(data[:length]).tensors.values()]
+    except protocol.ProtocolError:
+        sizes = []
+    cuts = [length, *sizes, len(data)] if rng.random() < 0.9 else [rng.randrange(len(data) + 1), len(data)]
+    found = []
+    for size in cuts:
+        found, data = [*found, data[:size]], data[size:]
+    return [part for index, part in enumerate(found) if part or not index]
 
 
 def messages(checkpoint: Checkpoint, count: int) -> None:
@@ -220,7 +227,7 @@ def messages(checkpoint: Checkpoint, count: int) -> None:
                         connection.send_bytes(part)
                     if not connection.poll(60):
                         raise TimeoutError(f"no answer to message {number}")
-                    while (answer := protocol.decode(protocol.receive(connection))).kind == "step":
+                    while (answer := protocol.receive(connection)).kind == "step":
                         pass
                     said = f"{answer.kind}: {answer.plain.get('error', '')}"
                 except (EOFError, ConnectionError):

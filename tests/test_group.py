@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext, suppress
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Pipe
 
 import pytest
 import torch
@@ -213,6 +213,7 @@ RUBBISH = {
     "a shape that does not fit": claiming(shape=(2**40,)),
     "many dimensions": claiming(shape=(1,) * 6 + (768,)),
     "a negative size": claiming(shape=(-1, -768)),
+    "more than a header": claiming() + bytes(3072),
 }
 
 
@@ -224,7 +225,7 @@ def test_rubbish_is_dropped_and_nobody_notices(data, group, make_job):
         with suppress(ConnectionError) if len(data) > protocol.MAX_HEADER else nullcontext():
             connection.send_bytes(data)
             assert connection.poll(30)
-            assert protocol.decode(protocol.receive(connection)).plain["error"] == "ProtocolError"
+            assert protocol.receive(connection).plain["error"] == "ProtocolError"
     assert len(group.sample(make_job("5b")).report.step_seconds) == 8
 
 
@@ -232,18 +233,32 @@ def test_a_message_of_another_version_says_so(monkeypatch):
     monkeypatch.setattr(protocol, "VERSION", 1)
     data = protocol.encode(Message("status"))
     monkeypatch.undo()
-    with pytest.raises(protocol.ProtocolError, match="version 1 of the protocol and this side 2"):
+    with pytest.raises(protocol.ProtocolError, match="version 1 of the protocol and this side 3"):
         protocol.decode(data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
-def test_a_message_survives_the_wire(dtype):
-    tensor = torch.arange(12).to(dtype).reshape(3, 4)
-    message = protocol.decode(
-        protocol.encode(Message("done", {"x": [1, "é", None]}, {"a": tensor, "view": tensor.T, "same": tensor}))
-    )
-    assert message.plain == {"x": [1, "é", None]}
-    assert torch.equal(message.tensors["a"], tensor) and torch.equal(message.tensors["view"], tensor.T)
+def test_a_message_survives_the_wire(dtype, monkeypatch):
+    monkeypatch.setattr(protocol, "PART", 16)
+    tensor, empty = torch.arange(12).to(dtype).reshape(3, 4), torch.empty(0, 3, dtype=dtype)
+    tensors = {"a": tensor, "view": tensor.T, "one": tensor[0, 1], "none": empty, "same": tensor}
+    sent, (here, there) = Message("done", {"x": [1, "é", None]}, tensors), Pipe()
+    for read in (protocol.receive, lambda connection: protocol.decode(protocol.receive_bytes(connection))):
+        protocol.send(there, sent)
+        found = read(here)
+        assert (found.kind, found.plain) == ("done", {"x": [1, "é", None]})
+        assert set(found.tensors) == set(tensors)
+        for name, expected in tensors.items():
+            assert torch.equal(found.tensors[name], expected) and found.tensors[name].dtype == dtype
+
+
+@pytest.mark.parametrize("size", [0, 3071, 3073])
+def test_a_part_of_another_size_than_was_said_is_refused(size):
+    here, there = Pipe()
+    there.send_bytes(claiming())
+    there.send_bytes(bytes(size))
+    with pytest.raises(protocol.ProtocolError, match="bytes"):
+        protocol.receive(here)
 
 
 def command_line(pid: int) -> str:

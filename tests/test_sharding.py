@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel_backend.backend import resolve
-from parallel_backend.bench import distance
+from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import fp8, memory
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.shards import BLOCKS, Shard

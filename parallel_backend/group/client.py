@@ -202,7 +202,7 @@ class GroupExecutor(Executor):
                 raise GroupError(f"the group did not stop within {CANCEL_SECONDS:.0f} s of being asked")
             if not connection.poll(POLL_SECONDS):
                 continue
-            answer = protocol.decode(protocol.receive(connection))
+            answer = protocol.receive(connection)
             if answer.kind == "step":
                 on_step(answer.plain["step"], answer.plain["steps"])
             elif answer.kind == "kept":

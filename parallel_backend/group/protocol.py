@@ -1,27 +1,30 @@
 """Messages of the group's socket as bytes: safetensors, with everything that is no tensor as JSON in the metadata.
 
-A message goes in two parts, the header and the tensors' bytes, so that the other side can refuse the second before it takes
-memory for it.
+A message goes in parts, the header and then the tensors' bytes a few MiB at a time: so the other side can refuse them before it
+takes memory for them, and a video is copied from the sender's tensor to the receiver's without others in between.
 """
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
-VERSION = 2
+VERSION = 3
+PART = 4 * 2**20
+"""Bytes of a tensor that are sent at a time."""
 MAX_HEADER = 2**20
 LATENTS, PIXELS = 2**30, 8 * 2**30
 """Bytes; a video of 161 frames at 1360x768 is 43 MB as latents and 2 GB as float32 pixels."""
 MAX_TENSORS = {"sample": LATENTS, "decode": LATENTS, "encode": PIXELS, "kept": LATENTS, "done": PIXELS}
 """Bytes of tensors in a message of each kind; the others have none."""
-ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-"""Bytes of a value, by the name that safetensors has for its dtype."""
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+"""By the name that safetensors has for them."""
 MAX_DIMENSIONS = 6
 
 
@@ -43,13 +46,34 @@ class Message:
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of a message; tensors are copied, so that aliases and views may be sent."""
-    tensors = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in message.tensors.items()
-    }
+    """The bytes of a message."""
+    return b"".join(split(message))
+
+
+def split(message: Message) -> list[bytes | memoryview]:
+    """The header of a message, and the memory of each of its tensors.
+
+    Raises:
+        ProtocolError: for a tensor of a dtype that no message has.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
     head = {"version": VERSION, "kind": message.kind, "plain": message.plain}
-    return save(tensors, metadata={"message": json.dumps(head)})
+    header: dict[str, Any] = {"__metadata__": {"message": json.dumps(head)}}
+    views, end = [], 0
+    for name, tensor in message.tensors.items():
+        if tensor.dtype not in names:
+            raise ProtocolError(f"'{name}' is {tensor.dtype}")
+        views.append(bytes_of(tensor))
+        begin, end = end, end + len(views[-1])
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that what follows lies as numbers want to
+    return [len(text).to_bytes(8, "little") + text, *views]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's memory; a copy's where it is not on the CPU or not in order."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
@@ -58,8 +82,8 @@ class Head:
 
     kind: str
     plain: dict[str, Any]
-    size: int
-    """Bytes of the tensors that follow."""
+    tensors: dict[str, tuple[torch.dtype, list[int], int]]
+    """Dtype, shape and bytes of each, as they follow."""
 
 
 def read_head(data: bytes) -> Head:
@@ -72,10 +96,10 @@ def read_head(data: bytes) -> Head:
         length = int.from_bytes(data[:8], "little")
         if length > min(MAX_HEADER, len(data) - 8):
             raise ProtocolError(f"a header of {length} bytes in {len(data)}")
-        tensors = json.loads(data[8 : 8 + length])
-        message = json.loads(tensors.pop("__metadata__")["message"])
+        found = json.loads(data[8 : 8 + length])
+        message = json.loads(found.pop("__metadata__")["message"])
         version, kind, plain = message["version"], str(message["kind"]), dict(message["plain"])
-        size = sum(checked_size(name, tensor) for name, tensor in tensors.items()) if version == VERSION else 0
+        tensors = checked(found) if version == VERSION else {}
     except (AttributeError, KeyError, TypeError, RecursionError, ValueError) as error:
         raise ProtocolError(f"not a message: {error}") from error
     if version != VERSION:
@@ -83,22 +107,26 @@ def read_head(data: bytes) -> Head:
             f"the other side speaks version {version} of the protocol and this side {VERSION}; "
             "install the same version of the pack on both sides, and start the group again"
         )
+    size = sum(size for _, _, size in tensors.values())
     if size > MAX_TENSORS.get(kind, 0):
         raise ProtocolError(f"{size} bytes of tensors; a message '{kind}' has at most {MAX_TENSORS.get(kind, 0)}")
-    return Head(kind, plain, size)
+    return Head(kind, plain, tensors)
 
 
-def checked_size(name: str, tensor: dict[str, Any]) -> int:
-    """Bytes of a tensor as its header has it; ValueError where that does not add up."""
-    shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
-    if tensor["dtype"] not in ITEM_SIZES or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"'{name}' is {tensor['dtype']} in {len(shape)} dimensions")
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"'{name}' has shape {shape}")
-    size = math.prod(shape) * ITEM_SIZES[tensor["dtype"]]
-    if end - begin != size:
-        raise ValueError(f"'{name}' has shape {shape} and {end - begin} bytes")
-    return size
+def checked(tensors: dict[str, dict[str, Any]]) -> dict[str, tuple[torch.dtype, list[int], int]]:
+    """The tensors of a header in the order of their bytes; ValueError where these do not add up."""
+    found, before = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
+        if tensor["dtype"] not in DTYPES or len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"'{name}' is {tensor['dtype']} in {len(shape)} dimensions")
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError(f"'{name}' has shape {shape}")
+        dtype = DTYPES[tensor["dtype"]]
+        if end - begin != math.prod(shape) * dtype.itemsize or begin != before:
+            raise ValueError(f"'{name}' has shape {shape} and bytes {begin} to {end}")
+        found[name], before = (dtype, shape, end - begin), end
+    return found
 
 
 def decode(data: bytes) -> Message:
@@ -121,31 +149,61 @@ def send(connection: Connection, message: Message) -> None:
         ProtocolError: when it is larger than the other side would take.
         OSError: when the other side has gone.
     """
-    data = encode(message)
-    read_head(data)
-    length = 8 + int.from_bytes(data[:8], "little")
-    connection.send_bytes(data[:length])
-    if len(data) > length:
-        connection.send_bytes(data, length)
+    header, *views = split(message)
+    read_head(header)
+    connection.send_bytes(header)
+    for view in views:
+        for part in parts(len(view)):
+            connection.send_bytes(view[part])
 
 
-def receive(connection: Connection) -> bytes:
-    """The bytes of the next message, whose first part has been checked before the second is read.
+def parts(size: int) -> Iterator[slice]:
+    """In which so many bytes are sent."""
+    return (slice(start, min(start + PART, size)) for start in range(0, size, PART))
+
+
+def receive(connection: Connection) -> Message:
+    """The next message, whose header has been checked before the rest is read.
 
     Raises:
-        ProtocolError: when they are none; the connection can still be written to.
+        ProtocolError: when it is none; the connection can still be written to.
         EOFError, OSError: when the other side has gone.
     """
-    data = receive_part(connection, 8 + MAX_HEADER)
-    size = read_head(data).size
-    return data + receive_part(connection, size) if size else data
+    _, head = receive_head(connection)
+    tensors = {}
+    for name, (dtype, shape, size) in head.tensors.items():
+        memory = torch.empty(size, dtype=torch.uint8)
+        view = memoryview(memory.numpy())
+        for part in parts(size):
+            view[part] = receive_part(connection, part.stop - part.start)
+        tensors[name] = memory.view(dtype).view(shape)
+    return Message(head.kind, head.plain, tensors)
 
 
-def receive_part(connection: Connection, most: int) -> bytes:
-    """The next bytes, unless there are more than ``most``."""
+def receive_bytes(connection: Connection) -> bytes:
+    """The bytes of the next message, to be handed on; raises as :func:`receive` does."""
+    header, head = receive_head(connection)
+    sizes = (part.stop - part.start for _, _, size in head.tensors.values() for part in parts(size))
+    return b"".join([header, *(receive_part(connection, size) for size in sizes)])
+
+
+def receive_head(connection: Connection) -> tuple[bytes, Head]:
+    """The first part of the next message."""
+    data = receive_part(connection, 8 + MAX_HEADER, exactly=False)
+    head = read_head(data)
+    if len(data) != 8 + int.from_bytes(data[:8], "little"):
+        raise ProtocolError("a first part that is more than a header")
+    return data, head
+
+
+def receive_part(connection: Connection, most: int, *, exactly: bool = True) -> bytes:
+    """The next bytes, unless there are more than ``most``, or fewer where it must be ``exactly`` so many."""
     try:
-        return connection.recv_bytes(most)
+        part = connection.recv_bytes(most)
     except OSError as error:
         if connection.closed or connection.readable:  # it has gone; a part that is too long is what ends only the reading
             raise
         raise ProtocolError(f"a part of a message is longer than {most} bytes; is it from another version?") from error
+    if exactly and len(part) != most:
+        raise ProtocolError(f"a part of a message is {len(part)} bytes; {most} were to come")
+    return part

@@ -114,8 +114,8 @@ class Server:
 
     def _converse(self, connection: Connection) -> None:
         try:
-            data = protocol.receive(connection)
-            kind = protocol.decode(data).kind
+            data = protocol.receive_bytes(connection)
+            kind = protocol.read_head(data).kind
             if kind not in (*QUEUED, "status"):
                 raise ProtocolError(f"request '{kind}' is unknown")
         except ProtocolError as error:
