@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # Everything that two GPUs have to show, in one call: parity over NCCL, the command line at full 5b size,
-# plans and precisions side by side with diffusers, what offload saves, and image to video at full size.
-# Usage: [PARTS="parity build generate bench half offload image"] benchmarks/gpu.sh OUTPUT_FOLDER
+# what offload saves, and image to video at full size. Speed side by side with others: benchmarks/two_gpus.py.
+# Usage: [PARTS="parity build generate offload image"] benchmarks/gpu.sh OUTPUT_FOLDER
 set -u
 out=$(realpath "$1"); cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 work=${WORK:-/tmp/cogvideox-checkpoints}; mkdir -p "$work"
-like=${LIKE---full-size --device cuda}; size=${SIZE:-}; plans=${PLANS:-single,cfg2,ulysses2,ring2}
-precisions=${PRECISIONS:-lossless,eager,fp8,fp8-all}
+like=${LIKE---full-size --device cuda}; size=${SIZE:-}
 run() { echo "== $(date +%T) $1"; shift; "$@" 2>>"$out/stderr.log"; echo "-- exit $?"; }
 
-wanted() { [[ " ${PARTS:-parity build generate bench half offload image} " == *" $1 "* ]]; }
+wanted() { [[ " ${PARTS:-parity build generate offload image} " == *" $1 "* ]]; }
 
 if wanted parity; then run parity python3 -m pytest -q tests/test_gpu.py -p no:cacheprovider; fi
 if wanted build; then
@@ -22,19 +21,6 @@ if wanted generate; then
   for plan in single cfg2; do
     run "generate 5b $plan" python3 -m parallel_backend generate --model "$work/CogVideoX-5b" --plan $plan ${DEVICES:-} $size \
       --prompt "a red circle moves slowly from left to right" --steps 10 --output "$out/5b-$plan.mp4" --json
-  done
-fi
-if wanted bench; then
-  for model in ${MODELS:-5b 2b}; do
-    run "bench $model" python3 -m parallel_backend bench --model "$work/CogVideoX-$model" --plans $plans $size \
-      --precisions $precisions --diffusers ${RIVALS:-eager,compiled} ${FLOAT32---float32} \
-      --steps ${STEPS:-5} --decode --output "$out/bench-$model.json"
-  done
-fi
-if wanted half; then  # of a step, as each rank of cfg2 computes it
-  for model in ${MODELS:-5b 2b}; do
-    run "half $model" python3 -m parallel_backend bench --model "$work/CogVideoX-$model" --plans single $size --cfg 1 \
-      --precisions $precisions --diffusers none --steps ${STEPS:-5} --output "$out/half-$model.json"
   done
 fi
 if wanted offload; then

@@ -117,6 +117,8 @@ def build_parser() -> Parser:
     bench.add_argument("--float32", action="store_true", help="also state each row's distance from float32 after two steps")
     bench.add_argument("--devices", default="auto")
     bench.add_argument("--repeat", type=int, default=2, help="jobs a plan; the last one is stated")
+    bench.add_argument("--warmup-steps", type=int, help="of the jobs before the last; default: as many as the last one's")
+    bench.add_argument("--reference", metavar="FILE", help="latent that rows are compared with; written here where it is not")
     bench.add_argument("--diffusers", default="eager", help="comma-separated: eager, compiled; none leaves it out")
     bench.add_argument("--xdit", default="none", help="comma-separated plans of xDiT's own pipeline, such as cfg2,ulysses2")
     bench.add_argument("--decode", action="store_true", help="also time a decode")

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import tempfile
 import time
@@ -147,7 +148,7 @@ def xdit(args: Namespace, job: SampleJob, checkpoint: Checkpoint, plan_text: str
         found = Path(folder) / "row.json"
         if found.exists():
             return row | json.loads(found.read_text())
-    errors = [words for words in said if "Error" in words] or said or ["it said nothing"]
+    errors = [words for words in said if re.search(r"\w(Error|Exception): ", words)] or said or ["it said nothing"]
     return row | {"seconds_per_step": None, "notes": [f"xDiT's pipeline does not run: {errors[0].strip()}"]}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from .. import models
 from ..backend import open_executor, resolve
@@ -113,11 +114,17 @@ def run(args: Namespace) -> int:
     peak, work = measured_peak(device), operations(checkpoint, job)
     about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {args.cfg}"
     show(f"{about}; {work / 1e12:.3g} TFLOP a step" + (f", {peak / 1e12:.0f} TFLOP/s at most a GPU" if peak else ""))
-    rows, reference = [], None
-    common = {"model": checkpoint.path.name, "device": device_name(device), "dtype": args.dtype, "cfg": args.cfg, **size}
+    rows, reference, kept = [], None, args.reference and Path(args.reference)
+    if kept and kept.exists():
+        reference = load_file(kept)["latent"]
+    common = {"model": checkpoint.path.name, "device": device_name(device), "cfg": args.cfg, **size}
+    common |= {name: getattr(args, name) for name in ("dtype", "offload", "tiling")}
     for row, latent in measured(args, job, checkpoint, *wanted):
-        reference = latent if reference is None else reference
-        row["from_first"] = distance(latent, reference) if latent is not None else None
+        if reference is None and latent is not None:
+            reference = latent
+            if kept:
+                save_file({"latent": reference}, kept)
+        row["from_first"] = None if latent is None else distance(latent, reference)
         row["tflop_per_step"], row["peak_tflops"] = work / 1e12, peak and peak / 1e12
         if row["gpus"] and row["seconds_per_step"]:
             row["share_of_peak"] = work / row["seconds_per_step"] / peak / row["gpus"]
@@ -212,9 +219,10 @@ def line(row: dict) -> str:
 def measure(executor: Executor, args: Namespace, job: SampleJob) -> tuple[dict, torch.Tensor]:
     """One plan in one precision: jobs in a row through one executor, the last one stated."""
     first = None
-    for _ in range(args.repeat):
+    warmup = replace(job, steps=args.warmup_steps or job.steps)
+    for asked in (*[warmup] * (args.repeat - 1), job):
         started = time.perf_counter()
-        result = executor.sample(job)
+        result = executor.sample(asked)
         seconds = time.perf_counter() - started
         first = first or result.report.step_seconds[0]
     report = result.report

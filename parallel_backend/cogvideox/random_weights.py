@@ -123,7 +123,9 @@ def settle(transformer, vae, generator: torch.Generator) -> None:
         spread.bias[vae.config.latent_channels :] = -30
 
 
-def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, device: str = "cpu") -> Path:
+def build(
+    output: Path, *, like: str, full_size: bool = False, seed: int = 0, device: str = "cpu", text_layers: int | None = None
+) -> Path:
     """Saves a pipeline in diffusers layout.
 
     Args:
@@ -132,6 +134,7 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
         full_size: the real shapes, in the dtype of the real checkpoint; else small and float32.
         seed: of all weights.
         device: where to draw the weights; a GPU is quick for the full size.
+        text_layers: of the text encoder, whose real 24 are 9 GB.
     """
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -153,7 +156,8 @@ def build(output: Path, *, like: str, full_size: bool = False, seed: int = 0, de
     vocabulary = save_tokenizer(partial / "tokenizer", max_length)
     small_t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     full_t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-    t5 = T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **(full_t5 if full_size else small_t5))
+    sizes = (full_t5 if full_size else small_t5) | ({"num_layers": text_layers} if text_layers else {})
+    t5 = T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **sizes)
 
     generator = torch.Generator(device).manual_seed(seed)
     parts = {}
@@ -193,8 +197,16 @@ def main() -> None:
     parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--text-layers", type=int, help="of the text encoder; the real 24 are 9 GB")
     args = parser.parse_args()
-    build(args.output, like=args.like, full_size=args.full_size, seed=args.seed, device=args.device)
+    build(
+        args.output,
+        like=args.like,
+        full_size=args.full_size,
+        seed=args.seed,
+        device=args.device,
+        text_layers=args.text_layers,
+    )
 
 
 if __name__ == "__main__":
