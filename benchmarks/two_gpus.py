@@ -44,20 +44,20 @@ PHASES = (
             bench("2b", f"--plans single --steps 1 --decode --tiling on --offload model {OURS}", "1"),
             bench("5b", f"--plans none --diffusers eager,compiled --decode {STEPS}", "1"),
             bench("2b", "--dtype bf16 --plans none --diffusers eager --steps 4", "1"),
+            build("1.5-5b", "1.5-5b", "1"),
         ],
     ),
-    ([bench("5b", f"--plans cfg2 --precisions lossless,fp8,fp8-all --decode {OURS} {STEPS}")],),
+    ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all --decode {OURS} {STEPS}")],),
     ([bench("5b", f"--plans ulysses2 --precisions lossless,fp8-all {OURS} {STEPS}")],),
     ([bench("5b", f"--plans none --xdit cfg2,ulysses2 {OURS} --steps 4")],),
     ([bench("5b", f"--plans cfg2 --precisions fp8-all,fp8-all+cache1 --steps 50 --warmup-steps 2 --decode {OURS}")],),
     ([bench("2b", f"--dtype bf16 --plans cfg2 --precisions lossless,fp8-all --xdit cfg2 --steps 4 {OURS}")],),
-    ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2 {OURS} {STEPS}")],),
-    ([build("1.5-5b", "1.5-5b")],),
     (
         [bench("1.5-5b", f"--plans single --steps 2 --warmup-steps 1 {OURS}", "0")],
         [bench("1.5-5b", "--plans none --diffusers eager --steps 2", "1")],
     ),
     ([bench("1.5-5b", f"--plans cfg2 --precisions lossless,fp8-all --steps 2 --warmup-steps 1 {OURS}")],),
+    ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2 {OURS} {STEPS}")],),
 )
 """One after the other; what stands side by side in one runs at the same time."""
 
