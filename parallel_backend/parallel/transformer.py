@@ -47,9 +47,9 @@ class Chunk:
         return min(max(self.text + self.video - self.rank * self.length, 0), self.length)
 
     def of_joint(self, joint: torch.Tensor) -> torch.Tensor:
-        """This rank's chunk of ``[batch, text + video, features]``, padded with zeros."""
+        """This rank's chunk of ``[batch, text + video, features]``, padded with zeros; in memory of its own."""
         padded = F.pad(joint, (0, 0, 0, self.padding))
-        return padded[:, self.rank * self.length :][:, : self.length]
+        return padded[:, self.rank * self.length :][:, : self.length].contiguous()
 
     def of_rotary(self, cosines: torch.Tensor, sines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of tables ``[video, features]`` for this rank's tokens; angle 0 for text."""
@@ -126,7 +126,9 @@ class JointSequence:
         """Gives the first block this rank's chunk, text and video joined."""
         joint = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
         chunk = self.chunk.of_joint(joint)
-        return args, {**kwargs, "encoder_hidden_states": chunk[:, :0], "hidden_states": chunk}
+        # Both lie in memory as every other block's do, for which the first one would be compiled by itself.
+        none = chunk.new_empty(len(chunk), 0, chunk.shape[2])
+        return args, {**kwargs, "encoder_hidden_states": none, "hidden_states": chunk}
 
     def _after_first(self, module, args, kwargs, output):
         """Lets a cache decide whether the other blocks run."""
