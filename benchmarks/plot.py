@@ -19,8 +19,9 @@ def draw(rows: list[dict], picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row["seconds_per_step"] and row["tiling"] == "auto" and row["offload"] == "auto"]
     models = list(dict.fromkeys((row["model"], row["dtype"]) for row in rows))
-    panels = [[row for row in rows if (row["model"], row["dtype"]) == model and row["seconds_per_step"]] for model in models]
+    panels = [[row for row in rows if (row["model"], row["dtype"]) == model] for model in models]
     heights = [len(panel) + 1 for panel in panels]
     figure, axes = pyplot.subplots(
         len(models), 1, figsize=(9, 0.3 * sum(heights) + 0.8), squeeze=False, gridspec_kw={"height_ratios": heights}
@@ -36,7 +37,7 @@ def draw(rows: list[dict], picture: Path) -> None:
         axis.bar_label(bars, labels=[f" {value:.3f}" for value in seconds], fontsize=8)
         first = panel[0]
         axis.set_title(
-            f"{first['model']}, {first['frames']}x{first['height']}x{first['width']}, cfg {first['cfg']}, {first['device']}",
+            f"CogVideoX-{first['model']} size, {first['frames']}x{first['height']}x{first['width']}, cfg {first['cfg']}, {first['device']}",
             fontsize=9,
         )
         axis.tick_params(labelsize=8)
