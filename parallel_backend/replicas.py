@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .devices import Devices
-from .errors import GroupFailure
+from .errors import GroupFailure, GroupUnavailable
 from .executor import Executor, StepListener, StopSignal
 from .group.client import GroupExecutor
 from .jobs import Job, Report, Result
@@ -46,10 +46,20 @@ class ReplicasExecutor(Executor):
         return self.devices.torch_devices
 
     def start(self) -> None:
-        """Starts the groups that are not there, without waiting for them."""
+        """Starts the groups that are not there, without waiting for them.
+
+        Raises:
+            GroupUnavailable: when none can start.
+        """
         self._closed.clear()
+        errors: list[GroupUnavailable] = []
         for replica in self.replicas:
-            replica.start()
+            try:
+                replica.start()
+            except GroupUnavailable as error:
+                errors.append(error)
+        if len(errors) == len(self.replicas):
+            raise errors[0]
 
     def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
         return self._spread([job], on_step, should_stop)[0]
@@ -95,7 +105,7 @@ class ReplicasExecutor(Executor):
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`; what each replica says is under ``replicas``."""
-        said = [replica.status() for replica in self.replicas]
+        said = [self._status_of(replica) for replica in self.replicas]
         states = {one["state"] for one in said}
         return {
             "state": next(state for state in ("busy", "ready", "starting", "absent") if state in states),
@@ -109,6 +119,14 @@ class ReplicasExecutor(Executor):
             "memory": [size for one in said for size in one.get("memory", ())],
             "replicas": said,
         }
+
+    def _status_of(self, replica: GroupExecutor) -> dict[str, Any]:
+        """One that does not come up is absent, and in no other's way."""
+        try:
+            return replica.status()
+        except GroupFailure as error:
+            absent = {"state": "absent", "plan": str(replica.plan), "devices": replica.devices}
+            return {**absent, "last_error": error.summary}
 
     def free(self) -> None:
         """See :meth:`Executor.free`. A replica that cannot is in no other's way."""

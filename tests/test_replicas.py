@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from parallel_backend import paces
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable
 from parallel_backend.jobs import DecodeJob, Windows, join_fields, split_fields
+from parallel_backend.paces import Paces
 from parallel_backend.pieces import cut
 from parallel_backend.plans import Plan
 from parallel_backend.replicas import ReplicasExecutor
@@ -140,3 +142,36 @@ def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(batch_of_thre
     finally:
         executor.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("replica ")]
+
+
+class Clock:
+    """Time that tests move."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "busy_for, left, begins",
+    [
+        (0.0, 3, True),  # the fast one would need 1 + 3 s, the slow one 3
+        (0.0, 1, False),  # 2 s
+        (0.9, 2, False),  # 0.1 + 2 s
+        (5.0, 1, True),  # the fast one is no longer fast
+    ],
+)
+def test_a_slow_worker_leaves_what_faster_ones_will_have_done_before_it(busy_for, left, begins, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(paces, "time", clock)
+    found = Paces()
+    assert found.should_begin("slow", ["fast"], left=1)  # nobody knows yet
+    for worker, seconds in (("fast", 1.0), ("slow", 3.0)):
+        found.begin(worker)
+        clock.now += seconds
+        found.end(worker, besides=0.0)
+    found.begin("fast")
+    clock.now += busy_for
+    assert found.should_begin("slow", ["fast"], left=left) == begins
+    assert found.should_begin("slow", [], left=left)
