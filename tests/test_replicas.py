@@ -11,7 +11,8 @@ import torch
 
 from parallel_backend import paces
 from parallel_backend.devices import Devices
-from parallel_backend.errors import Cancelled, GroupUnavailable
+from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import DecodeJob, Windows, join_fields, split_fields
 from parallel_backend.paces import Paces
 from parallel_backend.pieces import cut
@@ -142,6 +143,22 @@ def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(batch_of_thre
     finally:
         executor.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("replica ")]
+
+
+def test_gpus_and_cores_are_shared_out_in_order(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    first, second = Devices("cuda", (0, 1, 3, 2)).shared_out(2)
+    assert (str(first), str(second)) == ("0,1", "3,2")
+    assert second.environment() == {"CUDA_VISIBLE_DEVICES": "3,2", "OMP_NUM_THREADS": "2"}
+    (cpu, other) = Devices("cpu", (0, 1)).shared_out(2)
+    assert str(cpu) == str(other) == "cpu:1" and cpu.environment()["OMP_NUM_THREADS"] == "4"
+
+
+def test_a_single_group_has_no_replicas():
+    with pytest.raises(RequestError, match="replicas are groups of their own; a single group takes plan 'cfg2'"):
+        GroupExecutor(Plan.parse("replicas2-cfg2"), Devices("cpu", (0, 1, 2, 3)))
 
 
 class Clock:
