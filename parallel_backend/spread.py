@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .errors import Cancelled, GroupFailure
 from .executor import StepListener, StopSignal, steps_of
@@ -30,27 +30,24 @@ class Pool:
     def __init__(self, replicas: Sequence[GroupExecutor]):
         self._order = list(replicas)
         self._busy: set[GroupExecutor] = set()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
-    def take(self, without: set[GroupExecutor], should_stop: StopSignal) -> GroupExecutor | None:
-        """The first free replica, once there is one; None when none is left, or nobody wants one any more."""
-        with self._changed:
-            while not should_stop() and not without.issuperset(self._order):
-                for replica in self._order:
-                    if replica not in self._busy and replica not in without:
-                        self._busy.add(replica)
-                        return replica
-                self._changed.wait(POLL_SECONDS)
+    def take(self, is_wanted: Callable[[GroupExecutor], bool]) -> GroupExecutor | None:
+        """The first free replica that is wanted, or None."""
+        with self._lock:
+            for replica in self._order:
+                if replica not in self._busy and is_wanted(replica):
+                    self._busy.add(replica)
+                    return replica
         return None
 
     def give_back(self, replica: GroupExecutor, *, lost: bool) -> None:
         """Makes a replica free; one that was lost will be taken last, in case it comes back."""
-        with self._changed:
+        with self._lock:
             self._busy.discard(replica)
             if lost:
                 self._order.remove(replica)
                 self._order.append(replica)
-            self._changed.notify_all()
 
 
 class Spread:
@@ -119,29 +116,22 @@ class Spread:
         return self._stop.is_set() or self.has_closed()
 
     def _work(self) -> None:
-        """Takes pieces until all are done. One that finds none waits for what others may give back."""
+        """Takes pieces until all are done. While it finds none, or no replica, it looks again for what others give back."""
         while not self._is_stopping() and len(self.results) < len(self.jobs):
-            if not self._waiting:
+            with self._lock:
+                replica = self.pool.take(self._is_wanted) if self._waiting else None
+                if replica:
+                    number = self._waiting.popleft()
+                    self._paces.begin(replica)
+            if replica:
+                self._try(number, replica)
+            else:
                 time.sleep(POLL_SECONDS)
-                continue
-            replica = self.pool.take(self._lost, self._is_stopping)
-            if replica is None:  # none is left, and the last one's error is known; or nobody wants the rest
-                return
-            number = self._next_for(replica)
-            if number is None:
-                self.pool.give_back(replica, lost=False)
-                time.sleep(POLL_SECONDS)
-                continue
-            self._try(number, replica)
 
-    def _next_for(self, replica: GroupExecutor) -> int | None:
-        """The next piece, where there is one that is not better left to faster replicas."""
-        with self._lock:
-            others = self.names.keys() - self._lost - {replica}
-            if not self._waiting or not self._paces.should_begin(replica, others, left=len(self._waiting)):
-                return None
-            self._paces.begin(replica)
-            return self._waiting.popleft()
+    def _is_wanted(self, replica: GroupExecutor) -> bool:
+        """Whether a replica is there, and no faster ones will have done before it what is left."""
+        others = self.names.keys() - self._lost - {replica}
+        return replica not in self._lost and self._paces.should_begin(replica, others, left=len(self._waiting))
 
     def _try(self, number: int, replica: GroupExecutor) -> None:
         lost, loading = False, None

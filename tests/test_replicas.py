@@ -88,7 +88,7 @@ def test_a_batch_over_two_replicas_is_the_one_of_a_single_process(like, settings
 
 def test_a_slow_replica_takes_fewer_and_results_come_in_order(replicas, make_job, local, monkeypatch):
     jobs = [make_job("5b", size=(48, 48, 5), steps=2, seed=seed) for seed in range(7)]
-    fast, slow = (counted(replica, monkeypatch, slower=wait) for replica, wait in zip(replicas.replicas, (0.0, 3.0)))
+    slow, fast = (counted(replica, monkeypatch, slower=wait) for replica, wait in zip(replicas.replicas, (3.0, 0.0)))
     results = replicas.sample_all(jobs)
     for job, result in zip(jobs, results):
         assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
