@@ -31,7 +31,8 @@ class XDiTBackend(io.ComfyNode):
                     default=AUTO,
                     tooltip="auto, single, or degrees that multiply to the number of devices: cfg2 (both halves of "
                     "guidance), ulyssesN (must divide the model's heads), ringN; such as cfg2-ulysses2. For a model that does "
-                    "not fit on each GPU: tensorN, or fsdpN, which multiplies nothing: cfg2-fsdp2 is two GPUs.",
+                    "not fit on each GPU: tensorN, or fsdpN, which multiplies nothing: cfg2-fsdp2 is two GPUs. "
+                    "For a batch: replicasN, N groups that share its videos; such as replicas2-cfg2.",
                 ),
             ],
             outputs=[BackendSocket.Output(display_name="backend")],

@@ -55,7 +55,13 @@ def build_parser() -> Parser:
     generate = commands_of.add_parser("generate", help="a prompt, an image or a video to a video file")
     add_model_options(generate)
     add_run_options(generate)
-    generate.add_argument("--prompt", required=True)
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt")
+    prompts.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="many prompts, one a line: a video each, OUTPUT with its number before .mp4; replicasN in the plan makes N at a time",
+    )
     generate.add_argument("--negative-prompt", default="")
     generate.add_argument(
         "--image", help="a file to start from, for an image-to-video or inpaint model; resized to cover, cropped at the centre"
@@ -77,6 +83,13 @@ def build_parser() -> Parser:
     generate.add_argument("--window-schedule", choices=WINDOW_SCHEDULES, help="static, or shifted from step to step")
     generate.add_argument("--no-noise-shuffle", action="store_true", help="new noise for every window")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N videos of each prompt, of as many seeds from --seed; numbered likewise",
+    )
     generate.add_argument("--tiling", choices=TILINGS, default="auto", help="encode and decode in tiles")
     generate.add_argument("--fps", type=float, help="default: the video's own where one is given, else the model's")
     generate.add_argument("--output", required=True, help="an .mp4 file")

@@ -11,6 +11,7 @@ from .group.client import GroupExecutor
 from .local import LocalExecutor
 from .planner import choose
 from .plans import AUTO, Plan
+from .replicas import ReplicasExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,11 @@ def first(found: Devices, plan: Plan) -> Devices:
 
 
 def open_executor(plan: Plan, devices: Devices) -> Executor:
-    """This process for one device, a shared group that fits where one is running, else a group of its own."""
+    """This process for one device, a shared group that fits where one is running, else a group of its own or several."""
     if plan.world_size == 1:
         return LocalExecutor(devices.first)
+    if plan.replicas > 1:
+        return ReplicasExecutor(plan, devices)
     return shared_group(plan, devices) or GroupExecutor(plan, devices)
 
 

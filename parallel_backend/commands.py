@@ -20,6 +20,7 @@ from .cogvideox.text import TextEncoder
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
 from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, empty_latent, two_thirds
+from .outputs import Video, videos_of
 from .planner import candidates, choose
 from .plans import AUTO, Plan
 
@@ -74,13 +75,15 @@ def lora_of(word: str) -> Lora:
     return Lora(str(Path(file).expanduser().absolute()), number)
 
 
-def encode_prompts(args: Namespace, checkpoint: Checkpoint, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Text states of the prompt and, with guidance, of the negative prompt; the encoder's memory is free again."""
+def encode_prompts(
+    args: Namespace, prompts: list[str], checkpoint: Checkpoint, device: torch.device
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Text states of each prompt and, with guidance, of the negative prompt; the encoder's memory is free again."""
     encoder = TextEncoder(checkpoint, device=device, dtype=checkpoint.dtype(args.dtype, device))
-    prompts = [args.prompt] + ([args.negative_prompt] if args.cfg > 1 else [])
-    states = [encoder.encode([encoder.tokenize(prompt)]) for prompt in prompts]
+    texts = dict.fromkeys([*prompts, *([args.negative_prompt] if args.cfg > 1 else [])])
+    states = {text: encoder.encode([encoder.tokenize(text)]) for text in texts}
     encoder.unload()
-    return states[0], states[1] if len(states) > 1 else None
+    return [states[prompt] for prompt in prompts], states[args.negative_prompt] if args.cfg > 1 else None
 
 
 def denoise_of(args: Namespace) -> float:
@@ -106,12 +109,12 @@ def windows_of(args: Namespace) -> Windows | None:
 
 
 def generate(args: Namespace) -> int:
-    """A prompt, and images or videos where they are given, to a video file."""
-    output = Path(args.output)
-    video.check_video_name(output)
+    """Prompts, and images or videos where they are given, to a video file each."""
+    video.check_video_name(Path(args.output))
+    wanted = videos_of(args)
     if args.fps is not None:
         between("fps", args.fps, 1, 240)
-    for path in filter(None, (output, args.save_latents and Path(args.save_latents))):
+    for path in (path for one in wanted for path in one.files):
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
@@ -122,7 +125,7 @@ def generate(args: Namespace) -> int:
     latent = empty_latent(**size, channels=checkpoint.channels)
     settings = {
         "denoise": denoise,
-        "seed": args.seed,
+        "seed": wanted[-1].seed,
         "steps": args.steps,
         "cfg": args.cfg,
         "scheduler": args.scheduler,
@@ -143,47 +146,63 @@ def generate(args: Namespace) -> int:
     print(f"{checkpoint.describe}\nplan {plan} on {devices}: {reason}", file=sys.stderr)
     started = time.perf_counter()
     try:
-        sampled, decoded = produce(args, job, given, checkpoint, plan, devices)
+        costs = produce(args, wanted, job, given, checkpoint, plan, devices)
     except GroupUnavailable as error:
         if args.plan != AUTO:
             raise
         print(f"no group: {error.summary}; working in this process", file=sys.stderr)
-        sampled, decoded = produce(args, job, given, checkpoint, Plan(), devices)
-    summary = summarise(sampled, decoded) | {
-        "total_seconds": time.perf_counter() - started, "output": str(output), "seed": args.seed,
-    }  # fmt: skip
-    for note in summary["notes"]:
+        costs = produce(args, wanted, job, given, checkpoint, Plan(), devices)
+    total = time.perf_counter() - started
+    made = [{**summarise(*cost), "output": str(one.output), "seed": one.seed} for one, cost in zip(wanted, costs)]
+    for note in dict.fromkeys(note for summary in made for note in summary["notes"]):
         print(note, file=sys.stderr)
     if args.json:
-        show_json(summary)
-    else:
+        show_json({**made[0], "total_seconds": total} if len(made) == 1 else {"videos": made, "total_seconds": total})
+        return 0
+    for summary in made:
         show(
-            f"{output}: plan {summary['plan']}, {1 / summary['step_seconds']:.2f} steps/s, load {summary['load_seconds']:.1f} s, "
-            f"sample {summary['sample_seconds']:.1f} s, decode {summary['decode_seconds']:.1f} s, "
-            f"total {summary['total_seconds']:.1f} s"
+            f"{summary['output']}: plan {summary['plan']}, {1 / summary['step_seconds']:.2f} steps/s, "
+            f"load {summary['load_seconds']:.1f} s, sample {summary['sample_seconds']:.1f} s, "
+            f"decode {summary['decode_seconds']:.1f} s" + (f", total {total:.1f} s" if len(made) == 1 else "")
         )
+    if len(made) > 1:
+        show(f"{len(made)} videos: total {total:.1f} s")
     return 0
 
 
 def produce(
-    args: Namespace, job: SampleJob, given: dict[str, torch.Tensor], checkpoint: Checkpoint, plan: Plan, devices: Devices
-) -> tuple[Report, Report]:
-    """Encodes prompts and pictures into the job's blanks, samples, decodes and writes the files. Returns what it cost."""
+    args: Namespace,
+    wanted: list[Video],
+    job: SampleJob,
+    given: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    plan: Plan,
+    devices: Devices,
+) -> list[tuple[Report, Report]]:
+    """Encodes prompts and pictures into the job's blanks, samples, decodes and writes the files. Returns what each video cost."""
     executor = open_executor(plan, devices)
     try:
         executor.start()  # a group comes up while the text is encoded
-        positive, negative = encode_prompts(args, checkpoint, devices.first)
+        positives, negative = encode_prompts(args, [one.prompt for one in wanted], checkpoint, devices.first)
         encoded = {name: executor.encode(EncodeJob(job.model, pixels, args.tiling)).tensor for name, pixels in given.items()}
-        sampled = executor.sample(replace(job, positive=positive, negative=negative, **encoded), on_step=show_step)
-        if args.save_latents:
-            video.save_latent(Path(args.save_latents), sampled.tensor)
-        decoded = executor.decode(DecodeJob(job.model, sampled.tensor, tiling=args.tiling))
+        job = replace(job, negative=negative, **encoded)
+        jobs = [replace(job, positive=positive, seed=one.seed) for positive, one in zip(positives, wanted)]
+        sampled = executor.sample_all(jobs, on_step=show_step)
+        for one, result in zip(wanted, sampled):
+            if one.latents:
+                video.save_latent(one.latents, result.tensor)
         source = args.video or args.control_video
         fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
-        video.save_or_rescue(Path(args.output), decoded.tensor[0], fps=fps, metadata={"prompt": args.prompt})
+        reports = []
+        for first in range(0, len(wanted), plan.replicas):  # frames of more than are decoded at once would fill memory
+            lot = slice(first, first + plan.replicas)
+            decodes = [DecodeJob(job.model, result.tensor, tiling=args.tiling) for result in sampled[lot]]
+            for one, decoded in zip(wanted[lot], executor.decode_all(decodes)):
+                video.save_or_rescue(one.output, decoded.tensor[0], fps=fps, metadata={"prompt": one.prompt})
+                reports.append(decoded.report)
     finally:
         executor.close()
-    return sampled.report, decoded.report
+    return [(result.report, report) for result, report in zip(sampled, reports)]
 
 
 def summarise(sampled: Report, decoded: Report) -> dict:

@@ -1,7 +1,7 @@
 """Who runs a job for a caller. Nodes and the command line know only this."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ def never() -> bool:
     return False
 
 
+def steps_of(jobs: Sequence[Job]) -> int:
+    """Steps that jobs run together."""
+    return sum(job.steps_to_run for job in jobs if isinstance(job, SampleJob))
+
+
 class Executor(ABC):
     """One interface for this process and for a group of them."""
 
@@ -46,15 +51,25 @@ class Executor(ABC):
             GroupUnavailable: when the group's processes did not come up.
             GroupError: when a worker failed.
         """
-        return self._checked(job, on_step, should_stop)
+        return self.run(job, on_step, should_stop)
 
     def decode(self, job: DecodeJob, *, should_stop: StopSignal = never) -> Result:
         """Decodes a latent to frames; raises as :meth:`sample` does."""
-        return self._checked(job, silent, should_stop)
+        return self.run(job, should_stop=should_stop)
 
     def encode(self, job: EncodeJob, *, should_stop: StopSignal = never) -> Result:
         """Encodes frames to a latent; raises as :meth:`sample` does."""
-        return self._checked(job, silent, should_stop)
+        return self.run(job, should_stop=should_stop)
+
+    def sample_all(
+        self, jobs: Sequence[SampleJob], *, on_step: StepListener = silent, should_stop: StopSignal = never
+    ) -> list[Result]:
+        """Denoises several latents, and tells steps of all of them together; raises as :meth:`sample` does."""
+        return self._run_all(jobs, on_step, should_stop)
+
+    def decode_all(self, jobs: Sequence[DecodeJob], *, should_stop: StopSignal = never) -> list[Result]:
+        """Decodes several latents; raises as :meth:`sample` does."""
+        return self._run_all(jobs, silent, should_stop)
 
     def check(self, job: Job) -> None:
         """Raises RequestError when the checkpoint or the plan cannot do the job."""
@@ -64,9 +79,21 @@ class Executor(ABC):
         if isinstance(job, SampleJob):
             self.plan.check_offload(job.model.offload)
 
-    def _checked(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
+    def run(self, job: Job, on_step: StepListener = silent, should_stop: StopSignal = never) -> Result:
+        """Runs a job of any kind; raises as :meth:`sample` does."""
         self.check(job)
         return self._run(job, on_step, should_stop)
+
+    def _run_all(self, jobs: Sequence[Job], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
+        """Runs jobs one after the other, once all of them are checked."""
+        for job in jobs:
+            self.check(job)
+        total = steps_of(jobs)
+        results: list[Result] = []
+        for place, job in enumerate(jobs):
+            before = steps_of(jobs[:place])
+            results.append(self._run(job, lambda step, _, before=before: on_step(before + step, total), should_stop))
+        return results
 
     def start(self) -> None:
         """Begins whatever takes time before the first job, without waiting for it."""

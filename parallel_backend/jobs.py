@@ -257,6 +257,10 @@ class SampleJob:
     """For inpaint models: the video as an unscaled VAE latent like ``control``, black where it is made anew."""
     mask: torch.Tensor | None = None
     """Beside ``masked_video``: ``[1 or batch, 1, latent frames, height/8, width/8]``, 1 where the video is made anew."""
+    batch_size: int = 0
+    """For one video of a batch that is made apart from the others: how many they are together; 0 where the job is whole."""
+    batch_index: int = 0
+    """Which of them it is. It gets the noise that it would have had among them."""
 
     def __post_init__(self):
         check_latent(self.latent)
@@ -268,9 +272,14 @@ class SampleJob:
         between("seed", self.seed, 0, MAX_SEED)
         between("cfg", self.cfg, 0.0, 100.0)
         between("denoise", self.denoise, 0.0, 1.0)
-        if int(self.steps * self.denoise) < 1:
+        if self.steps_to_run < 1:
             raise RequestError(f"denoise {self.denoise} of {self.steps} steps leaves no step; raise either")
-        if self.denoise < 1 and not self.latent.any():
+        if self.batch_size and not (self.latent.shape[0] == 1 and 0 <= self.batch_index < self.batch_size):
+            raise RequestError(
+                f"the latent has {self.latent.shape[0]} videos, as number {self.batch_index} of a batch of {self.batch_size}; "
+                "such a job is of one video of the batch"
+            )
+        if self.denoise < 1 and not self.batch_size and not self.latent.any():
             raise RequestError(f"denoise is {self.denoise} but the latent is empty; encode a video, or use denoise 1")
         if self.guided and self.negative is None:
             raise RequestError(f"cfg is {self.cfg} but there is no negative conditioning; give one, or use cfg 1")
@@ -302,6 +311,18 @@ class SampleJob:
     def guided(self) -> bool:
         """Whether each step runs the model on both prompts."""
         return self.cfg > 1
+
+    @property
+    def steps_to_run(self) -> int:
+        """Of the steps, those that ``denoise`` leaves."""
+        return int(self.steps * self.denoise)
+
+    @property
+    def drawn(self) -> tuple[int, slice]:
+        """For how many videos noise is drawn, and which of them are this job's."""
+        if self.batch_size:
+            return self.batch_size, slice(self.batch_index, self.batch_index + 1)
+        return self.latent.shape[0], slice(None)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class Plan:
     """Ranks that pass keys and values around; takes any number."""
     fsdp: int = 1
     """Ranks, of those that the other degrees make, that keep a part of each block's weights and gather it when it runs."""
+    replicas: int = 1
+    """Groups of their own, each with the rest of the plan; they share videos, not a forward pass."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -38,7 +40,7 @@ class Plan:
         self._check_fsdp()
 
     def _check_fsdp(self) -> None:
-        holders = self.world_size // self.tensor
+        holders = self.replica_size // self.tensor
         if holders % self.fsdp == 0:
             return
         if holders == 1:
@@ -73,8 +75,8 @@ class Plan:
         return cls(**degrees)
 
     def __str__(self) -> str:
-        parts = [f"{f.name}{getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1]
-        return "-".join(parts) or SINGLE
+        names = ["replicas", *(f.name for f in fields(self) if f.name != "replicas")]
+        return "-".join(f"{name}{getattr(self, name)}" for name in names if getattr(self, name) > 1) or SINGLE
 
     @property
     def sequence(self) -> int:
@@ -84,12 +86,22 @@ class Plan:
     @property
     def world_size(self) -> int:
         """Processes the plan needs."""
+        return self.replicas * self.replica_size
+
+    @property
+    def replica_size(self) -> int:
+        """Processes that split one forward pass."""
         return self.cfg * self.tensor * self.sequence
+
+    @property
+    def replica(self) -> "Plan":
+        """How each replica splits its forward passes."""
+        return replace(self, replicas=1)
 
     @property
     def talks_much(self) -> bool:
         """Whether ranks exchange tokens or weights in every block, and not a prediction in every step."""
-        return self.world_size > self.cfg or self.fsdp > 1
+        return self.replica_size > self.cfg or self.fsdp > 1
 
     def fits(self, heads: int) -> bool:
         """Whether a model of so many heads can be split so. Its feed-forward is a multiple of the heads."""

@@ -48,6 +48,7 @@ LONG = (
     "group",
     "command_line",
     "demo",
+    "replicas",
     "core_parts",
     "host",
     "offload",

@@ -84,9 +84,29 @@ def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(run, checkpo
     assert not workers()
 
 
+def test_a_file_of_prompts_and_a_count_of_seeds_become_numbered_videos_over_replicas(run, checkpoints, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue square\n")
+    size = ("--model", checkpoints["5b"], "--width", 64, "--height", 48, "--frames", 9, "--steps", 2)
+    many = ("--prompts-file", prompts, "--count", 2, "--seed", 7, "--plan", "replicas2", "--devices", "cpu:2", "--json")
+    done = run("generate", *size, *many, "--output", tmp_path / "out.mp4", "--save-latents", tmp_path / "out.latent")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert [(one["seed"], one["plan"]) for one in report["videos"]] == [(seed, "replicas2") for seed in (7, 8, 7, 8)]
+    assert [one["output"] for one in report["videos"]] == [str(tmp_path / f"out-{number}.mp4") for number in (1, 2, 3, 4)]
+    assert all((tmp_path / f"out-{number}.mp4").stat().st_size for number in (1, 2, 3, 4))
+    assert re.findall(r"^step (\d+)/8$", done.stderr, re.M)[-1] == "8"
+    alone = ("--prompt", "a blue square", "--seed", 8, "--devices", "cpu", "--output", tmp_path / "alone.mp4")
+    assert run("generate", *size, *alone, "--save-latents", tmp_path / "alone.latent").returncode == 0
+    found, expected = (load_file(tmp_path / f"{name}.latent")["latent_tensor"] for name in ("out-4", "alone"))
+    assert (found - expected).abs().max() <= TOLERANCE
+    assert wait_until(lambda: not workers(), 10)
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
+        (("--count", "0"), "count is 0; use 1 or more"),
         (("--width", "100"), "width is 100.*multiple of 16"),
         (("--width", "0"), "width is 0"),
         (("--frames", "0"), "frames is 0"),

@@ -2,6 +2,8 @@
 
 import pytest
 
+from .conftest import TOLERANCE
+
 
 def test_auto_keeps_the_group_that_is_warm_for_a_job_without_guidance_and_for_a_senseless_one(in_comfyui):
     shown, log = in_comfyui("""
@@ -104,6 +106,22 @@ for engine_run in (run, fail):
 show(sizes=sizes)
 """)
     assert shown["sizes"] == [True, False]
+
+
+def test_a_batch_is_spread_over_the_replicas_of_a_backend_and_unloading_reaches_all(in_comfyui):
+    shown, log = in_comfyui("""
+backend, batch = Handle("cpu:2", "replicas2"), torch.cat([latent, latent])
+result, alone = host.run(sample(latent=batch), backend), host.run(sample(latent=batch))
+executor = host._groups.executor
+held = [one["held"] for one in executor.status()["replicas"]]
+host._held[executor].detach()
+freed = [one["held"] for one in executor.status()["replicas"]]
+asked = [host.working_bytes(sample(latent=batch), checkpoint, plan, torch.float32) for plan in (executor.plan, executor.plan.replica)]
+show(plan=result.report.plan, off=(result.tensor - alone.tensor).abs().max().item(), held=held, freed=freed, asked=asked)
+""")
+    assert shown["plan"] == "replicas2" and shown["off"] <= TOLERANCE
+    assert shown["held"] == [["transformer"]] * 2 and shown["freed"] == [[], []]
+    assert 2 * shown["asked"][0] == shown["asked"][1]  # each has one video at a time
 
 
 def test_a_group_counts_against_the_gpu_of_comfyui_only_where_it_uses_it(in_comfyui):

@@ -17,6 +17,7 @@ from .conftest import REPO
     [
         ("single", 1), ("cfg2", 2), ("ulysses4", 4), ("cfg2-ulysses2-ring3", 12), ("tensor2-ulysses2", 4),
         ("cfg2-fsdp2", 2), ("cfg2-ulysses2-fsdp4", 4), ("cfg2-tensor3-ring2-fsdp4", 12),
+        ("replicas2", 2), ("replicas3-cfg2-fsdp2", 6),
     ],
 )  # fmt: skip
 def test_a_plan_reads_and_writes_the_same_and_multiplies(text, world):
@@ -59,6 +60,7 @@ def test_tensor_takes_heads_first_and_ulysses_of_what_is_left(text, heads, words
     "text, words",
     [
         ("fsdp2", "there is one with the same weights; use 'cfg2-fsdp2', or 'ulysses2-fsdp2'"),
+        ("replicas2-fsdp2", "there is one with the same weights; use 'replicas2-cfg2-fsdp2', or 'replicas2-ulysses2-fsdp2'"),
         ("tensor2-fsdp2", "there is one with the same weights; use 'cfg2-tensor2-fsdp2', or 'tensor2-ulysses2-fsdp2'"),
         ("cfg2-ring2-fsdp3", "fsdp3 does not divide the 4 ranks that would have the same weights; use fsdp 2, 4"),
     ],
@@ -67,6 +69,12 @@ def test_fsdp_is_over_ranks_that_would_have_the_same_weights(text, words):
     with pytest.raises(RequestError, match=words) as error:
         Plan.parse(text)
     assert "\n" not in str(error.value)
+
+
+def test_a_replica_has_the_rest_of_the_plan():
+    plan = Plan.parse("replicas3-cfg2-fsdp2")
+    assert (str(plan.replica), plan.replica_size, plan.replica.world_size) == ("cfg2-fsdp2", 2, 2)
+    assert not Plan.parse("replicas2-cfg2").talks_much and plan.talks_much
 
 
 def test_degrees_must_multiply_to_the_devices_and_the_error_names_each():

@@ -63,9 +63,11 @@ def starting_point(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The noisy latent ``[batch, frames, channels, height, width]`` and the timesteps to run, on the CPU.
 
-    Noise is drawn on the CPU in the model's dtype, as diffusers' pipelines draw it for a CPU generator.
+    Noise is drawn on the CPU in the model's dtype, as diffusers' pipelines draw it for a CPU generator; for a job of one video
+    of a batch all of the batch's, so that the video is the one that it would have been among the others.
     """
-    batch, channels, frames, height, width = job.latent.shape
+    _, channels, frames, height, width = job.latent.shape
+    batch, own = job.drawn
     padding = checkpoint.padding_frames(frames)
     scheduler.set_timesteps(job.steps)
     for encoded in (job.image, job.latent if job.denoise < 1 else None):
@@ -73,9 +75,9 @@ def starting_point(
             # diffusers samples the VAE's posterior with this generator before it draws the noise. We take the posterior's
             # mean, as the core's nodes do, and pass over its numbers, so that the noise of a seed is the same.
             torch.randn((batch, *encoded.shape[1:]), generator=generator, dtype=dtype)
-    skipped = job.steps - int(job.steps * job.denoise)
+    skipped = job.steps - job.steps_to_run
     timesteps = scheduler.timesteps[skipped:]
-    noise = torch.randn((batch, frames + padding, channels, height, width), generator=generator, dtype=dtype)
+    noise = torch.randn((batch, frames + padding, channels, height, width), generator=generator, dtype=dtype)[own]
     if layout.shuffled:
         noise = noise[:, layout.noise_order(generator)]
     if job.denoise == 1:
@@ -180,7 +182,7 @@ def denoise(
                 raise Cancelled(f"stopped after step {index} of {len(timesteps)}")
         if not velocity.isfinite().all():
             raise FloatingPointError(f"step {index + 1} of {len(timesteps)} is not finite in {dtype}; use dtype bf16 or fp32")
-        latents, history = advance(scheduler, velocity, history, timesteps, index, latents, generator)
+        latents, history = advance(scheduler, velocity, history, timesteps, index, latents, generator, job.drawn)
         latents = latents.to(dtype)
         split.synchronize()
         if not on_step(Progress(index + 1, latents, generator.get_state(), history), len(timesteps)):
@@ -191,7 +193,7 @@ def denoise(
     return result.cpu().contiguous()
 
 
-def advance(scheduler, velocity, history, timesteps, index, latents, generator):
+def advance(scheduler, velocity, history, timesteps, index, latents, generator, drawn):
     """One step of either scheduler. Returns the latents and what the next step needs of this one."""
     from diffusers import CogVideoXDPMScheduler
 
@@ -199,4 +201,7 @@ def advance(scheduler, velocity, history, timesteps, index, latents, generator):
     if not isinstance(scheduler, CogVideoXDPMScheduler):
         return scheduler.step(velocity, timestep, latents, return_dict=False)[0], None
     before = timesteps[index - 1] if index > 0 else None
-    return scheduler.step(velocity, history, timestep, before, latents, generator=generator, return_dict=False)
+    batch, own = drawn
+    among = latents.expand(batch, *latents.shape[1:])  # the scheduler draws noise in the shape of its sample
+    made = scheduler.step(velocity, history, timestep, before, among, generator=generator, return_dict=False)
+    return tuple(part[own] for part in made)

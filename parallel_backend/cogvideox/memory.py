@@ -82,6 +82,8 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     if not isinstance(job, SampleJob):
         return vae.working_bytes(job, dtype)
     batch, _, _, height, width = job.latent.shape
+    if plan.replicas > 1:
+        batch = 1  # each replica has one video at a time
     halves = 2 // plan.cfg if job.guided else 1
     tokens = (checkpoint.tokens(Layout.of(job, checkpoint).length, height, width) + checkpoint.text_tokens) // plan.sequence
     factor = WORKING_FACTOR - SPLIT_FACTOR + SPLIT_FACTOR / plan.tensor + (step_cache.STATES if job.model.step_cache else 0)

@@ -121,6 +121,10 @@ class GroupExecutor(Executor):
         """See :meth:`Executor.is_usable`. A group of its own is started again when it was lost."""
         return self._launcher is not None or self.address in running()
 
+    def is_there(self) -> bool:
+        """Whether its processes are there, if only to start."""
+        return self._launcher.is_running() if self._launcher else self.address in running()
+
     def stop(self) -> None:
         """Ends the group, whoever keeps it."""
         self._ask(Message("stop"))

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..devices import Devices
-from ..errors import GroupUnavailable
+from ..errors import GroupUnavailable, RequestError
 from ..plans import Plan
 from .address import GroupAddress
 
@@ -55,6 +55,8 @@ def check_possible(plan: Plan, devices: Devices) -> None:
         GroupUnavailable: one line with the reason and what to do.
     """
     plan.check_world(devices.count)
+    if plan.replicas > 1:
+        raise RequestError(f"plan '{plan}': replicas are groups of their own; a single group takes plan '{plan.replica}'")
     if not sys.platform.startswith("linux"):
         raise GroupUnavailable(f"xDiT groups need Linux (this is {sys.platform}); on Windows use WSL2")
     if not os.environ.get("XDIT_PYTHON") and find_spec("xfuser") is None:

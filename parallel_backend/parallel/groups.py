@@ -29,7 +29,7 @@ SLOW_LINK, SLOWEST_LINK = 2e9, 2e8
 
 def slow_link(plan: Plan, kind: str, speed: float) -> str | None:
     """What a person is told of a link of ``speed`` bytes a second between devices of a ``kind``, where it will hold them up."""
-    if kind == "cpu" or speed >= (SLOW_LINK if plan.talks_much else SLOWEST_LINK):
+    if kind == "cpu" or plan.world_size == 1 or speed >= (SLOW_LINK if plan.talks_much else SLOWEST_LINK):
         return None
     advice = "a plan of cfg2 alone exchanges least, and " if plan.talks_much else ""
     return (
@@ -62,7 +62,7 @@ class GroupSplit(Split):
         """Exchanges data over every kind of group once, as a job will, so that a broken link hangs here and not there.
 
         Returns:
-            Bytes a second that the slowest rank sent and received, which are the same in an all-reduce.
+            Bytes a second that the slowest rank sent and received, which are the same in an all-reduce; 0 with nobody to send to.
         """
         tensor = torch.zeros(PROBE_NUMBERS[self.device.type], device=self.device)
         dist.all_reduce(tensor)

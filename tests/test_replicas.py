@@ -1,0 +1,190 @@
+"""Replicas: groups that share the videos of a batch, unequal ones and ones that are lost included."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parallel_backend import paces
+from parallel_backend.devices import Devices
+from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from parallel_backend.group.client import GroupExecutor
+from parallel_backend.jobs import DecodeJob, Windows, join_fields, split_fields
+from parallel_backend.paces import Paces
+from parallel_backend.pieces import cut
+from parallel_backend.plans import Plan
+from parallel_backend.replicas import ReplicasExecutor
+
+from .conftest import TOLERANCE, rank_processes, wait_until, workers
+
+VIDEO = torch.randn(3, 16, 3, 6, 10, generator=torch.Generator().manual_seed(5))
+CASES = [
+    ("2b", {"scheduler": "ddim"}),
+    ("5b", {"scheduler": "dpm"}),
+    ("5b", {"scheduler": "dpm", "denoise": 0.5, "latent": VIDEO, "steps": 6}),
+    ("5b", {"scheduler": "dpm", "windows": Windows(5, 4), "steps": 3}),
+    ("5b-i2v", {"scheduler": "ddim", "image": torch.randn(3, 16, 1, 8, 12), "size": (96, 64, 9), "steps": 3}),
+]
+
+
+@pytest.fixture(scope="module")
+def replicas():
+    """Two groups of one process each."""
+    executor = ReplicasExecutor(Plan.parse("replicas2"), Devices("cpu", (0, 1)))
+    executor.start()
+    executor.status()
+    yield executor
+    executor.close()
+    assert wait_until(lambda: not workers(), 10)
+
+
+@pytest.fixture
+def batch_of_three(make_job):
+    return lambda like="5b", **settings: make_job(like, batch=3, **{"size": (80, 48, 9), "steps": 4, **settings})
+
+
+def counted(replica, monkeypatch, *, slower: float = 0.0) -> list[int]:
+    """Notes each piece that a replica takes, and makes it slower by some seconds."""
+    taken, run = [], replica.run
+
+    def slow(job, *others):
+        taken.append(getattr(job, "batch_index", 0))
+        result = run(job, *others)
+        time.sleep(slower)
+        return result
+
+    monkeypatch.setattr(replica, "run", slow)
+    return taken
+
+
+@pytest.mark.parametrize("like, settings", CASES)
+def test_a_video_made_apart_is_the_one_that_the_batch_would_have_had(like, settings, batch_of_three, local):
+    job = batch_of_three(like, **settings)
+    expected = local.sample(job).tensor
+    pieces = [join_fields("sample", *split_fields(piece)) for piece in cut(job)]  # as they are after the wire
+    found = torch.cat([local.sample(piece).tensor for piece in pieces])
+    assert (found - expected).abs().max() <= TOLERANCE
+    assert (expected[0] - expected[1]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("like, settings", CASES[:3])
+def test_a_batch_over_two_replicas_is_the_one_of_a_single_process(like, settings, replicas, batch_of_three, local, monkeypatch):
+    job = batch_of_three(like, **settings)
+    taken = [counted(replica, monkeypatch) for replica in replicas.replicas]
+    seen = []
+    result = replicas.sample(job, on_step=lambda *step: seen.append(step))
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    assert all(taken) and sorted(taken[0] + taken[1]) == [0, 1, 2]
+    total = 3 * job.steps_to_run
+    assert seen == [(step, total) for step in range(1, total + 1)]
+    report = result.report
+    assert (report.plan, report.world_size, len(report.peak_memory), len(report.step_seconds)) == ("replicas2", 2, 2, total)
+    assert not report.notes
+
+
+def test_a_slow_replica_takes_fewer_and_results_come_in_order(replicas, make_job, local, monkeypatch):
+    jobs = [make_job("5b", size=(48, 48, 5), steps=2, seed=seed) for seed in range(7)]
+    slow, fast = (counted(replica, monkeypatch, slower=wait) for replica, wait in zip(replicas.replicas, (3.0, 0.0)))
+    results = replicas.sample_all(jobs)
+    for job, result in zip(jobs, results):
+        assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    assert len(fast) + len(slow) == 7 and len(fast) > len(slow) > 0
+
+
+def test_decoding_is_spread_and_state_and_memory_are_of_all(replicas, make_job, local):
+    job = DecodeJob(make_job("5b").model, VIDEO)
+    assert (replicas.decode(job).tensor - local.decode(job).tensor).abs().max() <= TOLERANCE
+    status = replicas.status()
+    assert (status["state"], status["plan"], len(status["memory"]), len(status["replicas"])) == ("ready", "replicas2", 2, 2)
+    assert [one["held"] for one in status["replicas"]] == [status["held"]] * 2
+    assert replicas.torch_devices == (torch.device("cpu"),) * 2
+    replicas.free()
+    assert replicas.status()["held"] == []
+
+
+def test_a_cancelled_batch_stops_on_all_replicas_and_they_stay_warm(replicas, batch_of_three):
+    seen, slow = [], batch_of_three(size=(480, 320, 17), steps=200)
+    with pytest.raises(Cancelled):
+        replicas.sample(slow, on_step=lambda step, _: seen.append(step), should_stop=lambda: len(seen) >= 2)
+    assert wait_until(lambda: all(one["state"] == "ready" for one in replicas.status()["replicas"]), 20)
+    assert len(seen) < 10
+
+
+def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(replicas, batch_of_three, local, monkeypatch):
+    job = batch_of_three(steps=6)
+    replicas.sample(batch_of_three(steps=1))
+    victim, survivor = replicas.replicas
+    taken = counted(survivor, monkeypatch)
+    monkeypatch.setenv("XDIT_PYTHON", "/bin/false")  # no group comes back
+    hurt = []
+
+    def kill(step: int, total: int) -> None:
+        if step >= 4 and not hurt:
+            hurt.append(step)
+            os.kill(rank_processes(victim.address)[0], signal.SIGKILL)
+
+    result = replicas.sample(job, on_step=kill)
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    (note,) = result.report.notes
+    assert note.startswith("replica 1 of 2 (cpu:1) was lost, and the others do its work: ") and "\n" not in note
+    assert len(taken) >= 2
+    alone = replicas.sample(replace(job, latent=job.latent[:1]))  # the one that is there comes first now
+    assert not alone.report.notes
+
+    os.kill(rank_processes(survivor.address)[0], signal.SIGKILL)
+    with pytest.raises(GroupUnavailable, match="did not start"):
+        replicas.sample(job)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("replica ")]
+
+
+def test_gpus_and_cores_are_shared_out_in_order(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    first, second = Devices("cuda", (0, 1, 3, 2)).shared_out(2)
+    assert (str(first), str(second)) == ("0,1", "3,2")
+    assert second.environment() == {"CUDA_VISIBLE_DEVICES": "3,2", "OMP_NUM_THREADS": "2"}
+    (cpu, other) = Devices("cpu", (0, 1)).shared_out(2)
+    assert str(cpu) == str(other) == "cpu:1" and cpu.environment()["OMP_NUM_THREADS"] == "4"
+
+
+def test_a_single_group_has_no_replicas():
+    with pytest.raises(RequestError, match="replicas are groups of their own; a single group takes plan 'cfg2'"):
+        GroupExecutor(Plan.parse("replicas2-cfg2"), Devices("cpu", (0, 1, 2, 3)))
+
+
+class Clock:
+    """Time that tests move."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "busy_for, left, begins",
+    [
+        (0.0, 3, True),  # the fast one would need 1 + 3 s, the slow one 3
+        (0.0, 1, False),  # 2 s
+        (0.9, 2, False),  # 0.1 + 2 s
+        (5.0, 1, True),  # the fast one is no longer fast
+    ],
+)
+def test_a_slow_worker_leaves_what_faster_ones_will_have_done_before_it(busy_for, left, begins, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(paces, "time", clock)
+    found = Paces()
+    assert found.should_begin("slow", ["fast"], left=1)  # nobody knows yet
+    for worker, seconds in (("fast", 1.0), ("slow", 3.0)):
+        found.begin(worker)
+        clock.now += seconds
+        found.end(worker, besides=0.0)
+    found.begin("fast")
+    clock.now += busy_for
+    assert found.should_begin("slow", ["fast"], left=left) == begins
+    assert found.should_begin("slow", [], left=left)
