@@ -215,35 +215,37 @@ def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, floa
 
     if plan.ulysses > 1:  # queries, keys and values there, and results back
         tensors = (3 * rounded if plan.ring == 1 else 3) + 1
-        spans = within(machine, plan.tensor, plan.ulysses)
+        spans = within(machine, plan, plan.tensor, plan.ulysses)
         away = (plan.ulysses - 1) / plan.ulysses
         send(tensors * states / plan.tensor * away, spans, work.layers, exchanges=2)
     if plan.ring > 1:  # keys and values of all others, while attending to those before
         attending = work.attention / plan.world_size / (machine.attention * ATTENTION_SHARE) / work.layers
-        spans = within(machine, plan.tensor * plan.ulysses, plan.ring)
+        spans = within(machine, plan, plan.tensor * plan.ulysses, plan.ring)
         size = 2 * states / plan.tensor * (plan.ring - 1)
         hidden = attending * (plan.ring - 1) / plan.ring
         send(size, spans, work.layers, exchanges=plan.ring - 1, exposed=RING_EXPOSED, behind=hidden)
     if plan.tensor > 1:  # results of attention and feed-forward are added up
         size = 2 * 2 * states * (plan.tensor - 1) / plan.tensor
-        send(size, within(machine, 1, plan.tensor), work.layers, exchanges=2)
+        send(size, within(machine, plan, 1, plan.tensor), work.layers, exchanges=2)
     if plan.fsdp > 1:  # the next block's weights, while this one runs
         block = (work.vectors + work.matrices // plan.tensor) / work.layers
         running = computation(plan, work, machine) / work.layers
         away = (plan.fsdp - 1) / plan.fsdp
-        spans = within(machine, plan.tensor, plan.fsdp)
+        spans = within(machine, plan, plan.tensor, plan.fsdp)
         send(block * away, spans, work.layers, exposed=FSDP_EXPOSED, behind=running)
     output = OUTPUT_FEATURES / work.features * states
     if plan.sequence > 1:
-        send(output * (plan.sequence - 1), within(machine, plan.tensor, plan.sequence), 1)
+        send(output * (plan.sequence - 1), within(machine, plan, plan.tensor, plan.sequence), 1)
     if plan.cfg > 1:
-        send(output * plan.sequence, within(machine, plan.tensor * plan.sequence, plan.cfg), 1)
+        send(output * plan.sequence, within(machine, plan, plan.tensor * plan.sequence, plan.cfg), 1)
     return seconds, sent
 
 
-def within(machine: Machine, stride: int, degree: int) -> Link:
+def within(machine: Machine, plan: Plan, stride: int, degree: int) -> Link:
     """The slowest link that ranks of a group use, which lie so far apart: tensor, ulysses, ring and cfg from the inside."""
-    return machine.link if stride * degree <= machine.per_machine else machine.network
+    if plan.world_size <= machine.per_machine or machine.per_machine % (stride * degree) == 0:
+        return machine.link
+    return machine.network
 
 
 def states_bytes(plan: Plan, work: Work) -> float:

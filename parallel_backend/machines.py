@@ -1,8 +1,8 @@
 """Rates of devices: of known GPUs, and of the ones that are here by a short measurement kept on disk.
 
 H100 and H200 are measured (benchmarks/results/h100x2.json; FACTS). A100, L40, L40S, L20 and 4090 are from NVIDIA's data sheets:
-dense bf16 operations, of which a product reaches ``REACHED``, and the memory's bandwidth. Links are assumed: two thirds of what a
-data sheet says for NVLink, and 20 GB/s of PCIe 4's 32 in one direction.
+dense bf16 operations, of which a product reaches ``REACHED``, and the memory's bandwidth. NVLink is assumed to give two thirds of
+its data sheet. PCIe's 7 GB/s, while all GPUs send, is what xDiT's published L40 curves come to for 5b and 1.5-5B (docs/plans.md).
 """
 
 import json
@@ -24,8 +24,8 @@ REACHED = 0.8
 """Of a data sheet's operations, what a large product reaches: 767 of 989 on an H100 (h100x2.json)."""
 ATTENDED = 0.7
 """Of a product's rate, what FlashAttention-2 reaches on GPUs before Hopper: assumed."""
-LINKS = {"nvlink": Link(300e9, 20e-6), "pcie": Link(20e9, 30e-6), "network": Link(10e9, 60e-6)}
-"""By the word of ``--link``. ``network`` is one rank's share of a machine's adapters."""
+LINKS = {"nvlink": Link(300e9, 20e-6), "pcie": Link(7e9, 30e-6), "network": Link(5e9, 60e-6)}
+"""By the word of ``--link``. ``network`` is one rank's share of a machine's adapters: assumed."""
 
 
 def data_sheet(name: str, teraflops: float, bandwidth: float, gib: int | None, link: str, *, fp8: bool) -> Machine:

@@ -173,3 +173,17 @@ def test_gpus_are_known_by_a_part_of_their_name():
     assert machines.known("NVIDIA L40S").name == "L40S"
     assert machines.known("NVIDIA GeForce RTX 4090").name == "4090"
     assert machines.known("NVIDIA T4").matrix == machines.UNKNOWN.matrix
+
+
+def test_messages_between_machines_go_through_the_network():
+    work, slow = assumed(48, True), replace(H100, network=replace(H100.network, bandwidth=1e9))
+    inside, across = (predict(Plan.parse(plan), work, slow) for plan in ("cfg2-ulysses8", "cfg2-ulysses16"))
+    assert inside.seconds < across.seconds / 5
+    unaligned = predict(Plan.parse("cfg2-ulysses6"), work, slow)  # ranks 6 to 11 are on both machines
+    assert unaligned.seconds > predict(Plan.parse("cfg2-ulysses6"), work, replace(slow, per_machine=6)).seconds * 5
+
+
+def test_the_page_has_the_predictions_of_this_code():
+    from benchmarks.plans_table import MARKS, PAGE, tables
+
+    assert f"{MARKS[0]}\n{tables()}\n{MARKS[1]}" in PAGE.read_text()
