@@ -83,13 +83,15 @@ class Machine:
     """Bytes that each device can give; None where that is not known, and everything fits."""
     per_machine: int = 8
     """Devices in one machine."""
+    knows_seconds: bool = True
+    """Whether rates are a GPU's own; else only the order of plans is to be believed."""
     can_shard: bool = True
     """Whether ``fsdp`` may be used: it does not go with weights that wait on the CPU in parts."""
 
 
 GLOO = Link(1e9, 1e-6)
 """Between processes of one CPU: assumed, with a latency so small that bytes decide, and Ulysses comes before a ring."""
-CPU = Machine("cpu", matrix=1e11, attention=5e10, bandwidth=1e10, link=GLOO, network=GLOO, compiles=False)
+CPU = Machine("cpu", matrix=1e11, attention=5e10, bandwidth=1e10, link=GLOO, network=GLOO, compiles=False, knows_seconds=False)
 """Processes on a CPU: the order of plans matters there, not their seconds."""
 
 

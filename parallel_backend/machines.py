@@ -49,7 +49,7 @@ KNOWN = {
     "4090": data_sheet("4090", 165, 1.008e12, 23, "pcie", fp8=True),
 }
 """By a part of torch's name for it; the first that is in it. An H100's attention is an H200's by the rates of their products."""
-UNKNOWN = data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False)
+UNKNOWN = replace(data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False), knows_seconds=False)
 """A GPU that is not in ``KNOWN`` and cannot be measured."""
 
 CALIBRATION = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-xdit" / "rates.json"
@@ -91,7 +91,7 @@ def here(devices: Devices) -> Machine:
     if devices.count == 1:
         return found
     rates = calibrated(name, torch.__version__, devices.first) or {}
-    return replace(found, link=link_of(devices, found), **rates)
+    return replace(found, link=link_of(devices, found), knows_seconds=found.knows_seconds or bool(rates), **rates)
 
 
 def usable_bytes(device: torch.device) -> int:

@@ -73,20 +73,22 @@ def splits_weights(plan: Plan) -> bool:
 def why(best: Prediction, found: list[Prediction], machine: Machine) -> str:
     """The reason in one sentence."""
     fitting = [each for each in found if each.fits]
+    others = [each for each in fitting or found if each is not best and fits_alike(each, best)]
     if best.plan.world_size == 1:
-        said = f"one device: nothing to split, predicted at {seconds(best)} a step"
-    else:
+        said = "one device: nothing to split" + (f", predicted at {seconds(best)} a step" if machine.knows_seconds else "")
+    elif machine.knows_seconds:
         said = f"{best.plan} is predicted at {seconds(best)} a step"
-        if others := [each for each in fitting or found if each is not best and fits_alike(each, best)]:
-            said += f", {others[0].plan} at {seconds(others[0])}"
-            if best.sent <= min(each.sent for each in others):
-                said += "; it exchanges least"
+        said += f", {others[0].plan} at {seconds(others[0])}" if others else ""
+    else:
+        said = f"{best.plan} is predicted to take least"
+        said += f", {others[0].plan} {others[0].seconds / best.seconds:.2f} times as long" if others else ""
+    if others and best.sent <= min(each.sent for each in others):
+        said += "; it exchanges least"
     if not fitting:
         return f"{said}; no plan fits into {machine.free / GIB:.3g} GiB, so offload lets weights wait on the CPU"
     whole = [each for each in found if not splits_weights(each.plan)]
     if splits_weights(best.plan) and whole:
-        least = min(whole, key=lambda each: each.needed)
-        usable = machine.free * HEADROOM / GIB
+        least, usable = min(whole, key=lambda each: each.needed), machine.free * HEADROOM / GIB
         said += f"; whole, the model would need {least.needed / GIB:.1f} GiB and {usable:.1f} can be counted on"
     return said
 

@@ -318,7 +318,7 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
     done = run("plan", "--model", checkpoints["5b"], "--gpus", 8)
     assert done.returncode == 0
     assert "-> cfg2-ulysses4 " in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted at ")
+    assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted to take least, ")
     short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gb", 0.0001)
     assert "cfg2-fsdp2" in short.stdout and "no plan fits into 0.0001 GiB" in short.stdout.splitlines()[-1]
 
