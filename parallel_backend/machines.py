@@ -119,6 +119,7 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> dict[str,
         return kept[key]
     try:
         rates = measure(device)
+        torch.cuda.empty_cache()  # ComfyUI's process keeps none of it
     except RuntimeError as error:
         logger.info("the rates of %s are assumed: %s", name, str(error).splitlines()[0])
         return None

@@ -3,18 +3,20 @@
 import json
 from dataclasses import replace
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from parallel_backend import machines
-from parallel_backend.backend import resolve
+from parallel_backend.backend import machine_of, resolve
 from parallel_backend.bench.table import operations, text_states
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.memory import transformer_bytes, working_bytes
 from parallel_backend.cogvideox.work import work_of, work_of_job
 from parallel_backend.costs import CPU, predict, weight_bytes
 from parallel_backend.costs import working_bytes as planned_bytes
+from parallel_backend.devices import Devices
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.planner import assumed, choose, predictions
 from parallel_backend.plans import Plan
@@ -193,3 +195,46 @@ def test_the_page_has_the_predictions_of_this_code():
     from benchmarks.plans_table import MARKS, PAGE, tables
 
     assert f"{MARKS[0]}\n{tables()}\n{MARKS[1]}" in PAGE.read_text()
+
+
+@pytest.fixture
+def gpus(measure, monkeypatch):
+    """Makes this machine one with GPUs of a name, whose memory can be reached from each other or not."""
+
+    def make(name: str, *, reached: bool = True, free: int = 70 * GIB) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GIB)
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda first, other: reached)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "name, reached, link",
+    [
+        ("NVIDIA H100 80GB HBM3", True, "nvlink"), ("NVIDIA H100 80GB HBM3", False, "pcie"),
+        ("NVIDIA H100 PCIe", True, "pcie"), ("NVIDIA GeForce RTX 4090", True, "pcie"), ("NVIDIA T4", True, "pcie"),
+    ],
+)  # fmt: skip
+def test_gpus_that_are_here_are_measured_and_their_link_is_known_by_name_and_reach(gpus, measure, name, reached, link):
+    gpus(name, reached=reached)
+    found = machines.here(Devices("cuda", (0, 1)))
+    assert (found.name, found.link, found.free, found.per_machine) == (name, machines.LINKS[link], 75 * GIB, 2)
+    assert found.matrix == found.attention == found.bandwidth == 7e12 and found.knows_seconds
+    assert len(measure) == 1
+
+
+def test_one_gpu_is_not_measured(gpus, measure):
+    gpus("NVIDIA H100 80GB HBM3")
+    assert machines.here(Devices("cuda", (0,))).matrix == H100.matrix
+    assert not measure
+
+
+def test_a_running_group_of_ours_holds_memory_that_a_job_is_to_have(gpus, monkeypatch):
+    gpus("NVIDIA H100 80GB HBM3", free=1 * GIB)
+    two = Devices("cuda", (0, 1))
+    assert machine_of(two).free == 6 * GIB
+    group = SimpleNamespace(describe=lambda: {"devices": "0,1"})
+    monkeypatch.setattr("parallel_backend.group.address.running", lambda: [group])
+    assert machine_of(two).free == 80 * GIB
