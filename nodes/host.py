@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,7 @@ from ..parallel_backend.cogvideox import checks, single_file
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.lora import SUFFIXES
 from ..parallel_backend.cogvideox.memory import working_bytes
+from ..parallel_backend.cogvideox.work import work_of, work_of_job
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
@@ -184,7 +186,9 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
     wants = {"heads": checkpoint.heads, "offload": job.model.offload if samples else "auto"}
     if backend.plan == AUTO and (warm := _groups.on(Devices.parse(backend.devices), **wants)):
         return warm  # even where cfg is 1 and another plan would be faster: a new group costs more than it saves
-    plan, devices, reason = resolve(backend.plan, backend.devices, guided=job.guided if samples else True, **wants)
+    work = partial(work_of_job, job, checkpoint) if samples else partial(work_of, checkpoint)
+    guided = job.guided if samples else True
+    plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, **wants)
     if plan.world_size == 1:
         say(f"plan single on {devices}: {reason}", node_id)
         return local(None if backend.devices == AUTO else devices.first)

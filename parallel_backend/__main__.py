@@ -7,6 +7,7 @@ import sys
 from . import commands
 from .errors import Cancelled, GroupFailure, RequestError
 from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES
+from .machines import KNOWN, LINKS
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,7 +104,14 @@ def build_parser() -> Parser:
     plan.add_argument(
         "--memory-gb", type=float, help="of one GPU; where the model does not fit, plans that split it are listed"
     )
-    plan.add_argument("--cfg", type=float, default=6.0)
+    plan.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(KNOWN)}; default: those of this machine")
+    plan.add_argument("--link", choices=tuple(LINKS), help="between the GPUs; default: what such a GPU has")
+    plan.add_argument("--cfg", type=float, default=6.0, help="1 turns guidance off")
+    plan.add_argument("--width", type=int, help="default: what the model was trained for")
+    plan.add_argument("--height", type=int)
+    plan.add_argument("--frames", type=int, help="4k+1")
+    plan.add_argument("--fp8", choices=FP8S, default="off")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=commands.plan)
 
     serve = commands_of.add_parser("serve", help="keep a group for this person's other processes")

@@ -3,7 +3,13 @@
 import logging
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 
+import torch
+
+from . import machines
+from .costs import Machine, Work
 from .devices import Devices
 from .errors import RequestError
 from .executor import Executor
@@ -16,10 +22,19 @@ from .replicas import ReplicasExecutor
 logger = logging.getLogger(__name__)
 
 
-def resolve(plan: str, devices: str, *, heads: int, guided: bool = True, offload: str = "auto") -> tuple[Plan, Devices, str]:
+def resolve(
+    plan: str,
+    devices: str,
+    *,
+    heads: int,
+    guided: bool = True,
+    offload: str = "auto",
+    work: Callable[[torch.device], Work] | None = None,
+) -> tuple[Plan, Devices, str]:
     """The plan and devices for two words of a person.
 
-    ``auto`` devices are every GPU, or as many as a given plan needs; ``auto`` plan asks the planner.
+    ``auto`` devices are every GPU, or as many as a given plan needs; ``auto`` plan asks the planner, which predicts by what
+    ``work`` says of a step on a device, or where it is not given by a published model's.
 
     Returns:
         Plan, devices, and the reason in one sentence.
@@ -28,7 +43,10 @@ def resolve(plan: str, devices: str, *, heads: int, guided: bool = True, offload
     """
     found = Devices.parse(devices)
     if plan == AUTO:
-        chosen, reason = choose(heads=heads, world_size=found.count, guided=guided)
+        machine = replace(machine_of(found), can_shard=offload not in ("group", "sequential"))
+        chosen, reason = choose(
+            heads=heads, world_size=found.count, guided=guided, work=work and work(found.first), machine=machine
+        )
         return chosen, found, reason
     chosen = Plan.parse(plan)
     if devices == AUTO and chosen.world_size != found.count:
@@ -37,6 +55,17 @@ def resolve(plan: str, devices: str, *, heads: int, guided: bool = True, offload
     chosen.check_heads(heads)
     chosen.check_offload(offload)
     return chosen, found, "as asked"
+
+
+def machine_of(devices: Devices) -> Machine:
+    """What the planner is told of devices. A group of ours on GPUs holds what the job is to have, so it counts as free."""
+    machine = machines.here(devices)
+    if machine.free is None or sys.platform == "win32":
+        return machine
+    from .group.address import running
+
+    held = any(not address.describe()["devices"].startswith("cpu") for address in running())
+    return replace(machine, free=machines.whole_bytes(devices)) if held else machine
 
 
 def first(found: Devices, plan: Plan) -> Devices:

@@ -5,23 +5,26 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from . import inputs, models, video
+from . import inputs, machines, models, video
 from .backend import open_executor, resolve
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
-from .cogvideox.memory import HEADROOM
 from .cogvideox.text import TextEncoder
+from .cogvideox.work import work_of
+from .costs import Work
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
-from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, empty_latent, two_thirds
+from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, check_size, empty_latent, two_thirds
 from .outputs import Video, videos_of
-from .planner import candidates, choose
+from .planner import choose, predictions
 from .plans import AUTO, Plan
 
 
@@ -118,7 +121,8 @@ def generate(args: Namespace) -> int:
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
-    plan, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, guided=args.cfg > 1, offload=args.offload)
+    wants = {"heads": checkpoint.heads, "guided": args.cfg > 1, "offload": args.offload}
+    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint))
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
     given, ready = inputs.read(args, size, checkpoint)
@@ -220,26 +224,43 @@ def summarise(sampled: Report, decoded: Report) -> dict:
     }
 
 
+def step_of(args: Namespace, checkpoint: Checkpoint) -> Callable[[torch.device], Work]:
+    """What one step of the options computes, on a device; of one window where there are several."""
+    size = size_of(args, checkpoint)
+    frames = min(size["frames"], getattr(args, "window", None) or size["frames"])
+    about = {name: getattr(args, name, "auto") for name in ("dtype", "compile")}
+    return partial(
+        work_of, checkpoint, size=(size["width"], size["height"], frames), guided=args.cfg > 1, fp8=args.fp8, **about
+    )
+
+
 def plan(args: Namespace) -> int:
-    """What ``auto`` would choose, and why."""
+    """What every plan is predicted to cost, which one ``auto`` would choose, and why."""
     checkpoint = Checkpoint.open(models.find(args.model))
     if args.gpus is not None and args.gpus < 1:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
-    count = args.gpus or Devices.parse("auto").count
-    chosen, reason = choose(heads=checkpoint.heads, world_size=count, guided=args.cfg > 1)
     if args.memory_gb is not None and not args.memory_gb > 0:
         raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
-    weights = checkpoint.weight_bytes("transformer", checkpoint.dtype("auto", torch.device("cuda")))
-    whole_fits = args.memory_gb is None or weights < HEADROOM * args.memory_gb * 2**30
+    check_size(**size_of(args, checkpoint), batch=1)
+    count = args.gpus or Devices.parse("auto").count
+    machine = machines.asked(args.gpu, count=count, link=args.link, memory_gib=args.memory_gb)
+    work = step_of(args, checkpoint)(torch.device("cuda"))
+    found = predictions(work, machine, count)
+    chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine)
+    if args.json:
+        plans = [
+            {"plan": str(each.plan), "step_seconds": each.seconds, "peak_memory": each.peak, "fits": each.fits}
+            for each in found
+        ]
+        about = {"model": checkpoint.path.name, "gpu": machine.name, "gpus": count, "free_memory": machine.free}
+        show_json({**about, "plan": str(chosen), "reason": reason, "plans": plans})
+        return 0
     show(checkpoint.describe)
-    for candidate in candidates(heads=checkpoint.heads, world_size=count, whole_fits=whole_fits):
-        show(f"{'->' if candidate == chosen else '  '} {candidate}")
-    show(f"{chosen} for {count} device{'s' * (count > 1)}: {reason}")
-    if not whole_fits:
-        show(
-            f"the transformer's {weights / 2**30:.1f} GiB do not fit into {args.memory_gb:g} GB: weights would wait on the CPU; "
-            + ("the plans above split them" if count > 1 else "more GPUs could split them")
-        )
+    show(f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9}  fits")
+    for each in found:
+        mark = "->" if each.plan == chosen else ""
+        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {'yes' if each.fits else 'no'}")
+    show(f"{count} GPU{'s' * (count > 1)} ({machine.name}): {reason}")
     return 0
 
 
@@ -247,8 +268,9 @@ def serve(args: Namespace) -> int:
     """Keeps a group until it is told to stop."""
     from .group.client import GroupExecutor
 
-    heads = Checkpoint.open(models.find(args.model)).heads
-    chosen, devices, reason = resolve(args.plan, args.devices, heads=heads)
+    checkpoint = Checkpoint.open(models.find(args.model))
+    work = partial(work_of, checkpoint)
+    chosen, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, work=work)
     executor = GroupExecutor(chosen, devices)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

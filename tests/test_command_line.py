@@ -334,13 +334,28 @@ def test_the_demo_model_is_always_there_and_does_what_it_is_told(run, tmp_path):
     assert (background, thing.colour, thing.motion) == ("white", "red", "right")
 
 
-def test_plan_says_what_auto_would_choose_and_why(run, checkpoints):
+def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run, checkpoints):
     done = run("plan", "--model", checkpoints["5b"], "--gpus", 8)
     assert done.returncode == 0
-    assert "-> cfg2-ulysses4" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("cfg2-ulysses4 for 8 devices: cfg2 halves the work")
-    short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gb", 0.001)
-    assert "cfg2-fsdp2" in short.stdout and "do not fit into 0.001 GB" in short.stdout.splitlines()[-1]
+    assert "-> cfg2-ulysses4 " in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted to take least, ")
+    short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gb", 0.0001)
+    assert "cfg2-fsdp2" in short.stdout and "no plan fits into 0.0001 GiB" in short.stdout.splitlines()[-1]
+
+
+def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
+    asked = ("plan", "--model", checkpoints["5b"], "--gpus", 2, "--gpu", "4090", "--width", 64, "--height", 48, "--frames", 9)
+    done = run(*asked, "--cfg", 1, "--link", "nvlink", "--fp8", "linears", "--json")
+    found = json.loads(done.stdout)
+    assert (found["gpu"], found["plan"], [each["plan"] for each in found["plans"]]) == (
+        "4090",
+        "ulysses2",
+        ["ulysses2", "ring2"],
+    )
+    assert all(each["fits"] and each["step_seconds"] > 0 and each["peak_memory"] > 0 for each in found["plans"])
+    assert found["reason"].startswith("ulysses2 is predicted at ")
+    wrong = run("plan", "--model", checkpoints["5b"], "--gpu", "GTX 970")
+    assert wrong.returncode == 2 and "gpu 'GTX 970' is not known; use one of H200, H100, " in wrong.stderr
 
 
 def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkpoints, tmp_path, caplog):

@@ -5,6 +5,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +16,7 @@ from .. import models
 from ..backend import open_executor, resolve
 from ..cogvideox import checks
 from ..cogvideox.checkpoint import Checkpoint
+from ..cogvideox.work import work_of_job
 from ..commands import model_of, quiet_libraries, show, size_of
 from ..devices import Devices
 from ..errors import RequestError
@@ -145,7 +147,14 @@ def measured(
         exact = two_steps(executor, replace(job, model=replace(job.model, dtype="fp32", compile="off")), checkpoint)
         executor.close()
     for plan_text in args.plans.split(",") if args.plans != "none" else ():
-        plan, devices, _ = resolve(plan_text, args.devices, heads=checkpoint.heads, offload=args.offload)
+        plan, devices, _ = resolve(
+            plan_text,
+            args.devices,
+            heads=checkpoint.heads,
+            guided=job.guided,
+            offload=args.offload,
+            work=partial(work_of_job, job, checkpoint),
+        )
         if plan.world_size == 1:
             devices = Devices(devices.kind, devices.indices[:1])
         executor = open_executor(plan, devices)

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from ..costs import GATHERED, HEADROOM, working_factor
 from ..jobs import Job, SampleJob
 from ..plans import Plan
 from . import fp8 as quantized
@@ -14,15 +15,6 @@ from .windows import Layout
 
 HOOKED = ("group", "sequential")
 """Modes whose hooks stay on a transformer: to leave one of them its weights are read again."""
-WORKING_FACTOR = 16
-"""Bytes a forward needs beside the weights, per token, feature and byte of dtype. Measured: 13.5, with 5b at
-49x480x720 in bf16 on an H200, for batches of one and two (benchmarks/results)."""
-SPLIT_FACTOR = 8
-"""Of these, the bytes of hidden features, four times as many and twice, before GELU and after: ``tensor`` splits them."""
-GATHERED = 3
-"""Blocks that are whole at once under ``fsdp``: the one that runs, and the next one, as it arrives and once it is sorted."""
-HEADROOM = 0.9
-"""Share of free memory that is counted on; the rest is fragmentation and the allocator's."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -70,11 +62,17 @@ def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *,
 
 def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
     """Bytes of all blocks' weights on a rank of a plan, whole blocks as ``fsdp`` gathers them."""
+    vectors, matrices = block_parts(checkpoint, dtype, fp8=fp8)
+    return vectors + matrices // plan.tensor
+
+
+def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, fp8: bool = False) -> tuple[int, int]:
+    """Bytes of all blocks' vectors, and of their matrices, which ``tensor`` splits, all of them."""
     inside = {name: where.shape for name, where in checkpoint.stored.items() if name.startswith(shards.BLOCKS)}
-    matrices = sum(math.prod(shape) for shape in inside.values() if len(shape) > 1)  # with tensor all of a block's are split
+    matrices = sum(math.prod(shape) for shape in inside.values() if len(shape) > 1)
     vectors = sum(map(math.prod, inside.values())) - matrices
     saved = quantized.saved_bytes(checkpoint, dtype) if fp8 else 0
-    return vectors * dtype.itemsize + (matrices * dtype.itemsize - saved) // plan.tensor
+    return vectors * dtype.itemsize, matrices * dtype.itemsize - saved
 
 
 def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
@@ -86,7 +84,7 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
         batch = 1  # each replica has one video at a time
     halves = 2 // plan.cfg if job.guided else 1
     tokens = (checkpoint.tokens(Layout.of(job, checkpoint).length, height, width) + checkpoint.text_tokens) // plan.sequence
-    factor = WORKING_FACTOR - SPLIT_FACTOR + SPLIT_FACTOR / plan.tensor + (step_cache.STATES if job.model.step_cache else 0)
+    factor = working_factor(plan) + (step_cache.STATES if job.model.step_cache else 0)
     states = int(factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize)
     if plan.fsdp == 1:
         return states

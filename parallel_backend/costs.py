@@ -1,0 +1,274 @@
+"""What a step costs: seconds and bytes on each rank, from operations, bytes and messages. Importable without torch.
+
+Constants say which measurement they come from: NOTES is benchmarks/NOTES.md, FACTS is the project's table of speed (one H200),
+``h100x2.json`` is benchmarks/results/h100x2.json. What no measurement here tells says that it is assumed.
+"""
+
+from dataclasses import dataclass
+
+from .plans import Plan
+
+MATRIX_SHARE = 0.94
+"""Of a large product's rate, what products reach in a step: 745 of 790 TFLOP/s (NOTES: where a half goes; FACTS)."""
+ATTENTION_SHARE = 0.88
+"""Of one attention's rate, what attention reaches in a step: 503 of 571 TFLOP/s (the same)."""
+BANDWIDTH_SHARE = 0.78
+"""Of the memory's rate: 32 ms where moving the bytes once takes 25 (NOTES: where a half goes)."""
+PASSES = 26
+"""Times that compiled kernels read or write tokens x features a block, beside products and attention: those 25 ms."""
+EAGER_PASSES = 176
+"""The same uncompiled: 0.19 s a half more (NOTES: 0.774 and 0.581 s)."""
+ULYSSES_PASSES = 10
+"""More of them with Ulysses: laying out, own part, and back; counted in ``parallel/attention.py``."""
+MERGE_PASSES = 24
+"""More of them for each rank's keys in a ring: results are merged in float32, uncompiled; counted in xDiT's code."""
+PIECE_SECONDS = 1.1e-3
+"""For each place in a block where what is compiled is cut: ``ulysses2`` of h100x2.json, less bytes; its FP8 has two."""
+RING_EXPOSED = 0.5
+"""Of a ring's messages, what attention cannot hide: FACTS has Ring 2 as fast as Ulysses 2 in xDiT's pipeline."""
+FSDP_EXPOSED = 0.2
+"""Of gathered weights, what the block before cannot hide: assumed."""
+OUTPUT_FEATURES = 64
+"""Numbers in a token of the prediction: 16 channels of 2 x 2."""
+
+WORKING_FACTOR = 16
+"""Bytes a forward needs beside the weights, per token, feature and byte of dtype. Measured: 13.5, with 5b at
+49x480x720 in bf16 on an H200, for batches of one and two (benchmarks/results)."""
+SPLIT_FACTOR = 8
+"""Of these, the bytes of hidden features, four times as many and twice, before GELU and after: ``tensor`` splits them."""
+COMPILED_FACTOR = 8.7
+"""What compiled blocks need of ``WORKING_FACTOR``'s 16: 8.3 (5b), 10.7 (2b), 8.5 (``cfg2``) in h100x2.json."""
+EXCHANGED_FACTOR = 5
+"""More where tokens are exchanged for attention: ``ulysses2`` of h100x2.json."""
+GATHERED = 3
+"""Blocks that are whole at once under ``fsdp``: the one that runs, and the next one, as it arrives and once it is sorted."""
+HEADROOM = 0.9
+"""Share of free memory that is counted on; the rest is fragmentation and the allocator's."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one rank sends to others through."""
+
+    bandwidth: float
+    """Bytes a second, one way, as one rank reaches it while all send."""
+    latency: float
+    """Seconds that an exchange takes at least."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices of one kind, as the planner sees them."""
+
+    name: str
+    matrix: float
+    """Operations a second of a large product in 16 bits."""
+    attention: float
+    """Operations a second of one attention in bf16."""
+    bandwidth: float
+    """Bytes a second of the memory."""
+    link: Link
+    """Between devices of one machine."""
+    network: Link
+    """Between machines."""
+    attention_fp16: float | None = None
+    """As ``attention``, in fp16; None where it is the same."""
+    matrix_fp8: float = 1.0
+    """How many times as fast products are in FP8."""
+    attention_fp8: float = 1.0
+    """How many times as fast attention is in FP8."""
+    compiles: bool = True
+    """Whether blocks are compiled where the model says ``auto``."""
+    free: int | None = None
+    """Bytes that each device can give; None where that is not known, and everything fits."""
+    per_machine: int = 8
+    """Devices in one machine."""
+    knows_seconds: bool = True
+    """Whether rates are a GPU's own; else only the order of plans is to be believed."""
+    can_shard: bool = True
+    """Whether ``fsdp`` may be used: it does not go with weights that wait on the CPU in parts."""
+
+
+GLOO = Link(1e9, 1e-6)
+"""Between processes of one CPU: assumed, with a latency so small that bytes decide, and Ulysses comes before a ring."""
+CPU = Machine("cpu", matrix=1e11, attention=5e10, bandwidth=1e10, link=GLOO, network=GLOO, compiles=False, knows_seconds=False)
+"""Processes on a CPU: the order of plans matters there, not their seconds."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step of a job: its numbers and bytes, for all prompts."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    tokens: int
+    """Of text and video, of one prompt."""
+    prompts: int
+    """Two for each video with guidance, else one."""
+    itemsize: int
+    """Bytes of the dtype to compute in."""
+    matrices: int
+    """Bytes of all blocks' matrices, as they are stored: FP8 where asked for."""
+    vectors: int
+    """Bytes of all blocks' other weights."""
+    rest: int
+    """Bytes of the weights outside of blocks."""
+    guided: bool = True
+    """Whether there are two halves of guidance to share."""
+    dtype: str = "bf16"
+    fp8: str = "off"
+    """``off``, ``linears`` or ``all``."""
+    compile: str = "auto"
+    """``auto``, ``on`` or ``off``."""
+
+    @property
+    def features(self) -> int:
+        """Of one token."""
+        return self.heads * self.head_dim
+
+    @property
+    def products(self) -> float:
+        """Operations of a step's matrix products."""
+        return 24 * self.tokens * self.features**2 * self.layers * self.prompts
+
+    @property
+    def attention(self) -> float:
+        """Operations of a step's attention."""
+        return 4 * self.tokens**2 * self.features * self.layers * self.prompts
+
+    def is_compiled(self, machine: Machine) -> bool:
+        """Whether blocks run compiled."""
+        return machine.compiles if self.compile == "auto" else self.compile == "on"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan is predicted to cost."""
+
+    plan: Plan
+    seconds: float
+    """Of one step."""
+    peak: int
+    """Bytes on each rank."""
+    needed: int
+    """Bytes that must be free on each rank: the engine asks for more than it mostly uses."""
+    sent: float
+    """Bytes that a rank sends in one step."""
+    fits: bool
+
+
+def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:
+    """Seconds of a step and bytes on each rank."""
+    waiting, sent = communication(plan, work, machine)
+    needed = weight_bytes(plan, work) + working_bytes(plan, work)
+    return Prediction(
+        plan,
+        seconds=computation(plan, work, machine) + waiting,
+        peak=weight_bytes(plan, work) + working_bytes(plan, work, compiled=work.is_compiled(machine)),
+        needed=needed,
+        sent=sent,
+        fits=machine.free is None or needed <= machine.free * HEADROOM,
+    )
+
+
+def computation(plan: Plan, work: Work, machine: Machine) -> float:
+    """Seconds that a rank computes in a step."""
+    matrix, attention = machine.matrix * MATRIX_SHARE, machine.attention * ATTENTION_SHARE
+    if work.dtype == "fp16" and machine.attention_fp16:
+        attention = machine.attention_fp16 * ATTENTION_SHARE
+    if work.fp8 != "off":
+        matrix *= machine.matrix_fp8
+    if work.fp8 == "all":
+        attention *= machine.attention_fp8
+    passes = PASSES if work.is_compiled(machine) else EAGER_PASSES
+    passes *= (1 + 1 / plan.tensor) / 2  # about half of it is with heads and hidden features
+    passes += ULYSSES_PASSES * (plan.ulysses > 1) + MERGE_PASSES * (plan.ring - 1)
+    pieces = cuts(plan, work) if work.is_compiled(machine) else 0
+    return (
+        work.products / plan.world_size / matrix
+        + work.attention / plan.world_size / attention
+        + work.layers * passes * states_bytes(plan, work) / (machine.bandwidth * BANDWIDTH_SHARE)
+        + work.layers * pieces * PIECE_SECONDS
+    )
+
+
+def cuts(plan: Plan, work: Work) -> int:
+    """Places in a block where what is compiled is cut, for ranks to exchange something."""
+    found = 2 * (plan.tensor > 1)
+    if plan.ring > 1:  # each rank's keys are attended to by themselves
+        return found + plan.ring
+    if plan.ulysses > 1:
+        return found + 1 + (work.fp8 == "all")  # maxima for the scales of heads
+    return found
+
+
+def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, float]:
+    """Seconds that a rank waits for others in a step, and bytes that it sends."""
+    states = states_bytes(plan, work)
+    rounded = 1 / work.itemsize if work.fp8 == "all" and machine.attention_fp8 > 1 else 1.0
+    seconds, sent = 0.0, 0.0
+
+    def send(size: float, link: Link, times: int, exchanges: int = 1, exposed: float = 1.0, behind: float = 0.0) -> None:
+        nonlocal seconds, sent
+        lasts = size / link.bandwidth
+        seconds += times * (max(lasts - behind, exposed * lasts) + exchanges * link.latency)
+        sent += times * size
+
+    if plan.ulysses > 1:  # queries, keys and values there, and results back
+        tensors = (3 * rounded if plan.ring == 1 else 3) + 1
+        spans = within(machine, plan, plan.tensor, plan.ulysses)
+        away = (plan.ulysses - 1) / plan.ulysses
+        send(tensors * states / plan.tensor * away, spans, work.layers, exchanges=2)
+    if plan.ring > 1:  # keys and values of all others, while attending to those before
+        attending = work.attention / plan.world_size / (machine.attention * ATTENTION_SHARE) / work.layers
+        spans = within(machine, plan, plan.tensor * plan.ulysses, plan.ring)
+        size = 2 * states / plan.tensor * (plan.ring - 1)
+        hidden = attending * (plan.ring - 1) / plan.ring
+        send(size, spans, work.layers, exchanges=plan.ring - 1, exposed=RING_EXPOSED, behind=hidden)
+    if plan.tensor > 1:  # results of attention and feed-forward are added up
+        size = 2 * 2 * states * (plan.tensor - 1) / plan.tensor
+        send(size, within(machine, plan, 1, plan.tensor), work.layers, exchanges=2)
+    if plan.fsdp > 1:  # the next block's weights, while this one runs
+        block = (work.vectors + work.matrices // plan.tensor) / work.layers
+        running = computation(plan, work, machine) / work.layers
+        away = (plan.fsdp - 1) / plan.fsdp
+        spans = within(machine, plan, plan.tensor, plan.fsdp)
+        send(block * away, spans, work.layers, exposed=FSDP_EXPOSED, behind=running)
+    output = OUTPUT_FEATURES / work.features * states
+    if plan.sequence > 1:
+        send(output * (plan.sequence - 1), within(machine, plan, plan.tensor, plan.sequence), 1)
+    if plan.cfg > 1:
+        send(output * plan.sequence, within(machine, plan, plan.tensor * plan.sequence, plan.cfg), 1)
+    return seconds, sent
+
+
+def within(machine: Machine, plan: Plan, stride: int, degree: int) -> Link:
+    """The slowest link that ranks of a group use, which lie so far apart: tensor, ulysses, ring and cfg from the inside."""
+    if plan.world_size <= machine.per_machine or machine.per_machine % (stride * degree) == 0:
+        return machine.link
+    return machine.network
+
+
+def states_bytes(plan: Plan, work: Work) -> float:
+    """Bytes of tokens x features of the prompts and tokens that a rank has."""
+    return work.prompts / plan.cfg * work.tokens / plan.sequence * work.features * work.itemsize
+
+
+def weight_bytes(plan: Plan, work: Work) -> int:
+    """Bytes of the transformer's weights that each rank keeps."""
+    return work.rest + (work.vectors + work.matrices // plan.tensor) // plan.fsdp
+
+
+def working_bytes(plan: Plan, work: Work, *, compiled: bool = False) -> int:
+    """Bytes beside the weights: what the engine asks for, or what ``compiled`` blocks use of it."""
+    states = working_factor(plan, compiled=compiled) * states_bytes(plan, work)
+    gathered = GATHERED * (work.vectors + work.matrices // plan.tensor) // work.layers if plan.fsdp > 1 else 0
+    return int(states) + gathered
+
+
+def working_factor(plan: Plan, *, compiled: bool = False) -> float:
+    """Bytes beside the weights, per token, feature and byte of dtype."""
+    if not compiled:
+        return WORKING_FACTOR - SPLIT_FACTOR + SPLIT_FACTOR / plan.tensor
+    return COMPILED_FACTOR * (1 + 1 / plan.tensor) / 2 + EXCHANGED_FACTOR * (plan.sequence > 1)
