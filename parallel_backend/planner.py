@@ -81,7 +81,7 @@ def why(best: Prediction, found: list[Prediction], machine: Machine) -> str:
         said += f", {others[0].plan} at {seconds(others[0])}" if others else ""
     else:
         said = f"{best.plan} is predicted to take least"
-        said += f", {others[0].plan} {others[0].seconds / best.seconds:.2f} times as long" if others else ""
+        said += f", {others[0].plan} {others[0].seconds / best.seconds:.3g} times as long" if others else ""
     if others and best.sent <= min(each.sent for each in others):
         said += "; it exchanges least"
     if not fitting:
