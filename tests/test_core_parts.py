@@ -157,6 +157,6 @@ def test_our_vae_encode_is_diffusers_at_every_length_and_the_core_s_is_not_at_8k
     ours = local.encode(EncodeJob(Model(str(files.folder)), pixels)).tensor
     reference = AutoencoderKLCogVideoX.from_pretrained(files.folder / "vae")
     expected = reference.encode(pixels.permute(3, 0, 1, 2)[None] * 2 - 1).latent_dist.mode()
-    assert difference(ours, expected) <= 1e-6
+    assert difference(ours, expected) <= 1e-5  # rounding: norms are computed in another order than diffusers'
     found = difference(vae.encode(without(files), pixels), core[f"pixels {frames} without norms"])
     assert found > 0.1 if frames in (9, 17) else found <= 1e-3
