@@ -67,7 +67,7 @@ class LoadCogVideoX(io.ComfyNode):
                     optional=True,
                     tooltip="Faster, and another video: while the first block's work has changed by less than this share since "
                     "a whole step, the other blocks' work of that step is used again. With the demo in 50 steps of DPM, 0.1 spares "
-                    "40 % of the steps and ends 3 % from the video without, 0.2 70 % and 16 %. 0 is off.",
+                    "a quarter of the steps and ends 4 % from the video without, 0.2 half and 9 %. 0 is off.",
                 ),
             ],
             outputs=[
