@@ -16,7 +16,7 @@ from .executor import Executor
 from .group.client import GroupExecutor
 from .local import LocalExecutor
 from .planner import choose
-from .plans import AUTO, Plan
+from .plans import AUTO, IN_PARTS, Plan
 from .replicas import ReplicasExecutor
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def resolve(
     """
     found = Devices.parse(devices)
     if plan == AUTO:
-        machine = replace(machine_of(found), can_shard=offload not in ("group", "sequential"))
+        machine = replace(machine_of(found), can_shard=offload not in IN_PARTS)
         chosen, reason = choose(
             heads=heads, world_size=found.count, guided=guided, work=work and work(found.first), machine=machine
         )

@@ -16,6 +16,7 @@ from .errors import OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
 from .parallel.split import Split
 from .parallel.strips import Strips, shared
+from .plans import IN_PARTS
 
 
 @contextmanager
@@ -237,7 +238,7 @@ class Engine:
 
     def _make_room(self) -> None:
         """Brings everything but the VAE off the device; a job that needs it brings it back."""
-        if "transformer" in self._held and self._offload not in memory.HOOKED:
+        if "transformer" in self._held and self._offload not in IN_PARTS:
             self._held["transformer"][1].to("cpu")
         memory.release(self.device)
 
@@ -245,7 +246,7 @@ class Engine:
         """The transformer, its weights where this job can afford them."""
         mode = self._choose_offload(job, checkpoint, dtype)
         before = self.loads
-        hooks = mode if mode in memory.HOOKED else None
+        hooks = mode if mode in IN_PARTS else None
         loras = self._open_loras(job.model, checkpoint)
         self._check_fp8(job.model)
         if mode != "none" and "vae" in self._held:
@@ -287,7 +288,7 @@ class Engine:
         large = self.device.type == "cuda" and checkpoint.weight_bytes("transformer", dtype) >= blocks.WORTH_COMPILING
         if model.compile == "off" or (model.compile == "auto" and not large):
             return False
-        if offload in memory.HOOKED:
+        if offload in IN_PARTS:
             self._note(f"not compiled: offload '{offload}' moves weights while blocks run")
             return False
         return self._can_compile("not compiled", self.split.collect(blocks.why_not_compiled(self.device)))

@@ -1,6 +1,11 @@
 """What can go wrong, by who can mend it."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class RequestError(ValueError):
     """A request that makes no sense. The message is one line: what was given, what is allowed, what to do.
 

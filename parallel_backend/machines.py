@@ -9,13 +9,13 @@ import json
 import logging
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from .cogvideox.blocks import CACHE
 from .costs import CPU, Link, Machine
 from .devices import Devices
-from .errors import RequestError
+from .errors import RequestError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ KNOWN = {
 UNKNOWN = replace(data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False), knows_seconds=False)
 """A GPU that is not in ``KNOWN`` and cannot be measured."""
 
-CALIBRATION = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-xdit" / "rates.json"
+CALIBRATION = CACHE.parent / "rates.json"
 """Where measured rates are kept, beside the compiled kernels."""
 MEASURED = ("matrix", "attention", "bandwidth")
 """Fields of a machine that are measured."""
@@ -121,7 +121,7 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> dict[str,
         rates = measure(device)
         torch.cuda.empty_cache()  # ComfyUI's process keeps none of it
     except RuntimeError as error:
-        logger.info("the rates of %s are assumed: %s", name, str(error).splitlines()[0])
+        logger.info("the rates of %s are assumed: %s", name, first_line(error))
         return None
     try:
         CALIBRATION.parent.mkdir(parents=True, exist_ok=True)

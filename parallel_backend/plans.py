@@ -7,6 +7,8 @@ from .errors import RequestError
 
 SINGLE = "single"
 AUTO = "auto"
+IN_PARTS = ("group", "sequential")
+"""Offload modes that bring weights from the CPU a part at a time, by hooks that stay: to leave one, weights are read again."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Plan:
 
     def can_offload(self, mode: str) -> bool:
         """Whether weights can wait as a mode says: ``fsdp`` brings them in parts by itself."""
-        return self.fsdp == 1 or mode not in ("group", "sequential")
+        return self.fsdp == 1 or mode not in IN_PARTS
 
     def check_offload(self, mode: str) -> None:
         """Refuses to move weights in parts that are already gathered in parts.

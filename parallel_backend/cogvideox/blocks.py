@@ -13,6 +13,7 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 
+from ..errors import first_line
 from . import kernels
 from .attention import bound, quantize_heads
 from .fp8 import Fp8Linear
@@ -145,6 +146,5 @@ def why_not_compiled(device: torch.device) -> str | None:
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # Triton, a C compiler or Python's headers may be missing; each fails in its own way
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return lines[0]
+        return first_line(error)
     return None

@@ -13,9 +13,6 @@ from . import shards, step_cache, vae
 from .checkpoint import Checkpoint
 from .windows import Layout
 
-HOOKED = ("group", "sequential")
-"""Modes whose hooks stay on a transformer: to leave one of them its weights are read again."""
-
 
 def free_bytes(device: torch.device) -> int:
     """Bytes the device can still give: what the driver has and what torch holds unused."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import first_line
 from .blocks import keep_kernels
 from .vae_kernels import Plain, convolve
 
@@ -187,8 +188,7 @@ def why_not_compiled(device: torch.device) -> str | None:
     try:
         triton_kernels().moments(torch.ones(1, 16, 1, 1, 1, device=device), None, 4)
     except Exception as error:  # Triton, a C compiler or Python's headers may be missing; each fails in its own way
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return lines[0]
+        return first_line(error)
     return None
 
 

@@ -22,6 +22,8 @@ class UlyssesAttention:
 
     def __init__(self, group, *, rank: int, size: int):
         self.group, self.rank, self.size = group, rank, size
+        self.numbers = dist.get_process_group_ranks(group)
+        """Of the group's processes, in the world."""
         self.whole: attention.Attention | None = None
         """Attention of one rank; like ``padding`` set for each forward."""
         self.padding = 0
@@ -59,10 +61,9 @@ class UlyssesAttention:
                 sent, found = sent.view(torch.uint8), found.view(torch.uint8)
             found[:, self.rank].copy_(sent[:, self.rank])
             for peer in (rank for rank in range(self.size) if rank != self.rank):
-                number = dist.get_global_rank(self.group, peer)
                 for from_here, to_here in zip(sent[:, peer], found[:, peer]):
-                    transfers.append(dist.P2POp(dist.isend, from_here, number, self.group))
-                    transfers.append(dist.P2POp(dist.irecv, to_here, number, self.group))
+                    transfers.append(dist.P2POp(dist.isend, from_here, self.numbers[peer], self.group))
+                    transfers.append(dist.P2POp(dist.irecv, to_here, self.numbers[peer], self.group))
         for transfer in dist.batch_isend_irecv(transfers):
             transfer.wait()
         return received
