@@ -1,8 +1,9 @@
 """The table of speed: ours, diffusers and xDiT's own pipeline side by side in one run on two GPUs.
 
 ``python -m benchmarks.two_gpus OUTPUT.json [--seconds 540]`` makes full-size checkpoints with random weights, measures, and writes
-all rows to one file after every measurement. What the time does not suffice for is left out, and said. What needs one GPU is
-measured on both at a time. ``--small`` tries the script itself on the CPU.
+all rows to one file after every measurement. What the time does not suffice for is left out, and said; ``--phases 4-`` goes on
+with the fifth where an earlier call in the same ``--work`` folder ended. What needs one GPU is measured on both at a time.
+``--small`` tries the script itself on the CPU.
 """
 
 import argparse
@@ -12,52 +13,72 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 OURS = "--diffusers none"
 SMALL = "--width 64 --height 48 --frames 9"
 
 
-def build(like: str, name: str, gpus: str = "0") -> tuple[str, str, str]:
+@dataclass(frozen=True)
+class Command:
+    """One command of a phase."""
+
+    gpus: str
+    name: str
+    words: str
+    """With places for ``{work}``, ``{whole}`` and ``{size}``."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def build(like: str, gpus: str = "0") -> Command:
     """Makes a checkpoint."""
-    return (
-        gpus,
-        f"build {name}",
-        f"-m parallel_backend.cogvideox.random_weights --like {like} --output {{work}}/{name} {{whole}}",
-    )
+    words = f"-m parallel_backend.cogvideox.random_weights --like {like} --output {{work}}/{like} {{whole}}"
+    return Command(gpus, f"build {like}", words)
 
 
-def bench(model: str, options: str, gpus: str = "0,1") -> tuple[str, str, str]:
+def bench(model: str, options: str, gpus: str = "0,1", **environment: str) -> Command:
     """Measures rows of a model."""
-    return gpus, f"{model} {options}", f"-m parallel_backend bench --model {{work}}/{model} {options} {{size}}"
+    words = f"-m parallel_backend bench --model {{work}}/{model} {options} {{size}}"
+    return Command(gpus, f"{model} {options}", words, environment)
 
 
 STEPS = "--steps 4 --reference {work}/5b.latent"
-PHASES = (
-    ([build("5b", "5b")], [build("2b", "2b", "1")]),
+PHASES: tuple[tuple[list[Command], ...], ...] = (
+    ([build("5b")], [build("2b", "1")]),
     (
         [
             bench("5b", f"--plans single --precisions lossless,fp8,fp8-all --decode {OURS} {STEPS}", "0"),
             bench("2b", f"--dtype bf16 --plans single --precisions lossless --steps 4 {OURS}", "0"),
+            bench("5b", f"--plans single --precisions eager,lossless,fp8-all --float32 --steps 2 --repeat 1 {OURS}", "0"),
         ],
         [
-            bench("2b", f"--plans single --steps 1 --decode --tiling on --offload model {OURS}", "1"),
             bench("5b", "--plans none --diffusers eager,compiled --decode --steps 4", "1"),
+            bench("2b", f"--plans single --steps 1 --decode --tiling on --offload model {OURS}", "1"),
             bench("2b", "--dtype bf16 --plans none --diffusers eager --steps 4", "1"),
-            build("1.5-5b", "1.5-5b", "1"),
+            build("1.5-5b", "1"),
         ],
     ),
     ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all --decode {OURS} {STEPS}")],),
     ([bench("5b", f"--plans ulysses2 --precisions lossless,fp8-all {OURS} {STEPS}")],),
     ([bench("5b", f"--plans none --xdit cfg2,ulysses2 {OURS} --steps 4")],),
-    ([bench("5b", f"--plans cfg2 --precisions fp8-all,fp8-all+cache1 --steps 50 --warmup-steps 2 --decode {OURS}")],),
+    ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all,fp8-all+cache1 --steps 50 --warmup-steps 2 --decode {OURS}")],),
     ([bench("2b", f"--dtype bf16 --plans cfg2 --precisions lossless,fp8-all --xdit cfg2 --steps 4 {OURS}")],),
+    ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2 {OURS} {STEPS}")],),
     (
         [bench("1.5-5b", f"--plans single --steps 2 --warmup-steps 1 {OURS}", "0")],
-        [bench("1.5-5b", "--plans none --diffusers eager --steps 2", "1")],
+        [bench("1.5-5b", "--plans none --diffusers eager --steps 2 --repeat 1", "1")],
     ),
     ([bench("1.5-5b", f"--plans cfg2 --precisions lossless,fp8-all --steps 2 --warmup-steps 1 {OURS}")],),
-    ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2 {OURS} {STEPS}")],),
+    (
+        [
+            bench(
+                "1.5-5b",
+                f"--plans cfg2-fsdp2 --steps 2 --warmup-steps 1 --decode --tiling on {OURS}",
+                XDIT_MEMORY_GB="24",
+            )
+        ],
+    ),
 )
 """One after the other; what stands side by side in one runs at the same time."""
 
@@ -76,53 +97,56 @@ class Run:
         self.output, self.work, self.small = output, work, small
         self.ends = time.monotonic() + seconds
         self.began = time.monotonic()
-        self._rows: dict[str, list] = {}
         self._lock = threading.Lock()
 
-    def all(self) -> None:
-        """Runs every phase."""
-        for phase in PHASES:
-            streams = [threading.Thread(target=self.one_by_one, args=(stream,)) for stream in phase]
+    def all(self, first: int, last: int) -> None:
+        """Runs the phases from one to another."""
+        for number in range(first, last + 1):
+            streams = [
+                threading.Thread(target=self.one_by_one, args=(commands, f"{number:02}-{place}"))
+                for place, commands in enumerate(PHASES[number])
+            ]
             for stream in streams:
                 stream.start()
             for stream in streams:
                 stream.join()
 
-    def one_by_one(self, commands: list[tuple[str, str, str]]) -> None:
+    def one_by_one(self, commands: list[Command], name: str) -> None:
         """Runs the commands of one stream."""
-        for command in commands:
-            self.run(*command)
+        for number, command in enumerate(commands):
+            self.run(command, self.work / f"rows-{name}-{number}.json")
 
-    def run(self, gpus: str, name: str, words: str) -> None:
-        """Runs one command, while there is time, and adds its rows."""
+    def run(self, command: Command, rows: Path) -> None:
+        """Runs one command, while there is time, and writes all rows so far."""
         left = self.ends - time.monotonic()
         if left < 15:
-            self.say(f"left out, the time is up: {name}")
+            self.say(f"left out, the time is up: {command.name}")
             return
-        filled = words.format(
+        filled = command.words.format(
             work=self.work,
             whole="" if self.small else "--full-size --device cuda --text-layers 1",
-            size=SMALL + (" --devices cpu:2" if gpus == "0,1" else " --devices cpu") if self.small else "",
-        )
-        number = len(self._rows)
-        rows = self.work / f"{number}-{name.split()[0]}-{threading.get_ident()}.json"
-        measured = "bench" in filled.split()
-        command = [sys.executable, *filled.split(), *(["--output", str(rows)] if measured else [])]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "" if self.small else gpus}
+            size=SMALL + (" --devices cpu:2" if command.gpus == "0,1" else " --devices cpu") if self.small else "",
+        ).split()
+        asked = [sys.executable, *filled, *(["--output", str(rows)] if "bench" in filled else [])]
+        environment = os.environ | command.environment | {"CUDA_VISIBLE_DEVICES": "" if self.small else command.gpus}
         before = time.monotonic()
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left)
+            done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=left)
             said = f"exit {done.returncode}"
             if done.returncode:
                 said += f": {(done.stderr.strip().splitlines() or [''])[-1][:300]}"
         except subprocess.TimeoutExpired:
             said = "cut off, the time is up"
-        self.say(f"{name}: {time.monotonic() - before:.0f} s, {said}")
+        self.say(f"{command.name}: {time.monotonic() - before:.0f} s, {said}")
         if rows.exists():
+            found = json.loads(rows.read_text())
+            for row in found:
+                row |= {"memory_gb": command.environment.get("XDIT_MEMORY_GB")}
+            rows.write_text(json.dumps(found))
             with self._lock:
-                self._rows[str(rows)] = json.loads(rows.read_text())
-                self.output.write_text(json.dumps([row for found in self._rows.values() for row in found], indent=1))
-            for row in self._rows[str(rows)]:
+                every = [row for path in sorted(self.work.glob("rows-*.json")) for row in json.loads(path.read_text())]
+                self.output.write_text(json.dumps(every, indent=1))
+            for row in found:
                 seconds, notes = row["seconds_per_step"], "; ".join(row["notes"])
                 self.say(f"    {row['name']} {row['plan']} {row['precision']}: {seconds and round(seconds, 4)} {notes[:200]}")
 
@@ -136,7 +160,11 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/cogvideox"))
+    parser.add_argument("--phases", default="0-", metavar="FIRST-LAST", help=f"of 0 to {len(PHASES) - 1}")
     parser.add_argument("--small", action="store_true")
     asked = parser.parse_args()
+    first, _, last = asked.phases.partition("-")
     asked.work.mkdir(parents=True, exist_ok=True)
-    Run(asked.output, seconds=asked.seconds, work=asked.work, small=asked.small).all()
+    Run(asked.output, seconds=asked.seconds, work=asked.work, small=asked.small).all(
+        int(first or 0), int(last or len(PHASES) - 1)
+    )

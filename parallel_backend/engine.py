@@ -84,7 +84,7 @@ class Engine:
             result.report,
             plan=str(self.split.plan),
             world_size=self.split.plan.world_size,
-            peak_memory=(memory.used_bytes(self.device),),
+            peak_memory=(memory.used_bytes(self.device) + self.split.outside_bytes,),
             notes=tuple(self._notes),
         )
         return replace(result, report=report)

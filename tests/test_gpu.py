@@ -255,6 +255,19 @@ def test_heads_are_laid_out_for_ranks_as_several_copies_would(dtype):
 
 
 @one_gpu
+@pytest.mark.parametrize("shape", [(2, 1027, 6, 64), (1, 33, 48, 16), (3, 256, 4, 64)])
+def test_values_are_rounded_to_fp8_by_kernels_as_by_torch(shape):
+    values = torch.randn(shape) * torch.rand(shape[0], 1, shape[2], 1) * 5
+    maxima = kernels.head_maxima(values.cuda().bfloat16())
+    assert torch.equal(maxima.cpu(), values.bfloat16().abs().amax(dim=(1, 3)).float())
+    scales = kernels.head_scales(maxima)
+    for ranks in (1, 2):
+        found = kernels.quantize_spread(values.cuda().bfloat16(), scales, ranks).float().cpu()
+        expected = kernels.quantize_spread(values.bfloat16(), scales.cpu(), ranks).float()
+        assert (found != expected).float().mean() < 1e-3 and (found - expected).abs().max() <= 32  # a division's last bit
+
+
+@one_gpu
 @pytest.mark.parametrize("features", [128, 12288, 7680])
 def test_gelu_and_rounding_in_one_kernel_are_what_they_are_in_several(features):
     rows = torch.randn(67, features, dtype=torch.bfloat16) * 2

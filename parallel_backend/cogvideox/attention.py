@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from .kernels import LARGEST, SMALLEST, quantize
+from .kernels import LARGEST, head_scales, quantize
 
 Scales = list[torch.Tensor | None]
 """What queries, keys and values in FP8 are to be multiplied by: one number, one number, one a head ``[batch, heads]``."""
@@ -68,13 +68,9 @@ def bound(norm: torch.nn.LayerNorm) -> torch.Tensor:
     return (norm.weight.numel() ** 0.5 * weight + 2**0.5 * bias) / LARGEST
 
 
-def quantize_heads(states: torch.Tensor, largest: Callable[[torch.Tensor], torch.Tensor] | None = None):
-    """``[batch, tokens, heads, head_dim]`` in FP8, and what each head is to be multiplied by, ``[batch, heads]``.
-
-    ``largest`` makes each rank's maxima those of all ranks that have tokens of the sequence.
-    """
-    maxima = states.abs().amax(dim=(1, 3)).float()
-    scales = (maxima if largest is None else largest(maxima)).clamp(min=SMALLEST) / LARGEST
+def quantize_heads(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[batch, tokens, heads, head_dim]`` in FP8, and what each head is to be multiplied by, ``[batch, heads]``."""
+    scales = head_scales(states.abs().amax(dim=(1, 3)).float())
     return quantize(states, scales[:, None, :, None]), scales
 
 

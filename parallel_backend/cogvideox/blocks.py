@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..errors import first_line
 from . import kernels
-from .attention import bound, quantize_heads
+from .attention import bound
 from .fp8 import Fp8Linear
 from .step_cache import StepCache
 
@@ -72,6 +72,19 @@ def normal_heads(norm, states: torch.Tensor, tables, scale: torch.Tensor | None,
     return kernels.spread(states if scale is None else kernels.quantize(states, scale), ranks)
 
 
+def fp8_values(values: torch.Tensor, largest, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values ``[batch, tokens, heads, head_dim]`` in FP8 and spread, and what each head is to be multiplied by, ``[batch, heads]``.
+
+    ``largest`` makes each rank's maxima those of all ranks that have tokens of the sequence.
+    """
+    compiling = torch.compiler.is_compiling()
+    maxima = kernels.head_maxima(values) if compiling else values.abs().amax(dim=(1, 3)).float()
+    scales = kernels.head_scales(maxima if largest is None else largest(maxima))
+    if compiling:
+        return kernels.quantize_spread(values, scales, ranks), scales
+    return kernels.spread(kernels.quantize(values, scales[:, None, :, None]), ranks), scales
+
+
 def swap(states: torch.Tensor) -> torch.Tensor:
     """``[batch, first, second, features]`` as ``[batch, second, first, features]``."""
     if 1 in states.shape[1:3]:
@@ -101,9 +114,10 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     query = normal_heads(attention.norm_q, query, image_rotary_emb, scales[0], ranks)
     key = normal_heads(attention.norm_k, key, image_rotary_emb, scales[1], ranks)
     if about["fp8"]:
-        value, scale = quantize_heads(value, about["largest"])
+        value, scale = fp8_values(value, about["largest"], ranks)
         scales.append(scale)
-    value = swap(value.unflatten(2, (ranks, -1)).flatten(3)).view(query.shape)
+    else:
+        value = swap(value.unflatten(2, (ranks, -1)).flatten(3)).view(query.shape)
     attended = about["attend"](query, key, value, scales)
     hidden_states = hidden_states + gate * attention.to_out[0](swap(attended.flatten(3)).flatten(2))
     tokens, gate = modulate(block.norm2, hidden_states, temb, about["is_text"])

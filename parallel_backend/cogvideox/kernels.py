@@ -94,6 +94,64 @@ def _(states, weight, bias, epsilon, tables, scale, ranks):
     return for_ranks(states, ranks, None if scale is None else FP8)
 
 
+def head_scales(maxima: torch.Tensor) -> torch.Tensor:
+    """What numbers of such maxima are to be divided by for e4m3."""
+    return maxima.clamp(min=SMALLEST) / LARGEST
+
+
+@torch.library.custom_op("cogvideox_xdit::head_maxima", mutates_args=(), device_types="cuda")
+def head_maxima(states: torch.Tensor) -> torch.Tensor:
+    """The greatest magnitude in each head of ``[batch, tokens, heads, head_dim]``: ``[batch, heads]`` in float32."""
+    import triton
+
+    from .triton_kernels import head_maxima_kernel
+
+    states = states.contiguous()
+    batch, tokens, heads, features = states.shape
+    maxima, block = states.new_zeros(batch, heads, dtype=torch.float32), 256
+    head_maxima_kernel[(triton.cdiv(tokens, block), heads, batch)](
+        states, maxima, tokens, heads, FEATURES=features, TOKENS=block, num_warps=4
+    )
+    return maxima
+
+
+@head_maxima.register_kernel("cpu")
+def _(states):
+    return states.abs().amax(dim=(1, 3)).float()
+
+
+@head_maxima.register_fake
+def _(states):
+    return states.new_empty(states.shape[0], states.shape[2], dtype=torch.float32)
+
+
+@torch.library.custom_op("cogvideox_xdit::quantize_spread", mutates_args=(), device_types="cuda")
+def quantize_spread(states: torch.Tensor, scales: torch.Tensor, ranks: int) -> torch.Tensor:
+    """``[batch, tokens, heads, head_dim]`` by ``[batch, heads]`` in e4m3, laid out as :func:`spread` does."""
+    import triton
+
+    from .triton_kernels import quantize_spread_kernel
+
+    states = states.contiguous()
+    batch, tokens, heads, features = states.shape
+    result = for_ranks(states, ranks, FP8)
+    rows, block = batch * tokens * heads, 64
+    quantize_spread_kernel[(triton.cdiv(rows, block),)](
+        states, result, scales.contiguous(), rows, tokens, heads, heads // ranks, FEATURES=features, ROWS=block, num_warps=4
+    )
+    return result
+
+
+@quantize_spread.register_kernel("cpu")
+def _(states, scales, ranks):
+    return spread(quantize(states, scales[:, None, :, None]), ranks)
+
+
+@quantize_spread.register_fake
+def _(states, scales, ranks):
+    return for_ranks(states, ranks, FP8)
+
+
 @torch.library.custom_op("cogvideox_xdit::swap", mutates_args=(), device_types="cuda")
 def swap(states: torch.Tensor) -> torch.Tensor:
     """``[batch, first, second, features]`` as ``[batch, second, first, features]``, copied a row at a time."""

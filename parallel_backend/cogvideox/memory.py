@@ -14,12 +14,25 @@ from .checkpoint import Checkpoint
 from .windows import Layout
 
 
+_allowed: int | None = None
+"""Bytes that :func:`allow` leaves this process."""
+
+
+def allow(device: torch.device, nbytes: int) -> None:
+    """Lets this process's tensors have no more of a GPU than so many bytes."""
+    global _allowed
+    _allowed = nbytes
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(nbytes / total, 1.0), device)
+
+
 def free_bytes(device: torch.device) -> int:
-    """Bytes the device can still give: what the driver has and what torch holds unused."""
+    """Bytes the device can still give: what the driver has and what torch holds unused, or what is allowed where that is less."""
     if device.type != "cuda":
         return 2**62
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, allocated = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
+    unused = free + torch.cuda.memory_reserved(device) - allocated
+    return unused if _allowed is None else min(unused, _allowed - allocated)
 
 
 def used_bytes(device: torch.device) -> int:

@@ -5,6 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
+def spread_row(row, tokens, heads, heads_of_rank):
+    """Where a head of a token, counted as they come, stands once heads are laid out for ranks."""
+    batch, token, head = row // (tokens * heads), row // heads % tokens, row % heads
+    rank = head // heads_of_rank
+    return ((batch * (heads // heads_of_rank) + rank) * tokens + token) * heads_of_rank + head % heads_of_rank
+
+
+@triton.jit
 def norm_rotate_kernel(
     states, result, weight, bias, cosines, sines, scale,
     rows, tokens, heads, heads_of_rank, epsilon,
@@ -27,10 +35,34 @@ def norm_rotate_kernel(
         value = value * cosine + turned * sine
     if SCALES:
         value = value / tl.load(scale)
-    batch, token, head = row // (tokens * heads), row // heads % tokens, row % heads
-    rank = head // heads_of_rank
-    target = ((batch * (heads // heads_of_rank) + rank) * tokens + token) * heads_of_rank + head % heads_of_rank
+    target = spread_row(row, tokens, heads, heads_of_rank)
     tl.store(result + target[:, None] * FEATURES + column, value.to(result.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def head_maxima_kernel(states, maxima, tokens, heads, FEATURES: tl.constexpr, TOKENS: tl.constexpr):
+    """See ``head_maxima``; a program has a piece of one head."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    at = ((batch * tokens + token) * heads + head)[:, None] * FEATURES + tl.arange(0, FEATURES)
+    value = tl.abs(tl.load(states + at, mask=(token < tokens)[:, None], other=0.0).to(tl.float32))
+    tl.atomic_max(maxima + batch * heads + head, tl.max(tl.max(value, 1), 0))
+
+
+@triton.jit
+def quantize_spread_kernel(
+    states, result, scales, rows, tokens, heads, heads_of_rank, FEATURES: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """See ``quantize_spread``; a row is one head of one token."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, FEATURES)
+    there = row < rows
+    value = tl.load(states + row[:, None] * FEATURES + column, mask=there[:, None], other=0.0).to(tl.float32)
+    scale = tl.load(scales + row // (tokens * heads) * heads + row % heads, mask=there, other=1.0)
+    target = spread_row(row, tokens, heads, heads_of_rank)
+    tl.store(
+        result + target[:, None] * FEATURES + column, (value / scale[:, None]).to(result.dtype.element_ty), mask=there[:, None]
+    )
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..cogvideox import checks
+from ..cogvideox import checks, memory
 from ..cogvideox.checkpoint import Checkpoint
 from ..engine import Engine
 from ..errors import Cancelled
@@ -39,6 +39,8 @@ STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
 """A later step takes at most the greater of this long and so many times the longest before it."""
 IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
 """A group that had nothing to do for so long lets go of its weights; None never does."""
+MEMORY_GB = os.environ.get("XDIT_MEMORY_GB")
+"""GiB of each GPU that a group's tensors may have; unset, all that is free."""
 KEEP_SECONDS = float(os.environ.get("XDIT_KEEP_SECONDS") or 1)
 """The caller gets a sampling job's state so often, to go on from when the group is lost."""
 
@@ -64,7 +66,7 @@ class Worker:
         self.split = split
         self.link = link
         slow = slow_link(split.plan, split.device.type, link)
-        self.notes = (slow,) if slow else ()
+        self.notes = (*split.notes, *([slow] if slow else []))
         self.address = address
         self.engine = Engine(split)
         self.started = time.time()
@@ -213,6 +215,8 @@ def main() -> None:
     address = GroupAddress(Path(folder))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
+    if MEMORY_GB and device.type == "cuda":
+        memory.allow(device, int(float(MEMORY_GB) * 2**30))
     heart = Heart(address.pulse_file(rank))
     heart.beat("joining the group", START_SECONDS)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank, local_rank=local_rank)

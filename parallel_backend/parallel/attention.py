@@ -1,10 +1,15 @@
 """Attention over a sequence that is spread over ranks: Ulysses, and xDiT's USP where there is a ring."""
 
+from itertools import product
+
 import torch
 import torch.distributed as dist
 
 from ..cogvideox import attention
+from . import peers
 
+ARRIVALS, RESULTS = 0, 1
+"""Kinds of flags: for queries, keys and values, and for what became of them."""
 BACKEND = "cogvideox"
 """The name our attention function has in xfuser's registry."""
 
@@ -28,6 +33,8 @@ class UlyssesAttention:
         """Attention of one rank; like ``padding`` set for each forward."""
         self.padding = 0
         """Tokens of padding at the end of the whole sequence."""
+        self.pieces = 1
+        """That a rank's heads are laid out in."""
 
     @torch.compiler.disable  # waiting for what travels is not for a compiler to see
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
@@ -67,6 +74,103 @@ class UlyssesAttention:
         for transfer in dist.batch_isend_irecv(transfers):
             transfer.wait()
         return received
+
+
+class CopyingUlyssesAttention(UlyssesAttention):
+    """The same where ranks write into each other's memory: one part of the work travels while another is attended to.
+
+    A part is one video's half of the heads that a rank attends with. A rank's room is written to again only by those that have
+    had its answer to what was there: queries, keys and values of the next block come from ranks that have all results of this
+    one, and results from ranks that have been sent the next ones.
+
+    Args:
+        group: of processes, in the order of their chunks.
+        device: this rank's.
+        rank, size: of this process in the group, and of the group.
+        heads: of each rank.
+    """
+
+    def __init__(self, group, device: torch.device, *, rank: int, size: int, heads: int):
+        super().__init__(group, rank=rank, size=size)
+        self.device = device
+        self.pieces = 1 if heads % 2 else 2
+        self.side = torch.cuda.Stream(device)
+        self.inbox: peers.Inbox | None = None
+        self.layout: peers.Layout | None = None
+        self.rooms: list[list[torch.Tensor]] = []
+        """Queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``, for each rank."""
+
+    @torch.compiler.disable
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+        """This rank's tokens to everyone's.
+
+        Args:
+            query, key, value: ``[batch, ranks * pieces, tokens, heads, head_dim]``.
+            scales: see :meth:`UlyssesAttention.attend`.
+        Returns:
+            In the same shape; overwritten in the next block.
+        """
+        try:
+            return self._attend(query, key, value, scales)
+        except BaseException:
+            self.inbox = self.layout = None  # flags that nobody waits for any more must not be taken for the next ones
+            raise
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+        asked = [states.unflatten(1, (self.size, self.pieces)) for states in (query, key, value)]
+        self._make_room(asked, torch.bfloat16 if query.dtype.itemsize == 1 else query.dtype)
+        *arriving, results = self.rooms[self.rank]
+        parts = list(product(range(len(query)), range(self.pieces)))
+        valid = slice(self.size * query.shape[2] - self.padding)
+        main = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            for number, (sample, piece) in enumerate(parts):
+                for peer in self.inbox.others:
+                    for states, there in zip(asked, self.rooms[peer]):
+                        there[sample, piece, self.rank].copy_(states[sample, peer, piece])
+                self.inbox.announce(ARRIVALS, number)
+        for sample, piece in parts:
+            for states, here in zip(asked, arriving):
+                here[sample, piece, self.rank].copy_(states[sample, self.rank, piece])
+        made = []
+        for number, (sample, piece) in enumerate(parts):
+            self.inbox.await_all(ARRIVALS, number)
+            queries, keys, values = (here[sample, piece].flatten(0, 1)[None] for here in arriving)
+            own = self._own(scales, sample, piece)
+            made.append(self.whole(queries, keys[:, valid], values[:, valid], own)[0].unflatten(0, (self.size, -1)))
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                for peer in self.inbox.others:
+                    self.rooms[peer][-1][sample, self.rank, piece].copy_(made[-1][peer])
+                self.inbox.announce(RESULTS, number)
+        for (sample, piece), attended in zip(parts, made):
+            results[sample, self.rank, piece].copy_(attended[self.rank])
+        for number in range(len(parts)):
+            self.inbox.await_all(RESULTS, number)
+        main.wait_stream(self.side)  # before what it read can be used for something else
+        return results.flatten(1, 2)
+
+    def _own(self, scales: attention.Scales, sample: int, piece: int) -> attention.Scales:
+        """The scales of one video, of the values for one piece of this rank's heads."""
+        if scales[0] is None:
+            return scales
+        own = scales[2][sample : sample + 1].chunk(self.size * self.pieces, dim=1)[self.rank * self.pieces + piece]
+        return [*scales[:2], own.contiguous()]
+
+    def _make_room(self, asked: list[torch.Tensor], result: torch.dtype) -> None:
+        """Has room for one block's tensors on every rank. Blocks of a model ask for the same, so it is made once for a size."""
+        shape = asked[0].shape
+        turned = (shape[0], shape[2], shape[1], *shape[3:])
+        layout = peers.Layout((*((turned, states.dtype) for states in asked), (tuple(shape), result)))
+        if layout == self.layout:
+            return
+        if self.inbox is None or self.inbox.nbytes < layout.nbytes:
+            self.rooms, self.inbox = [], None
+            self.inbox = peers.Inbox(self.group, self.device, nbytes=layout.nbytes)
+        torch.cuda.synchronize(self.device)  # nobody is to write to another layout while one of the others is in use
+        dist.barrier(self.group)
+        self.layout, self.rooms = layout, self.inbox.views(layout)
 
 
 def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=None):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ..cogvideox.shards import Shard
 from ..plans import Plan
-from . import xdit
+from . import peers, xdit
 from .fsdp import fsdp_mesh, spread
 from .split import Split
 from .strips import Strips
@@ -52,7 +52,10 @@ class GroupSplit(Split):
         self.plan = plan
         self.rank = rank
         xdit.initialise(plan, rank=rank, local_rank=local_rank, device=device)
+        self.notes: list[str] = []
+        """What a person is to know of the exchanges, a line each."""
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
+        self.copies = self._can_copy()
         self.cfg_group = xdit.cfg_group()
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
         tensor_rank = xdit.tensor_group().rank_in_group
@@ -82,13 +85,29 @@ class GroupSplit(Split):
         ranks = self.plan.world_size
         return min(self.collect(2 * (ranks - 1) / ranks * tensor.nbytes / seconds))
 
+    def _can_copy(self) -> bool:
+        """Whether tokens travel by copies between GPUs."""
+        if self.device.type == "cpu" or self.plan.ulysses == 1 or self.plan.ring > 1:
+            return False
+        reason = peers.why_not(xdit.sequence_group().device_group, self.device, self.collect)
+        if reason:
+            self.notes.append(f"tokens travel by NCCL, which is slower: the GPUs cannot write to each other's memory, {reason}")
+        return reason is None
+
+    @property
+    def outside_bytes(self) -> int:
+        """See :attr:`Split.outside_bytes`."""
+        return peers.held_bytes()
+
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
         """See :meth:`Split.attach`."""
         self.shard.cut(transformer)
         if self.plan.tensor > 1:
             join_products(transformer, xdit.tensor_group().device_group)
         group = xdit.sequence_group() if self.plan.sequence > 1 else None
-        JointSequence(transformer, group=group, ulysses=self.plan.ulysses, ring=self.plan.ring, fp8_attention=fp8_attention)
+        degrees = {"ulysses": self.plan.ulysses, "ring": self.plan.ring}
+        device = self.device if self.copies else None
+        JointSequence(transformer, group=group, **degrees, device=device, fp8_attention=fp8_attention)
         if self.mesh:
             spread(transformer, self.mesh)
 

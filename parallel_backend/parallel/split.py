@@ -56,6 +56,11 @@ class Split:
         """A small Python value from every rank, in order, on every rank."""
         return [value]
 
+    @property
+    def outside_bytes(self) -> int:
+        """Bytes on the device that torch's statistics of memory leave out."""
+        return 0
+
     def synchronize(self) -> None:
         """Waits until the device has done what was asked of it."""
         if self.device.type == "cuda":

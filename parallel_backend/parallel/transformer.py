@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..cogvideox import attention, blocks
 from ..cogvideox.step_cache import StepCache
-from .attention import RingAttention, UlyssesAttention
+from .attention import CopyingUlyssesAttention, RingAttention, UlyssesAttention
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,11 @@ class JointSequence:
         transformer: diffusers' ``CogVideoXTransformer3DModel``.
         group: xDiT's sequence group coordinator; without one this rank sees all tokens.
         ulysses, ring: its degrees.
+        device: this rank's, where the ranks write into each other's memory (:mod:`.peers`).
         fp8_attention: whether to attend in FP8 where that can be done.
     """
 
-    def __init__(self, transformer, *, group=None, ulysses: int = 1, ring: int = 1, fp8_attention: bool = False):
+    def __init__(self, transformer, *, group=None, ulysses: int = 1, ring: int = 1, device=None, fp8_attention: bool = False):
         self.group = group
         self.config = transformer.config
         self.rank, self.size = (group.rank_in_group, group.world_size) if group else (0, 1)
@@ -81,6 +82,9 @@ class JointSequence:
         self.shared: UlyssesAttention | RingAttention | None = None
         if ring > 1:
             self.shared = RingAttention(ring=ring, rank=self.rank // ulysses, fp8=fp8_attention)
+        elif group and device:
+            heads = transformer.transformer_blocks[0].attn1.heads // self.size
+            self.shared = CopyingUlyssesAttention(group.device_group, device, rank=self.rank, size=self.size, heads=heads)
         elif group:
             self.shared = UlyssesAttention(group.device_group, rank=self.rank, size=self.size)
         blocks.use(transformer)
@@ -120,7 +124,7 @@ class JointSequence:
         if self.shared is None:
             return {**alone, "attend": partial(attention.alone, whole)}
         self.shared.padding, self.shared.whole = self.chunk.padding, whole
-        return {**alone, "attend": self.shared.attend, "largest": self.shared.largest, "ranks": self.size}
+        return {**alone, "attend": self.shared.attend, "largest": self.shared.largest, "ranks": self.size * self.shared.pieces}
 
     def _scatter(self, module, args, kwargs):
         """Gives the first block this rank's chunk, text and video joined."""

@@ -1,0 +1,131 @@
+"""Memory of a GPU that the GPUs beside it write to: what travels so is moved by copy engines, while the processors attend.
+
+NCCL moves data with kernels, which take processors away from attention (benchmarks/NOTES.md). torch's symmetric memory maps
+each rank's room into all others; a copy into it needs none, only a flag that says it has arrived does.
+"""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+
+from ..errors import first_line
+
+FLAGS = 8
+"""Of each kind, that may be on their way from one rank to another at a time; the next one waits until the first was seen."""
+ALIGNMENT = 256
+"""Bytes at which tensors begin: what fast copies and kernels ask for."""
+_made: "WeakSet[Inbox]" = WeakSet()
+
+
+def why_not(group, device: torch.device, collect: Callable[[Any], list]) -> str | None:
+    """Why the ranks of a group cannot write into each other's memory, in one line, or None.
+
+    Args:
+        group: process group with a backend for ``device``.
+        device: this rank's.
+        collect: gives a value of every rank in the world; all of them must ask.
+    """
+    members = dist.get_process_group_ranks(group)
+
+    def first(reason: str | None) -> str | None:
+        reasons = collect(reason)
+        return next((reasons[rank] for rank in members if reasons[rank]), None)
+
+    places = collect((socket.gethostname(), device.index))
+    hosts, indices = zip(*(places[rank] for rank in members))
+    reason = first(_obstacle(device, hosts, indices))
+    failed = None
+    if reason is None:
+        try:
+            Inbox(group, device, nbytes=256)
+        except (RuntimeError, AttributeError) as error:  # a container may forbid what torch needs for it
+            failed = first_line(error)
+    return first(failed) or reason
+
+
+def _obstacle(device: torch.device, hosts: tuple[str, ...], indices: tuple[int | None, ...]) -> str | None:
+    """What this rank knows of that is in the way."""
+    if device.type != "cuda":
+        return f"a {device.type} has no copy engines"
+    if len(set(hosts)) > 1:
+        return "they are in several machines"
+    others = (index for index in indices if index != device.index)
+    if not all(torch.cuda.can_device_access_peer(device.index, index) for index in others):
+        return "they have no peer-to-peer access"
+    if find_spec("torch.distributed._symmetric_memory") is None:
+        return f"torch {torch.__version__} has no symmetric memory"
+    return None
+
+
+def held_bytes() -> int:
+    """Bytes of this process's rooms, which torch's statistics of memory leave out."""
+    return sum(inbox.nbytes for inbox in _made)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors one after the other in a room."""
+
+    parts: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    """Shape and dtype of each."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a room for them."""
+        return self._offsets[-1]
+
+    @property
+    def _offsets(self) -> list[int]:
+        sizes = (torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parts)
+        return list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+
+    def views(self, room: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors, in ``room`` ``[bytes]``."""
+        return [
+            room[start : start + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+            for start, (shape, dtype) in zip(self._offsets, self.parts)
+        ]
+
+
+class Inbox:
+    """Room of one size on every rank of a group, that the others write into. All of them must make it.
+
+    Args:
+        group: process group.
+        device: this rank's.
+        nbytes: of the room.
+    """
+
+    def __init__(self, group, device: torch.device, *, nbytes: int):
+        from torch.distributed import _symmetric_memory as symmetric
+
+        self.rank, self.size, self.nbytes = dist.get_rank(group), dist.get_world_size(group), nbytes
+        own = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
+        self._handle = symmetric.rendezvous(own, group)
+        self._rooms = [
+            own if rank == self.rank else self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.size)
+        ]
+        self.others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
+        """In an order in which no two ranks write to the same one at a time."""
+        _made.add(self)
+
+    def views(self, layout: Layout) -> list[list[torch.Tensor]]:
+        """The tensors of a layout in the room of each rank."""
+        return [layout.views(room) for room in self._rooms]
+
+    def announce(self, kind: int, number: int) -> None:
+        """Tells all others that what was written to them before on this stream is there."""
+        for rank in self.others:
+            self._handle.put_signal(rank, kind * FLAGS + number % FLAGS)
+
+    def await_all(self, kind: int, number: int) -> None:
+        """Has this stream wait for what all others announce."""
+        for rank in self.others:
+            self._handle.wait_signal(rank, kind * FLAGS + number % FLAGS)
