@@ -120,7 +120,7 @@ class Run:
         """Runs one command, while there is time, and writes all rows so far."""
         left = self.ends - time.monotonic()
         if left < 15:
-            self.say(f"left out, the time is up: {command.name}")
+            self.say(f"left out, the time is up: {command.name.format(work=self.work)}")
             return
         filled = command.words.format(
             work=self.work,
@@ -137,7 +137,7 @@ class Run:
                 said += f": {(done.stderr.strip().splitlines() or [''])[-1][:300]}"
         except subprocess.TimeoutExpired:
             said = "cut off, the time is up"
-        self.say(f"{command.name}: {time.monotonic() - before:.0f} s, {said}")
+        self.say(f"{command.name.format(work=self.work)}: {time.monotonic() - before:.0f} s, {said}")
         if rows.exists():
             found = json.loads(rows.read_text())
             for row in found:

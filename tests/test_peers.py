@@ -1,0 +1,141 @@
+"""Ulysses by copies into the peers' memory: what is sent where, and when, with threads for ranks and flags that only CPUs know.
+
+That GPUs' copies and flags keep the same order is for tests/test_gpu.py.
+"""
+
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+
+from parallel_backend.cogvideox import kernels
+from parallel_backend.cogvideox.attention import attend_torch
+from parallel_backend.parallel import attention, peers
+
+WAIT = 60
+
+
+class Stream:
+    """Work on a CPU is done when it is asked for."""
+
+    def __init__(self, *_):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+class Hub:
+    """What the threads share."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.rooms: dict[int, torch.Tensor] = {}
+        self.barrier = threading.Barrier(size, timeout=WAIT)
+        self.flags = {
+            (sender, receiver, flag): queue.Queue()  # on a GPU the side stream waits until one was seen, and not the program
+            for sender in range(size)
+            for receiver in range(size)
+            for flag in range(2 * peers.FLAGS)
+        }
+
+
+class ThreadInbox(peers.Inbox):
+    """An inbox whose group is a pair of hub and rank."""
+
+    def __init__(self, group, device, *, nbytes):
+        self.hub, self.rank = group
+        self.nbytes = nbytes
+        self.hub.rooms[self.rank] = torch.full((nbytes,), 0x7F, dtype=torch.uint8)
+        self.hub.barrier.wait()
+        self._rooms = [self.hub.rooms[rank] for rank in range(self.hub.size)]
+        self.others = [(self.rank + distance) % self.hub.size for distance in range(1, self.hub.size)]
+        self._handle = self
+
+    def put_signal(self, rank, flag):
+        self.hub.flags[self.rank, rank, flag].put(None)
+
+    def wait_signal(self, rank, flag):
+        self.hub.flags[rank, self.rank, flag].get(timeout=WAIT)
+
+
+@pytest.fixture
+def threads_for_ranks(monkeypatch):
+    monkeypatch.setattr(peers, "Inbox", ThreadInbox)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(attention.dist, "barrier", lambda group: group[0].barrier.wait())
+    monkeypatch.setattr(attention.dist, "get_process_group_ranks", lambda group: list(range(group[0].size)))
+
+
+def attend_on(rank: attention.CopyingUlyssesAttention, states: torch.Tensor, padding: int) -> torch.Tensor:
+    """What a rank makes of queries, keys and values ``[3, batch, all tokens, heads, head_dim]``, its own tokens of all heads."""
+    tokens = states.shape[2] // rank.size
+    rank.whole, rank.padding = attend_torch, padding
+    mine = states[:, :, rank.rank * tokens : (rank.rank + 1) * tokens]
+    result = rank.attend(*(kernels.spread(each, rank.size * rank.pieces) for each in mine), [None] * 3)
+    return result.transpose(1, 2).reshape(mine.shape[1:]).clone()
+
+
+@pytest.mark.parametrize("size, heads", [(2, 8), (3, 6), (2, 2)])
+def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, threads_for_ranks):
+    hub, generator = Hub(size), torch.Generator().manual_seed(0)
+    ranks = [
+        attention.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=size, heads=heads // size)
+        for rank in range(size)
+    ]
+    # Sizes change from job to job; blocks come one after the other; more videos than there are flags.
+    for batch, tokens, padding, blocks in ((2, 10, 1, 3), (1, 7, 0, 2), (11, 3, 2, 2), (2, 10, 1, 1)):
+        for _ in range(blocks):
+            states = torch.randn(3, batch, size * tokens, heads, 4, generator=generator, dtype=torch.float64)
+            valid = size * tokens - padding
+            expected = attend_torch(states[0], states[1, :, :valid], states[2, :, :valid], [None] * 3)
+            with ThreadPoolExecutor(size) as pool:
+                found = list(pool.map(partial(attend_on, states=states, padding=padding), ranks))
+            assert (torch.cat(found, dim=1) - expected).abs().max() < 1e-12
+    assert all(flag.empty() for flag in hub.flags.values())
+
+
+def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):
+    hub = Hub(1)
+    alone = attention.CopyingUlyssesAttention((hub, 0), torch.device("cpu"), rank=0, size=1, heads=2)
+    states = torch.ones(1, 2, 3, 1, 4)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    alone.whole = fail
+    with pytest.raises(torch.OutOfMemoryError):
+        alone.attend(states, states, states, [None] * 3)
+    assert alone.inbox is None and alone.layout is None
+    alone.whole = attend_torch
+    assert torch.equal(alone.attend(states, states, states, [None] * 3), states)
+
+
+def test_tensors_lie_one_after_the_other_where_copies_are_fast():
+    layout = peers.Layout((((3, 5), torch.bfloat16), ((2,), torch.float8_e4m3fn), ((300,), torch.float32)))
+    room = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    views = layout.views(room)
+    assert [(view.shape, view.dtype) for view in views] == [(torch.Size(shape), dtype) for shape, dtype in layout.parts]
+    starts = [view.data_ptr() - room.data_ptr() for view in views]
+    assert starts == [0, peers.ALIGNMENT, 2 * peers.ALIGNMENT] and layout.nbytes == 2 * peers.ALIGNMENT + 1280
+
+
+def test_what_is_in_the_way_of_copies_is_named():
+    def reason(device, places):
+        members = range(len(places))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(peers.dist, "get_process_group_ranks", lambda group: list(members))
+            patch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: abs(one - other) == 1)
+            return peers.why_not(None, device, lambda value: places if isinstance(value, tuple) else [value] * len(places))
+
+    gpu = torch.device("cuda", 0)
+    assert "no copy engines" in reason(torch.device("cpu"), [("a", None), ("a", None)])
+    assert "several machines" in reason(gpu, [("a", 0), ("b", 0)])
+    assert "peer-to-peer" in reason(gpu, [("a", 0), ("a", 2)])
