@@ -77,9 +77,9 @@ def threads_for_ranks(monkeypatch):
 def attend_on(rank: attention.CopyingUlyssesAttention, states: torch.Tensor, padding: int) -> torch.Tensor:
     """What a rank makes of queries, keys and values ``[3, batch, all tokens, heads, head_dim]``, its own tokens of all heads."""
     tokens = states.shape[2] // rank.size
-    rank.whole, rank.padding = attend_torch, padding
+    parts = rank.begin(attend_torch, batch=states.shape[1], padding=padding)
     mine = states[:, :, rank.rank * tokens : (rank.rank + 1) * tokens]
-    result = rank.attend(*(kernels.spread(each, rank.size * rank.pieces) for each in mine), [None] * 3)
+    result = rank.attend(*(kernels.spread(each, parts) for each in mine), [None] * 3)
     return result.transpose(1, 2).reshape(mine.shape[1:]).clone()
 
 
@@ -105,16 +105,16 @@ def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, threads
 def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):
     hub = Hub(1)
     alone = attention.CopyingUlyssesAttention((hub, 0), torch.device("cpu"), rank=0, size=1, heads=2)
-    states = torch.ones(1, 2, 3, 1, 4)
+    states = torch.ones(2, 1, 3, 2, 4)
 
     def fail(*_):
         raise torch.OutOfMemoryError("no room")
 
-    alone.whole = fail
+    alone.begin(fail, batch=2, padding=0)
     with pytest.raises(torch.OutOfMemoryError):
         alone.attend(states, states, states, [None] * 3)
     assert alone.inbox is None and alone.layout is None
-    alone.whole = attend_torch
+    alone.begin(attend_torch, batch=2, padding=0)
     assert torch.equal(alone.attend(states, states, states, [None] * 3), states)
 
 

@@ -13,7 +13,6 @@ from . import shards, step_cache, vae
 from .checkpoint import Checkpoint
 from .windows import Layout
 
-
 _allowed: int | None = None
 """Bytes that :func:`allow` leaves this process."""
 

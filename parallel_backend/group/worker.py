@@ -9,7 +9,9 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,6 +71,7 @@ class Worker:
         self.notes = (*split.notes, *([slow] if slow else []))
         self.address = address
         self.engine = Engine(split)
+        self.copying = torch.cuda.Stream(split.device) if split.device.type == "cuda" else None
         self.started = time.time()
         self.state = "ready"
         self.jobs = 0
@@ -171,13 +174,19 @@ class Worker:
             doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
             self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
             if request:
-                if now - kept >= KEEP_SECONDS:
+                if now - kept >= KEEP_SECONDS and request.has_told:
                     kept = now
-                    request.answer(Message("kept", *split_fields(progress)))
-                request.answer(Message("step", {"step": progress.step, "steps": steps}))
+                    request.tell(partial(self.kept, progress))
+                request.tell(partial(Message, "step", {"step": progress.step, "steps": steps}))
             return wanted()
 
         return self.engine.run(job, after_step, wanted)
+
+    def kept(self, progress: Progress) -> Message:
+        """What the caller is to keep of a job, copied from the device beside its next step: nothing writes to it any more."""
+        plain, tensors = split_fields(progress)
+        with nullcontext() if self.copying is None else torch.cuda.stream(self.copying):
+            return Message("kept", plain, {name: tensor.cpu() for name, tensor in tensors.items()})
 
     def compare(self, failure: dict | None, *, together: bool) -> list[dict | None]:
         """Every rank's failure or None.

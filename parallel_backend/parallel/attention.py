@@ -30,11 +30,20 @@ class UlyssesAttention:
         self.numbers = dist.get_process_group_ranks(group)
         """Of the group's processes, in the world."""
         self.whole: attention.Attention | None = None
-        """Attention of one rank; like ``padding`` set for each forward."""
         self.padding = 0
-        """Tokens of padding at the end of the whole sequence."""
-        self.pieces = 1
-        """That a rank's heads are laid out in."""
+
+    def begin(self, whole: attention.Attention, *, batch: int, padding: int) -> int:
+        """Says what a forward is like.
+
+        Args:
+            whole: attention of one rank.
+            batch: prompts and videos.
+            padding: tokens of padding at the end of the whole sequence.
+        Returns:
+            In how many parts heads are to be laid out: for ranks, and pieces of each rank's.
+        """
+        self.whole, self.padding = whole, padding
+        return self.size
 
     @torch.compiler.disable  # waiting for what travels is not for a compiler to see
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
@@ -79,7 +88,7 @@ class UlyssesAttention:
 class CopyingUlyssesAttention(UlyssesAttention):
     """The same where ranks write into each other's memory: one part of the work travels while another is attended to.
 
-    A part is one video's half of the heads that a rank attends with. A rank's room is written to again only by those that have
+    A part is one prompt's tokens, or half of its heads where there is only one. A rank's room is written to again only by those that have
     had its answer to what was there: queries, keys and values of the next block come from ranks that have all results of this
     one, and results from ranks that have been sent the next ones.
 
@@ -93,12 +102,18 @@ class CopyingUlyssesAttention(UlyssesAttention):
     def __init__(self, group, device: torch.device, *, rank: int, size: int, heads: int):
         super().__init__(group, rank=rank, size=size)
         self.device = device
-        self.pieces = 1 if heads % 2 else 2
+        self.heads = heads
+        self.pieces = 1
         self.side = torch.cuda.Stream(device)
         self.inbox: peers.Inbox | None = None
         self.layout: peers.Layout | None = None
         self.rooms: list[list[torch.Tensor]] = []
         """Queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``, for each rank."""
+
+    def begin(self, whole: attention.Attention, *, batch: int, padding: int) -> int:
+        """See :meth:`UlyssesAttention.begin`. Pieces cost the end of one attention each, where processors have nothing to do."""
+        self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
+        return super().begin(whole, batch=batch, padding=padding) * self.pieces
 
     @torch.compiler.disable
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:

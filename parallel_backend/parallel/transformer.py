@@ -123,8 +123,8 @@ class JointSequence:
         alone["fp8"] = self.fp8_attention and attention.uses_flash_3(latents.device, latents.dtype)
         if self.shared is None:
             return {**alone, "attend": partial(attention.alone, whole)}
-        self.shared.padding, self.shared.whole = self.chunk.padding, whole
-        return {**alone, "attend": self.shared.attend, "largest": self.shared.largest, "ranks": self.size * self.shared.pieces}
+        ranks = self.shared.begin(whole, batch=len(latents), padding=self.chunk.padding)
+        return {**alone, "attend": self.shared.attend, "largest": self.shared.largest, "ranks": ranks}
 
     def _scatter(self, module, args, kwargs):
         """Gives the first block this rank's chunk, text and video joined."""
