@@ -125,12 +125,12 @@ class Common:
         """What ``other``, another host's as plain values, has otherwise; None where they go together."""
         other = other if isinstance(other, dict) else {}
         differ = [field.name for field in fields(self) if other.get(field.name) != getattr(self, field.name)]
-        if "plan" in differ and other["plan"] == AUTO:
+        if "plan" in differ and other.get("plan") == AUTO:
             differ.remove("plan")
         if not differ:
             return None
         mine = asdict(self)
-        said = [f"{WORDS[name]} is {mine[name]} on {here} and {other.get(name)} on {there}" for name in differ]
+        said = [f"{WORDS[name]} is {mine[name]} on {here} and {shown(other.get(name))} on {there}" for name in differ]
         return f"{'; '.join(said)}: give all hosts the same"
 
 
@@ -151,6 +151,11 @@ def code_version() -> str:
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def shown(value: Any) -> str:
+    """What another host says, for a person's screen."""
+    return "".join(character for character in str(value)[:100] if character.isprintable())
 
 
 def interface_of(address: str) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ..errors import GroupUnavailable, RequestError
 from .death import Death, first_of
-from .hosts import Common, Host, Place, family_of, free_port, interface_of, numbered
+from .hosts import Common, Host, Place, family_of, free_port, interface_of, numbered, shown
 from .link import SILENT_SECONDS, Link, LinkLost
 
 logger = logging.getLogger(__name__)
@@ -178,9 +178,10 @@ class Leader(Muster):
             )  # fmt: skip
 
     def meet(self) -> Meeting:
-        """See :meth:`Muster.meet`."""
+        """See :meth:`Muster.meet`. A host that is refused may come again, put right, while the others wait."""
         place, began = self.place, time.monotonic()
-        logger.info("waiting %.0f s for %d more hosts at %s", place.wait, place.nodes - 1, place.rendezvous)
+        others = ", ".join(map(str, range(1, place.nodes)))
+        logger.info("waiting %.0f s at %s for node%s %s", place.wait, place.rendezvous, "s"[: place.nodes - 2], others)
         arrivals: queue.Queue[tuple[Link, dict]] = queue.Queue()
         came: dict[int, tuple[Link, dict]] = {}
         try:
@@ -216,7 +217,7 @@ class Leader(Muster):
 
     def _admit(self, link: Link, hello: dict, came: dict[int, tuple[Link, dict]]) -> None:
         """Lets a host join, or says why not, here and there."""
-        node, name = hello.get("node"), str(hello.get("name"))[:100]
+        node, name = hello.get("node"), shown(hello.get("name"))
         there, here = f"host {name} ({link.there})", f"host {self.name} ({self.place.rendezvous.host})"
         taken = came.get(node) if isinstance(node, int) else None
         reason = self.common.difference(hello.get("common"), here=here, there=there)
@@ -247,7 +248,7 @@ class Leader(Muster):
 
     def _open(self, came: dict[int, tuple[Link, dict]]) -> Meeting:
         where, links = self.place.rendezvous, {node: link for node, (link, _) in came.items()}
-        others = [(came[node][1]["name"], came[node][0].there, str(came[node][1].get("devices"))) for node in sorted(came)]
+        others = [(came[node][1]["name"], came[node][0].there, shown(came[node][1].get("devices"))) for node in sorted(came)]
         hosts = numbered([(self.name, where.host, self.devices), *others], self.common.processes)
         port = free_port(where.host)
         for link in links.values():
