@@ -100,7 +100,8 @@ def build_parser() -> Parser:
 
     plan = commands_of.add_parser("plan", help="what auto would choose, and why")
     plan.add_argument("--model", required=True)
-    plan.add_argument("--gpus", type=int, help="default: those of this machine")
+    plan.add_argument("--gpus", type=int, help="of each host; default: those of this machine")
+    plan.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that work together")
     plan.add_argument(
         "--memory-gb", type=float, help="of one GPU; where the model does not fit, plans that split it are listed"
     )

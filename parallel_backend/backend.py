@@ -30,7 +30,7 @@ def resolve(
     guided: bool = True,
     offload: str = "auto",
     work: Callable[[torch.device], Work] | None = None,
-    nodes: int = 1,
+    nodes: int | None = None,
 ) -> tuple[Plan, Devices, str]:
     """The plan and devices for two words of a person.
 
@@ -38,17 +38,18 @@ def resolve(
     ``work`` says of a step on a device, or where it is not given by a published model's.
 
     Args:
-        nodes: hosts with such devices each, of a group that is to be served. Where a group of several hosts is served already,
-            its plan is found by its own devices here.
+        nodes: hosts with such devices each, of a group that is to be served. None for a job, which a group that is served over
+            several hosts does where its plan and its devices here fit these words.
     Returns:
         Plan, devices of this host, and the reason in one sentence.
     Raises:
         RequestError: when they do not fit each other, the model's heads, or where its weights are to wait.
     """
     found = Devices.parse(devices)
-    if nodes == 1 and (served := served_over_hosts(plan, AUTO if devices == AUTO else str(found), heads=heads)):
+    if nodes is None and (served := served_over_hosts(plan, AUTO if devices == AUTO else str(found), heads=heads)):
         served[0].check_offload(offload)
         return served
+    nodes = nodes or 1
     if plan == AUTO:
         machine = replace(machine_of(found), can_shard=offload not in IN_PARTS)
         chosen, reason = choose(

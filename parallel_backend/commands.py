@@ -22,7 +22,12 @@ from .cogvideox.work import work_of
 from .costs import Work
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
+from .group.address import running
+from .group.client import GroupExecutor
 from .group.hosts import Common, Place
+from .group.launcher import Launcher, check_possible
+from .group.lending import lend
+from .group.muster import Leader, Member
 from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, check_size, empty_latent, two_thirds
 from .outputs import Video, videos_of
 from .planner import choose, predictions
@@ -243,8 +248,11 @@ def plan(args: Namespace) -> int:
     if args.memory_gb is not None and not args.memory_gb > 0:
         raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
     check_size(**size_of(args, checkpoint), batch=1)
-    count = args.gpus or Devices.parse("auto").count
-    machine = machines.asked(args.gpu, count=count, link=args.link, memory_gib=args.memory_gb)
+    if args.nnodes < 1:
+        raise RequestError(f"nnodes is {args.nnodes}; use 1 or more")
+    each = args.gpus or Devices.parse("auto").count
+    count = each * args.nnodes
+    machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gb)
     work = step_of(args, checkpoint)(torch.device("cuda"))
     found = predictions(work, machine, count)
     chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine)
@@ -261,15 +269,13 @@ def plan(args: Namespace) -> int:
     for each in found:
         mark = "->" if each.plan == chosen else ""
         show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {'yes' if each.fits else 'no'}")
-    show(f"{count} GPU{'s' * (count > 1)} ({machine.name}): {reason}")
+    hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
+    show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
     return 0
 
 
 def serve(args: Namespace) -> int:
     """Keeps a group until it is told to stop; alone, as node 0 of several hosts, or as another that lends it devices."""
-    from .group.client import GroupExecutor
-    from .group.muster import Leader
-
     place = Place.asked(args.nnodes, args.node_rank, args.rendezvous, args.wait)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if place and place.node:
@@ -285,12 +291,11 @@ def serve(args: Namespace) -> int:
     executor = GroupExecutor(chosen, devices, muster)
     try:
         executor.share()
-        executor.status()
+        come_up(executor)
         where = " and ".join(map(str, muster.meeting.hosts)) if muster else str(devices)
         show(f"serving plan {chosen} on {where} ({reason}) at {executor.address.folder}; end it with stop or Ctrl-C")
         while executor.wait() != 0:
-            executor.start()
-            executor.status()  # raises when it does not come up
+            come_up(executor)
             show(f"the group was lost; serving again at {executor.address.folder}")
     except KeyboardInterrupt:
         show("ending")
@@ -299,12 +304,27 @@ def serve(args: Namespace) -> int:
     return 0
 
 
+def come_up(executor: GroupExecutor) -> None:
+    """Starts a group and waits until it answers. One that is lost meanwhile is started once more, or whenever a host went.
+
+    Raises:
+        GroupFailure: when it does not come up.
+    """
+    tried = 0
+    while True:
+        executor.start()
+        if executor.status()["state"] != "absent":
+            return
+        cause, tried = executor.lost, tried + 1
+        if tried > 1 and not cause.gone:
+            raise GroupUnavailable(
+                f"the group did not start: {cause.cause}; twice, so it is not tried again", details=cause.details
+            )
+        show(f"the group was lost while it started: {cause.cause}")
+
+
 def lend_devices(args: Namespace, place: Place) -> int:
     """What ``serve`` does on a host that is not node 0."""
-    from .group.launcher import Launcher, check_possible
-    from .group.lending import lend
-    from .group.muster import Member
-
     chosen = None if args.plan == AUTO else Plan.parse(args.plan)
     devices = Devices.parse(args.devices)
     if chosen and args.devices == AUTO:
@@ -321,9 +341,6 @@ def lend_devices(args: Namespace, place: Place) -> int:
 
 def status(args: Namespace) -> int:
     """The groups that are running."""
-    from .group.address import running
-    from .group.client import GroupExecutor
-
     groups = []
     for address in running():
         description = address.describe()
@@ -363,9 +380,6 @@ def show_hosts(group: dict) -> None:
 
 def stop(args: Namespace) -> int:
     """Ends the group that ``serve`` keeps."""
-    from .group.address import running
-    from .group.client import GroupExecutor
-
     for address in running():
         description = address.describe()
         if description["node"]:

@@ -140,6 +140,11 @@ class GroupExecutor(Executor):
         """Waits until the group's processes end. Returns their exit status."""
         return self._launcher.process.wait()
 
+    @property
+    def lost(self) -> Death | None:
+        """How the processes ended that were lost last, until they are started again; None when somebody else keeps them."""
+        return self._launcher and self._launcher.lost
+
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`. A group of its own is started again when it was lost."""
         return self._launcher is not None or self.address in running()

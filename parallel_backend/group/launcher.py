@@ -75,8 +75,8 @@ class Launcher:
         """Whether the person's other processes may use the group too; ``serve`` sets it."""
         self.address: GroupAddress | None = None
         self.process: subprocess.Popen | None = None
-        self._lost: Death | None = None
-        """How the life before ended."""
+        self.lost: Death | None = None
+        """How the life before ended, until there is another."""
 
     @property
     def nodes(self) -> int:
@@ -98,7 +98,7 @@ class Launcher:
             "processes": self.devices.count,
         }
         known |= {"nodes": self.nodes, "node": node, "first_rank": node * self.devices.count}
-        self.address = GroupAddress.create({**known, "lost": self._lost and asdict(self._lost)})
+        self.address = GroupAddress.create({**known, "lost": self.lost and asdict(self.lost)})
         try:
             meeting = self._meet() if self.muster else None
             self.process = self._spawn(meeting)
@@ -107,13 +107,13 @@ class Launcher:
             raise
         if self.muster and not self.muster.watch(self.process.kill):
             self.process.kill()
-        self._lost = None
+        self.lost = None
         logger.info("starting %d processes for plan '%s' on %s", self.devices.count, self.plan, self.devices)
         return self.address
 
     def _meet(self) -> Meeting:
         """Meets the other hosts, after leave of them for the life before."""
-        self.muster.part(again=True, death=self._lost)
+        self.muster.part(again=True, death=self.lost)
         meeting = self.muster.meet()
         self.plan = Plan.parse(meeting.plan)
         self.address.add(plan=meeting.plan, hosts=[{**asdict(host), "ranks": host.ranks} for host in meeting.hosts])
@@ -190,7 +190,7 @@ class Launcher:
     def leave(self) -> None:
         """Takes leave of the other hosts for good."""
         if self.muster:
-            self.muster.part(again=False, death=self._lost)
+            self.muster.part(again=False, death=self.lost)
 
     def _kill(self) -> None:
         try:
@@ -201,8 +201,8 @@ class Launcher:
     def cause_of_death(self) -> Death:
         """How the group ended: which rank first and how, where the agent or ``torch.distributed.run`` says so; on which host."""
         own = self._own_death()
-        self._lost = self.muster.verdict(own) if self.muster else own
-        return self._lost
+        self.lost = self.muster.verdict(own) if self.muster else own
+        return self.lost
 
     def _own_death(self) -> Death | None:
         """How this host's part ended; None when it was told to, or ended because another's had."""
