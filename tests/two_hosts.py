@@ -30,7 +30,10 @@ class Network:
             self._lay()
         except (OSError, subprocess.CalledProcessError) as error:
             self.close()
-            self.is_real, self.addresses = False, ["127.0.0.1", "127.0.0.2"]
+            self.is_real, self.addresses = (
+                False,
+                ["127.0.0.2", "127.0.0.1"],
+            )  # who connects to the first does so from the second
             reason = getattr(error, "stderr", "") or str(error)
             warnings.warn(f"no network namespaces here ({reason.strip()}): two hosts are two loopback addresses", stacklevel=2)
 
