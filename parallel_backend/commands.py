@@ -354,9 +354,8 @@ def status(args: Namespace) -> int:
         return 0
     for group in groups:
         if "uptime" not in group:
-            show(
-                f"{group['plan']} on {group['devices']}: {group['state']}, kept by process {group['owner']}, logs {group['folder']}/logs"
-            )
+            kept = f"kept by process {group['owner']}, logs {group['folder']}/logs"
+            show(f"{group['plan']} on {group['devices']}: {group['state']}, {kept}")
             show_hosts(group)
             continue
         memory = "/".join(f"{size / 2**30:.1f}" for size in group["memory"]) or "-"
