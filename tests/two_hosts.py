@@ -26,6 +26,7 @@ class Network:
         self.names = [f"xdit{os.getpid()}{letter}" for letter in "ab"]
         self.addresses = ["10.213.77.1", "10.213.77.2"]
         self.is_real = True
+        """Whether they are namespaces."""
         try:
             self._lay()
         except (OSError, subprocess.CalledProcessError) as error:
@@ -42,6 +43,7 @@ class Network:
         for name in self.names:
             ip("netns", "add", name)
         ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+        subprocess.run([*self.inside(0), "true"], check=True, capture_output=True, text=True, timeout=60)
         for name, address in zip(self.names, self.addresses):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
             for device in ("lo", "cable"):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-KILLED = [-number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)]
+KILLS = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
+KILLED = [-getattr(signal, name) for name in KILLS if hasattr(signal, name)]  # Windows, which has no groups, lacks some
 """Exit codes of a process that another, the kernel or a fault of its own has ended; SIGTERM is the launcher's own."""
 
 

@@ -8,11 +8,13 @@ import json
 import os
 import socket
 import threading
+import time
 from typing import Any
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = float(os.environ.get("XDIT_SILENT_SECONDS") or 10)
 """A host that says nothing for so long is gone."""
+PART_SECONDS = 2.0
 MAX_LINE = 2**17
 KINDS = ("hello", "welcome", "here", "refused", "begin", "beat", "end", "ended", "over")
 """A host that joins says ``hello`` and, when it is ``welcome``, that it is still ``here``; it is ``refused``, or told to ``begin``
@@ -32,6 +34,7 @@ class Link:
 
     def __init__(self, connection: socket.socket):
         connection.settimeout(SILENT_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         self._lines = connection.makefile("rb")
         self._sending = threading.Lock()
@@ -96,6 +99,19 @@ class Link:
             self._connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass
+
+    def part(self, kind: str, **plain: Any) -> None:
+        """Sends a last message and hangs up when the other side has: closing with beats unread would take the message back."""
+        self.send(kind, **plain)
+        self.finish()
+        deadline = time.monotonic() + PART_SECONDS
+        try:
+            self._connection.settimeout(PART_SECONDS)
+            while self._lines.readline(MAX_LINE) and time.monotonic() < deadline:
+                pass
+        except (OSError, ValueError):
+            pass
+        self.close()
 
     def close(self) -> None:
         """Hangs up."""

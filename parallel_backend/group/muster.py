@@ -187,13 +187,13 @@ class Leader(Muster):
         try:
             while len(came) < place.nodes - 1:
                 if time.monotonic() - began > place.wait:
-                    self._give_up(came)
+                    raise GroupUnavailable(self._missing(came))
                 self._accept(arrivals)
                 while not arrivals.empty():
                     self._admit(*arrivals.get(), came)
-        except BaseException:  # Ctrl-C too: those that have come wait for a word
+        except BaseException as error:  # Ctrl-C too: those that have come wait for a word
             for link, _ in came.values():
-                link.close()
+                link.part("over", again=False, death=told(Death(str(error) or "its serve was ended there")))
             raise
         return self._open(came)
 
@@ -227,8 +227,7 @@ class Leader(Muster):
             reason = f"node-rank is {node} on {there}, which host {taken[1]['name']} ({taken[0].there}) has taken"
         if reason:
             logger.warning("refused a host: %s", reason)
-            link.send("refused", reason=reason)
-            link.close()
+            threading.Thread(target=link.part, args=("refused",), kwargs={"reason": reason}, daemon=True).start()
             return
         if taken:  # the same host came again
             taken[0].close()
@@ -236,15 +235,13 @@ class Leader(Muster):
         link.start_beating()
         logger.info("%s came as node %d", there, node)
 
-    def _give_up(self, came: dict[int, tuple[Link, dict]]) -> None:
+    def _missing(self, came: dict[int, tuple[Link, dict]]) -> str:
+        """Who did not come, and what to do."""
         missing = [str(node) for node in range(1, self.place.nodes) if node not in came]
-        reason = (
+        return (
             f"no host came as node {' and '.join(missing)} to {self.place.rendezvous} within {self.place.wait:.0f} s; "
             f"start serve there with --nnodes {self.place.nodes} --node-rank {missing[0]} --rendezvous {self.place.rendezvous}"
         )
-        for link, _ in came.values():
-            link.send("refused", reason=reason)
-        raise GroupUnavailable(reason)
 
     def _open(self, came: dict[int, tuple[Link, dict]]) -> Meeting:
         where, links = self.place.rendezvous, {node: link for node, (link, _) in came.items()}
@@ -331,6 +328,8 @@ class Member(Muster):
         answer = link.receive()
         if answer["kind"] == "refused":
             raise RequestError(f"node 0 at {self.place.rendezvous} refused: {answer['reason']}")
+        if answer["kind"] == "over":
+            raise GroupUnavailable(f"node 0 at {self.place.rendezvous} gave up: {answer['death']['cause']}")
         if answer["kind"] != "begin":
             raise LinkLost(f"it says '{answer['kind']}'")
         hosts = tuple(Host(**host) for host in answer["hosts"])
