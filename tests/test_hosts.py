@@ -237,6 +237,13 @@ def test_a_host_that_hangs_up_ends_the_group_and_is_named(met):
     assert death.gone and re.search(r"host \S+ \(127.0.0.1, node 1, rank 1\) is gone: its serve process", death.cause)
 
 
+def test_a_host_that_says_what_makes_no_sense_is_gone(met):
+    leader, member, calls = met
+    member._links[0].send("ended", death={"cause": "x", "behind": "often"})
+    assert calls["leader"].wait(10)
+    assert leader.verdict(None).cause.endswith("is gone: it sends what is no message")
+
+
 def test_a_host_that_is_silent_ends_the_group_and_is_named(place, monkeypatch):
     monkeypatch.setattr(link, "SILENT_SECONDS", 2.0)
     monkeypatch.setattr(link, "BEAT_SECONDS", 0.2)

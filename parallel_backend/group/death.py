@@ -26,6 +26,21 @@ class Death:
     details: str = ""
     """What the processes wrote last."""
 
+    @classmethod
+    def read(cls, plain: dict[str, Any]) -> "Death":
+        """A death from plain values that came over a network.
+
+        Raises:
+            KeyError, TypeError, ValueError: when they are none.
+        """
+        failure = plain["failure"] and {
+            "rank": int(plain["failure"]["rank"]),
+            "waited": float(plain["failure"]["waited"]),
+            **{word: str(plain["failure"][word]) for word in ("error", "message", "traceback", "host")},
+        }
+        known = {"by_itself": bool(plain["by_itself"]), "gone": bool(plain["gone"]), "behind": int(plain["behind"])}
+        return cls(str(plain["cause"]), **known, failure=failure, details=str(plain["details"]))
+
 
 def how_it_ended(who: str, code: int) -> Death:
     """Says an exit code in words."""
@@ -42,7 +57,7 @@ def first_of(deaths: Sequence[Death]) -> Death:
     """
 
     def order(death: Death) -> tuple:
-        waited = (death.failure or {}).get("waited", 0.0)
+        waited = death.failure["waited"] if death.failure else 0.0
         return not death.gone, death.by_itself, death.behind, -waited
 
     return min(deaths, key=order)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from ..errors import GroupUnavailable, RequestError
 from .death import Death, first_of
 from .hosts import Common, Host, Place, family_of, free_port, interface_of, numbered, shown
-from .link import SILENT_SECONDS, Link, LinkLost
+from .link import PART_SECONDS, SILENT_SECONDS, Link, LinkLost
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +107,10 @@ class Muster(ABC):
         try:
             while True:
                 self._hear(node, link.receive())
-        except (LinkLost, KeyError, TypeError) as error:
+        except (LinkLost, KeyError, TypeError, ValueError) as error:
             lost = error if isinstance(error, LinkLost) else "it sends what is no message"
-            self._ended(node, Death(f"is gone: {lost}", by_itself=False, gone=True))
+            if self._links.get(node) is link:  # else it is from a life that is over
+                self._ended(node, Death(f"is gone: {lost}", by_itself=False, gone=True))
         finally:
             link.close()
 
@@ -139,13 +140,13 @@ class Muster(ABC):
             on_trouble()
 
     def _hang_up(self) -> None:
-        for link in self._links.values():
+        links, self._links = self._links, {}
+        for link in links.values():
             link.finish()
         for reader in self._readers:
-            reader.join(2)
-        for link in self._links.values():
+            reader.join(PART_SECONDS)
+        for link in links.values():
             link.close()
-        self._links, self._readers = {}, []
 
 
 def told(death: Death | None) -> dict | None:
@@ -255,7 +256,7 @@ class Leader(Muster):
 
     def _hear(self, node: int, message: dict) -> None:
         if message["kind"] == "ended":
-            self._ended(node, message["death"] and Death(**message["death"]))
+            self._ended(node, message["death"] and Death.read(message["death"]))
 
     def verdict(self, own: Death | None) -> Death:
         """See :meth:`Muster.verdict`."""
@@ -341,7 +342,7 @@ class Member(Muster):
         if message["kind"] == "end":
             self._trouble()
         elif message["kind"] == "over":
-            self._over = message
+            self._over = {"again": bool(message["again"]), "death": message["death"] and Death.read(message["death"])}
             self._ended(node, Death("ended the group"))
 
     def verdict(self, own: Death | None) -> Death:
@@ -352,8 +353,7 @@ class Member(Muster):
             self._state.wait_for(lambda: self._ends, 2 * TELL_SECONDS)  # node 0 waits for other hosts too
             end = self._ends.get(0)
         if self._over:
-            said = self._over["death"]
-            return Death(**said) if said else Death(f"{self.leader} ended the group")
+            return self._over["death"] or Death(f"{self.leader} ended the group")
         return end or Death(f"{self.leader} does not say why the group ended", by_itself=False)
 
     @property
