@@ -100,7 +100,8 @@ def build_parser() -> Parser:
 
     plan = commands_of.add_parser("plan", help="what auto would choose, and why")
     plan.add_argument("--model", required=True)
-    plan.add_argument("--gpus", type=int, help="default: those of this machine")
+    plan.add_argument("--gpus", type=int, help="of each host; default: those of this machine")
+    plan.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that work together")
     plan.add_argument(
         "--memory-gb", type=float, help="of one GPU; where the model does not fit, plans that split it are listed"
     )
@@ -114,9 +115,21 @@ def build_parser() -> Parser:
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=commands.plan)
 
-    serve = commands_of.add_parser("serve", help="keep a group for this person's other processes")
+    serve = commands_of.add_parser("serve", help="keep a group for this person's other processes, over several machines too")
     add_run_options(serve)
     serve.add_argument("--model", default="demo", help="for plan auto: the model to plan for")
+    serve.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that work together, each with these devices")
+    serve.add_argument(
+        "--node-rank",
+        type=int,
+        default=0,
+        metavar="NUMBER",
+        help="of this host: 0 where people use the group, 1, 2, … on hosts that lend it their devices; plan auto there is node 0's",
+    )
+    serve.add_argument(
+        "--rendezvous", metavar="HOST:PORT", help="where the hosts meet: an address of node 0 on a private network"
+    )
+    serve.add_argument("--wait", type=float, default=300.0, metavar="SECONDS", help="how long hosts wait for each other")
     serve.set_defaults(run=commands.serve)
 
     status = commands_of.add_parser("status", help="the groups that are running")

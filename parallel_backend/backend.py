@@ -30,28 +30,36 @@ def resolve(
     guided: bool = True,
     offload: str = "auto",
     work: Callable[[torch.device], Work] | None = None,
+    nodes: int | None = None,
 ) -> tuple[Plan, Devices, str]:
     """The plan and devices for two words of a person.
 
     ``auto`` devices are every GPU, or as many as a given plan needs; ``auto`` plan asks the planner, which predicts by what
     ``work`` says of a step on a device, or where it is not given by a published model's.
 
+    Args:
+        nodes: hosts with such devices each, of a group that is to be served. None for a job, which a group that is served over
+            several hosts does where its plan and its devices here fit these words.
     Returns:
-        Plan, devices, and the reason in one sentence.
+        Plan, devices of this host, and the reason in one sentence.
     Raises:
         RequestError: when they do not fit each other, the model's heads, or where its weights are to wait.
     """
     found = Devices.parse(devices)
+    if nodes is None and (served := served_over_hosts(plan, AUTO if devices == AUTO else str(found), heads=heads)):
+        served[0].check_offload(offload)
+        return served
+    nodes = nodes or 1
     if plan == AUTO:
         machine = replace(machine_of(found), can_shard=offload not in IN_PARTS)
         chosen, reason = choose(
-            heads=heads, world_size=found.count, guided=guided, work=work and work(found.first), machine=machine
+            heads=heads, world_size=found.count * nodes, guided=guided, work=work and work(found.first), machine=machine
         )
         return chosen, found, reason
     chosen = Plan.parse(plan)
-    if devices == AUTO and chosen.world_size != found.count:
-        found = Devices(found.kind, tuple(range(chosen.world_size))) if found.kind == "cpu" else first(found, chosen)
-    chosen.check_world(found.count)
+    if devices == AUTO:
+        found = share_of(chosen, found, nodes)
+    chosen.check_world(found.count, nodes)
     chosen.check_heads(heads)
     chosen.check_offload(offload)
     return chosen, found, "as asked"
@@ -68,11 +76,20 @@ def machine_of(devices: Devices) -> Machine:
     return replace(machine, free=machines.whole_bytes(devices)) if held else machine
 
 
-def first(found: Devices, plan: Plan) -> Devices:
-    """The first GPUs, as many as a plan needs."""
-    if plan.world_size > found.count:
-        raise RequestError(f"plan '{plan}' needs {plan.world_size} GPUs; this machine has {found.count}: use a smaller plan")
-    return Devices(found.kind, found.indices[: plan.world_size])
+def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:
+    """As many of the devices that were found as a plan needs on each of so many hosts.
+
+    Raises:
+        RequestError: when there are fewer GPUs.
+    """
+    count = plan.world_size // nodes
+    if plan.world_size % nodes or count == found.count:
+        return found  # what does not fit is said by who checks the plan
+    if found.kind == "cpu":
+        return Devices("cpu", tuple(range(count)))
+    if count > found.count:
+        raise RequestError(f"plan '{plan}' needs {count} GPUs here; this machine has {found.count}: use a smaller plan")
+    return Devices(found.kind, found.indices[:count])
 
 
 def open_executor(plan: Plan, devices: Devices) -> Executor:
@@ -93,6 +110,22 @@ def shared_group(plan: Plan, devices: Devices) -> GroupExecutor | None:
     for address in shared(str(plan), str(devices)):
         logger.warning("using the group that serve keeps at %s", address.folder)
         return GroupExecutor.attach(address)
+    return None
+
+
+def served_over_hosts(plan: str, devices: str, *, heads: int) -> tuple[Plan, Devices, str] | None:
+    """The plan, devices here and reason of a group over several hosts that ``serve`` keeps and that these words and heads fit."""
+    if sys.platform == "win32":
+        return None
+    from .group.address import running
+
+    for address in running():
+        description = address.describe()
+        if not description["shared"] or description["nodes"] == 1:
+            continue
+        kept = Plan.parse(description["plan"])
+        if plan in (AUTO, str(kept)) and devices in (AUTO, description["devices"]) and kept.fits(heads):
+            return kept, Devices.parse(description["devices"]), f"the group of {description['nodes']} hosts that serve keeps"
     return None
 
 

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 from . import inputs, machines, models, video
-from .backend import open_executor, resolve
+from .backend import open_executor, resolve, share_of
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
@@ -22,6 +22,12 @@ from .cogvideox.work import work_of
 from .costs import Work
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
+from .group.address import running
+from .group.client import GroupExecutor
+from .group.hosts import Common, Place
+from .group.launcher import Launcher, check_possible
+from .group.lending import lend
+from .group.muster import Leader, Member
 from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, check_size, empty_latent, two_thirds
 from .outputs import Video, videos_of
 from .planner import choose, predictions
@@ -242,8 +248,11 @@ def plan(args: Namespace) -> int:
     if args.memory_gb is not None and not args.memory_gb > 0:
         raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
     check_size(**size_of(args, checkpoint), batch=1)
-    count = args.gpus or Devices.parse("auto").count
-    machine = machines.asked(args.gpu, count=count, link=args.link, memory_gib=args.memory_gb)
+    if args.nnodes < 1:
+        raise RequestError(f"nnodes is {args.nnodes}; use 1 or more")
+    each = args.gpus or Devices.parse("auto").count
+    count = each * args.nnodes
+    machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gb)
     work = step_of(args, checkpoint)(torch.device("cuda"))
     found = predictions(work, machine, count)
     chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine)
@@ -260,26 +269,33 @@ def plan(args: Namespace) -> int:
     for each in found:
         mark = "->" if each.plan == chosen else ""
         show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {'yes' if each.fits else 'no'}")
-    show(f"{count} GPU{'s' * (count > 1)} ({machine.name}): {reason}")
+    hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
+    show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
     return 0
 
 
 def serve(args: Namespace) -> int:
-    """Keeps a group until it is told to stop."""
-    from .group.client import GroupExecutor
-
+    """Keeps a group until it is told to stop; alone, as node 0 of several hosts, or as another that lends it devices."""
+    place = Place.asked(args.nnodes, args.node_rank, args.rendezvous, args.wait)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if place and place.node:
+        return lend_devices(args, place)
     checkpoint = Checkpoint.open(models.find(args.model))
     work = partial(work_of, checkpoint)
-    chosen, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, work=work)
-    executor = GroupExecutor(chosen, devices)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    nodes = place.nodes if place else 1
+    chosen, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, work=work, nodes=nodes)
+    muster = None
+    if place:
+        common = Common.here(nodes=nodes, plan=str(chosen), kind=devices.kind, processes=devices.count)
+        muster = Leader(place, common, str(devices))
+    executor = GroupExecutor(chosen, devices, muster)
     try:
         executor.share()
-        executor.status()
-        show(f"serving plan {chosen} on {devices} ({reason}) at {executor.address.folder}; end it with stop or Ctrl-C")
+        come_up(executor)
+        where = " and ".join(map(str, muster.meeting.hosts)) if muster else str(devices)
+        show(f"serving plan {chosen} on {where} ({reason}) at {executor.address.folder}; end it with stop or Ctrl-C")
         while executor.wait() != 0:
-            executor.start()
-            executor.status()  # raises when it does not come up
+            come_up(executor)
             show(f"the group was lost; serving again at {executor.address.folder}")
     except KeyboardInterrupt:
         show("ending")
@@ -288,11 +304,43 @@ def serve(args: Namespace) -> int:
     return 0
 
 
+def come_up(executor: GroupExecutor) -> None:
+    """Starts a group and waits until it answers. One that is lost meanwhile is started once more, or whenever a host went.
+
+    Raises:
+        GroupFailure: when it does not come up.
+    """
+    tried = 0
+    while True:
+        executor.start()
+        if executor.status()["state"] != "absent":
+            return
+        cause, tried = executor.lost, tried + 1
+        if tried > 1 and not cause.gone:
+            raise GroupUnavailable(
+                f"the group did not start: {cause.cause}; twice, so it is not tried again", details=cause.details
+            )
+        show(f"the group was lost while it started: {cause.cause}")
+
+
+def lend_devices(args: Namespace, place: Place) -> int:
+    """What ``serve`` does on a host that is not node 0."""
+    chosen = None if args.plan == AUTO else Plan.parse(args.plan)
+    devices = Devices.parse(args.devices)
+    if chosen and args.devices == AUTO:
+        devices = share_of(chosen, devices, place.nodes)
+    check_possible(chosen, devices, place.nodes)
+    common = Common.here(nodes=place.nodes, plan=str(chosen or AUTO), kind=devices.kind, processes=devices.count)
+    muster = Member(place, common, str(devices))
+    try:
+        lend(Launcher(chosen, devices, muster), muster, show)
+    except KeyboardInterrupt:
+        show("ending")
+    return 0
+
+
 def status(args: Namespace) -> int:
     """The groups that are running."""
-    from .group.address import running
-    from .group.client import GroupExecutor
-
     groups = []
     for address in running():
         description = address.describe()
@@ -306,7 +354,9 @@ def status(args: Namespace) -> int:
         return 0
     for group in groups:
         if "uptime" not in group:
-            show(f"{group['plan']} on {group['devices']}: {group['state']}, kept by process {group['owner']}")
+            kept = f"kept by process {group['owner']}, logs {group['folder']}/logs"
+            show(f"{group['plan']} on {group['devices']}: {group['state']}, {kept}")
+            show_hosts(group)
             continue
         memory = "/".join(f"{size / 2**30:.1f}" for size in group["memory"]) or "-"
         show(
@@ -315,18 +365,29 @@ def status(args: Namespace) -> int:
             f"link {group['link'] / 1e9:.2g} GB/s, kept by process {group['owner']}, "
             f"logs {group['folder']}/logs, last error {group['last_error']}"
         )
+        show_hosts(group)
     if not groups:
         show("no group is running")
     return 0
 
 
+def show_hosts(group: dict) -> None:
+    """A line for each host of a group that has several, with its memory where that is known."""
+    for host in group.get("hosts") or ():
+        memory = group.get("memory", [])[host["first_rank"] : host["first_rank"] + host["processes"]]
+        held = f", memory {'/'.join(f'{size / 2**30:.1f}' for size in memory)} GiB" if memory else ""
+        show(f"  host {host['name']} ({host['address']}, node {host['node']}): {host['ranks']} on {host['devices']}{held}")
+
+
 def stop(args: Namespace) -> int:
     """Ends the group that ``serve`` keeps."""
-    from .group.address import running
-    from .group.client import GroupExecutor
-
     for address in running():
-        if args.all or address.describe()["shared"]:
+        description = address.describe()
+        if description["node"]:
+            show(
+                f"{address.folder} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C"
+            )
+        elif args.all or description["shared"]:
             try:
                 GroupExecutor.attach(address).stop()
                 show(f"ended {address.folder}")

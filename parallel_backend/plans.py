@@ -144,17 +144,17 @@ class Plan:
                 f"use plan '{replace(self, fsdp=1)}', or offload 'auto', 'none' or 'model'"
             )
 
-    def check_world(self, world_size: int) -> None:
-        """Refuses a plan whose degrees do not multiply to the devices given.
+    def check_world(self, devices: int, nodes: int = 1) -> None:
+        """Refuses a plan whose degrees do not multiply to the devices given: so many on each of so many hosts.
 
         Raises:
             RequestError: printing every factor.
         """
-        if self.world_size != world_size:
+        if self.world_size != devices * nodes:
+            given = f"{devices * nodes} were given" + (f", {devices} on each of {nodes} hosts" if nodes > 1 else "")
             factors = " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if f.name != "fsdp")
             raise RequestError(
-                f"plan '{self}' needs {self.world_size} devices ({factors}) but {world_size} were given; "
-                f"change the plan, or the devices"
+                f"plan '{self}' needs {self.world_size} devices ({factors}) but {given}; change the plan, or the devices"
             )
 
 

@@ -46,6 +46,7 @@ LONG = (
     "sharding",
     "workflows",
     "group",
+    "hosts",
     "command_line",
     "demo",
     "replicas",

@@ -1,5 +1,6 @@
 """One checkpoint, a folder or a single file: what it holds, what it can do, and its parts, loaded where they run."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -290,6 +291,18 @@ class Checkpoint:
     def files(self, part: str) -> list[Path]:
         """The files of a part's weights."""
         return [self.path] if self.is_file else weights.files(self.folder(part))
+
+    def likeness(self) -> str:
+        """What is the same for two copies of a model on two machines: a digest of its weight files' names, sizes and middles."""
+        digest = hashlib.sha256()
+        for path in dict.fromkeys(
+            path for part in ("transformer", "vae") if part in self.elements for path in self.files(part)
+        ):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(size // 2)
+                digest.update(f"{path.name} {size} ".encode() + file.read(4096))
+        return digest.hexdigest()
 
     def padding_frames(self, latent_frames: int) -> int:
         """Latent frames put in front so that they divide into tokens, dropped after the loop."""

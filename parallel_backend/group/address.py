@@ -49,10 +49,17 @@ class GroupAddress:
         address = cls(Path(tempfile.mkdtemp(prefix="group-", dir=runtime_root())))
         address.key_file.touch(mode=0o600)
         address.key_file.write_bytes(secrets.token_bytes(32))
-        written = address.folder / "group.json.partial"
-        written.write_text(json.dumps({**description, "owner": os.getpid()}))
-        written.rename(address.folder / "group.json")  # others read it at any moment
+        address._write({**description, "owner": os.getpid()})
         return address
+
+    def add(self, **description: Any) -> None:
+        """Adds to the description, or replaces some of it."""
+        self._write({**self.describe(), **description})
+
+    def _write(self, description: dict[str, Any]) -> None:
+        written = self.folder / "group.json.partial"
+        written.write_text(json.dumps(description))
+        written.rename(self.folder / "group.json")  # others read it at any moment
 
     @property
     def socket(self) -> str:
@@ -84,11 +91,11 @@ class GroupAddress:
 
     @property
     def cause_file(self) -> Path:
-        """Where the agent says why it ended the group."""
+        """Where the agent says why it ended the group: ``cause`` and ``behind`` of a :class:`.death.Death`."""
         return self.folder / "cause"
 
     def describe(self) -> dict[str, Any]:
-        """What :meth:`create` was given, and ``owner``: the process that the group goes with."""
+        """What :meth:`create` and :meth:`add` were given, and ``owner``: the process that the group goes with."""
         return json.loads((self.folder / "group.json").read_text())
 
     def remove(self) -> None:
@@ -97,11 +104,11 @@ class GroupAddress:
 
     def last_lines(self, count: int = 20) -> str:
         """The end of every rank's log, one after the other."""
-        parts = []
+        parts, first_rank = [], self.describe()["first_rank"]
         for path in sorted(self.logs.rglob("std*.log")):
             lines = path.read_text(errors="replace").splitlines()[-count:]
             if lines:
-                parts += [f"--- rank {path.parent.name} {path.stem}", *lines]
+                parts += [f"--- rank {first_rank + int(path.parent.name)} {path.stem}", *lines]
         return "\n".join(parts)
 
 

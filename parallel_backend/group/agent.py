@@ -4,6 +4,7 @@ That one starts the workers and sees when one ends. Beside it two threads watch:
 second for ranks that stand still. Workers get SIGKILL from the kernel when this process ends, in whatever way it does.
 """
 
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import psutil
 
-from ..plans import Plan
 from .address import GroupAddress
 from .pulse import Pulse, read
 
@@ -54,8 +54,8 @@ class Standstill:
         self._stopped: dict[int, int] = {}
         self._last: dict[int, tuple[Pulse, int]] = {}
 
-    def look(self, workers: dict[int, psutil.Process]) -> tuple[list[int], str] | None:
-        """The ranks to give up and why, or None while all go on."""
+    def look(self, workers: dict[int, psutil.Process]) -> tuple[list[int], str, int] | None:
+        """The ranks to give up, why, and how often those had given a sign of life (0: never mind); None while all go on."""
         late = {}
         for rank, worker in workers.items():
             pulse = read(self.address.pulse_file(rank))
@@ -63,7 +63,7 @@ class Standstill:
             stopped = worker.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
             self._stopped[rank] = self._stopped.get(rank, 0) + 1 if stopped else 0
             if self._stopped[rank] >= STOPPED_SECONDS:
-                return [rank], f"rank {rank} was stopped (SIGSTOP) while {doing}"
+                return [rank], f"rank {rank} was stopped (SIGSTOP) while {doing}", 0
             if pulse is None:
                 continue
             before, looks = self._last.get(rank, (None, 0))
@@ -76,13 +76,13 @@ class Standstill:
         culprits = [rank for rank, pulse in late.items() if pulse.count == behind]
         pulse = late[culprits[0]]
         names = f"rank {culprits[0]}" if len(culprits) == 1 else f"ranks {', '.join(map(str, culprits))}"
-        return culprits, f"{names} hung: no sign of life for {pulse.seconds:.0f} s while {pulse.doing}"
+        return culprits, f"{names} hung: no sign of life for {pulse.seconds:.0f} s while {pulse.doing}", behind
 
 
 def watch_ranks(address: GroupAddress) -> None:
     """Ends the group when a rank stands still: kills it, and ``torch.distributed.run`` ends the others."""
     standstill, workers = Standstill(address), {}
-    expected = Plan.parse(address.describe()["plan"]).world_size
+    expected = address.describe()["processes"]
     while True:
         time.sleep(1)
         if len(workers) < expected:
@@ -93,8 +93,8 @@ def watch_ranks(address: GroupAddress) -> None:
             continue
         if found is None:
             continue
-        culprits, cause = found
-        address.cause_file.write_text(cause)
+        culprits, cause, behind = found
+        address.cause_file.write_text(json.dumps({"cause": cause, "behind": behind}))
         for rank, worker in workers.items():
             if address.pulse_file(rank).exists():
                 worker.send_signal(signal.SIGUSR1)  # every thread's stack goes to the rank's log

@@ -1,6 +1,5 @@
 """The caller's side: an executor that sends jobs to a group, and starts it when it is needed."""
 
-import json
 import logging
 import multiprocessing
 import threading
@@ -20,7 +19,9 @@ from ..jobs import Job, Progress, Report, Result, SampleJob, split_fields
 from ..plans import Plan
 from . import protocol
 from .address import GroupAddress, is_alive, running, shared
-from .launcher import Death, Launcher, check_possible
+from .death import Death
+from .launcher import Launcher, check_possible
+from .muster import Muster
 from .protocol import Message
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ START_SECONDS = 300.0
 CANCEL_SECONDS = 600.0
 """At most this long for a cancelled job to finish its step."""
 POLL_SECONDS = 0.05
+ABSENT, STARTING, WAITING = "absent", "starting", "waiting for the other hosts"
+"""States of a group that holds nothing."""
 
 
 @dataclass
@@ -46,17 +49,18 @@ class GroupExecutor(Executor):
 
     Args:
         plan: how each forward is split.
-        devices: as many as the plan needs.
+        devices: as many as the plan needs, or its share of them where there are other hosts.
+        muster: the way to those.
     Raises:
         RequestError, GroupUnavailable: when no such group can be here; nothing has been started.
     """
 
-    def __init__(self, plan: Plan, devices: Devices):
-        check_possible(plan, devices)
+    def __init__(self, plan: Plan, devices: Devices, muster: Muster | None = None):
+        check_possible(plan, devices, muster.place.nodes if muster else 1)
         self.plan = plan
         self.devices = str(devices)
         self.address: GroupAddress | None = None
-        self._launcher: Launcher | None = Launcher(plan, devices)
+        self._launcher: Launcher | None = Launcher(plan, devices, muster)
         self._lock = threading.Lock()
 
     @classmethod
@@ -78,27 +82,45 @@ class GroupExecutor(Executor):
         """Starts the group if it is not there, without waiting for it."""
         with self._lock:
             if self._launcher and not self._launcher.is_running():
-                if self.address is not None:
+                if self._launcher.process is not None:
+                    death = self._launcher.cause_of_death()
                     if Path(self.address.socket).exists():  # else it never came up
-                        logger.warning("the group of plan '%s' was lost; starting it again", self.plan)
+                        logger.warning("the group of plan '%s' was lost: %s; starting it again", self.plan, death.cause)
                     self._launcher.stop()
                 self.address = self._launcher.start()
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`; a group that is not there is ``absent``."""
-        known = {"plan": str(self.plan), "devices": self.devices}
+        known = {"plan": str(self.plan), "devices": self.devices, **self._about_hosts()}
         if self.address is None or (self._launcher and not self._launcher.is_running()):
-            return {"state": "absent", **known}
+            return {"state": ABSENT, **known}
         if self._launcher is None and not Path(self.address.socket).exists():
-            return {"state": "starting", **known}
+            return {"state": self._what_it_waits_for(), **known}
         try:
-            return {"devices": self.devices, **self._ask(Message("status")).plain}
+            return {**known, **self._ask(Message("status")).plain}
         except GroupLost:
-            return {"state": "absent", **known}
+            return {"state": ABSENT, **known}
+
+    def _about_hosts(self) -> dict[str, Any]:
+        """The hosts of the group, where there are several."""
+        try:
+            description = self.address.describe() if self.address else {}
+        except FileNotFoundError:  # it has just ended
+            return {}
+        return {"hosts": description["hosts"]} if description.get("hosts") else {}
+
+    def _what_it_waits_for(self) -> str:
+        """The state of a group that does not listen yet."""
+        description = self.address.describe()
+        if description["node"]:
+            return (
+                f"part of a group whose node 0 is on {description['hosts'][0]['name']}" if "hosts" in description else WAITING
+            )
+        return WAITING if description["nodes"] > 1 and "hosts" not in description else STARTING
 
     def free(self) -> None:
         """See :meth:`Executor.free`. A group that is not there holds nothing."""
-        if self.status()["state"] not in ("absent", "starting"):
+        if self.status()["state"] not in (ABSENT, STARTING, WAITING):
             self._ask(Message("free"))
 
     def close(self) -> None:
@@ -106,6 +128,7 @@ class GroupExecutor(Executor):
         with self._lock:
             if self._launcher:
                 self._launcher.stop()
+                self._launcher.leave()
                 self.address = None
 
     def share(self) -> None:
@@ -116,6 +139,11 @@ class GroupExecutor(Executor):
     def wait(self) -> int:
         """Waits until the group's processes end. Returns their exit status."""
         return self._launcher.process.wait()
+
+    @property
+    def lost(self) -> Death | None:
+        """How the processes ended that were lost last, until they are started again; None when somebody else keeps them."""
+        return self._launcher and self._launcher.lost
 
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`. A group of its own is started again when it was lost."""
@@ -138,15 +166,14 @@ class GroupExecutor(Executor):
             try:
                 answer = self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
                 break
-            except GroupLost as error:
+            except GroupLost as lost:
+                error = lost if self._launcher else self._find_again(lost)
                 if kept.progress:
                     job = replace(job, progress=kept.progress)
                 done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
                 if done == lost_at:
                     kind = GroupError if error.came_up else GroupUnavailable
-                    raise kind(f"{error.summary}; twice there, so it is not tried again", details=error.details) from error
-                if self._launcher is None:
-                    self._find_again(error)
+                    raise kind(f"{error.summary}; twice there, so it is not tried again", details=error.details) from lost
                 lost_at = done
                 notes.append(f"{error.summary}; the group was started again and went on after step {done}")
                 logger.warning("%s; starting the group again, to go on after step %d", error.summary, done)
@@ -223,7 +250,7 @@ class GroupExecutor(Executor):
         if plain["error"] == RequestError.__name__:
             return errors.RequestError(plain["message"])
         rank = plain.get("rank")
-        where = "the group" if rank is None else f"rank {rank}"
+        where = "the group" if rank is None else f"rank {rank}" + (f" on {plain['host']}" if plain.get("host") else "")
         return GroupError(
             f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", "")
         )
@@ -239,31 +266,38 @@ class GroupExecutor(Executor):
                 return GroupLost("the group was lost in another job")
             return self._bury(death or self._launcher.cause_of_death())
 
-    def _find_again(self, error: GroupLost) -> None:
-        """Waits for the group that the owner starts in the place of the one that was lost."""
+    def _find_again(self, error: GroupLost) -> GroupLost:
+        """Waits for the group that the owner starts in the place of the one that was lost. Returns why that was.
+
+        Raises:
+            GroupError: where none comes, or only when somebody starts a host again.
+        """
         deadline = time.monotonic() + START_SECONDS
         while is_alive(self._owner) and time.monotonic() < deadline:
             for address in shared(str(self.plan), self.devices):
                 if address != self.address and address.describe()["owner"] == self._owner:
                     self.address = address
-                    return
+                    lost = address.describe()["lost"]
+                    if lost is None:
+                        return error
+                    known = {"details": lost["details"]}
+                    if lost["gone"]:
+                        raise GroupError(
+                            f"the group was lost: {lost['cause']}; it goes on when serve runs there again", **known
+                        )
+                    return GroupLost(f"the group was lost: {lost['cause']}", **known)
             time.sleep(POLL_SECONDS)
         raise GroupError(f"{error.summary}, and no other came; start it again with serve", details=error.details) from error
 
     def _bury(self, death: Death) -> GroupFailure:
         came_up = Path(self.address.socket).exists()  # rank 0 listens once all ranks have met
-        failed = [json.loads(path.read_text()) | {"rank": rank} for rank, path in self._error_files()]
-        details = self._launcher.last_words()
+        details = death.details or self._launcher.last_words()
         self._launcher.stop()
         if not death.by_itself:  # what the other ranks met with only followed
             return GroupLost(f"the group was lost: {death.cause}", details=details, came_up=came_up)
         if not came_up:
             self.address = None  # it was never there, so the next start is no restart
             return GroupUnavailable(f"the group did not start: {death.cause}", details=details)
-        if failed:
-            return self._failure(failed[0])
+        if death.failure:
+            return self._failure(death.failure)
         return GroupError(f"the group's processes ended: {death.cause}", details=details)
-
-    def _error_files(self) -> list[tuple[int, Path]]:
-        paths = [(rank, self.address.error_file(rank)) for rank in range(self.plan.world_size)]
-        return [(rank, path) for rank, path in paths if path.exists()]

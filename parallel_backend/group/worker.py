@@ -19,8 +19,8 @@ import torch
 from ..cogvideox import checks, memory
 from ..cogvideox.checkpoint import Checkpoint
 from ..engine import Engine
-from ..errors import Cancelled
-from ..jobs import Progress, Result, join_fields, split_fields
+from ..errors import Cancelled, RequestError
+from ..jobs import Job, Progress, Result, join_fields, split_fields
 from ..parallel.groups import GroupSplit, slow_link
 from ..plans import Plan
 from .address import GroupAddress
@@ -43,6 +43,8 @@ IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
 """A group that had nothing to do for so long lets go of its weights; None never does."""
 MEMORY_GB = os.environ.get("XDIT_MEMORY_GB")
 """GiB of each GPU that a group's tensors may have; unset, all that is free."""
+HOST = os.environ.get("XDIT_HOST")
+"""This host, for a person, where a group has several."""
 KEEP_SECONDS = float(os.environ.get("XDIT_KEEP_SECONDS") or 1)
 """The caller gets a sampling job's state so often, to go on from when the group is lost."""
 
@@ -131,7 +133,7 @@ class Worker:
         try:
             result = self.run(message, request)
         except Exception as error:
-            failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc(), "host": HOST}
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
         self.heart.beat("ending a job", MEET_SECONDS)
@@ -156,8 +158,7 @@ class Worker:
         """This rank's part of a job."""
         self.engine.together = message.kind == "sample"  # until the engine knows better
         self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
-        job = join_fields(message.kind, message.plain, message.tensors)
-        checks.check(Checkpoint.open(job.model.path), job)
+        job = self.opened(message)
 
         longest, began = 0.0, None
         kept = time.monotonic()
@@ -188,6 +189,29 @@ class Worker:
         with nullcontext() if self.copying is None else torch.cuda.stream(self.copying):
             return Message("kept", plain, {name: tensor.cpu() for name, tensor in tensors.items()})
 
+    def opened(self, message: Message) -> Job:
+        """The job of a message, checked against this rank's files; with several hosts, against those of every rank.
+
+        Raises:
+            RequestError: naming a host whose files do not do, on all ranks alike.
+        """
+        job, refused, files = join_fields(message.kind, message.plain, message.tensors), None, None
+        try:
+            checkpoint = Checkpoint.open(job.model.path)
+            checks.check(checkpoint, job)
+            files = HOST and checkpoint.likeness()
+        except RequestError as error:
+            refused = error
+        said = self.split.collect((HOST, refused and str(refused), files)) if HOST else []
+        if refused and all(words for _, words, _ in said):
+            raise refused
+        for host, words, its in said:
+            if words:
+                raise RequestError(f"{host}: {words}; models and LoRAs must be at the same path on every host")
+            if its != said[0][2]:
+                raise RequestError(f"{host}: {job.model.path} has other files than on {said[0][0]}; copy it from there")
+        return job
+
     def compare(self, failure: dict | None, *, together: bool) -> list[dict | None]:
         """Every rank's failure or None.
 
@@ -196,10 +220,12 @@ class Worker:
         """
         if failure is None or not together:
             return self.split.collect(failure)
+        began = time.monotonic()
         try:
             self.split.meet(MEET_AFTER_FAILURE)
         except RuntimeError:
-            self.address.error_file(self.split.rank).write_text(json.dumps(failure))
+            waited = time.monotonic() - began
+            self.address.error_file(self.split.rank).write_text(json.dumps({**failure, "waited": waited}))
             logger.error("the other ranks did not follow; leaving")
             os._exit(1)
         return self.split.collect(failure)

@@ -1,0 +1,182 @@
+"""The machines of a group: where they meet, who they are, and what they must have in common."""
+
+import hashlib
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ..errors import RequestError
+from ..plans import AUTO
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """The address of node 0 that the others come to."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Rendezvous":
+        """Reads ``HOST:PORT``.
+
+        Raises:
+            RequestError: for anything else.
+        """
+        host, _, port = text.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise RequestError(f"rendezvous '{text}' is no HOST:PORT; give the address of node 0, such as 10.0.0.1:29500")
+        return cls(host, int(port))
+
+    def __str__(self) -> str:
+        return self.at(self.port)
+
+    def at(self, port: int) -> str:
+        """Another port of the same host."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many hosts this one is, and where they meet.
+
+    Raises:
+        RequestError: for a number that no host has.
+    """
+
+    rendezvous: Rendezvous
+    nodes: int
+    node: int
+    wait: float = 300.0
+    """Seconds that hosts wait for each other."""
+
+    def __post_init__(self):
+        if self.nodes < 2:
+            raise RequestError(f"nnodes is {self.nodes}; with a rendezvous use 2 or more")
+        if not 0 <= self.node < self.nodes:
+            raise RequestError(f"node-rank is {self.node}; {self.nodes} hosts are numbered 0 to {self.nodes - 1}")
+        if not self.wait > 0:
+            raise RequestError(f"wait is {self.wait:g}; use more than 0 seconds")
+
+    @classmethod
+    def asked(cls, nodes: int, node: int, rendezvous: str | None, wait: float) -> "Place | None":
+        """The place that options of the command line describe; None for a group of one host.
+
+        Raises:
+            RequestError: for options that do not go together.
+        """
+        if rendezvous is None:
+            if nodes != 1 or node != 0:
+                raise RequestError(
+                    f"nnodes is {nodes} and node-rank {node}; several hosts need an address of node 0: --rendezvous HOST:PORT"
+                )
+            return None
+        return cls(Rendezvous.parse(rendezvous), nodes, node, wait)
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine of a group, as a person is told of it."""
+
+    node: int
+    name: str
+    address: str
+    devices: str
+    first_rank: int
+    processes: int
+
+    @property
+    def ranks(self) -> str:
+        """Its ranks."""
+        last = self.first_rank + self.processes - 1
+        return f"rank {last}" if self.processes == 1 else f"ranks {self.first_rank}-{last}"
+
+    def __str__(self) -> str:
+        return f"host {self.name} ({self.address}, node {self.node}, {self.ranks})"
+
+
+@dataclass(frozen=True)
+class Common:
+    """What hosts must have in common; each field is a word for a person."""
+
+    version: str
+    torch: str
+    nnodes: int
+    plan: str
+    """``auto`` on a host that takes what node 0 has."""
+    kind: str
+    processes: int
+
+    @classmethod
+    def here(cls, *, nodes: int, plan: str, kind: str, processes: int) -> "Common":
+        """What this host has."""
+        return cls(code_version(), torch.__version__.partition("+")[0], nodes, plan, kind, processes)
+
+    def difference(self, other: Any, *, here: str, there: str) -> str | None:
+        """What ``other``, another host's as plain values, has otherwise; None where they go together."""
+        other = other if isinstance(other, dict) else {}
+        differ = [field.name for field in fields(self) if other.get(field.name) != getattr(self, field.name)]
+        if "plan" in differ and other.get("plan") == AUTO:
+            differ.remove("plan")
+        if not differ:
+            return None
+        mine = asdict(self)
+        said = [f"{WORDS[name]} is {mine[name]} on {here} and {shown(other.get(name))} on {there}" for name in differ]
+        return f"{'; '.join(said)}: give all hosts the same"
+
+
+WORDS = {
+    "version": "the pack's version",
+    "torch": "torch",
+    "nnodes": "nnodes",
+    "plan": "plan",
+    "kind": "the kind of device",
+    "processes": "the number of devices",
+}
+
+
+@cache
+def code_version() -> str:
+    """A digest of this package's code: hosts whose code differs would compute, or wait for, different things."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def shown(value: Any) -> str:
+    """What another host says, for a person's screen."""
+    return "".join(character for character in str(value)[:100] if character.isprintable())
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address of this machine, which gloo and NCCL are told to use."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            return name
+    return "lo" if address.startswith("127.") else None
+
+
+def free_port(host: str) -> int:
+    """A port of this host that nobody has."""
+    with socket.create_server((host, 0), family=family_of(host)) as probe:
+        return probe.getsockname()[1]
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """IPv4 or IPv6, by what a name resolves to first."""
+    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+
+
+def numbered(hellos: Sequence[tuple[str, str, str]], processes: int) -> list[Host]:
+    """The hosts by name, address and devices, in the order of their nodes, with their ranks."""
+    return [Host(node, *about, node * processes, processes) for node, about in enumerate(hellos)]

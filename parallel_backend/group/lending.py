@@ -1,0 +1,40 @@
+"""What ``serve`` does on a host that lends its devices to a group of another: it works along until that one ends it."""
+
+from collections.abc import Callable
+
+from ..errors import GroupUnavailable
+from .launcher import Launcher
+from .muster import Member
+
+
+def lend(launcher: Launcher, muster: Member, show: Callable[[str], None]) -> None:
+    """Takes part in one life of a group after the other. Returns when node 0 has ended it in good order.
+
+    Args:
+        launcher: of this host's processes.
+        muster: the launcher's.
+        show: tells a person, in one line.
+    Raises:
+        GroupUnavailable: when node 0 does not come, or ended the group because it failed.
+        RequestError: when node 0 refuses this host.
+    """
+    try:
+        while True:
+            address = launcher.start()
+            mine = muster.meeting.hosts[muster.place.node]
+            show(
+                f"lending {mine.devices} as {mine.ranks} of plan {muster.meeting.plan} to {muster.leader}; "
+                f"logs {address.logs}; leaves when that ends the group, or with Ctrl-C"
+            )
+            launcher.process.wait()
+            death = launcher.cause_of_death()
+            launcher.stop()
+            if not muster.comes_again:
+                break
+            show(f"the group was lost: {death.cause}; waiting for node 0 again")
+    finally:
+        launcher.stop()
+        launcher.leave()
+    if muster.failed:
+        raise GroupUnavailable(f"{muster.leader} ended the group: {death.cause}", details=death.details)
+    show(f"{muster.leader} ended the group")

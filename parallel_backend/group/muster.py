@@ -1,0 +1,373 @@
+"""Hosts of one group meet at node 0, watch each other while it lives, and agree on why it ended.
+
+Every life of a group has connections of its own, between node 0 and each of the others. The processes that ``serve`` runs in
+hold them: when one goes, in whatever way, the others see it.
+"""
+
+import logging
+import queue
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+from ..errors import GroupUnavailable, RequestError
+from .death import Death, first_of
+from .hosts import Common, Host, Place, family_of, free_port, interface_of, numbered, shown
+from .link import PART_SECONDS, SILENT_SECONDS, Link, LinkLost
+
+logger = logging.getLogger(__name__)
+
+TELL_SECONDS = SILENT_SECONDS + 20
+"""At most this long for another host to end its part of a group and say how; one that is silent is gone before."""
+RETRY_SECONDS = 0.5
+MAX_DETAILS = 8000
+"""Characters of logs that go from host to host."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What hosts know when all have come."""
+
+    hosts: tuple[Host, ...]
+    plan: str
+    endpoint: str
+    """Where torch's own rendezvous is, on node 0."""
+    interface: str | None
+    """The network interface by which this host reached the others."""
+
+
+class Muster(ABC):
+    """This host's side of a group of several.
+
+    Args:
+        place: which host this is, and where all meet.
+        common: what it has that all must have.
+        devices: its own, for a person.
+    """
+
+    def __init__(self, place: Place, common: Common, devices: str):
+        self.place = place
+        self.common = common
+        self.devices = devices
+        self.meeting: Meeting | None = None
+        self._links: dict[int, Link] = {}
+        self._readers: list[threading.Thread] = []
+        self._on_trouble: Callable[[], None] = lambda: None
+        self._state = threading.Condition()
+        self._ends: dict[int, Death | None] = {}
+        """How other hosts' parts ended; None is well."""
+        self._has_trouble = False
+
+    @property
+    def name(self) -> str:
+        """What this host is called."""
+        return socket.gethostname()
+
+    @abstractmethod
+    def meet(self) -> Meeting:
+        """Waits for the other hosts.
+
+        Raises:
+            GroupUnavailable: naming the host that did not come, after the time that ``place`` says.
+            RequestError: when this host does not go together with node 0.
+        """
+
+    @abstractmethod
+    def verdict(self, own: Death | None) -> Death:
+        """Has the group end on all hosts and says why it did; ``own`` is how this host's part ended, None when another's did first."""
+
+    @abstractmethod
+    def part(self, *, again: bool, death: Death | None = None) -> None:
+        """Takes leave of the others; ``again`` when this host will meet them for another life of the group."""
+
+    def watch(self, on_trouble: Callable[[], None]) -> bool:
+        """Has ``on_trouble`` called, in a thread, when the group ends elsewhere. Returns False when it has already."""
+        with self._state:
+            self._on_trouble = on_trouble
+            return not self._has_trouble
+
+    @property
+    def has_trouble(self) -> bool:
+        """Whether the group has ended elsewhere, for which this host's part was ended too."""
+        return self._has_trouble
+
+    def _begin(self, meeting: Meeting, links: dict[int, Link]) -> Meeting:
+        with self._state:
+            self.meeting, self._links, self._ends, self._has_trouble = meeting, links, {}, False
+        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in links.items()]
+        for reader in self._readers:
+            reader.start()
+        return meeting
+
+    def _read(self, node: int, link: Link) -> None:
+        """Hears one host until it hangs up."""
+        try:
+            while True:
+                self._hear(node, link.receive())
+        except (LinkLost, KeyError, TypeError, ValueError) as error:
+            lost = error if isinstance(error, LinkLost) else "it sends what is no message"
+            if self._links.get(node) is link:  # else it is from a life that is over
+                self._ended(node, Death(f"is gone: {lost}", by_itself=False, gone=True))
+        finally:
+            link.close()
+
+    @abstractmethod
+    def _hear(self, node: int, message: dict) -> None:
+        """One message of another host."""
+
+    def _ended(self, node: int, death: Death | None) -> None:
+        """Keeps how another host's part ended, the first that is said of it, and ends this host's."""
+        with self._state:
+            if node in self._ends:
+                return
+            self._ends[node] = death and self._at(node, death)
+            self._state.notify_all()
+        if death:
+            self._trouble()
+
+    def _at(self, node: int, death: Death) -> Death:
+        """A death with the host that it was on."""
+        return replace(death, cause=f"{self.meeting.hosts[node]}{' ' if death.gone else ': '}{death.cause}")
+
+    def _trouble(self) -> None:
+        with self._state:
+            first, self._has_trouble = not self._has_trouble, True
+            on_trouble = self._on_trouble
+        if first:
+            on_trouble()
+
+    def _hang_up(self) -> None:
+        links, self._links = self._links, {}
+        for link in links.values():
+            link.finish()
+        for reader in self._readers:
+            reader.join(PART_SECONDS)
+        for link in links.values():
+            link.close()
+
+
+def told(death: Death | None) -> dict | None:
+    """A death as plain values that fit into a message."""
+    return death and asdict(replace(death, details=death.details[-MAX_DETAILS:]))
+
+
+class Leader(Muster):
+    """Node 0, which the others come to.
+
+    Raises:
+        RequestError: when this machine cannot listen at the rendezvous.
+    """
+
+    def __init__(self, place: Place, common: Common, devices: str):
+        super().__init__(place, common, devices)
+        where = place.rendezvous
+        try:
+            self._listener = socket.create_server((where.host, where.port), family=family_of(where.host))
+        except OSError as error:
+            raise RequestError(
+                f"rendezvous {where}: cannot listen there ({error.strerror}); "
+                "node-rank 0 is the host that has this address, and the port must be free"
+            ) from error
+        self._listener.settimeout(0.2)
+        if interface_of(self._listener.getsockname()[0]) == "lo":
+            logger.warning(
+                "rendezvous %s is %s here, which no other machine reaches; give this one's address on the network",
+                where, self._listener.getsockname()[0],
+            )  # fmt: skip
+
+    def meet(self) -> Meeting:
+        """See :meth:`Muster.meet`. A host that is refused may come again, put right, while the others wait."""
+        place, began = self.place, time.monotonic()
+        others = ", ".join(map(str, range(1, place.nodes)))
+        logger.info("waiting %.0f s at %s for node%s %s", place.wait, place.rendezvous, "s"[: place.nodes - 2], others)
+        arrivals: queue.Queue[tuple[Link, dict]] = queue.Queue()
+        came: dict[int, tuple[Link, dict]] = {}
+        try:
+            while len(came) < place.nodes - 1:
+                if time.monotonic() - began > place.wait:
+                    raise GroupUnavailable(self._missing(came))
+                self._accept(arrivals)
+                while not arrivals.empty():
+                    self._admit(*arrivals.get(), came)
+        except BaseException as error:  # Ctrl-C too: those that have come wait for a word
+            for link, _ in came.values():
+                link.part("over", again=False, death=told(Death(str(error) or "its serve was ended there")))
+            raise
+        return self._open(came)
+
+    def _accept(self, arrivals: queue.Queue) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except TimeoutError:
+            return
+
+        def greet() -> None:  # in a thread, so that one who says nothing keeps nobody waiting
+            link = Link(connection)
+            try:
+                hello = link.receive()
+                link.send("welcome")
+                link.receive()  # from one that has not given up while nobody listened
+                arrivals.put((link, hello))
+            except LinkLost:
+                link.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+
+    def _admit(self, link: Link, hello: dict, came: dict[int, tuple[Link, dict]]) -> None:
+        """Lets a host join, or says why not, here and there."""
+        node, name = hello.get("node"), shown(hello.get("name"))
+        there, here = f"host {name} ({link.there})", f"host {self.name} ({self.place.rendezvous.host})"
+        taken = came.get(node) if isinstance(node, int) else None
+        reason = self.common.difference(hello.get("common"), here=here, there=there)
+        if not reason and (not isinstance(node, int) or not 0 < node < self.place.nodes):
+            reason = f"node-rank is {node} on {there}; use 1 to {self.place.nodes - 1}"
+        if not reason and taken and taken[0].there != link.there:
+            reason = f"node-rank is {node} on {there}, which host {taken[1]['name']} ({taken[0].there}) has taken"
+        if reason:
+            logger.warning("refused a host: %s", reason)
+            threading.Thread(target=link.part, args=("refused",), kwargs={"reason": reason}, daemon=True).start()
+            return
+        if taken:  # the same host came again
+            taken[0].close()
+        came[node] = link, {**hello, "name": name}
+        link.start_beating()
+        logger.info("%s came as node %d", there, node)
+
+    def _missing(self, came: dict[int, tuple[Link, dict]]) -> str:
+        """Who did not come, and what to do."""
+        missing = [str(node) for node in range(1, self.place.nodes) if node not in came]
+        return (
+            f"no host came as node {' and '.join(missing)} to {self.place.rendezvous} within {self.place.wait:.0f} s; "
+            f"start serve there with --nnodes {self.place.nodes} --node-rank {missing[0]} --rendezvous {self.place.rendezvous}"
+        )
+
+    def _open(self, came: dict[int, tuple[Link, dict]]) -> Meeting:
+        where, links = self.place.rendezvous, {node: link for node, (link, _) in came.items()}
+        others = [(came[node][1]["name"], came[node][0].there, shown(came[node][1].get("devices"))) for node in sorted(came)]
+        hosts = numbered([(self.name, where.host, self.devices), *others], self.common.processes)
+        port = free_port(where.host)
+        for link in links.values():
+            link.send("begin", hosts=[asdict(host) for host in hosts], plan=self.common.plan, port=port)
+        interface = interface_of(next(iter(links.values())).here)
+        return self._begin(Meeting(tuple(hosts), self.common.plan, where.at(port), interface), links)
+
+    def _hear(self, node: int, message: dict) -> None:
+        if message["kind"] == "ended":
+            self._ended(node, message["death"] and Death.read(message["death"]))
+
+    def verdict(self, own: Death | None) -> Death:
+        """See :meth:`Muster.verdict`."""
+        deadline = time.monotonic() + TELL_SECONDS
+        for link in self._links.values():
+            link.send("end")
+        with self._state:
+            while len(self._ends) < len(self._links) and time.monotonic() < deadline:
+                self._state.wait(0.2)
+            deaths = [death for death in self._ends.values() if death]
+            silent = [self.meeting.hosts[node] for node in self._links if node not in self._ends]
+        deaths += [Death(f"{host} does not end its part of the group", by_itself=False, gone=True) for host in silent]
+        if own:
+            deaths.append(self._at(0, own))
+        return first_of(deaths) if deaths else Death("no host says why")
+
+    def part(self, *, again: bool, death: Death | None = None) -> None:
+        """See :meth:`Muster.part`."""
+        for link in self._links.values():
+            link.send("over", again=again, death=told(death))
+        self._hang_up()
+        if not again:
+            self._listener.close()
+
+
+class Member(Muster):
+    """Any other host, which comes to node 0."""
+
+    def __init__(self, place: Place, common: Common, devices: str):
+        super().__init__(place, common, devices)
+        self._over: dict | None = None
+
+    @property
+    def leader(self) -> str:
+        """Node 0, for a person who may not have met it."""
+        return str(self.meeting.hosts[0]) if self.meeting else f"node 0 at {self.place.rendezvous}"
+
+    def meet(self) -> Meeting:
+        """See :meth:`Muster.meet`."""
+        place, deadline = self.place, time.monotonic() + self.place.wait
+        logger.info("waiting %.0f s for node 0 at %s", place.wait, place.rendezvous)
+        while True:
+            try:
+                connection = socket.create_connection((place.rendezvous.host, place.rendezvous.port), timeout=SILENT_SECONDS)
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise GroupUnavailable(
+                        f"node 0 was not at {place.rendezvous} within {place.wait:.0f} s ({error.strerror or error}); "
+                        f"start serve there with --nnodes {place.nodes} --node-rank 0 --rendezvous {place.rendezvous}"
+                    ) from error
+                time.sleep(RETRY_SECONDS)
+                continue
+            link = Link(connection)
+            try:
+                return self._join(link)
+            except LinkLost as lost:
+                link.close()
+                if time.monotonic() > deadline:
+                    raise GroupUnavailable(f"node 0 at {place.rendezvous} is there but does not answer: {lost}") from lost
+                time.sleep(RETRY_SECONDS)
+            except BaseException:
+                link.close()
+                raise
+
+    def _join(self, link: Link) -> Meeting:
+        link.send("hello", node=self.place.node, name=self.name, devices=self.devices, common=asdict(self.common))
+        link.receive()  # we are welcome
+        link.send("here")
+        link.start_beating()
+        answer = link.receive()
+        if answer["kind"] == "refused":
+            raise RequestError(f"node 0 at {self.place.rendezvous} refused: {answer['reason']}")
+        if answer["kind"] == "over":
+            raise GroupUnavailable(f"node 0 at {self.place.rendezvous} gave up: {answer['death']['cause']}")
+        if answer["kind"] != "begin":
+            raise LinkLost(f"it says '{answer['kind']}'")
+        hosts = tuple(Host(**host) for host in answer["hosts"])
+        self._over = None
+        endpoint = self.place.rendezvous.at(answer["port"])
+        return self._begin(Meeting(hosts, answer["plan"], endpoint, interface_of(link.here)), {0: link})
+
+    def _hear(self, node: int, message: dict) -> None:
+        if message["kind"] == "end":
+            self._trouble()
+        elif message["kind"] == "over":
+            self._over = {"again": bool(message["again"]), "death": message["death"] and Death.read(message["death"])}
+            self._ended(node, Death("ended the group"))
+
+    def verdict(self, own: Death | None) -> Death:
+        """See :meth:`Muster.verdict`. Node 0 says it; where it has gone that is why."""
+        link = self._links[0]
+        link.send("ended", death=told(own))
+        with self._state:
+            self._state.wait_for(lambda: self._ends, 2 * TELL_SECONDS)  # node 0 waits for other hosts too
+            end = self._ends.get(0)
+        if self._over:
+            return self._over["death"] or Death(f"{self.leader} ended the group")
+        return end or Death(f"{self.leader} does not say why the group ended", by_itself=False)
+
+    @property
+    def comes_again(self) -> bool:
+        """Whether to wait for another life of the group: unless node 0 has said that there is none."""
+        return self._over is None or self._over["again"]
+
+    @property
+    def failed(self) -> bool:
+        """Whether node 0 ended the group for a reason, and not because somebody wanted it."""
+        return bool(self._over and self._over["death"])
+
+    def part(self, *, again: bool, death: Death | None = None) -> None:
+        """See :meth:`Muster.part`."""
+        if not again and self._links and not self._over:
+            self._links[0].send("ended", death=told(Death("is gone: its serve was ended there", by_itself=False, gone=True)))
+        self._hang_up()

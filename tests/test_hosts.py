@@ -1,0 +1,432 @@
+"""Several machines: they meet, give the video of one, name the one that differs or goes, and leave nothing behind."""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from parallel_backend.__main__ import main
+from parallel_backend.backend import resolve
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.errors import GroupError, GroupUnavailable, RequestError
+from parallel_backend.group import hosts, link, worker
+from parallel_backend.group.address import GroupAddress
+from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.death import Death, first_of
+from parallel_backend.group.hosts import Common, Place, Rendezvous, interface_of
+from parallel_backend.group.muster import Leader, Member
+from parallel_backend.group.protocol import Message
+from parallel_backend.group.worker import Worker
+from parallel_backend.jobs import split_fields
+
+from .conftest import TOLERANCE, wait_until
+from .two_hosts import SILENT_SECONDS, TwoHosts
+
+# ---- two hosts with their processes ----
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two hosts for the whole file; the tests see the groups that a person sees on the first."""
+    both = TwoHosts(tmp_path_factory.mktemp("hosts"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(both.folders[0]))
+        yield both
+        both.close()
+
+
+@pytest.fixture
+def serve(two):
+    """Has both hosts serve a plan, the second whatever the first has: ``serve("cfg2")``. Gives an executor on the first."""
+
+    def start(plan: str) -> GroupExecutor:
+        for host, options in enumerate((("--plan", plan), ())):
+            if two.served[host] is None or two.served[host].poll() is not None:
+                two.serve(host, *options)
+        executor = GroupExecutor.attach(two.address())
+        assert executor.status()["plan"] == plan
+        return executor
+
+    return start
+
+
+def test_two_hosts_give_the_video_of_one_and_both_are_shown(two, serve, make_job, local, capsys):
+    job = make_job("5b")
+    group = serve("cfg2")
+    assert (group.sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    first, second = (f"{socket.gethostname()} ({address}, node {node})" for node, address in enumerate(two.network.addresses))
+    assert main(["status"]) == 0
+    shown = capsys.readouterr().out
+    for words in (f"host {first}: rank 0 on cpu:1, memory ", f"host {second}: rank 1 on cpu:1, memory "):
+        assert words in shown
+    assert len(group.status()["memory"]) == 2
+    assert "lending cpu:1 as rank 1 of plan cfg2 to host" in two.said(1)
+
+
+def test_a_host_that_is_cut_off_in_a_job_is_named_in_time_and_no_process_is_left(two, serve, make_job):
+    group, other = serve("cfg2"), psutil.Process(two.served[1].pid)
+    address, cut = group.address, []
+
+    def cut_once(step: int, steps: int) -> None:
+        if step == 8 and not cut:
+            cut.append(time.monotonic())
+            two.network.cut(other)
+
+    try:
+        here = re.escape(f"({two.network.addresses[1]}, node 1, rank 1)")
+        with pytest.raises(GroupError, match=f"host \\S+ {here} is gone: no sign of life for {SILENT_SECONDS:.0f} s"):
+            group.sample(make_job("5b", steps=1000), on_step=cut_once)
+        assert time.monotonic() - cut[0] < SILENT_SECONDS + 20
+        assert wait_until(lambda: not two.processes(0), 20) and not address.folder.exists()
+        if not two.network.is_real:
+            two.network.mend(other)
+        assert wait_until(lambda: not two.processes(1), 20)
+        assert wait_until(lambda: "waiting for node 0 again" in two.said(1), 20)
+    finally:
+        two.network.mend(other)
+        two.served[0].kill()  # as if the first host had gone too; the second goes on waiting for it
+        two.served[0].wait()
+
+
+def test_another_node_0_is_joined_and_a_job_goes_on_when_a_launcher_was_killed_until_stop_ends_both(
+    two, serve, make_job, local
+):
+    job, hurt = make_job("5b", steps=12), []
+    group = serve("ulysses2")
+
+    def kill_once(step: int, steps: int) -> None:
+        if step == 8 and not hurt:
+            hurt.append(two.agent(1).pid)
+            os.kill(hurt[0], signal.SIGKILL)
+
+    result = group.sample(job, on_step=kill_once)
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    (note,) = result.report.notes
+    assert re.search(r"host \S+ \(\S+, node 1, rank 1\): the launcher was killed by SIGKILL; .*went on after step", note)
+    assert main(["stop"]) == 0
+    assert [process.wait(60) for process in two.served] == [0, 0], two.said(0) + two.said(1)
+    assert not two.processes(0) and not two.processes(1)
+
+
+# ---- how they meet, in this process ----
+
+
+def common(**other) -> Common:
+    """What a host of two in these tests has."""
+    return replace(Common.here(nodes=2, plan="cfg2", kind="cpu", processes=1), **other)
+
+
+@pytest.fixture
+def place() -> Place:
+    """Node 0 of two hosts on this machine, who wait ten seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    return Place(Rendezvous("127.0.0.1", port), 2, 0, 10.0)
+
+
+@contextmanager
+def in_a_thread(run):
+    """Runs something meanwhile; gives a list for what it returns or raises, filled at the end."""
+    found = []
+
+    def keep() -> None:
+        try:
+            found.append(run())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    yield found
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def met(place):
+    """A leader and a member that have met, and what is called when the group ends elsewhere."""
+    leader, member = Leader(place, common(), "cpu:1"), Member(replace(place, node=1), common(plan="auto"), "cpu:1")
+    with in_a_thread(member.meet):
+        leader.meet()
+    calls = {"leader": threading.Event(), "member": threading.Event()}
+    assert leader.watch(calls["leader"].set) and member.watch(calls["member"].set)
+    yield leader, member, calls
+    for muster in (member, leader):
+        muster.part(again=False)
+
+
+def test_hosts_that_meet_know_ranks_plan_and_the_way_between_them(met):
+    leader, member, _ = met
+    assert leader.meeting.hosts == member.meeting.hosts
+    assert [host.ranks for host in member.meeting.hosts] == ["rank 0", "rank 1"]
+    assert (member.meeting.plan, member.meeting.interface) == ("cfg2", "lo")
+    assert leader.meeting.endpoint == member.meeting.endpoint != str(leader.place.rendezvous)
+
+
+def test_a_host_that_never_comes_is_named_on_one_that_waits(place):
+    place = replace(place, nodes=3, wait=1.5)
+    leader, member = Leader(place, common(nnodes=3), "cpu:1"), Member(replace(place, node=2), common(nnodes=3), "cpu:1")
+    with in_a_thread(member.meet) as found:
+        with pytest.raises(GroupUnavailable, match=f"no host came as node 1 to {place.rendezvous} within 2 s; .*--node-rank 1"):
+            leader.meet()
+    assert isinstance(found[0], GroupUnavailable) and "gave up: no host came as node 1" in str(found[0])
+    leader.part(again=False)
+
+
+def test_a_node_0_that_is_not_there_is_named(place):
+    with pytest.raises(GroupUnavailable, match=f"node 0 was not at {place.rendezvous} within 1 s .*--node-rank 0"):
+        Member(replace(place, node=1, wait=1), common(), "cpu:1").meet()
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        ({"plan": "ulysses2"}, "plan is cfg2 on host .* and ulysses2 on host"),
+        ({"processes": 2}, "the number of devices is 1 on host .* and 2 on host"),
+        ({"version": "old"}, "the pack's version is .* and old on host"),
+        ({"torch": "1.0"}, "torch is .* and 1.0 on host"),
+        ({"kind": "cuda", "nnodes": 3}, "nnodes is 2 on .* and 3 on .*; the kind of device is cpu on host .* and cuda on host"),
+    ],
+)
+def test_a_host_that_differs_is_refused_on_both_sides_and_the_right_one_is_still_taken(other, words, place, caplog):
+    leader = Leader(place, common(), "cpu:1")
+    with in_a_thread(leader.meet):
+        with pytest.raises(RequestError, match=f"refused: {words}") as error:
+            Member(replace(place, node=1), common(**other), "cpu:1").meet()
+        assert re.search(f"refused a host: {words}", caplog.text) and "\n" not in str(error.value)
+        member = Member(replace(place, node=1), common(), "cpu:1")
+        assert member.meet().plan == "cfg2"
+    for muster in (member, leader):
+        muster.part(again=False)
+
+
+def test_strangers_at_the_port_keep_nobody_from_meeting(place):
+    leader, member = Leader(place, common(), "cpu:1"), Member(replace(place, node=1), common(), "cpu:1")
+    lines = [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b'{"kind": "hello"}\n{"kind": "here"}\n',
+        b"x" * 2**18 + b"\n",
+        b"[" * 2**16 + b"\n",
+    ]
+    strangers = [socket.create_connection((place.rendezvous.host, place.rendezvous.port)) for _ in lines]
+    for stranger, line in zip(strangers, lines):
+        stranger.sendall(line)
+    with in_a_thread(member.meet) as found:
+        leader.meet()
+    assert found[0].hosts == leader.meeting.hosts
+    for stranger in strangers:
+        stranger.close()
+    for muster in (member, leader):
+        muster.part(again=False)
+
+
+def test_a_host_that_hangs_up_ends_the_group_and_is_named(met):
+    leader, member, calls = met
+    member._links[0].close()  # as the kernel does for a process that was killed
+    assert calls["leader"].wait(10)
+    death = leader.verdict(Death("rank 0 ended with status 1"))  # as broken connections have it end
+    assert death.gone and re.search(r"host \S+ \(127.0.0.1, node 1, rank 1\) is gone: its serve process", death.cause)
+
+
+def test_a_host_that_says_what_makes_no_sense_is_gone(met):
+    leader, member, calls = met
+    member._links[0].send("ended", death={"cause": "x", "behind": "often"})
+    assert calls["leader"].wait(10)
+    assert leader.verdict(None).cause.endswith("is gone: it sends what is no message")
+
+
+def test_a_host_that_is_silent_ends_the_group_and_is_named(place, monkeypatch):
+    monkeypatch.setattr(link, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(link, "BEAT_SECONDS", 0.2)
+    leader, member = Leader(place, common(), "cpu:1"), Member(replace(place, node=1), common(), "cpu:1")
+    with in_a_thread(member.meet):
+        leader.meet()
+    called = threading.Event()
+    leader.watch(called.set)
+    assert not called.wait(2.5)  # both give signs of life
+    member._links[0]._closed.set()  # no more beats
+    assert called.wait(10)
+    assert "is gone: no sign of life for 2 s" in leader.verdict(None).cause
+    for muster in (member, leader):
+        muster.part(again=False)
+
+
+def test_a_rank_that_was_killed_on_another_host_is_the_cause_and_the_hosts_meet_again(met):
+    leader, member, calls = met
+    killed = Death("rank 1 was killed by SIGKILL", by_itself=False)
+    with in_a_thread(lambda: member.verdict(killed)) as told:
+        assert calls["leader"].wait(10)
+        death = leader.verdict(Death("rank 0 ended with status 1"))
+        assert re.fullmatch(r"host \S+ \(127.0.0.1, node 1, rank 1\): rank 1 was killed by SIGKILL", death.cause)
+        leader.part(again=True, death=death)
+    assert told == [death] and member.comes_again and not death.gone
+    with in_a_thread(member.meet):
+        leader.meet()
+
+
+def test_a_failure_on_node_0_ends_the_other_host_which_is_told_why(met):
+    leader, member, calls = met
+    with in_a_thread(lambda: leader.verdict(Death("rank 0 ended with status 1"))) as found:
+        assert calls["member"].wait(10) and member.has_trouble
+        with in_a_thread(lambda: member.verdict(None)) as told:
+            assert wait_until(lambda: found, 10)
+            leader.part(again=False, death=found[0])
+    assert "node 0, rank 0): rank 0 ended with status 1" in found[0].cause and told == found
+    assert not member.comes_again and member.failed
+
+
+def test_a_host_that_leaves_is_gone_and_one_whose_node_0_ends_in_good_order_is_done(met):
+    leader, member, calls = met
+    leader.part(again=False)
+    assert calls["member"].wait(10)
+    assert not member.comes_again and not member.failed
+
+
+def test_a_host_whose_serve_is_ended_is_gone(met):
+    leader, member, calls = met
+    member.part(again=False)
+    assert calls["leader"].wait(10)
+    assert leader.verdict(None).cause.endswith("is gone: its serve was ended there")
+
+
+@pytest.mark.parametrize(
+    "deaths, first",
+    [
+        ([Death("failed"), Death("killed", by_itself=False), Death("gone", by_itself=False, gone=True)], "gone"),
+        ([Death("failed"), Death("killed", by_itself=False), Death("hung", by_itself=False, behind=3)], "killed"),
+        ([Death("waits", by_itself=False, behind=4), Death("hung", by_itself=False, behind=3)], "hung"),
+        ([Death("met with it", failure={"waited": 0.1}), Death("failed", failure={"waited": 15.0})], "failed"),
+    ],
+)
+def test_of_several_ends_the_one_that_the_others_follow_from_is_the_cause(deaths, first):
+    assert first_of(deaths).cause == first_of(deaths[::-1]).cause == first
+
+
+# ---- what a person may get wrong ----
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--nnodes", "2"), "nnodes is 2 and node-rank 0; .*--rendezvous HOST:PORT"),
+        (("--node-rank", "1"), "--rendezvous HOST:PORT"),
+        (("--rendezvous", "127.0.0.1:29500"), "nnodes is 1; with a rendezvous use 2 or more"),
+        (("--nnodes", "2", "--rendezvous", "127.0.0.1"), "rendezvous '127.0.0.1' is no HOST:PORT"),
+        (("--nnodes", "2", "--rendezvous", "127.0.0.1:99999"), "is no HOST:PORT"),
+        (
+            ("--nnodes", "2", "--node-rank", "2", "--rendezvous", "127.0.0.1:29500"),
+            "node-rank is 2; 2 hosts are numbered 0 to 1",
+        ),
+        (("--nnodes", "2", "--wait", "0", "--rendezvous", "127.0.0.1:29500"), "wait is 0; use more than 0 seconds"),
+        (
+            ("--nnodes", "2", "--plan", "cfg2", "--rendezvous", "192.0.2.1:29500"),
+            "cannot listen there .*node-rank 0 is the host",
+        ),
+        (("--nnodes", "2", "--plan", "cfg2", "--rendezvous", "no.such.invalid:29500"), "cannot listen there"),
+        (
+            ("--nnodes", "2", "--plan", "cfg2", "--devices", "cpu:2", "--rendezvous", "127.0.0.1:29500"),
+            "needs 2 devices .* but 4 were given, 2 on each of 2 hosts",
+        ),
+        (
+            ("--nnodes", "2", "--node-rank", "1", "--plan", "cfg2", "--devices", "cpu:2", "--rendezvous", "127.0.0.1:29500"),
+            "needs 2 devices .* but 4 were given, 2 on each of 2 hosts",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_serve_refuses_what_makes_no_sense_in_one_line(options, words, capsys):
+    assert main(["serve", "--devices", "cpu", *options]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error) and len(error.splitlines()) == 1
+
+
+@pytest.fixture
+def served_elsewhere_too():
+    """The folder of a group of two hosts, as ``serve`` makes it, with no processes."""
+    known = {"plan": "cfg2", "devices": "cpu:1", "shared": True, "processes": 1, "nodes": 2, "node": 0, "first_rank": 0}
+    address = GroupAddress.create({**known, "lost": None})
+    yield address
+    address.remove()
+
+
+@pytest.mark.parametrize(
+    "plan, devices, expected",
+    [
+        ("auto", "auto", "cfg2"),
+        ("cfg2", "cpu", "cfg2"),
+        ("auto", "cpu:1", "cfg2"),
+        ("auto", "cpu:2", None),
+        ("single", "cpu", None),
+    ],
+)
+def test_a_group_over_hosts_is_found_by_its_plan_and_the_devices_here(plan, devices, expected, served_elsewhere_too):
+    found, here, reason = resolve(plan, devices, heads=48)
+    assert (reason == "the group of 2 hosts that serve keeps") == (expected is not None)
+    if expected:
+        assert (str(found), str(here)) == (expected, "cpu:1")
+
+
+def test_a_group_whose_hosts_have_not_met_says_that_it_waits(served_elsewhere_too, capsys):
+    assert main(["status", "--json"]) == 0
+    states = [group["state"] for group in json.loads(capsys.readouterr().out)["groups"]]
+    assert "waiting for the other hosts" in states
+
+
+# ---- models on several hosts ----
+
+
+def open_on_two(jobs, monkeypatch) -> list:
+    """What ranks on two hosts make of a job each: the job, or what they raise."""
+    monkeypatch.setattr(worker, "HOST", "a host")
+    gathered, barrier = [None, None], threading.Barrier(2)
+
+    class Split:
+        def __init__(self, rank: int):
+            self.rank = rank
+
+        def collect(self, value):
+            gathered[self.rank] = (f"host {self.rank}", *value[1:])
+            barrier.wait(30)
+            return gathered
+
+    def run(rank: int):
+        rank_worker = Worker.__new__(Worker)
+        rank_worker.split = Split(rank)
+        return rank_worker.opened(Message(jobs[rank].kind, *split_fields(jobs[rank])))
+
+    with in_a_thread(lambda: run(0)) as first, in_a_thread(lambda: run(1)) as second:
+        pass
+    return [*first, *second]
+
+
+def test_a_model_that_one_host_lacks_or_has_otherwise_is_named_on_all(make_job, checkpoints, tmp_path, monkeypatch):
+    job = make_job("5b")
+    assert [opened.model for opened in open_on_two([job, job], monkeypatch)] == [job.model] * 2
+    absent = replace(job, model=replace(job.model, path=str(tmp_path / "gone")))
+    for error in open_on_two([job, absent], monkeypatch):
+        assert isinstance(error, RequestError)
+        assert re.search(
+            r"host 1: there is no checkpoint folder \S+gone; models and LoRAs must be at the same path", str(error)
+        )
+    for error in open_on_two([absent, absent], monkeypatch):
+        assert str(error) == f"there is no checkpoint folder {tmp_path / 'gone'}"
+    other = make_job("5b", model=replace(job.model, path=str(checkpoints["5b-i2v"])))
+    assert Checkpoint.open(other.model.path).likeness() != Checkpoint.open(job.model.path).likeness()
+    monkeypatch.setattr(worker.checks, "check", lambda *_: None)
+    for error in open_on_two([job, other], monkeypatch):
+        assert re.search(r"host 1: \S+ has other files than on host 0; copy it from there", str(error))
+
+
+def test_the_interface_of_an_address_is_found():
+    assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
+    assert interface_of("192.0.2.1") is None
+    assert hosts.code_version() == hosts.code_version.__wrapped__()
