@@ -4,12 +4,21 @@ import json
 import sys
 from pathlib import Path
 
+LONG = 20
+"""Steps from which a GPU has become warm, and slower."""
 COLOURS = {"ours": "#1f77b4", "xdit": "#ff7f0e", "diffusers": "#7f7f7f"}
 
 
 def title_of(row: dict) -> str:
     """What a bar is called: whose, how split, and in what precision."""
-    return f"{row['name']}, {row['plan']}, {row['precision']}"
+    steps = f", {row['steps']} steps in a row" if row["steps"] >= LONG else ""
+    return f"{row['name']}, {row['plan']}, {row['precision']}{steps}"
+
+
+def is_timing(row: dict) -> bool:
+    """Whether a row is of the whole model at its best: neither without a time, nor in tiles, nor for its distance from float32."""
+    whole = row["tiling"] == "auto" and row["offload"] == "auto"
+    return bool(row["seconds_per_step"]) and whole and row.get("from_float32") is None
 
 
 def draw(rows: list[dict], picture: Path) -> None:
@@ -19,7 +28,7 @@ def draw(rows: list[dict], picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["seconds_per_step"] and row["tiling"] == "auto" and row["offload"] == "auto"]
+    rows = [row for row in rows if is_timing(row)]
     models = list(dict.fromkeys((row["model"], row["dtype"]) for row in rows))
     panels = [[row for row in rows if (row["model"], row["dtype"]) == model] for model in models]
     heights = [len(panel) + 1 for panel in panels]

@@ -50,7 +50,7 @@ PHASES: tuple[tuple[list[Command], ...], ...] = (
         [
             bench("5b", f"--plans single --precisions lossless,fp8,fp8-all --decode {OURS} {STEPS}", "0"),
             bench("2b", f"--dtype bf16 --plans single --precisions lossless --steps 4 {OURS}", "0"),
-            bench("5b", f"--plans single --precisions eager,lossless,fp8-all --float32 --steps 2 --repeat 1 {OURS}", "0"),
+            bench("5b", f"--plans single --precisions eager,lossless,fp8-all --float32 --steps 2 {OURS}", "0"),
         ],
         [
             bench("5b", "--plans none --diffusers eager,compiled --decode --steps 4", "1"),
