@@ -186,6 +186,8 @@ class Worker:
         if failure is None or not together:
             return self.split.collect(failure)
         try:
+            if not self.split.is_in_step:
+                raise RuntimeError("what the ranks had under way would be taken for the next job's")
             self.split.meet(MEET_AFTER_FAILURE)
         except RuntimeError:
             self.address.error_file(self.split.rank).write_text(json.dumps(failure))

@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 
 from ..cogvideox.shards import Shard
+from ..cogvideox.step_cache import StepCaches
+from ..jobs import SampleJob
 from ..plans import Plan
 from . import xdit
 from .fsdp import fsdp_mesh, spread
+from .pipefusion import KeptOfJob, Pipe, Stage
 from .split import Split
 from .strips import Strips
 from .tensor import join_products
@@ -55,6 +58,7 @@ class GroupSplit(Split):
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
         self.cfg_group = xdit.cfg_group()
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
+        self.pipe = Pipe(xdit.pipeline_group()) if plan.pipefusion > 1 else None
         tensor_rank = xdit.tensor_group().rank_in_group
         self.shard = Shard(plan.tensor, tensor_rank, plan.fsdp, self.mesh.get_local_rank() if self.mesh else 0)
 
@@ -74,6 +78,8 @@ class GroupSplit(Split):
             xdit.tensor_group().all_reduce(tensor)
         if self.mesh:
             dist.all_reduce(tensor, group=self.mesh.get_group())
+        if self.pipe:
+            self.pipe.probe(tensor)
         self.synchronize()
         began = time.perf_counter()
         dist.all_reduce(tensor)
@@ -88,9 +94,21 @@ class GroupSplit(Split):
         if self.plan.tensor > 1:
             join_products(transformer, xdit.tensor_group().device_group)
         group = xdit.sequence_group() if self.plan.sequence > 1 else None
+        if self.pipe:
+            Stage(transformer, self.pipe, group)
+            return
         JointSequence(transformer, group=group, ulysses=self.plan.ulysses, ring=self.plan.ring, fp8_attention=fp8_attention)
         if self.mesh:
             spread(transformer, self.mesh)
+
+    def caches(self, job: SampleJob) -> StepCaches | KeptOfJob:
+        """See :meth:`Split.caches`."""
+        return KeptOfJob(job.pipefusion_warmup) if self.pipe else super().caches(job)
+
+    @property
+    def is_in_step(self) -> bool:
+        """See :meth:`Split.is_in_step`."""
+        return self.pipe is None or not self.pipe.is_under_way
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """See :meth:`Split.share`. With one prompt both halves of ``cfg2`` compute it."""
