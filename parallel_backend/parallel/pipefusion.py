@@ -119,6 +119,12 @@ class Pipe:
         self.is_under_way = False
         """Whether a forward is in the middle: when one fails there, what was sent and not received would be taken for the next."""
 
+    def blocks(self, layers: int) -> range:
+        """The numbers of this stage's blocks, of so many: neighbours; the first stages have one more where they do not divide."""
+        each, more = divmod(layers, self.stages)
+        start = self.stage * each + min(self.stage, more)
+        return range(start, start + each + (self.stage < more))
+
     def probe(self, tensor: torch.Tensor) -> None:
         """Passes a tensor down the pipeline and back to all."""
         if not self.is_first:
@@ -160,13 +166,6 @@ class Pipe:
         return tensor
 
 
-def stage_blocks(layers: int, stages: int, stage: int) -> range:
-    """The numbers of a stage's blocks: neighbours; the first stages have one more where they do not divide."""
-    each, more = divmod(layers, stages)
-    start = stage * each + min(stage, more)
-    return range(start, start + each + (stage < more))
-
-
 class Stage(torch.nn.Module):
     """A rank's blocks, under their own numbers, in place of all. To diffusers' forward they are one block.
 
@@ -181,7 +180,7 @@ class Stage(torch.nn.Module):
         super().__init__()
         self.pipe = pipe
         everyone = transformer.transformer_blocks
-        for number in stage_blocks(len(everyone), pipe.stages, pipe.stage):
+        for number in pipe.blocks(len(everyone)):
             self.add_module(str(number), everyone[number])
         self.sequence = sequence
         self.rank, self.size = (sequence.rank_in_group, sequence.world_size) if sequence else (0, 1)
