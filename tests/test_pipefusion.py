@@ -41,7 +41,7 @@ CASES = [
     ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm"}),
     ("5b-i2v", {"size": (96, 64, 9), "scheduler": "dpm", "cfg": 1.0, "image": torch.randn(1, 16, 1, 8, 12)}),
 ]
-STEPS = 12
+STEPS = 8
 BOUND = 1.0
 """Of a late job's distance to ``single``, relative: further off than another seed's video is a mistake. See benchmarks/results."""
 
@@ -115,7 +115,9 @@ def own_bytes(checkpoint: Checkpoint, blocks: range) -> int:
 
 
 @pytest.mark.parametrize("size", PLANS)
-def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_patches_later(size, exact, late, local, tmp_path):
+def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_patches_later(
+    size, exact, late, local, tmp_path
+):
     jobs = [*exact, late, replace(late, seed=2, pipefusion_warmup=2), late]
     single = [local.sample(job).tensor for job in jobs]
     (rounded,) = (job for job in exact if job.model.fp8 != "off")
@@ -144,11 +146,13 @@ def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_p
 
 def test_more_warm_up_is_nearer_and_the_person_is_told(late, local):
     expected, engine, distances = local.sample(late).tensor, Engine(Patched(2)), []
-    for warmup in (1, 4, 8, STEPS - 1):
+    for warmup in (1, 4, STEPS - 1):
         result = engine.run(replace(late, pipefusion_warmup=warmup))
         distances.append(distance(result.tensor, expected))
         (note,) = result.report.notes
-        assert note.startswith(f"pipefusion: {STEPS - warmup} of {STEPS} forwards attended to keys and values of the step before")
+        assert note.startswith(
+            f"pipefusion: {STEPS - warmup} of {STEPS} forwards attended to keys and values of the step before"
+        )
     assert distances == sorted(distances, reverse=True) and distances[-1] > 0
     result = engine.run(replace(late, pipefusion_warmup=STEPS))
     assert torch.equal(result.tensor, expected) and not result.report.notes
@@ -166,7 +170,7 @@ def test_what_is_kept_is_what_was_planned_and_goes_with_the_job(late, deep, make
         share = -(-checkpoint.layers // 4) / checkpoint.layers
         kept = seen.pop()
         assert sum(window.nbytes for window in kept) * share == pytest.approx(more - less, rel=1e-6)
-        assert len(kept) == (3 if job.windows else 1) and {window.forwards for window in kept} == {job.steps}
+        assert len(kept) == (2 if job.windows else 1) and {window.forwards for window in kept} == {job.steps}
         assert engine.split.stage.attention.kept == {} and not engine.split.pipe.is_under_way
 
 
@@ -174,7 +178,9 @@ def test_a_job_that_goes_on_warms_up_anew_and_says_so(late):
     engine, kept = Engine(Patched(2)), []
     engine.run(late, lambda progress, steps: kept.append(progress) or True)
     result = engine.run(replace(late, progress=kept[-2], pipefusion_warmup=1))
-    assert result.report.notes == ("pipefusion warmed up anew on the way, so this is not quite the video of an undisturbed run",)
+    assert result.report.notes == (
+        "pipefusion warmed up anew on the way, so this is not quite the video of an undisturbed run",
+    )
 
 
 def test_a_cancelled_job_leaves_a_warm_group_and_no_trace(late, start_group):
@@ -218,7 +224,10 @@ def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_th
         ({"offload": "group"}, "offload 'group' would bring .*; use plan 'ulysses2', or offload 'auto', 'none' or 'model'"),
         ({"step_cache": 0.1}, "a step cache decides after the first block, .*; use step_cache 0, or plan 'ulysses2'"),
         ({"fp8": "all"}, "fp8 'all' rounds keys .*; use fp8 'linears', or plan 'ulysses2'"),
-        ({"windows": Windows(13, 4, "uniform")}, "windows of the schedule 'uniform' move, .*; use the schedule 'static', or plan"),
+        (
+            {"windows": Windows(13, 4, "uniform")},
+            "windows of the schedule 'uniform' move, .*; use the schedule 'static', or plan",
+        ),
     ],
 )
 def test_what_does_not_go_with_a_pipeline_is_refused_before_processes_start(settings, words, make_job):
