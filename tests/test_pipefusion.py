@@ -9,6 +9,7 @@ import torch
 from parallel_backend import models
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox.attention import attend_torch
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.cogvideox.shards import BLOCKS
@@ -21,7 +22,7 @@ from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.worker import Worker
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
 from parallel_backend.machines import KNOWN
-from parallel_backend.parallel.pipefusion import KeptOfJob, Pipe, Stage
+from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
 from parallel_backend.parallel.split import Split
 from parallel_backend.planner import approximations, assumed, choose
 from parallel_backend.plans import Plan
@@ -67,8 +68,8 @@ class OneStage:
 class Patched(Split):
     """One process that computes the patches of a pipeline, one after the other: what a pipeline is to make."""
 
-    def __init__(self, stages: int):
-        super().__init__(torch.device("cpu"))
+    def __init__(self, stages: int, device: str = "cpu"):
+        super().__init__(torch.device(device))
         self.pipe = OneStage(stages)
 
     def attach(self, transformer, **settings) -> None:
@@ -143,6 +144,21 @@ def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_p
                 stage = rank // parsed.ulysses % parsed.pipefusion
                 blocks = Pipe.blocks(SimpleNamespace(stages=parsed.pipefusion, stage=stage), checkpoint.layers)
                 assert found == own_bytes(checkpoint, blocks), (plan, rank)
+
+
+def test_a_patch_attends_to_this_steps_keys_up_to_its_own_and_to_the_last_steps_behind():
+    asked = PatchAttention()
+    asked.whole, asked.tokens, asked.block, asked.kept = attend_torch, 10, "3", {}
+    steps = [[torch.randn(2, 12, 4, 8) for _ in range(3)] for _ in range(2)]
+    shown = [states[:, :10].clone() for states in steps[0][1:]]
+    asked.place = slice(0, 10)
+    assert torch.equal(asked.attend(*steps[0], [None] * 3), attend_torch(steps[0][0], *shown, [None] * 3))
+    for start in (0, 4, 8):  # the last patch ends in padding
+        query, *own = (states[:, start : start + 4] for states in steps[1])
+        asked.place = slice(start, min(start + 4, 10))
+        for before, now in zip(shown, own):
+            before[:, asked.place] = now[:, : asked.place.stop - start]
+        assert torch.equal(asked.attend(query, *own, [None] * 3), attend_torch(query, *shown, [None] * 3))
 
 
 def test_more_warm_up_is_nearer_and_the_person_is_told(late, local):
