@@ -92,7 +92,7 @@ class Machine:
     knows_seconds: bool = True
     """Whether rates are a GPU's own; else only the order of plans is to be believed."""
     can_shard: bool = True
-    """Whether ``fsdp`` may be used: it does not go with weights that wait on the CPU in parts."""
+    """Whether ``fsdp`` and ``pipefusion`` may be used: they do not go with weights that wait on the CPU in parts."""
 
 
 GLOO = Link(1e9, 1e-6)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from parallel_backend import models
+from parallel_backend.__main__ import main
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import memory
 from parallel_backend.cogvideox.attention import attend_torch
@@ -27,7 +28,7 @@ from parallel_backend.parallel.split import Split
 from parallel_backend.planner import approximations, assumed, choose
 from parallel_backend.plans import Plan
 
-from .conftest import NEGATIVE, TOLERANCE, MadeWhenAsked
+from .conftest import NEGATIVE, TOLERANCE, MadeWhenAsked, workers
 from .test_sharding import run_plans
 
 PLANS = {2: ["pipefusion2"], 4: ["pipefusion4", "cfg2-pipefusion2", "ulysses2-pipefusion2"]}
@@ -253,6 +254,17 @@ def test_what_does_not_go_with_a_pipeline_is_refused_before_processes_start(sett
     with pytest.raises(RequestError, match=f"^plan 'pipefusion2': {words}") as error:
         Executor.check(SimpleNamespace(plan=Plan.parse("pipefusion2")), replace(job, model=replace(job.model, **settings)))
     assert "\n" not in str(error.value)
+
+
+def test_the_command_line_refuses_it_too_before_anything_starts(tmp_path, capsys):
+    asked = ["generate", "--model", "demo", "--prompt", "x", "--devices", "cpu:2", "--output", str(tmp_path / "x.mp4")]
+    for options, words in (
+        (["--plan", "pipefusion2", "--step-cache", "0.1"], "use step_cache 0, or plan 'ulysses2'"),
+        (["--plan", "ring2-pipefusion2"], "use 'ulysses2-pipefusion2', or 'ring2'"),
+        (["--plan", "pipefusion2", "--pipefusion-warmup", "0"], "pipefusion_warmup is 0; use 1 to 1000"),
+    ):
+        assert main([*asked, *options]) == 2
+        assert words in capsys.readouterr().err and not workers()
 
 
 def test_a_stage_needs_a_block(make_job):
