@@ -1,7 +1,8 @@
 """How far a pipeline's videos are from ``single``'s, and whether they still do what they are told: ``python -m
 benchmarks.pipefusion``, from the repository's root, writes ``benchmarks/results/pipefusion.md``.
 
-The demo model on CPU processes, held-out captions, one job of a batch for all of them, so that plans have the same noise.
+The demo model on CPU processes, held-out captions, one job of a batch for all of them, so that plans have the same noise. With
+``--keep`` the file's rows of other plans and schedulers stay.
 """
 
 import argparse
@@ -78,14 +79,27 @@ def rows(args: argparse.Namespace, scheduler: str):
             executor.close()
 
 
-def page(args: argparse.Namespace, found: list[str]) -> str:
+def name_of(row: str) -> tuple[str, ...]:
+    """What a row is of: scheduler, plan, patches, warm-up."""
+    return tuple(row.split(" | ")[:4])
+
+
+def order(name: tuple[str, ...]) -> tuple:
+    """Schedulers apart, ``single`` first."""
+    return name[0], "single" not in name[1], name[1:]
+
+
+def page(args: argparse.Namespace, found: dict[tuple[str, ...], str]) -> str:
     """The whole file."""
     return (
         "# A pipeline's videos beside `single`'s\n\n"
         f"`python -m benchmarks.pipefusion`: the demo model in float32, {args.count} captions it never saw, {args.steps} steps, "
         f"cfg {SampleJob.cfg:g}. Latents: the relative difference to `single`'s, over the captions. Right answers: colours, shapes, "
         "motion and background of every video, as `benchmarks/obedience.py` measures them; points: of their share in percent, "
-        f"one answer being {25 / args.count:.1f}.\n\n" + HEAD + "\n".join(found) + "\n"
+        f"one answer being {25 / args.count:.1f}.\n\n"
+        + HEAD
+        + "\n".join(found[name] for name in sorted(found, key=order))
+        + "\n"
     )
 
 
@@ -98,11 +112,16 @@ def main() -> None:
     parser.add_argument("--schedulers", default="dpm,ddim")
     parser.add_argument("--steps", type=int, default=SampleJob.steps)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--keep", action="store_true", help="rows that are not measured now, of a run with the same other options"
+    )
     args = parser.parse_args()
-    started, found = time.perf_counter(), []
+    started = time.perf_counter()
+    kept = RESULTS.read_text().partition(HEAD)[2].splitlines() if args.keep else []
+    found = {name_of(row): row for row in kept}
     for scheduler in args.schedulers.split(","):
         for row in rows(args, scheduler):
-            found.append(row)
+            found[name_of(row)] = row
             print(row, flush=True)
             RESULTS.write_text(page(args, found))  # after every row: a run that is cut off has what it has
     print(f"{time.perf_counter() - started:.0f} s")

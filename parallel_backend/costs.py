@@ -42,8 +42,9 @@ EXCHANGED_FACTOR = 5
 """More where tokens are exchanged for attention: ``ulysses2`` of h100x2.json."""
 GATHERED = 3
 """Blocks that are whole at once under ``fsdp``: the one that runs, and the next one, as it arrives and once it is sorted."""
-PATCHES_PER_STAGE = 4
-"""Of a sequence under ``pipefusion``: with more of them stages wait less for the first and last patch, and kernels are shorter."""
+PATCHES, PATCHES_PER_STAGE = 8, 2
+"""Of a sequence under ``pipefusion``, the greater of both: with more of them stages wait less for the first and last patch, but
+more keys are of the step before; with sixteen the demo obeys less (benchmarks/results/pipefusion.md)."""
 KEPT_PASSES = 4
 """More of ``PASSES`` under ``pipefusion``: keys and values are read and written once more, to be kept."""
 CUT_SECONDS = 0.2e-3
@@ -204,9 +205,9 @@ def computation(plan: Plan, work: Work, machine: Machine) -> float:
 
 
 def patches(tokens: int, stages: int, ranks: int = 1) -> int:
-    """Patches that a sequence of text and video is cut into for a pipeline, each over so many ranks: ``PATCHES_PER_STAGE`` a
-    stage, or fewer where there are not so many tokens; none of them is all padding."""
-    length = -(-tokens // (PATCHES_PER_STAGE * stages * ranks))
+    """Patches that a sequence of text and video is cut into for a pipeline, each over so many ranks: ``PATCHES``, or
+    ``PATCHES_PER_STAGE`` a stage, or fewer where there are not so many tokens; none of them is all padding."""
+    length = -(-tokens // (max(PATCHES, PATCHES_PER_STAGE * stages) * ranks))
     return -(-tokens // (length * ranks))
 
 

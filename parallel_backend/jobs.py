@@ -261,8 +261,9 @@ class SampleJob:
     """For one video of a batch that is made apart from the others: how many they are together; 0 where the job is whole."""
     batch_index: int = 0
     """Which of them it is. It gets the noise that it would have had among them."""
-    pipefusion_warmup: int = 1
-    """Steps that a plan with ``pipefusion`` computes whole and exactly, at first; where all are, the video is ``single``'s."""
+    pipefusion_warmup: int = 4
+    """Steps that a plan with ``pipefusion`` computes whole and exactly, at first; where all are, the video is ``single``'s. With
+    one of fifty the demo obeys less (benchmarks/results/pipefusion.md)."""
 
     def __post_init__(self):
         check_latent(self.latent)
