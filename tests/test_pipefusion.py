@@ -121,18 +121,14 @@ def own_bytes(checkpoint: Checkpoint, blocks: range) -> int:
 def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_patches_later(
     size, exact, late, local, tmp_path
 ):
+    if size > 2:  # four processes take long to load a model
+        exact = [job for job in exact if job.model.fp8 == "off" and job.windows is None and job.image is None]
     jobs = [*exact, late, replace(late, seed=2, pipefusion_warmup=2), late]
     single = [local.sample(job).tensor for job in jobs]
-    (rounded,) = (job for job in exact if job.model.fp8 != "off")
-    whole = local.sample(replace(rounded, model=replace(rounded.model, fp8="off"))).tensor
     for plan, (made, held) in run_plans(tmp_path, jobs, size, PLANS[size]).items():
         parsed = Plan.parse(plan)
         for job, found, expected in zip(exact, made, single):
-            if job is rounded:  # a rounding that falls the other way is a step of FP8
-                least = distance(expected, whole)
-                assert distance(found, whole) < 1.5 * least and distance(found, expected) < 1.5 * least, plan
-            else:
-                assert (found - expected).abs().max() <= TOLERANCE, (plan, job)
+            assert (found - expected).abs().max() <= TOLERANCE, (plan, job)
         patched = Engine(Patched(parsed.pipefusion))
         for job, found, expected in zip(jobs[len(exact) :], made[len(exact) :], single[len(exact) :]):
             assert (found - patched.run(job).tensor).abs().max() <= TOLERANCE, plan

@@ -163,7 +163,7 @@ def test_a_pipeline_compiles_its_patches_once_and_for_all(can_compile, make_job)
 
     engine, compiled = Engine(Patched(2)), []
     torch._dynamo.reset()
-    for size in ((48, 48, 5), (64, 48, 9), (80, 64, 13)):
+    for size in ((48, 48, 5), (80, 64, 13)):
         job = make_job("5b", size=size, steps=3, scheduler="ddim", pipefusion_warmup=1)
         expected = Engine(Patched(2)).run(job).tensor
         assert (engine.run(with_model(job, compile="on")).tensor - expected).abs().max() <= TOLERANCE
