@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.errors import RequestError
+from ..parallel_backend.jobs import SampleJob
 from ..parallel_backend.plans import AUTO, Plan
 from . import host
 from .sockets import CATEGORY, BackendHandle, BackendSocket
@@ -32,7 +33,17 @@ class XDiTBackend(io.ComfyNode):
                     tooltip="auto, single, or degrees that multiply to the number of devices: cfg2 (both halves of "
                     "guidance), ulyssesN (must divide the model's heads), ringN; such as cfg2-ulysses2. For a model that does "
                     "not fit on each GPU: tensorN, or fsdpN, which multiplies nothing: cfg2-fsdp2 is two GPUs. "
-                    "For a batch: replicasN, N groups that share its videos; such as replicas2-cfg2.",
+                    "For a batch: replicasN, N groups that share its videos; such as replicas2-cfg2. For slow links: pipefusionN, "
+                    "which makes another video, near the same; such as cfg2-pipefusion2.",
+                ),
+                io.Int.Input(
+                    "pipefusion_warmup",
+                    default=SampleJob.pipefusion_warmup,
+                    min=1,
+                    max=1000,
+                    optional=True,
+                    tooltip="With pipefusionN in the plan: so many steps are exact at first, as slow as on one GPU. The others use "
+                    "what other GPUs have made in the step before.",
                 ),
             ],
             outputs=[BackendSocket.Output(display_name="backend")],
@@ -51,6 +62,6 @@ class XDiTBackend(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, devices: str, plan: str) -> io.NodeOutput:
+    def execute(cls, devices: str, plan: str, pipefusion_warmup: int = SampleJob.pipefusion_warmup) -> io.NodeOutput:
         """Hands the words on; sampler and decoder start the group."""
-        return io.NodeOutput(BackendHandle(devices, plan))
+        return io.NodeOutput(BackendHandle(devices, plan, pipefusion_warmup))

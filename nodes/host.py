@@ -188,7 +188,8 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
         return warm  # even where cfg is 1 and another plan would be faster: a new group costs more than it saves
     work = partial(work_of_job, job, checkpoint) if samples else partial(work_of, checkpoint)
     guided = job.guided if samples else True
-    plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, **wants)
+    plan, devices, reason = resolve(backend.plan, backend.devices, layers=checkpoint.layers, guided=guided, work=work, **wants)
+    checks.check_plan(checkpoint, plan, job)
     if plan.world_size == 1:
         say(f"plan single on {devices}: {reason}", node_id)
         return local(None if backend.devices == AUTO else devices.first)

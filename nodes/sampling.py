@@ -19,7 +19,7 @@ class CogVideoXSampler(io.ComfyNode):
             display_name="CogVideoX Sampler",
             category=CATEGORY,
             description="Samples a video. With an xDiT Backend every step is split over its devices; "
-            "the same seed gives the same video with every plan.",
+            "the same seed gives the same video with every plan but pipefusion, which comes near.",
             inputs=[
                 ModelSocket.Input("model"),
                 io.Conditioning.Input("positive"),
@@ -62,6 +62,7 @@ class CogVideoXSampler(io.ComfyNode):
             dynamic_cfg=dynamic_cfg,
             denoise=denoise,
             windows=model.windows,
+            pipefusion_warmup=backend.pipefusion_warmup if backend else SampleJob.pipefusion_warmup,
             **conditions_of(positive),
         )
         node_id = cls.hidden.unique_id

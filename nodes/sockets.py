@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from ..parallel_backend.cogvideox.text import TextEncoder
 from ..parallel_backend.errors import RequestError
-from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, Windows
+from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
 from . import host
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class BackendHandle:
 
     devices: str
     plan: str
+    pipefusion_warmup: int = SampleJob.pipefusion_warmup
 
 
 class ClipHandle:

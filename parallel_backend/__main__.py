@@ -6,7 +6,7 @@ import sys
 
 from . import commands
 from .errors import Cancelled, GroupFailure, RequestError
-from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES
+from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES, SampleJob
 from .machines import KNOWN, LINKS
 
 
@@ -46,6 +46,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cfg", type=float, default=6.0, help="1 turns guidance off")
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="auto")
+    parser.add_argument(
+        "--pipefusion-warmup",
+        type=int,
+        default=SampleJob.pipefusion_warmup,
+        metavar="N",
+        help="with pipefusionN in the plan: steps that are exact first, as slow as on one GPU (default %(default)s)",
+    )
 
 
 def build_parser() -> Parser:

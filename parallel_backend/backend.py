@@ -27,6 +27,7 @@ def resolve(
     devices: str,
     *,
     heads: int,
+    layers: int | None = None,
     guided: bool = True,
     offload: str = "auto",
     work: Callable[[torch.device], Work] | None = None,
@@ -43,7 +44,7 @@ def resolve(
     Returns:
         Plan, devices of this host, and the reason in one sentence.
     Raises:
-        RequestError: when they do not fit each other, the model's heads, or where its weights are to wait.
+        RequestError: when they do not fit each other, the model's heads or blocks, or where its weights are to wait.
     """
     found = Devices.parse(devices)
     if nodes is None and (served := served_over_hosts(plan, AUTO if devices == AUTO else str(found), heads=heads)):
@@ -61,6 +62,8 @@ def resolve(
         found = share_of(chosen, found, nodes)
     chosen.check_world(found.count, nodes)
     chosen.check_heads(heads)
+    if layers is not None:
+        chosen.check_layers(layers)
     chosen.check_offload(offload)
     return chosen, found, "as asked"
 
@@ -156,8 +159,8 @@ class Keeper:
             return self.executor
 
     def on(self, devices: Devices, *, heads: int, offload: str = "auto") -> Executor | None:
-        """The executor kept for these devices, whatever its plan, where a model of so many heads can use it, offloaded so."""
-        if self._key is None or self._key[1] != devices:
+        """The executor kept for these devices, whatever its exact plan, where a model of so many heads can use it, offloaded so."""
+        if self._key is None or self._key[1] != devices or not self._key[0].is_exact:
             return None
         if not self._key[0].fits(heads) or not self._key[0].can_offload(offload):
             return None

@@ -30,7 +30,7 @@ from .group.lending import lend
 from .group.muster import Leader, Member
 from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, check_size, empty_latent, two_thirds
 from .outputs import Video, videos_of
-from .planner import choose, predictions
+from .planner import approximations, choose, predictions
 from .plans import AUTO, Plan
 
 
@@ -127,7 +127,7 @@ def generate(args: Namespace) -> int:
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
-    wants = {"heads": checkpoint.heads, "guided": args.cfg > 1, "offload": args.offload}
+    wants = {"heads": checkpoint.heads, "layers": checkpoint.layers, "guided": args.cfg > 1, "offload": args.offload}
     plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint))
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
@@ -145,12 +145,14 @@ def generate(args: Namespace) -> int:
         "control_strength": args.control_strength,
         "control_start": args.control_start,
         "control_end": args.control_end,
+        "pipefusion_warmup": args.pipefusion_warmup,
         **ready,
     }
     blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
     blanks = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in given}
     job = SampleJob(model, blank, negative=blank, **{"latent": latent, **blanks}, **settings)
     checks.check(checkpoint, job)  # before anything is loaded to fill the blanks
+    checks.check_plan(checkpoint, plan, job)
 
     quiet_libraries()
     print(f"{checkpoint.describe}\nplan {plan} on {devices}: {reason}", file=sys.stderr)
@@ -254,11 +256,18 @@ def plan(args: Namespace) -> int:
     count = each * args.nnodes
     machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gb)
     work = step_of(args, checkpoint)(torch.device("cuda"))
-    found = predictions(work, machine, count)
+    found = predictions(work, machine, count) + approximations(work, machine, count)
+    found.sort(key=lambda each: each.seconds)
     chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine)
     if args.json:
         plans = [
-            {"plan": str(each.plan), "step_seconds": each.seconds, "peak_memory": each.peak, "fits": each.fits}
+            {
+                "plan": str(each.plan),
+                "step_seconds": each.seconds,
+                "peak_memory": each.peak,
+                "fits": each.fits,
+                "exact": each.plan.is_exact,
+            }
             for each in found
         ]
         about = {"model": checkpoint.path.name, "gpu": machine.name, "gpus": count, "free_memory": machine.free}
@@ -268,7 +277,8 @@ def plan(args: Namespace) -> int:
     show(f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9}  fits")
     for each in found:
         mark = "->" if each.plan == chosen else ""
-        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {'yes' if each.fits else 'no'}")
+        fits = f"{'yes' if each.fits else 'no':4}" + ("" if each.plan.is_exact else "  not exact: auto leaves it to you")
+        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {fits}".rstrip())
     hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
     show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
     return 0
@@ -283,7 +293,8 @@ def serve(args: Namespace) -> int:
     checkpoint = Checkpoint.open(models.find(args.model))
     work = partial(work_of, checkpoint)
     nodes = place.nodes if place else 1
-    chosen, devices, reason = resolve(args.plan, args.devices, heads=checkpoint.heads, work=work, nodes=nodes)
+    about = {"heads": checkpoint.heads, "layers": checkpoint.layers, "work": work}
+    chosen, devices, reason = resolve(args.plan, args.devices, **about, nodes=nodes)
     muster = None
     if place:
         common = Common.here(nodes=nodes, plan=str(chosen), kind=devices.kind, processes=devices.count)

@@ -42,6 +42,13 @@ EXCHANGED_FACTOR = 5
 """More where tokens are exchanged for attention: ``ulysses2`` of h100x2.json."""
 GATHERED = 3
 """Blocks that are whole at once under ``fsdp``: the one that runs, and the next one, as it arrives and once it is sorted."""
+PATCHES, PATCHES_PER_STAGE = 8, 2
+"""Of a sequence under ``pipefusion``, the greater of both: with more of them stages wait less for the first and last patch, but
+more keys are of the step before; with sixteen the demo obeys less (benchmarks/results/pipefusion.md)."""
+KEPT_PASSES = 4
+"""More of ``PASSES`` under ``pipefusion``: keys and values are read and written once more, to be kept."""
+CUT_SECONDS = 0.2e-3
+"""For each place where what is compiled is cut and nothing is exchanged, for each patch: assumed."""
 HEADROOM = 0.9
 """Share of free memory that is counted on; the rest is fragmentation and the allocator's."""
 
@@ -86,7 +93,7 @@ class Machine:
     knows_seconds: bool = True
     """Whether rates are a GPU's own; else only the order of plans is to be believed."""
     can_shard: bool = True
-    """Whether ``fsdp`` may be used: it does not go with weights that wait on the CPU in parts."""
+    """Whether ``fsdp`` and ``pipefusion`` may be used: they do not go with weights that wait on the CPU in parts."""
 
 
 GLOO = Link(1e9, 1e-6)
@@ -183,14 +190,41 @@ def computation(plan: Plan, work: Work, machine: Machine) -> float:
         attention *= machine.attention_fp8
     passes = PASSES if work.is_compiled(machine) else EAGER_PASSES
     passes *= (1 + 1 / plan.tensor) / 2  # about half of it is with heads and hidden features
-    passes += ULYSSES_PASSES * (plan.ulysses > 1) + MERGE_PASSES * (plan.ring - 1)
+    passes += ULYSSES_PASSES * (plan.ulysses > 1) + MERGE_PASSES * (plan.ring - 1) + KEPT_PASSES * (plan.pipefusion > 1)
     pieces = cuts(plan, work) if work.is_compiled(machine) else 0
-    return (
-        work.products / plan.world_size / matrix
-        + work.attention / plan.world_size / attention
-        + work.layers * passes * states_bytes(plan, work) / (machine.bandwidth * BANDWIDTH_SHARE)
-        + work.layers * pieces * PIECE_SECONDS
+    if plan.pipefusion > 1:
+        pieces *= plan_patches(plan, work) * (1 if plan.ulysses > 1 else CUT_SECONDS / PIECE_SECONDS)
+    layers = stage_layers(plan, work.layers)
+    share = layers / work.layers / (plan.world_size // plan.pipefusion)  # of the slowest rank
+    return slots(plan, work) * (
+        work.products * share / matrix
+        + work.attention * share / attention
+        + layers * passes * states_bytes(plan, work) / (machine.bandwidth * BANDWIDTH_SHARE)
+        + layers * pieces * PIECE_SECONDS
     )
+
+
+def patches(tokens: int, stages: int, ranks: int = 1) -> int:
+    """Patches that a sequence of text and video is cut into for a pipeline, each over so many ranks: ``PATCHES``, or
+    ``PATCHES_PER_STAGE`` a stage, or fewer where there are not so many tokens; none of them is all padding."""
+    length = -(-tokens // (max(PATCHES, PATCHES_PER_STAGE * stages) * ranks))
+    return -(-tokens // (length * ranks))
+
+
+def plan_patches(plan: Plan, work: Work) -> int:
+    """Patches of a step under a plan."""
+    return patches(work.tokens, plan.pipefusion, plan.ulysses) if plan.pipefusion > 1 else 1
+
+
+def slots(plan: Plan, work: Work) -> float:
+    """How many times as long as a rank's own work a step takes: stages wait for the first patch to come, or the last to be through."""
+    count = plan_patches(plan, work)
+    return (count + plan.pipefusion - 1) / count
+
+
+def stage_layers(plan: Plan, layers: int) -> int:
+    """Blocks of the stage that has most of so many."""
+    return -(-layers // plan.pipefusion)
 
 
 def cuts(plan: Plan, work: Work) -> int:
@@ -200,12 +234,13 @@ def cuts(plan: Plan, work: Work) -> int:
         return found + plan.ring
     if plan.ulysses > 1:
         return found + 1 + (work.fp8 == "all")  # maxima for the scales of heads
-    return found
+    return found + (plan.pipefusion > 1)
 
 
 def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, float]:
     """Seconds that a rank waits for others in a step, and bytes that it sends."""
-    states = states_bytes(plan, work)
+    states, layers = states_bytes(plan, work), stage_layers(plan, work.layers)
+    count, waits = plan_patches(plan, work), slots(plan, work)
     rounded = 1 / work.itemsize if work.fp8 == "all" and machine.attention_fp8 > 1 else 1.0
     seconds, sent = 0.0, 0.0
 
@@ -219,7 +254,13 @@ def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, floa
         tensors = (3 * rounded if plan.ring == 1 else 3) + 1
         spans = within(machine, plan, plan.tensor, plan.ulysses)
         away = (plan.ulysses - 1) / plan.ulysses
-        send(tensors * states / plan.tensor * away, spans, work.layers, exchanges=2)
+        send(tensors * states / plan.tensor * away, spans, layers, exchanges=2 * count)
+        seconds *= waits
+    if plan.pipefusion > 1:  # each patch once to the next stage, while that works on the one before
+        working = computation(plan, work, machine) / (waits * count)
+        spans = within(machine, plan, plan.tensor * plan.sequence, plan.pipefusion)
+        send(states / count, spans, count, behind=working, exposed=0)
+        seconds += (plan.pipefusion - 1) * states / count / spans.bandwidth  # of the first one
     if plan.ring > 1:  # keys and values of all others, while attending to those before
         attending = work.attention / plan.world_size / (machine.attention * ATTENTION_SHARE) / work.layers
         spans = within(machine, plan, plan.tensor * plan.ulysses, plan.ring)
@@ -238,13 +279,16 @@ def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, floa
     output = OUTPUT_FEATURES / work.features * states
     if plan.sequence > 1:
         send(output * (plan.sequence - 1), within(machine, plan, plan.tensor, plan.sequence), 1)
+    if plan.pipefusion > 1:  # from the last stage to all
+        send(output, within(machine, plan, plan.tensor * plan.sequence, plan.pipefusion), 1)
     if plan.cfg > 1:
-        send(output * plan.sequence, within(machine, plan, plan.tensor * plan.sequence, plan.cfg), 1)
+        stride = plan.tensor * plan.sequence * plan.pipefusion
+        send(output * plan.sequence, within(machine, plan, stride, plan.cfg), 1)
     return seconds, sent
 
 
 def within(machine: Machine, plan: Plan, stride: int, degree: int) -> Link:
-    """The slowest link that ranks of a group use, which lie so far apart: tensor, ulysses, ring and cfg from the inside."""
+    """The slowest link that ranks of a group use, which lie so far apart: tensor, ulysses, ring, pipefusion and cfg from the inside."""
     if plan.world_size <= machine.per_machine or machine.per_machine % (stride * degree) == 0:
         return machine.link
     return machine.network
@@ -257,12 +301,13 @@ def states_bytes(plan: Plan, work: Work) -> float:
 
 def weight_bytes(plan: Plan, work: Work) -> int:
     """Bytes of the transformer's weights that each rank keeps."""
-    return work.rest + (work.vectors + work.matrices // plan.tensor) // plan.fsdp
+    blocks = (work.vectors + work.matrices // plan.tensor) * stage_layers(plan, work.layers) // work.layers
+    return work.rest + blocks // plan.fsdp
 
 
 def working_bytes(plan: Plan, work: Work, *, compiled: bool = False) -> int:
     """Bytes beside the weights: what the engine asks for, or what ``compiled`` blocks use of it."""
-    states = working_factor(plan, compiled=compiled) * states_bytes(plan, work)
+    states = (working_factor(plan, compiled=compiled) + kept_factor(plan, work.layers)) * states_bytes(plan, work)
     gathered = GATHERED * (work.vectors + work.matrices // plan.tensor) // work.layers if plan.fsdp > 1 else 0
     return int(states) + gathered
 
@@ -272,3 +317,8 @@ def working_factor(plan: Plan, *, compiled: bool = False) -> float:
     if not compiled:
         return WORKING_FACTOR - SPLIT_FACTOR + SPLIT_FACTOR / plan.tensor
     return COMPILED_FACTOR * (1 + 1 / plan.tensor) / 2 + EXCHANGED_FACTOR * (plan.sequence > 1)
+
+
+def kept_factor(plan: Plan, layers: int) -> int:
+    """Bytes of kept keys and values, per token, feature and byte of dtype; once for each window."""
+    return 2 * stage_layers(plan, layers) if plan.pipefusion > 1 else 0

@@ -10,7 +10,6 @@ import torch
 from .cogvideox import attention, blocks, fp8, lora, memory, vae, vae_layers, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise
-from .cogvideox.step_cache import StepCaches
 from .cogvideox.windows import advice
 from .errors import OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
@@ -109,8 +108,8 @@ class Engine:
     @property
     def _advice(self) -> str:
         """What makes room for a job beside the weights."""
-        if self.split.plan.fsdp > 1:
-            return "fp8 'linears' or more fsdp"
+        if not self.split.plan.can_offload("group"):
+            return f"fp8 'linears' or more {'fsdp' if self.split.plan.fsdp > 1 else 'pipefusion'}"
         return f"offload 'group' (now '{self._offload}')"
 
     def _note(self, line: str | None) -> None:
@@ -139,9 +138,9 @@ class Engine:
             self.split.synchronize()  # or all windows would be queued before the first has run
             return self.split.agree(on_window())
 
-        caches = StepCaches(job.model.step_cache, self.split.total)
-        if job.progress is not None and job.model.step_cache:
-            self._note("the step cache began anew on the way, so this is not quite the video of an undisturbed run")
+        caches = self.split.caches(job)
+        if job.progress is not None and caches.anew:
+            self._note(f"{caches.anew}, so this is not quite the video of an undisturbed run")
         place = {"device": self.device, "dtype": dtype, "split": self.split}
         try:
             latent = denoise(transformer, checkpoint, job, **place, caches=caches, on_step=mark, on_window=ask)
@@ -332,7 +331,7 @@ class Engine:
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,
             free=min(self.split.collect(memory.free_bytes(self.device) + held)),  # one mode for all ranks
-            in_parts=self.split.plan.fsdp == 1,
+            in_parts=self.split.plan.can_offload("group"),
         )
         self._note(note)
         if job.model.offload == "auto" and self._offload not in (None, mode):

@@ -75,9 +75,7 @@ class Executor(ABC):
         """Raises RequestError when the checkpoint or the plan cannot do the job."""
         checkpoint = Checkpoint.open(job.model.path)
         checks.check(checkpoint, job)
-        self.plan.check_heads(checkpoint.heads)
-        if isinstance(job, SampleJob):
-            self.plan.check_offload(job.model.offload)
+        checks.check_plan(checkpoint, self.plan, job)
 
     def run(self, job: Job, on_step: StepListener = silent, should_stop: StopSignal = never) -> Result:
         """Runs a job of any kind; raises as :meth:`sample` does."""

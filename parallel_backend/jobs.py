@@ -261,6 +261,9 @@ class SampleJob:
     """For one video of a batch that is made apart from the others: how many they are together; 0 where the job is whole."""
     batch_index: int = 0
     """Which of them it is. It gets the noise that it would have had among them."""
+    pipefusion_warmup: int = 4
+    """Steps that a plan with ``pipefusion`` computes whole and exactly, at first; where all are, the video is ``single``'s. With
+    one of fifty the demo obeys less (benchmarks/results/pipefusion.md)."""
 
     def __post_init__(self):
         check_latent(self.latent)
@@ -269,6 +272,7 @@ class SampleJob:
         self.check_conditions()
         choice("scheduler", self.scheduler, SCHEDULERS)
         between("steps", self.steps, 1, 1000)
+        between("pipefusion_warmup", self.pipefusion_warmup, 1, 1000)
         between("seed", self.seed, 0, MAX_SEED)
         between("cfg", self.cfg, 0.0, 100.0)
         between("denoise", self.denoise, 0.0, 1.0)

@@ -40,7 +40,7 @@ def assumed(heads: int, guided: bool) -> Work:
 
 
 def predictions(work: Work, machine: Machine, world_size: int) -> list[Prediction]:
-    """What every plan costs; those that split weights only where none of the others fits. Fastest first."""
+    """What every exact plan costs; those that split weights only where none of the others fits. Fastest first."""
     found = []
     for whole in (True, False):
         plans = candidates(heads=work.heads, world_size=world_size, whole_fits=whole)
@@ -50,9 +50,19 @@ def predictions(work: Work, machine: Machine, world_size: int) -> list[Predictio
     return sorted(found, key=lambda each: each.seconds)
 
 
+def approximations(work: Work, machine: Machine, world_size: int) -> list[Prediction]:
+    """What the plans cost that are not exact, fastest first: for a person to choose, as ``auto`` gives the video of ``single``."""
+    plans = pipelines(heads=work.heads, layers=work.layers, world_size=world_size)
+    found = [predict(plan, work, machine) for plan in plans if may(plan, work, machine)]
+    return sorted(found, key=lambda each: each.seconds)
+
+
 def may(plan: Plan, work: Work, machine: Machine) -> bool:
-    """Whether a plan is one for this step: no guidance has halves to share, and some offload refuses ``fsdp``."""
-    return (work.guided or plan.cfg == 1) and (machine.can_shard or plan.fsdp == 1)
+    """Whether a plan is one for this step: guidance alone has halves to share, some offload refuses ``fsdp`` and ``pipefusion``,
+    and that refuses attention in FP8."""
+    if plan.pipefusion > 1 and work.fp8 == "all":
+        return False
+    return (work.guided or plan.cfg == 1) and (machine.can_shard or plan.can_offload("group"))
 
 
 def pick(found: list[Prediction]) -> Prediction:
@@ -104,7 +114,7 @@ def seconds(prediction: Prediction) -> str:
 
 
 def candidates(*, heads: int, world_size: int, whole_fits: bool = True) -> list[Plan]:
-    """Every plan of exactly ``world_size`` devices that the heads allow.
+    """Every exact plan of exactly ``world_size`` devices that the heads allow.
 
     Args:
         heads: attention heads of the model.
@@ -119,8 +129,19 @@ def candidates(*, heads: int, world_size: int, whole_fits: bool = True) -> list[
     return [replace(plan, fsdp=world_size) for plan in plans if plan.tensor == 1 and world_size > 1] + split
 
 
+def pipelines(*, heads: int, layers: int, world_size: int) -> list[Plan]:
+    """Every plan of exactly ``world_size`` devices with ``pipefusion`` that the heads and blocks allow."""
+    found = []
+    for cfg in (1, 2):
+        for stages in range(2, min(layers, world_size) + 1):
+            ulysses, left = divmod(world_size, cfg * stages)
+            if left == 0 and heads % ulysses == 0:
+                found.append(Plan(cfg=cfg, ulysses=ulysses, pipefusion=stages))
+    return found
+
+
 def products(world_size: int) -> Iterator[Plan]:
-    """Plans of exactly so many devices, without ``fsdp``."""
+    """Exact plans of exactly so many devices, without ``fsdp``."""
     for cfg in (1, 2):
         for tensor in range(1, world_size + 1):
             for ulysses in range(1, world_size + 1):

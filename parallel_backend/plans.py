@@ -27,6 +27,8 @@ class Plan:
     """Ranks that share the attention heads of their tokens; must divide those that ``tensor`` leaves a rank."""
     ring: int = 1
     """Ranks that pass keys and values around; takes any number."""
+    pipefusion: int = 1
+    """Ranks, or rows of ``ulysses`` ranks, that have some blocks each and pass patches of the tokens on; not exact."""
     fsdp: int = 1
     """Ranks, of those that the other degrees make, that keep a part of each block's weights and gather it when it runs."""
     replicas: int = 1
@@ -39,7 +41,32 @@ class Plan:
                 raise RequestError(f"plan: {field.name} is {degree}; a degree is a whole number from 1")
         if self.cfg > 2:
             raise RequestError(f"plan: cfg is {self.cfg}; there are two halves to share, so it is 1 or 2")
+        self._check_pipefusion()
         self._check_fsdp()
+
+    def _check_pipefusion(self) -> None:
+        """Stages keep whole tokens' keys and values, and whole blocks."""
+        if self.pipefusion == 1:
+            return
+        if self.ring > 1:
+            other = replace(self, ulysses=self.sequence, ring=1)
+            why = (
+                f"a ring passes keys and values around that pipefusion keeps; use '{other}', or '{replace(self, pipefusion=1)}'"
+            )
+        elif self.tensor > 1:
+            other = replace(self, pipefusion=self.pipefusion * self.tensor, tensor=1)
+            why = (
+                "tensor adds up over ranks in every block, which pipefusion is there to avoid; "
+                f"use '{other}', or '{replace(self, pipefusion=1)}'"
+            )
+        elif self.fsdp > 1:
+            why = (
+                "pipefusion keeps its blocks' weights on a rank already and would gather them for every patch; "
+                f"use '{replace(self, fsdp=1)}', or more pipefusion"
+            )
+        else:
+            return
+        raise RequestError(f"plan '{self}': {why}")
 
     def _check_fsdp(self) -> None:
         holders = self.replica_size // self.tensor
@@ -93,7 +120,7 @@ class Plan:
     @property
     def replica_size(self) -> int:
         """Processes that split one forward pass."""
-        return self.cfg * self.tensor * self.sequence
+        return self.cfg * self.tensor * self.sequence * self.pipefusion
 
     @property
     def replica(self) -> "Plan":
@@ -102,8 +129,13 @@ class Plan:
 
     @property
     def talks_much(self) -> bool:
-        """Whether ranks exchange tokens or weights in every block, and not a prediction in every step."""
-        return self.replica_size > self.cfg or self.fsdp > 1
+        """Whether ranks exchange tokens or weights in every block, and not once in a step."""
+        return self.replica_size > self.cfg * self.pipefusion or self.fsdp > 1
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it gives the video of ``single``, to rounding."""
+        return self.pipefusion == 1
 
     def fits(self, heads: int) -> bool:
         """Whether a model of so many heads can be split so. Its feed-forward is a multiple of the heads."""
@@ -128,21 +160,41 @@ class Plan:
             f"plan '{self}': ulysses{self.ulysses} does not divide {whose}; use ulysses {divisors(left)}, or ring{self.ulysses}"
         )
 
+    def check_layers(self, layers: int) -> None:
+        """Refuses more stages than the model has blocks.
+
+        Raises:
+            RequestError: naming the most that there can be.
+        """
+        if self.pipefusion > layers:
+            raise RequestError(
+                f"plan '{self}': pipefusion{self.pipefusion} is {self.pipefusion} stages and this model has {layers} blocks; "
+                f"use '{replace(self, pipefusion=layers)}'"
+            )
+
+    @property
+    def without_pipefusion(self) -> "Plan":
+        """The nearest that is exact, of as many devices."""
+        return replace(self, ulysses=self.ulysses * self.pipefusion, pipefusion=1)
+
     def can_offload(self, mode: str) -> bool:
-        """Whether weights can wait as a mode says: ``fsdp`` brings them in parts by itself."""
-        return self.fsdp == 1 or mode not in IN_PARTS
+        """Whether weights can wait as a mode says: ``fsdp`` brings them in parts itself, and ``pipefusion`` uses all of its own
+        for every patch."""
+        return (self.fsdp == 1 and self.pipefusion == 1) or mode not in IN_PARTS
 
     def check_offload(self, mode: str) -> None:
-        """Refuses to move weights in parts that are already gathered in parts.
+        """Refuses to move weights in parts that are gathered in parts, or needed for every patch.
 
         Raises:
             RequestError: naming the nearest plan and modes that work.
         """
-        if not self.can_offload(mode):
-            raise RequestError(
-                f"plan '{self}': offload '{mode}' keeps weights on the CPU and fsdp keeps them on the devices; "
-                f"use plan '{replace(self, fsdp=1)}', or offload 'auto', 'none' or 'model'"
-            )
+        if self.can_offload(mode):
+            return
+        if self.fsdp > 1:
+            why, other = "keeps weights on the CPU and fsdp keeps them on the devices", replace(self, fsdp=1)
+        else:
+            why, other = "would bring a rank's blocks anew for every patch", self.without_pipefusion
+        raise RequestError(f"plan '{self}': offload '{mode}' {why}; use plan '{other}', or offload 'auto', 'none' or 'model'")
 
     def check_world(self, devices: int, nodes: int = 1) -> None:
         """Refuses a plan whose degrees do not multiply to the devices given: so many on each of so many hosts.

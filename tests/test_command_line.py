@@ -339,6 +339,9 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
     assert done.returncode == 0
     assert "-> cfg2-ulysses4 " in done.stdout
     assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted to take least, ")
+    (marked, *_) = (line for line in done.stdout.splitlines() if "cfg2-ulysses2-pipefusion2" in line)
+    assert marked.endswith("not exact: auto leaves it to you")
+    assert "pipefusion" not in run("plan", "--model", checkpoints["5b"], "--gpus", 8, "--fp8", "all").stdout
     short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gb", 0.0001)
     assert "cfg2-fsdp2" in short.stdout and "no plan fits into 0.0001 GiB" in short.stdout.splitlines()[-1]
 
@@ -350,8 +353,9 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
     assert (found["gpu"], found["plan"], [each["plan"] for each in found["plans"]]) == (
         "4090",
         "ulysses2",
-        ["ulysses2", "ring2"],
+        ["ulysses2", "pipefusion2", "ring2"],
     )
+    assert [each["exact"] for each in found["plans"]] == [True, False, True]
     assert all(each["fits"] and each["step_seconds"] > 0 and each["peak_memory"] > 0 for each in found["plans"])
     assert found["reason"].startswith("ulysses2 is predicted at ")
     wrong = run("plan", "--model", checkpoints["5b"], "--gpu", "GTX 970")

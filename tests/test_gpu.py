@@ -9,6 +9,7 @@ from parallel_backend.bench.table import distance, two_steps
 from parallel_backend.cogvideox import kernels, memory
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
+from parallel_backend.engine import Engine
 from parallel_backend.errors import OutOfMemory
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob
@@ -16,6 +17,7 @@ from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
 from .conftest import TOLERANCE
+from .test_pipefusion import Patched
 
 one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -43,6 +45,24 @@ def test_every_plan_equals_single_over_nccl(group, like, size, on_gpu, make_job,
         with capsys.disabled():
             print(f"nccl {group.plan} {like} {size} {settings}: max difference {difference:.2g}")
         assert difference <= TOLERANCE
+
+
+@two_gpus
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_pipeline_equals_single_while_it_warms_up_and_the_same_patches_on_one_gpu_later(
+    compile, on_gpu, make_job, checkpoints
+):
+    model, patched = Model(str(checkpoints["5b"]), dtype="fp32", compile=compile), Engine(Patched(2, "cuda:0"))
+    group = GroupExecutor(Plan.parse("pipefusion2"), Devices("cuda", (0, 1)))
+    try:
+        for size in ((96, 64, 17), (80, 48, 13)):
+            job = make_job("5b", size=size, model=model, scheduler="ddim", pipefusion_warmup=1)
+            exact = group.sample(replace(job, pipefusion_warmup=job.steps)).tensor
+            assert (exact - on_gpu.sample(job).tensor).abs().max() <= 10 * TOLERANCE
+            for _ in range(2):
+                assert (group.sample(job).tensor - patched.run(job).tensor).abs().max() <= 10 * TOLERANCE
+    finally:
+        group.close()
 
 
 @two_gpus

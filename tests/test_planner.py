@@ -25,7 +25,16 @@ from .conftest import REPO
 
 H100, GIB = machines.KNOWN["H100"], 2**30
 PCIE = replace(H100, link=machines.LINKS["pcie"])
-PLANS = ["single", "cfg2", "ulysses2", "cfg2-fsdp2", "tensor2", "cfg2-tensor2-ulysses2-fsdp4"]
+PLANS = [
+    "single",
+    "cfg2",
+    "ulysses2",
+    "cfg2-fsdp2",
+    "tensor2",
+    "cfg2-tensor2-ulysses2-fsdp4",
+    "pipefusion2",
+    "cfg2-pipefusion3",
+]
 
 
 def test_a_step_of_5b_is_664_tflop():

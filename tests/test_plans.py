@@ -17,7 +17,7 @@ from .conftest import REPO
     [
         ("single", 1), ("cfg2", 2), ("ulysses4", 4), ("cfg2-ulysses2-ring3", 12), ("tensor2-ulysses2", 4),
         ("cfg2-fsdp2", 2), ("cfg2-ulysses2-fsdp4", 4), ("cfg2-tensor3-ring2-fsdp4", 12),
-        ("replicas2", 2), ("replicas3-cfg2-fsdp2", 6),
+        ("replicas2", 2), ("replicas3-cfg2-fsdp2", 6), ("replicas2-cfg2-ulysses3-pipefusion2", 24),
     ],
 )  # fmt: skip
 def test_a_plan_reads_and_writes_the_same_and_multiplies(text, world):
@@ -69,6 +69,29 @@ def test_fsdp_is_over_ranks_that_would_have_the_same_weights(text, words):
     with pytest.raises(RequestError, match=words) as error:
         Plan.parse(text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("ring2-pipefusion2", "a ring passes keys and values around .*; use 'ulysses2-pipefusion2', or 'ring2'$"),
+        (
+            "cfg2-tensor2-pipefusion2",
+            "tensor adds up over ranks in every block, .*; use 'cfg2-pipefusion4', or 'cfg2-tensor2'$",
+        ),
+        (
+            "cfg2-pipefusion2-fsdp2",
+            "keeps its blocks' weights on a rank already .*; use 'cfg2-pipefusion2', or more pipefusion$",
+        ),
+    ],
+)
+def test_pipefusion_goes_with_cfg_and_ulysses_alone(text, words):
+    with pytest.raises(RequestError, match=f"^plan '{text}': .*{words}") as error:
+        Plan.parse(text)
+    assert "\n" not in str(error.value)
+    plan = Plan.parse("cfg2-ulysses2-pipefusion2")
+    assert not plan.is_exact and str(plan.without_pipefusion) == "cfg2-ulysses4"
+    assert not Plan.parse("cfg2-pipefusion2").talks_much and plan.talks_much
 
 
 def test_a_replica_has_the_rest_of_the_plan():

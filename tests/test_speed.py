@@ -156,3 +156,16 @@ def test_attention_is_torch_s_own_where_there_is_no_other():
     function = attention.attention_of(torch.device("cpu"), torch.bfloat16)
     weights = torch.einsum("bqhd,bkhd->bhqk", states[0], states[1]).div(4).softmax(-1)
     assert (function(*states, [None] * 3) - torch.einsum("bhqk,bkhd->bqhd", weights, states[2])).abs().max() <= 1e-5
+
+
+def test_a_pipeline_compiles_its_patches_once_and_for_all(can_compile, make_job):
+    from .test_pipefusion import Patched
+
+    engine, compiled = Engine(Patched(2)), []
+    torch._dynamo.reset()
+    for size in ((48, 48, 5), (80, 64, 13)):
+        job = make_job("5b", size=size, steps=3, scheduler="ddim", pipefusion_warmup=1)
+        expected = Engine(Patched(2)).run(job).tensor
+        assert (engine.run(with_model(job, compile="on")).tensor - expected).abs().max() <= TOLERANCE
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled[0] == compiled[-1] > 0

@@ -110,6 +110,7 @@ def run(args: Namespace) -> int:
         steps=args.steps,
         cfg=args.cfg,
         scheduler=args.scheduler,
+        pipefusion_warmup=args.pipefusion_warmup,
     )
     checks.check(checkpoint, job)
     device = Devices.parse(args.devices).first
@@ -151,6 +152,7 @@ def measured(
             plan_text,
             args.devices,
             heads=checkpoint.heads,
+            layers=checkpoint.layers,
             guided=job.guided,
             offload=args.offload,
             work=partial(work_of_job, job, checkpoint),

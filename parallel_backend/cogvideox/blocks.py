@@ -149,7 +149,7 @@ def use(transformer, *, compiled: bool = False) -> None:
         seen = {name: value for name, value in attention_kwargs.items() if name != "cache"}
         return function(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, seen)
 
-    for block in transformer.transformer_blocks:
+    for block in transformer.transformer_blocks.children():
         block.forward = MethodType(unless_cached, block)
 
 

@@ -2,6 +2,7 @@
 
 from ..errors import RequestError
 from ..jobs import DecodeJob, EncodeJob, Job, SampleJob
+from ..plans import Plan
 from .checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from .lora import open_all
 from .windows import Layout
@@ -43,6 +44,37 @@ def check(checkpoint: Checkpoint, job: Job) -> None:
     if isinstance(job, DecodeJob):
         return
     check_sample(checkpoint, job)
+
+
+def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
+    """Refuses a plan that cannot do a job of a checkpoint.
+
+    Raises:
+        RequestError: naming the nearest that works.
+    """
+    plan.check_heads(checkpoint.heads)
+    plan.check_layers(checkpoint.layers)
+    if not isinstance(job, SampleJob):
+        return
+    plan.check_offload(job.model.offload)
+    if plan.pipefusion == 1:
+        return
+    other = plan.without_pipefusion
+    if job.model.step_cache:
+        raise RequestError(
+            f"plan '{plan}': a step cache decides after the first block, when other stages are at work already; "
+            f"use step_cache 0, or plan '{other}'"
+        )
+    if job.model.fp8 == "all":
+        raise RequestError(
+            f"plan '{plan}': fp8 'all' rounds keys and values by the largest of a whole step, and pipefusion keeps those of two; "
+            f"use fp8 'linears', or plan '{other}'"
+        )
+    if job.windows is not None and job.windows.schedule == "uniform" and not Layout.of(job, checkpoint).is_whole:
+        raise RequestError(
+            f"plan '{plan}': windows of the schedule 'uniform' move, so that there is no step before to take keys and values "
+            f"from; use the schedule 'static', or plan '{other}'"
+        )
 
 
 def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:

@@ -16,7 +16,6 @@ from ..jobs import Progress, SampleJob
 from . import conditions
 from .checkpoint import Checkpoint
 from .conditions import COMFYUI_TO_DIFFUSERS
-from .step_cache import StepCaches
 from .windows import Layout
 
 DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
@@ -129,7 +128,7 @@ def denoise(
     device,
     dtype,
     split,
-    caches: StepCaches,
+    caches,
     on_step: StepCallback,
     on_window: WindowCallback,
 ) -> torch.Tensor:
@@ -142,7 +141,7 @@ def denoise(
         device: where latents live.
         dtype: of latents and text states.
         split: how the work is shared; see :class:`parallel_backend.parallel.split.Split`.
-        caches: of the job's windows; new for each job.
+        caches: of the job's windows, from :meth:`parallel_backend.parallel.split.Split.caches`.
         on_step, on_window: called on every rank after each step, and between its windows; must answer the same on all of them.
     Returns:
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.

@@ -21,7 +21,7 @@ from ..jobs import Lora
 from . import weights
 from .checkpoint import Checkpoint
 from .fp8 import Fp8Linear
-from .shards import WHOLE, Shard, put
+from .shards import WHOLE, Shard, held, put
 
 SUFFIXES = (".safetensors", ".sft")
 PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.|lora_unet_+|lora_transformer_)?")
@@ -233,7 +233,7 @@ def merge(
         before: what was added until now.
         shard: this rank's part of the weights, which alone is read and changed.
     """
-    names = {f"{layer}.weight" for lora in (*before, *loras) for layer in lora.pairs}
+    names = {f"{layer}.weight" for lora in (*before, *loras) for layer in lora.pairs} & held(transformer)
     with ExitStack() as stack:
         opened = [(lora, stack.enter_context(safe_open(lora.path, "pt"))) for lora in loras]
         for name, base in shard.read({name: checkpoint.stored[name] for name in names}):

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from ..costs import GATHERED, HEADROOM, working_factor
+from ..costs import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
 from ..jobs import Job, SampleJob
 from ..plans import Plan
 from . import fp8 as quantized
@@ -66,7 +66,7 @@ def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *,
     """Bytes of the transformer's weights that each rank of a plan keeps."""
     blocks = block_bytes(checkpoint, plan, dtype, fp8=fp8)
     rest = checkpoint.weight_bytes("transformer", dtype) - block_bytes(checkpoint, Plan(), dtype)
-    return rest + blocks // plan.fsdp
+    return rest + blocks * stage_layers(plan, checkpoint.layers) // checkpoint.layers // plan.fsdp
 
 
 def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
@@ -92,8 +92,10 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     if plan.replicas > 1:
         batch = 1  # each replica has one video at a time
     halves = 2 // plan.cfg if job.guided else 1
-    tokens = (checkpoint.tokens(Layout.of(job, checkpoint).length, height, width) + checkpoint.text_tokens) // plan.sequence
+    layout = Layout.of(job, checkpoint)
+    tokens = (checkpoint.tokens(layout.length, height, width) + checkpoint.text_tokens) // plan.sequence
     factor = working_factor(plan) + (step_cache.STATES if job.model.step_cache else 0)
+    factor += len(layout.at(0)) * kept_factor(plan, checkpoint.layers)
     states = int(factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize)
     if plan.fsdp == 1:
         return states
@@ -112,7 +114,7 @@ def choose_offload(
         others: bytes of what else wants to stay on the device between jobs (the VAE).
         layers: blocks of the transformer.
         free: bytes the device can give when neither is on it.
-        in_parts: whether they can come in parts at all, which ``fsdp`` does by itself.
+        in_parts: whether they can come in parts at all, which ``fsdp`` does by itself and ``pipefusion`` cannot wait for.
     Returns:
         The mode, and a line for the person where ``auto`` had to give up speed.
     """
@@ -125,7 +127,10 @@ def choose_offload(
     if weights + working <= room:
         return "model", f"offload 'model': weights leave the GPU after each job ({say})"
     if not in_parts:
-        return "model", f"even a share of the weights does not fit, so this may run out of memory: more fsdp helps ({say})"
+        return (
+            "model",
+            f"even a share of the weights does not fit, so this may run out of memory: more fsdp helps, or more pipefusion ({say})",
+        )
     if 2 * weights // layers + working <= room:
         return "group", f"offload 'group': weights stay on the CPU and come block by block ({say})"
     return "sequential", f"offload 'sequential': weights come layer by layer, slowly ({say})"

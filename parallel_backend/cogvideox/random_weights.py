@@ -124,7 +124,14 @@ def settle(transformer, vae, generator: torch.Generator) -> None:
 
 
 def build(
-    output: Path, *, like: str, full_size: bool = False, seed: int = 0, device: str = "cpu", text_layers: int | None = None
+    output: Path,
+    *,
+    like: str,
+    full_size: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    text_layers: int | None = None,
+    layers: int | None = None,
 ) -> Path:
     """Saves a pipeline in diffusers layout.
 
@@ -135,6 +142,7 @@ def build(
         seed: of all weights.
         device: where to draw the weights; a GPU is quick for the full size.
         text_layers: of the text encoder, whose real 24 are 9 GB.
+        layers: of the transformer; 3 of a small one unless said otherwise.
     """
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -149,7 +157,7 @@ def build(
 
     base, kind = parse(like)
     dtype = torch.float32 if not full_size else torch.float16 if base == "2b" else torch.bfloat16
-    transformer = transformer_config(like, full_size)
+    transformer = transformer_config(like, full_size) | ({"num_layers": layers} if layers else {})
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     max_length = transformer.get("max_text_seq_length", 226)

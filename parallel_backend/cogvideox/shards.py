@@ -111,7 +111,7 @@ def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
 
 @torch.no_grad()
 def fill(model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch.dtype, device, home) -> None:
-    """Reads a skeleton's weights.
+    """Reads a skeleton's weights, those of blocks that are another rank's left out.
 
     Args:
         model: of :func:`skeleton`, cut and wrapped since.
@@ -121,7 +121,7 @@ def fill(model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch
         device: where weights are converted.
         home: where they stay.
     """
-    for name, piece in shard.read(wanted):
+    for name, piece in shard.read({name: wanted[name] for name in held(model) & wanted.keys()}):
         layer, _, kind = name.rpartition(".")
         module = model.get_submodule(layer)
         piece = piece.to(device=device, dtype=dtype)
@@ -130,6 +130,11 @@ def fill(model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch
         else:
             put(module, kind, piece.to(home))
     model.to(home)  # buffers that were computed
+
+
+def held(model) -> set[str]:
+    """The names of the weights that a model has here; those of stored ones, and maybe more."""
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
 def put(module: nn.Module, name: str, piece: torch.Tensor) -> None:

@@ -66,6 +66,11 @@ class StepCaches:
         return self._caches.setdefault((frames.start, frames.stop), StepCache(self.threshold, self.total))
 
     @property
+    def anew(self) -> str | None:
+        """For the person whose job goes on after it was lost: what began again, if anything did."""
+        return "the step cache began anew on the way" if self.threshold else None
+
+    @property
     def note(self) -> str | None:
         """For the person: how much was spared."""
         if self.threshold == 0:

@@ -222,6 +222,8 @@ class Worker:
             return self.split.collect(failure)
         began = time.monotonic()
         try:
+            if not self.split.is_in_step:
+                raise RuntimeError("what the ranks had under way would be taken for the next job's")
             self.split.meet(MEET_AFTER_FAILURE)
         except RuntimeError:
             waited = time.monotonic() - began

@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 
 from ..cogvideox.shards import Shard
+from ..cogvideox.step_cache import StepCaches
+from ..jobs import SampleJob
 from ..plans import Plan
 from . import peers, xdit
 from .fsdp import fsdp_mesh, spread
+from .pipefusion import KeptOfJob, Pipe, Stage
 from .split import Split
 from .strips import Strips
 from .tensor import join_products
@@ -58,6 +61,7 @@ class GroupSplit(Split):
         self.copies = self._can_copy()
         self.cfg_group = xdit.cfg_group()
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
+        self.pipe = Pipe(xdit.pipeline_group()) if plan.pipefusion > 1 else None
         tensor_rank = xdit.tensor_group().rank_in_group
         self.shard = Shard(plan.tensor, tensor_rank, plan.fsdp, self.mesh.get_local_rank() if self.mesh else 0)
 
@@ -77,6 +81,8 @@ class GroupSplit(Split):
             xdit.tensor_group().all_reduce(tensor)
         if self.mesh:
             dist.all_reduce(tensor, group=self.mesh.get_group())
+        if self.pipe:
+            self.pipe.probe(tensor)
         self.synchronize()
         began = time.perf_counter()
         dist.all_reduce(tensor)
@@ -87,7 +93,7 @@ class GroupSplit(Split):
 
     def _can_copy(self) -> bool:
         """Whether tokens travel by copies between GPUs."""
-        if self.device.type == "cpu" or self.plan.ulysses == 1 or self.plan.ring > 1:
+        if self.device.type == "cpu" or self.plan.ulysses == 1 or self.plan.ring > 1 or self.plan.pipefusion > 1:
             return False
         reason = peers.why_not(xdit.sequence_group().device_group, self.device, self.collect)
         if reason:
@@ -105,11 +111,23 @@ class GroupSplit(Split):
         if self.plan.tensor > 1:
             join_products(transformer, xdit.tensor_group().device_group)
         group = xdit.sequence_group() if self.plan.sequence > 1 else None
+        if self.pipe:
+            Stage(transformer, self.pipe, group)
+            return
         degrees = {"ulysses": self.plan.ulysses, "ring": self.plan.ring}
         device = self.device if self.copies else None
         JointSequence(transformer, group=group, **degrees, device=device, fp8_attention=fp8_attention)
         if self.mesh:
             spread(transformer, self.mesh)
+
+    def caches(self, job: SampleJob) -> StepCaches | KeptOfJob:
+        """See :meth:`Split.caches`."""
+        return KeptOfJob(job.pipefusion_warmup) if self.pipe else super().caches(job)
+
+    @property
+    def is_in_step(self) -> bool:
+        """See :meth:`Split.is_in_step`."""
+        return self.pipe is None or not self.pipe.is_under_way
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """See :meth:`Split.share`. With one prompt both halves of ``cfg2`` compute it."""

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from ..cogvideox.shards import WHOLE
+from ..cogvideox.step_cache import StepCaches
+from ..jobs import SampleJob
 from ..plans import Plan
 from .strips import Strips
 from .transformer import JointSequence
@@ -31,6 +33,15 @@ class Split:
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
         """Makes a transformer, whose weights are not read yet, compute this rank's share, text and video tokens joined."""
         JointSequence(transformer, fp8_attention=fp8_attention)
+
+    def caches(self, job: SampleJob) -> StepCaches:
+        """What the forwards of a job's windows have in common; new for each job."""
+        return StepCaches(job.model.step_cache, self.total)
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether the next job can begin after one that failed on all ranks: nothing is under way between them."""
+        return True
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Of the prompts that a step runs the model on, those that are this rank's."""

@@ -48,8 +48,8 @@ class Chunk:
 
     def of_joint(self, joint: torch.Tensor) -> torch.Tensor:
         """This rank's chunk of ``[batch, text + video, features]``, padded with zeros; in memory of its own."""
-        padded = F.pad(joint, (0, 0, 0, self.padding))
-        return padded[:, self.rank * self.length :][:, : self.length].contiguous()
+        part = joint[:, self.rank * self.length :][:, : self.length]
+        return F.pad(part, (0, 0, 0, self.length - part.shape[1])).contiguous()
 
     def of_rotary(self, cosines: torch.Tensor, sines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of tables ``[video, features]`` for this rank's tokens; angle 0 for text."""

@@ -58,6 +58,7 @@ def initialise(plan: Plan, *, rank: int, local_rank: int, device: torch.device) 
         ulysses_degree=plan.ulysses,
         ring_degree=plan.ring,
         tensor_parallel_degree=plan.tensor,
+        pipeline_parallel_degree=plan.pipefusion,
         backend=backend,
     )
     if plan.tensor > 1 and plan.sequence > 1:
@@ -99,6 +100,13 @@ def sequence_group():
     from xfuser.core.distributed import get_sp_group
 
     return get_sp_group()
+
+
+def pipeline_group():
+    """Ranks that have the blocks of the same tokens, in the order of the blocks: an xfuser PipelineGroupCoordinator."""
+    from xfuser.core.distributed import get_pp_group
+
+    return get_pp_group()
 
 
 def tensor_group():

@@ -1,0 +1,263 @@
+"""A transformer whose blocks are spread over ranks, a stage each, that pass the tokens on in patches: PipeFusion.
+
+The idea is xDiT's (arXiv 2405.14430): neighbouring steps resemble each other, so a patch may attend to keys and values of the
+step before. While it warms up, a step sends the whole sequence through one stage after the other and is exact, and each block's
+keys and values are kept. From then on all stages work at once, each on another patch: its keys and values take their place among
+the kept ones, which are this step's for the patches before it and the last step's for those behind it.
+
+Everything before the first block and after the last is diffusers' own, unchanged, and on every rank: it is small.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from ..cogvideox import attention, blocks
+from ..costs import patches
+from .attention import UlyssesAttention
+from .transformer import Chunk
+
+
+class Kept:
+    """What one window's forwards have in common. Lives as long as its job.
+
+    Args:
+        warmup: forwards that run whole first, and are exact.
+    """
+
+    def __init__(self, warmup: int):
+        self.warmup = warmup
+        self.forwards = 0
+        self.states: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Keys and values ``[batch, tokens, heads, head_dim]`` of the whole sequence, for this rank's heads, by its blocks' numbers."""
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the next forward runs whole."""
+        return self.forwards < self.warmup
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(states.nbytes for pair in self.states.values() for states in pair)
+
+
+class KeptOfJob:
+    """What is kept for one job, by window; see :class:`parallel_backend.cogvideox.step_cache.StepCaches`.
+
+    Args:
+        warmup: see :class:`Kept`.
+    """
+
+    anew = "pipefusion warmed up anew on the way"
+
+    def __init__(self, warmup: int):
+        self.warmup = warmup
+        self._windows: dict[tuple[int, int], Kept] = {}
+
+    def of(self, frames: slice) -> Kept:
+        """What is kept of a window's frames."""
+        return self._windows.setdefault((frames.start, frames.stop), Kept(self.warmup))
+
+    @property
+    def note(self) -> str | None:
+        """For the person: how much was not exact, and what was kept for it."""
+        windows = self._windows.values()
+        late = sum(max(kept.forwards - kept.warmup, 0) for kept in windows)
+        if not late:
+            return None
+        return (
+            f"pipefusion: {late} of {sum(kept.forwards for kept in windows)} forwards attended to keys and values of the step "
+            f"before, of which a rank kept {sum(kept.nbytes for kept in windows) / 2**20:.0f} MiB: near the video of other plans, "
+            "not the same"
+        )
+
+
+class PatchAttention:
+    """Attention of a patch to the whole sequence, whose keys and values are kept. What it is to do is set before it is asked."""
+
+    def __init__(self):
+        self.whole: attention.Attention | None = None
+        self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.block = ""
+        self.place, self.tokens = slice(0), 0
+        """Where in the sequence the patch lies, padding left out, and the sequence's length."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+        """See :data:`parallel_backend.cogvideox.attention.Attention`; keys and values may end in padding."""
+        size = self.place.stop - self.place.start
+        if size == self.tokens:  # nobody else writes to these: they need not be copied
+            self.kept[self.block] = key[:, :size], value[:, :size]
+        else:
+            for everyone, own in zip(self.kept[self.block], (key, value)):
+                everyone[:, self.place] = own[:, :size]
+        return self.whole(query, *self.kept[self.block], scales)
+
+    @torch.compiler.disable  # what is kept is another tensor for every job, and changes
+    def attend_alone(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales
+    ) -> torch.Tensor:
+        """The same of one rank, as :func:`parallel_backend.cogvideox.attention.alone` has it."""
+        return attention.alone(self.attend, query, key, value, scales)
+
+
+class Pipe:
+    """A rank's neighbours in a pipeline. What is sent and received overlaps with the work between.
+
+    Args:
+        group: xDiT's pipeline group coordinator.
+    """
+
+    def __init__(self, group):
+        self.group = group
+        self.stages, self.stage = group.world_size, group.rank_in_group
+        self.is_first, self.is_last = group.is_first_rank, group.is_last_rank
+        # Two ranks have a group for each direction, so that none waits for the other: as xDiT itself sends.
+        ways = group.device_groups if group.world_size == 2 else [group.device_group]
+        self._forward, self._sent = ways[0], []
+        self.is_under_way = False
+        """Whether a forward is in the middle: when one fails there, what was sent and not received would be taken for the next."""
+
+    def blocks(self, layers: int) -> range:
+        """The numbers of this stage's blocks, of so many: neighbours; the first stages have one more where they do not divide."""
+        each, more = divmod(layers, self.stages)
+        start = self.stage * each + min(self.stage, more)
+        return range(start, start + each + (self.stage < more))
+
+    def probe(self, tensor: torch.Tensor) -> None:
+        """Passes a tensor down the pipeline and back to all."""
+        if not self.is_first:
+            (tensor,) = self.receive(tensor, 1)
+        if not self.is_last:
+            self.send(tensor)
+        self.end()
+        self.from_last(tensor)
+
+    def send(self, tokens: torch.Tensor) -> None:
+        """Gives tokens to the next stage; the transfers before the last one are over then."""
+        if self._sent:
+            self._sent.pop()[0].wait()
+        tokens = tokens.contiguous()
+        self._sent.append((dist.isend(tokens, self.group.next_rank, group=self._forward), tokens))
+
+    def end(self) -> None:
+        """Waits for what was sent."""
+        while self._sent:
+            self._sent.pop()[0].wait()
+
+    def receive(self, like: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """So many tensors from the stage before; each is on its way while the one before it is worked on."""
+        coming = self._expect(like)
+        for left in reversed(range(count)):
+            transfer, tokens = coming
+            transfer.wait()
+            coming = self._expect(like) if left else None
+            yield tokens
+
+    def _expect(self, like: torch.Tensor) -> tuple[dist.Work, torch.Tensor]:
+        tokens = torch.empty_like(like)
+        return dist.irecv(tokens, self.group.prev_rank, group=self._forward), tokens
+
+    def from_last(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The last stage's tensor, on all."""
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, self.group.ranks[-1], group=self.group.device_group)
+        return tensor
+
+
+class Stage(torch.nn.Module):
+    """A rank's blocks, under their own numbers, in place of all. To diffusers' forward they are one block.
+
+    Args:
+        transformer: diffusers' ``CogVideoXTransformer3DModel``, whose weights are not read yet. What it loses of its blocks is
+            other ranks'.
+        pipe: to the ranks that have the other blocks.
+        sequence: xDiT's sequence group coordinator, whose ranks share each patch's tokens; None where this rank has all of them.
+    """
+
+    def __init__(self, transformer, pipe: Pipe, sequence=None):
+        super().__init__()
+        self.pipe = pipe
+        everyone = transformer.transformer_blocks
+        for number in pipe.blocks(len(everyone)):
+            self.add_module(str(number), everyone[number])
+        self.sequence = sequence
+        self.rank, self.size = (sequence.rank_in_group, sequence.world_size) if sequence else (0, 1)
+        self.attention = PatchAttention()
+        self.attend = self.attention.attend_alone
+        if sequence:
+            shared = UlyssesAttention(sequence.device_group, rank=self.rank, size=self.size)
+            shared.whole, self.attend = self.attention.attend, shared.attend
+        self._chunks: list[Chunk] = []
+        transformer.transformer_blocks = self
+        blocks.use(transformer)
+        transformer.proj_out.register_forward_hook(self._gather)
+
+    def __iter__(self) -> Iterator["Stage"]:
+        """What diffusers' forward runs one after the other."""
+        yield self
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
+        """Called as a ``CogVideoXBlock`` is, with all tokens, of which the first stage alone makes use.
+
+        Args:
+            hidden_states, encoder_hidden_states: video and text tokens ``[batch, tokens, features]``.
+            temb, image_rotary_emb: as diffusers has them, for all tokens.
+            attention_kwargs: ``cache``, the :class:`Kept` of this window.
+        Returns:
+            On the last stage this rank's tokens, patch by patch, joint and padded; none on the others. And no text.
+        """
+        self.pipe.is_under_way = True
+        kept: Kept = attention_kwargs["cache"]
+        text, video = encoder_hidden_states.shape[1], hidden_states.shape[1]
+        count = 1 if kept.is_warming_up else patches(text + video, self.pipe.stages, self.size)
+        self._chunks = [Chunk(text, video, self.rank + self.size * place, self.size * count) for place in range(count)]
+        if self.pipe.is_first:
+            joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+            incoming = (chunk.of_joint(joint) for chunk in self._chunks)
+        else:
+            like = hidden_states.new_empty(len(hidden_states), self._chunks[0].length, hidden_states.shape[2])
+            incoming = self.pipe.receive(like, count)
+        self.attention.whole = attention.attention_of(hidden_states.device, hidden_states.dtype)
+        self.attention.kept, self.attention.tokens = kept.states, text + video
+        made = []
+        for place, (chunk, tokens) in enumerate(zip(self._chunks, incoming)):
+            start = min(place * self.size * chunk.length, text + video)
+            self.attention.place = slice(start, min(start + self.size * chunk.length, text + video))
+            tokens = self._run(tokens, chunk, temb, image_rotary_emb)
+            made.append(tokens) if self.pipe.is_last else self.pipe.send(tokens)
+        self.pipe.end()
+        self.attention.kept = {}  # which would live on with the weights
+        kept.forwards += 1
+        none = hidden_states.new_empty(len(hidden_states), 0, hidden_states.shape[2])
+        return torch.cat(made, dim=1) if made else none, none
+
+    def _run(self, tokens: torch.Tensor, chunk: Chunk, temb: torch.Tensor, tables) -> torch.Tensor:
+        """One patch through this rank's blocks."""
+        rows = None if tables is None else chunk.of_rotary(*tables)
+        about = {"cache": None, "is_text": chunk.is_text(tokens.device), "attend": self.attend, "ranks": self.size}
+        about |= {"largest": None, "fp8": False}
+        none = tokens.new_empty(len(tokens), 0, tokens.shape[2])
+        for number, block in self.named_children():
+            self.attention.block = number
+            tokens, _ = block(
+                hidden_states=tokens,
+                encoder_hidden_states=none,
+                temb=temb,
+                image_rotary_emb=rows,
+                attention_kwargs=about,
+            )
+        return tokens
+
+    def _gather(self, module, args, output):
+        """Joins every rank's output rows of the last stage, on all stages; text and padding dropped."""
+        chunk, count = self._chunks[0], len(self._chunks)
+        if not self.pipe.is_last:
+            output = output.new_empty(len(output), count * chunk.length, output.shape[2])
+        joint = self.pipe.from_last(output)
+        if self.sequence:
+            joint = self.sequence.all_gather(joint, dim=1)
+            joint = joint.unflatten(1, (self.size, count, chunk.length)).transpose(1, 2).flatten(1, 3)
+        self.pipe.is_under_way = False
+        return joint[:, chunk.text :][:, : chunk.video]
