@@ -19,7 +19,7 @@ from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder
 from .cogvideox.work import work_of
-from .costs import Work
+from .costs import Machine, Prediction, Work
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
 from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, check_size, empty_latent, two_thirds
@@ -122,7 +122,7 @@ def generate(args: Namespace) -> int:
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
     wants = {"heads": checkpoint.heads, "guided": args.cfg > 1, "offload": args.offload}
-    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint))
+    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint), jobs=len(wanted))
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
     given, ready = inputs.read(args, size, checkpoint)
@@ -241,27 +241,58 @@ def plan(args: Namespace) -> int:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
     if args.memory_gb is not None and not args.memory_gb > 0:
         raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
+    if args.count < 1:
+        raise RequestError(f"count is {args.count}; use 1 or more")
     check_size(**size_of(args, checkpoint), batch=1)
-    count = args.gpus or Devices.parse("auto").count
+    present = Devices.parse("auto")
+    count = args.gpus or present.count
     machine = machines.asked(args.gpu, count=count, link=args.link, memory_gib=args.memory_gb)
     work = step_of(args, checkpoint)(torch.device("cuda"))
-    found = predictions(work, machine, count)
-    chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine)
+    found = predictions(work, machine, count, jobs=args.count)
+    chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine, jobs=args.count)
     if args.json:
-        plans = [
-            {"plan": str(each.plan), "step_seconds": each.seconds, "peak_memory": each.peak, "fits": each.fits}
-            for each in found
-        ]
-        about = {"model": checkpoint.path.name, "gpu": machine.name, "gpus": count, "free_memory": machine.free}
-        show_json({**about, "plan": str(chosen), "reason": reason, "plans": plans})
+        show_json(
+            {**figures(found, machine), "model": checkpoint.path.name, "gpus": count, "plan": str(chosen), "reason": reason}
+        )
         return 0
     show(checkpoint.describe)
-    show(f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9}  fits")
+    if args.gpu is None:
+        for line in [*machines.survey(present), *machines.warnings(present)]:
+            show(line)
+    show(
+        f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9}  fits"
+        + (f"  s a step of all {args.count}" if args.count > 1 else "")
+    )
     for each in found:
-        mark = "->" if each.plan == chosen else ""
-        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {'yes' if each.fits else 'no'}")
+        mark, last = "->" if each.plan == chosen else "", f"  {each.total:9.3g}" if args.count > 1 else ""
+        fits = "yes" if each.fits else "no"
+        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {fits:4}{last}".rstrip())
+    show(machine.describe)
     show(f"{count} GPU{'s' * (count > 1)} ({machine.name}): {reason}")
     return 0
+
+
+def figures(found: list[Prediction], machine: Machine) -> dict:
+    """What was predicted, and from what, in plain values."""
+    plans = [
+        {
+            "plan": str(each.plan),
+            "devices": each.plan.world_size,
+            "step_seconds": each.seconds,
+            "total_step_seconds": each.total,
+            "peak_memory": each.peak,
+            "fits": each.fits,
+        }
+        for each in found
+    ]
+    rates = {
+        "matrix": machine.matrix,
+        "attention": machine.attention,
+        "bandwidth": machine.bandwidth,
+        "from": machine.rates_from,
+    }
+    link = {"bandwidth": machine.link.bandwidth, "latency": machine.link.latency, "from": machine.link_from}
+    return {"gpu": machine.name, "free_memory": machine.free, "rates": rates, "link": link, "plans": plans}
 
 
 def serve(args: Namespace) -> int:
@@ -312,7 +343,7 @@ def status(args: Namespace) -> int:
         show(
             f"{group['plan']} on {group['devices']}: {group['state']}, up {group['uptime']:.0f} s, jobs {group['jobs']}, "
             f"queue {group['queue']}, model {group['model']}, memory {memory} GiB, "
-            f"link {group['link'] / 1e9:.2g} GB/s, kept by process {group['owner']}, "
+            f"link {group['link'] / 1e9:.2g} GB/s and {group['latency'] * 1e6:.0f} us, kept by process {group['owner']}, "
             f"logs {group['folder']}/logs, last error {group['last_error']}"
         )
     if not groups:

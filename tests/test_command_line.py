@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import imageio.v3 as iio
 import numpy as np
@@ -22,27 +20,6 @@ from parallel_backend.cogvideox.checkpoint import Checkpoint
 
 from .conftest import REPO, TOLERANCE, command, wait_until, workers
 from .measures import look
-
-
-@dataclass
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., Done]:
-    """Runs a command in this process: importing torch anew takes longer than what most of them do."""
-
-    def run_main(*arguments) -> Done:
-        capsys.readouterr()
-        status = main(list(map(str, arguments)))
-        return Done(status, *capsys.readouterr())
-
-    return run_main
 
 
 def generate(run, checkpoint, output, *more):
@@ -344,7 +321,8 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
 
 
 def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
-    asked = ("plan", "--model", checkpoints["5b"], "--gpus", 2, "--gpu", "4090", "--width", 64, "--height", 48, "--frames", 9)
+    size = ("--width", 2048, "--height", 2048, "--frames", 97)  # for less the small model is not worth two GPUs
+    asked = ("plan", "--model", checkpoints["5b"], "--gpus", 2, "--gpu", "4090", *size)
     done = run(*asked, "--cfg", 1, "--link", "nvlink", "--fp8", "linears", "--json")
     found = json.loads(done.stdout)
     assert (found["gpu"], found["plan"], [each["plan"] for each in found["plans"]]) == (
@@ -352,6 +330,11 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
         "ulysses2",
         ["ulysses2", "ring2"],
     )
+    several = json.loads(run(*asked, "--cfg", 1, "--count", 4, "--json").stdout)
+    assert (
+        several["plan"] == "replicas2" and several["plans"][0]["total_step_seconds"] == 2 * several["plans"][0]["step_seconds"]
+    )
+    assert "4 videos" in several["reason"] and run(*asked, "--count", 0).returncode == 2
     assert all(each["fits"] and each["step_seconds"] > 0 and each["peak_memory"] > 0 for each in found["plans"])
     assert found["reason"].startswith("ulysses2 is predicted at ")
     wrong = run("plan", "--model", checkpoints["5b"], "--gpu", "GTX 970")
