@@ -17,15 +17,29 @@ from . import inputs, machines, models, video
 from .backend import open_executor, resolve
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
-from .cogvideox.text import TextEncoder
 from .cogvideox.work import work_of
 from .costs import Machine, Prediction, Work
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
-from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, check_size, empty_latent, two_thirds
+from .jobs import (
+    DecodeJob,
+    EncodeJob,
+    Lora,
+    Model,
+    Report,
+    Result,
+    SampleJob,
+    Windows,
+    between,
+    check_size,
+    empty_latent,
+    two_thirds,
+)
 from .outputs import Video, videos_of
 from .planner import choose, predictions
 from .plans import AUTO, Plan
+from .prompts import encode_prompts
+from .writer import Writer
 
 
 def show(line: str) -> None:
@@ -76,17 +90,6 @@ def lora_of(word: str) -> Lora:
     except ValueError:
         raise RequestError(f"--lora {word}: '{strength}' is no strength; write FILE:STRENGTH, such as {file}:0.8") from None
     return Lora(str(Path(file).expanduser().absolute()), number)
-
-
-def encode_prompts(
-    args: Namespace, prompts: list[str], checkpoint: Checkpoint, device: torch.device
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Text states of each prompt and, with guidance, of the negative prompt; the encoder's memory is free again."""
-    encoder = TextEncoder(checkpoint, device=device, dtype=checkpoint.dtype(args.dtype, device))
-    texts = dict.fromkeys([*prompts, *([args.negative_prompt] if args.cfg > 1 else [])])
-    states = {text: encoder.encode([encoder.tokenize(text)]) for text in texts}
-    encoder.unload()
-    return [states[prompt] for prompt in prompts], states[args.negative_prompt] if args.cfg > 1 else None
 
 
 def denoise_of(args: Namespace) -> float:
@@ -183,30 +186,41 @@ def produce(
     plan: Plan,
     devices: Devices,
 ) -> list[tuple[Report, Report]]:
-    """Encodes prompts and pictures into the job's blanks, samples, decodes and writes the files. Returns what each video cost."""
+    """Encodes prompts and pictures into the job's blanks, samples, decodes and writes the files. Returns what each video cost.
+
+    A video is decoded once it is sampled, and written while the next is sampled: what is done is there, whatever becomes of the rest.
+    """
+    source = args.video or args.control_video
+    fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
+    costs: dict[int, tuple[Report, Report]] = {}
+
+    def decode(place: int, sampled: Result) -> DecodeJob:
+        if latents := wanted[place].latents:
+            video.save_latent(latents, sampled.tensor)
+        return DecodeJob(job.model, sampled.tensor, tiling=args.tiling)
+
+    def finish(place: int, sampled: Result, decoded: Result) -> None:
+        one, costs[place] = wanted[place], (sampled.report, decoded.report)
+        about = {"fps": fps, "metadata": {"prompt": one.prompt}}
+        writer.add(partial(video.save_or_rescue, one.output, decoded.tensor[0], **about))
+
     executor = open_executor(plan, devices)
-    try:
-        executor.start()  # a group comes up while the text is encoded
-        positives, negative = encode_prompts(args, [one.prompt for one in wanted], checkpoint, devices.first)
-        encoded = {name: executor.encode(EncodeJob(job.model, pixels, args.tiling)).tensor for name, pixels in given.items()}
-        job = replace(job, negative=negative, **encoded)
-        jobs = [replace(job, positive=positive, seed=one.seed) for positive, one in zip(positives, wanted)]
-        sampled = executor.sample_all(jobs, on_step=show_step)
-        for one, result in zip(wanted, sampled):
-            if one.latents:
-                video.save_latent(one.latents, result.tensor)
-        source = args.video or args.control_video
-        fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
-        reports = []
-        for first in range(0, len(wanted), plan.replicas):  # frames of more than are decoded at once would fill memory
-            lot = slice(first, first + plan.replicas)
-            decodes = [DecodeJob(job.model, result.tensor, tiling=args.tiling) for result in sampled[lot]]
-            for one, decoded in zip(wanted[lot], executor.decode_all(decodes)):
-                video.save_or_rescue(one.output, decoded.tensor[0], fps=fps, metadata={"prompt": one.prompt})
-                reports.append(decoded.report)
-    finally:
-        executor.close()
-    return [(result.report, report) for result, report in zip(sampled, reports)]
+    with Writer() as writer:
+        try:
+            executor.start()  # a group comes up while the text is read
+            texts = [*(one.prompt for one in wanted), *([args.negative_prompt] if job.guided else [])]
+            states, loaded = encode_prompts(texts, job, checkpoint, executor)
+            conditions = {
+                name: executor.encode(EncodeJob(job.model, pixels, args.tiling)).tensor for name, pixels in given.items()
+            }
+            job = replace(job, negative=states[args.negative_prompt] if job.guided else None, **conditions)
+            jobs = [replace(job, positive=states[one.prompt], seed=one.seed) for one in wanted]
+            executor.make_all(jobs, decode, finish, on_step=show_step)
+        finally:
+            executor.close()
+    sampled, decoded = costs[0]
+    costs[0] = replace(sampled, load_seconds=sampled.load_seconds + loaded.load_seconds), decoded
+    return [costs[place] for place in range(len(wanted))]
 
 
 def summarise(sampled: Report, decoded: Report) -> dict:

@@ -13,7 +13,7 @@ from .cogvideox.denoise import StepCallback, WindowCallback, denoise
 from .cogvideox.step_cache import StepCaches
 from .cogvideox.windows import advice
 from .errors import OutOfMemory, RequestError
-from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
+from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob
 from .parallel.split import Split
 from .parallel.strips import Strips, shared
 from .plans import IN_PARTS
@@ -77,7 +77,7 @@ class Engine:
         self.model, self._notes = job.model, []
         self.together = isinstance(job, SampleJob)
         memory.reset_peak(self.device)
-        run = {SampleJob: self._sample, DecodeJob: self._decode, EncodeJob: self._encode}[type(job)]
+        run = {SampleJob: self._sample, LoadJob: self._load_only, DecodeJob: self._decode, EncodeJob: self._encode}[type(job)]
         with exact_float32(dtype):
             result = run(job, checkpoint, dtype, on_step, on_window)
         report = replace(
@@ -161,6 +161,14 @@ class Engine:
             latent,
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
         )
+
+    def _load_only(self, job: LoadJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
+        """What a sampling job begins with; that one says what there is to say of it."""
+        started = time.perf_counter()
+        self._transformer(job, checkpoint, dtype)
+        self.split.synchronize()
+        self._notes.clear()
+        return Result(torch.empty(0), Report(load_seconds=time.perf_counter() - started))
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         return self._with_vae(job, checkpoint, dtype, lambda module, strips: vae.decode(module, job.latent, strips))

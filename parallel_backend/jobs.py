@@ -326,6 +326,18 @@ class SampleJob:
 
 
 @dataclass(frozen=True)
+class LoadJob(SampleJob):
+    """Read the weights that a sampling job needs, whose text is not known yet. The result is an empty tensor."""
+
+    kind = "load"
+
+    @classmethod
+    def of(cls, job: SampleJob) -> "LoadJob":
+        """For one sampling job."""
+        return cls(**{item.name: getattr(job, item.name) for item in fields(job)})
+
+
+@dataclass(frozen=True)
 class DecodeJob:
     """Decode a latent. The result is ``[batch, frames, height, width, 3]``, float32 in 0..1."""
 
@@ -369,7 +381,7 @@ class EncodeJob:
 
 
 Job = SampleJob | DecodeJob | EncodeJob
-JOBS: dict[str, type] = {job.kind: job for job in (SampleJob, DecodeJob, EncodeJob)}
+JOBS: dict[str, type] = {job.kind: job for job in (SampleJob, LoadJob, DecodeJob, EncodeJob)}
 
 
 @dataclass(frozen=True)

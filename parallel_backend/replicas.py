@@ -3,18 +3,19 @@
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable
-from .executor import Executor, StepListener, StopSignal
+from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener
 from .group.client import GroupExecutor
-from .jobs import Job, Report, Result
+from .jobs import Job, Report, Result, SampleJob
 from .pieces import cut, join
 from .plans import Plan
-from .spread import Pool, Spread
+from .spread import Made, Pool, Spread
 
 
 class ReplicasExecutor(Executor):
@@ -64,10 +65,36 @@ class ReplicasExecutor(Executor):
     def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
         return self._spread([job], on_step, should_stop)[0]
 
-    def _run_all(self, jobs: Sequence[Job], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
-        for job in jobs:
-            self.check(job)
+    def load(self, job: SampleJob) -> Report:
+        """See :meth:`Executor.load`: all replicas read at once, and one that cannot is in no other's way."""
+        with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="load") as threads:
+            loading = [threads.submit(replica.load, job) for replica in self.replicas]
+        reports = [one.result() for one in loading if not isinstance(one.exception(), GroupFailure)]
+        return max(reports, key=lambda report: report.load_seconds, default=Report())
+
+    def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         return self._spread(jobs, on_step, should_stop)
+
+    def _make_all(
+        self,
+        jobs: Sequence[SampleJob],
+        decode: DecodeOf,
+        on_video: VideoListener,
+        on_step: StepListener,
+        should_stop: StopSignal,
+    ) -> None:
+        """Each replica decodes what it has sampled, while the others go on."""
+        self._closed.clear()
+
+        def follow(number: int, made: list[Made]) -> Job | None:
+            if len(made) == 1:
+                return decode(number, made[0][1])
+            results = [Result(one[1].tensor, self._report([one], spread.notes, one[1].report.run_seconds)) for one in made]
+            on_video(number, *results)
+            return None
+
+        spread = Spread(self._pool, self._names, jobs, self._closed.is_set, follow)
+        spread.run(on_step, should_stop)
 
     def _spread(self, jobs: Sequence[Job], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         """Runs every video of the jobs where a replica is free. Results come in the jobs' order."""
@@ -79,13 +106,13 @@ class ReplicasExecutor(Executor):
         seconds = time.perf_counter() - began
         results, first = [], 0
         for part in pieces:
-            made = [spread.results[number] for number in range(first, first + len(part))]
+            made = [spread.results[number][0] for number in range(first, first + len(part))]
             first += len(part)
             report = self._report(made, spread.notes, seconds if len(part) > 1 else made[0][1].report.run_seconds)
             results.append(Result(join([result.tensor for _, result in made]), report))
         return results
 
-    def _report(self, made: list[tuple[GroupExecutor, Result]], notes: list[str], seconds: float) -> Report:
+    def _report(self, made: list[Made], notes: list[str], seconds: float) -> Report:
         """What one job cost; a rank that had no part in it used no memory for it."""
         reports = [result.report for _, result in made]
         peaks: list[int] = []

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import imageio.v3 as iio
 import numpy as np
@@ -14,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel_backend import inputs
+from parallel_backend import commands, inputs
 from parallel_backend.__main__ import build_parser, main
 from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.errors import RequestError
 
-from .conftest import REPO, TOLERANCE, command, wait_until, workers
+from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
 from .measures import look
 
 
@@ -78,6 +80,31 @@ def test_a_file_of_prompts_and_a_count_of_seeds_become_numbered_videos_over_repl
     found, expected = (load_file(tmp_path / f"{name}.latent")["latent_tensor"] for name in ("out-4", "alone"))
     assert (found - expected).abs().max() <= TOLERANCE
     assert wait_until(lambda: not workers(), 10)
+
+
+@pytest.fixture
+def four(run, checkpoints, tmp_path) -> Callable[[], Done]:
+    """Makes four small videos, ``out-1.mp4`` and so on."""
+    small = ("--width", 32, "--height", 32, "--frames", 5, "--steps", 2, "--devices", "cpu", "--count", 4)
+    return lambda: run("generate", "--model", checkpoints["5b"], "--prompt", "x", *small, "--output", tmp_path / "out.mp4")
+
+
+def test_a_video_is_written_while_the_next_ones_are_made(four, tmp_path, monkeypatch):
+    there = {}
+    monkeypatch.setattr(commands, "show_step", lambda step, _: there.update({step: (tmp_path / "out-1.mp4").exists()}))
+    assert four().returncode == 0
+    assert (there[1], there[7]) == (False, True)  # one is written, one may wait, and the fourth would be one too many
+    assert len(list(tmp_path.glob("out-*.mp4"))) == 4
+
+
+def test_a_video_that_cannot_be_written_ends_the_others(four, monkeypatch):
+    def full(path, *others, **settings):
+        raise RequestError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(commands.video, "save_or_rescue", full)
+    done = four()
+    assert done.returncode == 2 and "out-1.mp4: No space left on device" in done.stderr
+    assert "step 8/8" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 
 from parallel_backend import paces
 from parallel_backend.devices import Devices
-from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from parallel_backend.errors import Cancelled, GroupLost, GroupUnavailable, RequestError
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.jobs import DecodeJob, Windows, join_fields, split_fields
+from parallel_backend.jobs import DecodeJob, Result, SampleJob, Windows, join_fields, split_fields
 from parallel_backend.paces import Paces
 from parallel_backend.pieces import cut
 from parallel_backend.plans import Plan
 from parallel_backend.replicas import ReplicasExecutor
+from parallel_backend.spread import Pool, Spread
 
 from .conftest import TOLERANCE, rank_processes, wait_until, workers
 
@@ -93,6 +94,63 @@ def test_a_slow_replica_takes_fewer_and_results_come_in_order(replicas, make_job
     for job, result in zip(jobs, results):
         assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
     assert len(fast) + len(slow) == 7 and len(fast) > len(slow) > 0
+
+
+def test_videos_are_sampled_and_decoded_where_a_replica_is_free(replicas, make_job, local):
+    jobs = [make_job("5b", size=(48, 48, 5), steps=2, seed=seed) for seed in range(4)]
+    replicas.free()
+    assert replicas.load(jobs[0]).load_seconds > 0
+    assert [one["held"] for one in replicas.status()["replicas"]] == [["transformer"]] * 2
+    loads, made, seen = replicas.status()["loads"], {}, []
+
+    def decode(place: int, sampled: Result) -> DecodeJob:
+        return DecodeJob(jobs[place].model, sampled.tensor)
+
+    def keep(place: int, *results: Result) -> None:
+        made[place] = results
+
+    replicas.make_all(jobs, decode, keep, on_step=lambda *step: seen.append(step))
+    assert seen[-1] == (8, 8) and replicas.status()["loads"] <= loads + 2  # a VAE each
+    for place, job in enumerate(jobs):
+        sampled, decoded = made[place]
+        assert (sampled.report.plan, len(sampled.report.step_seconds)) == ("replicas2", 2)
+        expected = local.decode(decode(place, local.sample(job))).tensor
+        assert (decoded.tensor - expected).abs().max() <= TOLERANCE
+
+
+class Replica:
+    """One that does nothing, and can be lost on its way."""
+
+    def __init__(self, *, lost_at: type | None = None):
+        self.lost_at, self.ran = lost_at, []
+
+    def run(self, job, on_step, should_stop) -> Result:
+        self.ran.append(type(job))
+        if type(job) is self.lost_at:
+            raise GroupLost("it was killed")
+        return Result(torch.zeros(job.latent.shape))
+
+    def is_there(self) -> bool:
+        return self.lost_at is None
+
+
+def test_a_video_whose_replica_is_lost_while_decoding_is_not_sampled_again(make_job):
+    job = make_job("5b")
+    frail, strong = Replica(lost_at=DecodeJob), Replica()
+    done = []
+
+    def follow(number, made):
+        if len(made) == 2:
+            done.append((number, [where for where, _ in made]))
+            return None
+        return DecodeJob(job.model, made[0][1].tensor)
+
+    names = {frail: "replica 1", strong: "replica 2"}
+    spread = Spread(Pool([frail, strong]), names, [job], lambda: False, follow)
+    spread.run(lambda *step: None, lambda: False)
+    assert done == [(0, [frail, strong])]
+    assert (frail.ran, strong.ran) == ([SampleJob, DecodeJob], [DecodeJob])
+    assert spread.notes == ["replica 1 was lost, and the others do its work: it was killed"]
 
 
 def test_decoding_is_spread_and_state_and_memory_are_of_all(replicas, make_job, local):
