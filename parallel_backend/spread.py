@@ -66,6 +66,7 @@ class Spread:
         names: of each replica, for a person.
         jobs: to run, a piece each.
         has_closed: whether the executor was closed meanwhile.
+        after: an earlier call of the same work, whose losses and paces count for this one too.
         follow: what the same replica does next for a piece; what a piece that is followed up has made is not kept.
     """
 
@@ -76,6 +77,8 @@ class Spread:
         jobs: Sequence[Job],
         has_closed: StopSignal,
         follow: Follow | None = None,
+        *,
+        after: "Spread | None" = None,
     ):
         self.pool = pool
         self.names = names
@@ -86,12 +89,12 @@ class Spread:
         """Of each piece that is done."""
         self._made: list[list[Made]] = [[] for _ in jobs]
         """Of each piece that is not; one that a replica was lost with goes on from there."""
-        self.notes: list[str] = []
+        self.notes: list[str] = after.notes if after else []
         self._total = steps_of(self.jobs)
         self._waiting = deque(range(len(jobs)))
         self._steps: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-        self._lost: set[GroupExecutor] = set()
-        self._paces = Paces()
+        self._lost: set[GroupExecutor] = after._lost if after else set()
+        self._paces = after._paces if after else Paces()
         self._stop = threading.Event()
         self._error: Exception | None = None
         self._lock = threading.Lock()
@@ -114,7 +117,7 @@ class Spread:
         if self._error:
             raise self._error
         if len(self.results) < len(self.jobs):
-            raise Cancelled(f"stopped with {len(self.results)} of {len(self.jobs)} videos done")
+            raise Cancelled(f"stopped with {len(self.results)} of {len(self.jobs)} pieces done")
 
     def _listen(self, threads: list[threading.Thread], on_step: StepListener, should_stop: StopSignal) -> None:
         """Tells steps of all pieces together until the threads have ended."""

@@ -153,7 +153,7 @@ class Worker:
 
     def run(self, message: Message, request: Request | None) -> Result | None:
         """This rank's part of a job."""
-        self.engine.together = message.kind in ("sample", "load")  # until the engine knows better
+        self.engine.together = message.kind not in ("decode", "encode")  # until the engine knows better
         self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
         job = join_fields(message.kind, message.plain, message.tensors)
         checks.check(Checkpoint.open(job.model.path), job)
