@@ -23,6 +23,7 @@ from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
+from ..parallel_backend.pieces import has_windows_to_share, windows_of
 from ..parallel_backend.plans import AUTO
 from .memory import HeldWeights
 
@@ -184,13 +185,15 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
         return local()
     samples = isinstance(job, SampleJob)
     wants = {"heads": checkpoint.heads, "offload": job.model.offload if samples else "auto"}
-    among, videos = Devices.parse(backend.devices), job.latent.shape[0] if samples else None
+    windows = windows_of(job) if samples and has_windows_to_share(job) else 1
+    among, videos = Devices.parse(backend.devices), max(job.latent.shape[0], windows) if samples else None
     if backend.plan == AUTO and (warm := _groups.on(among, videos=videos, **wants)):
         return warm  # even where cfg is 1 and another plan would be faster: a new group costs more than it saves
     work = partial(work_of_job, job, checkpoint) if samples else partial(work_of, checkpoint)
     guided = job.guided if samples else True
     spread = samples and not job.model.step_cache  # with which a batch is not quite its videos made apart
-    plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, spread=spread, **wants)
+    shared = {"jobs": windows, "pieces": "windows" if windows > 1 else "videos", "spread": spread}
+    plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, **shared, **wants)
     if plan.world_size == 1:
         say(f"plan single on {devices}: {reason}", node_id)
         return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)

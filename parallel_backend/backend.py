@@ -32,12 +32,13 @@ def resolve(
     work: Callable[[torch.device], Work] | None = None,
     jobs: int = 1,
     spread: bool = True,
+    pieces: str = "videos",
 ) -> tuple[Plan, Devices, str]:
     """The plan and devices for two words of a person.
 
     ``auto`` devices are every GPU, or as many as a given plan needs; ``auto`` plan asks the planner, which predicts by what
     ``work`` says of a step on a device, or where it is not given by a published model's, for so many ``jobs`` one after the
-    other, which replicas may share where ``spread`` says so. It may leave devices unused.
+    other, or ``pieces`` of one, which replicas may share where ``spread`` says so. It may leave devices unused.
 
     Returns:
         Plan, devices, and the reason in one sentence.
@@ -48,7 +49,7 @@ def resolve(
     if plan == AUTO:
         found = machines.fastest_first(found)
         machine = machine_of(found, can_shard=offload not in IN_PARTS)
-        about = {"heads": heads, "guided": guided, "work": work and work(found.first), "machine": machine}
+        about = {"heads": heads, "guided": guided, "work": work and work(found.first), "machine": machine, "pieces": pieces}
         chosen, reason = choose(world_size=found.count, jobs=jobs, spread=spread and not is_served(found), **about)
         used = found.first_of(chosen.world_size)
         return chosen, used, "; ".join([reason, *machines.warnings(used)])

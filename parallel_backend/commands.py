@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from . import inputs, machines, models, video
+from . import inputs, machines, models, pieces, video
 from .backend import open_executor, resolve
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
@@ -124,8 +124,6 @@ def generate(args: Namespace) -> int:
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
-    wants = {"heads": checkpoint.heads, "guided": args.cfg > 1, "offload": args.offload}
-    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint), jobs=len(wanted))
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
     given, ready = inputs.read(args, size, checkpoint)
@@ -148,6 +146,10 @@ def generate(args: Namespace) -> int:
     blanks = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in given}
     job = SampleJob(model, blank, negative=blank, **{"latent": latent, **blanks}, **settings)
     checks.check(checkpoint, job)  # before anything is loaded to fill the blanks
+    wants = {"heads": checkpoint.heads, "guided": args.cfg > 1, "offload": args.offload, "jobs": len(wanted)}
+    if len(wanted) == 1 and pieces.has_windows_to_share(job):
+        wants |= {"jobs": pieces.windows_of(job), "pieces": "windows"}
+    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint))
 
     quiet_libraries()
     print(f"{checkpoint.describe}\nplan {plan} on {devices}: {reason}", file=sys.stderr)

@@ -24,6 +24,7 @@ def choose(
     machine: Machine | None = None,
     jobs: int = 1,
     spread: bool = True,
+    pieces: str = "videos",
 ) -> tuple[Plan, str]:
     """The plan that is predicted to be the fastest of those that fit.
 
@@ -33,15 +34,18 @@ def choose(
         guided: whether cfg is above 1, so that there are two halves to share.
         work: of one step; a 5b or 2b at its own size where it is not known.
         machine: the devices; processes on a CPU where they are not known.
-        jobs: that are to be run one after the other, such as a list of prompts.
+        jobs: that are to be run one after the other, such as a list of prompts, or a long video's windows.
         spread: whether replicas may share them and the videos of their batches.
+        pieces: what they share, for a person.
     Returns:
         The plan, and the reason in one sentence.
     """
     work, machine = work or assumed(heads, guided), machine or CPU
     found = predictions(work, machine, world_size, jobs=jobs, spread=spread)
     best = pick(found)
-    return best.plan, why(best, found, machine, world_size, videos=jobs * work.videos)
+    return best.plan, why(
+        best, found, machine, world_size, f"all {jobs * work.videos} {pieces}" if jobs * work.videos > 1 else ""
+    )
 
 
 def assumed(heads: int, guided: bool) -> Work:
@@ -120,15 +124,15 @@ def splits_weights(plan: Plan) -> bool:
     return plan.tensor > 1 or plan.fsdp > 1
 
 
-def why(best: Prediction, found: list[Prediction], machine: Machine, world_size: int, videos: int = 1) -> str:
-    """The reason in one sentence."""
+def why(best: Prediction, found: list[Prediction], machine: Machine, world_size: int, several: str = "") -> str:
+    """The reason in one sentence; ``several`` are what a step is of, where that is not one video."""
     fitting = [each for each in found if each.fits]
     others = [each for each in fitting or found if each is not best and fits_alike(each, best)]
     alike = [each for each in others if (each.plan.replicas, each.plan.world_size) == (best.plan.replicas, world_size)]
     fewer = best.plan.world_size < world_size
     if world_size == 1:
         return "one device: nothing to split" + (f", predicted at {seconds(best)} a step" if machine.knows_seconds else "")
-    step = "a step" if videos == 1 else f"a step of all {videos} videos"
+    step = f"a step of {several}" if several else "a step"
     where = f" on {best.plan.world_size} of {world_size} devices" if fewer else ""
     others = [each for each in others if each.plan.world_size == world_size] if fewer else alike or others
     if machine.knows_seconds:

@@ -12,23 +12,15 @@ import torch
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.denoise import denoise
 from .cogvideox.step_cache import StepCaches
-from .cogvideox.windows import Layout
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable
 from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener, silent
 from .group.client import GroupExecutor
 from .jobs import Job, Progress, Report, Result, SampleJob, WindowJob
 from .parallel.split import Split
-from .pieces import cut, join
+from .pieces import cut, has_windows_to_share, join
 from .plans import Plan
 from .spread import Made, Pool, Spread
-
-
-def has_windows_to_share(job: SampleJob) -> bool:
-    """Whether a job is of one video in several windows. What a step cache keeps of a window is where that was predicted."""
-    if job.windows is None or len(job.latent) > 1 or job.model.step_cache:
-        return False
-    return not Layout.of(job, Checkpoint.open(job.model.path)).is_whole
 
 
 class ReplicasExecutor(Executor):

@@ -108,6 +108,27 @@ def test_a_video_that_cannot_be_written_ends_the_others(four, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "more, jobs, pieces",
+    [
+        ((), 1, None),
+        (("--window", 17, "--overlap", 8), 4, "windows"),
+        (("--window", 17, "--overlap", 8, "--count", 2), 2, None),
+    ],
+)
+def test_the_planner_is_told_what_replicas_can_share(more, jobs, pieces, run, checkpoints, tmp_path, monkeypatch):
+    asked = {}
+
+    def resolve(plan, devices, **wants):
+        asked.update(wants)
+        raise RequestError("that is enough")
+
+    monkeypatch.setattr(commands, "resolve", resolve)
+    size = ("--width", 32, "--height", 32, "--frames", 49, "--output", tmp_path / "x.mp4")
+    assert run("generate", "--model", checkpoints["5b"], "--prompt", "x", *size, *more).returncode == 2
+    assert (asked["jobs"], asked.get("pieces")) == (jobs, pieces)
+
+
+@pytest.mark.parametrize(
     "more, words",
     [
         (("--count", "0"), "count is 0; use 1 or more"),
@@ -379,7 +400,12 @@ def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkp
         done = generate(run, checkpoints["5b"], tmp_path / "out.mp4", "--plan", "cfg2", "--devices", "cpu:2")
         assert done.returncode == 0 and "using the group that serve keeps" in caplog.text
         (group,) = json.loads(run("status", "--json").stdout)["groups"]
-        assert (group["plan"], group["devices"], group["jobs"], group["loads"]) == ("cfg2", "cpu:2", 2, 2)
+        assert (group["plan"], group["devices"], group["jobs"], group["loads"]) == (
+            "cfg2",
+            "cpu:2",
+            3,
+            2,
+        )  # load, sample, decode
         assert "cfg2 on cpu:2: ready" in run("status").stdout
         assert "ended" in run("stop").stdout
         assert server.wait(60) == 0

@@ -117,6 +117,11 @@ def test_videos_are_shared_by_replicas_where_all_are_done_sooner(jobs, batch, ex
     assert choose(heads=48, world_size=4, machine=H100, work=work, jobs=jobs, spread=False)[0] == Plan(cfg=2, ulysses=2)
 
 
+def test_what_replicas_share_is_named():
+    words = choose(heads=48, world_size=4, machine=H100, jobs=4, pieces="windows")[1]
+    assert words.startswith("replicas2-cfg2 is predicted at 1.23 s a step of all 4 windows, cfg2-ulysses2 at 1.52 s")
+
+
 def test_replicas_have_room_for_one_video_each_and_as_many_as_are_busy_to_the_end():
     work = replace(assumed(48, True), prompts=2 * 5)
     found = {str(each.plan): each for each in predictions(work, H100, 4)}
