@@ -1,30 +1,92 @@
-"""The plans that ``auto`` is predicted to choose on more GPUs than there are here: ``python -m benchmarks.plans_table`` writes
-them into docs/plans.md, between the marks.
+"""What ``auto`` chooses, beside what was measured, and on more GPUs than there are here: ``python -m benchmarks.plans_table``
+writes it into docs/plans.md, between the marks.
 """
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from parallel_backend.costs import Link, Machine, Work, predict
 from parallel_backend.machines import KNOWN
 from parallel_backend.planner import assumed, pick, predictions
 from parallel_backend.plans import Plan
 
+RESULTS = Path(__file__).parent / "results"
+FP8 = {"lossless": "off", "fp8": "linears", "fp8-all": "all", "bf16": "off", "fp16": "off"}
+"""What the benchmark's words for a precision say of FP8; the last two are of an earlier version."""
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
 MARKS = ("<!-- benchmarks/plans_table.py -->\n", "<!-- end -->\n")
 MODELS = {"5b, 49x480x720": assumed(48, True), "1.5-5B, 81x768x1360": replace(assumed(48, True), tokens=45106)}
 """1.5-5B: 22 latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""
 MACHINES = {
-    "H100, NVLink; 40 GB/s a GPU between machines": replace(KNOWN["H100"], network=Link(40e9, 60e-6)),
-    "L40, PCIe; 10 GB/s a machine between machines": replace(KNOWN["L40"], network=Link(10e9 / 8, 60e-6)),
+    "H100, NVLink; 40 GB/s a GPU between machines": replace(KNOWN["H100"], network=Link(40e9, 60e-6), knows_link=True),
+    "L40, PCIe; 10 GB/s a machine between machines": replace(KNOWN["L40"], network=Link(10e9 / 8, 60e-6), knows_link=True),
 }
-"""Eight GPUs each."""
+"""Eight GPUs each; the links are taken for true."""
 GPUS = (4, 8, 16, 64)
 PUBLISHED = (
     ("2b", 12, assumed(30, True), "4.29"),
     ("5b", 12, assumed(48, True), "7.75"),
     ("1.5-5B", 8, MODELS["1.5-5B, 81x768x1360"], "6.12"),
 )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``auto``'s choice on two GPUs beside all plans that were measured there for the same work."""
+
+    machine: str
+    model: str
+    plan: Plan
+    seconds: float
+    """Of the choice's step, as it was measured."""
+    others: dict[str, float]
+    """Of the other plans'."""
+
+    @property
+    def over(self) -> float:
+        """How many times as long as the fastest it takes."""
+        return self.seconds / min(self.seconds, *self.others.values())
+
+
+def measured(file: str) -> list[dict]:
+    """Our rows in a file of results that say of a plan what it takes without another video, or in FP8."""
+    found = json.loads((RESULTS / file).read_text())
+    return [row for row in found if row["name"] == "ours" and row["precision"] in FP8]
+
+
+def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
+    """The work of a row, and the GPU with the rates of that run: attention's follow the products'."""
+    fp8, size = FP8[row["precision"]], row["model"].removeprefix("CogVideoX-")
+    work = replace(assumed(48 if size == "5b" else 30, row["cfg"] > 1), fp8=fp8)
+    if fp8 != "off":
+        work = replace(work, matrices=work.matrices - 12 * work.layers * work.features**2)
+    if size == "2b" and row["dtype"] == "auto":
+        work = replace(work, dtype="fp16")
+    if file == "h200x2.json":  # of a version that compiled nothing and had cuDNN's attention
+        return replace(work, compile="off"), replace(KNOWN["H200"], attention=KNOWN["H200"].attention_fp16)
+    machine, rows = KNOWN["H100"], json.loads((RESULTS / file).read_text())
+    faster = median(each["peak_tflops"] for each in rows) * 1e12 / machine.matrix
+    rates = {name: getattr(machine, name) * faster for name in ("matrix", "attention", "attention_fp16")}
+    return work, replace(machine, **rates)
+
+
+def choices() -> list[Choice]:
+    """All that two GPUs have measured, where there was something to choose."""
+    found = []
+    for file, machine in (("h100x2.json", "H100"), ("h200x2.json", "H200")):
+        works: dict[tuple, list[dict]] = {}
+        for row in measured(file):
+            works.setdefault((row["model"].removeprefix("CogVideoX-"), row["dtype"], row["precision"]), []).append(row)
+        for (model, _, precision), rows in works.items():
+            took: dict[str, float] = {}
+            for row in rows:  # some plans were measured with weights that wait on the CPU too
+                took[row["plan"]] = min(row["seconds_per_step"], took.get(row["plan"], row["seconds_per_step"]))
+            if len(took) > 1:
+                plan = pick(predictions(*as_measured(rows[0], file), 2)).plan
+                found.append(Choice(machine, f"{model}, {precision}", plan, took.pop(str(plan)), took))
+    return found
 
 
 def rows(work: Work, machine: Machine) -> list[str]:
@@ -43,7 +105,23 @@ def rows(work: Work, machine: Machine) -> list[str]:
 
 def tables() -> str:
     """All of them, in Markdown."""
-    lines = []
+    lines = [
+        "**Measured on two GPUs, 49x480x720, s a step**",
+        "",
+        "| GPUs | model | `auto` | took | others took | over the fastest |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in choices():
+        others = ", ".join(f"`{plan}` {seconds:.3f}" for plan, seconds in each.others.items())
+        lines.append(
+            f"| 2 {each.machine} | {each.model} | `{each.plan}` | {each.seconds:.3f} | {others} | {each.over - 1:.0%} |"
+        )
+    lines += [
+        "",
+        "**These are predictions.** No row below has been run. The link's speed is the weakest of the assumptions. Machines have",
+        "eight GPUs. A plan of fewer GPUs than there are is one that more would not make faster.",
+        "",
+    ]
     for machine_name, machine in MACHINES.items():
         for model, work in MODELS.items():
             alone = predict(Plan(), work, machine).seconds

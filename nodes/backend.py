@@ -30,7 +30,8 @@ class XDiTBackend(io.ComfyNode):
                 io.String.Input(
                     "plan",
                     default=AUTO,
-                    tooltip="auto, single, or degrees that multiply to the number of devices: cfg2 (both halves of "
+                    tooltip="auto (the fastest, on fewer devices where more would be slower), single, or degrees that multiply to the number "
+                    "of devices: cfg2 (both halves of "
                     "guidance), ulyssesN (must divide the model's heads), ringN; such as cfg2-ulysses2. For a model that does "
                     "not fit on each GPU: tensorN, or fsdpN, which multiplies nothing: cfg2-fsdp2 is two GPUs. "
                     "For a batch: replicasN, N groups that share its videos; such as replicas2-cfg2. For slow links: pipefusionN, "

@@ -23,6 +23,7 @@ from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
+from ..parallel_backend.pieces import has_windows_to_share, windows_of
 from ..parallel_backend.plans import AUTO
 from .memory import HeldWeights
 
@@ -184,16 +185,20 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
         return local()
     samples = isinstance(job, SampleJob)
     wants = {"heads": checkpoint.heads, "offload": job.model.offload if samples else "auto"}
-    if backend.plan == AUTO and (warm := _groups.on(Devices.parse(backend.devices), **wants)):
+    windows = windows_of(job) if samples and has_windows_to_share(job) else 1
+    among, videos = Devices.parse(backend.devices), max(job.latent.shape[0], windows) if samples else None
+    if backend.plan == AUTO and (warm := _groups.on(among, videos=videos, **wants)):
         return warm  # even where cfg is 1 and another plan would be faster: a new group costs more than it saves
     work = partial(work_of_job, job, checkpoint) if samples else partial(work_of, checkpoint)
     guided = job.guided if samples else True
-    plan, devices, reason = resolve(backend.plan, backend.devices, layers=checkpoint.layers, guided=guided, work=work, **wants)
+    spread = samples and not job.model.step_cache  # with which a batch is not quite its videos made apart
+    wants |= {"jobs": windows, "pieces": "windows" if windows > 1 else "videos", "spread": spread, "layers": checkpoint.layers}
+    plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, **wants)
     checks.check_plan(checkpoint, plan, job)
     if plan.world_size == 1:
         say(f"plan single on {devices}: {reason}", node_id)
-        return local(None if backend.devices == AUTO else devices.first)
-    executor = _groups.get(plan, devices)
+        return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)
+    executor = _groups.get(plan, devices, among=among if backend.plan == AUTO else None)
     executor.start()
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it

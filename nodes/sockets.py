@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint import SPATIAL, TEMPORAL, Checkpoint
-from ..parallel_backend.cogvideox.text import TextEncoder
+from ..parallel_backend.cogvideox.text import WORKING_BYTES, TextEncoder, find_place
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
 from . import host
@@ -66,13 +66,23 @@ class ClipHandle:
             self._encoder = TextEncoder(self.checkpoint, device=device, dtype=dtype)
         return self._encoder
 
+    def _find_room(self) -> None:
+        """Has ComfyUI make room where it wants text encoders to run; where that does not suffice, the CPU encodes."""
+        wanted = host.text_device()
+        dtype = self.checkpoint.dtype(self._dtype, wanted)
+        host.make_room(self.checkpoint.weight_bytes("text_encoder", dtype) + WORKING_BYTES, wanted)
+        place = find_place(self.checkpoint, [wanted], self._dtype)
+        if place.note:
+            logger.warning(place.note)
+        self.encoder.move(place)
+
     def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, list]:
         """Token ids of a prompt, padded or cut to the model's limit."""
         return {"t5": [self.encoder.tokenize(text)]}
 
     def encode_from_tokens(self, tokens: dict[str, list], return_pooled: bool = False, return_dict: bool = False):
         """Text states ``[1, tokens, features]``; CogVideoX has no pooled output."""
-        host.make_room(self.encoder.weight_bytes, self.encoder.device)
+        self._find_room()
         try:
             states = self.encoder.encode(tokens["t5"])
         finally:

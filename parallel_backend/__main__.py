@@ -119,6 +119,7 @@ def build_parser() -> Parser:
     plan.add_argument("--height", type=int)
     plan.add_argument("--frames", type=int, help="4k+1")
     plan.add_argument("--fp8", choices=FP8S, default="off")
+    plan.add_argument("--count", type=int, default=1, metavar="N", help="videos one after the other: replicas may share them")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=commands.plan)
 

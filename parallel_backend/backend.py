@@ -32,11 +32,15 @@ def resolve(
     offload: str = "auto",
     work: Callable[[torch.device], Work] | None = None,
     nodes: int | None = None,
+    jobs: int = 1,
+    spread: bool = True,
+    pieces: str = "videos",
 ) -> tuple[Plan, Devices, str]:
     """The plan and devices for two words of a person.
 
     ``auto`` devices are every GPU, or as many as a given plan needs; ``auto`` plan asks the planner, which predicts by what
-    ``work`` says of a step on a device, or where it is not given by a published model's.
+    ``work`` says of a step on a device, or where it is not given by a published model's, for so many ``jobs`` one after the
+    other, or ``pieces`` of one, which replicas may share where ``spread`` says so. It may leave devices unused.
 
     Args:
         nodes: hosts with such devices each, of a group that is to be served. None for a job, which a group that is served over
@@ -52,11 +56,14 @@ def resolve(
         return served
     nodes = nodes or 1
     if plan == AUTO:
-        machine = replace(machine_of(found), can_shard=offload not in IN_PARTS)
-        chosen, reason = choose(
-            heads=heads, world_size=found.count * nodes, guided=guided, work=work and work(found.first), machine=machine
-        )
-        return chosen, found, reason
+        found = machines.fastest_first(found) if nodes == 1 else found
+        machine = machine_of(found, can_shard=offload not in IN_PARTS)
+        if nodes > 1:  # by an unknown network only the order of plans can be told, and all hosts have come
+            machine = replace(machine, knows_seconds=False)
+        about = {"heads": heads, "guided": guided, "work": work and work(found.first), "machine": machine, "pieces": pieces}
+        chosen, reason = choose(world_size=found.count * nodes, jobs=jobs, spread=spread and not is_served(found), **about)
+        used = found.first_of(chosen.world_size // nodes)
+        return chosen, used, "; ".join([reason, *machines.warnings(used)])
     chosen = Plan.parse(plan)
     if devices == AUTO:
         found = share_of(chosen, found, nodes)
@@ -68,15 +75,28 @@ def resolve(
     return chosen, found, "as asked"
 
 
-def machine_of(devices: Devices) -> Machine:
+def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
     """What the planner is told of devices. A group of ours on GPUs holds what the job is to have, so it counts as free."""
     machine = machines.here(devices)
+    machine = replace(
+        machine, can_shard=can_shard, together=tuple(replace(some, can_shard=can_shard) for some in machine.together)
+    )
     if machine.free is None or sys.platform == "win32":
         return machine
     from .group.address import running
 
     held = any(not address.describe()["devices"].startswith("cpu") for address in running())
-    return replace(machine, free=machines.whole_bytes(devices)) if held else machine
+    return machines.emptied(machine, devices) if held else machine
+
+
+def is_served(devices: Devices) -> bool:
+    """Whether ``serve`` keeps a group on some of these devices: replicas would hold their memory beside it."""
+    if sys.platform == "win32" or devices.kind == "cpu":
+        return False
+    from .group.address import running
+
+    served = [address.describe() for address in running()]
+    return any(one["shared"] and not one["devices"].startswith("cpu") for one in served)
 
 
 def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:
@@ -92,7 +112,7 @@ def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:
         return Devices("cpu", tuple(range(count)))
     if count > found.count:
         raise RequestError(f"plan '{plan}' needs {count} GPUs here; this machine has {found.count}: use a smaller plan")
-    return Devices(found.kind, found.indices[:count])
+    return found.first_of(count)
 
 
 def open_executor(plan: Plan, devices: Devices) -> Executor:
@@ -141,15 +161,20 @@ class Keeper:
     def __init__(self):
         self._lock = threading.Lock()
         self._key: tuple[Plan, Devices] | None = None
+        self._among: Devices | None = None
         self.executor: Executor | None = None
 
-    def get(self, plan: Plan, devices: Devices) -> Executor:
+    def get(self, plan: Plan, devices: Devices, *, among: Devices | None = None) -> Executor:
         """The executor kept for this plan and these devices, or a new one.
 
+        Args:
+            plan, devices: see :func:`open_executor`.
+            among: the devices that were there to choose from, where ``auto`` left some unused; see :meth:`on`.
         Raises:
             RequestError, GroupUnavailable: when there can be none; what is kept stays.
         """
         with self._lock:
+            self._among = among or devices
             if self._key != (plan, devices) or not self.executor.is_usable():
                 opened = open_executor(plan, devices)  # starts nothing yet
                 if self.executor is not None:
@@ -158,11 +183,15 @@ class Keeper:
                 self.executor, self._key = opened, (plan, devices)
             return self.executor
 
-    def on(self, devices: Devices, *, heads: int, offload: str = "auto") -> Executor | None:
-        """The executor kept for these devices, whatever its exact plan, where a model of so many heads can use it, offloaded so."""
-        if self._key is None or self._key[1] != devices or not self._key[0].is_exact:
+    def on(self, devices: Devices, *, heads: int, offload: str = "auto", videos: int | None = None) -> Executor | None:
+        """The executor kept for these devices, whatever its exact plan, where a model of so many heads can use it, offloaded so.
+
+        Sampling fewer ``videos`` than it has replicas would leave some of them idle, so then it is none.
+        """
+        if self._key is None or self._among != devices or not self._key[0].is_exact:
             return None
-        if not self._key[0].fits(heads) or not self._key[0].can_offload(offload):
+        plan = self._key[0]
+        if not plan.fits(heads) or not plan.can_offload(offload) or plan.replicas > (videos or plan.replicas):
             return None
         return self.executor if self.executor.is_usable() else None
 

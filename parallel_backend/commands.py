@@ -13,13 +13,12 @@ from statistics import median
 
 import torch
 
-from . import inputs, machines, models, video
+from . import inputs, machines, models, pieces, video
 from .backend import open_executor, resolve, share_of
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
-from .cogvideox.text import TextEncoder
 from .cogvideox.work import work_of
-from .costs import Work
+from .costs import Machine, Prediction, Work
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
 from .group.address import running
@@ -28,10 +27,25 @@ from .group.hosts import Common, Place
 from .group.launcher import Launcher, check_possible
 from .group.lending import lend
 from .group.muster import Leader, Member
-from .jobs import DecodeJob, EncodeJob, Lora, Model, Report, SampleJob, Windows, between, check_size, empty_latent, two_thirds
+from .jobs import (
+    DecodeJob,
+    EncodeJob,
+    Lora,
+    Model,
+    Report,
+    Result,
+    SampleJob,
+    Windows,
+    between,
+    check_size,
+    empty_latent,
+    two_thirds,
+)
 from .outputs import Video, videos_of
 from .planner import approximations, choose, predictions
 from .plans import AUTO, Plan
+from .prompts import encode_prompts
+from .writer import Writer
 
 
 def show(line: str) -> None:
@@ -84,17 +98,6 @@ def lora_of(word: str) -> Lora:
     return Lora(str(Path(file).expanduser().absolute()), number)
 
 
-def encode_prompts(
-    args: Namespace, prompts: list[str], checkpoint: Checkpoint, device: torch.device
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Text states of each prompt and, with guidance, of the negative prompt; the encoder's memory is free again."""
-    encoder = TextEncoder(checkpoint, device=device, dtype=checkpoint.dtype(args.dtype, device))
-    texts = dict.fromkeys([*prompts, *([args.negative_prompt] if args.cfg > 1 else [])])
-    states = {text: encoder.encode([encoder.tokenize(text)]) for text in texts}
-    encoder.unload()
-    return [states[prompt] for prompt in prompts], states[args.negative_prompt] if args.cfg > 1 else None
-
-
 def denoise_of(args: Namespace) -> float:
     """The denoise asked for; by default everything, or what diffusers leaves of a video."""
     if args.video is not None and args.mask is None and args.denoise == 1:
@@ -127,8 +130,6 @@ def generate(args: Namespace) -> int:
         video.check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
-    wants = {"heads": checkpoint.heads, "layers": checkpoint.layers, "guided": args.cfg > 1, "offload": args.offload}
-    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint))
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
     given, ready = inputs.read(args, size, checkpoint)
@@ -152,6 +153,11 @@ def generate(args: Namespace) -> int:
     blanks = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in given}
     job = SampleJob(model, blank, negative=blank, **{"latent": latent, **blanks}, **settings)
     checks.check(checkpoint, job)  # before anything is loaded to fill the blanks
+    wants = {"heads": checkpoint.heads, "layers": checkpoint.layers, "guided": args.cfg > 1, "offload": args.offload}
+    wants["jobs"] = len(wanted)
+    if len(wanted) == 1 and pieces.has_windows_to_share(job):
+        wants |= {"jobs": pieces.windows_of(job), "pieces": "windows"}
+    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint))
     checks.check_plan(checkpoint, plan, job)
 
     quiet_libraries()
@@ -191,30 +197,41 @@ def produce(
     plan: Plan,
     devices: Devices,
 ) -> list[tuple[Report, Report]]:
-    """Encodes prompts and pictures into the job's blanks, samples, decodes and writes the files. Returns what each video cost."""
+    """Encodes prompts and pictures into the job's blanks, samples, decodes and writes the files. Returns what each video cost.
+
+    A video is decoded once it is sampled, and written while the next is sampled: what is done is there, whatever becomes of the rest.
+    """
+    source = args.video or args.control_video
+    fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
+    costs: dict[int, tuple[Report, Report]] = {}
+
+    def decode(place: int, sampled: Result) -> DecodeJob:
+        if latents := wanted[place].latents:
+            video.save_latent(latents, sampled.tensor)
+        return DecodeJob(job.model, sampled.tensor, tiling=args.tiling)
+
+    def finish(place: int, sampled: Result, decoded: Result) -> None:
+        one, costs[place] = wanted[place], (sampled.report, decoded.report)
+        about = {"fps": fps, "metadata": {"prompt": one.prompt}}
+        writer.add(partial(video.save_or_rescue, one.output, decoded.tensor[0], **about))
+
     executor = open_executor(plan, devices)
-    try:
-        executor.start()  # a group comes up while the text is encoded
-        positives, negative = encode_prompts(args, [one.prompt for one in wanted], checkpoint, devices.first)
-        encoded = {name: executor.encode(EncodeJob(job.model, pixels, args.tiling)).tensor for name, pixels in given.items()}
-        job = replace(job, negative=negative, **encoded)
-        jobs = [replace(job, positive=positive, seed=one.seed) for positive, one in zip(positives, wanted)]
-        sampled = executor.sample_all(jobs, on_step=show_step)
-        for one, result in zip(wanted, sampled):
-            if one.latents:
-                video.save_latent(one.latents, result.tensor)
-        source = args.video or args.control_video
-        fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
-        reports = []
-        for first in range(0, len(wanted), plan.replicas):  # frames of more than are decoded at once would fill memory
-            lot = slice(first, first + plan.replicas)
-            decodes = [DecodeJob(job.model, result.tensor, tiling=args.tiling) for result in sampled[lot]]
-            for one, decoded in zip(wanted[lot], executor.decode_all(decodes)):
-                video.save_or_rescue(one.output, decoded.tensor[0], fps=fps, metadata={"prompt": one.prompt})
-                reports.append(decoded.report)
-    finally:
-        executor.close()
-    return [(result.report, report) for result, report in zip(sampled, reports)]
+    with Writer() as writer:
+        try:
+            executor.start()  # a group comes up while the text is read
+            texts = [*(one.prompt for one in wanted), *([args.negative_prompt] if job.guided else [])]
+            states, loaded = encode_prompts(texts, job, checkpoint, executor)
+            conditions = {
+                name: executor.encode(EncodeJob(job.model, pixels, args.tiling)).tensor for name, pixels in given.items()
+            }
+            job = replace(job, negative=states[args.negative_prompt] if job.guided else None, **conditions)
+            jobs = [replace(job, positive=states[one.prompt], seed=one.seed) for one in wanted]
+            executor.make_all(jobs, decode, finish, on_step=show_step)
+        finally:
+            executor.close()
+    sampled, decoded = costs[0]
+    costs[0] = replace(sampled, load_seconds=sampled.load_seconds + loaded.load_seconds), decoded
+    return [costs[place] for place in range(len(wanted))]
 
 
 def summarise(sampled: Report, decoded: Report) -> dict:
@@ -249,39 +266,65 @@ def plan(args: Namespace) -> int:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
     if args.memory_gb is not None and not args.memory_gb > 0:
         raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
+    if args.count < 1:
+        raise RequestError(f"count is {args.count}; use 1 or more")
     check_size(**size_of(args, checkpoint), batch=1)
     if args.nnodes < 1:
         raise RequestError(f"nnodes is {args.nnodes}; use 1 or more")
-    each = args.gpus or Devices.parse("auto").count
+    present = Devices.parse("auto")
+    each = args.gpus or present.count
     count = each * args.nnodes
     machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gb)
     work = step_of(args, checkpoint)(torch.device("cuda"))
-    found = predictions(work, machine, count) + approximations(work, machine, count)
-    found.sort(key=lambda each: each.seconds)
-    chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine)
+    found = predictions(work, machine, count, jobs=args.count)
+    found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
+    found.sort(key=lambda each: each.total)
+    chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine, jobs=args.count)
     if args.json:
-        plans = [
-            {
-                "plan": str(each.plan),
-                "step_seconds": each.seconds,
-                "peak_memory": each.peak,
-                "fits": each.fits,
-                "exact": each.plan.is_exact,
-            }
-            for each in found
-        ]
-        about = {"model": checkpoint.path.name, "gpu": machine.name, "gpus": count, "free_memory": machine.free}
-        show_json({**about, "plan": str(chosen), "reason": reason, "plans": plans})
+        show_json(
+            {**figures(found, machine), "model": checkpoint.path.name, "gpus": count, "plan": str(chosen), "reason": reason}
+        )
         return 0
     show(checkpoint.describe)
-    show(f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9}  fits")
+    if args.gpu is None:
+        for line in [*machines.survey(present), *machines.warnings(present)]:
+            show(line)
+    show(
+        f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9}  fits"
+        + (f"  s a step of all {args.count}" if args.count > 1 else "")
+    )
     for each in found:
-        mark = "->" if each.plan == chosen else ""
-        fits = f"{'yes' if each.fits else 'no':4}" + ("" if each.plan.is_exact else "  not exact: auto leaves it to you")
-        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {fits}".rstrip())
+        mark, last = "->" if each.plan == chosen else "", f"  {each.total:9.3g}" if args.count > 1 else ""
+        fits = "yes" if each.fits else "no"
+        exact = "" if each.plan.is_exact else "  not exact: auto leaves it to you"
+        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {fits:4}{last}{exact}".rstrip())
+    show(machine.describe)
     hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
     show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
     return 0
+
+
+def figures(found: list[Prediction], machine: Machine) -> dict:
+    """What was predicted, and from what, in plain values."""
+    plans = [
+        {
+            "plan": str(each.plan),
+            "devices": each.plan.world_size,
+            "step_seconds": each.seconds,
+            "total_step_seconds": each.total,
+            "peak_memory": each.peak,
+            "fits": each.fits,
+        }
+        for each in found
+    ]
+    rates = {
+        "matrix": machine.matrix,
+        "attention": machine.attention,
+        "bandwidth": machine.bandwidth,
+        "from": machine.rates_from,
+    }
+    link = {"bandwidth": machine.link.bandwidth, "latency": machine.link.latency, "from": machine.link_from}
+    return {"gpu": machine.name, "free_memory": machine.free, "rates": rates, "link": link, "plans": plans}
 
 
 def serve(args: Namespace) -> int:
@@ -373,7 +416,7 @@ def status(args: Namespace) -> int:
         show(
             f"{group['plan']} on {group['devices']}: {group['state']}, up {group['uptime']:.0f} s, jobs {group['jobs']}, "
             f"queue {group['queue']}, model {group['model']}, memory {memory} GiB, "
-            f"link {group['link'] / 1e9:.2g} GB/s, kept by process {group['owner']}, "
+            f"link {group['link'] / 1e9:.2g} GB/s and {group['latency'] * 1e6:.0f} us, kept by process {group['owner']}, "
             f"logs {group['folder']}/logs, last error {group['last_error']}"
         )
         show_hosts(group)

@@ -51,6 +51,8 @@ CUT_SECONDS = 0.2e-3
 """For each place where what is compiled is cut and nothing is exchanged, for each patch: assumed."""
 HEADROOM = 0.9
 """Share of free memory that is counted on; the rest is fragmentation and the allocator's."""
+SLOW_LINK = 2e9
+"""Bytes a second between GPUs. A step of CogVideoX-5b at its own size sends 9 GB a rank with ulysses2 and 2 MB with cfg2."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,27 @@ class Machine:
     """Whether rates are a GPU's own; else only the order of plans is to be believed."""
     can_shard: bool = True
     """Whether ``fsdp`` and ``pipefusion`` may be used: they do not go with weights that wait on the CPU in parts."""
+    rates_from: str = "assumed"
+    """Where the rates come from, for a person."""
+    link_from: str = "assumed"
+    """Where the link's come from."""
+    knows_link: bool = False
+    """Whether the link's are not assumed."""
+    together: tuple["Machine", ...] = ()
+    """Where devices are unequal: what the first one, two, … of them are together; empty where all are alike."""
+
+    @property
+    def describe(self) -> str:
+        """What is known of them and from where, in one line."""
+        return (
+            f"rates of {self.name}: {self.matrix / 1e12:.3g} TFLOP/s in products, {self.attention / 1e12:.3g} in attention, memory "
+            f"{self.bandwidth / 1e12:.3g} TB/s ({self.rates_from}); link: {self.link.bandwidth / 1e9:.3g} GB/s, "
+            f"{self.link.latency * 1e6:.0f} us ({self.link_from})"
+        )
+
+    def first(self, count: int) -> "Machine":
+        """So many of the devices, the fastest."""
+        return self.together[count - 1] if self.together else self
 
 
 GLOO = Link(1e9, 1e-6)
@@ -130,6 +153,11 @@ class Work:
     """``auto``, ``on`` or ``off``."""
 
     @property
+    def videos(self) -> int:
+        """That are sampled together."""
+        return self.prompts // (2 if self.guided else 1)
+
+    @property
     def features(self) -> int:
         """Of one token."""
         return self.heads * self.head_dim
@@ -163,6 +191,13 @@ class Prediction:
     sent: float
     """Bytes that a rank sends in one step."""
     fits: bool
+    rounds: int = 1
+    """Times that a step is run, one after the other, for all videos asked for."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of a step of all videos asked for."""
+        return self.seconds * self.rounds
 
 
 def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:

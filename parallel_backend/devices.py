@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,6 +67,17 @@ class Devices:
         """The device for work in this process."""
         return self.torch_devices[0]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The GPUs' numbers or names as the driver has them, whatever this process sees of them."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        given = visible.split(",") if visible else None
+        return tuple(given[index] if given else str(index) for index in self.indices)
+
+    def first_of(self, count: int) -> "Devices":
+        """The first so many of them."""
+        return replace(self, indices=self.indices[:count])
+
     def shared_out(self, parts: int) -> tuple["Devices", ...]:
         """The devices of each of so many groups of one size."""
         size = self.count // parts
@@ -81,11 +92,9 @@ class Devices:
             threads = max(1, (os.cpu_count() or 1) // (self.count + self.beside))
             # Threads that spin for long take the cores that others compute on: 2.5 s a step, 0.14 with a bound (measured).
             return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else None
         # torch.distributed.run gives each process one thread; a video on its way from the GPU is copied faster by some.
         threads = min(max(1, (os.cpu_count() or 1) // (self.count + self.beside)), MOST_THREADS)
         return {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            "CUDA_VISIBLE_DEVICES": ",".join(names[i] if names else str(i) for i in self.indices),
+            "CUDA_VISIBLE_DEVICES": ",".join(self.names),
         }

@@ -9,10 +9,10 @@ import torch
 
 from .cogvideox import attention, blocks, fp8, lora, memory, vae, vae_layers, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
-from .cogvideox.denoise import StepCallback, WindowCallback, denoise
+from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
 from .cogvideox.windows import advice
 from .errors import OutOfMemory, RequestError
-from .jobs import DecodeJob, EncodeJob, Job, Model, Progress, Report, Result, SampleJob
+from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
 from .parallel.split import Split
 from .parallel.strips import Strips, shared
 from .plans import IN_PARTS
@@ -74,9 +74,15 @@ class Engine:
         checkpoint = Checkpoint.open(job.model.path)
         dtype = checkpoint.dtype(job.model.dtype, self.device)
         self.model, self._notes = job.model, []
-        self.together = isinstance(job, SampleJob)
+        self.together = isinstance(job, SampleJob | WindowJob)
         memory.reset_peak(self.device)
-        run = {SampleJob: self._sample, DecodeJob: self._decode, EncodeJob: self._encode}[type(job)]
+        run = {
+            SampleJob: self._sample,
+            LoadJob: self._load_only,
+            WindowJob: self._window,
+            DecodeJob: self._decode,
+            EncodeJob: self._encode,
+        }[type(job)]
         with exact_float32(dtype):
             result = run(job, checkpoint, dtype, on_step, on_window)
         report = replace(
@@ -145,12 +151,7 @@ class Engine:
         try:
             latent = denoise(transformer, checkpoint, job, **place, caches=caches, on_step=mark, on_window=ask)
         except torch.OutOfMemoryError as error:
-            free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
-            raise OutOfMemory(
-                f"step {len(steps) + 1} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the "
-                f"weights and {free / 2**30:.1f} GiB are free; use {self._advice}, a smaller size, "
-                "or a plan with more ulysses, ring or tensor"
-            ) from error
+            raise self._out_of_memory(f"step {len(steps) + 1}", job, checkpoint, dtype) from error
         finally:
             if self._offload == "model":
                 transformer.to("cpu")
@@ -159,6 +160,33 @@ class Engine:
         return Result(
             latent,
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
+        )
+
+    def _load_only(self, job: LoadJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
+        """What a sampling job begins with; that one says what there is to say of it."""
+        started = time.perf_counter()
+        self._transformer(job, checkpoint, dtype)
+        self.split.synchronize()
+        self._notes.clear()
+        return Result(torch.empty(0), Report(load_seconds=time.perf_counter() - started))
+
+    def _window(self, job: WindowJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
+        started = time.perf_counter()
+        transformer = self._transformer(job, checkpoint, dtype)
+        self.split.synchronize()
+        loaded = time.perf_counter()
+        try:
+            predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory("a window", job, checkpoint, dtype) from error
+        return Result(predicted, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
+
+    def _out_of_memory(self, what: str, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> OutOfMemory:
+        """What a person is told when a forward does not fit."""
+        free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
+        return OutOfMemory(
+            f"{what} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the weights and "
+            f"{free / 2**30:.1f} GiB are free; use {self._advice}, a smaller size, or a plan with more ulysses, ring or tensor"
         )
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
@@ -241,7 +269,7 @@ class Engine:
             self._held["transformer"][1].to("cpu")
         memory.release(self.device)
 
-    def _transformer(self, job: SampleJob, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
+    def _transformer(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
         """The transformer, its weights where this job can afford them."""
         mode = self._choose_offload(job, checkpoint, dtype)
         before = self.loads
@@ -322,7 +350,7 @@ class Engine:
         self._merged = loras
         self._held["transformer"] = held
 
-    def _choose_offload(self, job: SampleJob, checkpoint: Checkpoint, dtype) -> str:
+    def _choose_offload(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> str:
         held = sum(memory.bytes_on(self.device, module) for _, module in self._held.values())
         mode, note = memory.choose_offload(
             job.model.offload,

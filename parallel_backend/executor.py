@@ -8,13 +8,19 @@ import torch
 
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
-from .jobs import DecodeJob, EncodeJob, Job, Result, SampleJob
+from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from .plans import Plan
 
 StepListener = Callable[[int, int], None]
 """Told after each step: steps done, steps to do."""
 StopSignal = Callable[[], bool]
 """Asked often; True once the caller wants the job to stop."""
+
+
+DecodeOf = Callable[[int, Result], DecodeJob]
+"""What is to be decoded of a sampled video, by its place."""
+VideoListener = Callable[[int, Result, Result], None]
+"""Told of a video that is done: its place, what was sampled, what was decoded."""
 
 
 def silent(step: int, steps: int) -> None:
@@ -29,6 +35,12 @@ def never() -> bool:
 def steps_of(jobs: Sequence[Job]) -> int:
     """Steps that jobs run together."""
     return sum(job.steps_to_run for job in jobs if isinstance(job, SampleJob))
+
+
+def within(jobs: Sequence[SampleJob], place: int, on_step: StepListener) -> StepListener:
+    """A listener to one of several jobs, for one who hears of them all together."""
+    before, total = steps_of(jobs[:place]), steps_of(jobs)
+    return lambda step, _: on_step(before + step, total)
 
 
 class Executor(ABC):
@@ -61,15 +73,39 @@ class Executor(ABC):
         """Encodes frames to a latent; raises as :meth:`sample` does."""
         return self.run(job, should_stop=should_stop)
 
+    def load(self, job: SampleJob) -> Report:
+        """Reads the weights that a sampling job needs, for while its text is encoded; raises as :meth:`sample` does."""
+        return self.run(LoadJob.of(job)).report
+
     def sample_all(
         self, jobs: Sequence[SampleJob], *, on_step: StepListener = silent, should_stop: StopSignal = never
     ) -> list[Result]:
         """Denoises several latents, and tells steps of all of them together; raises as :meth:`sample` does."""
-        return self._run_all(jobs, on_step, should_stop)
+        for job in jobs:
+            self.check(job)
+        return self._sample_all(jobs, on_step, should_stop)
 
-    def decode_all(self, jobs: Sequence[DecodeJob], *, should_stop: StopSignal = never) -> list[Result]:
-        """Decodes several latents; raises as :meth:`sample` does."""
-        return self._run_all(jobs, silent, should_stop)
+    def make_all(
+        self,
+        jobs: Sequence[SampleJob],
+        decode: DecodeOf,
+        on_video: VideoListener,
+        *,
+        on_step: StepListener = silent,
+        should_stop: StopSignal = never,
+    ) -> None:
+        """Samples and decodes videos; raises as :meth:`sample` does.
+
+        Args:
+            jobs: of one video each.
+            decode: the decoding job for a place in ``jobs`` and what was sampled there.
+            on_video: told of a place, what was sampled and what was decoded, as soon as both are there. Maybe in another
+                thread, of several at once; the next video waits meanwhile, so that frames do not fill memory.
+            on_step, should_stop: see :meth:`sample`; steps are those of all videos together.
+        """
+        for job in jobs:
+            self.check(job)
+        self._make_all(jobs, decode, on_video, on_step, should_stop)
 
     def check(self, job: Job) -> None:
         """Raises RequestError when the checkpoint or the plan cannot do the job."""
@@ -82,16 +118,22 @@ class Executor(ABC):
         self.check(job)
         return self._run(job, on_step, should_stop)
 
-    def _run_all(self, jobs: Sequence[Job], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
-        """Runs jobs one after the other, once all of them are checked."""
-        for job in jobs:
-            self.check(job)
-        total = steps_of(jobs)
-        results: list[Result] = []
+    def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
+        """Runs jobs that were checked, one after the other."""
+        return [self._run(job, within(jobs, place, on_step), should_stop) for place, job in enumerate(jobs)]
+
+    def _make_all(
+        self,
+        jobs: Sequence[SampleJob],
+        decode: DecodeOf,
+        on_video: VideoListener,
+        on_step: StepListener,
+        should_stop: StopSignal,
+    ) -> None:
+        """Runs jobs that were checked and decodes what they give, one after the other."""
         for place, job in enumerate(jobs):
-            before = steps_of(jobs[:place])
-            results.append(self._run(job, lambda step, _, before=before: on_step(before + step, total), should_stop))
-        return results
+            sampled = self._run(job, within(jobs, place, on_step), should_stop)
+            on_video(place, sampled, self.decode(decode(place, sampled), should_stop=should_stop))
 
     def start(self) -> None:
         """Begins whatever takes time before the first job, without waiting for it."""

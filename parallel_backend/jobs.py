@@ -330,6 +330,44 @@ class SampleJob:
 
 
 @dataclass(frozen=True)
+class LoadJob(SampleJob):
+    """Read the weights that a sampling job needs, whose text is not known yet. The result is an empty tensor."""
+
+    kind = "load"
+
+    @classmethod
+    def of(cls, job: SampleJob) -> "LoadJob":
+        """For one sampling job."""
+        return cls(**{item.name: getattr(job, item.name) for item in fields(job)})
+
+
+@dataclass(frozen=True)
+class WindowJob:
+    """Predict the frames of one window of a step. The result is ``[batch, frames, channels, height/8, width/8]``, float32."""
+
+    kind = "window"
+    model: Model
+    seen: torch.Tensor
+    """Noisy, scaled latents of whole tokens with what is concatenated to them, in the model's dtype, shaped like the result."""
+    positive: torch.Tensor
+    """As in :class:`SampleJob`."""
+    timestep: int
+    scale: float
+    """Of the guidance; not used without ``negative``."""
+    negative: torch.Tensor | None = None
+    """None where the step is not guided."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model runs on both prompts."""
+        return self.negative is not None
+
+    def __post_init__(self):
+        if self.seen.ndim != 5:
+            raise RequestError(f"a window is {tuple(self.seen.shape)}; it must be [batch, frames, channels, height/8, width/8]")
+
+
+@dataclass(frozen=True)
 class DecodeJob:
     """Decode a latent. The result is ``[batch, frames, height, width, 3]``, float32 in 0..1."""
 
@@ -372,8 +410,8 @@ class EncodeJob:
         between("overlap", self.overlap, 0, self.tile // 2)
 
 
-Job = SampleJob | DecodeJob | EncodeJob
-JOBS: dict[str, type] = {job.kind: job for job in (SampleJob, DecodeJob, EncodeJob)}
+Job = SampleJob | WindowJob | DecodeJob | EncodeJob
+JOBS: dict[str, type] = {job.kind: job for job in (SampleJob, LoadJob, WindowJob, DecodeJob, EncodeJob)}
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,18 @@
-"""Rates of devices: of known GPUs, and of the ones that are here by a short measurement kept on disk.
+"""Rates of devices: of known GPUs, and of the ones that are here by a short measurement that is kept on disk.
 
 H100 and H200 are measured (benchmarks/results/h100x2.json; FACTS). A100, L40, L40S, L20 and 4090 are from NVIDIA's data sheets:
 dense bf16 operations, of which a product reaches ``REACHED``, and the memory's bandwidth. NVLink is assumed to give two thirds of
 its data sheet. PCIe's 7 GB/s, while all GPUs send, is what xDiT's published L40 curves come to for 5b and 1.5-5B (docs/plans.md).
 """
 
-import json
 import logging
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from .cogvideox.blocks import CACHE
-from .costs import CPU, Link, Machine
+from . import calibration
+from .costs import CPU, SLOW_LINK, Link, Machine
 from .devices import Devices
 from .errors import RequestError, first_line
 
@@ -26,6 +25,9 @@ ATTENDED = 0.7
 """Of a product's rate, what FlashAttention-2 reaches on GPUs before Hopper: assumed."""
 LINKS = {"nvlink": Link(300e9, 20e-6), "pcie": Link(7e9, 30e-6), "network": Link(5e9, 60e-6)}
 """By the word of ``--link``. ``network`` is one rank's share of a machine's adapters: assumed."""
+SHOWN = {"nvlink": "NVLink", "pcie": "PCIe", "network": "the network"}
+ALIKE = 0.8
+"""Share of the largest free memory that the smallest has where devices count as equal."""
 
 
 def data_sheet(name: str, teraflops: float, bandwidth: float, gib: int | None, link: str, *, fp8: bool) -> Machine:
@@ -33,11 +35,15 @@ def data_sheet(name: str, teraflops: float, bandwidth: float, gib: int | None, l
     rate, between = teraflops * 1e12 * REACHED, LINKS[link]
     products = 1.75 if fp8 else 1.0
     return Machine(
-        name, rate, rate * ATTENDED, bandwidth, between, LINKS["network"], matrix_fp8=products, free=gib and gib * GIB
-    )
+        name, rate, rate * ATTENDED, bandwidth, between, LINKS["network"], matrix_fp8=products, free=gib and gib * GIB,
+        rates_from="its data sheet", link_from=f"assumed for {SHOWN[link]}",
+    )  # fmt: skip
 
 
-HOPPER = {"link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": 1.75, "attention_fp8": 651 / 571}
+HOPPER = {
+    "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": 1.75, "attention_fp8": 651 / 571,
+    "rates_from": "the table of known GPUs, measured", "link_from": "assumed for NVLink",
+}  # fmt: skip
 """FP8: products from ``fp8`` of h100x2.json (0.1 s of a half less), attention from FACTS."""
 KNOWN = {
     "H200": Machine("H200", 790e12, 571e12, 4.8e12, attention_fp16=436e12, free=140 * GIB, **HOPPER),
@@ -49,13 +55,8 @@ KNOWN = {
     "4090": data_sheet("4090", 165, 1.008e12, 23, "pcie", fp8=True),
 }
 """By a part of torch's name for it; the first that is in it. An H100's attention is an H200's by the rates of their products."""
-UNKNOWN = replace(data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False), knows_seconds=False)
+UNKNOWN = replace(data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False), knows_seconds=False, rates_from="assumed")
 """A GPU that is not in ``KNOWN`` and cannot be measured."""
-
-CALIBRATION = CACHE.parent / "rates.json"
-"""Where measured rates are kept, beside the compiled kernels."""
-MEASURED = ("matrix", "attention", "bandwidth")
-"""Fields of a machine that are measured."""
 
 
 def known(name: str) -> Machine:
@@ -75,23 +76,104 @@ def asked(name: str | None, *, count: int, link: str | None, memory_gib: float |
         found = Devices.parse("auto")
         machine = here(found) if found.kind == "cuda" else UNKNOWN
     if link is not None:
-        machine = replace(machine, link=LINKS[link])
-    return replace(machine, per_machine=count, free=int(memory_gib * GIB) if memory_gib else machine.free)
+        machine = replace(machine, link=LINKS[link], link_from=f"assumed for {SHOWN[link]}, as asked")
+    if memory_gib is not None:
+        machine = replace(machine, free=int(memory_gib * GIB))
+    told = link is not None or memory_gib is not None or count != len(machine.together)
+    return replace(machine, per_machine=count, together=() if told else machine.together)
 
 
 def here(devices: Devices) -> Machine:
     """The devices of this machine: known or assumed rates, replaced by measured ones, their link and free memory.
 
-    One device needs no measurement: there is nothing to choose.
+    Unequal devices are as slow as the slowest and as small as the smallest of them; see :func:`fastest_first`. One device
+    needs no measurement: there is nothing to choose.
     """
     if devices.kind == "cpu":
         return CPU
-    name = torch.cuda.get_device_name(devices.first)
-    found = replace(known(name), name=name, free=min(map(usable_bytes, devices.torch_devices)), per_machine=devices.count)
     if devices.count == 1:
+        return replace(alone(devices.first, is_measured=False), per_machine=1)
+    each = [alone(device) for device in devices.torch_devices]
+    together = tuple(as_slow_as(each[:count], devices.first_of(count)) for count in range(1, devices.count + 1))
+    return replace(together[-1], together=together if are_unequal(each) else ())
+
+
+def fastest_first(devices: Devices) -> Devices:
+    """The devices with the fast ones before the slow ones and the free before the full, so that the last can be left out."""
+    if devices.kind == "cpu" or devices.count == 1:
+        return devices
+    each = {index: alone(device) for index, device in zip(devices.indices, devices.torch_devices)}
+    if not are_unequal(list(each.values())):
+        return devices
+    order = sorted(devices.indices, key=lambda index: (-each[index].matrix, -each[index].free))
+    return replace(devices, indices=tuple(order))
+
+
+def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
+    """One GPU: its rates, by measurement where that is wanted and possible, and what it has free."""
+    name = torch.cuda.get_device_name(device)
+    found = replace(known(name), name=name, free=usable_bytes(device))
+    rates = calibrated(name, torch.__version__, device) if is_measured else None
+    if rates is None:
         return found
-    rates = calibrated(name, torch.__version__, devices.first) or {}
-    return replace(found, link=link_of(devices, found), knows_seconds=found.knows_seconds or bool(rates), **rates)
+    return replace(found, knows_seconds=True, rates_from=f"measured here on {rates[1]}", **rates[0])
+
+
+def as_slow_as(each: Sequence[Machine], devices: Devices) -> Machine:
+    """Devices that wait for each other in every step."""
+    slowest = min(each, key=lambda machine: machine.matrix)
+    rates = {name: min(getattr(machine, name) for machine in each) for name in calibration.RATES}
+    sources = dict.fromkeys(machine.rates_from for machine in each)
+    names = dict.fromkeys(machine.name for machine in each)
+    link, measured_on = link_of(devices, each)
+    return replace(
+        slowest,
+        name=" and ".join(names),
+        rates_from="; ".join(sources),
+        link=link,
+        link_from=f"measured here by a group on {measured_on}" if measured_on else f"assumed for {shown(link)}",
+        knows_link=measured_on is not None,
+        knows_seconds=all(machine.knows_seconds for machine in each),
+        free=min(machine.free for machine in each),
+        per_machine=devices.count,
+        **rates,
+    )
+
+
+def are_unequal(each: Sequence[Machine]) -> bool:
+    """Whether some of the devices would hold up others, or leave them less room."""
+    free = [machine.free for machine in each]
+    return len({machine.name for machine in each}) > 1 or min(free) < ALIKE * max(free)
+
+
+def warnings(devices: Devices) -> list[str]:
+    """One line for what makes devices work together badly."""
+    if devices.kind == "cpu" or devices.count == 1:
+        return []
+    names = {index: torch.cuda.get_device_name(device) for index, device in zip(devices.indices, devices.torch_devices)}
+    found = []
+    if len(set(names.values())) > 1:
+        each = ", ".join(f"{index} is {name}" for index, name in names.items())
+        found.append(f"unequal GPUs ({each}): what splits a step waits for the slowest in every step; replicasN does not")
+    link, measured_on = link_of(devices, [replace(known(name), name=name) for name in names.values()])
+    if measured_on and link.bandwidth < SLOW_LINK:
+        found.append(
+            f"these GPUs exchange only {link.bandwidth / 1e9:.2g} GB/s (measured {measured_on}): what sends least is fastest"
+        )
+    return found
+
+
+def survey(devices: Devices) -> list[str]:
+    """One line for each GPU: what it is, its memory, and what it can do."""
+    lines = []
+    for index, device in zip(devices.indices, devices.torch_devices):
+        if device.type != "cuda":
+            continue
+        free, whole = torch.cuda.mem_get_info(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        lines.append(f"GPU {index}: {name}, {free / GIB:.1f} of {whole / GIB:.1f} GiB free, compute capability {major}.{minor}")
+    return lines
 
 
 def usable_bytes(device: torch.device) -> int:
@@ -99,56 +181,46 @@ def usable_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def whole_bytes(devices: Devices) -> int:
-    """Memory of the smallest device, used or not."""
-    return min(torch.cuda.mem_get_info(device)[1] for device in devices.torch_devices)
+def emptied(machine: Machine, devices: Devices) -> Machine:
+    """The devices with all of their memory free."""
+    sizes = [torch.cuda.mem_get_info(device)[1] for device in devices.torch_devices]
+    together = tuple(replace(some, free=min(sizes[:count])) for count, some in enumerate(machine.together, 1))
+    return replace(machine, free=min(sizes), together=together)
 
 
-def link_of(devices: Devices, machine: Machine) -> Link:
-    """NVLink where the GPU has it and all reach each other's memory, else PCIe."""
+def link_of(devices: Devices, each: Sequence[Machine]) -> tuple[Link, str | None]:
+    """What a group of these GPUs measured, and when; else NVLink where all have it and reach each other's memory, else PCIe."""
+    if kept := calibration.link_of(kind_of([machine.name for machine in each]), devices.names):
+        return kept
     first, *others = devices.indices
     reached = all(torch.cuda.can_device_access_peer(first, other) for other in others)
-    is_card = "PCIe" in machine.name  # the H100 and A100 for a slot
-    return machine.link if reached and not is_card else LINKS["pcie"]
+    is_card = any("PCIe" in machine.name for machine in each)  # the H100 and A100 for a slot
+    has_nvlink = reached and not is_card and all(machine.link == LINKS["nvlink"] for machine in each)
+    return LINKS["nvlink" if has_nvlink else "pcie"], None
 
 
-def calibrated(name: str, torch_version: str, device: torch.device) -> dict[str, float] | None:
-    """Rates of a GPU: from disk, or measured now and kept. None where that fails, as when its memory is full."""
-    key, kept = f"{name}, torch {torch_version}", read()
-    if is_whole(kept.get(key)):
-        return kept[key]
+def shown(link: Link) -> str:
+    """The name of a link in ``LINKS``."""
+    return next(SHOWN[word] for word, known in LINKS.items() if known == link)
+
+
+def kind_of(names: Sequence[str]) -> str:
+    """What a link is kept under: the kinds of GPUs that it is between."""
+    return " and ".join(sorted(set(names)))
+
+
+def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dict[str, float], str] | None:
+    """Rates of a GPU, and when they were measured: from disk, or now. None where that fails, as when its memory is full."""
+    if kept := calibration.rates_of(name, torch_version):
+        return kept
     try:
         rates = measure(device)
         torch.cuda.empty_cache()  # ComfyUI's process keeps none of it
     except RuntimeError as error:
         logger.info("the rates of %s are assumed: %s", name, first_line(error))
         return None
-    try:
-        CALIBRATION.parent.mkdir(parents=True, exist_ok=True)
-        written = CALIBRATION.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps({**kept, key: rates}, indent=1))
-        written.replace(CALIBRATION)
-    except OSError as error:
-        logger.info("the rates of %s are not kept: %s", name, error)
-    return rates
-
-
-def read() -> dict:
-    """What is kept; nothing where the file is not there or broken."""
-    try:
-        kept = json.loads(CALIBRATION.read_text())
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) else {}
-
-
-def is_whole(rates) -> bool:
-    """Whether rates from disk can be used."""
-    return (
-        isinstance(rates, dict)
-        and set(rates) == set(MEASURED)
-        and all(isinstance(rate, (int, float)) and rate > 0 for rate in rates.values())
-    )
+    calibration.keep_rates(name, torch_version, rates)
+    return rates, calibration.today()
 
 
 def measure(device: torch.device) -> dict[str, float]:

@@ -3,18 +3,24 @@
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.denoise import denoise
+from .cogvideox.step_cache import StepCaches
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable
-from .executor import Executor, StepListener, StopSignal
+from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener, silent
 from .group.client import GroupExecutor
-from .jobs import Job, Report, Result
-from .pieces import cut, join
+from .jobs import Job, Progress, Report, Result, SampleJob, WindowJob
+from .parallel.split import Split
+from .pieces import cut, has_windows_to_share, join
 from .plans import Plan
-from .spread import Pool, Spread
+from .spread import Made, Pool, Spread
 
 
 class ReplicasExecutor(Executor):
@@ -62,12 +68,44 @@ class ReplicasExecutor(Executor):
             raise errors[0]
 
     def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
+        # What a pipeline keeps of a window is where that was predicted.
+        if isinstance(job, SampleJob) and self.plan.pipefusion == 1 and has_windows_to_share(job):
+            return self._share_windows(job, on_step, should_stop)
         return self._spread([job], on_step, should_stop)[0]
 
-    def _run_all(self, jobs: Sequence[Job], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
-        for job in jobs:
-            self.check(job)
+    def load(self, job: SampleJob) -> Report:
+        """See :meth:`Executor.load`: all replicas read at once, and one that cannot is in no other's way."""
+        with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="load") as threads:
+            loading = [threads.submit(replica.load, job) for replica in self.replicas]
+        reports = [one.result() for one in loading if not isinstance(one.exception(), GroupFailure)]
+        return max(reports, key=lambda report: report.load_seconds, default=Report())
+
+    def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         return self._spread(jobs, on_step, should_stop)
+
+    def _make_all(
+        self,
+        jobs: Sequence[SampleJob],
+        decode: DecodeOf,
+        on_video: VideoListener,
+        on_step: StepListener,
+        should_stop: StopSignal,
+    ) -> None:
+        """Each replica decodes what it has sampled, while the others go on. Of a single video the windows are shared, if it has some."""
+        if len(jobs) == 1:
+            super()._make_all(jobs, decode, on_video, on_step, should_stop)
+            return
+        self._closed.clear()
+
+        def follow(number: int, made: list[Made]) -> Job | None:
+            if len(made) == 1:
+                return decode(number, made[0][1])
+            results = [Result(one[1].tensor, self._report([one], spread.notes, one[1].report.run_seconds)) for one in made]
+            on_video(number, *results)
+            return None
+
+        spread = Spread(self._pool, self._names, jobs, self._closed.is_set, follow)
+        spread.run(on_step, should_stop)
 
     def _spread(self, jobs: Sequence[Job], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         """Runs every video of the jobs where a replica is free. Results come in the jobs' order."""
@@ -79,13 +117,45 @@ class ReplicasExecutor(Executor):
         seconds = time.perf_counter() - began
         results, first = [], 0
         for part in pieces:
-            made = [spread.results[number] for number in range(first, first + len(part))]
+            made = [spread.results[number][0] for number in range(first, first + len(part))]
             first += len(part)
             report = self._report(made, spread.notes, seconds if len(part) > 1 else made[0][1].report.run_seconds)
             results.append(Result(join([result.tensor for _, result in made]), report))
         return results
 
-    def _report(self, made: list[tuple[GroupExecutor, Result]], notes: list[str], seconds: float) -> Report:
+    def _share_windows(self, job: SampleJob, on_step: StepListener, should_stop: StopSignal) -> Result:
+        """Does the steps of a long video here, on the CPU, and has each step's windows predicted where a replica is free."""
+        self._closed.clear()
+        checkpoint, spread = Checkpoint.open(job.model.path), None
+        made: list[Made] = []
+        steps: list[float] = []
+        started = began = time.perf_counter()
+
+        def elsewhere(parts: list[torch.Tensor], timestep: int, scale: float) -> list[torch.Tensor]:
+            nonlocal spread
+            negative = job.negative if job.guided else None
+            jobs = [WindowJob(job.model, part.contiguous(), job.positive, timestep, scale, negative) for part in parts]
+            spread = Spread(self._pool, self._names, jobs, self._closed.is_set, after=spread)
+            spread.run(silent, should_stop)
+            results = [spread.results[number][0] for number in range(len(jobs))]
+            made.extend((replica, replace(result, tensor=torch.empty(0))) for replica, result in results)
+            return [result.tensor for _, result in results]
+
+        def mark(progress: Progress, total: int) -> bool:
+            nonlocal began
+            steps.append(time.perf_counter() - began)
+            on_step(progress.step, total)
+            began = time.perf_counter()
+            return not should_stop()
+
+        place = {"device": torch.device("cpu"), "dtype": checkpoint.dtype(job.model.dtype, self.devices.first)}
+        callbacks = {"on_step": mark, "on_window": lambda: not should_stop(), "elsewhere": elsewhere}
+        caches, split = StepCaches(0.0, lambda change: change), Split(place["device"])
+        latent = denoise(None, checkpoint, job, **place, split=split, caches=caches, **callbacks)
+        report = self._report(made, spread.notes, time.perf_counter() - started)
+        return Result(latent, replace(report, step_seconds=tuple(steps)))
+
+    def _report(self, made: list[Made], notes: list[str], seconds: float) -> Report:
         """What one job cost; a rank that had no part in it used no memory for it."""
         reports = [result.report for _, result in made]
         peaks: list[int] = []

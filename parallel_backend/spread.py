@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from .errors import Cancelled, GroupFailure
 from .executor import StepListener, StopSignal, steps_of
 from .group.client import GroupExecutor
-from .jobs import Job, Result
+from .jobs import Job, Result, SampleJob
 from .paces import Paces
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
 LEAVE_SECONDS = 30.0
 """A caller that leaves waits so long for its pieces to stop; they go on stopping without it."""
+
+
+Made = tuple[GroupExecutor, Result]
+"""What a replica made, and which."""
+Follow = Callable[[int, list[Made]], Job | None]
+"""What follows from a piece's jobs so far: the next one, or None. Asked in the thread of the replica that made the last."""
 
 
 class Pool:
@@ -60,19 +66,35 @@ class Spread:
         names: of each replica, for a person.
         jobs: to run, a piece each.
         has_closed: whether the executor was closed meanwhile.
+        after: an earlier call of the same work, whose losses and paces count for this one too.
+        follow: what the same replica does next for a piece; what a piece that is followed up has made is not kept.
     """
 
-    def __init__(self, pool: Pool, names: dict[GroupExecutor, str], jobs: Sequence[Job], has_closed: StopSignal):
+    def __init__(
+        self,
+        pool: Pool,
+        names: dict[GroupExecutor, str],
+        jobs: Sequence[Job],
+        has_closed: StopSignal,
+        follow: Follow | None = None,
+        *,
+        after: "Spread | None" = None,
+    ):
         self.pool = pool
         self.names = names
-        self.jobs = jobs
+        self.jobs = list(jobs)
         self.has_closed = has_closed
-        self.results: dict[int, tuple[GroupExecutor, Result]] = {}
-        self.notes: list[str] = []
+        self.follow = follow
+        self.results: dict[int, list[Made]] = {}
+        """Of each piece that is done."""
+        self._made: list[list[Made]] = [[] for _ in jobs]
+        """Of each piece that is not; one that a replica was lost with goes on from there."""
+        self.notes: list[str] = after.notes if after else []
+        self._total = steps_of(self.jobs)
         self._waiting = deque(range(len(jobs)))
         self._steps: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-        self._lost: set[GroupExecutor] = set()
-        self._paces = Paces()
+        self._lost: set[GroupExecutor] = after._lost if after else set()
+        self._paces = after._paces if after else Paces()
         self._stop = threading.Event()
         self._error: Exception | None = None
         self._lock = threading.Lock()
@@ -95,17 +117,17 @@ class Spread:
         if self._error:
             raise self._error
         if len(self.results) < len(self.jobs):
-            raise Cancelled(f"stopped with {len(self.results)} of {len(self.jobs)} videos done")
+            raise Cancelled(f"stopped with {len(self.results)} of {len(self.jobs)} pieces done")
 
     def _listen(self, threads: list[threading.Thread], on_step: StepListener, should_stop: StopSignal) -> None:
         """Tells steps of all pieces together until the threads have ended."""
-        done, total = dict.fromkeys(range(len(self.jobs)), 0), steps_of(self.jobs)
+        done = dict.fromkeys(range(len(self.jobs)), 0)
         while True:
             ended = not any(thread.is_alive() for thread in threads)  # before the look: what they said is heard then
             try:
                 number, step = self._steps.get(timeout=0 if ended else POLL_SECONDS)
                 done[number] = step
-                on_step(sum(done.values()), total)
+                on_step(sum(done.values()), self._total)
             except queue.Empty:
                 if ended:
                     return
@@ -136,9 +158,7 @@ class Spread:
     def _try(self, number: int, replica: GroupExecutor) -> None:
         lost, loading = False, None
         try:
-            result = replica.run(self.jobs[number], lambda step, _: self._steps.put((number, step)), self._is_stopping)
-            self.results[number] = replica, result
-            loading = result.report.load_seconds
+            loading = self._run(number, replica)
         except GroupFailure as error:
             lost = not replica.is_there()  # else the job is what fails, and would fail anywhere
             if lost:
@@ -156,6 +176,18 @@ class Spread:
                 replica.close()  # it may just have been started again
             self.pool.give_back(replica, lost=lost)
 
+    def _run(self, number: int, replica: GroupExecutor) -> float:
+        """Runs a piece, and what follows from it. Returns the seconds that were spent on loading."""
+        loading, job, made = 0.0, self.jobs[number], self._made[number]
+        while job is not None:
+            result = replica.run(job, lambda step, _: self._steps.put((number, step)), self._is_stopping)
+            loading += result.report.load_seconds
+            made.append((replica, result))
+            job = self.jobs[number] = self.follow(number, made) if self.follow else None
+        self.results[number] = made if self.follow is None else []
+        self._made[number] = []
+        return loading
+
     def _give_up(self, number: int, replica: GroupExecutor, error: GroupFailure) -> None:
         """Goes on without a replica."""
         with self._lock:
@@ -167,7 +199,8 @@ class Spread:
             return
         self.notes.append(f"{self.names[replica]} was lost, and the others do its work: {error.summary}")
         logger.warning(self.notes[-1])
-        self._steps.put((number, 0))
+        if isinstance(self.jobs[number], SampleJob):
+            self._steps.put((number, 0))
 
     def _fail(self, error: Exception) -> None:
         with self._lock:

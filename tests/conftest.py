@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch: threads that spin as long as they do by default make a test fifty times slower beside another program.
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from parallel_backend.__main__ import main
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import LIKES, build
 from parallel_backend.cogvideox.text import TextEncoder
@@ -214,6 +216,27 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=600,
     )
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., Done]:
+    """Runs a command in this process: importing torch anew takes longer than what most of them do."""
+
+    def run_main(*arguments) -> Done:
+        capsys.readouterr()
+        status = main(list(map(str, arguments)))
+        return Done(status, *capsys.readouterr())
+
+    return run_main
 
 
 def workers() -> list[int]:

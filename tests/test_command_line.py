@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import imageio.v3 as iio
 import numpy as np
@@ -16,33 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel_backend import inputs
+from parallel_backend import commands, inputs
 from parallel_backend.__main__ import build_parser, main
 from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.errors import RequestError
 
-from .conftest import REPO, TOLERANCE, command, wait_until, workers
+from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
 from .measures import look
-
-
-@dataclass
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., Done]:
-    """Runs a command in this process: importing torch anew takes longer than what most of them do."""
-
-    def run_main(*arguments) -> Done:
-        capsys.readouterr()
-        status = main(list(map(str, arguments)))
-        return Done(status, *capsys.readouterr())
-
-    return run_main
 
 
 def generate(run, checkpoint, output, *more):
@@ -101,6 +80,52 @@ def test_a_file_of_prompts_and_a_count_of_seeds_become_numbered_videos_over_repl
     found, expected = (load_file(tmp_path / f"{name}.latent")["latent_tensor"] for name in ("out-4", "alone"))
     assert (found - expected).abs().max() <= TOLERANCE
     assert wait_until(lambda: not workers(), 10)
+
+
+@pytest.fixture
+def four(run, checkpoints, tmp_path) -> Callable[[], Done]:
+    """Makes four small videos, ``out-1.mp4`` and so on."""
+    small = ("--width", 32, "--height", 32, "--frames", 5, "--steps", 2, "--devices", "cpu", "--count", 4)
+    return lambda: run("generate", "--model", checkpoints["5b"], "--prompt", "x", *small, "--output", tmp_path / "out.mp4")
+
+
+def test_a_video_is_written_while_the_next_ones_are_made(four, tmp_path, monkeypatch):
+    there = {}
+    monkeypatch.setattr(commands, "show_step", lambda step, _: there.update({step: (tmp_path / "out-1.mp4").exists()}))
+    assert four().returncode == 0
+    assert (there[1], there[7]) == (False, True)  # one is written, one may wait, and the fourth would be one too many
+    assert len(list(tmp_path.glob("out-*.mp4"))) == 4
+
+
+def test_a_video_that_cannot_be_written_ends_the_others(four, monkeypatch):
+    def full(path, *others, **settings):
+        raise RequestError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(commands.video, "save_or_rescue", full)
+    done = four()
+    assert done.returncode == 2 and "out-1.mp4: No space left on device" in done.stderr
+    assert "step 8/8" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "more, jobs, pieces",
+    [
+        ((), 1, None),
+        (("--window", 17, "--overlap", 8), 4, "windows"),
+        (("--window", 17, "--overlap", 8, "--count", 2), 2, None),
+    ],
+)
+def test_the_planner_is_told_what_replicas_can_share(more, jobs, pieces, run, checkpoints, tmp_path, monkeypatch):
+    asked = {}
+
+    def resolve(plan, devices, **wants):
+        asked.update(wants)
+        raise RequestError("that is enough")
+
+    monkeypatch.setattr(commands, "resolve", resolve)
+    size = ("--width", 32, "--height", 32, "--frames", 49, "--output", tmp_path / "x.mp4")
+    assert run("generate", "--model", checkpoints["5b"], "--prompt", "x", *size, *more).returncode == 2
+    assert (asked["jobs"], asked.get("pieces")) == (jobs, pieces)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +372,8 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
 
 
 def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
-    asked = ("plan", "--model", checkpoints["5b"], "--gpus", 2, "--gpu", "4090", "--width", 64, "--height", 48, "--frames", 9)
+    size = ("--width", 2048, "--height", 2048, "--frames", 97)  # for less the small model is not worth two GPUs
+    asked = ("plan", "--model", checkpoints["5b"], "--gpus", 2, "--gpu", "4090", *size)
     done = run(*asked, "--cfg", 1, "--link", "nvlink", "--fp8", "linears", "--json")
     found = json.loads(done.stdout)
     assert (found["gpu"], found["plan"], [each["plan"] for each in found["plans"]]) == (
@@ -356,6 +382,11 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
         ["ulysses2", "pipefusion2", "ring2"],
     )
     assert [each["exact"] for each in found["plans"]] == [True, False, True]
+    several = json.loads(run(*asked, "--cfg", 1, "--count", 4, "--json").stdout)
+    assert (
+        several["plan"] == "replicas2" and several["plans"][0]["total_step_seconds"] == 2 * several["plans"][0]["step_seconds"]
+    )
+    assert "4 videos" in several["reason"] and run(*asked, "--count", 0).returncode == 2
     assert all(each["fits"] and each["step_seconds"] > 0 and each["peak_memory"] > 0 for each in found["plans"])
     assert found["reason"].startswith("ulysses2 is predicted at ")
     wrong = run("plan", "--model", checkpoints["5b"], "--gpu", "GTX 970")
@@ -373,7 +404,12 @@ def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkp
         done = generate(run, checkpoints["5b"], tmp_path / "out.mp4", "--plan", "cfg2", "--devices", "cpu:2")
         assert done.returncode == 0 and "using the group that serve keeps" in caplog.text
         (group,) = json.loads(run("status", "--json").stdout)["groups"]
-        assert (group["plan"], group["devices"], group["jobs"], group["loads"]) == ("cfg2", "cpu:2", 2, 2)
+        assert (group["plan"], group["devices"], group["jobs"], group["loads"]) == (
+            "cfg2",
+            "cpu:2",
+            3,
+            2,
+        )  # load, sample, decode
         assert "cfg2 on cpu:2: ready" in run("status").stdout
         assert "ended" in run("stop").stdout
         assert server.wait(60) == 0

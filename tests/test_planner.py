@@ -1,30 +1,31 @@
 """The planner predicts by arithmetic: held to operations counted, to what two H100s measured, and to what fits."""
 
 import json
+import os
 from dataclasses import replace
-from statistics import median
+from datetime import date
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from parallel_backend import machines
+from benchmarks.plans_table import MARKS, PAGE, as_measured, choices, measured, tables
+from parallel_backend import calibration, machines
 from parallel_backend.backend import machine_of, resolve
 from parallel_backend.bench.table import operations, text_states
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.memory import transformer_bytes, working_bytes
 from parallel_backend.cogvideox.work import work_of, work_of_job
-from parallel_backend.costs import CPU, predict, weight_bytes
+from parallel_backend.costs import CPU, Link, predict, weight_bytes
 from parallel_backend.costs import working_bytes as planned_bytes
 from parallel_backend.devices import Devices
+from parallel_backend.group.worker import remember
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.planner import assumed, choose, predictions
 from parallel_backend.plans import Plan
 
-from .conftest import REPO
-
 H100, GIB = machines.KNOWN["H100"], 2**30
-PCIE = replace(H100, link=machines.LINKS["pcie"])
+PCIE, L40 = replace(H100, link=machines.LINKS["pcie"]), machines.KNOWN["L40"]
 PLANS = [
     "single",
     "cfg2",
@@ -59,29 +60,12 @@ def test_operations_and_bytes_are_those_that_the_benchmark_and_the_engine_count(
         assert planned_bytes(plan, work) == pytest.approx(working_bytes(job, checkpoint, plan, dtype), rel=0.01)
 
 
-def measured() -> list[dict]:
-    """Our rows of two H100s."""
-    rows = json.loads((REPO / "benchmarks/results/h100x2.json").read_text())
-    return [row for row in rows if row["name"] == "ours" and row["precision"] in ("lossless", "fp8", "fp8-all")]
+ROWS = measured("h100x2.json")
 
 
-def as_measured(row: dict):
-    """The work of a row, and an H100 with the rates of that run: attention's follow the products'."""
-    rows = json.loads((REPO / "benchmarks/results/h100x2.json").read_text())
-    faster = median(each["peak_tflops"] for each in rows) * 1e12 / H100.matrix
-    rates = {name: getattr(H100, name) * faster for name in ("matrix", "attention", "attention_fp16")}
-    fp8 = {"lossless": "off", "fp8": "linears", "fp8-all": "all"}[row["precision"]]
-    work = replace(assumed(48 if row["model"] == "5b" else 30, row["cfg"] > 1), fp8=fp8)
-    if fp8 != "off":
-        work = replace(work, matrices=work.matrices - 12 * work.layers * work.features**2)
-    if row["model"] == "2b" and row["dtype"] == "auto":
-        work = replace(work, dtype="fp16")
-    return work, replace(H100, **rates)
-
-
-@pytest.mark.parametrize("row", measured(), ids=lambda row: f"{row['model']}-{row['dtype']}-{row['plan']}-{row['precision']}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']}-{row['dtype']}-{row['plan']}-{row['precision']}")
 def test_predictions_are_within_15_percent_of_measured_seconds_and_10_of_memory(row):
-    found = predict(Plan.parse(row["plan"]), *as_measured(row))
+    found = predict(Plan.parse(row["plan"]), *as_measured(row, "h100x2.json"))
     assert found.seconds == pytest.approx(row["seconds_per_step"], rel=0.15)
     assert found.peak / GIB == pytest.approx(row["peak_gib"], rel=0.10)
 
@@ -92,10 +76,10 @@ def test_predictions_are_within_15_percent_of_measured_seconds_and_10_of_memory(
         (H100, 1, True, "single"), (H100, 2, True, "cfg2"), (H100, 3, True, "ulysses3"), (H100, 4, True, "cfg2-ulysses2"),
         (H100, 8, True, "cfg2-ulysses4"), (H100, 2, False, "ulysses2"), (H100, 3, False, "ulysses3"),
         (H100, 4, False, "ulysses4"), (H100, 8, False, "ulysses8"),
-        (PCIE, 1, True, "single"), (PCIE, 2, True, "cfg2"), (PCIE, 3, True, "ulysses3"), (PCIE, 8, True, "cfg2-ulysses4"),
+        (PCIE, 1, True, "single"), (PCIE, 2, True, "cfg2"), (PCIE, 8, True, "cfg2-ulysses4"),
         (PCIE, 4, False, "ulysses4"), (PCIE, 8, False, "ulysses8"),
         # two ranks send as much with either, and a ring hides half of it
-        (PCIE, 2, False, "ring2"), (PCIE, 4, True, "cfg2-ring2"),
+        (L40, 2, False, "ring2"), (L40, 4, True, "cfg2-ring2"), (L40, 3, True, "ulysses3"),
         (CPU, 2, True, "cfg2"), (CPU, 4, True, "cfg2-ulysses2"), (CPU, 2, False, "ulysses2"), (CPU, 4, False, "ulysses4"),
     ],
 )  # fmt: skip
@@ -103,6 +87,75 @@ def test_auto_takes_the_fastest_by_link_and_guidance(machine, world, guided, exp
     plan, reason = choose(heads=48, world_size=world, guided=guided, machine=machine)
     assert str(plan) == expected
     assert "\n" not in reason and "predicted " in reason
+
+
+@pytest.mark.parametrize(
+    "machine, heads, world, expected, words",
+    [
+        # what seven ranks can be is one long ring
+        (H100, 48, 7, "cfg2-ulysses3", "cfg2-ulysses3 on 6 of 7 devices is predicted at 0.27 s a step, ring7 on all at 0.60 s; more"),
+        (PCIE, 48, 3, "cfg2", "cfg2 on 2 of 3 devices is predicted at "),
+        # an assumed link may be faster than is assumed, and a group on all devices measures it
+        (PCIE, 48, 8, "cfg2-ulysses4", "cfg2-ulysses4 is predicted at "),
+        (replace(PCIE, knows_link=True), 48, 8, "cfg2", "cfg2 on 2 of 8 devices is predicted at 0.62 s a step, cfg2-ulysses4 on all"),
+        (replace(H100, knows_link=True), 30, 8, "cfg2-ulysses3", "cfg2-ulysses3 on 6 of 8 devices is predicted at "),
+        (replace(PCIE, link=replace(PCIE.link, bandwidth=2e8)), 48, 8, "cfg2", "cfg2 on 2 of 8 devices is predicted at "),
+        (replace(PCIE, knows_seconds=False), 48, 3, "ulysses3", "ulysses3 is predicted to take least, "),
+    ],
+)  # fmt: skip
+def test_fewer_devices_are_chosen_where_more_would_be_slower_and_the_reason_says_so(machine, heads, world, expected, words):
+    plan, reason = choose(heads=heads, world_size=world, machine=machine)
+    assert (str(plan), reason.startswith(words)) == (expected, True), reason
+    assert ("more devices do not make it faster" in reason) == (plan.world_size < world)
+
+
+@pytest.mark.parametrize(
+    "jobs, batch, expected, words",
+    [
+        (1, 1, "cfg2-ulysses2", " s a step, ulysses4 at "),
+        (2, 1, "replicas2-cfg2", " s a step of all 2 videos, cfg2-ulysses2 at "),
+        (3, 1, "cfg2-ulysses2", " s a step of all 3 videos, ulysses4 at "),  # a fourth replica would do nothing
+        (8, 1, "replicas2-cfg2", " s a step of all 8 videos, "),
+        (1, 2, "replicas2-cfg2", " s a step of all 2 videos, cfg2-ulysses2 at "),  # a batch is shared too
+    ],
+)
+def test_videos_are_shared_by_replicas_where_all_are_done_sooner(jobs, batch, expected, words):
+    work = assumed(48, True)
+    plan, reason = choose(heads=48, world_size=4, machine=H100, work=replace(work, prompts=2 * batch), jobs=jobs)
+    assert (str(plan), words in reason) == (expected, True), reason
+    assert choose(heads=48, world_size=4, machine=H100, work=work, jobs=jobs, spread=False)[0] == Plan(cfg=2, ulysses=2)
+
+
+def test_what_replicas_share_is_named():
+    words = choose(heads=48, world_size=4, machine=H100, jobs=4, pieces="windows")[1]
+    assert words.startswith("replicas2-cfg2 is predicted at 1.23 s a step of all 4 windows, cfg2-ulysses2 at 1.52 s")
+
+
+def test_replicas_have_room_for_one_video_each_and_as_many_as_are_busy_to_the_end():
+    work = replace(assumed(48, True), prompts=2 * 5)
+    found = {str(each.plan): each for each in predictions(work, H100, 4)}
+    alone = predict(Plan(), assumed(48, True), H100)
+    assert (found["replicas3"].rounds, found["replicas3"].peak) == (2, alone.peak)  # 2 + 2 + 1: a fourth changes nothing
+    assert found["replicas3"].total == 2 * alone.seconds and "replicas4" not in found
+    small = replace(H100, free=16 * GIB)
+    fits = {str(each.plan): each.fits for each in predictions(work, small, 2)}
+    assert not fits["cfg2"] and fits["replicas2"]
+
+
+def test_a_slow_or_full_device_is_left_out_where_it_holds_the_others_up():
+    slow = replace(L40, free=40 * GIB, per_machine=2)
+    fast = replace(H100, free=70 * GIB, per_machine=1)
+    machine = replace(slow, together=(fast, slow), link=H100.link)
+    plan, reason = choose(heads=48, world_size=2, machine=machine)
+    assert plan == Plan() and reason.startswith("single on 1 of 2 devices is predicted at 1.23 s a step, cfg2 on all at 3.25 s")
+    full = replace(H100, free=10 * GIB)
+    plan, _ = choose(heads=48, world_size=2, machine=replace(full, together=(H100, full)))
+    assert plan == Plan(cfg=2, fsdp=2)  # which fits where a whole model does not, and is faster than the free one alone
+
+
+@pytest.mark.parametrize("choice", choices(), ids=lambda choice: f"{choice.machine}-{choice.model}")
+def test_the_choice_is_within_3_percent_of_the_fastest_plan_that_was_measured(choice):
+    assert len(choice.others) >= 2 and choice.over <= 1.03
 
 
 def test_the_reason_says_what_was_predicted():
@@ -156,24 +209,50 @@ def test_resolve_predicts_for_the_work_it_is_given(checkpoints):
 def measure(tmp_path, monkeypatch) -> list:
     """What is measured, with a file of its own to be kept in."""
     taken = []
-    monkeypatch.setattr(machines, "CALIBRATION", tmp_path / "new" / "rates.json")
-    monkeypatch.setattr(machines, "measure", lambda device: taken.append(device) or dict.fromkeys(machines.MEASURED, 7e12))
+    monkeypatch.setattr(calibration, "FILE", tmp_path / "new" / "rates.json")
+    monkeypatch.setattr(machines, "measure", lambda device: taken.append(device) or dict.fromkeys(calibration.RATES, 7e12))
     return taken
 
 
 def test_rates_are_measured_once_for_a_gpu_and_a_torch_and_read_again(measure):
     for name, torch_version in [("H100", "2.13"), ("H100", "2.13"), ("H100", "2.14"), ("A100", "2.13"), ("H100", "2.13")]:
-        assert machines.calibrated(name, torch_version, "cuda:0")["matrix"] == 7e12
+        rates, when = machines.calibrated(name, torch_version, "cuda:0")
+        assert rates["matrix"] == 7e12 and when == date.today().isoformat()
     assert len(measure) == 3
 
 
-@pytest.mark.parametrize("broken", ["", "{", "[]", '{"H100, torch 2.13": {"matrix": -1}}', '{"H100, torch 2.13": 3}'])
-def test_broken_rates_are_measured_anew(measure, broken):
-    machines.CALIBRATION.parent.mkdir()
-    machines.CALIBRATION.write_text(broken)
-    for _ in range(2):
-        assert machines.calibrated("H100", "2.13", "cuda:0")["matrix"] == 7e12
-    assert len(measure) == 1
+KEPT = {"version": 2, "rates": {}, "links": {}}
+OF_H100 = {"matrix": 1e12, "attention": 1e12, "bandwidth": 1e12, "measured": "2026-01-02"}
+
+
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        ("", "cannot be read and is measured anew"), ("{", "cannot be read"), ("[]", "is of another version"),
+        (json.dumps({"H100, torch 2.13": OF_H100}), "is of another version"), (json.dumps(KEPT | {"links": 3}), "is broken"),
+        (json.dumps(KEPT | {"links": {"H100": 3}}), "is broken"),
+        (json.dumps(KEPT | {"rates": {"H100, torch 2.13": OF_H100 | {"matrix": -1}}}), None),
+        (json.dumps(KEPT | {"rates": {"H100, torch 2.13": 3}}), None),
+    ],
+)  # fmt: skip
+def test_what_is_kept_and_broken_or_of_another_version_is_said_in_one_line_and_measured_anew(measure, caplog, broken, said):
+    calibration.FILE.parent.mkdir()
+    calibration.FILE.write_text(broken)
+    assert machines.calibrated("H100", "2.13", "cuda:0")[0]["matrix"] == 7e12
+    assert all(said in message and "\n" not in message for message in caplog.messages) if said else not caplog.messages
+    caplog.clear()
+    assert machines.calibrated("H100", "2.13", "cuda:0")[0]["matrix"] == 7e12
+    assert len(measure) == 1 and not caplog.messages
+
+
+def test_what_a_group_measured_is_kept_for_its_gpus_and_for_some_of_them(measure):
+    calibration.keep_link("H100", ["1", "0", "2", "3"], Link(9e9, 3e-5))
+    calibration.keep_link("H100", ["0", "1"], Link(8e9, 2e-5))
+    calibration.keep_rates("H100", "2.13", dict.fromkeys(calibration.RATES, 1e12))
+    assert calibration.link_of("H100", ["1", "0"])[0] == Link(8e9, 2e-5)
+    assert calibration.link_of("H100", ["2", "1"])[0] == Link(9e9, 3e-5)
+    assert calibration.link_of("H100", ["4", "1"]) is None and calibration.link_of("A100", ["0", "1"]) is None
+    assert calibration.rates_of("H100", "2.13")[0]["matrix"] == 1e12
 
 
 def test_a_gpu_that_cannot_be_measured_now_is_assumed(measure, monkeypatch):
@@ -182,7 +261,7 @@ def test_a_gpu_that_cannot_be_measured_now_is_assumed(measure, monkeypatch):
 
     monkeypatch.setattr(machines, "measure", full)
     assert machines.calibrated("H100", "2.13", "cuda:0") is None
-    assert not machines.CALIBRATION.exists()
+    assert not calibration.FILE.exists()
 
 
 def test_gpus_are_known_by_a_part_of_their_name():
@@ -201,17 +280,18 @@ def test_messages_between_machines_go_through_the_network():
 
 
 def test_the_page_has_the_predictions_of_this_code():
-    from benchmarks.plans_table import MARKS, PAGE, tables
-
     assert f"{MARKS[0]}\n{tables()}\n{MARKS[1]}" in PAGE.read_text()
 
 
 @pytest.fixture
 def gpus(measure, monkeypatch):
-    """Makes this machine one with GPUs of a name, whose memory can be reached from each other or not."""
+    """Makes this machine one with GPUs of a name or of names, whose memory can be reached from each other or not."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def make(name: str, *, reached: bool = True, free: int = 70 * GIB) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    def make(*names: str, reached: bool = True, free: int = 70 * GIB) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: max(len(names), 2))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[getattr(device, "index", device) % len(names)])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GIB)
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda first, other: reached)
@@ -232,6 +312,59 @@ def test_gpus_that_are_here_are_measured_and_their_link_is_known_by_name_and_rea
     assert (found.name, found.link, found.free, found.per_machine) == (name, machines.LINKS[link], 75 * GIB, 2)
     assert found.matrix == found.attention == found.bandwidth == 7e12 and found.knows_seconds
     assert len(measure) == 1
+
+
+def test_the_link_that_a_group_measured_is_predicted_with_and_said(gpus, monkeypatch, run):
+    name = "NVIDIA H100 80GB HBM3"
+    gpus(name, name)
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    plan = ("plan", "--model", "demo")
+    assert "GPU 1: NVIDIA H100 80GB HBM3, 70.0 of 80.0 GiB free, compute capability 9.0" in run(*plan).stdout
+    assert "(measured here on 20" in run(*plan).stdout and "300 GB/s, 20 us (assumed for NVLink)" in run(*plan).stdout
+    remember(Link(0.0, 1e-5), torch.device("cpu"))
+    assert "(assumed for NVLink)" in run(*plan).stdout
+    remember(Link(1.5e9, 4e-5), torch.device("cuda", 0))
+    said = run(*plan).stdout
+    assert f"link: 1.5 GB/s, 40 us (measured here by a group on {date.today().isoformat()})" in said
+    assert "these GPUs exchange only 1.5 GB/s (measured " in said
+    found = json.loads(run(*plan, "--json").stdout)
+    assert found["link"]["bandwidth"] == 1.5e9 and found["link"]["from"].startswith("measured here by a group on ")
+    assert machines.here(Devices("cuda", (0, 1))).knows_link
+    assert json.loads(calibration.FILE.read_text())["links"][name].keys() == {"4,5"}
+    asked = run(*plan, "--link", "pcie", "--gpu", "L40", "--gpus", 2).stdout
+    assert "(its data sheet)" in asked and "7 GB/s, 30 us (assumed for PCIe, as asked)" in asked and "GPU 1" not in asked
+
+
+def test_unequal_gpus_are_planned_for_as_the_slowest_with_the_fast_ones_first_and_a_warning(gpus, monkeypatch):
+    gpus("NVIDIA L40", "NVIDIA H100 80GB HBM3")
+    rates = {"NVIDIA L40": 1e14, "NVIDIA H100 80GB HBM3": 7e14}
+    measured = {name: (dict.fromkeys(calibration.RATES, rate), "2026-01-02") for name, rate in rates.items()}
+    monkeypatch.setattr(machines, "calibrated", lambda name, torch_version, device: measured[name])
+    devices = machines.fastest_first(Devices("cuda", (0, 1)))
+    assert devices.indices == (1, 0)
+    found = machines.here(devices)
+    assert (found.matrix, found.first(1).matrix, found.first(2).matrix) == (1e14, 7e14, 1e14)
+    assert (found.name, found.link) == ("NVIDIA H100 80GB HBM3 and NVIDIA L40", machines.LINKS["pcie"])
+    plan, used, reason = resolve("auto", "auto", heads=48)
+    assert (plan, used.indices) == (Plan(), (1,)) and "on 1 of 2 devices" in reason
+    assert machines.warnings(Devices("cuda", (0, 1))) == [
+        "unequal GPUs (0 is NVIDIA L40, 1 is NVIDIA H100 80GB HBM3): what splits a step waits for the slowest in every step; "
+        "replicasN does not"
+    ]
+    plan, used, _ = resolve("auto", "auto", heads=48, jobs=2)
+    assert (plan, used.indices) == (Plan(), (1,))  # 2 x 1/7 is less than 1
+
+
+def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatch):
+    gpus("NVIDIA H100 PCIe")
+    calibration.keep_rates("NVIDIA H100 PCIe", torch.__version__, dict.fromkeys(calibration.RATES, 5e14))
+    asked = {"heads": 48, "guided": False, "jobs": 4}
+    assert resolve("auto", "auto", **asked)[0].replicas == 2
+    assert resolve("auto", "auto", **asked, spread=False)[0].replicas == 1
+    group = SimpleNamespace(describe=lambda: {"devices": "0,1", "shared": True})
+    monkeypatch.setattr("parallel_backend.group.address.running", lambda: [group])
+    assert resolve("auto", "auto", **asked)[0].replicas == 1
 
 
 def test_one_gpu_is_not_measured(gpus, measure):

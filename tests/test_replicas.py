@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from parallel_backend import paces
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.windows import Layout
 from parallel_backend.devices import Devices
-from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from parallel_backend.errors import Cancelled, GroupLost, GroupUnavailable, RequestError
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.jobs import DecodeJob, Windows, join_fields, split_fields
+from parallel_backend.jobs import DecodeJob, Model, Result, SampleJob, Windows, join_fields, split_fields
 from parallel_backend.paces import Paces
 from parallel_backend.pieces import cut
 from parallel_backend.plans import Plan
 from parallel_backend.replicas import ReplicasExecutor
+from parallel_backend.spread import Pool, Spread
 
 from .conftest import TOLERANCE, rank_processes, wait_until, workers
 
@@ -95,6 +98,104 @@ def test_a_slow_replica_takes_fewer_and_results_come_in_order(replicas, make_job
     assert len(fast) + len(slow) == 7 and len(fast) > len(slow) > 0
 
 
+def test_videos_are_sampled_and_decoded_where_a_replica_is_free(replicas, make_job, local):
+    jobs = [make_job("5b", size=(48, 48, 5), steps=2, seed=seed) for seed in range(4)]
+    replicas.free()
+    assert replicas.load(jobs[0]).load_seconds > 0
+    assert [one["held"] for one in replicas.status()["replicas"]] == [["transformer"]] * 2
+    loads, made, seen = replicas.status()["loads"], {}, []
+
+    def decode(place: int, sampled: Result) -> DecodeJob:
+        return DecodeJob(jobs[place].model, sampled.tensor)
+
+    def keep(place: int, *results: Result) -> None:
+        made[place] = results
+
+    replicas.make_all(jobs, decode, keep, on_step=lambda *step: seen.append(step))
+    assert seen[-1] == (8, 8) and replicas.status()["loads"] <= loads + 2  # a VAE each
+    for place, job in enumerate(jobs):
+        sampled, decoded = made[place]
+        assert (sampled.report.plan, len(sampled.report.step_seconds)) == ("replicas2", 2)
+        expected = local.decode(decode(place, local.sample(job))).tensor
+        assert (decoded.tensor - expected).abs().max() <= TOLERANCE
+
+
+LONG = {"size": (48, 48, 49), "steps": 3}
+"""A video of 13 latent frames."""
+WINDOWED = [
+    ("5b", {"scheduler": "dpm", "windows": Windows(17, 8), **LONG}),
+    ("5b", {"scheduler": "dpm", "windows": Windows(17, 12, "uniform"), "cfg": 1.0, **LONG}),
+    ("1.5-5b", {"scheduler": "ddim", "windows": Windows(13, 8), "dynamic_cfg": True, **LONG}),
+    ("5b-inp", {"windows": Windows(17, 8), "mask": torch.rand(1, 1, 13, 6, 6).round(), **LONG}),
+]
+
+
+@pytest.mark.parametrize("like, settings", WINDOWED)
+def test_the_windows_of_a_long_video_are_shared(like, settings, replicas, make_job, local, monkeypatch):
+    if "mask" in settings:
+        settings = {**settings, "masked_video": torch.randn(1, 16, 13, 6, 6)}
+    job = make_job(like, **settings)
+    taken = [counted(replica, monkeypatch) for replica in replicas.replicas]
+    seen = []
+    result = replicas.sample(job, on_step=lambda *step: seen.append(step))
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    windows = len(Layout.of(job, Checkpoint.open(job.model.path)).at(0))
+    assert windows > 2 and min(map(len, taken)) > 0 and sum(map(len, taken)) >= 3 * windows
+    assert seen == [(1, 3), (2, 3), (3, 3)] and len(result.report.step_seconds) == 3
+    assert all(result.report.peak_memory) and not result.report.notes
+
+
+def test_a_slow_replica_predicts_fewer_windows(replicas, make_job, local, monkeypatch):
+    job = make_job("5b", windows=Windows(17, 12), **LONG)
+    slow, fast = (counted(replica, monkeypatch, slower=wait) for replica, wait in zip(replicas.replicas, (2.0, 0.0)))
+    result = replicas.sample(job)
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    assert len(fast) > 2 * len(slow) > 0
+
+
+def test_what_has_one_window_or_a_step_cache_is_left_to_one_replica(replicas, make_job, monkeypatch):
+    taken = [counted(replica, monkeypatch) for replica in replicas.replicas]
+    model = Model(str(make_job("5b").model.path), step_cache=0.1)
+    for settings in ({"windows": Windows(81, 8)}, {"windows": Windows(17, 8), "model": model}):
+        replicas.sample(make_job("5b", **LONG, **settings))
+    assert len(taken[0]) + len(taken[1]) == 2
+
+
+class Replica:
+    """One that does nothing, and can be lost on its way."""
+
+    def __init__(self, *, lost_at: type | None = None):
+        self.lost_at, self.ran = lost_at, []
+
+    def run(self, job, on_step, should_stop) -> Result:
+        self.ran.append(type(job))
+        if type(job) is self.lost_at:
+            raise GroupLost("it was killed")
+        return Result(torch.zeros(job.latent.shape))
+
+    def is_there(self) -> bool:
+        return self.lost_at is None
+
+
+def test_a_video_whose_replica_is_lost_while_decoding_is_not_sampled_again(make_job):
+    job = make_job("5b")
+    frail, strong = Replica(lost_at=DecodeJob), Replica()
+    done = []
+
+    def follow(number, made):
+        if len(made) == 2:
+            done.append((number, [where for where, _ in made]))
+            return None
+        return DecodeJob(job.model, made[0][1].tensor)
+
+    names = {frail: "replica 1", strong: "replica 2"}
+    spread = Spread(Pool([frail, strong]), names, [job], lambda: False, follow)
+    spread.run(lambda *step: None, lambda: False)
+    assert done == [(0, [frail, strong])]
+    assert (frail.ran, strong.ran) == ([SampleJob, DecodeJob], [DecodeJob])
+    assert spread.notes == ["replica 1 was lost, and the others do its work: it was killed"]
+
+
 def test_decoding_is_spread_and_state_and_memory_are_of_all(replicas, make_job, local):
     job = DecodeJob(make_job("5b").model, VIDEO)
     assert (replicas.decode(job).tensor - local.decode(job).tensor).abs().max() <= TOLERANCE
@@ -114,7 +215,20 @@ def test_a_cancelled_batch_stops_on_all_replicas_and_they_stay_warm(replicas, ba
     assert len(seen) < 10
 
 
-def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(replicas, batch_of_three, local, monkeypatch):
+def test_a_long_video_goes_on_when_a_replica_is_killed_on_the_way(replicas, make_job, local):
+    job = make_job("5b", windows=Windows(17, 8), **{**LONG, "steps": 6})
+    victim, hurt = replicas.replicas[0], []
+
+    def kill(step: int, total: int) -> None:
+        if step == 3:
+            hurt.append(os.kill(rank_processes(victim.address)[0], signal.SIGKILL))
+
+    result = replicas.sample(job, on_step=kill)
+    assert hurt and (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    assert any("was killed by SIGKILL" in note for note in result.report.notes)
+
+
+def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(replicas, batch_of_three, make_job, local, monkeypatch):
     job = batch_of_three(steps=6)
     replicas.sample(batch_of_three(steps=1))
     victim, survivor = replicas.replicas
@@ -132,6 +246,9 @@ def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(replicas, bat
     (note,) = result.report.notes
     assert note.startswith("replica 1 of 2 (cpu:1) was lost, and the others do its work: ") and "\n" not in note
     assert len(taken) >= 2
+    long = make_job("5b", windows=Windows(17, 8), **LONG)  # nor do they come back for its windows
+    found = replicas.sample(long)
+    assert (found.tensor - local.sample(long).tensor).abs().max() <= TOLERANCE
     alone = replicas.sample(replace(job, latent=job.latent[:1]))  # the one that is there comes first now
     assert not alone.report.notes
 

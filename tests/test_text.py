@@ -1,17 +1,25 @@
 """Prompts become the text states of diffusers' pipeline, padded or cut to the model's limit."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from parallel_backend.cogvideox import checkpoint
+from parallel_backend.cogvideox import checkpoint, memory
+from parallel_backend.cogvideox import text as text_module
 from parallel_backend.cogvideox.checkpoint import Checkpoint
-from parallel_backend.cogvideox.text import TextEncoder
-from parallel_backend.errors import RequestError
+from parallel_backend.cogvideox.text import CPU, TextEncoder, find_place
+from parallel_backend.errors import GroupError, RequestError
+from parallel_backend.local import LocalExecutor
+from parallel_backend.prompts import encode_prompts
 
-from .conftest import TOLERANCE
+from .conftest import NEGATIVE, PROMPT, TOLERANCE
+
+FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
+T5 = 9 * 2**30
+"""Bytes of the encoder's weights in 16 bits, as the tests have it."""
 
 
 @pytest.fixture
@@ -41,3 +49,84 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(encoder, mon
     monkeypatch.setattr(checkpoint, "has_module", lambda name: name != "google.protobuf")
     with pytest.raises(RequestError, match="needs protobuf: pip install protobuf"):
         encoder.tokenize("x")
+
+
+@pytest.fixture
+def roomy(checkpoints, monkeypatch):
+    """A checkpoint with a large encoder, and what each device and the CPU can give, in GiB."""
+    found = Checkpoint.open(checkpoints["5b"])
+    monkeypatch.setattr(Checkpoint, "weight_bytes", lambda self, part, dtype: T5 * dtype.itemsize // 2)
+    monkeypatch.setattr(Checkpoint, "native_dtype", "bf16")
+
+    def place(*free: float, ram: float = 100, beside: float | None = 12, dtype: str = "auto"):
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.index] * 2**30)
+        monkeypatch.setattr(text_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=ram * 2**30))
+        devices = [torch.device("cuda", index) for index in range(len(free))] or [CPU] * 2
+        return find_place(found, devices, dtype, beside=beside and int(beside * 2**30))
+
+    return place
+
+
+def test_text_is_encoded_on_the_gpu_with_most_room_and_beside_the_transformer_where_both_fit(roomy):
+    place = roomy(14, 24)
+    assert (place.device, place.dtype, place.alongside, place.note) == (SECOND, torch.bfloat16, True, None)
+    assert not roomy(14, 23).alongside  # 9 + 0.25 + 12 of 0.9 x 23
+    assert not roomy(14, 24, beside=None).alongside
+    assert roomy(10.3).device == FIRST
+
+
+def test_text_that_no_gpu_has_room_for_is_encoded_on_the_cpu_and_one_line_says_so(roomy):
+    place = roomy(8, 10)
+    assert (place.device, place.dtype, place.alongside) == (CPU, torch.float32, True)
+    assert place.note == "the text is encoded on the CPU: that needs 9.2 GiB and cuda:1 can give 9.0"
+    assert roomy(8, ram=15).dtype == torch.bfloat16  # float32 takes 18
+    assert roomy(8, dtype="fp16").dtype == torch.float16
+
+
+def test_where_there_is_no_gpu_the_transformer_is_read_meanwhile_if_memory_holds_one_on_each_rank(roomy):
+    assert (roomy().device, roomy().note) == (CPU, None)
+    assert roomy().alongside and not roomy(ram=45).alongside  # 18 + 0.25 + 2 x 12 of 0.9 x 45
+
+
+def test_a_gpu_that_runs_out_of_memory_leaves_the_text_to_the_cpu(encoder, monkeypatch, caplog):
+    ids = [encoder.tokenize("a red circle")]
+    expected, encode = encoder.encode(ids), encoder._encode
+
+    def short(token_ids):
+        if encoder.device == FIRST:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(token_ids)
+
+    monkeypatch.setattr(encoder, "_encode", short)
+    encoder.device = FIRST
+    assert torch.equal(encoder.encode(ids), expected)
+    assert caplog.messages == ["the text is encoded on the CPU: cuda:0 ran out of memory"]
+
+
+def test_another_dtype_reads_the_encoder_again(encoder):
+    ids = [encoder.tokenize("a red circle")]
+    expected = encoder.encode(ids)
+    encoder.move(text_module.Place(CPU, torch.bfloat16, alongside=False))
+    found = encoder.encode(ids)
+    assert found.dtype == torch.bfloat16 and 0 < (found.float() - expected).abs().max() < 0.1
+
+
+def test_the_transformer_is_there_once_the_text_is(make_job, texts):
+    job, executor = make_job("5b"), LocalExecutor(CPU)
+    states, loaded = encode_prompts([PROMPT, NEGATIVE, PROMPT], job, Checkpoint.open(job.model.path), executor)
+    assert list(states) == [PROMPT, NEGATIVE] and torch.equal(states[PROMPT], texts["5b"][0])
+    assert loaded.load_seconds > 0 and executor.status()["held"] == ["transformer"]
+    assert executor.sample(job).report.load_seconds < loaded.load_seconds and executor.engine.loads == 1
+
+
+def test_a_transformer_that_cannot_be_read_meanwhile_is_left_to_the_job(make_job, monkeypatch, caplog):
+    job, executor = make_job("5b"), LocalExecutor(CPU)
+
+    def fail(job):
+        raise GroupError("rank 1 failed\nsomewhere")
+
+    monkeypatch.setattr(executor, "load", fail)
+    with caplog.at_level(logging.INFO):
+        states, loaded = encode_prompts([PROMPT], job, Checkpoint.open(job.model.path), executor)
+    assert list(states) == [PROMPT] and loaded.load_seconds == 0
+    assert "the transformer was not read while the text was encoded: rank 1 failed" in caplog.messages

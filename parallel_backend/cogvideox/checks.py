@@ -1,7 +1,7 @@
 """What a checkpoint cannot do, said in one line before anything is loaded."""
 
 from ..errors import RequestError
-from ..jobs import DecodeJob, EncodeJob, Job, SampleJob
+from ..jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
 from ..plans import Plan
 from .checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from .lora import open_all
@@ -32,6 +32,9 @@ def check(checkpoint: Checkpoint, job: Job) -> None:
     Raises:
         RequestError: naming what was given and what fits.
     """
+    if isinstance(job, WindowJob):
+        check_window(checkpoint, job)
+        return
     if not isinstance(job, SampleJob):
         checkpoint.check_vae()
     if isinstance(job, EncodeJob):
@@ -74,6 +77,16 @@ def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
         raise RequestError(
             f"plan '{plan}': windows of the schedule 'uniform' move, so that there is no step before to take keys and values "
             f"from; use the schedule 'static', or plan '{other}'"
+        )
+
+
+def check_window(checkpoint: Checkpoint, job: WindowJob) -> None:
+    """A window of a job that was checked: that it is this checkpoint's."""
+    _, frames, channels, _, _ = job.seen.shape
+    if channels != checkpoint.in_channels or checkpoint.padding_frames(frames):
+        raise RequestError(
+            f"a window has {channels} channels and {frames} frames; {checkpoint.path.name} takes {checkpoint.in_channels} channels "
+            f"and a multiple of {checkpoint.patch_size_t or 1} frames"
         )
 
 

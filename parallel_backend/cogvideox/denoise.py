@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 
 from ..errors import Cancelled
-from ..jobs import Progress, SampleJob
+from ..jobs import Progress, SampleJob, WindowJob
 from . import conditions
 from .checkpoint import Checkpoint
 from .conditions import COMFYUI_TO_DIFFUSERS
@@ -23,6 +23,8 @@ StepCallback = Callable[[Progress, int], bool]
 """Called after each step with what is done and the steps to do; False asks the loop to stop."""
 WindowCallback = Callable[[], bool]
 """Called between the windows of a step; False asks the loop to stop."""
+Elsewhere = Callable[[list[torch.Tensor], int, float], list[torch.Tensor]]
+"""What the windows of a step show, the timestep and the guidance scale, to the predictions of all."""
 
 
 def rotary_tables(checkpoint: Checkpoint, frames: int, height: int, width: int, device: torch.device):
@@ -131,6 +133,7 @@ def denoise(
     caches,
     on_step: StepCallback,
     on_window: WindowCallback,
+    elsewhere: Elsewhere | None = None,
 ) -> torch.Tensor:
     """Runs a job's steps.
 
@@ -142,6 +145,7 @@ def denoise(
         dtype: of latents and text states.
         split: how the work is shared; see :class:`parallel_backend.parallel.split.Split`.
         caches: of the job's windows, from :meth:`parallel_backend.parallel.split.Split.caches`.
+        elsewhere: predicts the windows in the place of ``transformer``, which is None then.
         on_step, on_window: called on every rank after each step, and between its windows; must answer the same on all of them.
     Returns:
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
@@ -173,10 +177,11 @@ def denoise(
         seen = latents if condition is None else torch.cat([latents, condition], dim=2)
         scale = guidance(job, timestep.item(), len(timesteps))
         velocity = torch.zeros_like(latents, dtype=torch.float32)
-        for window in (windows := layout.at(index)):
-            velocity[:, window.frames] += window.weigh(
-                forward(seen[:, window.frames], timestep, scale, cache=caches.of(window.frames))
-            )
+        windows = layout.at(index)
+        parts = [seen[:, window.frames] for window in windows]
+        in_turn = (forward(part, timestep, scale, cache=caches.of(window.frames)) for window, part in zip(windows, parts))
+        for window, predicted in zip(windows, elsewhere(parts, int(timestep), scale) if elsewhere else in_turn):
+            velocity[:, window.frames] += window.weigh(predicted)
             if window is not windows[-1] and not on_window():
                 raise Cancelled(f"stopped after step {index} of {len(timesteps)}")
         if not velocity.isfinite().all():
@@ -190,6 +195,18 @@ def denoise(
     padding = checkpoint.padding_frames(job.latent.shape[2])
     result = rearrange(latents[:, padding:], DIFFUSERS_TO_COMFYUI).float() / checkpoint.scaling_factor
     return result.cpu().contiguous()
+
+
+@torch.inference_mode()
+def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, *, device, dtype, split) -> torch.Tensor:
+    """Runs one window's forward for a loop that is elsewhere; see :func:`predict`."""
+    seen = job.seen.to(device=device, dtype=dtype)
+    prompts = [job.negative, job.positive] if job.guided else [job.positive]
+    text = torch.cat([prompt.expand(len(seen), -1, -1) for prompt in split.share(prompts)]).to(device=device, dtype=dtype)
+    rotary = rotary_tables(checkpoint, seen.shape[1], *seen.shape[3:], device)
+    ofs = None if checkpoint.ofs is None else seen.new_tensor([checkpoint.ofs])
+    about = {"text": text, "rotary": rotary, "ofs": ofs, "split": split, "prompts": len(prompts), "cache": None}
+    return predict(transformer, seen, torch.tensor(job.timestep), job.scale, **about).cpu()
 
 
 def advance(scheduler, velocity, history, timesteps, index, latents, generator, drawn):

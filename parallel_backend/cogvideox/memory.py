@@ -6,7 +6,7 @@ import math
 import torch
 
 from ..costs import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
-from ..jobs import Job, SampleJob
+from ..jobs import Job, SampleJob, WindowJob
 from ..plans import Plan
 from . import fp8 as quantized
 from . import shards, step_cache, vae
@@ -86,16 +86,21 @@ def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, fp8: bool = False
 
 def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
     """Estimated bytes that a job needs beside the weights, on each rank of a plan."""
-    if not isinstance(job, SampleJob):
+    if not isinstance(job, SampleJob | WindowJob):
         return vae.working_bytes(job, dtype)
-    batch, _, _, height, width = job.latent.shape
+    if isinstance(job, WindowJob):
+        batch, frames, _, height, width = job.seen.shape
+        windows = 0
+    else:
+        layout = Layout.of(job, checkpoint)
+        batch, frames, height, width = len(job.latent), layout.length, *job.latent.shape[3:]
+        windows = len(layout.at(0))
     if plan.replicas > 1:
         batch = 1  # each replica has one video at a time
     halves = 2 // plan.cfg if job.guided else 1
-    layout = Layout.of(job, checkpoint)
-    tokens = (checkpoint.tokens(layout.length, height, width) + checkpoint.text_tokens) // plan.sequence
+    tokens = (checkpoint.tokens(frames, height, width) + checkpoint.text_tokens) // plan.sequence
     factor = working_factor(plan) + (step_cache.STATES if job.model.step_cache else 0)
-    factor += len(layout.at(0)) * kept_factor(plan, checkpoint.layers)
+    factor += windows * kept_factor(plan, checkpoint.layers)
     states = int(factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize)
     if plan.fsdp == 1:
         return states

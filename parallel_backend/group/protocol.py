@@ -21,7 +21,15 @@ PART = 4 * 2**20
 MAX_HEADER = 2**20
 LATENTS, PIXELS = 2**30, 8 * 2**30
 """Bytes; a video of 161 frames at 1360x768 is 43 MB as latents and 2 GB as float32 pixels."""
-MAX_TENSORS = {"sample": LATENTS, "decode": LATENTS, "encode": PIXELS, "kept": LATENTS, "done": PIXELS}
+MAX_TENSORS = {
+    "sample": LATENTS,
+    "load": LATENTS,
+    "window": LATENTS,
+    "decode": LATENTS,
+    "encode": PIXELS,
+    "kept": LATENTS,
+    "done": PIXELS,
+}
 """Bytes of tensors in a message of each kind; the others have none."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 """By the name that safetensors has for them."""
@@ -36,7 +44,7 @@ class ProtocolError(ValueError):
 class Message:
     """One message.
 
-    Requests are ``sample``, ``decode``, ``encode``, ``status``, ``free``, ``stop`` and, while a job runs,
+    Requests are ``sample``, ``load``, ``window``, ``decode``, ``encode``, ``status``, ``free``, ``stop`` and, while a job runs,
     ``cancel``. Answers are ``step``, ``kept``, ``done``, ``failed`` and ``cancelled``.
     """
 

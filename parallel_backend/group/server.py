@@ -14,7 +14,7 @@ from .protocol import Message, ProtocolError
 
 logger = logging.getLogger(__name__)
 
-QUEUED = ("sample", "decode", "encode", "free", "stop")
+QUEUED = ("sample", "load", "window", "decode", "encode", "free", "stop")
 
 
 def refusal(error: ProtocolError) -> Message:

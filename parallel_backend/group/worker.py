@@ -16,8 +16,11 @@ from pathlib import Path
 
 import torch
 
+from .. import calibration, machines
 from ..cogvideox import checks, memory
 from ..cogvideox.checkpoint import Checkpoint
+from ..costs import Link
+from ..devices import Devices
 from ..engine import Engine
 from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result, join_fields, split_fields
@@ -63,13 +66,13 @@ class Worker:
         split: the rank's share.
         address: the group's.
         heart: the rank's sign of life.
-        link: bytes a second between the ranks.
+        link: between the ranks, as it was measured.
     """
 
-    def __init__(self, split: GroupSplit, address: GroupAddress, heart: Heart, link: float):
+    def __init__(self, split: GroupSplit, address: GroupAddress, heart: Heart, link: Link):
         self.split = split
         self.link = link
-        slow = slow_link(split.plan, split.device.type, link)
+        slow = slow_link(split.plan, split.device.type, link.bandwidth)
         self.notes = (*split.notes, *([slow] if slow else []))
         self.address = address
         self.engine = Engine(split)
@@ -92,7 +95,8 @@ class Worker:
             "jobs": self.jobs,
             **self.engine.status(),
             "memory": self.memory,
-            "link": self.link,
+            "link": self.link.bandwidth,
+            "latency": self.link.latency,
             "last_error": self.last_error,
         }
 
@@ -156,7 +160,7 @@ class Worker:
 
     def run(self, message: Message, request: Request | None) -> Result | None:
         """This rank's part of a job."""
-        self.engine.together = message.kind == "sample"  # until the engine knows better
+        self.engine.together = message.kind not in ("decode", "encode")  # until the engine knows better
         self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
         job = self.opened(message)
 
@@ -243,6 +247,15 @@ class Worker:
         )  # fmt: skip
 
 
+def remember(link: Link, device: torch.device) -> None:
+    """Keeps the link of a group of GPUs of one machine for the planner. Processes on a CPU share it with whatever else runs."""
+    count = torch.cuda.device_count()
+    if device.type == "cpu" or count < 2 or int(os.environ["WORLD_SIZE"]) != count:
+        return
+    kind = machines.kind_of([torch.cuda.get_device_name(index) for index in range(count)])
+    calibration.keep_link(kind, Devices("cuda", tuple(range(count))).names, link)
+
+
 def main() -> None:
     """Joins the group and works until told to stop."""
     die_with_agent()
@@ -261,7 +274,9 @@ def main() -> None:
         "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)", MEET_SECONDS
     )
     link = split.probe()
-    logger.info("the ranks exchange %.2g GB/s", link / 1e9)
+    logger.info("the ranks exchange %.2g GB/s, and a number in %.0f us", link.bandwidth / 1e9, link.latency * 1e6)
+    if rank == 0:
+        remember(link, device)
     Worker(split, address, heart, link).loop()
     os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
 

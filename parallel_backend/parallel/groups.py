@@ -1,8 +1,9 @@
 """The share of one rank in a process group, on xDiT's groups."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from statistics import median
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from ..cogvideox.shards import Shard
 from ..cogvideox.step_cache import StepCaches
+from ..costs import SLOW_LINK, Link
 from ..jobs import SampleJob
 from ..plans import Plan
 from . import peers, xdit
@@ -26,8 +28,10 @@ IDLE = timedelta(days=365)
 
 PROBE_NUMBERS = {"cpu": 2**20, "cuda": 2**24}
 """Float32 numbers that are exchanged for trial: 4 MiB between processes, 64 MiB between GPUs."""
-SLOW_LINK, SLOWEST_LINK = 2e9, 2e8
-"""Bytes a second between GPUs. A step of CogVideoX-5b at its own size sends 9 GB a rank with ulysses2 and 2 MB with cfg2."""
+PROBES, SHORT_PROBES = 3, 10
+"""Times that those, and single numbers, are exchanged; the median counts."""
+SLOWEST_LINK = SLOW_LINK / 10
+"""Bytes a second that hold up even ``cfg2``."""
 
 
 def slow_link(plan: Plan, kind: str, speed: float) -> str | None:
@@ -65,11 +69,12 @@ class GroupSplit(Split):
         tensor_rank = xdit.tensor_group().rank_in_group
         self.shard = Shard(plan.tensor, tensor_rank, plan.fsdp, self.mesh.get_local_rank() if self.mesh else 0)
 
-    def probe(self) -> float:
+    def probe(self) -> Link:
         """Exchanges data over every kind of group once, as a job will, so that a broken link hangs here and not there.
 
         Returns:
-            Bytes a second that the slowest rank sent and received, which are the same in an all-reduce; 0 with nobody to send to.
+            What the slowest rank reached in an all-reduce, where it sends as much as it receives; no bandwidth with nobody
+            to send to.
         """
         tensor = torch.zeros(PROBE_NUMBERS[self.device.type], device=self.device)
         dist.all_reduce(tensor)
@@ -83,13 +88,21 @@ class GroupSplit(Split):
             dist.all_reduce(tensor, group=self.mesh.get_group())
         if self.pipe:
             self.pipe.probe(tensor)
-        self.synchronize()
-        began = time.perf_counter()
-        dist.all_reduce(tensor)
-        self.synchronize()
-        seconds = time.perf_counter() - began
         ranks = self.plan.world_size
-        return min(self.collect(2 * (ranks - 1) / ranks * tensor.nbytes / seconds))
+        lasts = self._median_seconds(lambda: dist.all_reduce(tensor), PROBES)
+        latency = self._median_seconds(lambda: dist.all_reduce(tensor[:1]), SHORT_PROBES)
+        return Link(2 * (ranks - 1) / ranks * tensor.nbytes / lasts, latency)
+
+    def _median_seconds(self, exchange: Callable[[], Any], times: int) -> float:
+        """How long an exchange takes on the slowest rank."""
+        seconds = []
+        for _ in range(times):
+            self.synchronize()
+            began = time.perf_counter()
+            exchange()
+            self.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return max(self.collect(median(seconds)))
 
     def _can_copy(self) -> bool:
         """Whether tokens travel by copies between GPUs."""
