@@ -43,9 +43,8 @@ def choose(
     work, machine = work or assumed(heads, guided), machine or CPU
     found = predictions(work, machine, world_size, jobs=jobs, spread=spread)
     best = pick(found)
-    return best.plan, why(
-        best, found, machine, world_size, f"all {jobs * work.videos} {pieces}" if jobs * work.videos > 1 else ""
-    )
+    many = jobs * work.videos
+    return best.plan, why(best, found, machine, world_size, f"all {many} {pieces}" if many > 1 else "")
 
 
 def assumed(heads: int, guided: bool) -> Work:
@@ -144,7 +143,12 @@ def why(best: Prediction, found: list[Prediction], machine: Machine, world_size:
         return "one device: nothing to split" + (f", predicted at {seconds(best)} a step" if machine.knows_seconds else "")
     step = f"a step of {several}" if several else "a step"
     where = f" on {best.plan.world_size} of {world_size} devices" if fewer else ""
-    others = [each for each in others if each.plan.world_size == world_size] if fewer else alike or others
+    if fewer:
+        others = [each for each in others if each.plan.world_size == world_size]
+    elif best.plan.replicas > 1:
+        others = [each for each in others if each.plan.replicas == 1]
+    else:
+        others = alike or others
     if machine.knows_seconds:
         said = f"{best.plan}{where} is predicted at {seconds(best)} {step}"
         said += f", {others[0].plan}{' on all' if fewer else ''} at {seconds(others[0])}" if others else ""
