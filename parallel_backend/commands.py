@@ -314,6 +314,7 @@ def figures(found: list[Prediction], machine: Machine) -> dict:
             "total_step_seconds": each.total,
             "peak_memory": each.peak,
             "fits": each.fits,
+            "exact": each.plan.is_exact,
         }
         for each in found
     ]

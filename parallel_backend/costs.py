@@ -40,6 +40,8 @@ COMPILED_FACTOR = 8.7
 """What compiled blocks need of ``WORKING_FACTOR``'s 16: 8.3 (5b), 10.7 (2b), 8.5 (``cfg2``) in h100x2.json."""
 EXCHANGED_FACTOR = 5
 """More where tokens are exchanged for attention: ``ulysses2`` of h100x2.json."""
+WORKSPACE = 160 * 2**20
+"""Bytes of cuBLAS and of tables, whatever the size: what the rows of 2b in h100x2.json need more than those of 5b let expect."""
 GATHERED = 3
 """Blocks that are whole at once under ``fsdp``: the one that runs, and the next one, as it arrives and once it is sorted."""
 PATCHES, PATCHES_PER_STAGE = 8, 2
@@ -207,7 +209,7 @@ def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:
     return Prediction(
         plan,
         seconds=computation(plan, work, machine) + waiting,
-        peak=weight_bytes(plan, work) + working_bytes(plan, work, compiled=work.is_compiled(machine)),
+        peak=weight_bytes(plan, work) + working_bytes(plan, work, compiled=work.is_compiled(machine)) + WORKSPACE,
         needed=needed,
         sent=sent,
         fits=machine.free is None or needed <= machine.free * HEADROOM,

@@ -310,6 +310,7 @@ def test_images_and_control_videos_become_a_video(like, more, checkpoints, files
 def test_files_and_models_that_do_not_fit_end_with_2_and_one_line(like, more, words, checkpoints, files, tmp_path, capsys):
     output = tmp_path / "out.mp4"
     arguments = ["generate", "--model", str(checkpoints[like]), "--prompt", "x", "--output", str(output)]
+    capsys.readouterr()  # what making the checkpoint said
     assert main([*arguments, *(files.get(word, word) for word in more)]) == 2
     error = capsys.readouterr().err
     assert re.search(words, error) and len(error.strip().splitlines()) == 1, error
@@ -376,12 +377,8 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
     asked = ("plan", "--model", checkpoints["5b"], "--gpus", 2, "--gpu", "4090", *size)
     done = run(*asked, "--cfg", 1, "--link", "nvlink", "--fp8", "linears", "--json")
     found = json.loads(done.stdout)
-    assert (found["gpu"], found["plan"], [each["plan"] for each in found["plans"]]) == (
-        "4090",
-        "ulysses2",
-        ["ulysses2", "pipefusion2", "ring2"],
-    )
-    assert [each["exact"] for each in found["plans"]] == [True, False, True]
+    assert (found["gpu"], found["plan"]) == ("4090", "ulysses2")
+    assert {each["plan"]: each["exact"] for each in found["plans"]} == {"ulysses2": True, "ring2": True, "pipefusion2": False}
     several = json.loads(run(*asked, "--cfg", 1, "--count", 4, "--json").stdout)
     assert (
         several["plan"] == "replicas2" and several["plans"][0]["total_step_seconds"] == 2 * several["plans"][0]["step_seconds"]
