@@ -6,6 +6,7 @@ its data sheet. PCIe's 7 GB/s, while all GPUs send, is what xDiT's published L40
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -176,14 +177,23 @@ def survey(devices: Devices) -> list[str]:
     return lines
 
 
+MEMORY_GB = os.environ.get("XDIT_MEMORY_GB")
+"""GiB of each GPU that a group's tensors may have; unset, all that is free."""
+
+
 def usable_bytes(device: torch.device) -> int:
     """Bytes that the driver has and that this process holds, which are given up before a job."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return allowed(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+
+def allowed(nbytes: int) -> int:
+    """So many bytes, or what a person leaves a group where that is less."""
+    return min(nbytes, int(float(MEMORY_GB) * GIB)) if MEMORY_GB else nbytes
 
 
 def emptied(machine: Machine, devices: Devices) -> Machine:
     """The devices with all of their memory free."""
-    sizes = [torch.cuda.mem_get_info(device)[1] for device in devices.torch_devices]
+    sizes = [allowed(torch.cuda.mem_get_info(device)[1]) for device in devices.torch_devices]
     together = tuple(replace(some, free=min(sizes[:count])) for count, some in enumerate(machine.together, 1))
     return replace(machine, free=min(sizes), together=together)
 

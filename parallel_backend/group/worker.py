@@ -44,8 +44,6 @@ STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
 """A later step takes at most the greater of this long and so many times the longest before it."""
 IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
 """A group that had nothing to do for so long lets go of its weights; None never does."""
-MEMORY_GB = os.environ.get("XDIT_MEMORY_GB")
-"""GiB of each GPU that a group's tensors may have; unset, all that is free."""
 HOST = os.environ.get("XDIT_HOST")
 """This host, for a person, where a group has several."""
 KEEP_SECONDS = float(os.environ.get("XDIT_KEEP_SECONDS") or 1)
@@ -265,8 +263,8 @@ def main() -> None:
     address = GroupAddress(Path(folder))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
-    if MEMORY_GB and device.type == "cuda":
-        memory.allow(device, int(float(MEMORY_GB) * 2**30))
+    if machines.MEMORY_GB and device.type == "cuda":
+        memory.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
     heart = Heart(address.pulse_file(rank))
     heart.beat("joining the group", START_SECONDS)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank, local_rank=local_rank)
