@@ -72,6 +72,7 @@ def threads_for_ranks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(attention.dist, "barrier", lambda group: group[0].barrier.wait())
     monkeypatch.setattr(attention.dist, "get_process_group_ranks", lambda group: list(range(group[0].size)))
+    monkeypatch.setattr(attention.dist, "get_world_size", lambda group: group[0].size)
 
 
 def attend_on(rank: attention.CopyingUlyssesAttention, states: torch.Tensor, padding: int) -> torch.Tensor:
@@ -127,7 +128,24 @@ def test_tensors_lie_one_after_the_other_where_copies_are_fast():
     assert starts == [0, peers.ALIGNMENT, 2 * peers.ALIGNMENT] and layout.nbytes == 2 * peers.ALIGNMENT + 1280
 
 
-def test_what_is_in_the_way_of_copies_is_named():
+class Deaf(ThreadInbox):
+    """An inbox into which nothing is written, as with a broken link."""
+
+    def __init__(self, group, device, *, nbytes):
+        super().__init__(group, device, nbytes=nbytes)
+        self._rooms = [room if rank == self.rank else room.clone() for rank, room in enumerate(self._rooms)]
+
+
+@pytest.mark.parametrize("kind, words", [(ThreadInbox, None), (Deaf, "does not arrive")])
+def test_it_is_tried_whether_what_is_written_arrives(kind, words, threads_for_ranks, monkeypatch):
+    monkeypatch.setattr(peers, "Inbox", kind)
+    hub = Hub(3)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda rank: peers.trial((hub, rank), torch.device("cpu")), range(3)))
+    assert all(reason is None if words is None else words in reason for reason in found)
+
+
+def test_what_is_in_the_way_of_copies_is_named(monkeypatch):
     def reason(device, places):
         members = range(len(places))
         with pytest.MonkeyPatch.context() as patch:
@@ -137,5 +155,8 @@ def test_what_is_in_the_way_of_copies_is_named():
 
     gpu = torch.device("cuda", 0)
     assert "no copy engines" in reason(torch.device("cpu"), [("a", None), ("a", None)])
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert "NCCL_P2P_DISABLE" in reason(gpu, [("a", 0), ("a", 1)])
+    monkeypatch.delenv("NCCL_P2P_DISABLE")
     assert "several machines" in reason(gpu, [("a", 0), ("b", 0)])
     assert "peer-to-peer" in reason(gpu, [("a", 0), ("a", 2)])

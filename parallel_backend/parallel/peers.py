@@ -4,6 +4,7 @@ NCCL moves data with kernels, which take processors away from attention (benchma
 each rank's room into all others; a copy into it needs none, only a flag that says it has arrived does.
 """
 
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,16 +45,34 @@ def why_not(group, device: torch.device, collect: Callable[[Any], list]) -> str 
     failed = None
     if reason is None:
         try:
-            Inbox(group, device, nbytes=256)
+            failed = trial(group, device)
         except (RuntimeError, AttributeError) as error:  # a container may forbid what torch needs for it
             failed = first_line(error)
     return first(failed) or reason
+
+
+def trial(group, device: torch.device) -> str | None:
+    """Has every rank write to all others once, and says what is wrong with what arrives: on some machines it is not what was sent."""
+    size = dist.get_world_size(group)
+    layout = Layout((((size, ALIGNMENT), torch.uint8),))
+    inbox = Inbox(group, device, nbytes=layout.nbytes)
+    rooms = [room for (room,) in inbox.views(layout)]
+    here = rooms[inbox.rank].zero_()
+    dist.barrier(group)
+    for rank in inbox.others:
+        rooms[rank][inbox.rank].copy_(torch.full_like(here[0], inbox.rank + 1))
+    inbox.announce(0, 0)
+    inbox.await_all(0, 0)
+    right = all(bool((here[rank] == rank + 1).all()) for rank in inbox.others)
+    return None if right else "what one writes does not arrive at the other"
 
 
 def _obstacle(device: torch.device, hosts: tuple[str, ...], indices: tuple[int | None, ...]) -> str | None:
     """What this rank knows of that is in the way."""
     if device.type != "cuda":
         return f"a {device.type} has no copy engines"
+    if os.environ.get("NCCL_P2P_DISABLE") == "1":
+        return "NCCL_P2P_DISABLE is set"
     if len(set(hosts)) > 1:
         return "they are in several machines"
     others = (index for index in indices if index != device.index)
