@@ -43,6 +43,7 @@ class XDiTBackend(io.ComfyNode):
                     min=1,
                     max=1000,
                     optional=True,
+                    extra_dict={"advanced": True},  # the argument of that name is younger than the oldest ComfyUI that will do
                     tooltip="With pipefusionN in the plan: so many steps are exact at first, as slow as on one GPU. The others use "
                     "what other GPUs have made in the step before.",
                 ),
