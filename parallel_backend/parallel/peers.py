@@ -46,7 +46,7 @@ def why_not(group, device: torch.device, collect: Callable[[Any], list]) -> str 
     if reason is None:
         try:
             failed = trial(group, device)
-        except (RuntimeError, AttributeError) as error:  # a container may forbid what torch needs for it
+        except (RuntimeError, AttributeError, TypeError) as error:  # forbidden in a container, or torch is too old
             failed = first_line(error)
     return first(failed) or reason
 
