@@ -90,10 +90,14 @@ def test_a_killed_launcher_takes_its_workers_along_even_a_stopped_one(group, mak
 def test_a_group_burns_nothing_while_it_waits(group, make_job):
     group.sample(make_job("5b", steps=2))
     processes = [psutil.Process(pid) for pid in workers()]
-    before = [sum(process.cpu_times()[:2]) for process in processes]
-    time.sleep(4)
-    after = [sum(process.cpu_times()[:2]) for process in processes]
-    assert sum(after) - sum(before) < 0.8  # of 4 s times the cores
+
+    def burnt(seconds: float) -> float:
+        before = sum(sum(process.cpu_times()[:2]) for process in processes)
+        time.sleep(seconds)
+        return sum(sum(process.cpu_times()[:2]) for process in processes) - before
+
+    # One that spins does so all the time; on a machine with other work the first seconds may have some of the job's end in them.
+    assert any(burnt(4) < 0.8 for _ in range(3))  # of 4 s times the cores
 
 
 def test_an_idle_group_hands_its_memory_back(group, make_job):
