@@ -39,8 +39,6 @@ class Request:
         self._arrived = time.monotonic()
         self._begun = False
         self._lock = threading.Lock()
-        self._outbox: queue.Queue[Callable[[], Message] | None] = queue.Queue()
-        self._sender: threading.Thread | None = None
 
     def begin(self) -> bool:
         """Marks the request as taken from the queue; False when it was cancelled while it waited there."""
@@ -57,42 +55,14 @@ class Request:
         if waiting:
             self.answer(Message("cancelled", {"message": "stopped while waiting in the queue"}))
 
-    def tell(self, make: Callable[[], Message]) -> None:
-        """Sends what is not the last word while the job goes on: a thread makes the messages and sends them, in order."""
-        if self.connection is None:
-            return
-        if self._sender is None:
-            self._sender = threading.Thread(target=self._send_told, name="tell", daemon=True)
-            self._sender.start()
-        self._outbox.put(make)
-
-    @property
-    def has_told(self) -> bool:
-        """Whether all that was told is on its way."""
-        return self._outbox.unfinished_tasks == 0
-
     def answer(self, message: Message) -> None:
-        """Sends the last word, after all that was told."""
-        if self._sender is not None:
-            self._outbox.put(None)
-            self._sender.join()
-            self._sender = None
-        self._send(message)
-
-    def _send_told(self) -> None:
-        while (make := self._outbox.get()) is not None:
-            self._send(make())
-            self._outbox.task_done()
-        self._outbox.task_done()
-
-    def _send(self, message: Message) -> None:
-        """Sends a message; a client that has gone cancels its request instead."""
+        """Sends a message back; a client that has gone cancels its request instead."""
         if self.connection is None:
             return
         try:
             protocol.send(self.connection, message)
         except ProtocolError as error:
-            self._send(refusal(error))
+            self.answer(refusal(error))
         except OSError:
             self.cancelled.set()
 

@@ -9,9 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,7 +72,6 @@ class Worker:
         self.notes = (*split.notes, *([slow] if slow else []))
         self.address = address
         self.engine = Engine(split)
-        self.copying = torch.cuda.Stream(split.device) if split.device.type == "cuda" else None
         self.started = time.time()
         self.state = "ready"
         self.jobs = 0
@@ -177,19 +174,13 @@ class Worker:
             doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
             self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
             if request:
-                if now - kept >= KEEP_SECONDS and request.has_told:
+                if now - kept >= KEEP_SECONDS:
                     kept = now
-                    request.tell(partial(self.kept, progress))
-                request.tell(partial(Message, "step", {"step": progress.step, "steps": steps}))
+                    request.answer(Message("kept", *split_fields(progress)))
+                request.answer(Message("step", {"step": progress.step, "steps": steps}))
             return wanted()
 
         return self.engine.run(job, after_step, wanted)
-
-    def kept(self, progress: Progress) -> Message:
-        """What the caller is to keep of a job, copied from the device beside its next step: nothing writes to it any more."""
-        plain, tensors = split_fields(progress)
-        with nullcontext() if self.copying is None else torch.cuda.stream(self.copying):
-            return Message("kept", plain, {name: tensor.cpu() for name, tensor in tensors.items()})
 
     def opened(self, message: Message) -> Job:
         """The job of a message, checked against this rank's files; with several hosts, against those of every rank.
