@@ -8,7 +8,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,7 +45,9 @@ def jobs(folder: Path) -> Iterator[SampleJob]:
         positive, negative = text_states(Checkpoint.open(path))
         settings = dict(settings)
         latent = empty_latent(width=width, height=height, frames=frames, batch=settings.pop("batch", 1))
-        yield SampleJob(Model(str(path)), positive, latent, negative, steps=STEPS, pipefusion_warmup=STEPS, **settings)
+        yield SampleJob(
+            Model(str(path), dtype="fp32"), positive, latent, negative, steps=STEPS, pipefusion_warmup=STEPS, **settings
+        )
 
 
 def decode_of(job: SampleJob, executor: Executor, latent: torch.Tensor) -> torch.Tensor:
@@ -61,7 +62,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         local = LocalExecutor(torch.device("cpu"))
-        cases = [replace(job, model=replace(job.model, dtype="fp32")) for job in jobs(Path(folder))]
+        cases = list(jobs(Path(folder)))
         expected = [local.sample(job).tensor for job in cases]
         frames = decode_of(cases[0], local, expected[0])
         print("| plan | processes | largest difference of a latent | of decoded frames | s |")

@@ -13,14 +13,13 @@ from parallel_backend.planner import assumed, pick, predictions
 from parallel_backend.plans import Plan
 
 TOKENS_OF_1_5 = 11 * 48 * 85 + 226
-"""Of 1.5-5B at 81x768x1360: 22 latent frames, two to a token, and text."""
+"""Of 1.5-5B at 81x768x1360: 22 latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""
 RESULTS = Path(__file__).parent / "results"
 FP8 = {"lossless": "off", "fp8": "linears", "fp8-all": "all", "bf16": "off", "fp16": "off"}
 """What the benchmark's words for a precision say of FP8; the last two are of an earlier version."""
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
 MARKS = ("<!-- benchmarks/plans_table.py -->\n", "<!-- end -->\n")
-MODELS = {"5b, 49x480x720": assumed(48, True), "1.5-5B, 81x768x1360": replace(assumed(48, True), tokens=45106)}
-"""1.5-5B: 22 latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""
+MODELS = {"5b, 49x480x720": assumed(48, True), "1.5-5B, 81x768x1360": replace(assumed(48, True), tokens=TOKENS_OF_1_5)}
 MACHINES = {
     "H100, NVLink; 40 GB/s a GPU between machines": replace(KNOWN["H100"], network=Link(40e9, 60e-6), knows_link=True),
     "L40, PCIe; 10 GB/s a machine between machines": replace(KNOWN["L40"], network=Link(10e9 / 8, 60e-6), knows_link=True),

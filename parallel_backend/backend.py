@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -81,22 +82,21 @@ def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
     machine = replace(
         machine, can_shard=can_shard, together=tuple(replace(some, can_shard=can_shard) for some in machine.together)
     )
-    if machine.free is None or sys.platform == "win32":
-        return machine
-    from .group.address import running
-
-    held = any(not address.describe()["devices"].startswith("cpu") for address in running())
-    return machines.emptied(machine, devices) if held else machine
+    return machines.emptied(machine, devices) if machine.free is not None and groups_on_gpus() else machine
 
 
 def is_served(devices: Devices) -> bool:
     """Whether ``serve`` keeps a group on some of these devices: replicas would hold their memory beside it."""
-    if sys.platform == "win32" or devices.kind == "cpu":
-        return False
+    return devices.kind != "cpu" and any(group["shared"] for group in groups_on_gpus())
+
+
+def groups_on_gpus() -> list[dict[str, Any]]:
+    """What is said of the person's groups on GPUs of this machine, whoever keeps them."""
+    if sys.platform == "win32":
+        return []
     from .group.address import running
 
-    served = [address.describe() for address in running()]
-    return any(one["shared"] and not one["devices"].startswith("cpu") for one in served)
+    return [found for address in running() if not (found := address.describe())["devices"].startswith("cpu")]
 
 
 def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from parallel_backend import models
 from parallel_backend.__main__ import main
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import LIKES, build
@@ -161,6 +162,15 @@ def make_job(checkpoints, texts, loras, transformer_files) -> Callable[..., Samp
         return SampleJob(model, positive, latent, negative, seed=seed, steps=steps, **settings)
 
     return make
+
+
+def demo_job(width: int, height: int, frames: int, **settings) -> SampleJob:
+    """A job of the demo, whose steps resemble each other: those of random weights change too much."""
+    checkpoint = Checkpoint.open(models.find(models.DEMO))
+    encoder = TextEncoder(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in ("a red circle moves left", NEGATIVE))
+    latent = empty_latent(width=width, height=height, frames=frames)
+    return SampleJob(Model(str(checkpoint.path)), positive, latent, negative, seed=1, scheduler="ddim", **settings)
 
 
 @pytest.fixture(scope="session")

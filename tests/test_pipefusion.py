@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from parallel_backend import models
 from parallel_backend.__main__ import main
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import memory
@@ -15,7 +14,6 @@ from parallel_backend.cogvideox.attention import attend_torch
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.cogvideox.shards import BLOCKS
-from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.costs import Link, patches, predict
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
@@ -29,7 +27,7 @@ from parallel_backend.parallel.split import Split
 from parallel_backend.planner import approximations, assumed, choose
 from parallel_backend.plans import Plan
 
-from .conftest import NEGATIVE, TOLERANCE, MadeWhenAsked, workers
+from .conftest import TOLERANCE, MadeWhenAsked, demo_job, workers
 from .test_sharding import run_plans
 
 PLANS = {2: ["pipefusion2"], 4: ["pipefusion4", "cfg2-pipefusion2", "ulysses2-pipefusion2"]}
@@ -102,13 +100,8 @@ def exact(deep, make_job) -> list[SampleJob]:
 
 @pytest.fixture(scope="module")
 def late() -> SampleJob:
-    """Of the demo, whose steps resemble each other; of 128 tokens, which every plan here cuts alike."""
-    checkpoint = Checkpoint.open(models.find(models.DEMO))
-    encoder = TextEncoder(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
-    positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in ("a red circle moves left", NEGATIVE))
-    latent = empty_latent(width=96, height=64, frames=13)
-    settings = {"seed": 1, "steps": STEPS, "scheduler": "ddim", "pipefusion_warmup": 1}
-    return SampleJob(Model(str(checkpoint.path)), positive, latent, negative, **settings)
+    """Of 128 tokens, which every plan here cuts alike."""
+    return demo_job(96, 64, 13, steps=STEPS, pipefusion_warmup=1)
 
 
 def own_bytes(checkpoint: Checkpoint, blocks: range) -> int:

@@ -6,27 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel_backend import models
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.step_cache import StepCache
-from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
 
-from .conftest import NEGATIVE, TOLERANCE
+from .conftest import TOLERANCE, demo_job
 
 STEPS = 16
 
 
 @pytest.fixture(scope="module")
 def job() -> SampleJob:
-    """Of the demo: random weights change too much from step to step for a cache to be of use."""
-    checkpoint = Checkpoint.open(models.find(models.DEMO))
-    encoder = TextEncoder(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
-    positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in ("a red circle moves left", NEGATIVE))
-    latent = empty_latent(width=64, height=48, frames=17)
-    return SampleJob(Model(str(checkpoint.path)), positive, latent, negative, seed=1, steps=STEPS, scheduler="ddim")
+    """One for which a cache is of use."""
+    return demo_job(64, 48, 17, steps=STEPS)
 
 
 def cached(job: SampleJob, threshold: float, **settings) -> SampleJob:

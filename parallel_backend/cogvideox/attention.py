@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from .kernels import LARGEST, head_scales, quantize
+from .kernels import LARGEST, head_scales, largest_in_heads, quantize
 
 Scales = list[torch.Tensor | None]
 """What queries, keys and values in FP8 are to be multiplied by: one number, one number, one a head ``[batch, heads]``."""
@@ -70,7 +70,7 @@ def bound(norm: torch.nn.LayerNorm) -> torch.Tensor:
 
 def quantize_heads(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``[batch, tokens, heads, head_dim]`` in FP8, and what each head is to be multiplied by, ``[batch, heads]``."""
-    scales = head_scales(states.abs().amax(dim=(1, 3)).float())
+    scales = head_scales(largest_in_heads(states))
     return quantize(states, scales[:, None, :, None]), scales
 
 

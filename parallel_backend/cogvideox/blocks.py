@@ -78,7 +78,7 @@ def fp8_values(values: torch.Tensor, largest, ranks: int) -> tuple[torch.Tensor,
     ``largest`` makes each rank's maxima those of all ranks that have tokens of the sequence.
     """
     compiling = torch.compiler.is_compiling()
-    maxima = kernels.head_maxima(values) if compiling else values.abs().amax(dim=(1, 3)).float()
+    maxima = (kernels.head_maxima if compiling else kernels.largest_in_heads)(values)
     scales = kernels.head_scales(maxima if largest is None else largest(maxima))
     if compiling:
         return kernels.quantize_spread(values, scales, ranks), scales

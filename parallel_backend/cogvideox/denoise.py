@@ -5,7 +5,7 @@ collectives vanish in a plan of ``single``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -87,6 +87,11 @@ def starting_point(
     return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
 
 
+def text_of(prompts: Sequence[torch.Tensor], videos: int) -> torch.Tensor:
+    """States of each prompt for each video, ``[prompts * videos, tokens, features]``."""
+    return torch.cat([prompt.expand(videos, -1, -1) for prompt in prompts])
+
+
 def predict(
     transformer, seen: torch.Tensor, timestep, scale: float, *, text, rotary, ofs, split, prompts: int, cache
 ) -> torch.Tensor:
@@ -160,8 +165,7 @@ def denoise(
     latents = latents.to(device)
     batch, _, _, height, width = latents.shape
     prompts = [job.negative, job.positive] if job.guided else [job.positive]
-    mine = split.share(prompts)
-    text = torch.cat([prompt.expand(batch, -1, -1) for prompt in mine]).to(device=device, dtype=dtype)
+    text = text_of(split.share(prompts), batch).to(device=device, dtype=dtype)
     rotary = rotary_tables(checkpoint, layout.length, height, width, device)
     condition_at = conditions.make(job, checkpoint, latents)
     ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
@@ -202,7 +206,7 @@ def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, *, devic
     """Runs one window's forward for a loop that is elsewhere; see :func:`predict`."""
     seen = job.seen.to(device=device, dtype=dtype)
     prompts = [job.negative, job.positive] if job.guided else [job.positive]
-    text = torch.cat([prompt.expand(len(seen), -1, -1) for prompt in split.share(prompts)]).to(device=device, dtype=dtype)
+    text = text_of(split.share(prompts), len(seen)).to(device=device, dtype=dtype)
     rotary = rotary_tables(checkpoint, seen.shape[1], *seen.shape[3:], device)
     ofs = None if checkpoint.ofs is None else seen.new_tensor([checkpoint.ofs])
     about = {"text": text, "rotary": rotary, "ofs": ofs, "split": split, "prompts": len(prompts), "cache": None}

@@ -94,6 +94,11 @@ def _(states, weight, bias, epsilon, tables, scale, ranks):
     return for_ranks(states, ranks, None if scale is None else FP8)
 
 
+def largest_in_heads(states: torch.Tensor) -> torch.Tensor:
+    """The greatest magnitude in each head of ``[batch, tokens, heads, head_dim]``: ``[batch, heads]`` in float32."""
+    return states.abs().amax(dim=(1, 3)).float()
+
+
 def head_scales(maxima: torch.Tensor) -> torch.Tensor:
     """What numbers of such maxima are to be divided by for e4m3."""
     return maxima.clamp(min=SMALLEST) / LARGEST
@@ -101,7 +106,7 @@ def head_scales(maxima: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("cogvideox_xdit::head_maxima", mutates_args=(), device_types="cuda")
 def head_maxima(states: torch.Tensor) -> torch.Tensor:
-    """The greatest magnitude in each head of ``[batch, tokens, heads, head_dim]``: ``[batch, heads]`` in float32."""
+    """:func:`largest_in_heads`, reading every number once."""
     import triton
 
     from .triton_kernels import head_maxima_kernel
@@ -117,7 +122,7 @@ def head_maxima(states: torch.Tensor) -> torch.Tensor:
 
 @head_maxima.register_kernel("cpu")
 def _(states):
-    return states.abs().amax(dim=(1, 3)).float()
+    return largest_in_heads(states)
 
 
 @head_maxima.register_fake

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 BEAT_SECONDS = 1.0
@@ -53,11 +54,8 @@ class Link:
     def send(self, kind: str, **plain: Any) -> None:
         """Sends a message. That the other host has gone is noticed by who receives."""
         line = json.dumps({"kind": kind, **plain}).encode() + b"\n"
-        with self._sending:
-            try:
-                self._connection.sendall(line)
-            except OSError:
-                pass
+        with self._sending, suppress(OSError):
+            self._connection.sendall(line)
 
     def receive(self) -> dict[str, Any]:
         """The next message that is more than a beat.
@@ -95,22 +93,18 @@ class Link:
     def finish(self) -> None:
         """Says that nothing more comes. What has been sent still arrives, and the other side's end can be received."""
         self._closed.set()
-        try:
+        with suppress(OSError):  # the other side has hung up first
             self._connection.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
 
     def part(self, kind: str, **plain: Any) -> None:
         """Sends a last message and hangs up when the other side has: closing with beats unread would take the message back."""
         self.send(kind, **plain)
         self.finish()
         deadline = time.monotonic() + PART_SECONDS
-        try:
+        with suppress(OSError, ValueError):  # it was cut off, or closed here meanwhile
             self._connection.settimeout(PART_SECONDS)
             while self._lines.readline(MAX_LINE) and time.monotonic() < deadline:
                 pass
-        except (OSError, ValueError):
-            pass
         self.close()
 
     def close(self) -> None:
