@@ -10,6 +10,7 @@ import torch
 from .cogvideox import attention, blocks, fp8, lora, memory, vae, vae_layers, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
+from .cogvideox.rehearsal import Rehearsal
 from .cogvideox.windows import advice
 from .errors import OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
@@ -278,7 +279,9 @@ class Engine:
         self._check_fp8(job.model)
         if mode != "none" and "vae" in self._held:
             self._held["vae"][1].to("cpu")  # its own job brings it back
-        transformer = self._load("transformer", job.model, checkpoint, dtype, (hooks, loras) if hooks else None)
+        compiled = self._wants_compiled(job.model, checkpoint, dtype, mode)
+        rehearsed = job if compiled else None
+        transformer = self._load("transformer", job.model, checkpoint, dtype, (hooks, loras) if hooks else None, rehearsed)
         if self.loads > before:
             self._merged = ()
         self._merge(loras, transformer, checkpoint)
@@ -288,7 +291,6 @@ class Engine:
             transformer.to(self.device)
         if job.model.fp8 == "all" and not attention.uses_flash_3(self.device, dtype):
             self._note("attention is not in FP8: that needs FlashAttention-3 (pip install fa3-fwd), a Hopper GPU and bf16")
-        compiled = self._wants_compiled(job.model, checkpoint, dtype, mode)
         if hooks is None:  # hooks hold on to the forward that they found
             blocks.use(transformer, compiled=compiled)
         self._offload = mode
@@ -299,16 +301,27 @@ class Engine:
         if model.fp8 != "off" and (reason := fp8.missing(self.device)):
             raise RequestError(reason)
 
-    def _read_transformer(self, model: Model, checkpoint: Checkpoint, dtype, in_parts: bool) -> torch.nn.Module:
+    def _read_transformer(
+        self, model: Model, checkpoint: Checkpoint, dtype, in_parts: bool, rehearsed: SampleJob | WindowJob | None
+    ) -> torch.nn.Module:
         """The transformer with this rank's weights, on the device, or on the CPU where they come in parts."""
+        rehearsal: Rehearsal | None = None
 
         def prepare(skeleton: torch.nn.Module) -> None:
+            nonlocal rehearsal
             if model.fp8 != "off":
                 fp8.convert(skeleton)
-            self.split.attach(skeleton, fp8_attention=model.fp8 == "all")
+            sequence = self.split.attach(skeleton, fp8_attention=model.fp8 == "all")
+            if rehearsed and sequence and checkpoint.layers > 2:
+                rehearsal = Rehearsal(skeleton, sequence, rehearsed, checkpoint, self.split, dtype)
 
         home = torch.device("cpu") if in_parts else self.device
-        return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare)
+        try:
+            return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare)
+        finally:
+            if rehearsal:
+                rehearsal.wait()
+                memory.release(self.device)
 
     def _wants_compiled(self, model: Model, checkpoint: Checkpoint, dtype, offload: str) -> bool:
         """Whether the blocks are to run compiled, the same on all ranks; says why not where that was to be expected."""
@@ -366,10 +379,19 @@ class Engine:
             self._note(f"offload was '{self._offload}' for the job before and is '{mode}' for this one")
         return mode
 
-    def _load(self, part: str, model: Model, checkpoint: Checkpoint, dtype, hooks: tuple | None = None) -> torch.nn.Module:
+    def _load(
+        self,
+        part: str,
+        model: Model,
+        checkpoint: Checkpoint,
+        dtype,
+        hooks: tuple | None = None,
+        rehearsed: SampleJob | WindowJob | None = None,
+    ) -> torch.nn.Module:
         """The part, from before or newly read; one with other ``hooks`` is another part.
 
-        Other LoRAs need no other transformer, but where hooks hold the weights that they are in.
+        Other LoRAs need no other transformer, but where hooks hold the weights that they are in. A transformer that is newly read is
+        compiled meanwhile for the job that is ``rehearsed``.
         """
         key = (
             replace(model, loras=(), compile="auto", step_cache=0.0),
@@ -386,7 +408,7 @@ class Engine:
         if part == "vae":
             module = checkpoint.load_vae(dtype)
         else:
-            module = self._read_transformer(model, checkpoint, dtype, in_parts=hooks is not None)
+            module = self._read_transformer(model, checkpoint, dtype, hooks is not None, rehearsed)
         self.loads += 1
         self._held[part] = (key, module)
         return module

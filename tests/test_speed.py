@@ -11,11 +11,14 @@ from parallel_backend.cogvideox import attention, blocks, fp8, kernels
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.errors import RequestError
+from parallel_backend.jobs import LoadJob
 from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.split import Split
 from parallel_backend.parallel.tensor import join_products
+from parallel_backend.parallel.transformer import JointSequence
 
 from .conftest import TOLERANCE
+from .test_sharding import run_plans
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +90,40 @@ def test_the_sum_over_ranks_is_a_part_of_what_is_compiled(can_compile, make_job,
         assert not torch._dynamo.utils.counters["graph_break"]
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("like, settings", [("2b", {"cfg": 1.0}), ("5b", {"cfg": 6.0}), ("1.5-5b", {"batch": 2, "fp8": "linears"})])
+def test_blocks_are_compiled_while_weights_are_read(like, settings, can_compile, make_job):
+    fp8_of = {"fp8": settings.pop("fp8", "off")}
+    job = with_model(make_job(like, size=(80, 48, 9), steps=2, **settings), compile="on", **fp8_of)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    engine, stats = Engine(Split(torch.device("cpu"))), torch._dynamo.utils.counters["stats"]
+    engine.run(LoadJob.of(job))
+    compiled = stats["unique_graphs"]
+    engine.run(job)
+    assert stats["unique_graphs"] == compiled > 0
+
+
+def test_ranks_compile_their_blocks_while_weights_are_read(can_compile, make_job, local, tmp_path):
+    job = make_job("5b", size=(80, 48, 9), steps=2)
+    expected = local.sample(job).tensor
+    job = with_model(job, compile="on")
+    for plan, (made, _, compiled) in run_plans(tmp_path, [LoadJob.of(job), job], 2, ["cfg2", "ulysses2"]).items():
+        assert (made[1] - expected).abs().max() <= TOLERANCE, plan
+        assert compiled[0] == compiled[1] and min(compiled[0]) > 0, plan
+
+
+def test_a_rehearsal_that_fails_is_logged_and_the_job_goes_on(can_compile, make_job, monkeypatch, caplog):
+    def refuse(*args):
+        raise MemoryError("no room")
+
+    job = make_job("5b", steps=2)
+    expected = Engine(Split(torch.device("cpu"))).run(job).tensor
+    monkeypatch.setattr(JointSequence, "rehearse", refuse)
+    made = Engine(Split(torch.device("cpu"))).run(with_model(job, compile="on")).tensor
+    assert (made - expected).abs().max() <= TOLERANCE
+    assert "blocks were not compiled beside the reading of weights, so the first step does it: no room" in caplog.text
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(make_job, monkeypatch):

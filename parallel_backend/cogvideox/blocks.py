@@ -139,6 +139,12 @@ def compiled_forward():
 
 def use(transformer, *, compiled: bool = False) -> None:
     """Gives every block of a transformer this module's forward."""
+    for block in transformer.transformer_blocks.children():
+        use_in(block, compiled=compiled)
+
+
+def use_in(block, *, compiled: bool) -> None:
+    """Gives one block this module's forward."""
     function = compiled_forward() if compiled else forward
 
     def unless_cached(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
@@ -149,8 +155,7 @@ def use(transformer, *, compiled: bool = False) -> None:
         seen = {name: value for name, value in attention_kwargs.items() if name != "cache"}
         return function(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, seen)
 
-    for block in transformer.transformer_blocks.children():
-        block.forward = MethodType(unless_cached, block)
+    block.forward = MethodType(unless_cached, block)
 
 
 @cache

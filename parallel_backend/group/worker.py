@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -53,6 +54,43 @@ def die_with_agent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != int(os.environ[AGENT]):  # it has ended before
         os._exit(1)
+
+
+class Keeping:
+    """Sends a job's state to its caller while the next step is computed. Whoever sends something else waits for it first.
+
+    Args:
+        request: of the caller.
+        device: that the state is on.
+    """
+
+    def __init__(self, request: Request, device: torch.device):
+        self._request = request
+        self._thread = ThreadPoolExecutor(1, "kept")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._sending: Future | None = None
+        self._last = time.monotonic()
+
+    def keep(self, progress: Progress) -> None:
+        """Begins to send the state after a step that the device is done with, when it is time to."""
+        now = time.monotonic()
+        if now - self._last >= KEEP_SECONDS:
+            self._last = now
+            self._sending = self._thread.submit(self._send, progress)
+
+    def _send(self, progress: Progress) -> None:
+        with torch.cuda.stream(self._stream):  # on the step's own a copy would wait until it has ended
+            self._request.answer(Message("kept", *split_fields(progress)))
+
+    def wait(self) -> None:
+        """Waits until what was begun is sent."""
+        if self._sending:
+            self._sending.result()
+            self._sending = None
+
+    def close(self) -> None:
+        """Waits for the thread's end."""
+        self._thread.shutdown()
 
 
 class Worker:
@@ -160,27 +198,31 @@ class Worker:
         job = self.opened(message)
 
         longest, began = 0.0, None
-        kept = time.monotonic()
+        keeping = request and Keeping(request, self.split.device)
 
         def wanted() -> bool:
             return request is None or not request.cancelled.is_set()
 
         def after_step(progress: Progress, steps: int) -> bool:
-            nonlocal longest, began, kept
+            nonlocal longest, began
             now = time.monotonic()
             if began is not None:  # the first loads and warms up
                 longest = max(longest, now - began)
             began = now
             doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
             self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
-            if request:
-                if now - kept >= KEEP_SECONDS:
-                    kept = now
-                    request.answer(Message("kept", *split_fields(progress)))
+            if keeping:
+                keeping.wait()
                 request.answer(Message("step", {"step": progress.step, "steps": steps}))
+                if progress.step < steps:
+                    keeping.keep(progress)
             return wanted()
 
-        return self.engine.run(job, after_step, wanted)
+        try:
+            return self.engine.run(job, after_step, wanted)
+        finally:
+            if keeping:
+                keeping.close()
 
     def opened(self, message: Message) -> Job:
         """The job of a message, checked against this rank's files; with several hosts, against those of every rank.

@@ -14,6 +14,11 @@ BACKEND = "cogvideox"
 """The name our attention function has in xfuser's registry."""
 
 
+def dtype_of_result(query: torch.Tensor) -> torch.dtype:
+    """What attention of such queries is in."""
+    return torch.bfloat16 if query.dtype.itemsize == 1 else query.dtype
+
+
 class UlyssesAttention:
     """Attention in which each rank attends with its share of the heads to everyone's tokens.
 
@@ -31,6 +36,8 @@ class UlyssesAttention:
         """Of the group's processes, in the world."""
         self.whole: attention.Attention | None = None
         self.padding = 0
+        self.rehearses = False
+        """Whether nothing is exchanged, as numbers have no meaning and the other ranks are elsewhere."""
 
     def begin(self, whole: attention.Attention, *, batch: int, padding: int) -> int:
         """Says what a forward is like.
@@ -55,6 +62,8 @@ class UlyssesAttention:
         Returns:
             In the same shape, from each rank its heads.
         """
+        if self.rehearses:
+            return torch.empty_like(query, dtype=dtype_of_result(query))
         ranks, tokens = query.shape[1:3]
         query, key, value = (states.flatten(1, 2) for states in self._exchange(query, key, value))
         valid = slice(ranks * tokens - self.padding)
@@ -66,6 +75,8 @@ class UlyssesAttention:
     @torch.compiler.disable
     def largest(self, maxima: torch.Tensor) -> torch.Tensor:
         """The greatest of all ranks, number by number."""
+        if self.rehearses:
+            return maxima
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
         return maxima
 
@@ -125,6 +136,8 @@ class CopyingUlyssesAttention(UlyssesAttention):
         Returns:
             In the same shape; overwritten in the next block.
         """
+        if self.rehearses:
+            return torch.empty_like(query, dtype=dtype_of_result(query))
         try:
             return self._attend(query, key, value, scales)
         except BaseException:
@@ -133,7 +146,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
         asked = [states.unflatten(1, (self.size, self.pieces)) for states in (query, key, value)]
-        self._make_room(asked, torch.bfloat16 if query.dtype.itemsize == 1 else query.dtype)
+        self._make_room(asked, dtype_of_result(query))
         *arriving, results = self.rooms[self.rank]
         parts = list(product(range(len(query)), range(self.pieces)))
         valid = slice(self.size * query.shape[2] - self.padding)

@@ -94,6 +94,29 @@ class JointSequence:
         transformer.transformer_blocks[-1].register_forward_hook(self._after_last, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
 
+    def rehearse(self, block, latents: torch.Tensor, text: torch.Tensor, rotary, temb: torch.Tensor) -> None:
+        """Runs one block as a forward will, without another rank: numbers have no meaning.
+
+        Args:
+            block: with a forward of :mod:`parallel_backend.cogvideox.blocks`; none of the transformer's own first and last.
+            latents: ``[batch, frames, channels, height, width]``, as the transformer will be given them.
+            text: tokens ``[batch, tokens, features]`` as the first block will be given them.
+            rotary: tables for the video tokens, or None.
+            temb: as every block will be given it.
+        """
+        inputs = {"hidden_states": latents, "encoder_hidden_states": text, "image_rotary_emb": rotary, "temb": temb}
+        _, kwargs = self._begin(None, (), inputs)
+        video = text.new_empty(len(text), self.chunk.video, text.shape[2])
+        _, kwargs = self._scatter(None, (), {**kwargs, "hidden_states": video})
+        if self.shared:
+            self.shared.rehearses = True
+        try:
+            for _ in range(2):  # the second one's tokens are such as all others get
+                kwargs["hidden_states"], kwargs["encoder_hidden_states"] = block(**kwargs)
+        finally:
+            if self.shared:
+                self.shared.rehearses = False
+
     def _begin(self, module, args, kwargs):
         """Measures the sequence and hands on what the blocks need to know of this rank's tokens.
 
