@@ -1,8 +1,8 @@
 """The table of speed: ours, diffusers and xDiT's own pipeline side by side in one run on two GPUs.
 
 ``python -m benchmarks.two_gpus OUTPUT.json [--seconds 540]`` makes full-size checkpoints with random weights, measures, and writes
-all rows to one file after every measurement. What the time does not suffice for is left out, and said; ``--phases 4-`` goes on
-with the fifth where an earlier call in the same ``--work`` folder ended. What needs one GPU is measured on both at a time.
+all rows to one file after every measurement. What the time does not suffice for is left out, and said; the next call in the same
+``--work`` folder goes on there. What needs one GPU is measured on both at a time.
 ``--small`` tries the script itself on the CPU.
 """
 
@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+LEAST_SECONDS = 30
+"""In less than this nothing is begun."""
 OURS = "--diffusers none"
 SMALL = "--width 64 --height 48 --frames 9"
 
@@ -62,7 +64,7 @@ PHASES: tuple[tuple[list[Command], ...], ...] = (
     ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all --decode {OURS} {STEPS}")],),
     ([bench("5b", f"--plans ulysses2 --precisions lossless,fp8-all {OURS} {STEPS}")],),
     ([bench("5b", f"--plans none --xdit cfg2,ulysses2 {OURS} --steps 4")],),
-    ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all,fp8-all+cache1 --steps 50 --warmup-steps 2 --decode {OURS}")],),
+    ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all,fp8-all+cache1,fp8-all+cache1.3 --steps 50 --warmup-steps 2 --decode {OURS}")],),
     ([bench("2b", f"--dtype bf16 --plans cfg2 --precisions lossless,fp8-all --xdit cfg2 --steps 4 {OURS}")],),
     ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2 {OURS} {STEPS}")],),
     (
@@ -79,6 +81,7 @@ PHASES: tuple[tuple[list[Command], ...], ...] = (
             )
         ],
     ),
+    ([bench("5b", f"--plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
 )
 """One after the other; what stands side by side in one runs at the same time."""
 
@@ -97,11 +100,16 @@ class Run:
         self.output, self.work, self.small = output, work, small
         self.ends = time.monotonic() + seconds
         self.began = time.monotonic()
+        self.cut_off = False
+        """Whether the time was up before a command had ended."""
         self._lock = threading.Lock()
 
     def all(self, first: int, last: int) -> None:
-        """Runs the phases from one to another."""
+        """Runs the phases from one to another that have not been run in this folder."""
         for number in range(first, last + 1):
+            ended = self.work / f"ended-{number:02}"
+            if ended.exists():
+                continue
             streams = [
                 threading.Thread(target=self.one_by_one, args=(commands, f"{number:02}-{place}"))
                 for place, commands in enumerate(PHASES[number])
@@ -110,6 +118,8 @@ class Run:
                 stream.start()
             for stream in streams:
                 stream.join()
+            if not self.cut_off:
+                ended.touch()
 
     def one_by_one(self, commands: list[Command], name: str) -> None:
         """Runs the commands of one stream."""
@@ -119,7 +129,8 @@ class Run:
     def run(self, command: Command, rows: Path) -> None:
         """Runs one command, while there is time, and writes all rows so far."""
         left = self.ends - time.monotonic()
-        if left < 15:
+        if left < LEAST_SECONDS:
+            self.cut_off = True
             self.say(f"left out, the time is up: {command.name.format(work=self.work)}")
             return
         filled = command.words.format(
@@ -136,7 +147,7 @@ class Run:
             if done.returncode:
                 said += f": {(done.stderr.strip().splitlines() or [''])[-1][:300]}"
         except subprocess.TimeoutExpired:
-            said = "cut off, the time is up"
+            self.cut_off, said = True, "cut off, the time is up"
         self.say(f"{command.name.format(work=self.work)}: {time.monotonic() - before:.0f} s, {said}")
         if rows.exists():
             found = json.loads(rows.read_text())

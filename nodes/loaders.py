@@ -62,7 +62,7 @@ class LoadCogVideoX(io.ComfyNode):
                     "step_cache",
                     default=0.0,
                     min=0.0,
-                    max=1.0,
+                    max=2.0,
                     step=0.01,
                     optional=True,
                     tooltip="Faster, and another video: while the first block's work has changed by less than this share since "

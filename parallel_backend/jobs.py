@@ -76,7 +76,7 @@ class Model:
         choice("offload", self.offload, OFFLOADS)
         choice("compile", self.compile, COMPILES)
         choice("fp8", self.fp8, FP8S)
-        between("step_cache", self.step_cache, 0, 1)
+        between("step_cache", self.step_cache, 0, 2)
 
 
 def two_thirds(frames: int) -> int:

@@ -12,8 +12,9 @@ from parallel_backend.devices import Devices
 from parallel_backend.engine import Engine
 from parallel_backend.errors import OutOfMemory
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob
+from parallel_backend.jobs import DecodeJob, EncodeJob, LoadJob, Model, SampleJob
 from parallel_backend.local import LocalExecutor
+from parallel_backend.parallel.split import Split
 from parallel_backend.plans import Plan
 
 from .conftest import TOLERANCE
@@ -230,6 +231,22 @@ def test_compiled_blocks_are_as_near_to_float32_as_others(like, on_gpu, make_job
             - on_gpu.sample(replace(job, model=replace(single, compile="off"))).tensor
         )
         assert difference.abs().max() <= 10 * TOLERANCE
+
+
+@one_gpu
+@pytest.mark.parametrize("fp8", ["off", "all"])
+def test_what_is_compiled_while_weights_are_read_is_all_and_leaves_no_memory_taken(fp8, make_job, checkpoints):
+    model = Model(str(checkpoints["5b"]), dtype="bf16", fp8=fp8, offload="none", compile="on")
+    job, device = make_job("5b", model=model, steps=2), torch.device("cuda", 0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    memory.release(device)
+    engine, before = Engine(Split(device)), torch.cuda.memory_reserved(device)
+    engine.run(LoadJob.of(job))
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch.cuda.memory_reserved(device) - before < engine.status()["weights"]["transformer"] + 64 * 2**20
+    engine.run(job)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled > 0
 
 
 @one_gpu

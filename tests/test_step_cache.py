@@ -108,7 +108,7 @@ def test_padding_has_no_say():
     assert cache.reused == 1
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("threshold", [-0.1, 2.5, float("nan")])
 def test_a_threshold_that_makes_no_sense_is_refused(threshold):
-    with pytest.raises(RequestError, match="step_cache is .*; use 0 to 1"):
+    with pytest.raises(RequestError, match="step_cache is .*; use 0 to 2"):
         Model("/nowhere", step_cache=threshold)

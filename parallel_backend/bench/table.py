@@ -36,6 +36,7 @@ COLUMNS = (
     "outside_steps_seconds",
     "decode_seconds",
     "peak_gib",
+    "weights_gib",
     "decode_peak_gib",
     "from_first",
     "from_float32",
@@ -229,13 +230,14 @@ def line(row: dict) -> str:
 
 def measure(executor: Executor, args: Namespace, job: SampleJob) -> tuple[dict, torch.Tensor]:
     """One plan in one precision: jobs in a row through one executor, the last one stated."""
-    first = None
+    first = loading = None
     warmup = replace(job, steps=args.warmup_steps or job.steps)
     for asked in (*[warmup] * (args.repeat - 1), job):
         started = time.perf_counter()
         result = executor.sample(asked)
         seconds = time.perf_counter() - started
-        first = first or result.report.step_seconds[0]
+        if first is None:
+            first, loading = result.report.step_seconds[0], result.report.load_seconds
     report = result.report
     decode, whole = None, None
     for _ in range(args.repeat if args.decode else 0):
@@ -248,7 +250,8 @@ def measure(executor: Executor, args: Namespace, job: SampleJob) -> tuple[dict, 
         "first_step_seconds": first,
         "sample_seconds": seconds,
         "outside_steps_seconds": seconds - sum(report.step_seconds),
-        "load_seconds": report.load_seconds,
+        "first_load_seconds": loading,
+        "weights_gib": executor.status().get("weights", {}).get("transformer", 0) / 2**30,
         "decode_seconds": decode.run_seconds if decode else None,
         "decode_whole_seconds": whole,
         "peak_gib": max(report.peak_memory) / 2**30,
