@@ -106,7 +106,7 @@ def page(args: argparse.Namespace, found: dict[tuple[str, ...], str]) -> str:
 def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=24, help="of captions, from the first")
+    parser.add_argument("--count", type=int, default=60, help="of captions, from the first")
     parser.add_argument("--plans", default="pipefusion2,pipefusion4")
     parser.add_argument("--warm-ups", default="1,2,4")
     parser.add_argument("--schedulers", default="dpm,ddim")

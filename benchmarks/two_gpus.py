@@ -64,7 +64,14 @@ PHASES: tuple[tuple[list[Command], ...], ...] = (
     ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all --decode {OURS} {STEPS}")],),
     ([bench("5b", f"--plans ulysses2 --precisions lossless,fp8-all {OURS} {STEPS}")],),
     ([bench("5b", f"--plans none --xdit cfg2,ulysses2 {OURS} --steps 4")],),
-    ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all,fp8-all+cache1,fp8-all+cache1.3 --steps 50 --warmup-steps 2 --decode {OURS}")],),
+    (
+        [
+            bench(
+                "5b",
+                f"--plans cfg2 --precisions lossless,fp8-all,fp8-all+cache1,fp8-all+cache1.3 --steps 50 --warmup-steps 2 --decode {OURS}",
+            )
+        ],
+    ),
     ([bench("2b", f"--dtype bf16 --plans cfg2 --precisions lossless,fp8-all --xdit cfg2 --steps 4 {OURS}")],),
     ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2 {OURS} {STEPS}")],),
     (

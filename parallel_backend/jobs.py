@@ -262,8 +262,8 @@ class SampleJob:
     batch_index: int = 0
     """Which of them it is. It gets the noise that it would have had among them."""
     pipefusion_warmup: int = 4
-    """Steps that a plan with ``pipefusion`` computes whole and exactly, at first; where all are, the video is ``single``'s. With
-    one of fifty the demo obeys less (benchmarks/results/pipefusion.md)."""
+    """Steps that a plan with ``pipefusion`` computes whole and exactly, at first; where all are, the video is ``single``'s, and
+    with more of them it is nearer to that (benchmarks/results/pipefusion.md)."""
 
     def __post_init__(self):
         check_latent(self.latent)

@@ -60,12 +60,13 @@ def test_operations_and_bytes_are_those_that_the_benchmark_and_the_engine_count(
         assert planned_bytes(plan, work) == pytest.approx(working_bytes(job, checkpoint, plan, dtype), rel=0.01)
 
 
-ROWS = measured("h100x2.json")
+ROWS = [(file, row) for file in ("h100x2.json", "h100x2-before.json") for row in measured(file)]
+NAMES = [f"{file}-{row['model']}-{row['dtype']}-{row['plan']}-{row['precision']}-{row['steps']}" for file, row in ROWS]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']}-{row['dtype']}-{row['plan']}-{row['precision']}")
-def test_predictions_are_within_15_percent_of_measured_seconds_and_10_of_memory(row):
-    found = predict(Plan.parse(row["plan"]), *as_measured(row, "h100x2.json"))
+@pytest.mark.parametrize("file, row", ROWS, ids=NAMES)
+def test_predictions_are_within_15_percent_of_measured_seconds_and_10_of_memory(file, row):
+    found = predict(Plan.parse(row["plan"]), *as_measured(row, file))
     assert found.seconds == pytest.approx(row["seconds_per_step"], rel=0.15)
     assert found.peak / GIB == pytest.approx(row["peak_gib"], rel=0.10)
 

@@ -53,7 +53,9 @@ def single(jobs, local) -> list[torch.Tensor]:
     return [local.sample(job).tensor for job in jobs]
 
 
-def run_plans(folder, jobs, size: int, plans: list[str]) -> dict[str, tuple[list[torch.Tensor], list[list[int]], list[list[int]]]]:
+def run_plans(
+    folder, jobs, size: int, plans: list[str]
+) -> dict[str, tuple[list[torch.Tensor], list[list[int]], list[list[int]]]]:
     """What processes make of jobs under each plan, the bytes of weights that each has, and its graphs; see ``ranks.py``."""
     for number, job in enumerate(jobs):
         (folder / f"{number:02}.job").write_bytes(encode(Message(job.kind, *split_fields(job))))

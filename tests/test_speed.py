@@ -9,6 +9,7 @@ import torch.distributed as dist
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import attention, blocks, fp8, kernels
 from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.rehearsal import Rehearsal
 from parallel_backend.engine import Engine
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import LoadJob
@@ -92,8 +93,12 @@ def test_the_sum_over_ranks_is_a_part_of_what_is_compiled(can_compile, make_job,
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("like, settings", [("2b", {"cfg": 1.0}), ("5b", {"cfg": 6.0}), ("1.5-5b", {"batch": 2, "fp8": "linears"})])
-def test_blocks_are_compiled_while_weights_are_read(like, settings, can_compile, make_job):
+@pytest.mark.parametrize(
+    "like, settings", [("2b", {"cfg": 1.0}), ("5b", {"cfg": 6.0}), ("1.5-5b", {"batch": 2, "fp8": "linears"})]
+)
+def test_blocks_are_compiled_while_weights_are_read(like, settings, can_compile, make_job, monkeypatch):
+    rehearsed, wait = [], Rehearsal.wait
+    monkeypatch.setattr(Rehearsal, "wait", lambda rehearsal: rehearsed.append(rehearsal) or wait(rehearsal))
     fp8_of = {"fp8": settings.pop("fp8", "off")}
     job = with_model(make_job(like, size=(80, 48, 9), steps=2, **settings), compile="on", **fp8_of)
     torch._dynamo.reset()
@@ -103,6 +108,7 @@ def test_blocks_are_compiled_while_weights_are_read(like, settings, can_compile,
     compiled = stats["unique_graphs"]
     engine.run(job)
     assert stats["unique_graphs"] == compiled > 0
+    assert {weight.is_meta for weight in rehearsed.pop().block.parameters()} == {True}  # no memory of it is left
 
 
 def test_ranks_compile_their_blocks_while_weights_are_read(can_compile, make_job, local, tmp_path):

@@ -6,6 +6,7 @@ a job's, does it for all blocks.
 
 import copy
 import logging
+import sys
 import threading
 
 import torch
@@ -20,6 +21,8 @@ from .denoise import rotary_tables
 from .windows import Layout
 
 logger = logging.getLogger(__name__)
+SWITCH_SECONDS = 1e-4
+"""Python's threads take turns so often meanwhile: whoever reads weights lets go for each copy, and would wait 5 ms to go on."""
 MIDDLE = 1
 """A block that is neither the first nor the last, which have hooks."""
 
@@ -36,16 +39,21 @@ class Rehearsal:
         dtype: of tokens.
     """
 
-    def __init__(self, transformer, sequence: JointSequence, job: SampleJob | WindowJob, checkpoint: Checkpoint, split: Split, dtype):
+    def __init__(
+        self, transformer, sequence: JointSequence, job: SampleJob | WindowJob, checkpoint: Checkpoint, split: Split, dtype
+    ):
         self.block = copy.deepcopy(transformer.transformer_blocks[MIDDLE])
         self.time_features = transformer.config.time_embed_dim
         self.sequence, self.job, self.checkpoint, self.split, self.dtype = sequence, job, checkpoint, split, dtype
         self._thread = threading.Thread(target=self._run, name="rehearsal")
+        self._switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
 
     def wait(self) -> None:
         """Waits for its end."""
         self._thread.join()
+        sys.setswitchinterval(self._switch_seconds)
 
     def _run(self) -> None:
         device = self.split.device
@@ -55,8 +63,11 @@ class Rehearsal:
             with torch.cuda.stream(stream):
                 self._forward(device)
                 self.split.synchronize()
+                self.block.to_empty(device="meta")  # its forward holds on to it until Python looks for cycles
         except Exception as error:
-            logger.warning("blocks were not compiled beside the reading of weights, so the first step does it: %s", first_line(error))
+            logger.warning(
+                "blocks were not compiled beside the reading of weights, so the first step does it: %s", first_line(error)
+            )
 
     def _forward(self, device: torch.device) -> None:
         job, checkpoint = self.job, self.checkpoint
