@@ -89,6 +89,9 @@ PHASES: tuple[tuple[list[Command], ...], ...] = (
         ],
     ),
     ([bench("5b", f"--plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
+    ([bench("5b", f"--plans ring2,ring2-fsdp2 {OURS} {STEPS}")],),
+    ([bench("2b", f"--dtype bf16 --plans ulysses2,ring2,cfg2-fsdp2,ulysses2-fsdp2,ring2-fsdp2,tensor2 --steps 4 {OURS}")],),
+    ([bench("2b", f"--dtype bf16 --plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
 )
 """One after the other; what stands side by side in one runs at the same time."""
 

@@ -1,5 +1,6 @@
 """Compiled blocks give the same video, FP8 one that is near, and what cannot be done is said. A GPU's part: test_gpu.py."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -121,6 +122,8 @@ def test_ranks_compile_their_blocks_while_weights_are_read(can_compile, make_job
 
 
 def test_a_rehearsal_that_fails_is_logged_and_the_job_goes_on(can_compile, make_job, monkeypatch, caplog):
+    usual = sys.getswitchinterval()
+
     def refuse(*args):
         raise MemoryError("no room")
 
@@ -130,6 +133,7 @@ def test_a_rehearsal_that_fails_is_logged_and_the_job_goes_on(can_compile, make_
     made = Engine(Split(torch.device("cpu"))).run(with_model(job, compile="on")).tensor
     assert (made - expected).abs().max() <= TOLERANCE
     assert "blocks were not compiled beside the reading of weights, so the first step does it: no room" in caplog.text
+    assert sys.getswitchinterval() == usual
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(make_job, monkeypatch):

@@ -23,6 +23,7 @@ from .windows import Layout
 logger = logging.getLogger(__name__)
 SWITCH_SECONDS = 1e-4
 """Python's threads take turns so often meanwhile: whoever reads weights lets go for each copy, and would wait 5 ms to go on."""
+USUAL_SWITCH_SECONDS = sys.getswitchinterval()
 MIDDLE = 1
 """A block that is neither the first nor the last, which have hooks."""
 
@@ -46,14 +47,13 @@ class Rehearsal:
         self.time_features = transformer.config.time_embed_dim
         self.sequence, self.job, self.checkpoint, self.split, self.dtype = sequence, job, checkpoint, split, dtype
         self._thread = threading.Thread(target=self._run, name="rehearsal")
-        self._switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
 
     def wait(self) -> None:
         """Waits for its end."""
         self._thread.join()
-        sys.setswitchinterval(self._switch_seconds)
+        sys.setswitchinterval(USUAL_SWITCH_SECONDS)
 
     def _run(self) -> None:
         device = self.split.device
@@ -63,11 +63,11 @@ class Rehearsal:
             with torch.cuda.stream(stream):
                 self._forward(device)
                 self.split.synchronize()
-                self.block.to_empty(device="meta")  # its forward holds on to it until Python looks for cycles
         except Exception as error:
             logger.warning(
                 "blocks were not compiled beside the reading of weights, so the first step does it: %s", first_line(error)
             )
+        self.block.to_empty(device="meta")  # its forward holds on to it until Python looks for cycles
 
     def _forward(self, device: torch.device) -> None:
         job, checkpoint = self.job, self.checkpoint
