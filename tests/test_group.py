@@ -219,7 +219,8 @@ RUBBISH = {
 
 @pytest.mark.parametrize("data", RUBBISH.values(), ids=RUBBISH)
 def test_rubbish_is_dropped_and_nobody_notices(data, group, make_job):
-    group.status()
+    group.start()
+    assert wait_until(lambda: group.status()["state"] == "ready")
     with Client(group.address.socket, family="AF_UNIX", authkey=group.address.key) as connection:
         # Of a part that is too long the group reads nothing and hangs up.
         with suppress(ConnectionError) if len(data) > protocol.MAX_HEADER else nullcontext():
