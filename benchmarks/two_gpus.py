@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,39 +111,30 @@ class Run:
         self.output, self.work, self.small = output, work, small
         self.ends = time.monotonic() + seconds
         self.began = time.monotonic()
-        self.cut_off = False
-        """Whether the time was up before a command had ended."""
         self._lock = threading.Lock()
 
     def all(self, first: int, last: int) -> None:
-        """Runs the phases from one to another that have not been run in this folder."""
+        """Runs the phases from one to another, but for those of which every command has ended well in this folder."""
         for number in range(first, last + 1):
             ended = self.work / f"ended-{number:02}"
             if ended.exists():
                 continue
-            streams = [
-                threading.Thread(target=self.one_by_one, args=(commands, f"{number:02}-{place}"))
-                for place, commands in enumerate(PHASES[number])
-            ]
-            for stream in streams:
-                stream.start()
-            for stream in streams:
-                stream.join()
-            if not self.cut_off:
-                ended.touch()
+            streams = PHASES[number]
+            names = [f"{number:02}-{place}" for place in range(len(streams))]
+            with ThreadPoolExecutor(len(streams)) as pool:
+                if all(pool.map(self.one_by_one, streams, names)):
+                    ended.touch()
 
-    def one_by_one(self, commands: list[Command], name: str) -> None:
-        """Runs the commands of one stream."""
-        for number, command in enumerate(commands):
-            self.run(command, self.work / f"rows-{name}-{number}.json")
+    def one_by_one(self, commands: list[Command], name: str) -> bool:
+        """Runs the commands of one stream, the rest too where one fails. Returns whether all ended well."""
+        return all([self.run(command, self.work / f"rows-{name}-{number}.json") for number, command in enumerate(commands)])
 
-    def run(self, command: Command, rows: Path) -> None:
-        """Runs one command, while there is time, and writes all rows so far."""
+    def run(self, command: Command, rows: Path) -> bool:
+        """Runs one command, while there is time, and writes all rows so far. Returns whether it ended well."""
         left = self.ends - time.monotonic()
         if left < LEAST_SECONDS:
-            self.cut_off = True
             self.say(f"left out, the time is up: {command.name.format(work=self.work)}")
-            return
+            return False
         filled = command.words.format(
             work=self.work,
             whole="" if self.small else "--full-size --device cuda --text-layers 1",
@@ -150,14 +142,14 @@ class Run:
         ).split()
         asked = [sys.executable, *filled, *(["--output", str(rows)] if "bench" in filled else [])]
         environment = os.environ | command.environment | {"CUDA_VISIBLE_DEVICES": "" if self.small else command.gpus}
-        before = time.monotonic()
+        before, ended_well = time.monotonic(), False
         try:
             done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=left)
-            said = f"exit {done.returncode}"
+            ended_well, said = done.returncode == 0, f"exit {done.returncode}"
             if done.returncode:
                 said += f": {(done.stderr.strip().splitlines() or [''])[-1][:300]}"
         except subprocess.TimeoutExpired:
-            self.cut_off, said = True, "cut off, the time is up"
+            said = "cut off, the time is up"
         self.say(f"{command.name.format(work=self.work)}: {time.monotonic() - before:.0f} s, {said}")
         if rows.exists():
             found = json.loads(rows.read_text())
@@ -170,6 +162,7 @@ class Run:
             for row in found:
                 seconds, notes = row["seconds_per_step"], "; ".join(row["notes"])
                 self.say(f"    {row['name']} {row['plan']} {row['precision']}: {seconds and round(seconds, 4)} {notes[:200]}")
+        return ended_well
 
     def say(self, line: str) -> None:
         """A line with the seconds since the beginning."""

@@ -1,6 +1,7 @@
 """What runs a job on one rank: the same code in the caller's process and in every worker of a group."""
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -202,7 +203,7 @@ class Engine:
         self.together = strips is not None
         if strips is None and self.split.rank != 0:
             return Result(torch.empty(0))
-        module = self._load("vae", job.model, checkpoint, dtype).to(self.device)
+        module = self._load("vae", job.model, checkpoint, dtype, lambda: checkpoint.load_vae(dtype)).to(self.device)
         vae_layers.use(module, compiled=self._wants_compiled_vae(job, dtype, shared=self.together))
         loaded = time.perf_counter()
         with vae_layers.searching():
@@ -280,8 +281,11 @@ class Engine:
         if mode != "none" and "vae" in self._held:
             self._held["vae"][1].to("cpu")  # its own job brings it back
         compiled = self._wants_compiled(job.model, checkpoint, dtype, mode)
-        rehearsed = job if compiled else None
-        transformer = self._load("transformer", job.model, checkpoint, dtype, (hooks, loras) if hooks else None, rehearsed)
+
+        def read() -> torch.nn.Module:
+            return self._read_transformer(job, checkpoint, dtype, in_parts=hooks is not None, compiled=compiled)
+
+        transformer = self._load("transformer", job.model, checkpoint, dtype, read, (hooks, loras) if hooks else None)
         if self.loads > before:
             self._merged = ()
         self._merge(loras, transformer, checkpoint)
@@ -302,18 +306,18 @@ class Engine:
             raise RequestError(reason)
 
     def _read_transformer(
-        self, model: Model, checkpoint: Checkpoint, dtype, in_parts: bool, rehearsed: SampleJob | WindowJob | None
+        self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, *, in_parts: bool, compiled: bool
     ) -> torch.nn.Module:
-        """The transformer with this rank's weights, on the device, or on the CPU where they come in parts."""
+        """The transformer with this rank's weights, on the device, or on the CPU where they come in parts; compiled meanwhile for a job."""
         rehearsal: Rehearsal | None = None
 
         def prepare(skeleton: torch.nn.Module) -> None:
             nonlocal rehearsal
-            if model.fp8 != "off":
+            if job.model.fp8 != "off":
                 fp8.convert(skeleton)
-            sequence = self.split.attach(skeleton, fp8_attention=model.fp8 == "all")
-            if rehearsed and sequence and checkpoint.layers > 2:
-                rehearsal = Rehearsal(skeleton, sequence, rehearsed, checkpoint, self.split, dtype)
+            sequence = self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
+            if compiled and sequence and checkpoint.layers > 2:
+                rehearsal = Rehearsal(skeleton, sequence, job, checkpoint, self.split, dtype)
 
         home = torch.device("cpu") if in_parts else self.device
         try:
@@ -385,13 +389,12 @@ class Engine:
         model: Model,
         checkpoint: Checkpoint,
         dtype,
+        read: Callable[[], torch.nn.Module],
         hooks: tuple | None = None,
-        rehearsed: SampleJob | WindowJob | None = None,
     ) -> torch.nn.Module:
-        """The part, from before or newly read; one with other ``hooks`` is another part.
+        """The part, from before or newly ``read``; one with other ``hooks`` is another part.
 
-        Other LoRAs need no other transformer, but where hooks hold the weights that they are in. A transformer that is newly read is
-        compiled meanwhile for the job that is ``rehearsed``.
+        Other LoRAs need no other transformer, but where hooks hold the weights that they are in.
         """
         key = (
             replace(model, loras=(), compile="auto", step_cache=0.0),
@@ -405,10 +408,7 @@ class Engine:
         del held  # or the old weights would live until the new ones are read
         self._held.pop(part, None)
         memory.release(self.device)
-        if part == "vae":
-            module = checkpoint.load_vae(dtype)
-        else:
-            module = self._read_transformer(model, checkpoint, dtype, hooks is not None, rehearsed)
+        module = read()
         self.loads += 1
         self._held[part] = (key, module)
         return module

@@ -238,7 +238,7 @@ def measure(executor: Executor, args: Namespace, job: SampleJob) -> tuple[dict, 
         seconds = time.perf_counter() - started
         if first is None:
             first, loading = result.report.step_seconds[0], result.report.load_seconds
-    report = result.report
+    report, weights = result.report, executor.status().get("weights")  # replicas have each its own
     decode, whole = None, None
     for _ in range(args.repeat if args.decode else 0):
         started = time.perf_counter()
@@ -251,7 +251,7 @@ def measure(executor: Executor, args: Namespace, job: SampleJob) -> tuple[dict, 
         "sample_seconds": seconds,
         "outside_steps_seconds": seconds - sum(report.step_seconds),
         "first_load_seconds": loading,
-        "weights_gib": executor.status().get("weights", {}).get("transformer", 0) / 2**30,
+        "weights_gib": weights and weights["transformer"] / 2**30,
         "decode_seconds": decode.run_seconds if decode else None,
         "decode_whole_seconds": whole,
         "peak_gib": max(report.peak_memory) / 2**30,

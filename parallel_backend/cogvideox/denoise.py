@@ -87,6 +87,11 @@ def starting_point(
     return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
 
 
+def prompts_of(job: SampleJob | WindowJob) -> list[torch.Tensor]:
+    """The prompts that a step runs the model on."""
+    return [job.negative, job.positive] if job.guided else [job.positive]
+
+
 def text_of(prompts: Sequence[torch.Tensor], videos: int) -> torch.Tensor:
     """States of each prompt for each video, ``[prompts * videos, tokens, features]``."""
     return torch.cat([prompt.expand(videos, -1, -1) for prompt in prompts])
@@ -164,7 +169,7 @@ def denoise(
     latents, timesteps = starting_point(job, checkpoint, layout, scheduler, generator, dtype)
     latents = latents.to(device)
     batch, _, _, height, width = latents.shape
-    prompts = [job.negative, job.positive] if job.guided else [job.positive]
+    prompts = prompts_of(job)
     text = text_of(split.share(prompts), batch).to(device=device, dtype=dtype)
     rotary = rotary_tables(checkpoint, layout.length, height, width, device)
     condition_at = conditions.make(job, checkpoint, latents)
@@ -205,7 +210,7 @@ def denoise(
 def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, *, device, dtype, split) -> torch.Tensor:
     """Runs one window's forward for a loop that is elsewhere; see :func:`predict`."""
     seen = job.seen.to(device=device, dtype=dtype)
-    prompts = [job.negative, job.positive] if job.guided else [job.positive]
+    prompts = prompts_of(job)
     text = text_of(split.share(prompts), len(seen)).to(device=device, dtype=dtype)
     rotary = rotary_tables(checkpoint, seen.shape[1], *seen.shape[3:], device)
     ofs = None if checkpoint.ofs is None else seen.new_tensor([checkpoint.ofs])

@@ -11,7 +11,7 @@ from ..plans import Plan
 from . import fp8 as quantized
 from . import shards, step_cache, vae
 from .checkpoint import Checkpoint
-from .windows import Layout
+from .windows import Layout, forward_size
 
 _allowed: int | None = None
 """Bytes that :func:`allow` leaves this process."""
@@ -88,13 +88,8 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     """Estimated bytes that a job needs beside the weights, on each rank of a plan."""
     if not isinstance(job, SampleJob | WindowJob):
         return vae.working_bytes(job, dtype)
-    if isinstance(job, WindowJob):
-        batch, frames, _, height, width = job.seen.shape
-        windows = 0
-    else:
-        layout = Layout.of(job, checkpoint)
-        batch, frames, height, width = len(job.latent), layout.length, *job.latent.shape[3:]
-        windows = len(layout.at(0))
+    batch, frames, height, width = forward_size(job, checkpoint)
+    windows = 0 if isinstance(job, WindowJob) else len(Layout.of(job, checkpoint).at(0))
     if plan.replicas > 1:
         batch = 1  # each replica has one video at a time
     halves = 2 // plan.cfg if job.guided else 1

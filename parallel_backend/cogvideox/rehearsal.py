@@ -17,8 +17,8 @@ from ..parallel.split import Split
 from ..parallel.transformer import JointSequence
 from . import blocks
 from .checkpoint import Checkpoint
-from .denoise import rotary_tables
-from .windows import Layout
+from .denoise import prompts_of, rotary_tables
+from .windows import forward_size
 
 logger = logging.getLogger(__name__)
 SWITCH_SECONDS = 1e-4
@@ -71,13 +71,9 @@ class Rehearsal:
 
     def _forward(self, device: torch.device) -> None:
         job, checkpoint = self.job, self.checkpoint
-        if isinstance(job, WindowJob):
-            videos, frames, _, height, width = job.seen.shape
-        else:
-            videos, _, _, height, width = job.latent.shape
-            frames = Layout.of(job, checkpoint).length
+        videos, frames, height, width = forward_size(job, checkpoint)
         blocks.use_in(self.block.to_empty(device=device), compiled=True)
-        batch = videos * len(self.split.share([job.positive, job.negative] if job.guided else [job.positive]))
+        batch = videos * len(self.split.share(prompts_of(job)))
         like = {"device": device, "dtype": self.dtype}
         with torch.inference_mode():
             self.sequence.rehearse(

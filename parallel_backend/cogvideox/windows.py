@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..jobs import SampleJob
+from ..jobs import SampleJob, WindowJob
 from .checkpoint import TEMPORAL, Checkpoint
 
 GOLDEN_RATIO = 0.618034
@@ -109,6 +109,14 @@ class Layout:
             left = order[-self.length :][: min(self.stride, self.frames - len(order))]
             order += [left[place] for place in torch.randperm(len(left), generator=generator)]
         return order
+
+
+def forward_size(job: SampleJob | WindowJob, checkpoint: Checkpoint) -> tuple[int, int, int, int]:
+    """Videos, frames, height and width of a forward: of one window where a job has several."""
+    if isinstance(job, WindowJob):
+        batch, frames, _, height, width = job.seen.shape
+        return batch, frames, height, width
+    return len(job.latent), Layout.of(job, checkpoint).length, *job.latent.shape[3:]
 
 
 def advice(job: SampleJob, checkpoint: Checkpoint) -> str | None:

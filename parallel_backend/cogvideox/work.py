@@ -6,7 +6,7 @@ from ..costs import Work
 from ..jobs import SampleJob
 from .checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from .memory import block_parts
-from .windows import Layout
+from .windows import forward_size
 
 
 def work_of(
@@ -54,8 +54,7 @@ def work_of(
 
 def work_of_job(job: SampleJob, checkpoint: Checkpoint, device: torch.device) -> Work:
     """One forward of a job: of one window where it has several."""
-    batch, _, _, height, width = job.latent.shape
-    frames = (Layout.of(job, checkpoint).length - 1) * TEMPORAL + 1
-    size, model = (width * SPATIAL, height * SPATIAL, frames), job.model
+    batch, frames, height, width = forward_size(job, checkpoint)
+    size, model = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1), job.model
     about = {"dtype": model.dtype, "fp8": model.fp8, "compile": model.compile}
     return work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, **about)

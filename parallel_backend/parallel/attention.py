@@ -57,13 +57,17 @@ class UlyssesAttention:
         """This rank's tokens to everyone's.
 
         Args:
-            query, key, value: ``[batch, ranks, tokens, heads, head_dim]``: for each rank its heads of this one's tokens.
+            query, key, value: ``[batch, parts, tokens, heads, head_dim]``: for each rank its heads of this one's tokens, in as
+                many parts as :meth:`begin` says.
             scales: see :data:`parallel_backend.cogvideox.attention.Scales`, for all heads.
         Returns:
-            In the same shape, from each rank its heads.
+            In the same shape, from each rank its heads; it may be overwritten in the next block.
         """
         if self.rehearses:
             return torch.empty_like(query, dtype=dtype_of_result(query))
+        return self._attend(query, key, value, scales)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
         ranks, tokens = query.shape[1:3]
         query, key, value = (states.flatten(1, 2) for states in self._exchange(query, key, value))
         valid = slice(ranks * tokens - self.padding)
@@ -126,25 +130,16 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
         return super().begin(whole, batch=batch, padding=padding) * self.pieces
 
-    @torch.compiler.disable
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
-        """This rank's tokens to everyone's.
-
-        Args:
-            query, key, value: ``[batch, ranks * pieces, tokens, heads, head_dim]``.
-            scales: see :meth:`UlyssesAttention.attend`.
-        Returns:
-            In the same shape; overwritten in the next block.
-        """
-        if self.rehearses:
-            return torch.empty_like(query, dtype=dtype_of_result(query))
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
         try:
-            return self._attend(query, key, value, scales)
+            return self._copy_and_attend(query, key, value, scales)
         except BaseException:
             self.inbox = self.layout = None  # flags that nobody waits for any more must not be taken for the next ones
             raise
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+    def _copy_and_attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales
+    ) -> torch.Tensor:
         asked = [states.unflatten(1, (self.size, self.pieces)) for states in (query, key, value)]
         self._make_room(asked, dtype_of_result(query))
         *arriving, results = self.rooms[self.rank]
