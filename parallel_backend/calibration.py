@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .cogvideox.blocks import CACHE
+from .cogvideox.kernels import CACHE
 from .costs import Link
 
 logger = logging.getLogger(__name__)

@@ -270,7 +270,7 @@ def cuts(plan: Plan, work: Work) -> int:
     if plan.ring > 1:  # each rank's keys are attended to by themselves
         return found + plan.ring
     if plan.ulysses > 1:
-        return found + 1 + (work.fp8 == "all")  # maxima for the scales of heads
+        return found + 1
     return found + (plan.pipefusion > 1)
 
 
@@ -278,7 +278,7 @@ def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, floa
     """Seconds that a rank waits for others in a step, and bytes that it sends."""
     states, layers = states_bytes(plan, work), stage_layers(plan, work.layers)
     count, waits = plan_patches(plan, work), slots(plan, work)
-    rounded = 1 / work.itemsize if work.fp8 == "all" and machine.attention_fp8 > 1 else 1.0
+    rounded = 1 / work.itemsize if work.fp8 == "all" and machine.attention_fp8 > 1 else 1.0  # queries and keys
     seconds, sent = 0.0, 0.0
 
     def send(size: float, link: Link, times: int, exchanges: int = 1, exposed: float = 1.0, behind: float = 0.0) -> None:
@@ -288,7 +288,7 @@ def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, floa
         sent += times * size
 
     if plan.ulysses > 1:  # queries, keys and values there, and results back
-        tensors = (3 * rounded if plan.ring == 1 else 3) + 1
+        tensors = (2 * rounded if plan.ring == 1 else 2) + 2
         spans = within(machine, plan, plan.tensor, plan.ulysses)
         away = (plan.ulysses - 1) / plan.ulysses
         send(tensors * states / plan.tensor * away, spans, layers, exchanges=2 * count)

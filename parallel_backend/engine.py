@@ -159,6 +159,7 @@ class Engine:
                 transformer.to("cpu")
                 memory.release(self.device)
         self._note(caches.note)
+        self._note(attention.note_of_twice(self.device))
         return Result(
             latent,
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
@@ -293,8 +294,7 @@ class Engine:
             memory.place(transformer, mode, self.device)
         elif hooks is None:
             transformer.to(self.device)
-        if job.model.fp8 == "all" and not attention.uses_flash_3(self.device, dtype):
-            self._note("attention is not in FP8: that needs FlashAttention-3 (pip install fa3-fwd), a Hopper GPU and bf16")
+        self._note(attention.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
         if hooks is None:  # hooks hold on to the forward that they found
             blocks.use(transformer, compiled=compiled)
         self._offload = mode

@@ -256,7 +256,7 @@ def measure(device: torch.device) -> dict[str, float]:
         matrix = 2 * side**3 / median_seconds(lambda: first @ second)
         states = [torch.randn(1, tokens, heads, 64, **about) for _ in range(3)]
         attend = attention_of(torch.device(device), torch.bfloat16)
-        attention = 4 * tokens**2 * heads * 64 / median_seconds(lambda: attend(*states, [None] * 3))
+        attention = 4 * tokens**2 * heads * 64 / median_seconds(lambda: attend(*states))
         large = torch.empty(2**28, device=device, dtype=torch.uint8)
         bandwidth = 2 * large.nbytes / median_seconds(large.clone)
     return {"matrix": matrix, "attention": attention, "bandwidth": bandwidth}

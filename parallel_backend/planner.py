@@ -110,10 +110,8 @@ def approximations(work: Work, machine: Machine, world_size: int) -> list[Predic
 
 
 def may(plan: Plan, work: Work, machine: Machine) -> bool:
-    """Whether a plan is one for this step: guidance alone has halves to share, some offload refuses ``fsdp`` and ``pipefusion``,
-    and that refuses attention in FP8."""
-    if plan.pipefusion > 1 and work.fp8 == "all":
-        return False
+    """Whether a plan is one for this step: guidance alone has halves to share, and some offload refuses ``fsdp`` and
+    ``pipefusion``."""
     return (work.guided or plan.cfg == 1) and (machine.can_shard or plan.can_offload("group"))
 
 

@@ -367,7 +367,6 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
     assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted to take least, ")
     (marked, *_) = (line for line in done.stdout.splitlines() if "cfg2-ulysses2-pipefusion2" in line)
     assert marked.endswith("not exact: auto leaves it to you")
-    assert "pipefusion" not in run("plan", "--model", checkpoints["5b"], "--gpus", 8, "--fp8", "all").stdout
     short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gb", 0.0001)
     assert "cfg2-fsdp2" in short.stdout and "no plan fits into 0.0001 GiB" in short.stdout.splitlines()[-1]
 

@@ -232,7 +232,6 @@ def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_th
     [
         ({"offload": "group"}, "offload 'group' would bring .*; use plan 'ulysses2', or offload 'auto', 'none' or 'model'"),
         ({"step_cache": 0.1}, "a step cache decides after the first block, .*; use step_cache 0, or plan 'ulysses2'"),
-        ({"fp8": "all"}, "fp8 'all' rounds keys .*; use fp8 'linears', or plan 'ulysses2'"),
         (
             {"windows": Windows(13, 4, "uniform")},
             "windows of the schedule 'uniform' move, .*; use the schedule 'static', or plan",

@@ -1,8 +1,9 @@
-"""Attention of a whole sequence: FlashAttention-3 where it is installed and the GPU is made for it, torch's own otherwise.
+"""Attention of a whole sequence: this pack's own kernels on Hopper GPUs, FlashAttention-3 where those cannot be made, else torch's own.
 
-Tensors are ``[batch, tokens, heads, head_dim]``, as the projections give them. On a Hopper GPU torch's own is cuDNN's.
+Tensors are ``[batch, tokens, heads, head_dim]``, as the projections give them. torch's own is cuDNN's on a Hopper GPU.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -10,13 +11,20 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from .kernels import LARGEST, head_scales, largest_in_heads, quantize
+from ..errors import first_line
+from .kernels import keep_kernels, quantize
 
-Scales = list[torch.Tensor | None]
-"""What queries, keys and values in FP8 are to be multiplied by: one number, one number, one a head ``[batch, heads]``."""
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scales], torch.Tensor]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
 """Modules with FlashAttention-3: PyPI's ``fa3-fwd``, and what its authors' repository builds. The first has no fp16."""
+HEAD_DIM = 64
+"""Of CogVideoX's heads."""
+HEAD_DIMS = (32, HEAD_DIM)
+"""Of heads that the kernels attend with; small models for tests have the former."""
+NEAR = 0.02
+"""How far the kernels may be from float32, relative, to be used; bf16 is about 0.004 from it."""
+WORTH_SAYING = 0.01
+"""Share of the work that is done twice, from which on a person hears of it."""
 
 
 @cache
@@ -32,74 +40,198 @@ def flash_3():
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether this is the kind of GPU that FlashAttention-3 is made for."""
+    """Whether this is the kind of GPU that FlashAttention-3 and the kernels are made for."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def uses_flash_3(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention of such tensors is FlashAttention-3's."""
+    """Whether attention of such tensors can be FlashAttention-3's."""
     return dtype == torch.bfloat16 and is_hopper(device) and flash_3() is not None
 
 
-@torch.library.custom_op("cogvideox_xdit::flash_attention_3", mutates_args=())
-def flash_attention_3(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in bfloat16 and its log-sum-exp ``[batch, heads, tokens]``; one operation to a compiler.
+def is_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether attention of such tensors is the kernels', which take their scores in base two; see :func:`factors`."""
+    return dtype == torch.bfloat16 and head_dim in HEAD_DIMS and is_hopper(device) and why_not_own(device) is None
 
-    ``scales`` are none, or those of query, key and value in FP8, each ``[batch, heads]``.
+
+def factors(head_dim: int, *, base_two: bool, fp8: bool) -> tuple[float, float]:
+    """What queries and keys are multiplied by before they are rounded, so that nothing is left to do with scores.
+
+    FP8 has its precision where numbers of normalised heads then lie: 1 becomes 0.42, and below 0.037 it begins to lose bits.
     """
-    descale = dict(zip(("q_descale", "k_descale", "v_descale"), scales))
-    return flash_3()(query, key, value, return_attn_probs=True, **descale)[:2]
+    whole = math.log2(math.e) / math.sqrt(head_dim) if base_two else 1.0
+    return (math.sqrt(whole), math.sqrt(whole)) if fp8 else (whole, 1.0)
+
+
+@torch.library.custom_op("cogvideox_xdit::flash_attention_3", mutates_args=())
+def flash_attention_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in bfloat16 and its log-sum-exp ``[batch, heads, tokens]``; one operation to a compiler."""
+    return flash_3()(query, key, value, return_attn_probs=True)[:2]
 
 
 @flash_attention_3.register_fake
-def _(query, key, value, scales):
+def _(query, key, value):
     batch, tokens, heads, _ = query.shape
-    return torch.empty_like(query, dtype=torch.bfloat16), query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    return torch.empty_like(query), query.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-def bound(norm: torch.nn.LayerNorm) -> torch.Tensor:
-    """The scale in FP8 of what a norm over ``n`` features gives, turned: a vector of length ``sqrt(n)`` before weight and bias.
+def in_fp8(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of scores in base two, in e4m3 with the factors for that."""
+    _, root = factors(query.shape[-1], base_two=True, fp8=True)
+    return quantize(query / root), quantize(key * root)
 
-    FP8 is a floating point, so the room that most numbers leave below the bound costs no precision.
+
+def rows_between(states: torch.Tensor) -> int | None:
+    """Rows ``[heads * head_dim]`` from one sample to the next, or None where memory is laid out so that there is no saying."""
+    batch, tokens, heads, features = states.shape
+    aligned = 16 // states.itemsize
+    if states.stride()[2:] != (features, 1) or states.stride(1) % aligned or states.storage_offset() % aligned:
+        return None
+    if batch == 1:
+        return tokens
+    between, rest = divmod(states.stride(0), states.stride(1))
+    return None if rest else between
+
+
+def in_tiles(states: torch.Tensor, between: int, rows: int):
+    """What the copy engine needs to know to bring tiles of so many rows."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    batch, tokens, heads, features = states.shape
+    layout = NVMMASharedLayout(swizzle_byte_width=features * states.itemsize, element_bitwidth=8 * states.itemsize, rank=2)
+    shape = [(batch - 1) * between + tokens, heads * features]
+    return TensorDescriptor(states, shape, [states.stride(1), 1], [rows, features], layout)
+
+
+class Pieces:
+    """Pieces of 64 queries of a head that the kernels attended to on one device, since they were last counted."""
+
+    def __init__(self, device: torch.device):
+        with torch.inference_mode(False):
+            self.twice = torch.zeros(1, dtype=torch.int32, device=device)
+        self.all = 0
+
+    def share_of_twice(self) -> float:
+        """How many had to be attended to twice, of all; begins anew."""
+        share = self.twice.item() / max(self.all, 1)
+        self.twice.zero_()
+        self.all = 0
+        return share
+
+
+pieces_on = cache(Pieces)
+"""By device."""
+
+
+def note_of_twice(device: torch.device) -> str | None:
+    """For a person: how much the kernels had to do twice since this was last asked, where that is worth a line."""
+    share = pieces_on(device).share_of_twice() if is_hopper(device) else 0.0
+    if share < WORTH_SAYING:
+        return None
+    return f"{share:.0%} of attention was computed twice, as its scores are too far from zero for the fast kernel: slower, no worse"
+
+
+@torch.library.custom_op("cogvideox_xdit::own_attention", mutates_args=(), device_types="cuda")
+def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by :mod:`.attention_kernels`.
+
+    Args:
+        query, key: in bfloat16 or e4m3, such that their product is a score in base two: see :func:`factors`.
+        value: in bfloat16.
+    Returns:
+        In bfloat16, and the natural log-sum-exp ``[batch, heads, tokens]``.
     """
-    weight, bias = (values.float().abs().max() for values in (norm.weight, norm.bias))
-    return (norm.weight.numel() ** 0.5 * weight + 2**0.5 * bias) / LARGEST
+    import triton
+
+    from . import attention_kernels as own
+
+    query = query.contiguous()
+    batch, tokens, heads, features = query.shape
+    between = rows_between(key)
+    if between is None or rows_between(value) != between:
+        key, value, between = key.contiguous(), value.contiguous(), key.shape[1]
+    result = torch.empty_like(query, dtype=value.dtype)
+    log_sums = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    rows, keys, groups = own.ROWS.value, own.KEYS.value, own.GROUPS.value
+    programs = triton.cdiv(tokens, rows * groups)
+    failed = query.new_empty(batch * heads * programs * groups, dtype=torch.int32)
+    tiles = in_tiles(query, tokens, rows), in_tiles(key, between, keys), in_tiles(value, between, keys)
+    own.optimistic_kernel[(programs, heads, batch)](
+        *tiles, result, log_sums, failed, tokens, between, key.shape[1], heads, FEATURES=features, num_warps=4
+    )
+    pieces = pieces_on(query.device)
+    pieces.all += len(failed)
+    own.careful_kernel[(programs * groups, heads, batch)](
+        query, key, value, result, log_sums, failed, pieces.twice, tokens, key.shape[1], heads,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], FEATURES=features, ROWS=rows, KEYS=64, num_warps=4,
+    )  # fmt: skip
+    return result, log_sums
 
 
-def quantize_heads(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[batch, tokens, heads, head_dim]`` in FP8, and what each head is to be multiplied by, ``[batch, heads]``."""
-    scales = head_scales(largest_in_heads(states))
-    return quantize(states, scales[:, None, :, None]), scales
+@own_attention.register_fake
+def _(query, key, value):
+    batch, tokens, heads, _ = query.shape
+    result = torch.empty_like(query, dtype=value.dtype, memory_format=torch.contiguous_format)
+    return result, query.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, fp8: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashAttention-3, in FP8 where asked for, and its log-sum-exp."""
-    if not fp8:
-        return flash_attention_3(query, key, value, [])
-    states, scales = zip(*(quantize_heads(states) for states in (query, key, value)))
-    return flash_attention_3(*states, list(scales))
+@cache
+def why_not_own(device: torch.device) -> str | None:
+    """Why a Hopper GPU cannot attend with the kernels, in one line, or None: tried once with few tokens."""
+    keep_kernels()
+    try:
+        generator = torch.Generator(device).manual_seed(0)
+        states = [torch.randn(1, tokens, 2, HEAD_DIM, device=device, generator=generator) for tokens in (200, 300, 300)]
+        exact = attend_torch(*states)
+        for fp8 in (False, True):
+            factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
+            query, key = (
+                in_fp8(states[0] * factor, states[1]) if fp8 else ((states[0] * factor).bfloat16(), states[1].bfloat16())
+            )
+            found = attend_own(query, key, states[2].bfloat16())
+            if not ((found - exact).norm() <= (5 if fp8 else 1) * NEAR * exact.norm()):  # not a number is not near either
+                return "its results are wrong with this version of Triton"
+    except Exception as error:  # Triton may be absent, or have other words for the same; each fails in its own way
+        return first_line(error)
+    return None
 
 
-def attend_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: Scales) -> torch.Tensor:
-    """FlashAttention-3 of every query to all keys, in FP8 where these are."""
-    shape = query.shape[0], query.shape[2]
-    descale = [] if scales[0] is None else [*(scale.expand(shape) for scale in scales[:2]), scales[2]]
-    return flash_attention_3(query, key, value, descale)[0]
+def attend_own(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The kernels' attention of every query to all keys, in FP8 where these are."""
+    return own_attention(query, key, value)[0]
 
 
-def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: Scales) -> torch.Tensor:
+def attend_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """FlashAttention-3 of every query to all keys."""
+    return flash_attention_3(query, key, value)[0]
+
+
+def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """torch's own attention."""
     heads_first = (states.transpose(1, 2) for states in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
-def alone(attend: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: Scales) -> torch.Tensor:
+def alone(attend: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The attention of one rank, which heads of ``[batch, 1, tokens, heads, head_dim]`` were spread to."""
-    return attend(*(states.squeeze(1) for states in (query, key, value)), scales).unsqueeze(1)
+    return attend(*(states.squeeze(1) for states in (query, key, value))).unsqueeze(1)
 
 
-def attention_of(device: torch.device, dtype: torch.dtype) -> Attention:
+def attention_of(device: torch.device, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> Attention:
     """The attention for such tensors: chosen outside of what is compiled, which cannot look for packages."""
+    if is_own(device, dtype, head_dim):
+        return attend_own
     return attend_flash if uses_flash_3(device, dtype) else attend_torch
+
+
+def note(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool) -> str | None:
+    """For a person: what else attends where the kernels cannot, or None."""
+    if is_own(device, dtype, head_dim):
+        return None
+    reason = why_not_own(device) if is_hopper(device) and dtype == torch.bfloat16 and head_dim in HEAD_DIMS else None
+    if fp8:
+        because = f": {reason}" if reason else ""
+        return f"attention is not in FP8: that needs a Hopper GPU, bf16 and Triton 3.6 or newer{because}"
+    instead = "FlashAttention-3's" if uses_flash_3(device, dtype) else "torch's own"
+    return f"attention is {instead}, which is slower than this pack's: {reason}" if reason else None

@@ -5,9 +5,7 @@ and weights: one tensor in, one out, whatever a chunk holds of each. Compiled, w
 few kernels; batch and tokens stay open, so that a size is compiled once and for all.
 """
 
-import os
 from functools import cache
-from pathlib import Path
 from types import MethodType
 
 import torch
@@ -15,12 +13,9 @@ import torch.nn.functional as F
 
 from ..errors import first_line
 from . import kernels
-from .attention import bound
+from .attention import factors
 from .fp8 import Fp8Linear
 from .step_cache import StepCache
-
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-xdit" / "compiled"
-"""Where compiled kernels are kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
 
 WORTH_COMPILING = 2**30
 """Bytes of a transformer whose steps are long enough for the seconds that compiling takes."""
@@ -63,26 +58,10 @@ def feed_forward(layers, tokens: torch.Tensor) -> torch.Tensor:
     return layers(tokens)
 
 
-def normal_heads(norm, states: torch.Tensor, tables, scale: torch.Tensor | None, ranks: int) -> torch.Tensor:
-    """Queries or keys ``[batch, tokens, heads, head_dim]``, normalised, rotated, in FP8 where there is a ``scale``, and spread."""
-    if torch.compiler.is_compiling():
-        return kernels.norm_rotate(states, norm.weight, norm.bias, norm.eps, list(tables or ()), scale, ranks)
-    states = norm(states)
-    states = states if tables is None else kernels.rotate(states, *tables)
-    return kernels.spread(states if scale is None else kernels.quantize(states, scale), ranks)
-
-
-def fp8_values(values: torch.Tensor, largest, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values ``[batch, tokens, heads, head_dim]`` in FP8 and spread, and what each head is to be multiplied by, ``[batch, heads]``.
-
-    ``largest`` makes each rank's maxima those of all ranks that have tokens of the sequence.
-    """
-    compiling = torch.compiler.is_compiling()
-    maxima = (kernels.head_maxima if compiling else kernels.largest_in_heads)(values)
-    scales = kernels.head_scales(maxima if largest is None else largest(maxima))
-    if compiling:
-        return kernels.quantize_spread(values, scales, ranks), scales
-    return kernels.spread(kernels.quantize(values, scales[:, None, :, None]), ranks), scales
+def normal_heads(norm, states: torch.Tensor, tables, factor: float, fp8: bool, ranks: int) -> torch.Tensor:
+    """Queries or keys ``[batch, tokens, heads, head_dim]``, normalised, rotated, times ``factor``, in FP8 if so, and spread."""
+    function = kernels.norm_rotate if torch.compiler.is_compiling() else kernels.norm_rotate_in_steps
+    return function(states, norm.weight, norm.bias, norm.eps, list(tables or ()), factor, fp8, ranks)
 
 
 def swap(states: torch.Tensor) -> torch.Tensor:
@@ -101,8 +80,8 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
         encoder_hidden_states: empty; handed back.
         temb: ``[batch, features]``.
         image_rotary_emb: tables for the joint tokens, with angle 0 for text, or None.
-        attention_kwargs: ``is_text`` ``[tokens]``; what :class:`parallel_backend.parallel.transformer.JointSequence` says
-            of attention: the function ``attend``, ``fp8``, and the ``ranks`` among whom heads are spread for it.
+        attention_kwargs: ``is_text`` ``[tokens]``; and of attention the function ``attend``, whether scores are to be in
+            ``base_two`` and queries and keys in ``fp8``, and the ``ranks`` among whom heads are spread for it.
     """
     about, attention = attention_kwargs, block.attn1
     ranks = about["ranks"]
@@ -110,30 +89,21 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     query, key, value = (
         project(tokens).unflatten(2, (attention.heads, -1)) for project in (attention.to_q, attention.to_k, attention.to_v)
     )
-    scales = [bound(norm) for norm in (attention.norm_q, attention.norm_k)] if about["fp8"] else [None, None]
-    query = normal_heads(attention.norm_q, query, image_rotary_emb, scales[0], ranks)
-    key = normal_heads(attention.norm_k, key, image_rotary_emb, scales[1], ranks)
-    if about["fp8"]:
-        value, scale = fp8_values(value, about["largest"], ranks)
-        scales.append(scale)
-    else:
-        value = swap(value.unflatten(2, (ranks, -1)).flatten(3)).view(query.shape)
-    attended = about["attend"](query, key, value, scales)
+    fp8 = about["fp8"]
+    of_query, of_key = factors(attention.norm_q.normalized_shape[0], base_two=about["base_two"], fp8=fp8)
+    query = normal_heads(attention.norm_q, query, image_rotary_emb, of_query, fp8, ranks)
+    key = normal_heads(attention.norm_k, key, image_rotary_emb, of_key, fp8, ranks)
+    value = swap(value.unflatten(2, (ranks, -1)).flatten(3)).view(query.shape)
+    attended = about["attend"](query, key, value)
     hidden_states = hidden_states + gate * attention.to_out[0](swap(attended.flatten(3)).flatten(2))
     tokens, gate = modulate(block.norm2, hidden_states, temb, about["is_text"])
     return hidden_states + gate * feed_forward(block.ff, tokens), encoder_hidden_states
 
 
-def keep_kernels() -> None:
-    """Has whatever is compiled from now on keep its kernels on disk."""
-    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(folder) / "triton"))
-
-
 @cache
 def compiled_forward():
     """:func:`forward`, compiled when it is first called. One for all blocks: their weights are its arguments."""
-    keep_kernels()
+    kernels.keep_kernels()
     return torch.compile(forward, dynamic=True)
 
 
@@ -161,7 +131,7 @@ def use_in(block, *, compiled: bool) -> None:
 @cache
 def why_not_compiled(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device here, in one line, or None: tried once with a small function."""
-    keep_kernels()
+    kernels.keep_kernels()
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # Triton, a C compiler or Python's headers may be missing; each fails in its own way

@@ -68,11 +68,6 @@ def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
             f"plan '{plan}': a step cache decides after the first block, when other stages are at work already; "
             f"use step_cache 0, or plan '{other}'"
         )
-    if job.model.fp8 == "all":
-        raise RequestError(
-            f"plan '{plan}': fp8 'all' rounds keys and values by the largest of a whole step, and pipefusion keeps those of two; "
-            f"use fp8 'linears', or plan '{other}'"
-        )
     if job.windows is not None and job.windows.schedule == "uniform" and not Layout.of(job, checkpoint).is_whole:
         raise RequestError(
             f"plan '{plan}': windows of the schedule 'uniform' move, so that there is no step before to take keys and values "

@@ -4,26 +4,36 @@ Only compiled blocks on a GPU use them (:mod:`.blocks`), where Triton is there f
 words, in which uncompiled blocks and CPUs do the work, are their implementations on a CPU.
 """
 
+import os
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-xdit" / "compiled"
+"""Where compiled kernels are kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 SMALLEST = 1e-12
 """Below which a maximum counts as nothing to scale by."""
 
 
+def keep_kernels() -> None:
+    """Has whatever is compiled from now on keep its kernels on disk."""
+    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(folder) / "triton"))
+
+
 def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs of ``[batch, tokens, heads, head_dim]`` by tables ``[tokens, head_dim]``; computed in float32."""
-    exact = states.float()
-    first, second = exact.unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotates pairs of ``[batch, tokens, heads, head_dim]`` by tables ``[tokens, head_dim]``."""
+    first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-second, first], dim=-1).flatten(-2)
-    return (exact * cosines[:, None] + turned * sines[:, None]).to(states.dtype)
+    return states * cosines[:, None] + turned * sines[:, None]
 
 
-def quantize(states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``states / scale`` in e4m3."""
-    return (states.float() / scale).clamp(-LARGEST, LARGEST).to(FP8)
+def quantize(states: torch.Tensor) -> torch.Tensor:
+    """In e4m3; what is beyond it becomes its largest."""
+    return states.clamp(-LARGEST, LARGEST).to(FP8)
 
 
 def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,10 +48,15 @@ def spread(states: torch.Tensor, ranks: int) -> torch.Tensor:
     return states.unflatten(2, (ranks, -1)).transpose(1, 2).contiguous()
 
 
-def for_ranks(states: torch.Tensor, ranks: int, dtype: torch.dtype | None) -> torch.Tensor:
+def for_ranks(states: torch.Tensor, ranks: int, dtype: torch.dtype) -> torch.Tensor:
     """Room for what :func:`spread` gives."""
     batch, tokens, heads, features = states.shape
-    return states.new_empty(batch, ranks, tokens, heads // ranks, features, dtype=dtype or states.dtype)
+    return states.new_empty(batch, ranks, tokens, heads // ranks, features, dtype=dtype)
+
+
+def result_dtype(states: torch.Tensor, fp8: bool) -> torch.dtype:
+    """What heads are rounded to."""
+    return FP8 if fp8 else states.dtype
 
 
 @torch.library.custom_op("cogvideox_xdit::norm_rotate", mutates_args=(), device_types="cuda")
@@ -51,7 +66,8 @@ def norm_rotate(
     bias: torch.Tensor,
     epsilon: float,
     tables: list[torch.Tensor],
-    scale: torch.Tensor | None,
+    factor: float,
+    fp8: bool,
     ranks: int,
 ) -> torch.Tensor:
     """Normalises each head of ``[batch, tokens, heads, head_dim]``, rotates its pairs, and lays them out for ``ranks``.
@@ -60,10 +76,11 @@ def norm_rotate(
         states: of queries or keys.
         weight, bias, epsilon: of the layer norm over a head.
         tables: cosines and sines ``[tokens, head_dim]`` in float32, or none.
-        scale: of the result in e4m3, one number: it is divided by this. None keeps the dtype.
+        factor: that the result is multiplied by.
+        fp8: whether it is rounded to e4m3, not to the dtype.
         ranks: among whom heads are spread.
     Returns:
-        ``[batch, ranks, tokens, heads / ranks, head_dim]``.
+        ``[batch, ranks, tokens, heads / ranks, head_dim]``, rounded once.
     """
     import triton
 
@@ -71,90 +88,30 @@ def norm_rotate(
 
     states = states.contiguous()
     batch, tokens, heads, features = states.shape
-    result = for_ranks(states, ranks, None if scale is None else FP8)
+    result = for_ranks(states, ranks, result_dtype(states, fp8))
     rows, block = batch * tokens * heads, 64
     cosines, sines = tables or (states, states)
     norm_rotate_kernel[(triton.cdiv(rows, block),)](
-        states, result, weight, bias, cosines, sines, states if scale is None else scale,
-        rows, tokens, heads, heads // ranks, epsilon,
-        FEATURES=features, ROWS=block, ROTATES=bool(tables), SCALES=scale is not None, num_warps=4,
+        states, result, weight, bias, cosines, sines, factor,
+        rows, tokens, heads, heads // ranks, epsilon, FEATURES=features, ROWS=block, ROTATES=bool(tables), num_warps=4,
     )  # fmt: skip
     return result
 
 
-@norm_rotate.register_kernel("cpu")
-def _(states, weight, bias, epsilon, tables, scale, ranks):
-    normal = F.layer_norm(states, weight.shape, weight, bias, epsilon)
-    turned = rotate(normal, *tables) if tables else normal
-    return spread(turned if scale is None else quantize(turned, scale), ranks)
+def norm_rotate_in_steps(states, weight, bias, epsilon, tables, factor, fp8, ranks):
+    """:func:`norm_rotate` in torch's own words."""
+    exact = states.double() if states.dtype == torch.float64 else states.float()
+    normal = F.layer_norm(exact, weight.shape, weight.to(exact.dtype), bias.to(exact.dtype), epsilon)
+    turned = (rotate(normal, *tables) if tables else normal) * factor
+    return spread(quantize(turned) if fp8 else turned.to(states.dtype), ranks)
+
+
+norm_rotate.register_kernel("cpu")(norm_rotate_in_steps)
 
 
 @norm_rotate.register_fake
-def _(states, weight, bias, epsilon, tables, scale, ranks):
-    return for_ranks(states, ranks, None if scale is None else FP8)
-
-
-def largest_in_heads(states: torch.Tensor) -> torch.Tensor:
-    """The greatest magnitude in each head of ``[batch, tokens, heads, head_dim]``: ``[batch, heads]`` in float32."""
-    return states.abs().amax(dim=(1, 3)).float()
-
-
-def head_scales(maxima: torch.Tensor) -> torch.Tensor:
-    """What numbers of such maxima are to be divided by for e4m3."""
-    return maxima.clamp(min=SMALLEST) / LARGEST
-
-
-@torch.library.custom_op("cogvideox_xdit::head_maxima", mutates_args=(), device_types="cuda")
-def head_maxima(states: torch.Tensor) -> torch.Tensor:
-    """:func:`largest_in_heads`, reading every number once."""
-    import triton
-
-    from .triton_kernels import head_maxima_kernel
-
-    states = states.contiguous()
-    batch, tokens, heads, features = states.shape
-    maxima, block = states.new_zeros(batch, heads, dtype=torch.float32), 256
-    head_maxima_kernel[(triton.cdiv(tokens, block), heads, batch)](
-        states, maxima, tokens, heads, FEATURES=features, TOKENS=block, num_warps=4
-    )
-    return maxima
-
-
-@head_maxima.register_kernel("cpu")
-def _(states):
-    return largest_in_heads(states)
-
-
-@head_maxima.register_fake
-def _(states):
-    return states.new_empty(states.shape[0], states.shape[2], dtype=torch.float32)
-
-
-@torch.library.custom_op("cogvideox_xdit::quantize_spread", mutates_args=(), device_types="cuda")
-def quantize_spread(states: torch.Tensor, scales: torch.Tensor, ranks: int) -> torch.Tensor:
-    """``[batch, tokens, heads, head_dim]`` by ``[batch, heads]`` in e4m3, laid out as :func:`spread` does."""
-    import triton
-
-    from .triton_kernels import quantize_spread_kernel
-
-    states = states.contiguous()
-    batch, tokens, heads, features = states.shape
-    result = for_ranks(states, ranks, FP8)
-    rows, block = batch * tokens * heads, 64
-    quantize_spread_kernel[(triton.cdiv(rows, block),)](
-        states, result, scales.contiguous(), rows, tokens, heads, heads // ranks, FEATURES=features, ROWS=block, num_warps=4
-    )
-    return result
-
-
-@quantize_spread.register_kernel("cpu")
-def _(states, scales, ranks):
-    return spread(quantize(states, scales[:, None, :, None]), ranks)
-
-
-@quantize_spread.register_fake
-def _(states, scales, ranks):
-    return for_ranks(states, ranks, FP8)
+def _(states, weight, bias, epsilon, tables, factor, fp8, ranks):
+    return for_ranks(states, ranks, result_dtype(states, fp8))
 
 
 @torch.library.custom_op("cogvideox_xdit::swap", mutates_args=(), device_types="cuda")

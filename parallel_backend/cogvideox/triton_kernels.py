@@ -14,9 +14,9 @@ def spread_row(row, tokens, heads, heads_of_rank):
 
 @triton.jit
 def norm_rotate_kernel(
-    states, result, weight, bias, cosines, sines, scale,
+    states, result, weight, bias, cosines, sines, factor,
     rows, tokens, heads, heads_of_rank, epsilon,
-    FEATURES: tl.constexpr, ROWS: tl.constexpr, ROTATES: tl.constexpr, SCALES: tl.constexpr,
+    FEATURES: tl.constexpr, ROWS: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
     """See ``norm_rotate``; a row is one head of one token, computed in float32."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -33,36 +33,8 @@ def norm_rotate_kernel(
         first, second = tl.split(tl.reshape(value, (ROWS, FEATURES // 2, 2)))
         turned = tl.reshape(tl.join(-second, first), (ROWS, FEATURES))
         value = value * cosine + turned * sine
-    if SCALES:
-        value = value / tl.load(scale)
     target = spread_row(row, tokens, heads, heads_of_rank)
-    tl.store(result + target[:, None] * FEATURES + column, value.to(result.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def head_maxima_kernel(states, maxima, tokens, heads, FEATURES: tl.constexpr, TOKENS: tl.constexpr):
-    """See ``head_maxima``; a program has a piece of one head."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    at = ((batch * tokens + token) * heads + head)[:, None] * FEATURES + tl.arange(0, FEATURES)
-    value = tl.abs(tl.load(states + at, mask=(token < tokens)[:, None], other=0.0).to(tl.float32))
-    tl.atomic_max(maxima + batch * heads + head, tl.max(tl.max(value, 1), 0))
-
-
-@triton.jit
-def quantize_spread_kernel(
-    states, result, scales, rows, tokens, heads, heads_of_rank, FEATURES: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """See ``quantize_spread``; a row is one head of one token."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, FEATURES)
-    there = row < rows
-    value = tl.load(states + row[:, None] * FEATURES + column, mask=there[:, None], other=0.0).to(tl.float32)
-    scale = tl.load(scales + row // (tokens * heads) * heads + row % heads, mask=there, other=1.0)
-    target = spread_row(row, tokens, heads, heads_of_rank)
-    tl.store(
-        result + target[:, None] * FEATURES + column, (value / scale[:, None]).to(result.dtype.element_ty), mask=there[:, None]
-    )
+    tl.store(result + target[:, None] * FEATURES + column, (value * factor).to(result.dtype.element_ty), mask=there)
 
 
 @triton.jit

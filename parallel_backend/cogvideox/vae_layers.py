@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import first_line
-from .blocks import keep_kernels
+from .kernels import keep_kernels
 from .vae_kernels import Plain, convolve
 
 CHANNELS_LAST = True

@@ -14,11 +14,6 @@ BACKEND = "cogvideox"
 """The name our attention function has in xfuser's registry."""
 
 
-def dtype_of_result(query: torch.Tensor) -> torch.dtype:
-    """What attention of such queries is in."""
-    return torch.bfloat16 if query.dtype.itemsize == 1 else query.dtype
-
-
 class UlyssesAttention:
     """Attention in which each rank attends with its share of the heads to everyone's tokens.
 
@@ -53,36 +48,25 @@ class UlyssesAttention:
         return self.size
 
     @torch.compiler.disable  # waiting for what travels is not for a compiler to see
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """This rank's tokens to everyone's.
 
         Args:
             query, key, value: ``[batch, parts, tokens, heads, head_dim]``: for each rank its heads of this one's tokens, in as
                 many parts as :meth:`begin` says.
-            scales: see :data:`parallel_backend.cogvideox.attention.Scales`, for all heads.
         Returns:
             In the same shape, from each rank its heads; it may be overwritten in the next block.
         """
         if self.rehearses:
-            return torch.empty_like(query, dtype=dtype_of_result(query))
-        return self._attend(query, key, value, scales)
+            return torch.empty_like(query, dtype=value.dtype)
+        return self._attend(query, key, value)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         ranks, tokens = query.shape[1:3]
         query, key, value = (states.flatten(1, 2) for states in self._exchange(query, key, value))
         valid = slice(ranks * tokens - self.padding)
-        if scales[0] is not None:
-            scales = [*scales[:2], scales[2].chunk(ranks, dim=1)[self.rank].contiguous()]
-        attended = self.whole(query, key[:, valid], value[:, valid], scales)
+        attended = self.whole(query, key[:, valid], value[:, valid])
         return self._exchange(attended.unflatten(1, (ranks, tokens)).contiguous())[0]
-
-    @torch.compiler.disable
-    def largest(self, maxima: torch.Tensor) -> torch.Tensor:
-        """The greatest of all ranks, number by number."""
-        if self.rehearses:
-            return maxima
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
-        return maxima
 
     def _exchange(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Sends each rank its part of ``[batch, ranks, …]``; what each sent here is in its place."""
@@ -130,18 +114,16 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
         return super().begin(whole, batch=batch, padding=padding) * self.pieces
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         try:
-            return self._copy_and_attend(query, key, value, scales)
+            return self._copy_and_attend(query, key, value)
         except BaseException:
             self.inbox = self.layout = None  # flags that nobody waits for any more must not be taken for the next ones
             raise
 
-    def _copy_and_attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales
-    ) -> torch.Tensor:
+    def _copy_and_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         asked = [states.unflatten(1, (self.size, self.pieces)) for states in (query, key, value)]
-        self._make_room(asked, dtype_of_result(query))
+        self._make_room(asked)
         *arriving, results = self.rooms[self.rank]
         parts = list(product(range(len(query)), range(self.pieces)))
         valid = slice(self.size * query.shape[2] - self.padding)
@@ -160,8 +142,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         for number, (sample, piece) in enumerate(parts):
             self.inbox.await_all(ARRIVALS, number)
             queries, keys, values = (here[sample, piece].flatten(0, 1)[None] for here in arriving)
-            own = self._own(scales, sample, piece)
-            made.append(self.whole(queries, keys[:, valid], values[:, valid], own)[0].unflatten(0, (self.size, -1)))
+            made.append(self.whole(queries, keys[:, valid], values[:, valid])[0].unflatten(0, (self.size, -1)))
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
                 for peer in self.inbox.others:
@@ -174,18 +155,11 @@ class CopyingUlyssesAttention(UlyssesAttention):
         main.wait_stream(self.side)  # before what it read can be used for something else
         return results.flatten(1, 2)
 
-    def _own(self, scales: attention.Scales, sample: int, piece: int) -> attention.Scales:
-        """The scales of one video, of the values for one piece of this rank's heads."""
-        if scales[0] is None:
-            return scales
-        own = scales[2][sample : sample + 1].chunk(self.size * self.pieces, dim=1)[self.rank * self.pieces + piece]
-        return [*scales[:2], own.contiguous()]
-
-    def _make_room(self, asked: list[torch.Tensor], result: torch.dtype) -> None:
+    def _make_room(self, asked: list[torch.Tensor]) -> None:
         """Has room for one block's tensors on every rank. Blocks of a model ask for the same, so it is made once for a size."""
         shape = asked[0].shape
         turned = (shape[0], shape[2], shape[1], *shape[3:])
-        layout = peers.Layout((*((turned, states.dtype) for states in asked), (tuple(shape), result)))
+        layout = peers.Layout((*((turned, states.dtype) for states in asked), (tuple(shape), asked[2].dtype)))
         if layout == self.layout:
             return
         if self.inbox is None or self.inbox.nbytes < layout.nbytes:
@@ -202,12 +176,18 @@ def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_
     It is called once for each rank's keys, own first, then those of the rank before, and so on. Only the last rank's keys can
     end in padding, which is cut off here.
     """
-    ring, fp8 = attention_kwargs["ring"], attention_kwargs["fp8"]
+    ring = attention_kwargs["ring"]
     key, value = ring.trim(key, value)
     if query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]
+    tokens_first = [states.transpose(1, 2) for states in (query, key, value)]
+    if attention_kwargs["base_two"]:
+        if attention_kwargs["fp8"]:
+            tokens_first[:2] = attention.in_fp8(*tokens_first[:2])
+        output, log_sum_exp = attention.own_attention(*tokens_first)
+        return output.transpose(1, 2), log_sum_exp
     if attention.uses_flash_3(query.device, query.dtype):
-        output, log_sum_exp = attention.flash(*(states.transpose(1, 2) for states in (query, key, value)), fp8=fp8)
+        output, log_sum_exp = attention.flash_attention_3(*tokens_first)
         return output.transpose(1, 2), log_sum_exp
     if query.dtype in (torch.bfloat16, torch.float16):
         from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
@@ -258,13 +238,22 @@ class RingAttention:
         self.usp = USP
         self.ring, self.rank = ring, rank
         self.fp8 = fp8
-        self.padding = 0
-        """Tokens of padding at the end of the whole sequence; set for each forward."""
+        self.padding, self.base_two = 0, False
+
+    def begin(self, *, base_two: bool, padding: int) -> None:
+        """Says what a forward is like.
+
+        Args:
+            base_two: whether scores will be in base two, as this pack's kernels take them.
+            padding: tokens of padding at the end of the whole sequence.
+        """
+        self.base_two, self.padding = base_two, padding
 
     @torch.compiler.disable  # xDiT's groups and its runtime state are not for a compiler to see
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of ``[batch, 1, tokens, heads, head_dim]``, this rank's tokens to everyone's."""
         heads_first = (states.squeeze(1).transpose(1, 2) for states in (query, key, value))
-        about = {"ring": RingPosition(self.rank, self.ring, self.padding), "fp8": self.fp8}
+        position = RingPosition(self.rank, self.ring, self.padding)
+        about = {"ring": position, "base_two": self.base_two, "fp8": self.fp8}
         output = self.usp(*heads_first, combine_qkv_a2a=True, backend=BACKEND, attention_kwargs=about)
         return output.transpose(1, 2).to(query.dtype).unsqueeze(1)

@@ -125,7 +125,7 @@ class GroupSplit(Split):
             join_products(transformer, xdit.tensor_group().device_group)
         group = xdit.sequence_group() if self.plan.sequence > 1 else None
         if self.pipe:
-            Stage(transformer, self.pipe, group)
+            Stage(transformer, self.pipe, group, fp8_attention=fp8_attention)
             return None
         degrees = {"ulysses": self.plan.ulysses, "ring": self.plan.ring}
         device = self.device if self.copies else None

@@ -84,7 +84,7 @@ class PatchAttention:
         self.place, self.tokens = slice(0), 0
         """Where in the sequence the patch lies, padding left out, and the sequence's length."""
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See :data:`parallel_backend.cogvideox.attention.Attention`; keys and values may end in padding."""
         size = self.place.stop - self.place.start
         if size == self.tokens:  # nobody else writes to these: they need not be copied
@@ -92,14 +92,12 @@ class PatchAttention:
         else:
             for everyone, own in zip(self.kept[self.block], (key, value)):
                 everyone[:, self.place] = own[:, :size]
-        return self.whole(query, *self.kept[self.block], scales)
+        return self.whole(query, *self.kept[self.block])
 
     @torch.compiler.disable  # what is kept is another tensor for every job, and changes
-    def attend_alone(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: attention.Scales
-    ) -> torch.Tensor:
+    def attend_alone(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The same of one rank, as :func:`parallel_backend.cogvideox.attention.alone` has it."""
-        return attention.alone(self.attend, query, key, value, scales)
+        return attention.alone(self.attend, query, key, value)
 
 
 class Pipe:
@@ -174,9 +172,10 @@ class Stage(torch.nn.Module):
             other ranks'.
         pipe: to the ranks that have the other blocks.
         sequence: xDiT's sequence group coordinator, whose ranks share each patch's tokens; None where this rank has all of them.
+        fp8_attention: whether to attend in FP8 where that can be done.
     """
 
-    def __init__(self, transformer, pipe: Pipe, sequence=None):
+    def __init__(self, transformer, pipe: Pipe, sequence=None, *, fp8_attention: bool = False):
         super().__init__()
         self.pipe = pipe
         everyone = transformer.transformer_blocks
@@ -189,6 +188,7 @@ class Stage(torch.nn.Module):
         if sequence:
             shared = UlyssesAttention(sequence.device_group, rank=self.rank, size=self.size)
             shared.whole, self.attend = self.attention.attend, shared.attend
+        self.head_dim, self.fp8_attention = transformer.config.attention_head_dim, fp8_attention
         self._chunks: list[Chunk] = []
         transformer.transformer_blocks = self
         blocks.use(transformer)
@@ -219,13 +219,15 @@ class Stage(torch.nn.Module):
         else:
             like = hidden_states.new_empty(len(hidden_states), self._chunks[0].length, hidden_states.shape[2])
             incoming = self.pipe.receive(like, count)
-        self.attention.whole = attention.attention_of(hidden_states.device, hidden_states.dtype)
+        kind = hidden_states.device, hidden_states.dtype, self.head_dim
+        self.attention.whole, is_own = attention.attention_of(*kind), attention.is_own(*kind)
+        scores = {"base_two": is_own, "fp8": is_own and self.fp8_attention}
         self.attention.kept, self.attention.tokens = kept.states, text + video
         made = []
         for place, (chunk, tokens) in enumerate(zip(self._chunks, incoming)):
             start = min(place * self.size * chunk.length, text + video)
             self.attention.place = slice(start, min(start + self.size * chunk.length, text + video))
-            tokens = self._run(tokens, chunk, temb, image_rotary_emb)
+            tokens = self._run(tokens, chunk, temb, image_rotary_emb, scores)
             made.append(tokens) if self.pipe.is_last else self.pipe.send(tokens)
         self.pipe.end()
         self.attention.kept = {}  # which would live on with the weights
@@ -233,11 +235,11 @@ class Stage(torch.nn.Module):
         none = hidden_states.new_empty(len(hidden_states), 0, hidden_states.shape[2])
         return torch.cat(made, dim=1) if made else none, none
 
-    def _run(self, tokens: torch.Tensor, chunk: Chunk, temb: torch.Tensor, tables) -> torch.Tensor:
+    def _run(self, tokens: torch.Tensor, chunk: Chunk, temb: torch.Tensor, tables, scores: dict[str, bool]) -> torch.Tensor:
         """One patch through this rank's blocks."""
         rows = None if tables is None else chunk.of_rotary(*tables)
         about = {"cache": None, "is_text": chunk.is_text(tokens.device), "attend": self.attend, "ranks": self.size}
-        about |= {"largest": None, "fp8": False}
+        about |= scores
         none = tokens.new_empty(len(tokens), 0, tokens.shape[2])
         for number, block in self.named_children():
             self.attention.block = number

@@ -138,16 +138,16 @@ class JointSequence:
 
     def _attention(self, latents: torch.Tensor) -> dict[str, Any]:
         """What a block is to know of attention; see :func:`parallel_backend.cogvideox.blocks.forward`."""
-        whole = attention.attention_of(latents.device, latents.dtype)
-        alone = {"ranks": 1, "largest": None, "fp8": False}
-        if self.ring > 1:  # rounds to FP8 what travels around, itself
-            self.shared.padding = self.chunk.padding
-            return {**alone, "attend": self.shared.attend}
-        alone["fp8"] = self.fp8_attention and attention.uses_flash_3(latents.device, latents.dtype)
+        kind = latents.device, latents.dtype, self.config.attention_head_dim
+        whole, is_own = attention.attention_of(*kind), attention.is_own(*kind)
+        alone = {"ranks": 1, "base_two": is_own, "fp8": is_own and self.fp8_attention}
+        if self.ring > 1:  # what travels around is rounded to FP8 where it is attended to
+            self.shared.begin(base_two=is_own, padding=self.chunk.padding)
+            return {**alone, "attend": self.shared.attend, "fp8": False}
         if self.shared is None:
             return {**alone, "attend": partial(attention.alone, whole)}
         ranks = self.shared.begin(whole, batch=len(latents), padding=self.chunk.padding)
-        return {**alone, "attend": self.shared.attend, "largest": self.shared.largest, "ranks": ranks}
+        return {**alone, "attend": self.shared.attend, "ranks": ranks}
 
     def _scatter(self, module, args, kwargs):
         """Gives the first block this rank's chunk, text and video joined."""

@@ -1,0 +1,203 @@
+"""The kernels of :mod:`.attention` for Hopper GPUs; imported where Triton is there and not before.
+
+Softmax needs no running maximum as long as sums of ``2 ** score`` are finite and not tiny: in float32 and bf16 that is all of 2^-90
+to 2^100, where scores of normalised heads lie. So the first kernel takes it for granted and tells which rows were not so; the
+second one, with a running maximum, attends to those anew. Without maxima and what they rescale, exponentials and matrix products
+of three groups of warps overlap (FlashAttention-3's plan, arXiv 2407.08608) and little else is left.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+bring = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+"""Has the copy engine bring a tile; Triton 3.9 has it under another name."""
+ROWS = tl.constexpr(64)
+"""Queries of a group of warps: the rows of one matrix instruction."""
+GROUPS = tl.constexpr(3)
+"""Groups of warps that attend with the keys of one load; with three a thread may have 160 registers."""
+KEYS = tl.constexpr(128)
+"""Keys of a tile."""
+STAGES = tl.constexpr(2)
+"""Tiles of keys, and of values, in shared memory."""
+LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
+"""Sums between which nothing was lost: neither did terms vanish that count, nor did one overflow."""
+
+
+@gluon.jit
+def halve(values):
+    """Adds the right half of the columns to the left one; each thread has its numbers of both."""
+    left, right = values.reshape([values.shape[0], 2, values.shape[1] // 2]).permute((0, 2, 1)).split()
+    return left + right
+
+
+@gluon.jit
+def add_columns(values):
+    """``[rows, 128]`` as sums ``[rows, 8]``, of which each thread has one it made by itself."""
+    gl.static_assert(values.shape[1] == 128)
+    return halve(halve(halve(halve(values))))
+
+
+@gluon.jit
+def load(queries, keys, values, query_room, key_room, value_room, barriers, row, first, column, tiles):
+    """One warp that has the copy engine bring tiles; the last one, which may be short, comes first."""
+    loaded, keys_in, keys_out, values_in, values_out = barriers
+    mbarrier.expect(loaded, GROUPS * queries.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        bring(queries, [row + group * ROWS, column], loaded, query_room.index(group))
+    for tile in range(tiles):
+        stage, phase = tile % STAGES, tile // STAGES & 1
+        start = first + gl.where(tile == 0, tiles - 1, tile - 1) * KEYS
+        mbarrier.wait(keys_out.index(stage), phase ^ 1)
+        mbarrier.expect(keys_in.index(stage), keys.block_type.nbytes)
+        bring(keys, [start, column], keys_in.index(stage), key_room.index(stage))
+        mbarrier.wait(values_out.index(stage), phase ^ 1)
+        mbarrier.expect(values_in.index(stage), values.block_type.nbytes)
+        bring(values, [start, column], values_in.index(stage), value_room.index(stage))
+
+
+@gluon.jit
+def attend(
+    result, log_sums, failed, query_room, key_room, value_room, barriers,
+    row, rows, key_count, heads, tiles, GROUP: gl.constexpr, FEATURES: gl.constexpr,
+):  # fmt: skip
+    """One group of warps: its rows to all keys."""
+    loaded, keys_in, keys_out, values_in, values_out = barriers
+    depth: gl.constexpr = 256 // key_room.dtype.primitive_bitwidth
+    scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, depth])
+    sums_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 16])
+    weights_in: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_in, k_width=2)
+    query = query_room.index(GROUP)
+    nothing = gl.zeros([ROWS, KEYS], gl.float32, scores_in)
+    sums = gl.zeros([ROWS, FEATURES], gl.float32, sums_in)
+
+    mbarrier.wait(loaded, 0)
+    mbarrier.wait(keys_in.index(0), 0)
+    scores = warpgroup_mma(query, key_room.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(keys_out.index(0))
+    there = gl.arange(0, KEYS, gl.SliceLayout(0, scores_in)) < key_count - (tiles - 1) * KEYS
+    weights = gl.where(there[None, :], gl.exp2(scores), 0.0)
+    total = add_columns(weights)
+    rounded = gl.convert_layout(weights.to(value_room.dtype), weights_in)
+    mbarrier.wait(keys_in.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
+    for tile in range(1, tiles):
+        stage, before, after = tile % STAGES, (tile - 1) % STAGES, (tile + 1) % STAGES
+        scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
+        sums = warpgroup_mma(rounded, value_room.index(before), sums, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        mbarrier.arrive(keys_out.index(stage))
+        weights = gl.exp2(scores)
+        total += add_columns(weights)
+        # The branch in this wait keeps the exponentials before the next one, beside the product that is under way.
+        mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
+        sums, rounded, weights = warpgroup_mma_wait(0, deps=[sums, rounded, weights])
+        mbarrier.arrive(values_out.index(before))
+        rounded = gl.convert_layout(weights.to(value_room.dtype), weights_in)
+    last = (tiles - 1) % STAGES
+    mbarrier.wait(values_in.index(last), (tiles - 1) // STAGES & 1)
+    sums = warpgroup_mma(rounded, value_room.index(last), sums, is_async=True)
+    sums, rounded = warpgroup_mma_wait(0, deps=[sums, rounded])
+
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, sums_in))
+    at = row + gl.arange(0, ROWS, gl.SliceLayout(1, sums_in))
+    # What is not a number compares as false, and so is no good sum.
+    good = (total > LEAST) & (total < MOST)
+    gl.store(failed, gl.sum(gl.where(good | (at >= rows), 0, 1), 0))
+    gl.store(log_sums + at, gl.log(total), mask=at < rows)
+    column = gl.arange(0, FEATURES, gl.SliceLayout(0, sums_in))
+    places = result + at[:, None].to(gl.int64) * (heads * FEATURES) + column[None, :]
+    gl.store(places, (sums / total[:, None]).to(result.dtype.element_ty), mask=(at < rows)[:, None])
+
+
+@gluon.jit
+def optimistic_kernel(
+    queries, keys, values, result, log_sums, failed,
+    query_count, key_rows, key_count, heads, FEATURES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """See ``optimistic_attention``. A program has ``GROUPS * ROWS`` queries of one head of one sample.
+
+    Queries, keys and values are descriptors of ``[batch * tokens, heads * features]``; ``key_rows`` of them lie between the keys of
+    one sample and the next. ``failed`` ``[batch, heads, programs, GROUPS]`` becomes the number of rows to be attended to anew.
+    """
+    tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
+    key_room = gl.allocate_shared_memory(keys.dtype, [STAGES, KEYS, FEATURES], keys.layout)
+    value_room = gl.allocate_shared_memory(values.dtype, [STAGES, KEYS, FEATURES], values.layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    keys_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(loaded, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_in.index(stage), count=1)
+        mbarrier.init(keys_out.index(stage), count=GROUPS)
+        mbarrier.init(values_in.index(stage), count=1)
+        mbarrier.init(values_out.index(stage), count=GROUPS)
+    fence_async_shared()
+    barriers = (loaded, keys_in, keys_out, values_in, values_out)
+    row, tiles, column = tile * (GROUPS * ROWS), gl.cdiv(key_count, KEYS), head * FEATURES
+    result += (sample.to(gl.int64) * query_count * heads + head) * FEATURES
+    log_sums += (sample * heads + head) * query_count
+    failed += ((sample * heads + head) * gl.num_programs(0) + tile) * GROUPS
+    gl.warp_specialize(
+        [
+            (attend, (result, log_sums, failed, query_room, key_room, value_room, barriers,
+                      row, query_count, key_count, heads, tiles, 0, FEATURES)),
+            (attend, (result, log_sums, failed + 1, query_room, key_room, value_room, barriers,
+                      row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES)),
+            (attend, (result, log_sums, failed + 2, query_room, key_room, value_room, barriers,
+                      row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES)),
+            (load, (queries, keys, values, query_room, key_room, value_room, barriers,
+                    sample * query_count + row, sample * key_rows, column, tiles)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )  # fmt: skip
+
+
+@triton.jit
+def careful_kernel(
+    queries, keys, values, result, log_sums, failed, redone,
+    query_count, key_count, heads, query_sample, query_stride, key_sample, key_stride, value_sample, value_stride,
+    FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Attends anew, with a running maximum, to rows of which some ``failed``; counts them in ``redone``."""
+    group, head, sample = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    if tl.load(failed + (sample * heads + head) * tl.num_programs(0) + group) > 0:
+        row, column = group * ROWS + tl.arange(0, ROWS), tl.arange(0, FEATURES)
+        queries += sample * query_sample + head * FEATURES
+        keys += sample * key_sample + head * FEATURES
+        values += sample * value_sample + head * FEATURES
+        there = (row < query_count)[:, None]
+        query = tl.load(queries + row[:, None].to(tl.int64) * query_stride + column, mask=there, other=0.0)
+        largest = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, FEATURES], tl.float32)
+        for start in range(0, key_count, KEYS):
+            at = start + tl.arange(0, KEYS)
+            valid = at < key_count
+            key = tl.load(keys + at[None, :].to(tl.int64) * key_stride + column[:, None], mask=valid[None, :], other=0.0)
+            value = tl.load(values + at[:, None].to(tl.int64) * value_stride + column, mask=valid[:, None], other=0.0)
+            scores = tl.where(valid[None, :], tl.dot(query, key), -float("inf"))
+            now = tl.maximum(largest, tl.max(scores, 1))
+            shrinks = tl.exp2(largest - now)
+            weights = tl.exp2(scores - now[:, None])
+            total = total * shrinks + tl.sum(weights, 1)
+            sums = sums * shrinks[:, None] + tl.dot(weights.to(value.dtype), value)
+            largest = now
+        at = (sample * heads + head) * query_count + row
+        tl.store(log_sums + at, (largest + tl.log2(total)) * 0.6931471805599453, mask=row < query_count)
+        places = result + ((sample * query_count + row[:, None]) * heads + head) * FEATURES + column
+        tl.store(places, (sums / total[:, None]).to(result.dtype.element_ty), mask=there)
+        tl.atomic_add(redone, 1)

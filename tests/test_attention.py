@@ -1,0 +1,135 @@
+"""Attention: which one is used and why, and the kernels as far as a machine with no GPU can tell."""
+
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel_backend.cogvideox import attention, kernels
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+CPU = torch.device("cpu")
+
+
+def in_process(code: str, **environment: str) -> None:
+    """Runs a program of its own: Triton decides at its import whether it interprets."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env={**environment_here(), **environment}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def environment_here() -> dict[str, str]:
+    """This process's, without a word of Triton's."""
+    import os
+
+    return {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_factors_leave_nothing_to_do_with_scores(fp8):
+    query, key = attention.factors(64, base_two=True, fp8=fp8)
+    assert math.isclose(query * key, math.log2(math.e) / 8)
+    assert attention.factors(64, base_two=False, fp8=False) == (1.0, 1.0)
+
+
+def test_heads_in_base_two_and_fp8_are_the_same_heads():
+    states, weight, bias = torch.randn(2, 9, 3, 64), torch.rand(64) + 0.5, torch.randn(64)
+    plain = kernels.norm_rotate_in_steps(states, weight, bias, 1e-6, [], 1.0, False, 1)[:, 0]
+    assert torch.equal(plain, torch.nn.functional.layer_norm(states, (64,), weight, bias, 1e-6))
+    whole, root = (attention.factors(64, base_two=True, fp8=fp8)[0] for fp8 in (False, True))
+    scaled = kernels.norm_rotate_in_steps(states, weight, bias, 1e-6, [], whole, False, 1)[:, 0]
+    rounded = kernels.norm_rotate_in_steps(states, weight, bias, 1e-6, [], root, True, 1)[:, 0]
+    assert (scaled / whole - plain).abs().max() <= 1e-5
+    assert (rounded.float() / root - plain).abs().max() <= plain.abs().max() / 16
+    query, key = attention.in_fp8(scaled, plain)
+    assert (query.float() - rounded.float()).abs().max() <= rounded.float().abs().max() / 16
+    assert torch.equal(key.float(), kernels.norm_rotate_in_steps(states, weight, bias, 1e-6, [], root, True, 1)[:, 0].float())
+
+
+def test_a_person_hears_what_attends_instead(monkeypatch):
+    kind = (CPU, torch.bfloat16, 64)
+    assert attention.note(*kind, fp8=False) is None  # nothing better is to be had
+    assert attention.note(*kind, fp8=True).endswith("a Hopper GPU, bf16 and Triton 3.6 or newer")
+    monkeypatch.setattr(attention, "is_hopper", lambda device: True)
+    monkeypatch.setattr(attention, "flash_3", lambda: None)
+    monkeypatch.setattr(attention, "why_not_own", lambda device: "no module named triton")
+    assert attention.attention_of(*kind) is attention.attend_torch
+    said = attention.note(*kind, fp8=False)
+    assert said == "attention is torch's own, which is slower than this pack's: no module named triton"
+    assert attention.note(*kind, fp8=True).endswith("newer: no module named triton")
+    monkeypatch.setattr(attention, "flash_3", lambda: "there")
+    assert attention.attention_of(*kind) is attention.attend_flash
+    assert attention.note(*kind, fp8=False).startswith("attention is FlashAttention-3's, which is slower")
+    assert attention.note(CPU, torch.float16, 64, fp8=False) is None  # for which neither is made
+    monkeypatch.setattr(attention, "why_not_own", lambda device: None)
+    assert attention.attention_of(*kind) is attention.attend_own
+    assert attention.note(*kind, fp8=True) is None
+    assert attention.attention_of(CPU, torch.bfloat16, 48) is attention.attend_flash
+
+
+@needs_triton
+def test_the_kernels_are_made_for_hopper_by_the_triton_that_is_here(tmp_path):
+    """Gluon changes from version to version; where this fails, GPUs fall back to something slower."""
+    in_process(COMPILES, TRITON_CACHE_DIR=str(tmp_path), TRITON_DEFAULT_FP_FUSION="1")
+
+
+COMPILES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+from parallel_backend.cogvideox import attention_kernels as own
+
+def tiles(dtype, bits, rows, features):
+    layout = NVMMASharedLayout(swizzle_byte_width=features * bits // 8, element_bitwidth=bits, rank=2)
+    return f"tensordesc<{dtype}[{rows}, {features}],{layout!r}>"
+
+for dtype, bits, features in (("bf16", 16, 64), ("fp8e4nv", 8, 64), ("bf16", 16, 32), ("fp8e4nv", 8, 32)):
+    signature = {
+        "queries": tiles(dtype, bits, own.ROWS.value, features), "keys": tiles(dtype, bits, own.KEYS.value, features),
+        "values": tiles("bf16", 16, own.KEYS.value, features), "result": "*bf16", "log_sums": "*fp32", "failed": "*i32",
+        "query_count": "i32", "key_rows": "i32", "key_count": "i32", "heads": "i32",
+        "FEATURES": "constexpr", "num_warps": "constexpr",
+    }
+    source = GluonASTSource(own.optimistic_kernel, signature=signature, constexprs={"FEATURES": features, "num_warps": 4})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    products = [line for line in made.asm["ptx"].splitlines() if "wgmma.mma_async" in line]
+    assert any("e4m3" in line for line in products) == (bits == 8) and made.asm["cubin"], products[:3]
+"""
+
+
+@needs_triton
+def test_the_careful_kernel_attends_to_what_failed_and_to_nothing_else():
+    in_process(ATTENDS, TRITON_INTERPRET="1")
+
+
+ATTENDS = """
+import torch
+from parallel_backend.cogvideox import attention_kernels as own
+
+torch.manual_seed(0)
+batch, queries, keys, heads, features, rows = 2, 130, 200, 2, 32, 64
+query, key, value = (torch.randn(batch, count, heads, features) for count in (queries, keys, keys))
+query = query * 40  # 2 to the power of such scores is no number
+groups = -(-queries // (3 * rows)) * 3
+failed = torch.zeros(batch, heads, groups, dtype=torch.int32)
+failed[0, 1, 0] = failed[1, 0, 2] = 5
+result, sums, redone = torch.zeros_like(query), torch.zeros(batch, heads, queries), torch.zeros(1, dtype=torch.int32)
+own.careful_kernel[(groups, heads, batch)](
+    query, key, value, result, sums, failed, redone, queries, keys, heads,
+    *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], FEATURES=features, ROWS=rows, KEYS=64,
+)
+scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * 0.6931471805599453
+expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+done = torch.zeros(batch, queries, heads, dtype=torch.bool)
+done[0, :64, 1] = done[1, 128:, 0] = True
+assert (result[done] - expected[done]).abs().max() < 1e-4 and not result[~done].any()
+assert (sums.transpose(1, 2)[done] - scores.logsumexp(-1).transpose(1, 2)[done]).abs().max() < 1e-3
+assert redone.item() == 2
+"""
