@@ -59,22 +59,25 @@ PHASES: tuple[tuple[list[Command], ...], ...] = (
             bench("5b", "--plans none --diffusers eager,compiled --decode --steps 4", "1"),
             bench("2b", f"--plans single --steps 1 --decode --tiling on --offload model {OURS}", "1"),
             bench("2b", "--dtype bf16 --plans none --diffusers eager --steps 4", "1"),
-            build("1.5-5b", "1"),
         ],
     ),
     ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all --decode {OURS} {STEPS}")],),
     ([bench("5b", f"--plans ulysses2 --precisions lossless,fp8-all {OURS} {STEPS}")],),
     ([bench("5b", f"--plans none --xdit cfg2,ulysses2 {OURS} --steps 4")],),
+    ([bench("2b", f"--dtype bf16 --plans cfg2 --precisions lossless,fp8-all --xdit cfg2 --steps 4 {OURS}")],),
+    ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2,ring2,ring2-fsdp2 {OURS} {STEPS}")],),
+    ([bench("2b", f"--dtype bf16 --plans ulysses2,ring2,cfg2-fsdp2,ulysses2-fsdp2,ring2-fsdp2,tensor2 --steps 4 {OURS}")],),
+    ([bench("5b", f"--plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
+    ([bench("2b", f"--dtype bf16 --plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
     (
         [
             bench(
                 "5b",
-                f"--plans cfg2 --precisions lossless,fp8-all,fp8-all+cache1,fp8-all+cache1.3 --steps 50 --warmup-steps 2 --decode {OURS}",
+                f"--plans cfg2 --precisions lossless,fp8-all,fp8-all+cache1.1,fp8-all+cache1.2 --steps 50 --warmup-steps 2 --decode {OURS}",
             )
         ],
     ),
-    ([bench("2b", f"--dtype bf16 --plans cfg2 --precisions lossless,fp8-all --xdit cfg2 --steps 4 {OURS}")],),
-    ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2 {OURS} {STEPS}")],),
+    ([build("1.5-5b")],),
     (
         [bench("1.5-5b", f"--plans single --steps 2 --warmup-steps 1 {OURS}", "0")],
         [bench("1.5-5b", "--plans none --diffusers eager --steps 2 --repeat 1", "1")],
@@ -89,10 +92,6 @@ PHASES: tuple[tuple[list[Command], ...], ...] = (
             )
         ],
     ),
-    ([bench("5b", f"--plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
-    ([bench("5b", f"--plans ring2,ring2-fsdp2 {OURS} {STEPS}")],),
-    ([bench("2b", f"--dtype bf16 --plans ulysses2,ring2,cfg2-fsdp2,ulysses2-fsdp2,ring2-fsdp2,tensor2 --steps 4 {OURS}")],),
-    ([bench("2b", f"--dtype bf16 --plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
 )
 """One after the other; what stands side by side in one runs at the same time."""
 

@@ -36,6 +36,8 @@ def go_on(*progress: Progress | int) -> bool:
     return True
 
 
+SHORT_SECONDS = 2.0
+"""A step so short lets the next one begin before it is told, for the device not to wait; to stop takes one step more then."""
 STRIP_MARGIN = 1.2
 """What the estimate of a strip's memory is multiplied by: a rank that runs out there takes the group with it."""
 
@@ -133,27 +135,33 @@ class Engine:
             self._note(f"cfg is {job.cfg}: both halves of plan '{self.split.plan}' compute the same")
         self._note(advice(job, checkpoint))
         steps: list[float] = []
-        began = loaded
+        began, ahead = loaded, False
 
         def mark(progress: Progress, total: int) -> bool:
-            nonlocal began
-            steps.append(time.perf_counter() - began)
-            go_on = self.split.agree(on_step(progress, total))
-            began = time.perf_counter()  # reporting and agreeing are no part of a step
+            nonlocal began, ahead
+            ended = time.perf_counter()
+            steps.append(ended - began)
+            under_way = ahead
+            short = self.device.type == "cuda" and steps[-1] < SHORT_SECONDS
+            go_on, ahead = self.split.agree(on_step(progress, total), short)
+            began = ended if under_way else time.perf_counter()  # where the device waits for it, telling is no part of a step
             return go_on
 
         def ask() -> bool:
             self.split.synchronize()  # or all windows would be queued before the first has run
-            return self.split.agree(on_window())
+            (go_on,) = self.split.agree(on_window())
+            return go_on
 
         caches = self.split.caches(job)
         if job.progress is not None and caches.anew:
             self._note(f"{caches.anew}, so this is not quite the video of an undisturbed run")
         place = {"device": self.device, "dtype": dtype, "split": self.split}
+        told = {"caches": caches, "on_step": mark, "on_window": ask, "may_begin": lambda: ahead}
         try:
-            latent = denoise(transformer, checkpoint, job, **place, caches=caches, on_step=mark, on_window=ask)
+            latent = denoise(transformer, checkpoint, job, **place, **told)
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(f"step {len(steps) + 1}", job, checkpoint, dtype) from error
+            where = f"a step after {len(steps)}" if steps else "step 1"
+            raise self._out_of_memory(where, job, checkpoint, dtype) from error
         finally:
             if self._offload == "model":
                 transformer.to("cpu")

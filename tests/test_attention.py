@@ -1,6 +1,7 @@
 """Attention: which one is used and why, and the kernels as far as a machine with no GPU can tell."""
 
 import math
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,17 +19,8 @@ CPU = torch.device("cpu")
 def in_process(code: str, **environment: str) -> None:
     """Runs a program of its own: Triton decides at its import whether it interprets."""
     root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env={**environment_here(), **environment}, capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, **environment}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-
-
-def environment_here() -> dict[str, str]:
-    """This process's, without a word of Triton's."""
-    import os
-
-    return {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
 
 
 @pytest.mark.parametrize("fp8", [False, True])

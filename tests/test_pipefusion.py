@@ -144,13 +144,13 @@ def test_a_patch_attends_to_this_steps_keys_up_to_its_own_and_to_the_last_steps_
     steps = [[torch.randn(2, 12, 4, 8) for _ in range(3)] for _ in range(2)]
     shown = [states[:, :10].clone() for states in steps[0][1:]]
     asked.place = slice(0, 10)
-    assert torch.equal(asked.attend(*steps[0], [None] * 3), attend_torch(steps[0][0], *shown, [None] * 3))
+    assert torch.equal(asked.attend(*steps[0]), attend_torch(steps[0][0], *shown))
     for start in (0, 4, 8):  # the last patch ends in padding
         query, *own = (states[:, start : start + 4] for states in steps[1])
         asked.place = slice(start, min(start + 4, 10))
         for before, now in zip(shown, own):
             before[:, asked.place] = now[:, : asked.place.stop - start]
-        assert torch.equal(asked.attend(query, *own, [None] * 3), attend_torch(query, *shown, [None] * 3))
+        assert torch.equal(asked.attend(query, *own), attend_torch(query, *shown))
 
 
 def test_more_warm_up_is_nearer_and_the_person_is_told(late, local):

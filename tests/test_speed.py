@@ -12,7 +12,7 @@ from parallel_backend.cogvideox import attention, blocks, fp8, kernels
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.rehearsal import Rehearsal
 from parallel_backend.engine import Engine
-from parallel_backend.errors import RequestError
+from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.jobs import LoadJob
 from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.split import Split
@@ -216,3 +216,30 @@ def test_a_pipeline_compiles_its_patches_once_and_for_all(can_compile, make_job)
         assert (engine.run(with_model(job, compile="on")).tensor - expected).abs().max() <= TOLERANCE
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert compiled[0] == compiled[-1] > 0
+
+
+def test_a_step_may_begin_before_the_one_before_it_is_told_and_the_video_is_the_same(make_job, local, monkeypatch):
+    job = make_job("5b", size=(48, 48, 5), steps=4, scheduler="dpm")
+    expected, told, begun = local.sample(job).tensor, [], []
+
+    def begins(module, args, kwargs):
+        begun.append(len(told))
+
+    class Ahead(Split):
+        def agree(self, *said: bool) -> tuple[bool, ...]:
+            """As where steps are short and a GPU computes them."""
+            return (said[0], True) if len(said) == 2 else said
+
+        def attach(self, transformer, **kind):
+            transformer.register_forward_pre_hook(begins, with_kwargs=True)
+            return super().attach(transformer, **kind)
+
+    engine = Engine(Ahead(torch.device("cpu")))
+    result = engine.run(job, lambda progress, total: told.append(progress.step) or True)
+    assert torch.equal(result.tensor, expected)
+    assert told == [1, 2, 3, 4] and begun == [0, 1, 1, 2]  # the third while the second is not told yet
+    assert len(result.report.step_seconds) == 4
+    kept = []
+    with pytest.raises(Cancelled, match="stopped after step 2 of 4"):
+        engine.run(job, lambda progress, total: kept.append(progress) or progress.step < 2)
+    assert torch.equal(engine.run(replace(job, progress=kept[-1])).tensor, expected)

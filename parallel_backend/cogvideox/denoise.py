@@ -20,11 +20,39 @@ from .windows import Layout
 
 DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
 StepCallback = Callable[[Progress, int], bool]
-"""Called after each step with what is done and the steps to do; False asks the loop to stop."""
+"""Called when a step has ended, with what is done and the steps to do; False asks the loop to stop."""
 WindowCallback = Callable[[], bool]
 """Called between the windows of a step; False asks the loop to stop."""
 Elsewhere = Callable[[list[torch.Tensor], int, float], list[torch.Tensor]]
 """What the windows of a step show, the timestep and the guidance scale, to the predictions of all."""
+
+
+def never() -> bool:
+    """No step begins before the one before it is told."""
+    return False
+
+
+class Ended:
+    """A step that was asked of a device, which may be at it still.
+
+    Args:
+        progress: once it has ended.
+        velocity: that it found.
+    """
+
+    def __init__(self, progress: Progress, velocity: torch.Tensor):
+        self.progress = progress
+        self._finite = velocity.isfinite().all()
+        self._event: torch.cuda.Event | None = None
+        if velocity.is_cuda:  # reading it from the device would wait for all that comes after it, too
+            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self._finite, non_blocking=True)
+            self._event = torch.cuda.current_stream(velocity.device).record_event()
+
+    def is_finite(self) -> bool:
+        """Whether all that it found is; waits for its end."""
+        if self._event:
+            self._event.synchronize()
+        return bool(self._finite)
 
 
 def rotary_tables(checkpoint: Checkpoint, frames: int, height: int, width: int, device: torch.device):
@@ -143,6 +171,7 @@ def denoise(
     caches,
     on_step: StepCallback,
     on_window: WindowCallback,
+    may_begin: Callable[[], bool] = never,
     elsewhere: Elsewhere | None = None,
 ) -> torch.Tensor:
     """Runs a job's steps.
@@ -157,6 +186,8 @@ def denoise(
         caches: of the job's windows, from :meth:`parallel_backend.parallel.split.Split.caches`.
         elsewhere: predicts the windows in the place of ``transformer``, which is None then.
         on_step, on_window: called on every rank after each step, and between its windows; must answer the same on all of them.
+        may_begin: whether a step may begin before the one before it has ended and is told, so that the device never waits for who
+            is told; must answer the same on every rank.
     Returns:
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
     Raises:
@@ -180,6 +211,14 @@ def denoise(
         history = None if job.progress.history is None else job.progress.history.to(device)
         generator.set_state(job.progress.generator)
     forward = partial(predict, transformer, text=text, rotary=rotary, ofs=ofs, split=split, prompts=len(prompts))
+    untold: Ended | None = None
+
+    def tell(step: Ended) -> None:
+        which = f"step {step.progress.step} of {len(timesteps)}"
+        if not step.is_finite():
+            raise FloatingPointError(f"{which} is not finite in {dtype}; use dtype bf16 or fp32")
+        if not on_step(step.progress, len(timesteps)):
+            raise Cancelled(f"stopped after {which}")
 
     for index, timestep in enumerate(timesteps[done:], start=done):
         condition = condition_at(index / len(timesteps))
@@ -193,13 +232,14 @@ def denoise(
             velocity[:, window.frames] += window.weigh(predicted)
             if window is not windows[-1] and not on_window():
                 raise Cancelled(f"stopped after step {index} of {len(timesteps)}")
-        if not velocity.isfinite().all():
-            raise FloatingPointError(f"step {index + 1} of {len(timesteps)} is not finite in {dtype}; use dtype bf16 or fp32")
         latents, history = advance(scheduler, velocity, history, timesteps, index, latents, generator, job.drawn)
         latents = latents.to(dtype)
-        split.synchronize()
-        if not on_step(Progress(index + 1, latents, generator.get_state(), history), len(timesteps)):
-            raise Cancelled(f"stopped after step {index + 1} of {len(timesteps)}")
+        ended = Ended(Progress(index + 1, latents, generator.get_state(), history), velocity)
+        if untold:
+            tell(untold)
+        untold = ended if len(windows) == 1 and may_begin() else tell(ended)
+    if untold:
+        tell(untold)
 
     padding = checkpoint.padding_frames(job.latent.shape[2])
     result = rearrange(latents[:, padding:], DIFFUSERS_TO_COMFYUI).float() / checkpoint.scaling_factor

@@ -166,11 +166,11 @@ class GroupSplit(Split):
         size = self.plan.world_size
         return Strips(self.rank, size, rows) if rows >= size > 1 else None
 
-    def agree(self, go_on: bool) -> bool:
+    def agree(self, *said: bool) -> tuple[bool, ...]:
         """See :meth:`Split.agree`. Over gloo, so that no GPU waits for it."""
-        answer = torch.tensor([go_on], dtype=torch.uint8)
+        answer = torch.tensor(said, dtype=torch.uint8)
         dist.broadcast(answer, src=0, group=self.control)
-        return bool(answer)
+        return tuple(map(bool, answer))
 
     def collect(self, value: Any) -> list[Any]:
         """See :meth:`Split.collect`."""

@@ -63,9 +63,9 @@ class Split:
         """How a latent's rows are shared while the VAE works on them, or None where rank 0 does it alone."""
         return None
 
-    def agree(self, go_on: bool) -> bool:
+    def agree(self, *said: bool) -> tuple[bool, ...]:
         """What rank 0 says, on every rank."""
-        return go_on
+        return said
 
     def collect(self, value: Any) -> list[Any]:
         """A small Python value from every rank, in order, on every rank."""
