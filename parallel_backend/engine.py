@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .cogvideox import attention, blocks, fp8, lora, memory, vae, vae_layers, weights
+from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_layers, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
 from .cogvideox.rehearsal import Rehearsal
@@ -289,10 +289,12 @@ class Engine:
         self._check_fp8(job.model)
         if mode != "none" and "vae" in self._held:
             self._held["vae"][1].to("cpu")  # its own job brings it back
-        compiled = self._wants_compiled(job.model, checkpoint, dtype, mode)
+        hoped = self._hopes_compiled(job.model, checkpoint, dtype, mode)
+        if hoped:
+            trials.begin(self.device)
 
         def read() -> torch.nn.Module:
-            return self._read_transformer(job, checkpoint, dtype, in_parts=hooks is not None, compiled=compiled)
+            return self._read_transformer(job, checkpoint, dtype, in_parts=hooks is not None, hoped=hoped)
 
         transformer = self._load("transformer", job.model, checkpoint, dtype, read, (hooks, loras) if hooks else None)
         if self.loads > before:
@@ -304,6 +306,7 @@ class Engine:
             transformer.to(self.device)
         self._note(attention.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
         if hooks is None:  # hooks hold on to the forward that they found
+            compiled = hoped and self._can_compile("not compiled", self.split.collect(blocks.why_not_compiled(self.device)))
             blocks.use(transformer, compiled=compiled)
         self._offload = mode
         return transformer
@@ -314,9 +317,10 @@ class Engine:
             raise RequestError(reason)
 
     def _read_transformer(
-        self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, *, in_parts: bool, compiled: bool
+        self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, *, in_parts: bool, hoped: bool
     ) -> torch.nn.Module:
-        """The transformer with this rank's weights, on the device, or on the CPU where they come in parts; compiled meanwhile for a job."""
+        """The transformer with this rank's weights, on the device, or on the CPU where they come in parts; compiled meanwhile for a job
+        where that is ``hoped`` for and can be done."""
         rehearsal: Rehearsal | None = None
 
         def prepare(skeleton: torch.nn.Module) -> None:
@@ -324,7 +328,7 @@ class Engine:
             if job.model.fp8 != "off":
                 fp8.convert(skeleton)
             sequence = self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
-            if compiled and sequence and checkpoint.layers > 2:
+            if hoped and sequence and checkpoint.layers > 2:
                 rehearsal = Rehearsal(skeleton, sequence, job, checkpoint, self.split, dtype)
 
         home = torch.device("cpu") if in_parts else self.device
@@ -335,15 +339,15 @@ class Engine:
                 rehearsal.wait()
                 memory.release(self.device)
 
-    def _wants_compiled(self, model: Model, checkpoint: Checkpoint, dtype, offload: str) -> bool:
-        """Whether the blocks are to run compiled, the same on all ranks; says why not where that was to be expected."""
+    def _hopes_compiled(self, model: Model, checkpoint: Checkpoint, dtype, offload: str) -> bool:
+        """Whether the blocks are to run compiled where that can be done; says why not where that was to be expected."""
         large = self.device.type == "cuda" and checkpoint.weight_bytes("transformer", dtype) >= blocks.WORTH_COMPILING
         if model.compile == "off" or (model.compile == "auto" and not large):
             return False
         if offload in IN_PARTS:
             self._note(f"not compiled: offload '{offload}' moves weights while blocks run")
             return False
-        return self._can_compile("not compiled", self.split.collect(blocks.why_not_compiled(self.device)))
+        return True
 
     def _wants_compiled_vae(self, job: DecodeJob | EncodeJob, dtype, *, shared: bool) -> bool:
         """Whether the VAE's layers are to run compiled, the same on all ranks that are in it."""

@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox import attention, kernels
+from parallel_backend.cogvideox.trials import once
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CPU = torch.device("cpu")
@@ -125,3 +128,23 @@ assert (result[done] - expected[done]).abs().max() < 1e-4 and not result[~done].
 assert (sums.transpose(1, 2)[done] - scores.logsumexp(-1).transpose(1, 2)[done]).abs().max() < 1e-3
 assert redone.item() == 2
 """
+
+
+def test_a_trial_is_made_once_and_whoever_asks_meanwhile_waits_for_it():
+    made, begun, go_on = [], threading.Event(), threading.Event()
+
+    @once
+    def trial(device):
+        begun.set()
+        assert go_on.wait(60)
+        made.append(device)
+        return "a reason"
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(trial, CPU)
+        assert begun.wait(60)
+        second = pool.submit(trial, CPU)
+        assert not second.done()
+        go_on.set()
+        assert first.result(60) == second.result(60) == trial(CPU) == "a reason"
+    assert made == [CPU]

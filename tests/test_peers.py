@@ -80,7 +80,7 @@ def attend_on(rank: attention.CopyingUlyssesAttention, states: torch.Tensor, pad
     tokens = states.shape[2] // rank.size
     parts = rank.begin(attend_torch, batch=states.shape[1], padding=padding)
     mine = states[:, :, rank.rank * tokens : (rank.rank + 1) * tokens]
-    result = rank.attend(*(kernels.spread(each, parts) for each in mine), [None] * 3)
+    result = rank.attend(*(kernels.spread(each, parts) for each in mine))
     return result.transpose(1, 2).reshape(mine.shape[1:]).clone()
 
 
@@ -96,7 +96,7 @@ def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, threads
         for _ in range(blocks):
             states = torch.randn(3, batch, size * tokens, heads, 4, generator=generator, dtype=torch.float64)
             valid = size * tokens - padding
-            expected = attend_torch(states[0], states[1, :, :valid], states[2, :, :valid], [None] * 3)
+            expected = attend_torch(states[0], states[1, :, :valid], states[2, :, :valid])
             with ThreadPoolExecutor(size) as pool:
                 found = list(pool.map(partial(attend_on, states=states, padding=padding), ranks))
             assert (torch.cat(found, dim=1) - expected).abs().max() < 1e-12
@@ -113,10 +113,10 @@ def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):
 
     alone.begin(fail, batch=2, padding=0)
     with pytest.raises(torch.OutOfMemoryError):
-        alone.attend(states, states, states, [None] * 3)
+        alone.attend(states, states, states)
     assert alone.inbox is None and alone.layout is None
     alone.begin(attend_torch, batch=2, padding=0)
-    assert torch.equal(alone.attend(states, states, states, [None] * 3), states)
+    assert torch.equal(alone.attend(states, states, states), states)
 
 
 def test_tensors_lie_one_after_the_other_where_copies_are_fast():

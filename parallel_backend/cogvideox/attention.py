@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ..errors import first_line
 from .kernels import keep_kernels, quantize
+from .trials import once
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
@@ -176,7 +177,7 @@ def _(query, key, value):
     return result, query.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-@cache
+@once
 def why_not_own(device: torch.device) -> str | None:
     """Why a Hopper GPU cannot attend with the kernels, in one line, or None: tried once with few tokens."""
     keep_kernels()

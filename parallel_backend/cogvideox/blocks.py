@@ -16,6 +16,7 @@ from . import kernels
 from .attention import factors
 from .fp8 import Fp8Linear
 from .step_cache import StepCache
+from .trials import once
 
 WORTH_COMPILING = 2**30
 """Bytes of a transformer whose steps are long enough for the seconds that compiling takes."""
@@ -128,7 +129,7 @@ def use_in(block, *, compiled: bool) -> None:
     block.forward = MethodType(unless_cached, block)
 
 
-@cache
+@once
 def why_not_compiled(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device here, in one line, or None: tried once with a small function."""
     kernels.keep_kernels()

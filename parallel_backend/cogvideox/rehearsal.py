@@ -61,7 +61,8 @@ class Rehearsal:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         try:
             with torch.cuda.stream(stream):
-                self._forward(device)
+                if blocks.why_not_compiled(device) is None:
+                    self._forward(device)
                 self.split.synchronize()
         except Exception as error:
             logger.warning(
