@@ -17,6 +17,8 @@ TOKENS_OF_1_5 = 11 * 48 * 85 + 226
 RESULTS = Path(__file__).parent / "results"
 FP8 = {"lossless": "off", "fp8": "linears", "fp8-all": "all", "bf16": "off", "fp16": "off"}
 """What the benchmark's words for a precision say of FP8; the last two are of an earlier version."""
+FLASH_3 = ("h100x2-flash3.json", "h100x2-before.json")
+"""Of versions whose attention was FlashAttention-3, with its rates (FACTS; an H100's by the rates of products)."""
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
 MARKS = ("<!-- benchmarks/plans_table.py -->\n", "<!-- end -->\n")
 MODELS = {"5b, 49x480x720": assumed(48, True), "1.5-5B, 81x768x1360": replace(assumed(48, True), tokens=TOKENS_OF_1_5)}
@@ -75,6 +77,8 @@ def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
         return replace(work, compile="off"), replace(KNOWN["H200"], attention=KNOWN["H200"].attention_fp16)
     machine, rows = KNOWN["H100"], json.loads((RESULTS / file).read_text())
     faster = median(each["peak_tflops"] for each in rows) * 1e12 / machine.matrix
+    if file in FLASH_3:
+        machine = replace(machine, attention=554e12, attention_fp8=651 / 571)
     rates = {name: getattr(machine, name) * faster for name in ("matrix", "attention", "attention_fp16")}
     return work, replace(machine, **rates)
 
@@ -82,7 +86,8 @@ def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
 def choices() -> list[Choice]:
     """All that two GPUs have measured, where there was something to choose."""
     found = []
-    for file, machine in (("h100x2.json", "H100"), ("h200x2.json", "H200")):
+    older = ((FLASH_3[0], "H100, FlashAttention-3"), ("h200x2.json", "H200, cuDNN's attention"))
+    for file, machine in (("h100x2.json", "H100"), *older):
         works: dict[tuple, list[dict]] = {}
         for row in measured(file):
             works.setdefault((row["model"].removeprefix("CogVideoX-"), row["dtype"], row["precision"]), []).append(row)
@@ -90,8 +95,8 @@ def choices() -> list[Choice]:
             took: dict[str, float] = {}
             for row in rows:  # some plans were measured with weights that wait on the CPU too
                 took[row["plan"]] = min(row["seconds_per_step"], took.get(row["plan"], row["seconds_per_step"]))
-            if len(took) > 2:
-                plan = pick(predictions(*as_measured(rows[0], file), 2)).plan
+            plan = pick(predictions(*as_measured(rows[0], file), 2)).plan
+            if len(took) > 2 and str(plan) in took:  # a run may have been cut off before it
                 found.append(Choice(machine, f"{model}, {precision}", plan, took.pop(str(plan)), took))
     return found
 

@@ -1,7 +1,7 @@
 """What a step costs: seconds and bytes on each rank, from operations, bytes and messages. Importable without torch.
 
 Constants say which measurement they come from: NOTES is benchmarks/NOTES.md, FACTS is the project's table of speed (one H200),
-``h100x2.json`` and ``h100x2-before.json`` are in benchmarks/results. What no measurement here tells says that it is assumed.
+``h100x2.json``, ``h100x2-flash3.json`` and ``h100x2-before.json`` are in benchmarks/results. What no measurement here tells says that it is assumed.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .plans import Plan
 MATRIX_SHARE = 0.94
 """Of a large product's rate, what products reach in a step: 745 of 790 TFLOP/s (NOTES: where a half goes; FACTS)."""
 ATTENTION_SHARE = 0.88
-"""Of one attention's rate, what attention reaches in a step: 503 of 571 TFLOP/s (the same)."""
+"""Of one attention's rate, what attention reaches in a step: 572 of 651 TFLOP/s on an H100 (NOTES), 503 of 571 with FlashAttention-3."""
 BANDWIDTH_SHARE = 0.78
 """Of the memory's rate: 32 ms where moving the bytes once takes 25 (NOTES: where a half goes)."""
 PASSES = 26
@@ -24,7 +24,7 @@ MERGE_PASSES = 24
 """More of them for each rank's keys in a ring: results are merged in float32, uncompiled; counted in xDiT's code."""
 PIECE_SECONDS = 1.1e-3
 """For each place in a block where what is compiled is cut: ``ulysses2`` of h100x2-before.json, less bytes; its FP8 has two. For each
-patch of a pipeline, too: ``pipefusion2`` of h100x2.json took 0.14 s more than 0.2 ms each let expect."""
+patch of a pipeline, too: ``pipefusion2`` of h100x2-flash3.json took 0.14 s more than 0.2 ms each let expect."""
 RING_EXPOSED = 0.5
 """Of a ring's messages, what attention cannot hide: FACTS has Ring 2 as fast as Ulysses 2 in xDiT's pipeline."""
 FSDP_EXPOSED = 0.2
@@ -41,6 +41,8 @@ COMPILED_FACTOR = 8.7
 """What compiled blocks need of ``WORKING_FACTOR``'s 16: 8.3 (5b), 10.7 (2b), 8.5 (``cfg2``) in h100x2-before.json."""
 EXCHANGED_FACTOR = 5
 """More where tokens are exchanged for attention: ``ulysses2`` of h100x2-before.json."""
+RING_FACTOR = 11.5
+"""More where keys and values go around a ring, whose results are merged in float32: ``ring2`` of h100x2.json, 10.3 (5b), 14 (2b)."""
 WORKSPACE = 192 * 2**20
 """Bytes of cuBLAS and of tables, whatever the size: what the rows of 2b in h100x2-before.json need more than those of 5b let
 expect, and cuBLAS's 32 MiB of the stream on which blocks are compiled while weights are read."""
@@ -353,7 +355,8 @@ def working_factor(plan: Plan, *, compiled: bool = False) -> float:
     """Bytes beside the weights, per token, feature and byte of dtype."""
     if not compiled:
         return WORKING_FACTOR - SPLIT_FACTOR + SPLIT_FACTOR / plan.tensor
-    return COMPILED_FACTOR * (1 + 1 / plan.tensor) / 2 + EXCHANGED_FACTOR * (plan.sequence > 1)
+    exchanged = RING_FACTOR if plan.ring > 1 else EXCHANGED_FACTOR * (plan.ulysses > 1)
+    return COMPILED_FACTOR * (1 + 1 / plan.tensor) / 2 + exchanged
 
 
 def kept_factor(plan: Plan, layers: int) -> int:
