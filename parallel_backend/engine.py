@@ -290,8 +290,6 @@ class Engine:
         if mode != "none" and "vae" in self._held:
             self._held["vae"][1].to("cpu")  # its own job brings it back
         hoped = self._hopes_compiled(job.model, checkpoint, dtype, mode)
-        if hoped:
-            trials.begin(self.device)
 
         def read() -> torch.nn.Module:
             return self._read_transformer(job, checkpoint, dtype, in_parts=hooks is not None, hoped=hoped)
@@ -328,6 +326,8 @@ class Engine:
             if job.model.fp8 != "off":
                 fp8.convert(skeleton)
             sequence = self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
+            if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
+                trials.begin(self.device)
             if hoped and sequence and checkpoint.layers > 2:
                 rehearsal = Rehearsal(skeleton, sequence, job, checkpoint, self.split, dtype)
 

@@ -1,4 +1,4 @@
-"""What can be done on a device, found out by trying it once. That takes seconds, in which a group starts or weights are read."""
+"""What can be done on a device, found out by trying it once. That takes seconds, in which weights are read."""
 
 import threading
 from collections.abc import Callable

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .. import calibration, machines
-from ..cogvideox import checks, memory, trials
+from ..cogvideox import checks, memory
 from ..cogvideox.checkpoint import Checkpoint
 from ..costs import Link
 from ..devices import Devices
@@ -298,8 +298,6 @@ def main() -> None:
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
     if machines.MEMORY_GB and device.type == "cuda":
         memory.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
-    if device.type == "cuda":
-        trials.begin(device)
     heart = Heart(address.pulse_file(rank))
     heart.beat("joining the group", START_SECONDS)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank, local_rank=local_rank)
