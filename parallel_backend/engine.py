@@ -328,8 +328,8 @@ class Engine:
             sequence = self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
             if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
                 trials.begin(self.device)
-            if hoped and sequence and checkpoint.layers > 2:
-                rehearsal = Rehearsal(skeleton, sequence, job, checkpoint, self.split, dtype)
+                if sequence and checkpoint.layers > 2:
+                    rehearsal = Rehearsal(skeleton, sequence, job, checkpoint, self.split, dtype)
 
         home = torch.device("cpu") if in_parts else self.device
         try:

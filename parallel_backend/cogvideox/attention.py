@@ -50,9 +50,14 @@ def uses_flash_3(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and is_hopper(device) and flash_3() is not None
 
 
+def is_for_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether such tensors are what the kernels are made for."""
+    return dtype == torch.bfloat16 and head_dim in HEAD_DIMS and is_hopper(device)
+
+
 def is_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether attention of such tensors is the kernels', which take their scores in base two; see :func:`factors`."""
-    return dtype == torch.bfloat16 and head_dim in HEAD_DIMS and is_hopper(device) and why_not_own(device) is None
+    return is_for_own(device, dtype, head_dim) and why_not_own(device) is None
 
 
 def factors(head_dim: int, *, base_two: bool, fp8: bool) -> tuple[float, float]:
@@ -226,11 +231,21 @@ def attention_of(device: torch.device, dtype: torch.dtype, head_dim: int = HEAD_
     return attend_flash if uses_flash_3(device, dtype) else attend_torch
 
 
+def for_blocks(states: torch.Tensor, head_dim: int, *, fp8: bool) -> tuple[Attention, dict[str, bool]]:
+    """The attention for the heads of a forward's ``states``, and what blocks are to know of it; see :func:`.blocks.forward`.
+
+    ``fp8`` says whether to attend in FP8 where that can be done.
+    """
+    kind = states.device, states.dtype, head_dim
+    own = is_own(*kind)
+    return attention_of(*kind), {"base_two": own, "fp8": own and fp8}
+
+
 def note(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool) -> str | None:
     """For a person: what else attends where the kernels cannot, or None."""
     if is_own(device, dtype, head_dim):
         return None
-    reason = why_not_own(device) if is_hopper(device) and dtype == torch.bfloat16 and head_dim in HEAD_DIMS else None
+    reason = why_not_own(device) if is_for_own(device, dtype, head_dim) else None
     if fp8:
         because = f": {reason}" if reason else ""
         return f"attention is not in FP8: that needs a Hopper GPU, bf16 and Triton 3.6 or newer{because}"

@@ -237,7 +237,10 @@ def denoise(
         ended = Ended(Progress(index + 1, latents, generator.get_state(), history), velocity)
         if untold:
             tell(untold)
-        untold = ended if len(windows) == 1 and may_begin() else tell(ended)
+        untold = ended
+        if len(windows) > 1 or not may_begin():
+            tell(untold)
+            untold = None
     if untold:
         tell(untold)
 

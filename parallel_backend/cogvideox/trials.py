@@ -14,7 +14,7 @@ Trial = Callable[[torch.device], str | None]
 def once(trial: Trial) -> Trial:
     """A trial that is made once for a device; who asks meanwhile, from another thread, waits for its end."""
     found: dict[torch.device, str | None] = {}
-    lock = threading.RLock()  # one trial asks for another
+    lock = threading.Lock()
 
     @wraps(trial)
     def ask(device: torch.device) -> str | None:

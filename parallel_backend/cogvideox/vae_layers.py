@@ -11,7 +11,7 @@ Modules and weights stay diffusers', and so do the loops over blocks and frames.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import first_line
 from .kernels import keep_kernels
+from .trials import once
 from .vae_kernels import Plain, convolve
 
 CHANNELS_LAST = True
@@ -179,7 +180,7 @@ def triton_kernels():
     return Triton()
 
 
-@cache
+@once
 def why_not_compiled(device: torch.device) -> str | None:
     """Why a VAE's kernels cannot be compiled for a device here, in one line, or None: tried once with the smallest."""
     if device.type != "cuda":

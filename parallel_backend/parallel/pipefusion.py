@@ -219,9 +219,7 @@ class Stage(torch.nn.Module):
         else:
             like = hidden_states.new_empty(len(hidden_states), self._chunks[0].length, hidden_states.shape[2])
             incoming = self.pipe.receive(like, count)
-        kind = hidden_states.device, hidden_states.dtype, self.head_dim
-        self.attention.whole, is_own = attention.attention_of(*kind), attention.is_own(*kind)
-        scores = {"base_two": is_own, "fp8": is_own and self.fp8_attention}
+        self.attention.whole, scores = attention.for_blocks(hidden_states, self.head_dim, fp8=self.fp8_attention)
         self.attention.kept, self.attention.tokens = kept.states, text + video
         made = []
         for place, (chunk, tokens) in enumerate(zip(self._chunks, incoming)):
@@ -238,8 +236,7 @@ class Stage(torch.nn.Module):
     def _run(self, tokens: torch.Tensor, chunk: Chunk, temb: torch.Tensor, tables, scores: dict[str, bool]) -> torch.Tensor:
         """One patch through this rank's blocks."""
         rows = None if tables is None else chunk.of_rotary(*tables)
-        about = {"cache": None, "is_text": chunk.is_text(tokens.device), "attend": self.attend, "ranks": self.size}
-        about |= scores
+        about = {"cache": None, "is_text": chunk.is_text(tokens.device), "attend": self.attend, "ranks": self.size, **scores}
         none = tokens.new_empty(len(tokens), 0, tokens.shape[2])
         for number, block in self.named_children():
             self.attention.block = number

@@ -138,16 +138,14 @@ class JointSequence:
 
     def _attention(self, latents: torch.Tensor) -> dict[str, Any]:
         """What a block is to know of attention; see :func:`parallel_backend.cogvideox.blocks.forward`."""
-        kind = latents.device, latents.dtype, self.config.attention_head_dim
-        whole, is_own = attention.attention_of(*kind), attention.is_own(*kind)
-        alone = {"ranks": 1, "base_two": is_own, "fp8": is_own and self.fp8_attention}
+        whole, scores = attention.for_blocks(latents, self.config.attention_head_dim, fp8=self.fp8_attention)
         if self.ring > 1:  # what travels around is rounded to FP8 where it is attended to
-            self.shared.begin(base_two=is_own, padding=self.chunk.padding)
-            return {**alone, "attend": self.shared.attend, "fp8": False}
+            self.shared.begin(base_two=scores["base_two"], padding=self.chunk.padding)
+            return {**scores, "attend": self.shared.attend, "ranks": 1, "fp8": False}
         if self.shared is None:
-            return {**alone, "attend": partial(attention.alone, whole)}
+            return {**scores, "attend": partial(attention.alone, whole), "ranks": 1}
         ranks = self.shared.begin(whole, batch=len(latents), padding=self.chunk.padding)
-        return {**alone, "attend": self.shared.attend, "ranks": ranks}
+        return {**scores, "attend": self.shared.attend, "ranks": ranks}
 
     def _scatter(self, module, args, kwargs):
         """Gives the first block this rank's chunk, text and video joined."""
