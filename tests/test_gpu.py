@@ -253,6 +253,24 @@ def test_what_is_compiled_while_weights_are_read_is_all_and_leaves_no_memory_tak
 
 
 @one_gpu
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_the_host_waits_for_the_device_nowhere_in_a_step(scheduler, make_job, checkpoints):
+    engine = Engine(Split(torch.device("cuda", 0)))
+    job = make_job("5b", model=Model(str(checkpoints["5b"]), dtype="bf16"), scheduler=scheduler, steps=5)
+
+    def forbid(progress, steps: int) -> bool:
+        # The last of these calls comes when all steps have been asked for.
+        torch.cuda.set_sync_debug_mode("default" if progress.step == steps else "error")
+        return True
+
+    try:
+        latent = engine.run(job, forbid).tensor
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(latent, engine.run(job).tensor)
+
+
+@one_gpu
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_fp8_is_near_and_smaller(compile, on_gpu, make_job, checkpoints):
     job = make_job("5b", model=Model(str(checkpoints["5b"])))

@@ -133,7 +133,7 @@ def predict(
     Args:
         transformer: that says it.
         seen: noisy latents of the window with what is concatenated to them, ``[batch, frames, channels, height, width]``.
-        timestep: where all frames stand.
+        timestep: where all frames stand; on the device, or it is waited for.
         scale: of the guidance; not used with one prompt.
         text: states of this rank's prompts, ``[prompts * batch, tokens, features]``.
         rotary: tables for so many frames.
@@ -210,6 +210,7 @@ def denoise(
         done, latents = job.progress.step, job.progress.latents.to(latents)
         history = None if job.progress.history is None else job.progress.history.to(device)
         generator.set_state(job.progress.generator)
+    there = timesteps.to(device)  # at once, as the host waits for the device with whatever it sends it in a step
     forward = partial(predict, transformer, text=text, rotary=rotary, ofs=ofs, split=split, prompts=len(prompts))
     untold: Ended | None = None
 
@@ -227,7 +228,7 @@ def denoise(
         velocity = torch.zeros_like(latents, dtype=torch.float32)
         windows = layout.at(index)
         parts = [seen[:, window.frames] for window in windows]
-        in_turn = (forward(part, timestep, scale, cache=caches.of(window.frames)) for window, part in zip(windows, parts))
+        in_turn = (forward(part, there[index], scale, cache=caches.of(window.frames)) for window, part in zip(windows, parts))
         for window, predicted in zip(windows, elsewhere(parts, int(timestep), scale) if elsewhere else in_turn):
             velocity[:, window.frames] += window.weigh(predicted)
             if window is not windows[-1] and not on_window():
@@ -269,7 +270,42 @@ def advance(scheduler, velocity, history, timesteps, index, latents, generator, 
     if not isinstance(scheduler, CogVideoXDPMScheduler):
         return scheduler.step(velocity, timestep, latents, return_dict=False)[0], None
     before = timesteps[index - 1] if index > 0 else None
+    return dpm_step(scheduler, velocity, history, timestep, before, latents, generator=generator, drawn=drawn)
+
+
+def dpm_step(
+    scheduler, velocity, history, timestep, before, latents, *, generator: torch.Generator, drawn: tuple[int, slice]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``CogVideoXDPMScheduler.step`` computes, by that scheduler's own factors. Its own step draws noise on the CPU and sends it while
+    the device, done with the forward, waits for it (benchmarks/NOTES.md); here it is drawn while the device is busy.
+
+    Args:
+        scheduler: that predicts velocities.
+        velocity: at ``timestep``.
+        history: the clean latents that the step before predicted at the timestep ``before``, or None.
+        latents: at ``timestep``.
+        generator: on the CPU.
+        drawn: see :attr:`parallel_backend.jobs.SampleJob.drawn`.
+    Returns:
+        The next latents, and the clean ones that are predicted.
+    """
+    after = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha = scheduler.alphas_cumprod[timestep]
+    alpha_after = scheduler.alphas_cumprod[after] if after >= 0 else scheduler.final_alpha_cumprod
+    alpha_before = None if before is None else scheduler.alphas_cumprod[before]
+    clean = alpha**0.5 * latents - (1 - alpha) ** 0.5 * velocity
+    step, ratio, *_ = scheduler.get_variables(alpha, alpha_after, alpha_before)
+    of_latents, of_clean, *of_both = scheduler.get_mult(step, ratio, alpha, alpha_after, alpha_before)
+    of_noise = (1 - alpha_after) ** 0.5 * (1 - (-2 * step).exp()) ** 0.5
+    noise, towards = draw(latents, generator, drawn), clean
+    if history is not None and after >= 0:
+        noise = draw(latents, generator, drawn)  # that scheduler draws anew, so the first is passed over
+        towards = of_both[0] * clean - of_both[1] * history
+    return of_latents * latents - of_clean * towards + of_noise * noise.to(latents.device, non_blocking=True), clean
+
+
+def draw(like: torch.Tensor, generator: torch.Generator, drawn: tuple[int, slice]) -> torch.Tensor:
+    """Noise for latents, on the CPU, ready to be sent to their device while it is busy."""
     batch, own = drawn
-    among = latents.expand(batch, *latents.shape[1:])  # the scheduler draws noise in the shape of its sample
-    made = scheduler.step(velocity, history, timestep, before, among, generator=generator, return_dict=False)
-    return tuple(part[own] for part in made)
+    noise = torch.randn((batch, *like.shape[1:]), generator=generator, dtype=like.dtype)[own]
+    return noise.pin_memory() if like.is_cuda else noise
