@@ -1,4 +1,4 @@
-"""Attention alone: this pack's kernel, FlashAttention-3 and torch's own, in bf16 and FP8, on one GPU.
+"""Attention alone: this pack's kernel, FlashAttention-3 and torch's own, in bf16, fp16 and FP8, on one GPU.
 
 ``python -m benchmarks.attention`` prints a line for each: milliseconds when it runs for a moment and when it runs for a while, in
 which the chip clocks down to what its power allows, and the error of some rows against float64. It needs a Hopper GPU.
@@ -7,39 +7,41 @@ which the chip clocks down to what its power allows, and the error of some rows 
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from parallel_backend.cogvideox import attention
+from parallel_backend.cogvideox.attention import Attention
 from parallel_backend.cogvideox.kernels import LARGEST, keep_kernels, quantize
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHORT_CALLS, LONG_SECONDS = 20, 0.6
 CHECKED = slice(64)
 """Rows that are computed in float64 too."""
 
 
-def candidates(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """A name and a call for each way that is there, given ``[1, tokens, heads, head_dim]`` in float32."""
-    rounded = [states.bfloat16() for states in (query, key, value)]
-    yield "torch bf16", lambda: attention.attend_torch(*rounded)
+def candidates(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> Iterator[tuple[str, Attention, list[torch.Tensor]]]:
+    """A name, a way that is there, and what it is given, of ``[1, tokens, heads, head_dim]`` in float32."""
+    states = (query, key, value)
+    for name, dtype in DTYPES.items():
+        yield f"torch {name}", attention.attend_torch, [part.to(dtype) for part in states]
     if attention.flash_3():
-        yield "FlashAttention-3 bf16", lambda: attention.attend_flash(*rounded)
-        scales = [states.abs().amax(dim=(1, 3)) / LARGEST for states in (query, key, value)]
-        eighths = [quantize(states / scale[:, None, :, None]) for states, scale in zip((query, key, value), scales)]
-        names = ("q_descale", "k_descale", "v_descale")
-        yield (
-            "FlashAttention-3 fp8",
-            lambda: attention.flash_3()(*eighths, **dict(zip(names, scales)), return_attn_probs=True)[0],
-        )
-    reason = attention.why_not_own(query.device)
-    if reason:
-        print(f"ours is left out: {reason}")
-        return
-    factor, _ = attention.factors(query.shape[-1], base_two=True, fp8=False)
-    scaled = (query * factor).bfloat16()
-    yield "ours bf16", lambda: attention.attend_own(scaled, *rounded[1:])
-    fewer = attention.in_fp8(query * factor, key)
-    yield "ours fp8", lambda: attention.attend_own(*fewer, rounded[2])
+        yield "FlashAttention-3 bf16", attention.attend_flash, [part.bfloat16() for part in states]
+        scales = [part.abs().amax(dim=(1, 3)) / LARGEST for part in states]
+        about = dict(zip(("q_descale", "k_descale", "v_descale"), scales))
+        attend = partial(attention.flash_3(), return_attn_probs=True, **about)
+        rounded = [quantize(part / scale[:, None, :, None]) for part, scale in zip(states, scales)]
+        yield "FlashAttention-3 fp8", lambda *states: attend(*states)[0], rounded
+    scaled = query * attention.factors(query.shape[-1], base_two=True, fp8=False)[0]
+    for name, dtype in DTYPES.items():
+        if reason := attention.why_not_own(query.device, dtype):
+            print(f"ours {name} is left out: {reason}")
+            continue
+        yield f"ours {name}", attention.attend_own, [part.to(dtype) for part in (scaled, key, value)]
+        yield f"ours fp8, values {name}", attention.attend_own, [*attention.in_fp8(scaled, key), value.to(dtype)]
 
 
 def milliseconds(call: Callable[[], torch.Tensor]) -> tuple[float, float]:
@@ -77,7 +79,8 @@ def main() -> None:
     exact = attention.attend_torch(query[:, CHECKED].double(), key.double(), value.double())
     operations = 4 * asked.tokens**2 * asked.heads * attention.HEAD_DIM
     print(f"{torch.cuda.get_device_name()}, {asked.heads} heads of {asked.tokens} tokens")
-    for name, call in candidates(query, key, value):
+    for name, attend, states in candidates(query, key, value):
+        call = partial(attend, *states)
         short, long = milliseconds(call)
         error = (call()[:, CHECKED] - exact).norm() / exact.norm()
         print(

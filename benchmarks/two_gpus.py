@@ -47,35 +47,31 @@ def bench(model: str, options: str, gpus: str = "0,1", **environment: str) -> Co
 
 
 STEPS = "--steps 4 --reference {work}/5b.latent"
+CACHES = "fp8-all+cache1.1,fp8-all+cache1.2"
 PHASES: tuple[tuple[list[Command], ...], ...] = (
     ([build("5b")], [build("2b", "1")]),
     (
         [
             bench("5b", f"--plans single --precisions lossless,fp8,fp8-all --decode {OURS} {STEPS}", "0"),
-            bench("2b", f"--dtype bf16 --plans single --precisions lossless --steps 4 {OURS}", "0"),
-            bench("5b", f"--plans single --precisions eager,lossless,fp8-all --float32 --steps 2 {OURS}", "0"),
+            bench("2b", f"--plans single --precisions lossless --steps 4 {OURS}", "0"),
         ],
         [
             bench("5b", "--plans none --diffusers eager,compiled --decode --steps 4", "1"),
-            bench("2b", f"--plans single --steps 1 --decode --tiling on --offload model {OURS}", "1"),
-            bench("2b", "--dtype bf16 --plans none --diffusers eager --steps 4", "1"),
+            bench("2b", "--plans none --diffusers eager --steps 4", "1"),
         ],
     ),
     ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all --decode {OURS} {STEPS}")],),
     ([bench("5b", f"--plans ulysses2 --precisions lossless,fp8-all {OURS} {STEPS}")],),
+    ([bench("5b", f"--plans cfg2 --precisions lossless,fp8-all,{CACHES} --steps 50 --warmup-steps 2 --decode {OURS}")],),
     ([bench("5b", f"--plans none --xdit cfg2,ulysses2 {OURS} --steps 4")],),
-    ([bench("2b", f"--dtype bf16 --plans cfg2 --precisions lossless,fp8-all --xdit cfg2 --steps 4 {OURS}")],),
+    ([bench("2b", f"--plans cfg2 --precisions lossless,fp8-all --xdit cfg2 --steps 4 {OURS}")],),
+    ([bench("2b", f"--plans ulysses2,ring2,cfg2-fsdp2,ulysses2-fsdp2,ring2-fsdp2,tensor2 --steps 4 {OURS}")],),
+    ([bench("2b", f"--plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
     ([bench("5b", f"--plans cfg2-fsdp2,tensor2,ulysses2-fsdp2,ring2,ring2-fsdp2 {OURS} {STEPS}")],),
-    ([bench("2b", f"--dtype bf16 --plans ulysses2,ring2,cfg2-fsdp2,ulysses2-fsdp2,ring2-fsdp2,tensor2 --steps 4 {OURS}")],),
     ([bench("5b", f"--plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
-    ([bench("2b", f"--dtype bf16 --plans pipefusion2 --pipefusion-warmup 1 --steps 6 {OURS}")],),
     (
-        [
-            bench(
-                "5b",
-                f"--plans cfg2 --precisions lossless,fp8-all,fp8-all+cache1.1,fp8-all+cache1.2 --steps 50 --warmup-steps 2 --decode {OURS}",
-            )
-        ],
+        [bench("5b", f"--plans single --precisions eager,lossless,fp8-all --float32 --steps 2 {OURS}", "0")],
+        [bench("2b", f"--plans single --steps 1 --decode --tiling on --offload model {OURS}", "1")],
     ),
     ([build("1.5-5b")],),
     (

@@ -327,7 +327,7 @@ class Engine:
                 fp8.convert(skeleton)
             sequence = self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
             if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
-                trials.begin(self.device)
+                trials.begin(self.device, dtype)
                 if sequence and checkpoint.layers > 2:
                     rehearsal = Rehearsal(skeleton, sequence, job, checkpoint, self.split, dtype)
 

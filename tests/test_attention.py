@@ -50,10 +50,10 @@ def test_heads_in_base_two_and_fp8_are_the_same_heads():
 def test_a_person_hears_what_attends_instead(monkeypatch):
     kind = (CPU, torch.bfloat16, 64)
     assert attention.note(*kind, fp8=False) is None  # nothing better is to be had
-    assert attention.note(*kind, fp8=True).endswith("a Hopper GPU, bf16 and Triton 3.6 or newer")
+    assert attention.note(*kind, fp8=True).endswith("a Hopper GPU, bf16 or fp16, and Triton 3.6 or newer")
     monkeypatch.setattr(attention, "is_hopper", lambda device: True)
     monkeypatch.setattr(attention, "flash_3", lambda: None)
-    monkeypatch.setattr(attention, "why_not_own", lambda device: "no module named triton")
+    monkeypatch.setattr(attention, "why_not_own", lambda device, dtype: "no module named triton")
     assert attention.attention_of(*kind) is attention.attend_torch
     said = attention.note(*kind, fp8=False)
     assert said == "attention is torch's own, which is slower than this pack's: no module named triton"
@@ -61,9 +61,12 @@ def test_a_person_hears_what_attends_instead(monkeypatch):
     monkeypatch.setattr(attention, "flash_3", lambda: "there")
     assert attention.attention_of(*kind) is attention.attend_flash
     assert attention.note(*kind, fp8=False).startswith("attention is FlashAttention-3's, which is slower")
-    assert attention.note(CPU, torch.float16, 64, fp8=False) is None  # for which neither is made
-    monkeypatch.setattr(attention, "why_not_own", lambda device: None)
-    assert attention.attention_of(*kind) is attention.attend_own
+    half = (CPU, torch.float16, 64)
+    assert attention.attention_of(*half) is attention.attend_torch
+    assert attention.note(*half, fp8=False) == said
+    assert attention.note(CPU, torch.float32, 64, fp8=False) is None  # for which neither is made
+    monkeypatch.setattr(attention, "why_not_own", lambda device, dtype: None)
+    assert attention.attention_of(*kind) is attention.attention_of(*half) is attention.attend_own
     assert attention.note(*kind, fp8=True) is None
     assert attention.attention_of(CPU, torch.bfloat16, 48) is attention.attend_flash
 
@@ -85,10 +88,12 @@ def tiles(dtype, bits, rows, features):
     layout = NVMMASharedLayout(swizzle_byte_width=features * bits // 8, element_bitwidth=bits, rank=2)
     return f"tensordesc<{dtype}[{rows}, {features}],{layout!r}>"
 
-for dtype, bits, features in (("bf16", 16, 64), ("fp8e4nv", 8, 64), ("bf16", 16, 32), ("fp8e4nv", 8, 32)):
+cases = [(dtype, features) for dtype in (("bf16", "bf16"), ("fp8e4nv", "bf16"), ("fp16", "fp16"), ("fp8e4nv", "fp16")) for features in (64, 32)]
+for (dtype, value), features in cases:
+    bits = 8 if dtype == "fp8e4nv" else 16
     signature = {
         "queries": tiles(dtype, bits, own.ROWS.value, features), "keys": tiles(dtype, bits, own.KEYS.value, features),
-        "values": tiles("bf16", 16, own.KEYS.value, features), "result": "*bf16", "log_sums": "*fp32", "failed": "*i32",
+        "values": tiles(value, 16, own.KEYS.value, features), "result": f"*{value}", "log_sums": "*fp32", "failed": "*i32",
         "query_count": "i32", "key_rows": "i32", "key_count": "i32", "heads": "i32",
         "FEATURES": "constexpr", "num_warps": "constexpr",
     }
@@ -134,7 +139,7 @@ def test_a_trial_is_made_once_and_whoever_asks_meanwhile_waits_for_it():
     made, begun, go_on = [], threading.Event(), threading.Event()
 
     @once
-    def trial(device):
+    def trial(device, *dtype):
         begun.set()
         assert go_on.wait(60)
         made.append(device)
@@ -147,4 +152,5 @@ def test_a_trial_is_made_once_and_whoever_asks_meanwhile_waits_for_it():
         assert not second.done()
         go_on.set()
         assert first.result(60) == second.result(60) == trial(CPU) == "a reason"
-    assert made == [CPU]
+        assert trial(CPU, torch.float16) == "a reason"
+    assert made == [CPU, CPU]

@@ -323,22 +323,25 @@ def attend_exactly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value), scores.logsumexp(-1)
 
 
-def attend_with_own(query, key, value, *, fp8: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_with_own(query, key, value, *, dtype=torch.bfloat16, fp8: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """This pack's attention of states in float64, and its log-sum-exp."""
     factors = attention.factors(query.shape[-1], base_two=True, fp8=fp8)
-    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
-    query, key = ((part * factor).to(dtype) for part, factor in zip((query, key), factors))
-    return attention.own_attention(query, key, value.bfloat16())
+    query, key = ((part * factor).to(torch.float8_e4m3fn if fp8 else dtype) for part, factor in zip((query, key), factors))
+    return attention.own_attention(query, key, value.to(dtype))
+
+
+ERRORS = {torch.bfloat16: 0.005, torch.float16: 0.001}
 
 
 @hopper
+@pytest.mark.parametrize("dtype", ERRORS)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("shape", [(2, 777, 1111, 3, 64), (1, 64, 128, 1, 64), (1, 200, 70, 2, 64), (2, 193, 384, 4, 32)])
-def test_own_attention_is_attention_at_any_size(shape, fp8):
+def test_own_attention_is_attention_at_any_size(shape, fp8, dtype):
     states = heads_of(*shape)
     expected, sums = attend_exactly(*states)
-    found, log_sums = attend_with_own(*states, fp8=fp8)
-    assert distance(found.double(), expected) < (0.06 if fp8 else 0.005) and found.dtype == torch.bfloat16
+    found, log_sums = attend_with_own(*states, fp8=fp8, dtype=dtype)
+    assert distance(found.double(), expected) < (0.06 if fp8 else ERRORS[dtype]) and found.dtype == dtype
     assert (log_sums - sums).abs().max() < (0.3 if fp8 else 0.02)
     assert attention.note_of_twice(found.device) is None
 
@@ -355,18 +358,29 @@ def test_own_attention_takes_keys_that_are_part_of_something():
 
 
 @hopper
-def test_rows_whose_scores_are_far_from_zero_are_attended_to_again():
+def test_in_fp16_scores_may_lie_anywhere_as_long_as_they_lie_together():
+    query, key, value = heads_of(1, 500, 700, 2, 64)
+    query[..., 0], key[..., 0] = 12, 12  # adds 26 powers of two to every score
+    expected, sums = attend_exactly(query, key, value)
+    found, log_sums = attend_with_own(query, key, value, dtype=torch.float16)
+    assert distance(found.double(), expected) < 0.01 and (log_sums - sums).abs().max() < 0.05
+    assert attention.note_of_twice(found.device) is None
+
+
+@hopper
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_rows_whose_scores_are_far_from_zero_are_attended_to_again(dtype):
     query, key, value = heads_of(1, 500, 700, 2, 64)
     query[:, 70:200] *= 60
     key += query[:, :1].mean()  # no two rows alike
     expected, sums = attend_exactly(query, key, value)
     attention.note_of_twice(value.device)
-    found, log_sums = attend_with_own(query, key, value)
+    found, log_sums = attend_with_own(query, key, value, dtype=dtype)
     assert (log_sums - sums).abs().max() < 0.02 * sums.abs().max() and distance(found.double(), expected) < 0.1
-    assert distance(found[:, :64].double(), expected[:, :64]) < 0.005  # a piece that nothing was wrong with
+    assert distance(found[:, :64].double(), expected[:, :64]) < ERRORS[dtype]  # a piece that nothing was wrong with
     assert "of attention was computed twice" in attention.note_of_twice(value.device)
     value[0, 3, 1, 0] = torch.nan
-    assert attend_with_own(query, key, value)[0].isnan().any()
+    assert attend_with_own(query, key, value, dtype=dtype)[0].isnan().any()
 
 
 @one_gpu

@@ -52,12 +52,12 @@ def uses_flash_3(device: torch.device, dtype: torch.dtype) -> bool:
 
 def is_for_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether such tensors are what the kernels are made for."""
-    return dtype == torch.bfloat16 and head_dim in HEAD_DIMS and is_hopper(device)
+    return dtype in (torch.bfloat16, torch.float16) and head_dim in HEAD_DIMS and is_hopper(device)
 
 
 def is_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether attention of such tensors is the kernels', which take their scores in base two; see :func:`factors`."""
-    return is_for_own(device, dtype, head_dim) and why_not_own(device) is None
+    return is_for_own(device, dtype, head_dim) and why_not_own(device, dtype) is None
 
 
 def factors(head_dim: int, *, base_two: bool, fp8: bool) -> tuple[float, float]:
@@ -143,10 +143,10 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     """Attention by :mod:`.attention_kernels`.
 
     Args:
-        query, key: in bfloat16 or e4m3, such that their product is a score in base two: see :func:`factors`.
-        value: in bfloat16.
+        query, key: in the dtype of ``value`` or e4m3, such that their product is a score in base two: see :func:`factors`.
+        value: in bfloat16 or float16.
     Returns:
-        In bfloat16, and the natural log-sum-exp ``[batch, heads, tokens]``.
+        In the dtype of ``value``, and the natural log-sum-exp ``[batch, heads, tokens]``.
     """
     import triton
 
@@ -183,8 +183,8 @@ def _(query, key, value):
 
 
 @once
-def why_not_own(device: torch.device) -> str | None:
-    """Why a Hopper GPU cannot attend with the kernels, in one line, or None: tried once with few tokens."""
+def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a Hopper GPU cannot attend with the kernels in bfloat16 or float16, in one line, or None: tried once with few tokens."""
     keep_kernels()
     try:
         generator = torch.Generator(device).manual_seed(0)
@@ -192,10 +192,9 @@ def why_not_own(device: torch.device) -> str | None:
         exact = attend_torch(*states)
         for fp8 in (False, True):
             factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
-            query, key = (
-                in_fp8(states[0] * factor, states[1]) if fp8 else ((states[0] * factor).bfloat16(), states[1].bfloat16())
-            )
-            found = attend_own(query, key, states[2].bfloat16())
+            query, key = states[0] * factor, states[1]
+            query, key = in_fp8(query, key) if fp8 else (query.to(dtype), key.to(dtype))
+            found = attend_own(query, key, states[2].to(dtype))
             if not ((found - exact).norm() <= (5 if fp8 else 1) * NEAR * exact.norm()):  # not a number is not near either
                 return "its results are wrong with this version of Triton"
     except Exception as error:  # Triton may be absent, or have other words for the same; each fails in its own way
@@ -245,9 +244,9 @@ def note(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool) 
     """For a person: what else attends where the kernels cannot, or None."""
     if is_own(device, dtype, head_dim):
         return None
-    reason = why_not_own(device) if is_for_own(device, dtype, head_dim) else None
+    reason = why_not_own(device, dtype) if is_for_own(device, dtype, head_dim) else None
     if fp8:
         because = f": {reason}" if reason else ""
-        return f"attention is not in FP8: that needs a Hopper GPU, bf16 and Triton 3.6 or newer{because}"
+        return f"attention is not in FP8: that needs a Hopper GPU, bf16 or fp16, and Triton 3.6 or newer{because}"
     instead = "FlashAttention-3's" if uses_flash_3(device, dtype) else "torch's own"
     return f"attention is {instead}, which is slower than this pack's: {reason}" if reason else None

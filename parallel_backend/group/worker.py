@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .. import calibration, machines
-from ..cogvideox import checks, memory
+from ..cogvideox import checks, memory, trials
 from ..cogvideox.checkpoint import Checkpoint
 from ..costs import Link
 from ..devices import Devices
@@ -308,6 +308,8 @@ def main() -> None:
     logger.info("the ranks exchange %.2g GB/s, and a number in %.0f us", link.bandwidth / 1e9, link.latency * 1e6)
     if rank == 0:
         remember(link, device)
+    if device.type == "cuda":  # xDiT has imported what jobs need, so no two threads are going to import the same
+        trials.begin(device, torch.bfloat16)
     Worker(split, address, heart, link).loop()
     os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
 

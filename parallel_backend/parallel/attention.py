@@ -103,7 +103,8 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.device = device
         self.heads = heads
         self.pieces = 1
-        self.side = torch.cuda.Stream(device)
+        # Flags are set by kernels, which get a place beside an attention that has all processors only before what it still has to begin.
+        self.side = torch.cuda.Stream(device, priority=-1)
         self.inbox: peers.Inbox | None = None
         self.layout: peers.Layout | None = None
         self.rooms: list[list[torch.Tensor]] = []
