@@ -19,6 +19,12 @@ FP8 = {"lossless": "off", "fp8": "linears", "fp8-all": "all", "bf16": "off", "fp
 """What the benchmark's words for a precision say of FP8; the last two are of an earlier version."""
 FLASH_3 = ("h100x2-flash3.json", "h100x2-before.json")
 """Of versions whose attention was FlashAttention-3, with its rates (FACTS; an H100's by the rates of products)."""
+OLDER = ("h100x2-waiting.json", *FLASH_3)
+"""Of versions that waited in every step for the host (NOTES), and had cuDNN's attention in fp16."""
+WAITED_FOR_FLAGS = OLDER[:2]
+"""Of those in which one rank's attention held up the flags that another one waited for, with Ulysses."""
+CUDNN_FP16 = {"H100": 423e12, "H200": 436e12}
+"""Its operations a second."""
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
 MARKS = ("<!-- benchmarks/plans_table.py -->\n", "<!-- end -->\n")
 MODELS = {"5b, 49x480x720": assumed(48, True), "1.5-5B, 81x768x1360": replace(assumed(48, True), tokens=TOKENS_OF_1_5)}
@@ -74,11 +80,13 @@ def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
     if size == "2b" and row["dtype"] == "auto":
         work = replace(work, dtype="fp16")
     if file == "h200x2.json":  # of a version that compiled nothing and had cuDNN's attention
-        return replace(work, compile="off"), replace(KNOWN["H200"], attention=KNOWN["H200"].attention_fp16)
+        return replace(work, compile="off"), replace(KNOWN["H200"], attention=CUDNN_FP16["H200"])
     machine, rows = KNOWN["H100"], json.loads((RESULTS / file).read_text())
     faster = median(each["peak_tflops"] for each in rows) * 1e12 / machine.matrix
     if file in FLASH_3:
         machine = replace(machine, attention=554e12, attention_fp8=651 / 571)
+    if file in OLDER:
+        machine = replace(machine, attention_fp16=CUDNN_FP16["H100"])
     rates = {name: getattr(machine, name) * faster for name in ("matrix", "attention", "attention_fp16")}
     return work, replace(machine, **rates)
 
@@ -86,7 +94,11 @@ def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
 def choices() -> list[Choice]:
     """All that two GPUs have measured, where there was something to choose."""
     found = []
-    older = ((FLASH_3[0], "H100, FlashAttention-3"), ("h200x2.json", "H200, cuDNN's attention"))
+    older = (
+        (OLDER[0], "H100, waiting for the host"),
+        (FLASH_3[0], "H100, FlashAttention-3"),
+        ("h200x2.json", "H200, cuDNN's attention"),
+    )
     for file, machine in (("h100x2.json", "H100"), *older):
         works: dict[tuple, list[dict]] = {}
         for row in measured(file):

@@ -20,11 +20,18 @@ EAGER_PASSES = 176
 """The same uncompiled: 0.19 s a half more (NOTES: 0.774 and 0.581 s)."""
 ULYSSES_PASSES = 10
 """More of them with Ulysses: laying out, own part, and back; counted in ``parallel/attention.py``."""
-MERGE_PASSES = 24
-"""More of them for each rank's keys in a ring: results are merged in float32, uncompiled; counted in xDiT's code."""
-PIECE_SECONDS = 1.1e-3
-"""For each place in a block where what is compiled is cut: ``ulysses2`` of h100x2-before.json, less bytes; its FP8 has two. For each
-patch of a pipeline, too: ``pipefusion2`` of h100x2-flash3.json took 0.14 s more than 0.2 ms each let expect."""
+MERGE_PASSES = 80
+"""More of them for each rank's keys in a ring: results are merged in float32, uncompiled, and NCCL's kernels take processors
+meanwhile: ``ring2`` of 2b in h100x2.json, and of 5b in h100x2-waiting.json."""
+PATCH_SECONDS = 0.65e-3
+"""For each patch of a pipeline in each block, whose kernels are small: between ``pipefusion2`` of 2b in h100x2.json (0.55 ms) and of
+5b in h100x2-flash3.json (0.9)."""
+LAUNCH_SECONDS = 1.1e-3
+"""That the host takes to ask for what is between two cuts of a block, which the device does not wait for unless it is done sooner:
+assumed. With two GPUs it never was."""
+ULYSSES_EXPOSED, COPIED = 0.5, 60e9
+"""Of what Ulysses sends, what attention cannot hide where ranks write into each other's memory, which is assumed of links as fast as
+that: the first of two parts, and the results of the last."""
 RING_EXPOSED = 0.5
 """Of a ring's messages, what attention cannot hide: FACTS has Ring 2 as fast as Ulysses 2 in xDiT's pipeline."""
 FSDP_EXPOSED = 0.2
@@ -46,6 +53,8 @@ RING_FACTOR = 11.5
 WORKSPACE = 192 * 2**20
 """Bytes of cuBLAS and of tables, whatever the size: what the rows of 2b in h100x2-before.json need more than those of 5b let
 expect, and cuBLAS's 32 MiB of the stream on which blocks are compiled while weights are read."""
+FP8_WORKSPACE = 320 * 2**20
+"""More in FP8: 0.33 GiB (``cfg2`` of 2b) to 0.46 (``single`` of 5b) in h100x2.json."""
 GATHERED = 3
 """Blocks that are whole at once under ``fsdp``: the one that runs, and the next one, as it arrives and once it is sorted."""
 PATCHES, PATCHES_PER_STAGE = 8, 2
@@ -208,10 +217,11 @@ def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:
     """Seconds of a step and bytes on each rank."""
     waiting, sent = communication(plan, work, machine)
     needed = weight_bytes(plan, work) + working_bytes(plan, work)
+    workspace = WORKSPACE + (FP8_WORKSPACE if work.fp8 != "off" else 0)
     return Prediction(
         plan,
         seconds=computation(plan, work, machine) + waiting,
-        peak=weight_bytes(plan, work) + working_bytes(plan, work, compiled=work.is_compiled(machine)) + WORKSPACE,
+        peak=weight_bytes(plan, work) + working_bytes(plan, work, compiled=work.is_compiled(machine)) + workspace,
         needed=needed,
         sent=sent,
         fits=machine.free is None or needed <= machine.free * HEADROOM,
@@ -230,17 +240,17 @@ def computation(plan: Plan, work: Work, machine: Machine) -> float:
     passes = PASSES if work.is_compiled(machine) else EAGER_PASSES
     passes *= (1 + 1 / plan.tensor) / 2  # about half of it is with heads and hidden features
     passes += ULYSSES_PASSES * (plan.ulysses > 1) + MERGE_PASSES * (plan.ring - 1) + KEPT_PASSES * (plan.pipefusion > 1)
-    pieces = cuts(plan, work) if work.is_compiled(machine) else 0
-    if plan.pipefusion > 1:
-        pieces *= plan_patches(plan, work)
+    patch_seconds = PATCH_SECONDS * plan_patches(plan, work) if plan.pipefusion > 1 and work.is_compiled(machine) else 0.0
     layers = stage_layers(plan, work.layers)
     share = layers / work.layers / (plan.world_size // plan.pipefusion)  # of the slowest rank
-    return slots(plan, work) * (
+    device = (
         work.products * share / matrix
         + work.attention * share / attention
         + layers * passes * states_bytes(plan, work) / (machine.bandwidth * BANDWIDTH_SHARE)
-        + layers * pieces * PIECE_SECONDS
+        + layers * patch_seconds
     )
+    host = layers * (1 + cuts(plan)) * plan_patches(plan, work) * LAUNCH_SECONDS if work.is_compiled(machine) else 0.0
+    return slots(plan, work) * max(device, host)
 
 
 def patches(tokens: int, stages: int, ranks: int = 1) -> int:
@@ -266,14 +276,9 @@ def stage_layers(plan: Plan, layers: int) -> int:
     return -(-layers // plan.pipefusion)
 
 
-def cuts(plan: Plan, work: Work) -> int:
+def cuts(plan: Plan) -> int:
     """Places in a block where what is compiled is cut, for ranks to exchange something."""
-    found = 2 * (plan.tensor > 1)
-    if plan.ring > 1:  # each rank's keys are attended to by themselves
-        return found + plan.ring
-    if plan.ulysses > 1:
-        return found + 1
-    return found + (plan.pipefusion > 1)
+    return 2 * (plan.tensor > 1) + (plan.ring if plan.ring > 1 else plan.ulysses > 1 or plan.pipefusion > 1)
 
 
 def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, float]:
@@ -281,6 +286,7 @@ def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, floa
     states, layers = states_bytes(plan, work), stage_layers(plan, work.layers)
     count, waits = plan_patches(plan, work), slots(plan, work)
     rounded = 1 / work.itemsize if work.fp8 == "all" and machine.attention_fp8 > 1 else 1.0  # queries and keys
+    attending = work.attention / plan.world_size / (machine.attention * ATTENTION_SHARE) / work.layers
     seconds, sent = 0.0, 0.0
 
     def send(size: float, link: Link, times: int, exchanges: int = 1, exposed: float = 1.0, behind: float = 0.0) -> None:
@@ -293,7 +299,9 @@ def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, floa
         tensors = (2 * rounded if plan.ring == 1 else 2) + 2
         spans = within(machine, plan, plan.tensor, plan.ulysses)
         away = (plan.ulysses - 1) / plan.ulysses
-        send(tensors * states / plan.tensor * away, spans, layers, exchanges=2 * count)
+        copied = plan.ring == plan.pipefusion == 1 and spans == machine.link and spans.bandwidth >= COPIED
+        exposed, behind = (ULYSSES_EXPOSED, attending / 2) if copied else (1.0, 0.0)
+        send(tensors * states / plan.tensor * away, spans, layers, exchanges=2 * count, exposed=exposed, behind=behind)
         seconds *= waits
     if plan.pipefusion > 1:  # each patch once to the next stage, while that works on the one before
         working = computation(plan, work, machine) / (waits * count)
@@ -301,7 +309,6 @@ def communication(plan: Plan, work: Work, machine: Machine) -> tuple[float, floa
         send(states / count, spans, count, behind=working, exposed=0)
         seconds += (plan.pipefusion - 1) * states / count / spans.bandwidth  # of the first one
     if plan.ring > 1:  # keys and values of all others, while attending to those before
-        attending = work.attention / plan.world_size / (machine.attention * ATTENTION_SHARE) / work.layers
         spans = within(machine, plan, plan.tensor * plan.ulysses, plan.ring)
         size = 2 * states / plan.tensor * (plan.ring - 1)
         hidden = attending * (plan.ring - 1) / plan.ring

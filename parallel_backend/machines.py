@@ -47,8 +47,8 @@ HOPPER = {
 }  # fmt: skip
 """FP8: products from ``fp8`` of h100x2.json (0.1 s of a half less), attention from a half's two profiles (NOTES)."""
 KNOWN = {
-    "H200": Machine("H200", 790e12, 671e12, 4.8e12, attention_fp16=436e12, free=140 * GIB, **HOPPER),
-    "H100": Machine("H100", 767e12, 651e12, 3.35e12, attention_fp16=423e12, free=79 * GIB, **HOPPER),
+    "H200": Machine("H200", 790e12, 671e12, 4.8e12, attention_fp16=584e12, free=140 * GIB, **HOPPER),
+    "H100": Machine("H100", 767e12, 651e12, 3.35e12, attention_fp16=567e12, free=79 * GIB, **HOPPER),
     "A100": data_sheet("A100", 312, 2.0e12, 79, "nvlink", fp8=False),
     "L40S": data_sheet("L40S", 362, 0.864e12, 44, "pcie", fp8=True),
     "L40": data_sheet("L40", 181, 0.864e12, 44, "pcie", fp8=True),
@@ -56,7 +56,7 @@ KNOWN = {
     "4090": data_sheet("4090", 165, 1.008e12, 23, "pcie", fp8=True),
 }
 """By a part of torch's name for it; the first that is in it. Attention is this pack's own, of 48 x 17776 x 64 on an
-H100 (NOTES); an H200's by the rates of their products. In fp16 it is cuDNN's."""
+H100 (NOTES); an H200's by the rates of their products."""
 UNKNOWN = replace(data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False), knows_seconds=False, rates_from="assumed")
 """A GPU that is not in ``KNOWN`` and cannot be measured."""
 
