@@ -56,7 +56,7 @@ class LoadCogVideoX(io.ComfyNode):
                     optional=True,
                     tooltip="Faster and smaller, and another video: linears rounds the blocks' linear layers to FP8 (19 % from "
                     "float32 after two steps of a 5b with random weights, where bf16 is 6 %), all attention too (19 % as well). Needs an "
-                    "Ada, Hopper or newer GPU; attention a Hopper one and bf16.",
+                    "Ada, Hopper or newer GPU; attention a Hopper one and bf16 or fp16.",
                 ),
                 io.Float.Input(
                     "step_cache",

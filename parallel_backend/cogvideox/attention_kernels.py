@@ -1,9 +1,8 @@
 """The kernels of :mod:`.attention` for Hopper GPUs; imported where Triton is there and not before.
 
 Softmax needs no running maximum as long as sums of ``2 ** score`` are finite and not tiny: in float32 and bf16 that is all of 2^-90
-to 2^100, where scores of normalised heads lie. In fp16 it is less than 2^16, so scores are counted from near the first tile's
-maximum there. So the first kernel takes it for granted and tells which rows were not so; the
-second one, with a running maximum, attends to those anew. Without maxima and what they rescale, exponentials and matrix products
+to 2^100, where scores of normalised heads lie. So the first kernel takes it for granted and tells which rows were not so; the
+second one, with a running maximum, attends to those anew. fp16 ends at 2^16, so there the first one has a running maximum too. Without maxima and what they rescale, exponentials and matrix products
 of three groups of warps overlap (FlashAttention-3's plan, arXiv 2407.08608) and little else is left.
 """
 
@@ -31,11 +30,6 @@ STAGES = tl.constexpr(2)
 """Tiles of keys, and of values, in shared memory."""
 LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
 """Sums between which nothing was lost: neither did terms vanish that count, nor did one overflow."""
-MOST_FP16 = tl.constexpr(2.0**15.5)
-"""The same in fp16, whose largest number is just below 2^16."""
-ROOM = tl.constexpr(3.0)
-"""Powers of two by which fp16's zero lies above the first tile's maximum: others may be higher by 2^18, and what is lower by 2^21 counts
-for nothing."""
 
 
 @gluon.jit
@@ -93,8 +87,8 @@ def attend(
     mbarrier.arrive(keys_out.index(0))
     there = gl.arange(0, KEYS, gl.SliceLayout(0, scores_in)) < key_count - (tiles - 1) * KEYS
     if half:
-        zero = gl.max(gl.where(there[None, :], scores, -float("inf")), 1) + ROOM
-        scores -= zero[:, None]
+        largest = gl.max(gl.where(there[None, :], scores, -float("inf")), 1)
+        scores -= largest[:, None]
     weights = gl.where(there[None, :], gl.exp2(scores), 0.0)
     total = add_columns(weights)
     rounded = gl.convert_layout(weights.to(value_room.dtype), weights_in)
@@ -107,13 +101,19 @@ def attend(
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(keys_out.index(stage))
         if half:
-            scores -= zero[:, None]
+            now = gl.maximum(largest, gl.max(scores, 1))
+            shrinks = gl.exp2(largest - now)
+            largest = now
+            scores -= now[:, None]
+            total *= gl.convert_layout(shrinks, gl.SliceLayout(1, total.type.layout))[:, None]
         weights = gl.exp2(scores)
         total += add_columns(weights)
         # The branch in this wait keeps the exponentials before the next one, beside the product that is under way.
         mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
         sums, rounded, weights = warpgroup_mma_wait(0, deps=[sums, rounded, weights])
         mbarrier.arrive(values_out.index(before))
+        if half:
+            sums *= gl.convert_layout(shrinks, gl.SliceLayout(1, sums_in))[:, None]
         rounded = gl.convert_layout(weights.to(value_room.dtype), weights_in)
     last = (tiles - 1) % STAGES
     mbarrier.wait(values_in.index(last), (tiles - 1) // STAGES & 1)
@@ -123,11 +123,11 @@ def attend(
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, sums_in))
     at = row + gl.arange(0, ROWS, gl.SliceLayout(1, sums_in))
     # What is not a number compares as false, and so is no good sum.
-    good = (total > LEAST) & (total < (MOST_FP16 if half else MOST))
+    good = (total > LEAST) & (total < MOST)
     gl.store(failed, gl.sum(gl.where(good | (at >= rows), 0, 1), 0))
     log_sum = gl.log(total)
     if half:
-        log_sum += gl.convert_layout(zero, gl.SliceLayout(1, sums_in)) * 0.6931471805599453
+        log_sum += gl.convert_layout(largest, gl.SliceLayout(1, sums_in)) * 0.6931471805599453
     gl.store(log_sums + at, log_sum, mask=at < rows)
     column = gl.arange(0, FEATURES, gl.SliceLayout(0, sums_in))
     places = result + at[:, None].to(gl.int64) * (heads * FEATURES) + column[None, :]
