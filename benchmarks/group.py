@@ -2,8 +2,12 @@
 
 Seconds until it answers, and what the group adds to the work of a warm job's ten steps: sending the request and the
 result, reporting each step, agreeing to go on. On CPU processes and the small model.
+
+``--starts`` says instead how long a person waits for a group's first step, with and without compiled blocks; the second group that
+compiles finds the kernels of the first on disk. ``--model``, ``--devices`` and ``--plan`` say where.
 """
 
+import argparse
 import time
 from statistics import median
 
@@ -18,11 +22,40 @@ from parallel_backend.plans import Plan
 JOBS = 20
 
 
-def main() -> None:
-    """Prints the table."""
-    checkpoint = Checkpoint.open(models.find(models.DEMO))
+STARTS = (("compiled", "on"), ("compiled again", "on"), ("not compiled", "off"))
+
+
+def job_of(checkpoint: Checkpoint, **settings) -> SampleJob:
+    """A job at the checkpoint's own size."""
     positive, negative = text_states(checkpoint)
-    latent = empty_latent(**dict(zip(("width", "height", "frames"), checkpoint.default_size)))
+    latent = empty_latent(**dict(zip(("width", "height", "frames"), checkpoint.default_size)), channels=checkpoint.channels)
+    compile = settings.pop("compile", "auto")
+    return SampleJob(Model(str(checkpoint.path), compile=compile), positive, latent, negative, **settings)
+
+
+def starts(checkpoint: Checkpoint, plan: Plan, devices: Devices) -> None:
+    """Prints the table of first steps; what a first step has more than the median of three later ones is compiling."""
+    print("| blocks | answers after, s | then loads, s | first step, s | a later step, s |")
+    print("|---|---|---|---|---|")
+    for name, compile in STARTS:
+        executor = GroupExecutor(plan, devices)
+        try:
+            started = time.perf_counter()
+            executor.start()
+            executor.status()
+            answers = time.perf_counter() - started
+            report = executor.sample(job_of(checkpoint, compile=compile, seed=0, steps=4)).report
+        finally:
+            executor.close()
+        first, *later = report.step_seconds
+        print(
+            f"| {name} | {answers:.1f} | {report.load_seconds:.1f} | {first:.2f} | {median(later):.2f} | {'; '.join(report.notes)}",
+            flush=True,
+        )
+
+
+def added(checkpoint: Checkpoint) -> None:
+    """Prints the table of what a group adds."""
     print("| plan | processes | answers after, s | first job loads, s | later jobs load, s | added to the steps, ms |")
     print("|---|---|---|---|---|---|")
     for plan in map(Plan.parse, ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2")):
@@ -32,20 +65,35 @@ def main() -> None:
             executor.start()
             executor.status()
             answers = time.perf_counter() - started
-            loads, added = [], []
+            loads, seconds = [], []
             for seed in range(JOBS):
-                job = SampleJob(Model(str(checkpoint.path)), positive, latent, negative, seed=seed, steps=10)
+                job = job_of(checkpoint, seed=seed, steps=10)
                 started = time.perf_counter()
                 report = executor.sample(job).report
-                added.append(time.perf_counter() - started - sum(report.step_seconds))
+                seconds.append(time.perf_counter() - started - sum(report.step_seconds))
                 loads.append(report.load_seconds)
         finally:
             executor.close()
         print(
             f"| {plan} | {plan.world_size} | {answers:.1f} | {loads[0]:.2f} | {median(loads[1:]):.3f} | "
-            f"{median(added[1:]) * 1e3:.0f} |",
+            f"{median(seconds[1:]) * 1e3:.0f} |",
             flush=True,
         )
+
+
+def main() -> None:
+    """Prints one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--starts", action="store_true")
+    parser.add_argument("--model", default=models.DEMO)
+    parser.add_argument("--plan", type=Plan.parse, default="cfg2")
+    parser.add_argument("--devices", type=Devices.parse, default="cpu:2")
+    asked = parser.parse_args()
+    checkpoint = Checkpoint.open(models.find(asked.model))
+    if asked.starts:
+        starts(checkpoint, asked.plan, asked.devices)
+    else:
+        added(checkpoint)
 
 
 if __name__ == "__main__":

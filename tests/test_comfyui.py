@@ -369,8 +369,13 @@ def test_bad_input_is_named_in_the_node_in_one_line(settings, words, server, pro
 def test_unload_models_makes_the_group_let_go(server, prompt_of):
     server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=21"))
     assert "transformer" in group_status()["held"]
-    server.free()
-    assert wait_until(lambda: group_status()["held"] == [], 30)
+
+    def is_free() -> bool:
+        # Asked each time: ComfyUI 0.33 hears of it up to 1000 s later where its worker, done with a prompt, just collects garbage.
+        server.free()
+        return wait_until(lambda: group_status()["held"] == [], 5)
+
+    assert wait_until(is_free)
     server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=22"))
     assert "transformer" in group_status()["held"]
 
