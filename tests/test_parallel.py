@@ -54,6 +54,8 @@ PICTURES = [
     ("5b", (96, 64, 1), "on"),
 ]
 """What the VAE decodes and encodes."""
+WITH_PICTURES = ("ulysses2", "cfg2-ring2")
+"""Plans that do: how the VAE is shared depends on the number of ranks alone."""
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +80,21 @@ def single(jobs, local) -> list[torch.Tensor]:
     return [local.sample(job).tensor for job in jobs]
 
 
+def work_the_vae(executor, job: DecodeJob | EncodeJob) -> torch.Tensor:
+    return executor.decode(job).tensor if isinstance(job, DecodeJob) else executor.encode(job).tensor
+
+
+@pytest.fixture(scope="module")
+def vae_single(vae_jobs, local) -> list[torch.Tensor]:
+    """What this process alone makes of each picture."""
+    return [work_the_vae(local, job) for job in vae_jobs]
+
+
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_plan_equals_single(plan, start_group, jobs, single, vae_jobs, local):
+def test_a_plan_equals_single(plan, start_group, jobs, single, vae_jobs, vae_single):
     group = start_group(plan)
-    for job in vae_jobs:
-        run = {DecodeJob: "decode", EncodeJob: "encode"}[type(job)]
-        result, expected = getattr(group, run)(job).tensor, getattr(local, run)(job).tensor
+    for job, expected in zip(vae_jobs, vae_single) if plan in WITH_PICTURES else ():
+        result = work_the_vae(group, job)
         assert result.shape == expected.shape and (result - expected).abs().max() <= TOLERANCE, job
     for case, job, expected in zip(CASES, jobs, single):
         result = group.sample(job)

@@ -2,8 +2,9 @@
 
 Softmax needs no running maximum as long as sums of ``2 ** score`` are finite and not tiny: in float32 and bf16 that is all of 2^-90
 to 2^100, where scores of normalised heads lie. So the first kernel takes it for granted and tells which rows were not so; the
-second one, with a running maximum, attends to those anew. fp16 ends at 2^16, so there the first one has a running maximum too. Without maxima and what they rescale, exponentials and matrix products
-of three groups of warps overlap (FlashAttention-3's plan, arXiv 2407.08608) and little else is left.
+second one, with a running maximum, attends to those anew. Without maxima and what they rescale, exponentials and matrix products
+of three groups of warps overlap (FlashAttention-3's plan, arXiv 2407.08608) and little else is left. In fp16, which ends at 2^16,
+the first kernel has a running maximum too.
 """
 
 import triton
