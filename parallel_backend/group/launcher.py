@@ -158,7 +158,6 @@ class Launcher:
                 chosen = {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": f"={meeting.interface}"}
                 hosts |= {name: value for name, value in chosen.items() if name not in kept}
         return {
-            "TORCH_NCCL_HIGH_PRIORITY": "1",  # or what is sent waits until attention, on all processors, has begun its last part
             **kept,
             **self.devices.environment(),
             **hosts,
