@@ -20,9 +20,9 @@ EAGER_PASSES = 176
 """The same uncompiled: 0.19 s a half more (NOTES: 0.774 and 0.581 s)."""
 ULYSSES_PASSES = 10
 """More of them with Ulysses: laying out, own part, and back; counted in ``parallel/attention.py``."""
-MERGE_PASSES = 80
-"""More of them for each rank's keys in a ring: results are merged in float32, uncompiled, and NCCL's kernels take processors
-meanwhile: ``ring2`` of 2b in h100x2.json, and of 5b in h100x2-waiting.json."""
+MERGE_PASSES, MERGE_SECONDS = 24, 1.1e-3
+"""More of them for each rank's keys in a ring, whose results are merged in float32, uncompiled; counted in xDiT's code. And what each
+takes beside them in a block: ``ring2`` of 2b in h100x2.json, and of 5b in h100x2-waiting.json."""
 PATCH_SECONDS = 0.65e-3
 """For each patch of a pipeline in each block, whose kernels are small: between ``pipefusion2`` of 2b in h100x2.json (0.55 ms) and of
 5b in h100x2-flash3.json (0.9)."""
@@ -240,14 +240,15 @@ def computation(plan: Plan, work: Work, machine: Machine) -> float:
     passes = PASSES if work.is_compiled(machine) else EAGER_PASSES
     passes *= (1 + 1 / plan.tensor) / 2  # about half of it is with heads and hidden features
     passes += ULYSSES_PASSES * (plan.ulysses > 1) + MERGE_PASSES * (plan.ring - 1) + KEPT_PASSES * (plan.pipefusion > 1)
-    patch_seconds = PATCH_SECONDS * plan_patches(plan, work) if plan.pipefusion > 1 and work.is_compiled(machine) else 0.0
+    others = MERGE_SECONDS * plan.ring if plan.ring > 1 else 0.0
+    others += PATCH_SECONDS * plan_patches(plan, work) if plan.pipefusion > 1 and work.is_compiled(machine) else 0.0
     layers = stage_layers(plan, work.layers)
     share = layers / work.layers / (plan.world_size // plan.pipefusion)  # of the slowest rank
     device = (
         work.products * share / matrix
         + work.attention * share / attention
         + layers * passes * states_bytes(plan, work) / (machine.bandwidth * BANDWIDTH_SHARE)
-        + layers * patch_seconds
+        + layers * others
     )
     host = layers * (1 + cuts(plan)) * plan_patches(plan, work) * LAUNCH_SECONDS if work.is_compiled(machine) else 0.0
     return slots(plan, work) * max(device, host)
