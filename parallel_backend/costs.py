@@ -1,7 +1,7 @@
 """What a step costs: seconds and bytes on each rank, from operations, bytes and messages. Importable without torch.
 
 Constants say which measurement they come from: NOTES is benchmarks/NOTES.md, FACTS is the project's table of speed (one H200),
-``h100x2.json``, ``h100x2-flash3.json`` and ``h100x2-before.json`` are in benchmarks/results. What no measurement here tells says that it is assumed.
+``h100x2*.json`` are in benchmarks/results. What no measurement here tells says that it is assumed.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ COMPILED_FACTOR = 8.7
 EXCHANGED_FACTOR = 5
 """More where tokens are exchanged for attention: ``ulysses2`` of h100x2-before.json."""
 RING_FACTOR = 11.5
-"""More where keys and values go around a ring, whose results are merged in float32: ``ring2`` of h100x2.json, 10.3 (5b), 14 (2b)."""
+"""More where keys and values go around a ring, whose results are merged in float32: ``ring2`` of h100x2-waiting.json, 10.3 (5b), 14 (2b)."""
 WORKSPACE = 192 * 2**20
 """Bytes of cuBLAS and of tables, whatever the size: what the rows of 2b in h100x2-before.json need more than those of 5b let
 expect, and cuBLAS's 32 MiB of the stream on which blocks are compiled while weights are read."""
