@@ -14,8 +14,9 @@ import torch
 from parallel_backend.cogvideox import attention
 from parallel_backend.cogvideox.attention import Attention
 from parallel_backend.cogvideox.kernels import LARGEST, keep_kernels, quantize
+from parallel_backend.jobs import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALVES = ("bf16", "fp16")
 SHORT_CALLS, LONG_SECONDS = 20, 0.6
 CHECKED = slice(64)
 """Rows that are computed in float64 too."""
@@ -26,8 +27,8 @@ def candidates(
 ) -> Iterator[tuple[str, Attention, list[torch.Tensor]]]:
     """A name, a way that is there, and what it is given, of ``[1, tokens, heads, head_dim]`` in float32."""
     states = (query, key, value)
-    for name, dtype in DTYPES.items():
-        yield f"torch {name}", attention.attend_torch, [part.to(dtype) for part in states]
+    for name in HALVES:
+        yield f"torch {name}", attention.attend_torch, [part.to(DTYPES[name]) for part in states]
     if attention.flash_3():
         yield "FlashAttention-3 bf16", attention.attend_flash, [part.bfloat16() for part in states]
         scales = [part.abs().amax(dim=(1, 3)) / LARGEST for part in states]
@@ -36,7 +37,8 @@ def candidates(
         rounded = [quantize(part / scale[:, None, :, None]) for part, scale in zip(states, scales)]
         yield "FlashAttention-3 fp8", lambda *states: attend(*states)[0], rounded
     scaled = query * attention.factors(query.shape[-1], base_two=True, fp8=False)[0]
-    for name, dtype in DTYPES.items():
+    for name in HALVES:
+        dtype = DTYPES[name]
         if reason := attention.why_not_own(query.device, dtype):
             print(f"ours {name} is left out: {reason}")
             continue

@@ -9,6 +9,7 @@ compiles finds the kernels of the first on disk. ``--model``, ``--devices`` and 
 
 import argparse
 import time
+from dataclasses import replace
 from statistics import median
 
 from parallel_backend import models
@@ -20,56 +21,54 @@ from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.plans import Plan
 
 JOBS = 20
-
-
 STARTS = (("compiled", "on"), ("compiled again", "on"), ("not compiled", "off"))
 
 
-def job_of(checkpoint: Checkpoint, **settings) -> SampleJob:
+def job_of(checkpoint: Checkpoint) -> SampleJob:
     """A job at the checkpoint's own size."""
     positive, negative = text_states(checkpoint)
     latent = empty_latent(**dict(zip(("width", "height", "frames"), checkpoint.default_size)), channels=checkpoint.channels)
-    compile = settings.pop("compile", "auto")
-    return SampleJob(Model(str(checkpoint.path), compile=compile), positive, latent, negative, **settings)
+    return SampleJob(Model(str(checkpoint.path)), positive, latent, negative)
 
 
-def starts(checkpoint: Checkpoint, plan: Plan, devices: Devices) -> None:
+def start(executor: GroupExecutor) -> float:
+    """Starts a group. Returns the seconds until it answers."""
+    started = time.perf_counter()
+    executor.start()
+    executor.status()
+    return time.perf_counter() - started
+
+
+def starts(job: SampleJob, plan: Plan, devices: Devices) -> None:
     """Prints the table of first steps; what a first step has more than the median of three later ones is compiling."""
-    print("| blocks | answers after, s | then loads, s | first step, s | a later step, s |")
-    print("|---|---|---|---|---|")
+    print("| blocks | answers after, s | then loads, s | first step, s | a later step, s | notes |")
+    print("|---|---|---|---|---|---|")
     for name, compile in STARTS:
         executor = GroupExecutor(plan, devices)
         try:
-            started = time.perf_counter()
-            executor.start()
-            executor.status()
-            answers = time.perf_counter() - started
-            report = executor.sample(job_of(checkpoint, compile=compile, seed=0, steps=4)).report
+            answers = start(executor)
+            report = executor.sample(replace(job, steps=4, model=replace(job.model, compile=compile))).report
         finally:
             executor.close()
         first, *later = report.step_seconds
         print(
-            f"| {name} | {answers:.1f} | {report.load_seconds:.1f} | {first:.2f} | {median(later):.2f} | {'; '.join(report.notes)}",
+            f"| {name} | {answers:.1f} | {report.load_seconds:.1f} | {first:.2f} | {median(later):.2f} | {'; '.join(report.notes)} |",
             flush=True,
         )
 
 
-def added(checkpoint: Checkpoint) -> None:
+def added(job: SampleJob) -> None:
     """Prints the table of what a group adds."""
     print("| plan | processes | answers after, s | first job loads, s | later jobs load, s | added to the steps, ms |")
     print("|---|---|---|---|---|---|")
     for plan in map(Plan.parse, ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2")):
         executor = GroupExecutor(plan, Devices("cpu", tuple(range(plan.world_size))))
         try:
-            started = time.perf_counter()
-            executor.start()
-            executor.status()
-            answers = time.perf_counter() - started
+            answers = start(executor)
             loads, seconds = [], []
             for seed in range(JOBS):
-                job = job_of(checkpoint, seed=seed, steps=10)
                 started = time.perf_counter()
-                report = executor.sample(job).report
+                report = executor.sample(replace(job, seed=seed, steps=10)).report
                 seconds.append(time.perf_counter() - started - sum(report.step_seconds))
                 loads.append(report.load_seconds)
         finally:
@@ -89,11 +88,11 @@ def main() -> None:
     parser.add_argument("--plan", type=Plan.parse, default="cfg2")
     parser.add_argument("--devices", type=Devices.parse, default="cpu:2")
     asked = parser.parse_args()
-    checkpoint = Checkpoint.open(models.find(asked.model))
+    job = job_of(Checkpoint.open(models.find(asked.model)))
     if asked.starts:
-        starts(checkpoint, asked.plan, asked.devices)
+        starts(job, asked.plan, asked.devices)
     else:
-        added(checkpoint)
+        added(job)
 
 
 if __name__ == "__main__":

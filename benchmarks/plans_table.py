@@ -12,25 +12,28 @@ from parallel_backend.machines import KNOWN
 from parallel_backend.planner import assumed, pick, predictions
 from parallel_backend.plans import Plan
 
-TOKENS_OF_1_5 = 11 * 48 * 85 + 226
-"""Of 1.5-5B at 81x768x1360: 22 latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""
+TOKENS_OF_1_5, TOKENS_OF_LONG = (frames // 2 * 48 * 85 + 226 for frames in (22, 42))
+"""Of 1.5-5B at 81 and 161x768x1360: so many latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""
 RESULTS = Path(__file__).parent / "results"
 FP8 = {"lossless": "off", "fp8": "linears", "fp8-all": "all", "bf16": "off", "fp16": "off"}
 """What the benchmark's words for a precision say of FP8; the last two are of an earlier version."""
 FLASH_3 = ("h100x2-flash3.json", "h100x2-before.json")
 """Of versions whose attention was FlashAttention-3, with its rates (FACTS; an H100's by the rates of products)."""
-OLDER = ("h100x2-waiting.json", *FLASH_3)
+WAITING = "h100x2-waiting.json"
+OLDER = (WAITING, *FLASH_3)
 """Of versions that waited in every step for the host (NOTES), and had cuDNN's attention in fp16."""
-WAITED_FOR_FLAGS = OLDER[:2]
+WAITED_FOR_FLAGS = (WAITING, FLASH_3[0])
 """Of those in which one rank's attention held up the flags that another one waited for, with Ulysses."""
 CUDNN_FP16 = {"H100": 423e12, "H200": 436e12}
 """Its operations a second."""
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
 MARKS = ("<!-- benchmarks/plans_table.py -->\n", "<!-- end -->\n")
 MODELS = {"5b, 49x480x720": assumed(48, True), "1.5-5B, 81x768x1360": replace(assumed(48, True), tokens=TOKENS_OF_1_5)}
+ETHERNET = Link(10e9 / 8, 60e-6)
+"""One rank's share of 10 GB/s between machines of eight."""
 MACHINES = {
     "H100, NVLink; 40 GB/s a GPU between machines": replace(KNOWN["H100"], network=Link(40e9, 60e-6), knows_link=True),
-    "L40, PCIe; 10 GB/s a machine between machines": replace(KNOWN["L40"], network=Link(10e9 / 8, 60e-6), knows_link=True),
+    "L40, PCIe; 10 GB/s a machine between machines": replace(KNOWN["L40"], network=ETHERNET, knows_link=True),
 }
 """Eight GPUs each; the links are taken for true."""
 GPUS = (4, 8, 16, 64)
@@ -57,7 +60,7 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
 THEIR_WORK = {
     "2b": assumed(30, True),
     "5b": assumed(48, True),
-    "1.5-5B, 161x768x1360": replace(assumed(48, True), tokens=21 * 48 * 85 + 226),
+    "1.5-5B, 161x768x1360": replace(assumed(48, True), tokens=TOKENS_OF_LONG),
 }
 
 
@@ -115,7 +118,7 @@ def choices() -> list[Choice]:
     """All that two GPUs have measured, where there was something to choose."""
     found = []
     older = (
-        (OLDER[0], "H100, waiting for the host"),
+        (WAITING, "H100, waiting for the host"),
         (FLASH_3[0], "H100, FlashAttention-3"),
         ("h200x2.json", "H200, cuDNN's attention"),
     )
@@ -147,14 +150,14 @@ def rows(work: Work, machine: Machine) -> list[str]:
     return found
 
 
-def faster(model: str, gpu: str) -> dict[str, tuple[float, float]]:
+def speedups(model: str, gpu: str) -> dict[str, tuple[float, float]]:
     """How many times as fast as one GPU each published plan is, and how many are predicted of it. Twelve GPUs count as two machines of
     six: how they were spread is not said."""
     work, machine = replace(THEIR_WORK[model], compile="off"), KNOWN[gpu]
     alone, seconds, found = predict(Plan(), work, machine).seconds, PUBLISHED[model, gpu], {}
     for plan in map(Plan.parse, seconds):
         if plan.world_size > 1:
-            among = replace(machine, per_machine=6 if plan.world_size > 8 else 8, network=Link(10e9 / 8, 60e-6))
+            among = replace(machine, per_machine=6 if plan.world_size > 8 else 8, network=ETHERNET)
             found[str(plan)] = seconds["single"] / seconds[str(plan)], alone / predict(plan, work, among).seconds
     return found
 
@@ -194,7 +197,7 @@ def tables() -> str:
         "|---|---|",
     ]
     for model, gpu in PUBLISHED:
-        curve = faster(model, gpu)
+        curve = speedups(model, gpu)
         lines.append(
             f"| {model}, {gpu} | {', '.join(f'`{plan}` {curve[plan][0]:.2f} {curve[plan][1]:.2f}' for plan in curve)} |"
         )

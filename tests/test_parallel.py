@@ -54,8 +54,6 @@ PICTURES = [
     ("5b", (96, 64, 1), "on"),
 ]
 """What the VAE decodes and encodes."""
-WITH_PICTURES = ("ulysses2", "cfg2-ring2")
-"""Plans that do: how the VAE is shared depends on the number of ranks alone."""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def vae_single(vae_jobs, local) -> list[torch.Tensor]:
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_equals_single(plan, start_group, jobs, single, vae_jobs, vae_single):
     group = start_group(plan)
-    for job, expected in zip(vae_jobs, vae_single) if plan in WITH_PICTURES else ():
+    for job, expected in zip(vae_jobs, vae_single):
         result = work_the_vae(group, job)
         assert result.shape == expected.shape and (result - expected).abs().max() <= TOLERANCE, job
     for case, job, expected in zip(CASES, jobs, single):

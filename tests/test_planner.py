@@ -17,8 +17,8 @@ from benchmarks.plans_table import (
     WAITED_FOR_FLAGS,
     as_measured,
     choices,
-    faster,
     measured,
+    speedups,
     tables,
 )
 from parallel_backend import calibration, machines
@@ -172,7 +172,7 @@ def test_the_choice_is_within_3_percent_of_the_fastest_plan_that_was_measured(ch
 
 
 def test_xdit_s_published_curves_have_the_shape_that_is_predicted():
-    curves = [pair for published in PUBLISHED for pair in faster(*published).values()]
+    curves = [pair for published in PUBLISHED for pair in speedups(*published).values()]
     assert len(curves) == 48
     assert sum(abs(predicted / measured - 1) <= 0.15 for measured, predicted in curves) >= 36
 

@@ -29,6 +29,7 @@ KEYS = tl.constexpr(128)
 """Keys of a tile."""
 STAGES = tl.constexpr(2)
 """Tiles of keys, and of values, in shared memory."""
+LN_2 = tl.constexpr(0.6931471805599453)
 LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
 """Sums between which nothing was lost: neither did terms vanish that count, nor did one overflow."""
 
@@ -128,7 +129,7 @@ def attend(
     gl.store(failed, gl.sum(gl.where(good | (at >= rows), 0, 1), 0))
     log_sum = gl.log(total)
     if half:
-        log_sum += gl.convert_layout(largest, gl.SliceLayout(1, sums_in)) * 0.6931471805599453
+        log_sum += gl.convert_layout(largest, gl.SliceLayout(1, sums_in)) * LN_2
     gl.store(log_sums + at, log_sum, mask=at < rows)
     column = gl.arange(0, FEATURES, gl.SliceLayout(0, sums_in))
     places = result + at[:, None].to(gl.int64) * (heads * FEATURES) + column[None, :]
@@ -213,7 +214,7 @@ def careful_kernel(
             sums = sums * shrinks[:, None] + tl.dot(weights.to(value.dtype), value)
             largest = now
         at = (sample * heads + head) * query_count + row
-        tl.store(log_sums + at, (largest + tl.log2(total)) * 0.6931471805599453, mask=row < query_count)
+        tl.store(log_sums + at, (largest + tl.log2(total)) * LN_2, mask=row < query_count)
         places = result + ((sample * query_count + row[:, None]) * heads + head) * FEATURES + column
         tl.store(places, (sums / total[:, None]).to(result.dtype.element_ty), mask=there)
         tl.atomic_add(redone, 1)

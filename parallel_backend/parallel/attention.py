@@ -103,7 +103,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.device = device
         self.heads = heads
         self.pieces = 1
-        # Flags are set by kernels, which get a place beside an attention that has all processors only before what it still has to begin.
+        # Kernels set the flags. With priority they come before what an attention, which has all processors, still has to begin.
         self.side = torch.cuda.Stream(device, priority=-1)
         self.inbox: peers.Inbox | None = None
         self.layout: peers.Layout | None = None
