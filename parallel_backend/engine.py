@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import torch
 from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_layers, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
-from .cogvideox.rehearsal import Rehearsal
 from .cogvideox.windows import advice
 from .errors import OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
@@ -304,7 +304,9 @@ class Engine:
             transformer.to(self.device)
         self._note(attention.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
         if hooks is None:  # hooks hold on to the forward that they found
-            compiled = hoped and self._can_compile("not compiled", self.split.collect(blocks.why_not_compiled(self.device)))
+            compiled = hoped and self._can_compile(
+                "not compiled", self.split.collect(self._why_not_compiled(checkpoint, dtype))
+            )
             blocks.use(transformer, compiled=compiled)
         self._offload = mode
         return transformer
@@ -317,27 +319,26 @@ class Engine:
     def _read_transformer(
         self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, *, in_parts: bool, hoped: bool
     ) -> torch.nn.Module:
-        """The transformer with this rank's weights, on the device, or on the CPU where they come in parts; compiled meanwhile for a job
-        where that is ``hoped`` for and can be done."""
-        rehearsal: Rehearsal | None = None
+        """The transformer with this rank's weights, on the device, or on the CPU where they come in parts; its kernels are made meanwhile
+        where that is ``hoped`` for."""
 
         def prepare(skeleton: torch.nn.Module) -> None:
-            nonlocal rehearsal
             if job.model.fp8 != "off":
                 fp8.convert(skeleton)
-            sequence = self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
+            self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
             if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
-                trials.begin(self.device, dtype)
-                if sequence and checkpoint.layers > 2:
-                    rehearsal = Rehearsal(skeleton, sequence, job, checkpoint, self.split, dtype)
+                trials.beside(
+                    partial(self._why_not_compiled, checkpoint, dtype),
+                    partial(attention.prepare, self.device, dtype, checkpoint.head_dim),
+                )
 
         home = torch.device("cpu") if in_parts else self.device
-        try:
-            return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare)
-        finally:
-            if rehearsal:
-                rehearsal.wait()
-                memory.release(self.device)
+        return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare)
+
+    def _why_not_compiled(self, checkpoint: Checkpoint, dtype) -> str | None:
+        """See :func:`.cogvideox.blocks.why_not_compiled`."""
+        features = checkpoint.heads * checkpoint.head_dim
+        return blocks.why_not_compiled(self.device, dtype, features, checkpoint.head_dim, checkpoint.rotary)
 
     def _hopes_compiled(self, model: Model, checkpoint: Checkpoint, dtype, offload: str) -> bool:
         """Whether the blocks are to run compiled where that can be done; says why not where that was to be expected."""

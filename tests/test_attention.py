@@ -35,16 +35,21 @@ def test_factors_leave_nothing_to_do_with_scores(fp8):
 
 def test_heads_in_base_two_and_fp8_are_the_same_heads():
     states, weight, bias = torch.randn(2, 9, 3, 64), torch.rand(64) + 0.5, torch.randn(64)
-    plain = kernels.norm_rotate_in_steps(states, weight, bias, 1e-6, [], 1.0, False, 1)[:, 0]
+    norm = torch.nn.LayerNorm(64, eps=1e-6)
+    norm.weight.data, norm.bias.data = weight, bias
+
+    def normal(factor: float, *, fp8: bool) -> torch.Tensor:
+        return kernels.Plain().normal_heads(states, norm, None, factor, fp8=fp8, ranks=1)[:, 0].detach()
+
+    plain = normal(1.0, fp8=False)
     assert torch.equal(plain, torch.nn.functional.layer_norm(states, (64,), weight, bias, 1e-6))
     whole, root = (attention.factors(64, base_two=True, fp8=fp8)[0] for fp8 in (False, True))
-    scaled = kernels.norm_rotate_in_steps(states, weight, bias, 1e-6, [], whole, False, 1)[:, 0]
-    rounded = kernels.norm_rotate_in_steps(states, weight, bias, 1e-6, [], root, True, 1)[:, 0]
+    scaled, rounded = normal(whole, fp8=False), normal(root, fp8=True)
     assert (scaled / whole - plain).abs().max() <= 1e-5
     assert (rounded.float() / root - plain).abs().max() <= plain.abs().max() / 16
     query, key = attention.in_fp8(scaled, plain)
     assert (query.float() - rounded.float()).abs().max() <= rounded.float().abs().max() / 16
-    assert torch.equal(key.float(), kernels.norm_rotate_in_steps(states, weight, bias, 1e-6, [], root, True, 1)[:, 0].float())
+    assert torch.equal(key.float(), normal(root, fp8=True).float())
 
 
 def test_a_person_hears_what_attends_instead(monkeypatch):

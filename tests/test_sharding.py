@@ -53,10 +53,8 @@ def single(jobs, local) -> list[torch.Tensor]:
     return [local.sample(job).tensor for job in jobs]
 
 
-def run_plans(
-    folder, jobs, size: int, plans: list[str]
-) -> dict[str, tuple[list[torch.Tensor], list[list[int]], list[list[int]]]]:
-    """What processes make of jobs under each plan, the bytes of weights that each has, and its graphs; see ``ranks.py``."""
+def run_plans(folder, jobs, size: int, plans: list[str]) -> dict[str, tuple[list[torch.Tensor], list[list[int]]]]:
+    """What processes make of jobs under each plan, and the bytes of weights that each has; see ``ranks.py``."""
     for number, job in enumerate(jobs):
         (folder / f"{number:02}.job").write_bytes(encode(Message(job.kind, *split_fields(job))))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
@@ -74,7 +72,7 @@ def test_plans_that_split_weights_equal_single_and_hold_their_part(size, jobs, s
         for job in jobs
         if job.model.fp8 != "off"
     }
-    for plan, (made, held, _) in run_plans(tmp_path, jobs, size, PLANS[size]).items():
+    for plan, (made, held) in run_plans(tmp_path, jobs, size, PLANS[size]).items():
         for job, found, expected, bytes_held in zip(jobs, made, single, held):
             if job.model.fp8 == "off":
                 assert (found - expected).abs().max() <= TOLERANCE, (plan, job)

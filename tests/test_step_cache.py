@@ -53,7 +53,7 @@ def test_a_step_that_is_spared_runs_one_block(job, local, plain):
         block.register_forward_hook(lambda *_, index=index: calls.append(index))
         for index, block in enumerate(local.engine._held["transformer"][1].transformer_blocks)
     ]
-    inner = [block.ff.register_forward_hook(lambda *_: calls.append("worked")) for block in
+    inner = [block.ff.net[2].register_forward_hook(lambda *_: calls.append("worked")) for block in
              local.engine._held["transformer"][1].transformer_blocks]  # fmt: skip
     count, _ = reused(local.sample(cached(job, 0.3)))
     for hook in (*hooks, *inner):

@@ -69,16 +69,9 @@ def factors(head_dim: int, *, base_two: bool, fp8: bool) -> tuple[float, float]:
     return (math.sqrt(whole), math.sqrt(whole)) if fp8 else (whole, 1.0)
 
 
-@torch.library.custom_op("cogvideox_xdit::flash_attention_3", mutates_args=())
 def flash_attention_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in bfloat16 and its log-sum-exp ``[batch, heads, tokens]``; one operation to a compiler."""
+    """Attention in bfloat16 and its log-sum-exp ``[batch, heads, tokens]``."""
     return flash_3()(query, key, value, return_attn_probs=True)[:2]
-
-
-@flash_attention_3.register_fake
-def _(query, key, value):
-    batch, tokens, heads, _ = query.shape
-    return torch.empty_like(query), query.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
 def in_fp8(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +131,6 @@ def note_of_twice(device: torch.device) -> str | None:
     return f"{share:.0%} of attention was computed twice, as its scores are too far from zero for the fast kernel: slower, no worse"
 
 
-@torch.library.custom_op("cogvideox_xdit::own_attention", mutates_args=(), device_types="cuda")
 def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by :mod:`.attention_kernels`.
 
@@ -175,13 +167,6 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     return result, log_sums
 
 
-@own_attention.register_fake
-def _(query, key, value):
-    batch, tokens, heads, _ = query.shape
-    result = torch.empty_like(query, dtype=value.dtype, memory_format=torch.contiguous_format)
-    return result, query.new_empty(batch, heads, tokens, dtype=torch.float32)
-
-
 @once
 def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a Hopper GPU cannot attend with the kernels in bfloat16 or float16, in one line, or None: tried once with few tokens."""
@@ -200,6 +185,12 @@ def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
     except Exception as error:  # Triton may be absent, or have other words for the same; each fails in its own way
         return first_line(error)
     return None
+
+
+def prepare(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Tries, where such tensors are what the kernels are made for, whether they can be made: a few seconds that are better spent beside
+    something else."""
+    is_own(device, dtype, head_dim)
 
 
 def attend_own(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -224,7 +215,7 @@ def alone(attend: Attention, query: torch.Tensor, key: torch.Tensor, value: torc
 
 
 def attention_of(device: torch.device, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> Attention:
-    """The attention for such tensors: chosen outside of what is compiled, which cannot look for packages."""
+    """The attention for such tensors."""
     if is_own(device, dtype, head_dim):
         return attend_own
     return attend_flash if uses_flash_3(device, dtype) else attend_torch

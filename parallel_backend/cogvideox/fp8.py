@@ -58,21 +58,22 @@ class Fp8Linear(torch.nn.Module):
 
         Args:
             states: to be rounded; in e4m3 already where ``scales`` ``[batch * tokens, 1]`` say what each token is to be multiplied by.
+        Returns:
+            In the layer's dtype; where tokens were rounded already in that of the product, as those who round them read any.
         """
-        rows = states.flatten(0, 1)
-        rows, scales = quantize_rows(rows) if scales is None else (rows, scales)
-        return self.product(rows, scales).unflatten(0, states.shape[:2])
+        if scales is not None:
+            return self.product(states.flatten(0, 1), scales).unflatten(0, states.shape[:2])
+        return self.product(*quantize_rows(states.flatten(0, 1))).to(self.dtype).unflatten(0, states.shape[:2])
 
     def product(self, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """``[rows, features]`` in e4m3, and what each is to be multiplied by, to ``[rows, out_features]``."""
         if rows.device.type == "cpu":  # no such product there: the same numbers by way of float32
             product = torch.nn.functional.linear(rows.float() * scales, self.weight.float() * self.scales)
-            return (product if self.bias is None else product + self.bias.float()).to(self.dtype)
+            return product if self.bias is None else product + self.bias.float()
         bias = None if self.bias is None else self.bias.bfloat16()  # the one dtype that scales a row come with
-        product = torch._scaled_mm(
+        return torch._scaled_mm(
             rows, self.weight.t(), scales, self.scales.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-        return product.to(self.dtype)
 
 
 def convert(transformer) -> None:

@@ -8,7 +8,7 @@ from functools import wraps
 import torch
 
 Trial = Callable[..., str | None]
-"""Says why something cannot be done on a device, in one line, or None; may be asked about a dtype too."""
+"""Says why something cannot be done on a device, in one line, or None; may be asked about more than that."""
 
 
 def once(trial: Trial) -> Trial:
@@ -18,8 +18,8 @@ def once(trial: Trial) -> Trial:
     lock = threading.Lock()
 
     @wraps(trial)
-    def ask(device: torch.device, *dtype: torch.dtype) -> str | None:
-        about = (device, *dtype)
+    def ask(device: torch.device, *others) -> str | None:
+        about = (device, *others)
         with lock:
             if about not in found:
                 with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -29,14 +29,11 @@ def once(trial: Trial) -> Trial:
     return ask
 
 
-def begin(device: torch.device, dtype: torch.dtype) -> None:
-    """Makes all trials for a transformer in a thread of their own."""
+def beside(*trials: Callable[[], object]) -> None:
+    """Makes trials in a thread of their own; who asks for what is found waits for it."""
 
     def make() -> None:
-        from . import attention, blocks
-
-        blocks.why_not_compiled(device)
-        if attention.is_for_own(device, dtype, attention.HEAD_DIM):
-            attention.why_not_own(device, dtype)
+        for trial in trials:
+            trial()
 
     threading.Thread(target=make, name="trials", daemon=True).start()

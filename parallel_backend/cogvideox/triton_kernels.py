@@ -1,61 +1,179 @@
-"""The kernels of :mod:`.kernels`; imported where Triton is there and not before."""
+"""What a block computes between its matrix products and attention, in Triton: each one pass over memory.
 
+Imported where Triton is there and not before. Sizes are no part of a kernel, so a few, made in a few seconds and kept on disk, do for
+every video and plan; only a model's features are.
+"""
+
+from functools import wraps
+
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .kernels import CONDITIONS, FP8, LARGEST, SMALLEST, Inputs
 
-@triton.jit
-def spread_row(row, tokens, heads, heads_of_rank):
-    """Where a head of a token, counted as they come, stands once heads are laid out for ranks."""
-    batch, token, head = row // (tokens * heads), row // heads % tokens, row % heads
-    rank = head // heads_of_rank
-    return ((batch * (heads // heads_of_rank) + rank) * tokens + token) * heads_of_rank + head % heads_of_rank
+GATE = CONDITIONS // 2 - 1
+"""The gate's place in a kind's conditions, of which shift and scale are the first."""
 
 
-@triton.jit
-def norm_rotate_kernel(
-    states, result, weight, bias, cosines, sines, factor,
-    rows, tokens, heads, heads_of_rank, epsilon,
-    FEATURES: tl.constexpr, ROWS: tl.constexpr, ROTATES: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "text"])
+def token_kernel(
+    states, update, gates, sums, weight, bias, conditions, result, scales, tokens, text, epsilon,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, GATE: tl.constexpr,
+    ADDS: tl.constexpr, NORMS: tl.constexpr, AFFINE: tl.constexpr, GELU: tl.constexpr, ROUNDS: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """See ``norm_rotate``; a row is one head of one token, computed in float32."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, FEATURES)
-    at = row[:, None] * FEATURES + column
-    there = (row < rows)[:, None]
+    """One token of one sample, all of its features in registers, in float32: what is asked for of adding, normalising and
+    modulating, GELU, and rounding to FP8."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < FEATURES
+    at = row * FEATURES + column
+    kind = row // tokens * (KINDS * FEATURES) + tl.where(row % tokens < text, KINDS // 2 * FEATURES, 0) + column
     value = tl.load(states + at, mask=there, other=0.0).to(tl.float32)
+    if ADDS:
+        gate = tl.load(gates + kind + GATE * FEATURES, mask=there, other=0.0).to(tl.float32)
+        value += gate * tl.load(update + at, mask=there, other=0.0).to(tl.float32)
+        tl.store(sums + at, value.to(sums.dtype.element_ty), mask=there)
+    if NORMS:
+        value = tl.where(there, value - tl.sum(value, 0) / FEATURES, 0.0)
+        value *= tl.rsqrt(tl.sum(value * value, 0) / FEATURES + epsilon)
+        if AFFINE:
+            value *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+            value += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
+        value *= 1 + tl.load(conditions + kind + FEATURES, mask=there, other=0.0).to(tl.float32)
+        value += tl.load(conditions + kind, mask=there, other=0.0).to(tl.float32)
+    if GELU:
+        inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
+        value = value * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh x) is the sigmoid of 2 x
+    if ROUNDS:
+        scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST) / LARGEST
+        tl.store(scales + row, scale)
+        value /= scale
+    if NORMS or GELU or ROUNDS:
+        tl.store(result + at, value.to(result.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "heads_of_rank"])
+def head_kernel(
+    states, result, weight, bias, cosines, sines, factor, tokens, heads, heads_of_rank, epsilon,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, ROTATES: tl.constexpr,
+):  # fmt: skip
+    """See ``normal_heads``; a program has all heads of one token, in float32."""
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, BLOCK), tl.arange(0, FEATURES)
+    there = (head < heads)[:, None]
+    value = tl.load(states + (row * heads + head[:, None]) * FEATURES + column, mask=there, other=0.0).to(tl.float32)
     value -= tl.sum(value, 1)[:, None] / FEATURES
     value *= tl.rsqrt(tl.sum(value * value, 1) / FEATURES + epsilon)[:, None]
     value = value * tl.load(weight + column).to(tl.float32) + tl.load(bias + column).to(tl.float32)
+    token = row % tokens
     if ROTATES:
-        table = (row // heads % tokens)[:, None] * FEATURES + column
-        cosine, sine = tl.load(cosines + table, mask=there, other=0.0), tl.load(sines + table, mask=there, other=0.0)
-        first, second = tl.split(tl.reshape(value, (ROWS, FEATURES // 2, 2)))
-        turned = tl.reshape(tl.join(-second, first), (ROWS, FEATURES))
-        value = value * cosine + turned * sine
-    target = spread_row(row, tokens, heads, heads_of_rank)
+        first, second = tl.split(tl.reshape(value, (BLOCK, FEATURES // 2, 2)))
+        turned = tl.reshape(tl.join(-second, first), (BLOCK, FEATURES))
+        value = value * tl.load(cosines + token * FEATURES + column) + turned * tl.load(sines + token * FEATURES + column)
+    target = (row // tokens * (heads // heads_of_rank) + head // heads_of_rank) * tokens + token
+    target = target * heads_of_rank + head % heads_of_rank
     tl.store(result + target[:, None] * FEATURES + column, (value * factor).to(result.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def swap_kernel(states, result, first, second, words, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["first", "second"])
+def swap_kernel(states, result, first, second, WORDS: tl.constexpr, BLOCK: tl.constexpr):
     """See ``swap``; a program copies one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     target = (row // (first * second) * second + row % second) * first + row // second % first
-    there = column < words
-    tl.store(result + target * words + column, tl.load(states + row * words + column, mask=there), mask=there)
+    there = column < WORDS
+    tl.store(result + target * WORDS + column, tl.load(states + row * WORDS + column, mask=there), mask=there)
 
 
-@triton.jit
-def gelu_quantize_kernel(rows, result, scales, features, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
-    """See ``gelu_quantize``; a program has a whole row in its registers."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    there = column < features
-    value = tl.load(rows + row * features + column, mask=there, other=0.0).to(tl.float32)
-    inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-    value = value * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh x) is the sigmoid of 2 x
-    scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST) / LARGEST
-    tl.store(result + row * features + column, (value / scale).to(result.dtype.element_ty), mask=there)
-    tl.store(scales + row, scale)
+def where_states_are(method):
+    """Triton launches on the current GPU."""
+
+    @wraps(method)
+    def guarded(self, states, *others, **settings):
+        with torch.cuda.device_of(states):
+            return method(self, states, *others, **settings)
+
+    return guarded
+
+
+class Triton:
+    """See :class:`.kernels.Plain`. Layers in FP8 are given what they multiply."""
+
+    def modulate(self, states, norm, conditions, text, *, fp8):
+        return self._pass(states, norm=norm, conditions=conditions, text=text, rounds=fp8)[1]
+
+    def add(self, states, update, conditions, text):
+        return self._pass(states, update=update, gates=conditions, text=text)[0]
+
+    def add_and_modulate(self, states, update, before, norm, conditions, text, *, fp8):
+        return self._pass(states, update=update, gates=before, norm=norm, conditions=conditions, text=text, rounds=fp8)
+
+    def inputs(self, states, *, fp8):
+        return self._pass(states, rounds=True)[1] if fp8 else (states,)
+
+    def gelu(self, layer, inputs, *, fp8):
+        if fp8:
+            return self._pass(layer(*inputs), gelu=True, rounds=True)[1]
+        (states,) = inputs
+        if type(layer) is not torch.nn.Linear or layer.bias is None or not states.is_cuda:
+            return (F.gelu(layer(states), approximate="tanh"),)
+        # One kernel of cuBLAS's for the product and GELU, which CPUs have another form of.
+        product = torch.ops.aten._addmm_activation(layer.bias, states.flatten(0, 1), layer.weight.t(), use_gelu=True)
+        return (product.unflatten(0, states.shape[:2]),)
+
+    @where_states_are
+    def _pass(
+        self,
+        states: torch.Tensor,
+        *,
+        update=None,
+        gates=None,
+        norm=None,
+        conditions=None,
+        text: int = 0,
+        gelu=False,
+        rounds=False,
+    ) -> tuple[torch.Tensor | None, Inputs]:
+        """Runs ``token_kernel`` over all tokens: the sum, if an ``update`` is added, and what became of it, for the layers behind."""
+        states = states.contiguous()
+        batch, tokens, features = states.shape
+        adds, norms = update is not None, norm is not None
+        sums = torch.empty_like(states) if adds else None
+        result = torch.empty_like(states, dtype=FP8 if rounds else states.dtype) if norms or gelu or rounds else None
+        scales = states.new_empty(batch * tokens, 1, dtype=torch.float32) if rounds else None
+        affine = norms and norm.weight is not None
+        block = triton.next_power_of_2(features)
+        token_kernel[(batch * tokens,)](
+            states, update.contiguous() if adds else states, gates, sums, norm.weight if affine else None, norm.bias if affine else None,
+            conditions, result, scales, tokens, text, norm.eps if norms else 0.0,
+            FEATURES=features, BLOCK=block, KINDS=CONDITIONS, GATE=GATE,
+            ADDS=adds, NORMS=norms, AFFINE=affine, GELU=gelu, ROUNDS=rounds, LARGEST=LARGEST, SMALLEST=SMALLEST,
+            num_warps=16 if block > 4096 else 8 if block > 2048 else 4,
+        )  # fmt: skip
+        return sums, tuple(part for part in (result, scales) if part is not None)
+
+    @where_states_are
+    def normal_heads(self, states, norm, tables, factor, *, fp8, ranks):
+        states = states.contiguous()
+        batch, tokens, heads, features = states.shape
+        result = states.new_empty(batch, ranks, tokens, heads // ranks, features, dtype=FP8 if fp8 else states.dtype)
+        cosines, sines = tables or (None, None)
+        block = triton.next_power_of_2(heads)
+        head_kernel[(batch * tokens,)](
+            states, result, norm.weight, norm.bias, cosines, sines, factor, tokens, heads, heads // ranks, norm.eps,
+            FEATURES=features, BLOCK=block, ROTATES=tables is not None, num_warps=8 if block * features > 2048 else 4,
+        )  # fmt: skip
+        return result
+
+    @where_states_are
+    def swap(self, states):
+        batch, first, second, _ = states.shape
+        words = states.contiguous().view(torch.int32)
+        result = words.new_empty(batch, second, first, words.shape[-1])
+        swap_kernel[(batch * first * second,)](
+            words, result, first, second, WORDS=words.shape[-1], BLOCK=triton.next_power_of_2(words.shape[-1]), num_warps=4
+        )
+        return result.view(states.dtype)

@@ -11,12 +11,13 @@ import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .. import calibration, machines
-from ..cogvideox import checks, memory, trials
+from ..cogvideox import attention, checks, memory, trials
 from ..cogvideox.checkpoint import Checkpoint
 from ..costs import Link
 from ..devices import Devices
@@ -309,7 +310,7 @@ def main() -> None:
     if rank == 0:
         remember(link, device)
     if device.type == "cuda":  # xDiT has imported what jobs need, so no two threads are going to import the same
-        trials.begin(device, torch.bfloat16)
+        trials.beside(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
     Worker(split, address, heart, link).loop()
     os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
 

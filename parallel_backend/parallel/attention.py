@@ -31,8 +31,6 @@ class UlyssesAttention:
         """Of the group's processes, in the world."""
         self.whole: attention.Attention | None = None
         self.padding = 0
-        self.rehearses = False
-        """Whether nothing is exchanged, as numbers have no meaning and the other ranks are elsewhere."""
 
     def begin(self, whole: attention.Attention, *, batch: int, padding: int) -> int:
         """Says what a forward is like.
@@ -47,7 +45,6 @@ class UlyssesAttention:
         self.whole, self.padding = whole, padding
         return self.size
 
-    @torch.compiler.disable  # waiting for what travels is not for a compiler to see
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """This rank's tokens to everyone's.
 
@@ -57,11 +54,6 @@ class UlyssesAttention:
         Returns:
             In the same shape, from each rank its heads; it may be overwritten in the next block.
         """
-        if self.rehearses:
-            return torch.empty_like(query, dtype=value.dtype)
-        return self._attend(query, key, value)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         ranks, tokens = query.shape[1:3]
         query, key, value = (states.flatten(1, 2) for states in self._exchange(query, key, value))
         valid = slice(ranks * tokens - self.padding)
@@ -115,7 +107,8 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
         return super().begin(whole, batch=batch, padding=padding) * self.pieces
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See :meth:`UlyssesAttention.attend`."""
         try:
             return self._copy_and_attend(query, key, value)
         except BaseException:
@@ -250,7 +243,6 @@ class RingAttention:
         """
         self.base_two, self.padding = base_two, padding
 
-    @torch.compiler.disable  # xDiT's groups and its runtime state are not for a compiler to see
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of ``[batch, 1, tokens, heads, head_dim]``, this rank's tokens to everyone's."""
         heads_first = (states.squeeze(1).transpose(1, 2) for states in (query, key, value))

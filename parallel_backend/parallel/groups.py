@@ -118,7 +118,7 @@ class GroupSplit(Split):
         """See :attr:`Split.outside_bytes`."""
         return peers.held_bytes()
 
-    def attach(self, transformer, *, fp8_attention: bool = False) -> JointSequence | None:
+    def attach(self, transformer, *, fp8_attention: bool = False) -> None:
         """See :meth:`Split.attach`."""
         self.shard.cut(transformer)
         if self.plan.tensor > 1:
@@ -126,13 +126,12 @@ class GroupSplit(Split):
         group = xdit.sequence_group() if self.plan.sequence > 1 else None
         if self.pipe:
             Stage(transformer, self.pipe, group, fp8_attention=fp8_attention)
-            return None
+            return
         degrees = {"ulysses": self.plan.ulysses, "ring": self.plan.ring}
         device = self.device if self.copies else None
-        sequence = JointSequence(transformer, group=group, **degrees, device=device, fp8_attention=fp8_attention)
+        JointSequence(transformer, group=group, **degrees, device=device, fp8_attention=fp8_attention)
         if self.mesh:
             spread(transformer, self.mesh)
-        return None if self.mesh or self.plan.tensor > 1 or self.plan.ring > 1 else sequence
 
     def caches(self, job: SampleJob) -> StepCaches | KeptOfJob:
         """See :meth:`Split.caches`."""

@@ -94,7 +94,6 @@ class PatchAttention:
                 everyone[:, self.place] = own[:, :size]
         return self.whole(query, *self.kept[self.block])
 
-    @torch.compiler.disable  # what is kept is another tensor for every job, and changes
     def attend_alone(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The same of one rank, as :func:`parallel_backend.cogvideox.attention.alone` has it."""
         return attention.alone(self.attend, query, key, value)
@@ -236,7 +235,7 @@ class Stage(torch.nn.Module):
     def _run(self, tokens: torch.Tensor, chunk: Chunk, temb: torch.Tensor, tables, scores: dict[str, bool]) -> torch.Tensor:
         """One patch through this rank's blocks."""
         rows = None if tables is None else chunk.of_rotary(*tables)
-        about = {"cache": None, "is_text": chunk.is_text(tokens.device), "attend": self.attend, "ranks": self.size, **scores}
+        about = {"cache": None, "text": chunk.local_text, "attend": self.attend, "ranks": self.size, **scores}
         none = tokens.new_empty(len(tokens), 0, tokens.shape[2])
         for number, block in self.named_children():
             self.attention.block = number

@@ -30,13 +30,9 @@ class Split:
         if device.type == "cuda":
             torch.cuda.init()  # memory statistics are refused before
 
-    def attach(self, transformer, *, fp8_attention: bool = False) -> JointSequence | None:
-        """Makes a transformer, whose weights are not read yet, compute this rank's share, text and video tokens joined.
-
-        Returns:
-            What can rehearse one of its blocks, or None where a block does not run without the other ranks.
-        """
-        return JointSequence(transformer, fp8_attention=fp8_attention)
+    def attach(self, transformer, *, fp8_attention: bool = False) -> None:
+        """Makes a transformer, whose weights are not read yet, compute this rank's share, text and video tokens joined."""
+        JointSequence(transformer, fp8_attention=fp8_attention)
 
     def caches(self, job: SampleJob) -> StepCaches:
         """What the forwards of a job's windows have in common; new for each job."""

@@ -56,10 +56,6 @@ class Chunk:
         joint = F.pad(cosines, (0, 0, self.text, 0), value=1.0), F.pad(sines, (0, 0, self.text, 0))
         return tuple(self.of_joint(table[None])[0] for table in joint)
 
-    def is_text(self, device: torch.device) -> torch.Tensor:
-        """``[length]``, whether each of this rank's tokens is text."""
-        return torch.arange(self.length, device=device) < self.local_text
-
 
 class JointSequence:
     """Attaches to one transformer; afterwards its forward takes and gives whole tensors, on every rank.
@@ -94,29 +90,6 @@ class JointSequence:
         transformer.transformer_blocks[-1].register_forward_hook(self._after_last, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
 
-    def rehearse(self, block, latents: torch.Tensor, text: torch.Tensor, rotary, temb: torch.Tensor) -> None:
-        """Runs one block as a forward will, without another rank: numbers have no meaning.
-
-        Args:
-            block: with a forward of :mod:`parallel_backend.cogvideox.blocks`; none of the transformer's own first and last.
-            latents: ``[batch, frames, channels, height, width]``, as the transformer will be given them.
-            text: tokens ``[batch, tokens, features]`` as the first block will be given them.
-            rotary: tables for the video tokens, or None.
-            temb: as every block will be given it.
-        """
-        inputs = {"hidden_states": latents, "encoder_hidden_states": text, "image_rotary_emb": rotary, "temb": temb}
-        _, kwargs = self._begin(None, (), inputs)
-        video = text.new_empty(len(text), self.chunk.video, text.shape[2])
-        _, kwargs = self._scatter(None, (), {**kwargs, "hidden_states": video})
-        if self.shared:
-            self.shared.rehearses = True
-        try:
-            for _ in range(2):  # the second one's tokens are such as all others get
-                kwargs["hidden_states"], kwargs["encoder_hidden_states"] = block(**kwargs)
-        finally:
-            if self.shared:
-                self.shared.rehearses = False
-
     def _begin(self, module, args, kwargs):
         """Measures the sequence and hands on what the blocks need to know of this rank's tokens.
 
@@ -132,7 +105,7 @@ class JointSequence:
         cache: StepCache | None = (kwargs.get("attention_kwargs") or {}).get("cache")
         if cache is not None:
             cache.begin()
-        about = {"is_text": self.chunk.is_text(kwargs["hidden_states"].device), "cache": cache}
+        about = {"text": self.chunk.local_text, "cache": cache}
         rows = None if rotary is None else self.chunk.of_rotary(*rotary)
         return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about | self._attention(kwargs["hidden_states"])}
 
@@ -151,7 +124,6 @@ class JointSequence:
         """Gives the first block this rank's chunk, text and video joined."""
         joint = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
         chunk = self.chunk.of_joint(joint)
-        # Both lie in memory as every other block's do, for which the first one would be compiled by itself.
         none = chunk.new_empty(len(chunk), 0, chunk.shape[2])
         return args, {**kwargs, "encoder_hidden_states": none, "hidden_states": chunk}
 
