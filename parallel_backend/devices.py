@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,3 +99,8 @@ class Devices:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             "CUDA_VISIBLE_DEVICES": ",".join(self.names),
         }
+
+
+def current(device: torch.device):
+    """A context in which a GPU is the current one, on which Triton launches its kernels."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

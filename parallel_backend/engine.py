@@ -13,6 +13,7 @@ from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_la
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
 from .cogvideox.windows import advice
+from .devices import current
 from .errors import OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
 from .parallel.split import Split
@@ -87,7 +88,7 @@ class Engine:
             DecodeJob: self._decode,
             EncodeJob: self._encode,
         }[type(job)]
-        with exact_float32(dtype):
+        with current(self.device), exact_float32(dtype):
             result = run(job, checkpoint, dtype, on_step, on_window)
         report = replace(
             result.report,

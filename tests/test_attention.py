@@ -93,16 +93,17 @@ def tiles(dtype, bits, rows, features):
     layout = NVMMASharedLayout(swizzle_byte_width=features * bits // 8, element_bitwidth=bits, rank=2)
     return f"tensordesc<{dtype}[{rows}, {features}],{layout!r}>"
 
-cases = [(("bf16", "bf16"), 64), (("fp8e4nv", "bf16"), 64), (("fp16", "fp16"), 64), (("fp8e4nv", "fp16"), 32)]
-for (dtype, value), features in cases:
+cases = [("bf16", "bf16", 64, 0), ("bf16", "bf16", 64, 1), ("fp8e4nv", "bf16", 64, 0), ("fp16", "fp16", 64, 0), ("fp16", "fp16", 64, 1)]
+for dtype, value, features, running in [*cases, ("fp8e4nv", "fp16", 32, 0)]:
     bits = 8 if dtype == "fp8e4nv" else 16
     signature = {
         "queries": tiles(dtype, bits, own.ROWS.value, features), "keys": tiles(dtype, bits, own.KEYS.value, features),
         "values": tiles(value, 16, own.KEYS.value, features), "result": f"*{value}", "log_sums": "*fp32", "failed": "*i32",
         "query_count": "i32", "key_rows": "i32", "key_count": "i32", "heads": "i32",
-        "FEATURES": "constexpr", "num_warps": "constexpr",
+        "FEATURES": "constexpr", "RUNNING": "constexpr", "num_warps": "constexpr",
     }
-    source = GluonASTSource(own.optimistic_kernel, signature=signature, constexprs={"FEATURES": features, "num_warps": 4})
+    constants = {"FEATURES": features, "RUNNING": bool(running), "num_warps": 4}
+    source = GluonASTSource(own.optimistic_kernel, signature=signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     products = [line for line in made.asm["ptx"].splitlines() if "wgmma.mma_async" in line]
     assert any("e4m3" in line for line in products) == (bits == 8) and made.asm["cubin"], products[:3]
@@ -159,3 +160,18 @@ def test_a_trial_is_made_once_and_whoever_asks_meanwhile_waits_for_it():
         assert first.result(60) == second.result(60) == trial(CPU) == "a reason"
         assert trial(CPU, torch.float16) == "a reason"
     assert made == [CPU, CPU]
+
+
+def test_where_too_much_is_attended_to_twice_a_kernel_with_a_running_maximum_takes_over():
+    for twice, needs in ((4, False), (6, True)):
+        pieces = attention.Pieces(CPU)
+        pieces.look()
+        pieces.all += 100
+        pieces.twice.fill_(twice)
+        pieces.look()
+        assert not pieces.needs_maximum  # what it was at the look before: nothing yet
+        pieces.look()
+        assert pieces.needs_maximum == needs
+        assert pieces.share_of_twice() == twice / 100
+        pieces.look()
+        assert pieces.needs_maximum == needs and pieces.share_of_twice() == 0

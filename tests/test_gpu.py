@@ -382,31 +382,58 @@ def test_own_attention_takes_keys_that_are_part_of_something():
         assert distance(attention.attend_own(near, keys[:, :600], values[:, :600]).double(), expected) < 0.005
 
 
+@pytest.fixture
+def pieces():
+    """What is known of this GPU's attention, forgotten again at the end."""
+    known = attention.pieces_on(torch.device("cuda", 0))
+    attention.note_of_twice(known.twice.device)
+    yield known
+    known.needs_maximum = False
+
+
 @hopper
 @pytest.mark.parametrize("dtype", ERRORS)
-def test_rows_whose_scores_are_far_from_zero_are_attended_to_again_in_bf16(dtype):
+def test_rows_whose_scores_are_far_from_zero_are_attended_to_again(dtype, pieces):
     query, key, value = heads_of(1, 500, 700, 2, 64)
     query[:, 70:200] *= 60
     key += query[:, :1].mean()  # no two rows alike
     expected, sums = attend_exactly(query, key, value)
-    attention.note_of_twice(value.device)
     found, log_sums = attend_with_own(query, key, value, dtype=dtype)
     assert (log_sums - sums).abs().max() < 0.02 * sums.abs().max() and distance(found.double(), expected) < 0.1
     assert distance(found[:, :64].double(), expected[:, :64]) < ERRORS[dtype]  # a piece that nothing was wrong with
-    note = attention.note_of_twice(value.device)
-    assert note is None if dtype == torch.float16 else "of attention was computed twice" in note
+    assert "of attention was computed twice" in attention.note_of_twice(value.device)
     value[0, 3, 1, 0] = torch.nan
     assert attend_with_own(query, key, value, dtype=dtype)[0].isnan().any()
 
 
 @hopper
-def test_in_fp16_every_tile_of_keys_may_have_larger_scores_than_those_before():
+@pytest.mark.parametrize("running", [False, True])
+def test_in_fp16_every_tile_of_keys_may_have_larger_scores_than_those_before(running, pieces):
     query, key, value = heads_of(1, 200, 1200, 2, 64)
     query[..., 0], key[..., 0] = 12, torch.linspace(12, 0, 1200, dtype=torch.float64, device="cuda")[:, None]
+    pieces.needs_maximum = running
     for turned in (key, key.flip(1)):
         expected, sums = attend_exactly(query, turned, value)
         found, log_sums = attend_with_own(query, turned, value, dtype=torch.float16)
         assert distance(found.double(), expected) < 0.01 and (log_sums - sums).abs().max() < 0.05
+    assert (attention.note_of_twice(value.device) is None) == running
+
+
+@hopper
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_scores_far_from_zero_bring_a_running_maximum_after_a_forward_or_two(dtype, pieces):
+    query, key, value = heads_of(1, 500, 700, 2, 64)
+    states = torch.zeros(1, device="cuda", dtype=dtype)
+    forwards = []
+    for _ in range(3):
+        attention.for_blocks(states, 64, fp8=False)
+        forwards.append((pieces.needs_maximum, attend_with_own(query * 60, key, value, dtype=dtype)))
+        torch.cuda.synchronize()
+    assert [needed for needed, _ in forwards] == [False, False, True]
+    expected, sums = attend_exactly(query * 60, key, value)
+    for _, (found, log_sums) in forwards:
+        assert distance(found.double(), expected) < 0.1 and (log_sums - sums).abs().max() < 0.02 * sums.abs().max()
+    assert attention.note_of_twice(value.device).startswith("67% of attention was computed twice")
 
 
 @two_gpus

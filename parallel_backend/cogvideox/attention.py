@@ -24,6 +24,8 @@ HEAD_DIMS = (32, HEAD_DIM)
 """Of heads that the kernels attend with; small models for tests have the former."""
 NEAR = 0.02
 """How far the kernels may be from float32, relative, to be used; bf16 is about 0.004 from it."""
+TOO_OFTEN = 0.05
+"""Share of the work that may be done twice: twice as slow then, it costs as much as a running maximum (7.6 ms to 6.85, NOTES)."""
 WORTH_SAYING = 0.01
 """Share of the work that is done twice, from which on a person hears of it."""
 
@@ -107,14 +109,30 @@ class Pieces:
     """Pieces of 64 queries of a head that the kernels attended to on one device, since they were last counted."""
 
     def __init__(self, device: torch.device):
+        on_gpu = device.type == "cuda"
         with torch.inference_mode(False):
             self.twice = torch.zeros(1, dtype=torch.int32, device=device)
-        self.all = 0
+            self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
+        self.all = self._asked = 0
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self.needs_maximum = False
+        """Whether so many had to be attended to twice that a kernel with a running maximum is faster; for good."""
+
+    def look(self) -> None:
+        """Finds out, without waiting for the device, how it was a while ago."""
+        if self._copied and not self._copied.query():
+            return
+        self.needs_maximum |= self._seen.item() > TOO_OFTEN * self._asked
+        self._seen.copy_(self.twice, non_blocking=True)
+        self._asked = self.all
+        if self._copied:
+            self._copied.record()
 
     def share_of_twice(self) -> float:
         """How many had to be attended to twice, of all; begins anew."""
         share = self.twice.item() / max(self.all, 1)
         self.twice.zero_()
+        self._seen.zero_()
         self.all = 0
         return share
 
@@ -128,7 +146,8 @@ def note_of_twice(device: torch.device) -> str | None:
     share = pieces_on(device).share_of_twice() if is_hopper(device) else 0.0
     if share < WORTH_SAYING:
         return None
-    return f"{share:.0%} of attention was computed twice, as its scores are too far from zero for the fast kernel: slower, no worse"
+    then = ", until one that can do with them took over" if pieces_on(device).needs_maximum else ""
+    return f"{share:.0%} of attention was computed twice, as its scores are too far from zero for the fast kernel{then}: slower, no worse"
 
 
 def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,10 +174,11 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     programs = triton.cdiv(tokens, rows * groups)
     failed = query.new_empty(batch * heads * programs * groups, dtype=torch.int32)
     tiles = in_tiles(query, tokens, rows), in_tiles(key, between, keys), in_tiles(value, between, keys)
-    own.optimistic_kernel[(programs, heads, batch)](
-        *tiles, result, log_sums, failed, tokens, between, key.shape[1], heads, FEATURES=features, num_warps=4
-    )
     pieces = pieces_on(query.device)
+    own.optimistic_kernel[(programs, heads, batch)](
+        *tiles, result, log_sums, failed, tokens, between, key.shape[1], heads,
+        FEATURES=features, RUNNING=pieces.needs_maximum, num_warps=4,
+    )  # fmt: skip
     pieces.all += len(failed)
     own.careful_kernel[(programs * groups, heads, batch)](
         query, key, value, result, log_sums, failed, pieces.twice, tokens, key.shape[1], heads,
@@ -228,6 +248,8 @@ def for_blocks(states: torch.Tensor, head_dim: int, *, fp8: bool) -> tuple[Atten
     """
     kind = states.device, states.dtype, head_dim
     own = is_own(*kind)
+    if own:
+        pieces_on(states.device).look()
     return attention_of(*kind), {"base_two": own, "fp8": own and fp8}
 
 

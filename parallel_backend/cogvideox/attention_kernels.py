@@ -1,10 +1,10 @@
 """The kernels of :mod:`.attention` for Hopper GPUs; imported where Triton is there and not before.
 
 Softmax needs no running maximum as long as sums of ``2 ** score`` are finite and not tiny: in float32 and bf16 that is all of 2^-90
-to 2^100, where scores of normalised heads lie. So the first kernel takes it for granted and tells which rows were not so; the
-second one, with a running maximum, attends to those anew. Without maxima and what they rescale, exponentials and matrix products
-of three groups of warps overlap (FlashAttention-3's plan, arXiv 2407.08608) and little else is left. In fp16, which ends at 2^16,
-the first kernel has a running maximum too.
+to 2^100, where scores of normalised heads lie; in fp16 it is less than 2^16, so scores are counted from near the first tile's maximum
+there. So the first kernel takes it for granted and tells which rows were not so; the second one, with a running maximum, attends to
+those anew. Without maxima and what they rescale, exponentials and matrix products of three groups of warps overlap (FlashAttention-3's
+plan, arXiv 2407.08608) and little else is left. Where that goes wrong too often, the first kernel can have a running maximum itself.
 """
 
 import triton
@@ -32,6 +32,11 @@ STAGES = tl.constexpr(2)
 LN_2 = tl.constexpr(0.6931471805599453)
 LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
 """Sums between which nothing was lost: neither did terms vanish that count, nor did one overflow."""
+MOST_FP16 = tl.constexpr(2.0**15.5)
+"""The same in fp16, whose largest number is just below 2^16."""
+ROOM = tl.constexpr(3.0)
+"""Powers of two that fp16's zero lies above the first tile's maximum: other scores may be higher by 2^18, and what is lower by 2^21
+counts for nothing."""
 
 
 @gluon.jit
@@ -69,7 +74,7 @@ def load(queries, keys, values, query_room, key_room, value_room, barriers, row,
 @gluon.jit
 def attend(
     result, log_sums, failed, query_room, key_room, value_room, barriers,
-    row, rows, key_count, heads, tiles, GROUP: gl.constexpr, FEATURES: gl.constexpr,
+    row, rows, key_count, heads, tiles, GROUP: gl.constexpr, FEATURES: gl.constexpr, RUNNING: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its rows to all keys."""
     loaded, keys_in, keys_out, values_in, values_out = barriers
@@ -88,9 +93,12 @@ def attend(
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(keys_out.index(0))
     there = gl.arange(0, KEYS, gl.SliceLayout(0, scores_in)) < key_count - (tiles - 1) * KEYS
-    if half:
-        largest = gl.max(gl.where(there[None, :], scores, -float("inf")), 1)
-        scores -= largest[:, None]
+    counts_from: gl.constexpr = half or RUNNING
+    if counts_from:
+        zero = gl.max(gl.where(there[None, :], scores, -float("inf")), 1)
+        if not RUNNING:
+            zero += ROOM
+        scores -= zero[:, None]
     weights = gl.where(there[None, :], gl.exp2(scores), 0.0)
     total = add_columns(weights)
     rounded = gl.convert_layout(weights.to(value_room.dtype), weights_in)
@@ -102,19 +110,20 @@ def attend(
         sums = warpgroup_mma(rounded, value_room.index(before), sums, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(keys_out.index(stage))
-        if half:
-            now = gl.maximum(largest, gl.max(scores, 1))
-            shrinks = gl.exp2(largest - now)
-            largest = now
-            scores -= now[:, None]
+        if RUNNING:
+            largest = gl.maximum(zero, gl.max(scores, 1))
+            shrinks = gl.exp2(zero - largest)
+            zero = largest
             total *= gl.convert_layout(shrinks, gl.SliceLayout(1, total.type.layout))[:, None]
+        if counts_from:
+            scores -= zero[:, None]
         weights = gl.exp2(scores)
         total += add_columns(weights)
         # The branch in this wait keeps the exponentials before the next one, beside the product that is under way.
         mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
         sums, rounded, weights = warpgroup_mma_wait(0, deps=[sums, rounded, weights])
         mbarrier.arrive(values_out.index(before))
-        if half:
+        if RUNNING:
             sums *= gl.convert_layout(shrinks, gl.SliceLayout(1, sums_in))[:, None]
         rounded = gl.convert_layout(weights.to(value_room.dtype), weights_in)
     last = (tiles - 1) % STAGES
@@ -125,11 +134,11 @@ def attend(
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, sums_in))
     at = row + gl.arange(0, ROWS, gl.SliceLayout(1, sums_in))
     # What is not a number compares as false, and so is no good sum.
-    good = (total > LEAST) & (total < MOST)
+    good = (total > LEAST) & (total < (MOST_FP16 if half and not RUNNING else MOST))
     gl.store(failed, gl.sum(gl.where(good | (at >= rows), 0, 1), 0))
     log_sum = gl.log(total)
-    if half:
-        log_sum += gl.convert_layout(largest, gl.SliceLayout(1, sums_in)) * LN_2
+    if counts_from:
+        log_sum += gl.convert_layout(zero, gl.SliceLayout(1, sums_in)) * LN_2
     gl.store(log_sums + at, log_sum, mask=at < rows)
     column = gl.arange(0, FEATURES, gl.SliceLayout(0, sums_in))
     places = result + at[:, None].to(gl.int64) * (heads * FEATURES) + column[None, :]
@@ -139,12 +148,13 @@ def attend(
 @gluon.jit
 def optimistic_kernel(
     queries, keys, values, result, log_sums, failed,
-    query_count, key_rows, key_count, heads, FEATURES: gl.constexpr, num_warps: gl.constexpr,
+    query_count, key_rows, key_count, heads, FEATURES: gl.constexpr, RUNNING: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """See ``optimistic_attention``. A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
     Queries, keys and values are descriptors of ``[batch * tokens, heads * features]``; ``key_rows`` of them lie between the keys of
     one sample and the next. ``failed`` ``[batch, heads, programs, GROUPS]`` becomes the number of rows to be attended to anew.
+    ``RUNNING`` says whether to have a running maximum, with which none is.
     """
     tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
@@ -170,11 +180,11 @@ def optimistic_kernel(
     gl.warp_specialize(
         [
             (attend, (result, log_sums, failed, query_room, key_room, value_room, barriers,
-                      row, query_count, key_count, heads, tiles, 0, FEATURES)),
+                      row, query_count, key_count, heads, tiles, 0, FEATURES, RUNNING)),
             (attend, (result, log_sums, failed + 1, query_room, key_room, value_room, barriers,
-                      row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES)),
+                      row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, RUNNING)),
             (attend, (result, log_sums, failed + 2, query_room, key_room, value_room, barriers,
-                      row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES)),
+                      row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, RUNNING)),
             (load, (queries, keys, values, query_room, key_room, value_room, barriers,
                     sample * query_count + row, sample * key_rows, column, tiles)),
         ],

@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 
 import torch
+
+from ..devices import current
 
 Trial = Callable[..., str | None]
 """Says why something cannot be done on a device, in one line, or None; may be asked about more than that."""
@@ -22,7 +23,7 @@ def once(trial: Trial) -> Trial:
         about = (device, *others)
         with lock:
             if about not in found:
-                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                with current(device):
                     found[about] = trial(*about)
             return found[about]
 

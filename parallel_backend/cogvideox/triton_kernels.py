@@ -4,8 +4,6 @@ Imported where Triton is there and not before. Sizes are no part of a kernel, so
 every video and plan; only a model's features are.
 """
 
-from functools import wraps
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -88,17 +86,6 @@ def swap_kernel(states, result, first, second, WORDS: tl.constexpr, BLOCK: tl.co
     tl.store(result + target * WORDS + column, tl.load(states + row * WORDS + column, mask=there), mask=there)
 
 
-def where_states_are(method):
-    """Triton launches on the current GPU."""
-
-    @wraps(method)
-    def guarded(self, states, *others, **settings):
-        with torch.cuda.device_of(states):
-            return method(self, states, *others, **settings)
-
-    return guarded
-
-
 class Triton:
     """See :class:`.kernels.Plain`. Layers in FP8 are given what they multiply."""
 
@@ -124,7 +111,6 @@ class Triton:
         product = torch.ops.aten._addmm_activation(layer.bias, states.flatten(0, 1), layer.weight.t(), use_gelu=True)
         return (product.unflatten(0, states.shape[:2]),)
 
-    @where_states_are
     def _pass(
         self,
         states: torch.Tensor,
@@ -155,7 +141,6 @@ class Triton:
         )  # fmt: skip
         return sums, tuple(part for part in (result, scales) if part is not None)
 
-    @where_states_are
     def normal_heads(self, states, norm, tables, factor, *, fp8, ranks):
         states = states.contiguous()
         batch, tokens, heads, features = states.shape
@@ -168,7 +153,6 @@ class Triton:
         )  # fmt: skip
         return result
 
-    @where_states_are
     def swap(self, states):
         batch, first, second, _ = states.shape
         words = states.contiguous().view(torch.int32)

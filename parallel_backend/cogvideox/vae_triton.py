@@ -4,8 +4,6 @@ A program takes a row of one frame, or a few. So the position in the latent is f
 kernels of torch's compiler would divide by sizes that they do not know, five times for every number.
 """
 
-from functools import wraps
-
 import torch
 import triton
 import triton.language as tl
@@ -134,17 +132,6 @@ def times_of(frames: int, latent_frames: int) -> tuple[int, int]:
     return first, (frames - first) // (latent_frames - first)
 
 
-def where_states_are(method):
-    """Triton launches on the current GPU."""
-
-    @wraps(method)
-    def guarded(self, states, *others):
-        with torch.cuda.device_of(states):
-            return method(self, states, *others)
-
-    return guarded
-
-
 def channels_last(states: torch.Tensor) -> torch.Tensor:
     """The states, a copy where a row's numbers do not lie as the kernels expect: columns, and the channels of each."""
     if states.stride(1) == 1 and states.stride(4) == states.shape[1]:
@@ -155,7 +142,6 @@ def channels_last(states: torch.Tensor) -> torch.Tensor:
 class Triton:
     """See :class:`parallel_backend.cogvideox.vae_kernels.Plain`. Channels are a power of two, as in CogVideoX's VAE."""
 
-    @where_states_are
     def moments(self, states, bias, groups):
         """A pass for the moments of each channel of some rows; few enough to be taken together by torch."""
         states = channels_last(states)
@@ -173,7 +159,6 @@ class Triton:
         between, mean = torch.var_mean(means, dim=(1, 3), correction=0)
         return mean, variances.mean((1, 3)) + between
 
-    @where_states_are
     def normalise(self, states, bias, mean, variance, norm, gain, offset, out):
         """One pass."""
         states, g_strides, times, scale = channels_last(states), (0, 0, 0), (0, 1), 1
@@ -188,7 +173,6 @@ class Triton:
             COLUMNS=max(TILE // channels, 1), CONDITIONED=gain is not None, num_warps=WARPS,
         )  # fmt: skip
 
-    @where_states_are
     def enlarge(self, states, out):
         """One pass."""
         states = channels_last(states)
@@ -198,7 +182,6 @@ class Triton:
             *strides(states), *strides(out), CHANNELS=channels, COLUMNS=max(TILE // channels, 1), num_warps=WARPS,
         )  # fmt: skip
 
-    @where_states_are
     def add(self, states, bias, others):
         """One pass, over the first."""
         others = channels_last(others)
