@@ -1,10 +1,11 @@
 """What a group costs beside the work itself: `python -m benchmarks.group`, from the repository's root.
 
-Seconds until it answers, and what the group adds to the work of a warm job's ten steps: sending the request and the
-result, reporting each step, agreeing to go on. On CPU processes and the small model.
+Seconds until it answers, and what the group adds to the work of a warm job's steps: sending the request and the
+result, reporting each step, agreeing to go on. On CPU processes and the small model, unless ``--model``, ``--devices`` and ``--plan``
+say otherwise.
 
-``--starts`` says instead how long a person waits for a group's first step, with and without compiled blocks; the second group that
-compiles finds the kernels of the first on disk. ``--model``, ``--devices`` and ``--plan`` say where.
+``--starts`` says instead how long a person waits for a group's first step, with and without compiled kernels; the second group
+finds those of the first on disk.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.plans import Plan
 
-JOBS = 20
-STARTS = (("compiled", "on"), ("compiled again", "on"), ("not compiled", "off"))
+PLANS = ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2")
+STARTS = (("compiled", "on"), ("compiled again", "on"), ("torch's own", "off"))
 
 
 def job_of(checkpoint: Checkpoint) -> SampleJob:
@@ -40,8 +41,8 @@ def start(executor: GroupExecutor) -> float:
 
 
 def starts(job: SampleJob, plan: Plan, devices: Devices) -> None:
-    """Prints the table of first steps; what a first step has more than the median of three later ones is compiling."""
-    print("| blocks | answers after, s | then loads, s | first step, s | a later step, s | notes |")
+    """Prints the table of first steps; what a first step has more than the median of three later ones is its kernels'."""
+    print("| kernels | answers after, s | then loads, s | first step, s | a later step, s | notes |")
     print("|---|---|---|---|---|---|")
     for name, compile in STARTS:
         executor = GroupExecutor(plan, devices)
@@ -57,18 +58,18 @@ def starts(job: SampleJob, plan: Plan, devices: Devices) -> None:
         )
 
 
-def added(job: SampleJob) -> None:
-    """Prints the table of what a group adds."""
+def added(job: SampleJob, plans: list[Plan], devices: Devices | None, jobs: int) -> None:
+    """Prints the table of what a group adds to a job, the median of so many but for the first."""
     print("| plan | processes | answers after, s | first job loads, s | later jobs load, s | added to the steps, ms |")
     print("|---|---|---|---|---|---|")
-    for plan in map(Plan.parse, ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2")):
-        executor = GroupExecutor(plan, Devices("cpu", tuple(range(plan.world_size))))
+    for plan in plans:
+        executor = GroupExecutor(plan, devices or Devices("cpu", tuple(range(plan.world_size))))
         try:
             answers = start(executor)
             loads, seconds = [], []
-            for seed in range(JOBS):
+            for seed in range(jobs):
                 started = time.perf_counter()
-                report = executor.sample(replace(job, seed=seed, steps=10)).report
+                report = executor.sample(replace(job, seed=seed)).report
                 seconds.append(time.perf_counter() - started - sum(report.step_seconds))
                 loads.append(report.load_seconds)
         finally:
@@ -85,14 +86,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--starts", action="store_true")
     parser.add_argument("--model", default=models.DEMO)
-    parser.add_argument("--plan", type=Plan.parse, default="cfg2")
-    parser.add_argument("--devices", type=Devices.parse, default="cpu:2")
+    parser.add_argument("--plan", type=Plan.parse, help="one of all that are measured otherwise")
+    parser.add_argument("--devices", type=Devices.parse)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=20, help="the first of which is left out")
     asked = parser.parse_args()
+    plans = [asked.plan] if asked.plan else [Plan.parse(plan) for plan in PLANS]
     job = job_of(Checkpoint.open(models.find(asked.model)))
     if asked.starts:
-        starts(job, asked.plan, asked.devices)
+        starts(job, plans[0], asked.devices or Devices.parse("cpu:2"))
     else:
-        added(job)
+        added(replace(job, steps=asked.steps), plans, asked.devices, asked.jobs)
 
 
 if __name__ == "__main__":

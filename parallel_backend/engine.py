@@ -304,11 +304,8 @@ class Engine:
         elif hooks is None:
             transformer.to(self.device)
         self._note(attention.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
-        if hooks is None:  # hooks hold on to the forward that they found
-            compiled = hoped and self._can_compile(
-                "not compiled", self.split.collect(self._why_not_compiled(checkpoint, dtype))
-            )
-            blocks.use(transformer, compiled=compiled)
+        compiled = hoped and self._can_compile("not compiled", self.split.collect(self._why_not_compiled(checkpoint, dtype)))
+        blocks.use(transformer, compiled=compiled)
         self._offload = mode
         return transformer
 
@@ -346,8 +343,8 @@ class Engine:
         large = self.device.type == "cuda" and checkpoint.weight_bytes("transformer", dtype) >= blocks.WORTH_COMPILING
         if model.compile == "off" or (model.compile == "auto" and not large):
             return False
-        if offload in IN_PARTS:
-            self._note(f"not compiled: offload '{offload}' moves weights while blocks run")
+        if offload == "sequential":
+            self._note("not compiled: offload 'sequential' brings weights to layers alone, and kernels ask for some themselves")
             return False
         return True
 

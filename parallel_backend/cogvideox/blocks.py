@@ -33,19 +33,23 @@ def feed_forward(layers, inputs: Inputs, kernels) -> torch.Tensor:
     return second(*kernels.gelu(first.proj, inputs, fp8=in_fp8(second)))
 
 
-def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, about, kernels):
+def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
     """The forward of a ``CogVideoXBlock``, called as diffusers calls it.
 
     Args:
-        block: with diffusers' modules.
+        block: with diffusers' modules, and ``kernels``.
         hidden_states: joint tokens ``[batch, tokens, features]``, of text and video.
         encoder_hidden_states: empty; handed back.
         temb: ``[batch, features]``.
         image_rotary_emb: tables for the joint tokens, with angle 0 for text, or None.
-        about: how many tokens, the first ones, are ``text``; and of attention the function ``attend``, whether scores are to be in
-            ``base_two`` and queries and keys in ``fp8``, and the ``ranks`` among whom heads are spread for it.
-        kernels: :class:`.kernels.Plain` or what takes its place.
+        attention_kwargs: how many tokens, the first ones, are ``text``; the ``cache`` of this window, or None; and of attention the
+            function ``attend``, whether scores are to be in ``base_two`` and queries and keys in ``fp8``, and the ``ranks`` among whom
+            heads are spread for it.
     """
+    about, kernels = attention_kwargs, block.kernels
+    cache: StepCache | None = about["cache"]
+    if cache is not None and cache.reusing:
+        return hidden_states, encoder_hidden_states
     attention, text, ranks, fp8 = block.attn1, about["text"], about["ranks"], about["fp8"]
     first, second = (norm.linear(norm.silu(temb)) for norm in (block.norm1, block.norm2))
     inputs = kernels.modulate(hidden_states, block.norm1.norm, first, text, fp8=in_fp8(attention.to_q))
@@ -77,18 +81,17 @@ def swap(states: torch.Tensor, kernels) -> torch.Tensor:
     return kernels.swap(states)
 
 
-def use(transformer, *, compiled: bool = False) -> None:
-    """Gives every block of a transformer this module's forward, with compiled kernels or torch's own."""
-    kernels = triton_kernels() if compiled else Plain()
-
-    def unless_cached(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
-        cache: StepCache | None = attention_kwargs["cache"]
-        if cache is not None and cache.reusing:
-            return hidden_states, encoder_hidden_states
-        return forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs, kernels)
-
+def attach(transformer) -> None:
+    """Gives every block of a transformer this module's forward."""
     for block in transformer.transformer_blocks.children():
-        block.forward = MethodType(unless_cached, block)
+        block.forward, block.kernels = MethodType(forward, block), Plain()
+
+
+def use(transformer, *, compiled: bool) -> None:
+    """Has every block use compiled kernels or torch's own."""
+    kernels = triton_kernels() if compiled else Plain()
+    for block in transformer.transformer_blocks.children():
+        block.kernels = kernels
 
 
 def triton_kernels():

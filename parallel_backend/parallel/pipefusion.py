@@ -190,7 +190,7 @@ class Stage(torch.nn.Module):
         self.head_dim, self.fp8_attention = transformer.config.attention_head_dim, fp8_attention
         self._chunks: list[Chunk] = []
         transformer.transformer_blocks = self
-        blocks.use(transformer)
+        blocks.attach(transformer)
         transformer.proj_out.register_forward_hook(self._gather)
 
     def __iter__(self) -> Iterator["Stage"]:

@@ -83,7 +83,7 @@ class JointSequence:
             self.shared = CopyingUlyssesAttention(group.device_group, device, rank=self.rank, size=self.size, heads=heads)
         elif group:
             self.shared = UlyssesAttention(group.device_group, rank=self.rank, size=self.size)
-        blocks.use(transformer)
+        blocks.attach(transformer)
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_pre_hook(self._scatter, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_hook(self._after_first, with_kwargs=True)
