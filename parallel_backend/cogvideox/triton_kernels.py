@@ -11,6 +11,8 @@ import triton.language as tl
 
 from .kernels import CONDITIONS, FP8, LARGEST, SMALLEST, Inputs
 
+WIDE = 4096
+"""Features of a token from which on it takes more than a few warps; how many are fastest was tried on an H200 (NOTES)."""
 GATE = CONDITIONS // 2 - 1
 """The gate's place in a kind's conditions, of which shift and scale are the first."""
 
@@ -137,7 +139,7 @@ class Triton:
             conditions, result, scales, tokens, text, norm.eps if norms else 0.0,
             FEATURES=features, BLOCK=block, KINDS=CONDITIONS, GATE=GATE,
             ADDS=adds, NORMS=norms, AFFINE=affine, GELU=gelu, ROUNDS=rounds, LARGEST=LARGEST, SMALLEST=SMALLEST,
-            num_warps=16 if block > 4096 else 8 if block > 2048 else 4,
+            num_warps=8 if block > WIDE else 2 if rounds else 4,
         )  # fmt: skip
         return sums, tuple(part for part in (result, scales) if part is not None)
 
@@ -149,7 +151,7 @@ class Triton:
         block = triton.next_power_of_2(heads)
         head_kernel[(batch * tokens,)](
             states, result, norm.weight, norm.bias, cosines, sines, factor, tokens, heads, heads // ranks, norm.eps,
-            FEATURES=features, BLOCK=block, ROTATES=tables is not None, num_warps=8 if block * features > 2048 else 4,
+            FEATURES=features, BLOCK=block, ROTATES=tables is not None, num_warps=4,
         )  # fmt: skip
         return result
 
