@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that two GPUs have to show, in one call: parity over NCCL, the command line at full 5b size,
-# what offload saves, and image to video at full size. Speed side by side with others: benchmarks/two_gpus.py.
+# what offload saves, and image to video at full size. Speed side by side with others: benchmarks/gpus.py.
 # Usage: [PARTS="parity build generate offload image"] benchmarks/gpu.sh OUTPUT_FOLDER
 set -u
 out=$(realpath "$1"); cd "$(dirname "$0")/.."
