@@ -111,8 +111,8 @@ def main() -> None:
     keep_kernels()
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(1, asked.tokens, heads, attention.HEAD_DIM) for heads in (asked.heads, 2)]
-    kinds = [make(shape, generator) for make, shape in zip((heads_anywhere, heads_in_places), shapes)]
+    shape = (1, asked.tokens, asked.heads, attention.HEAD_DIM)
+    kinds = [make(shape, generator) for make in (heads_anywhere, heads_in_places)]
     exact = [attention.attend_torch(query[:, CHECKED].double(), key.double(), value.double()) for query, key, value in kinds]
     operations = 4 * asked.tokens**2 * asked.heads * attention.HEAD_DIM
     print(f"{torch.cuda.get_device_name()}, {asked.heads} heads of {asked.tokens} tokens")
@@ -127,10 +127,11 @@ def main() -> None:
             found = [attend(*states), attend(*local)]
             twice = attention.pieces_on(device).share_of_twice()
             short, long = milliseconds(partial(attend, *states))
+            local_short = timed(partial(attend, *local), SHORT_CALLS)
         except Exception as error:  # the next one may do better
             print(f"{name}: {first_line(error)}", flush=True)
             continue
-        line = f"{name}: {short:.3f} ms, long {long:.3f}"
+        line = f"{name}: {short:.3f} ms, long {long:.3f}, near ones {local_short:.3f}"
         if found[0].shape == states[0].shape:
             near = [(part[:, CHECKED] - right).norm() / right.norm() for part, right in zip(found, exact)]
             line += f", {operations / short / 1e9:.0f} TFLOP/s"

@@ -159,11 +159,14 @@ found = torch.empty(batch, heads, parts, 3, features)
 own.survey_kernel[(parts, heads, batch)](
     value, found, tokens, heads, *value.stride()[:2], FEATURES=features, ROWS=rows, STEPS=steps
 )
-places = torch.zeros(batch, heads, features, tiles * keys, dtype=torch.float8_e4m3fn)
 scales, centers = torch.zeros(batch, heads, features), torch.zeros(batch, heads, features)
+own.settle_kernel[(batch * heads,)](
+    found, scales, centers, tokens, parts, FEATURES=features, PARTS=8, LARGEST=448.0, SMALLEST=1e-12
+)
+places = torch.zeros(batch, heads, features, tiles * keys, dtype=torch.float8_e4m3fn)
 own.transpose_kernel[(tiles, heads, batch)](
-    value, found, places, scales, centers, tokens, heads, *value.stride()[:2], tiles * keys, parts,
-    FEATURES=features, KEYS=keys, PARTS=8, LARGEST=448.0, SMALLEST=1e-12,
+    value, places, scales, centers, tokens, heads, *value.stride()[:2], tiles * keys,
+    FEATURES=features, KEYS=keys, LARGEST=448.0,
 )
 place = torch.arange(tiles * keys)
 key = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2

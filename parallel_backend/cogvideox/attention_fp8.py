@@ -45,7 +45,7 @@ def in_places(value: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tenso
     """
     import triton
 
-    from .attention_fp8_kernels import survey_kernel, transpose_kernel
+    from .attention_fp8_kernels import settle_kernel, survey_kernel, transpose_kernel
 
     batch, tokens, heads, features = value.shape
     tiles, parts = triton.cdiv(tokens, keys), triton.cdiv(tokens, ROWS * STEPS)
@@ -53,11 +53,15 @@ def in_places(value: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tenso
     survey_kernel[(parts, heads, batch)](
         value, found, tokens, heads, *value.stride()[:2], FEATURES=features, ROWS=ROWS, STEPS=STEPS, num_warps=4
     )
-    result = value.new_empty(batch, heads, features, tiles * keys, dtype=FP8)
     scales, centers = (value.new_empty(batch, heads, features, dtype=torch.float32) for _ in range(2))
+    settle_kernel[(batch * heads,)](
+        found, scales, centers, tokens, parts,
+        FEATURES=features, PARTS=triton.next_power_of_2(parts), LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=4,
+    )  # fmt: skip
+    result = value.new_empty(batch, heads, features, tiles * keys, dtype=FP8)
     transpose_kernel[(tiles, heads, batch)](
-        value, found, result, scales, centers, tokens, heads, *value.stride()[:2], tiles * keys, parts,
-        FEATURES=features, KEYS=keys, PARTS=triton.next_power_of_2(parts), LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=4,
+        value, result, scales, centers, tokens, heads, *value.stride()[:2], tiles * keys,
+        FEATURES=features, KEYS=keys, LARGEST=LARGEST, num_warps=4,
     )  # fmt: skip
     return result, scales, centers
 

@@ -27,10 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .attention_kernels import LN_2, ROWS, bring
 
-START, RAISED = tl.constexpr(5.0), tl.constexpr(7.0)
-"""Log of what the largest probability becomes, at most, in the first tile, and where a reference is raised."""
+START, RAISED = tl.constexpr(4.0), tl.constexpr(7.0)
+"""Log of what the first tile's largest probability becomes, and of what the largest one or a thread's sum does where a reference is raised."""
 NEAR_LARGEST = tl.constexpr(448.0)
-"""Sums of a few probabilities from which on one may be e4m3's largest number and have been larger."""
+"""A thread's sums of a row from which on one of its probabilities may be e4m3's largest number and have been larger."""
 FARTHEST = tl.constexpr(100.0)
 """References beyond which fp16 is too coarse for scores; such rows are attended to anew."""
 NOTHING = tl.constexpr(-30000.0)
@@ -212,7 +212,7 @@ def attend(
     there = gl.arange(0, KEYS, gl.SliceLayout(0, scores_in)) < key_count - (tiles - 1) * KEYS
     scores = gl.where(there[None, :], scores, NOTHING)
     largest = gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
-    reference = round_reference(largest - START)
+    reference = round_reference(largest - (START if RAISES else START - 2))
     words, total = make_codes(scores, reference, weights_in, WAY)
     worst = total
     mbarrier.wait(keys_in.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
@@ -237,7 +237,10 @@ def attend(
                 # Once more, as there are no registers to keep them in.
                 scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False)
                 largest = gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
-                now = gl.maximum(reference, round_reference(largest - RAISED))
+                most = gl.convert_layout(gl.max(added, 1), rows_in)
+                # Where many are large, and not one of them too large, their sum says by how much, lest it does so at each tile.
+                crowd = gl.where(most >= NEAR_LARGEST, gl.ceil(gl.log2(most)) - RAISED, 0.0)
+                now = gl.maximum(reference + crowd, round_reference(largest - RAISED))
                 shrinks = gl.exp2(reference - now)
                 reference = now
                 words, added = make_codes(scores, reference, weights_in, WAY)
@@ -375,34 +378,41 @@ def survey_kernel(
 
 
 @triton.jit
+def settle_kernel(
+    found, scales, centers, count, parts,
+    FEATURES: tl.constexpr, PARTS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """What a head's numbers are to be multiplied by and what to be added then, of what :func:`survey_kernel` ``found`` in its parts."""
+    head, column, part = tl.program_id(0), tl.arange(0, FEATURES), tl.arange(0, PARTS)
+    known = (part < parts)[:, None]
+    found += (head * parts + part[:, None]) * 3 * FEATURES + column
+    least = tl.min(tl.load(found, mask=known, other=float("inf")), 0)
+    most = tl.max(tl.load(found + FEATURES, mask=known, other=-float("inf")), 0)
+    center = tl.sum(tl.load(found + 2 * FEATURES, mask=known, other=0.0), 0) / count
+    tl.store(scales + head * FEATURES + column, tl.maximum(tl.maximum(most - center, center - least), SMALLEST) / LARGEST)
+    tl.store(centers + head * FEATURES + column, center)
+
+
+@triton.jit
 def transpose_kernel(
-    values, found, result, scales, centers, count, heads, sample_stride, stride, places, parts,
-    FEATURES: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    values, result, scales, centers, count, heads, sample_stride, stride, places,
+    FEATURES: tl.constexpr, KEYS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Values in e4m3, as ``[batch, heads, features, places]``, keys in the order of :func:`key_at`, nothing where there are none.
 
     Args:
         values: ``[batch, tokens, heads, features]``.
-        found: what :func:`survey_kernel` made of them in so many ``parts``.
-        scales, centers: ``[batch, heads, features]``, to become what numbers are to be multiplied by, and what to be added then.
+        scales, centers: ``[batch, heads, features]``.
     """
     tile, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     of_head, column = sample * heads + head, tl.arange(0, FEATURES)
-    part = tl.arange(0, PARTS)
-    known = (part < parts)[:, None]
-    found += (of_head * parts + part[:, None]) * 3 * FEATURES + column
-    least = tl.min(tl.load(found, mask=known, other=float("inf")), 0)
-    most = tl.max(tl.load(found + FEATURES, mask=known, other=-float("inf")), 0)
-    center = tl.sum(tl.load(found + 2 * FEATURES, mask=known, other=0.0), 0) / count
-    scale = tl.maximum(tl.maximum(most - center, center - least), SMALLEST) / LARGEST
-    if tile == 0:
-        tl.store(scales + of_head * FEATURES + column, scale)
-        tl.store(centers + of_head * FEATURES + column, center)
+    factor = 1 / tl.load(scales + of_head * FEATURES + column)
+    center = tl.load(centers + of_head * FEATURES + column)
     row = tile * KEYS + key_at(tl.arange(0, KEYS))
     there = (row < count)[:, None]
     values += sample.to(tl.int64) * sample_stride + head * FEATURES
     value = tl.load(values + row[:, None].to(tl.int64) * stride + column, mask=there, other=0.0).to(tl.float32)
-    value = tl.where(there, (value - center) / scale, 0.0)
+    value = tl.where(there, (value - center) * factor, 0.0)
     value = tl.clamp(value, -LARGEST, LARGEST, tl.PropagateNan.ALL).to(result.dtype.element_ty)
     place = tile * KEYS + tl.arange(0, KEYS)
     at = result + (of_head * FEATURES + column[:, None]).to(tl.int64) * places + place
