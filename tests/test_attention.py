@@ -106,7 +106,9 @@ for (dtype, value), features in cases:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "choice", [{"WAY": "linear"}, {"WAY": "quadratic"}, {"WAY": "mixed"}, {"GROUPS": 2, "KEYS": 256}], ids=str
+    "choice",
+    [{"WAY": "linear"}, {"WAY": "quadratic"}, {"WAY": "mixed"}, {"OVERLAPS": False}, {"GROUPS": 2, "KEYS": 256}],
+    ids=str,
 )
 def test_both_products_are_made_in_e4m3_and_probabilities_stay_in_their_threads(choice, tmp_path):
     in_process(COMPILES_FP8.format(choice=choice), TRITON_CACHE_DIR=str(tmp_path), TRITON_DEFAULT_FP_FUSION="1")
@@ -124,7 +126,7 @@ def tiles(rows, columns):
     layout = NVMMASharedLayout(swizzle_byte_width=min(columns, 128), element_bitwidth=8, rank=2)
     return f"tensordesc<fp8e4nv[{{rows}}, {{columns}}],{{layout!r}}>"
 
-constants = dict(FEATURES=64, KEYS=128, GROUPS=3, STAGES=2, WAY="linear", PROMOTES=True, RAISES=True, num_warps=4) | {choice}
+constants = dict(FEATURES=64, KEYS=128, GROUPS=3, STAGES=2, WAY="linear", PROMOTES=True, RAISES=True, OVERLAPS=True, num_warps=4) | {choice}
 keys = constants["KEYS"]
 signature = {{"queries": tiles(64, 64), "keys": tiles(keys, 64), "values": tiles(64, keys), "result": "*bf16"}}
 signature |= dict(log_sums="*fp32", failed="*i32", scales="*fp32", centers="*fp32")

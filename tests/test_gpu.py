@@ -392,7 +392,7 @@ WAYS = {
     "mixed": Variant("mixed"),
     "sums of 14 bits": Variant("linear", promotes=False),
     "references stay": Variant("quadratic", raises=False),
-    "stages": Variant("linear", stages=4),
+    "stages": Variant("linear", stages=4, overlaps=False),
     "large tiles": Variant("quadratic", groups=2, keys=256),
     "small tiles": Variant("linear", keys=64, stages=4),
 }

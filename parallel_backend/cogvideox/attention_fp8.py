@@ -29,6 +29,8 @@ class Variant:
     """Whether products of tiles are added in float32."""
     raises: bool = True
     """Whether references are raised; else rows whose probabilities become too large are attended to twice."""
+    overlaps: bool = True
+    """Whether a tile's second product runs beside the next one's probabilities, not beside its first product."""
 
 
 USUAL = Variant()

@@ -145,7 +145,7 @@ def to_weights(words, weights_in: gl.constexpr):
 
 @gluon.jit
 def round_reference(reference):
-    """The next lower number that ends in a half; what is not a number stays so."""
+    """A number near it that ends in a half; what is not a number stays so."""
     return gl.floor(reference) + 0.5
 
 
@@ -164,6 +164,14 @@ def make_codes(scores, reference, weights_in: gl.constexpr, WAY: gl.constexpr):
     )
     codes = gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,r", [ordered, shift, minus], dtype=gl.int8, is_pure=True, pack=4)
     return to_words(codes), add_codes(codes)
+
+
+@gluon.jit
+def multiply(words, values, sums, weights_in: gl.constexpr, PROMOTES: gl.constexpr):
+    """Begins the second product: alone, or on top of what there is."""
+    before = gl.zeros_like(sums) if PROMOTES else sums
+    weights = to_weights(words, weights_in)
+    return warpgroup_mma(weights, values.permute((1, 0)), before, use_acc=not PROMOTES, is_async=True)
 
 
 @gluon.jit
@@ -192,7 +200,7 @@ def attend(
     result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
     row, rows, key_count, heads, tiles,
     GROUP: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr, PROMOTES: gl.constexpr,
-    RAISES: gl.constexpr,
+    RAISES: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its rows to all keys."""
     loaded, keys_in, keys_out, values_in, values_out = barriers
@@ -202,6 +210,8 @@ def attend(
     weights_in: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_in, k_width=4)
     rows_in: gl.constexpr = gl.SliceLayout(1, weights_in)
     query = query_room.index(GROUP)
+    # Nothing, which no compiler knows: what the second product is given is to be written when the one before has read its own.
+    nought = heads >> 30
     nothing = gl.zeros([ROWS, KEYS], gl.float16, scores_in)
     sums = gl.zeros([ROWS, FEATURES], gl.float32, sums_in)
 
@@ -218,18 +228,20 @@ def attend(
     mbarrier.wait(keys_in.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
     for tile in range(1, tiles):
         stage, before, after = tile % STAGES, (tile - 1) % STAGES, (tile + 1) % STAGES
-        mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
-        rounded = to_weights(words, weights_in)
-        part = warpgroup_mma(
-            rounded, value_room.index(before).permute((1, 0)), gl.zeros_like(sums) if PROMOTES else sums,
-            use_acc=not PROMOTES, is_async=True,
-        )  # fmt: skip
-        # Only so does Triton leave two fp16 in a register until they are there.
+        if not OVERLAPS:
+            mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
+            part = multiply(words, value_room.index(before), sums, weights_in, PROMOTES)
+        # Only a product that is waited for at once leaves two fp16 in a register, with Triton.
         scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False)
+        if OVERLAPS:
+            mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
+            part = multiply(words, value_room.index(before), sums, weights_in, PROMOTES)
         words, added = make_codes(scores, reference, weights_in, WAY)
         # The branch in this wait keeps this tile's work before the next one, beside the product that is under way.
         mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
-        part, added = warpgroup_mma_wait(0, deps=[part, added])
+        part, added, words = warpgroup_mma_wait(0, deps=[part, added, words])
+        if OVERLAPS:
+            words ^= nought
         mbarrier.arrive(values_out.index(before))
         sums = sums + part if PROMOTES else part
         if RAISES:
@@ -252,9 +264,7 @@ def attend(
         total += added
     last = (tiles - 1) % STAGES
     mbarrier.wait(values_in.index(last), (tiles - 1) // STAGES & 1)
-    rounded = to_weights(words, weights_in)
-    part = gl.zeros_like(sums) if PROMOTES else sums
-    part = warpgroup_mma(rounded, value_room.index(last).permute((1, 0)), part, use_acc=not PROMOTES)
+    part = warpgroup_mma_wait(0, deps=[multiply(words, value_room.index(last), sums, weights_in, PROMOTES)])
     sums = sums + part if PROMOTES else part
 
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, sums_in))
@@ -279,7 +289,7 @@ def fp8_kernel(
     queries, keys, values, result, log_sums, failed, scales, centers,
     query_count, key_rows, key_count, heads,
     FEATURES: gl.constexpr, KEYS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, PROMOTES: gl.constexpr, RAISES: gl.constexpr, num_warps: gl.constexpr,
+    WAY: gl.constexpr, PROMOTES: gl.constexpr, RAISES: gl.constexpr, OVERLAPS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Attention in e4m3. A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
@@ -292,6 +302,7 @@ def fp8_kernel(
         WAY: see :data:`WAYS`.
         PROMOTES: whether a tile's product is added to the others in float32, not by the matrix unit, whose sums have 14 bits.
         RAISES: whether references are raised; rows whose probabilities are too large fail else.
+        OVERLAPS: whether a second product runs beside the next tile's probabilities, not beside its first product.
     """
     tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
@@ -321,11 +332,11 @@ def fp8_kernel(
         gl.warp_specialize(
             [
                 (attend, (result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
-                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, WAY, PROMOTES, RAISES)),
+                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
                 (attend, (result, log_sums, failed + 1, scales, centers, query_room, key_room, value_room, barriers,
-                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, WAY, PROMOTES, RAISES)),
+                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
                 (attend, (result, log_sums, failed + 2, scales, centers, query_room, key_room, value_room, barriers,
-                          row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, STAGES, WAY, PROMOTES, RAISES)),
+                          row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
                 (load, (queries, keys, values, query_room, key_room, value_room, barriers, sample * query_count + row,
                         sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
             ],
@@ -336,9 +347,9 @@ def fp8_kernel(
         gl.warp_specialize(
             [
                 (attend, (result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
-                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, WAY, PROMOTES, RAISES)),
+                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
                 (attend, (result, log_sums, failed + 1, scales, centers, query_room, key_room, value_room, barriers,
-                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, WAY, PROMOTES, RAISES)),
+                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
                 (load, (queries, keys, values, query_room, key_room, value_room, barriers, sample * query_count + row,
                         sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
             ],
