@@ -1,10 +1,12 @@
 """Attention alone: this pack's kernel, FlashAttention-3 and torch's own, in bf16, fp16 and FP8, on one GPU.
 
 ``python -m benchmarks.attention`` prints a line for each: milliseconds when it runs for a moment and when it runs for a while, in
-which the chip clocks down to what its power allows, and the error of some rows against float64. It needs a Hopper GPU.
+which the chip clocks down to what its power allows, and the error of some rows against float64: of random heads, and of heads
+whose queries see their own neighbourhood, with values that are alike there. It needs a Hopper GPU.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,13 +15,28 @@ import torch
 
 from parallel_backend.cogvideox import attention
 from parallel_backend.cogvideox.attention import Attention
+from parallel_backend.cogvideox.attention_fp8 import Variant, attend_in_fp8, in_places
 from parallel_backend.cogvideox.kernels import LARGEST, keep_kernels, quantize
+from parallel_backend.errors import first_line
 from parallel_backend.jobs import DTYPES
 
 HALVES = ("bf16", "fp16")
 SHORT_CALLS, LONG_SECONDS = 20, 0.6
 CHECKED = slice(64)
 """Rows that are computed in float64 too."""
+VARIANTS = {
+    "linear": Variant("linear"),
+    "quadratic": Variant("quadratic"),
+    "half quadratic, half special unit": Variant("mixed"),
+    "special unit": Variant("special"),
+    "linear, sums of 14 bits": Variant("linear", promotes=False),
+    "linear, references stay": Variant("linear", raises=False),
+    "linear, products together": Variant("linear", overlaps=False),
+    "linear, 4 stages": Variant("linear", stages=4),
+    "linear, 2 groups, 256 keys": Variant("linear", groups=2, keys=256),
+    "quadratic, 2 groups, 256 keys": Variant("quadratic", groups=2, keys=256),
+}
+"""Of attention with values in FP8."""
 
 
 def candidates(
@@ -39,11 +56,29 @@ def candidates(
     scaled = query * attention.factors(query.shape[-1], base_two=True, fp8=False)[0]
     for name in HALVES:
         dtype = DTYPES[name]
-        if reason := attention.why_not_own(query.device, dtype):
-            print(f"ours {name} is left out: {reason}")
+        if attention.why_not_own(query.device, dtype):
             continue
         yield f"ours {name}", attention.attend_own, [part.to(dtype) for part in (scaled, key, value)]
         yield f"ours fp8, values {name}", attention.attend_own, [*attention.in_fp8(scaled, key), value.to(dtype)]
+    for name, variant in VARIANTS.items():
+        rounded = [*attention.in_fp8(scaled, key), value.bfloat16()]
+        yield f"ours fp8, values fp8, {name}", lambda *states, variant=variant: attend_in_fp8(*states, variant)[0], rounded
+    yield "values to fp8 alone", lambda query, key, value: in_places(value, 128)[0], rounded
+
+
+def heads_anywhere(shape: tuple[int, ...], generator: torch.Generator) -> list[torch.Tensor]:
+    """Queries, keys and values that know nothing of each other."""
+    query, key, value = (torch.randn(shape, device=generator.device, generator=generator) for _ in range(3))
+    return [*(torch.nn.functional.layer_norm(states, shape[-1:]) for states in (query, key)), value]
+
+
+def heads_in_places(shape: tuple[int, ...], generator: torch.Generator) -> list[torch.Tensor]:
+    """Queries and keys that are alike where they are near, as are values, whose sums over a neighbourhood become large."""
+    noise = heads_anywhere(shape, generator)
+    angles = torch.linspace(0, 12 * math.pi, shape[1], device=generator.device)[:, None, None]
+    phases = torch.rand(shape[-1], device=generator.device, generator=generator) * 2 * math.pi
+    query, key = (torch.nn.functional.layer_norm(part + 2 * torch.sin(angles + phases), shape[-1:]) for part in noise[:2])
+    return [query, key, noise[2] + 2 * torch.sin(angles + 2 * phases)]
 
 
 def milliseconds(call: Callable[[], torch.Tensor]) -> tuple[float, float]:
@@ -71,23 +106,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=17776)
     parser.add_argument("--heads", type=int, default=48)
+    parser.add_argument("--only", default="", help="what names of lines have in them")
     asked = parser.parse_args()
     keep_kernels()
     device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, asked.tokens, asked.heads, attention.HEAD_DIM)
-    query, key, value = (torch.randn(shape, device=device, generator=generator) for _ in range(3))
-    query, key = (torch.nn.functional.layer_norm(states, shape[-1:]) for states in (query, key))
-    exact = attention.attend_torch(query[:, CHECKED].double(), key.double(), value.double())
+    kinds = [make(shape, generator) for make in (heads_anywhere, heads_in_places)]
+    exact = [attention.attend_torch(query[:, CHECKED].double(), key.double(), value.double()) for query, key, value in kinds]
     operations = 4 * asked.tokens**2 * asked.heads * attention.HEAD_DIM
     print(f"{torch.cuda.get_device_name()}, {asked.heads} heads of {asked.tokens} tokens")
-    for name, attend, states in candidates(query, key, value):
-        call = partial(attend, *states)
-        short, long = milliseconds(call)
-        error = (call()[:, CHECKED] - exact).norm() / exact.norm()
-        print(
-            f"{name}: {short:.2f} ms, {operations / short / 1e9:.0f} TFLOP/s; long {long:.2f} ms; error {error:.4f}", flush=True
-        )
+    for name in HALVES:
+        if reason := attention.why_not_own(device, DTYPES[name]):
+            print(f"ours {name} is left out: {reason}")
+    for (name, attend, states), (*_, local) in zip(candidates(*kinds[0]), candidates(*kinds[1])):
+        if asked.only not in name:
+            continue
+        try:
+            attention.note_of_twice(device)
+            found = [attend(*states), attend(*local)]
+            twice = attention.pieces_on(device).share_of_twice()
+            short, long = milliseconds(partial(attend, *states))
+            local_short = timed(partial(attend, *local), SHORT_CALLS)
+        except Exception as error:  # the next one may do better
+            print(f"{name}: {first_line(error)}", flush=True)
+            continue
+        line = f"{name}: {short:.3f} ms, long {long:.3f}, near ones {local_short:.3f}"
+        if found[0].shape == states[0].shape:
+            near = [(part[:, CHECKED] - right).norm() / right.norm() for part, right in zip(found, exact)]
+            line += f", {operations / short / 1e9:.0f} TFLOP/s"
+            line += f"; error {near[0]:.4f}, of near ones {near[1]:.4f}; twice {twice:.1%}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance, two_steps
-from parallel_backend.cogvideox import attention, blocks, kernels, memory
+from parallel_backend.cogvideox import attention, attention_fp8, blocks, kernels, memory
+from parallel_backend.cogvideox.attention_fp8 import Variant, attend_in_fp8
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.engine import Engine
@@ -437,6 +438,98 @@ def test_scores_far_from_zero_bring_a_running_maximum_after_a_forward_or_two(dty
         assert distance(found.double(), expected) < 0.1 and (log_sums - sums).abs().max() < 0.02 * sums.abs().max()
     note = attention.note_of_twice(value.device)
     assert "of attention was computed twice" in note and "until one that can do with them took over" in note
+
+
+WAYS = {
+    "linear": Variant("linear"),
+    "quadratic": Variant("quadratic"),
+    "special": Variant("special"),
+    "mixed": Variant("mixed"),
+    "sums of 14 bits": Variant("linear", promotes=False),
+    "references stay": Variant("quadratic", raises=False),
+    "stages": Variant("linear", stages=4, overlaps=False),
+    "large tiles": Variant("quadratic", groups=2, keys=256),
+    "small tiles": Variant("linear", keys=64, stages=4),
+}
+"""Of attention with values in FP8."""
+
+
+def rounded_heads(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
+    """Queries and keys as e4m3 has them, in float64: what is left between two attentions of them is from what comes later."""
+    factors = attention.factors(query.shape[-1], base_two=True, fp8=True)
+    return [(part * factor).to(torch.float8_e4m3fn).double() / factor for part, factor in zip((query, key), factors)]
+
+
+def attend_all_in_fp8(query, key, value, variant: Variant, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with values in FP8 of states in float64, and its log-sum-exp."""
+    factors = attention.factors(query.shape[-1], base_two=True, fp8=True)
+    query, key = ((part * factor).to(torch.float8_e4m3fn) for part, factor in zip((query, key), factors))
+    found, log_sums = attend_in_fp8(query, key, value.to(dtype), variant)
+    return found.double(), log_sums
+
+
+@hopper
+@pytest.mark.parametrize("variant", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("shape", [(2, 777, 1111, 3, 64), (1, 64, 128, 1, 64), (1, 200, 70, 2, 64), (2, 193, 384, 4, 32)])
+def test_attention_with_values_in_fp8_is_attention_at_any_size(shape, variant):
+    query, key, value = heads_of(*shape)
+    middle = 3 * torch.randn(shape[3:], dtype=torch.float64).cuda()  # which centers take out
+    expected, sums = attend_exactly(*rounded_heads(query, key), value)
+    for dtype in ERRORS:
+        found, log_sums = attend_all_in_fp8(query, key, value + middle, variant, dtype)
+        assert distance(found - middle, expected) < 0.07
+        assert (log_sums - sums).abs().max() < 0.05
+
+
+@hopper
+@pytest.mark.parametrize("variant", WAYS.values(), ids=WAYS)
+def test_with_values_in_fp8_one_key_is_what_is_seen(variant):
+    query, key, value = heads_of(1, 65, 1, 2, 64)
+    _, sums = attend_exactly(*rounded_heads(query, key), value)
+    found, log_sums = attend_all_in_fp8(query, key, value, variant)
+    assert (found - value).abs().max() < 0.02 and (log_sums - sums).abs().max() < 0.1
+
+
+@hopper
+@pytest.mark.parametrize("variant", WAYS.values(), ids=WAYS)
+def test_with_values_in_fp8_references_follow_the_scores(variant):
+    query, key, value = heads_of(1, 200, 1200, 2, 64)
+    query[..., 0], key[..., 0] = 12, torch.linspace(12, 0, 1200, dtype=torch.float64, device="cuda")[:, None]
+    attention.note_of_twice(value.device)
+    for turned in (key, key.flip(1)):
+        expected, sums = attend_exactly(*rounded_heads(query, turned), value)
+        found, log_sums = attend_all_in_fp8(query, turned, value, variant)
+        assert distance(found, expected) < 0.07 and (log_sums - sums).abs().max() < 0.1
+        assert attention.note_of_twice(value.device) is None or not variant.raises
+
+
+@hopper
+@pytest.mark.parametrize("variant", WAYS.values(), ids=WAYS)
+def test_with_values_in_fp8_rows_that_fail_are_attended_to_again(variant):
+    query, key, value = heads_of(1, 500, 700, 2, 64)
+    query[:, 70:200] *= 60
+    key += query[:, :1].mean()
+    expected, sums = attend_exactly(*rounded_heads(query, key), value)
+    attention.note_of_twice(value.device)
+    found, log_sums = attend_all_in_fp8(query, key, value, variant)
+    assert "of attention was computed twice" in attention.note_of_twice(value.device)
+    assert distance(found[:, 70:200], expected[:, 70:200]) < 0.1 and distance(found[:, :64], expected[:, :64]) < 0.07
+    assert (log_sums - sums).abs().max() < 0.02 * sums.abs().max()
+    value[0, 3, 1, 0] = torch.nan
+    assert attend_all_in_fp8(query, key, value, variant)[0].isnan().any()
+
+
+@hopper
+def test_with_values_in_fp8_keys_and_values_may_be_part_of_something(monkeypatch):
+    query, key, value = heads_of(2, 300, 640, 3, 64)
+    expected, _ = attend_exactly(query, key[:, :600], value[:, :600])
+    factor, _ = attention.factors(64, base_two=True, fp8=False)
+    query, key = attention.in_fp8((query * factor).bfloat16(), key.bfloat16())
+    monkeypatch.setattr(attention, "VALUES_IN_FP8", True)
+    assert attention_fp8.why_not(query.device, torch.bfloat16) is None
+    turned = value.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
+    for values in (value.bfloat16(), turned):
+        assert distance(attention.attend_own(query, key[:, :600], values[:, :600]).double(), expected) < 0.08
 
 
 @two_gpus

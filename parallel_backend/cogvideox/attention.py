@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import first_line
-from .kernels import keep_kernels, quantize
+from .kernels import FP8, keep_kernels, quantize
 from .trials import once
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -26,6 +26,8 @@ NEAR = 0.02
 """How far the kernels may be from float32, relative, to be used; bf16 is about 0.004 from it."""
 TOO_OFTEN = 0.05
 """Share of the work that may be done twice: twice as slow then, it costs as much as a running maximum (7.6 ms to 6.85, NOTES)."""
+VALUES_IN_FP8 = False
+"""Whether values are rounded to e4m3 too where queries and keys are, and :func:`.attention_fp8.why_not` has nothing against it."""
 WORTH_SAYING = 0.01
 """Share of the work that is done twice, from which on a person hears of it."""
 
@@ -163,6 +165,11 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
     from . import attention_kernels as own
 
+    if VALUES_IN_FP8 and query.dtype == FP8:
+        from . import attention_fp8
+
+        if attention_fp8.why_not(query.device, value.dtype) is None:
+            return attention_fp8.attend_in_fp8(query, key, value)
     query = query.contiguous()
     batch, tokens, heads, features = query.shape
     between = rows_between(key)

@@ -1,0 +1,137 @@
+"""Attention whose two products are both e4m3, by :mod:`.attention_fp8_kernels`; not used until :data:`.attention.VALUES_IN_FP8` says so."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..errors import first_line
+from .attention import HEAD_DIM, NEAR, attend_torch, factors, in_fp8, in_tiles, pieces_on, rows_between
+from .kernels import FP8, LARGEST, SMALLEST, keep_kernels
+from .trials import once
+
+ROWS, STEPS = 64, 8
+"""Tokens that a program surveys at a time, and how many times."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute it."""
+
+    way: str = "linear"
+    """How probabilities are made: one of :data:`.attention_fp8_kernels.WAYS`."""
+    keys: int = 128
+    """Of a tile; a power of two."""
+    groups: int = 3
+    """Groups of warps of a program, 2 or 3."""
+    stages: int = 2
+    """Tiles in shared memory."""
+    promotes: bool = True
+    """Whether products of tiles are added in float32."""
+    raises: bool = True
+    """Whether references are raised; else rows whose probabilities become too large are attended to twice."""
+    overlaps: bool = True
+    """Whether a tile's second product runs beside the next one's probabilities, not beside its first product."""
+
+
+USUAL = Variant()
+
+
+def in_places(value: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values for the second product.
+
+    Args:
+        value: ``[batch, tokens, heads, head_dim]``; features of a head and heads of a token follow each other.
+        keys: of a tile.
+    Returns:
+        Of ``[batch, heads, head_dim]`` each: places of whole tiles in e4m3 (a last dimension), what to multiply those by, and what to add.
+    """
+    import triton
+
+    from .attention_fp8_kernels import settle_kernel, survey_kernel, transpose_kernel
+
+    batch, tokens, heads, features = value.shape
+    tiles, parts = triton.cdiv(tokens, keys), triton.cdiv(tokens, ROWS * STEPS)
+    found = value.new_empty(batch, heads, parts, 3, features, dtype=torch.float32)
+    survey_kernel[(parts, heads, batch)](
+        value, found, tokens, heads, *value.stride()[:2], FEATURES=features, ROWS=ROWS, STEPS=STEPS, num_warps=4
+    )
+    scales, centers = (value.new_empty(batch, heads, features, dtype=torch.float32) for _ in range(2))
+    settle_kernel[(batch * heads,)](
+        found, scales, centers, tokens, parts,
+        FEATURES=features, PARTS=triton.next_power_of_2(parts), LARGEST=LARGEST, SMALLEST=SMALLEST, num_warps=4,
+    )  # fmt: skip
+    result = value.new_empty(batch, heads, features, tiles * keys, dtype=FP8)
+    transpose_kernel[(tiles, heads, batch)](
+        value, result, scales, centers, tokens, heads, *value.stride()[:2], tiles * keys,
+        FEATURES=features, KEYS=keys, LARGEST=LARGEST, num_warps=4,
+    )  # fmt: skip
+    return result, scales, centers
+
+
+def in_tiles_of(places: torch.Tensor, keys: int):
+    """What the copy engine needs to know to bring tiles of :func:`in_places`."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    rows, features = places.flatten(0, 2), places.shape[2]
+    layout = NVMMASharedLayout(swizzle_byte_width=min(keys, 128), element_bitwidth=8, rank=2)
+    return TensorDescriptor(rows, list(rows.shape), [rows.stride(0), 1], [features, keys], layout)
+
+
+def attend_in_fp8(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, variant: Variant = USUAL
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention, and its log-sum-exp: see :func:`.attention.own_attention`.
+
+    Args:
+        query, key: in e4m3.
+        value: in bfloat16 or float16.
+        variant: how.
+    """
+    import triton
+
+    from . import attention_fp8_kernels as kernels
+    from .attention_kernels import careful_kernel
+
+    query = query.contiguous()
+    batch, tokens, heads, features = query.shape
+    between = rows_between(key)
+    if between is None:
+        key, between = key.contiguous(), key.shape[1]
+    if rows_between(value) is None:
+        value = value.contiguous()
+    places, scales, centers = in_places(value, variant.keys)
+    result = torch.empty_like(query, dtype=value.dtype)
+    log_sums = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    rows = kernels.ROWS.value
+    programs = triton.cdiv(tokens, rows * variant.groups)
+    failed = query.new_empty(batch * heads * programs * variant.groups, dtype=torch.int32)
+    tiles = in_tiles(query, tokens, rows), in_tiles(key, between, variant.keys), in_tiles_of(places, variant.keys)
+    kernels.fp8_kernel[(programs, heads, batch)](
+        *tiles, result, log_sums, failed, scales, centers, tokens, between, key.shape[1], heads,
+        FEATURES=features, num_warps=4, **{name.upper(): choice for name, choice in asdict(variant).items()},
+    )  # fmt: skip
+    pieces = pieces_on(query.device)
+    pieces.all += len(failed)
+    careful_kernel[(programs * variant.groups, heads, batch)](
+        query, key, value, result, log_sums, failed, pieces.twice, tokens, key.shape[1], heads,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], FEATURES=features, ROWS=rows, KEYS=64, num_warps=4,
+    )  # fmt: skip
+    return result, log_sums
+
+
+@once
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a Hopper GPU cannot attend to values in e4m3, in one line, or None: tried once with few tokens."""
+    keep_kernels()
+    try:
+        generator = torch.Generator(device).manual_seed(0)
+        states = [torch.randn(1, tokens, 2, HEAD_DIM, device=device, generator=generator) for tokens in (200, 700, 700)]
+        exact = attend_torch(*states)
+        factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
+        found, _ = attend_in_fp8(*in_fp8(states[0] * factor, states[1]), states[2].to(dtype))
+        if not ((found - exact).norm() <= 6 * NEAR * exact.norm()):
+            return "its results with values in FP8 are wrong with this version of Triton"
+    except Exception as error:  # Triton may be absent, or have other words for the same; each fails in its own way
+        return first_line(error)
+    return None

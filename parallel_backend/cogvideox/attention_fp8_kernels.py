@@ -1,0 +1,430 @@
+"""The kernels of :mod:`.attention_fp8` for Hopper GPUs: attention whose two products are both e4m3; imported where Triton is there.
+
+An e4m3 number is its own logarithm but for a curve: bits ``8 * (exponent + 7) + mantissa``, where ``2 ** x`` is about ``8 * x + 56``.
+So probabilities need no exponentials: scores, which the first product gives as two fp16 in a register, become bits of e4m3 in one or
+seven operations a pair, beside which the special function unit can take a part. Bits lie between 0 and 126, which a saturated
+product gives for nothing.
+
+Probabilities are ``2 ** (score - reference)``, with a reference a row. It is set below the first tile's maximum and raised where a
+row's probabilities come near e4m3's largest number, 448: rarely, so a tile's work knows no maximum.
+
+A thread has columns ``8 b + 2 lane + a`` of every 16 after the first product, and has to give columns ``4 lane + 2 b + a`` to the
+second one. Which key stands where makes no difference to a sum, so values are stored in that order: see :func:`key_at`.
+"""
+
+import struct
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .attention_kernels import LN_2, ROWS, bring
+
+START, RAISED = tl.constexpr(4.0), tl.constexpr(7.0)
+"""Log of what the first tile's largest probability becomes, and of what the largest one or a thread's sum does where a reference is raised."""
+NEAR_LARGEST = tl.constexpr(448.0)
+"""A thread's sums of a row from which on one of its probabilities may be e4m3's largest number and have been larger."""
+FARTHEST = tl.constexpr(100.0)
+"""References beyond which fp16 is too coarse for scores; such rows are attended to anew."""
+NOTHING = tl.constexpr(-30000.0)
+"""A score of what is not there; as fp16, and finite lest differences of it are no numbers."""
+CURVE = tl.constexpr(0.3435)
+"""``2 ** x`` between 0 and 1 is about ``1 + x - CURVE * x * (1 - x)``."""
+CODES = tl.constexpr(126)
+"""Bits of the largest number."""
+SLOPE = tl.constexpr(0.0634765625)
+"""``8 / CODES`` as fp16 has it."""
+LINEAR_BIAS = tl.constexpr(0.0397)
+"""Log of what ``1 + x`` is of ``2 ** x``, in the mean from 0 to 1: by which sums of probabilities without the curve are too large."""
+
+
+def both(number: float) -> str:
+    """The bits of twice the same fp16."""
+    bits = int.from_bytes(struct.pack("<e", number), "little")
+    return f"0x{bits << 16 | bits:08x}"
+
+
+def straight(word: str, score: str, shift: str) -> str:
+    """PTX: bits of ``2 ** score`` without the curve, in the lower byte of each half."""
+    return f"fma.rn.sat.f16x2 {word}, {score}, slope, {shift}; fma.rn.f16x2 {word}, {word}, codes, whole;"
+
+
+def curved(word: str, score: str, shift: str) -> str:
+    """PTX: the same with the curve; references are halves, so that what is left of a rounded score is from the middle of its curve."""
+    return f"""
+        add.rn.f16x2 {word}, {score}, round; sub.rn.f16x2 {word}, {word}, round; sub.rn.f16x2 {word}, {score}, {word};
+        mul.rn.f16x2 square, {word}, curve; fma.rn.f16x2 square, square, {word}, {shift};
+        {straight(word, score, "square")}"""
+
+
+def special(word: str, score: str, minus: str) -> str:
+    """PTX: bits of ``2 ** score`` by the special function unit, in the lower half."""
+    return f"""
+        add.rn.f16x2 {word}, {score}, {minus}; ex2.approx.f16x2 {word}, {word};
+        cvt.rn.satfinite.e4m3x2.f16x2 two, {word}; mov.b32 {word}, {{two, two}};"""
+
+
+def program(first: str, second: str, selector: str) -> tl.constexpr:
+    """PTX for four scores ``$1, $2`` of a row, whose shift is ``$3`` and reference, with a minus, ``$5``."""
+    curve = CURVE.value * SLOPE.value
+    constants = {"slope": SLOPE.value, "codes": CODES.value, "whole": 1024, "round": 1536, "curve": curve}
+    moves = " ".join(f"mov.b32 {name}, {both(number)};" for name, number in constants.items())
+    registers = f".reg .b32 first, second, square, {', '.join(constants)}; .reg .b16 two; {moves}"
+    return tl.constexpr(f"{{ {registers} {first} {second} prmt.b32 $0, first, second, {selector}; }}")
+
+
+LINEAR = program(straight("first", "$1", "$3"), straight("second", "$2", "$3"), "0x6420")
+QUADRATIC = program(curved("first", "$1", "$3"), curved("second", "$2", "$3"), "0x6420")
+SPECIAL = program(special("first", "$1", "$5"), special("second", "$2", "$5"), "0x5410")
+MIXED = program(curved("first", "$1", "$3"), special("second", "$2", "$5"), "0x5420")
+WAYS = ("linear", "quadratic", "special", "mixed")
+"""In which probabilities can be made."""
+ADD = tl.constexpr("add.rn.f16x2 $0, $1, $2;")
+DECODE_AND_ADD = tl.constexpr(
+    """{
+        .reg .b16 a, b, c, d; .reg .b32 first, second;
+        mov.b32 {a, b}, $2; mov.b32 {c, d}, $3;
+        cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; cvt.rn.f16x2.e4m3x2 first, c; cvt.rn.f16x2.e4m3x2 second, d;
+        add.rn.f16x2 $0, $0, first; add.rn.f16x2 $1, $1, second;
+    }"""
+)
+
+
+@gluon.jit
+def left_and_right(values):
+    """The halves of the columns; each thread has its numbers of both."""
+    return values.reshape([values.shape[0], 2, values.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def add_words(left, right):
+    """Adds fp16, two at a time."""
+    return gl.inline_asm_elementwise(ADD, "=r,r,r", [left, right], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def add_codes(codes):
+    """Bits of e4m3 ``[rows, columns]`` as sums ``[rows, 4]`` in float32, of which each thread has the one that it made by itself."""
+    rows: gl.constexpr = codes.shape[0]
+    left, right = left_and_right(codes)
+    sums = gl.inline_asm_elementwise(DECODE_AND_ADD, "=&r,=&r,r,r", [left, right], dtype=gl.float16, is_pure=True, pack=4)
+    for _ in gl.static_range(3 if codes.shape[1] == 256 else 2 if codes.shape[1] == 128 else 1):
+        left, right = left_and_right(sums)
+        sums = add_words(left, right)
+    gl.static_assert(sums.shape[1] == 16)
+    left, right = sums.reshape([rows, 4, 2, 2]).permute((0, 1, 3, 2)).split()
+    left, right = add_words(left, right).to(gl.float32).split()
+    return left + right
+
+
+@gluon.jit
+def to_words(codes):
+    """Four bytes each as one word ``[rows, columns / 4]``: what a loop keeps would take a register a byte else."""
+    even, odd = codes.reshape([codes.shape[0], codes.shape[1] // 4, 2, 2]).split()
+    first, third = even.split()
+    second, fourth = odd.split()
+    low = (first.to(gl.int32) & 255) | ((second.to(gl.int32) & 255) << 8)
+    return low | ((third.to(gl.int32) & 255) << 16) | ((fourth.to(gl.int32) & 255) << 24)
+
+
+@gluon.jit
+def to_weights(words, weights_in: gl.constexpr):
+    """Words as the e4m3 numbers in them, which takes no instruction."""
+    twice = gl.join(words, words)
+    each = gl.join(twice, twice).reshape([words.shape[0], 4 * words.shape[1]])
+    codes = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [each], dtype=gl.int8, is_pure=True, pack=4)
+    return gl.convert_layout(codes.to(gl.float8e4nv, bitcast=True), weights_in, assert_trivial=True)
+
+
+@gluon.jit
+def round_reference(reference):
+    """A number near it that ends in a half; what is not a number stays so."""
+    return gl.floor(reference) + 0.5
+
+
+@gluon.jit
+def make_codes(scores, reference, weights_in: gl.constexpr, WAY: gl.constexpr):
+    """Probabilities of scores, four a word in the order of the second product, and sums of them ``[rows, 4]``."""
+    rows: gl.constexpr = scores.shape[0]
+    columns: gl.constexpr = scores.shape[1]
+    ordered = scores.reshape([rows, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, columns])
+    ordered = gl.convert_layout(ordered, weights_in, assert_trivial=True)
+    middle: gl.constexpr = 0.0 if WAY == "linear" else 8 * CURVE / 4
+    shift = ((56.0 - middle) / CODES - SLOPE * reference).to(gl.float16)[:, None]
+    minus = (-reference).to(gl.float16)[:, None]
+    asm: gl.constexpr = (
+        LINEAR if WAY == "linear" else QUADRATIC if WAY == "quadratic" else SPECIAL if WAY == "special" else MIXED
+    )
+    codes = gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,r", [ordered, shift, minus], dtype=gl.int8, is_pure=True, pack=4)
+    return to_words(codes), add_codes(codes)
+
+
+@gluon.jit
+def multiply(words, values, sums, weights_in: gl.constexpr, PROMOTES: gl.constexpr):
+    """Begins the second product: alone, or on top of what there is."""
+    before = gl.zeros_like(sums) if PROMOTES else sums
+    weights = to_weights(words, weights_in)
+    return warpgroup_mma(weights, values.permute((1, 0)), before, use_acc=not PROMOTES, is_async=True)
+
+
+@gluon.jit
+def load(
+    queries, keys, values, query_room, key_room, value_room, barriers, row, first, column, feature, tiles,
+    KEYS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp that has the copy engine bring tiles; the last one, which may be short, comes first."""
+    loaded, keys_in, keys_out, values_in, values_out = barriers
+    mbarrier.expect(loaded, GROUPS * queries.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        bring(queries, [row + group * ROWS, column], loaded, query_room.index(group))
+    for tile in range(tiles):
+        stage, phase = tile % STAGES, tile // STAGES & 1
+        start = gl.where(tile == 0, tiles - 1, tile - 1) * KEYS
+        mbarrier.wait(keys_out.index(stage), phase ^ 1)
+        mbarrier.expect(keys_in.index(stage), keys.block_type.nbytes)
+        bring(keys, [first + start, column], keys_in.index(stage), key_room.index(stage))
+        mbarrier.wait(values_out.index(stage), phase ^ 1)
+        mbarrier.expect(values_in.index(stage), values.block_type.nbytes)
+        bring(values, [feature, start], values_in.index(stage), value_room.index(stage))
+
+
+@gluon.jit
+def attend(
+    result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
+    row, rows, key_count, heads, tiles,
+    GROUP: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr, PROMOTES: gl.constexpr,
+    RAISES: gl.constexpr, OVERLAPS: gl.constexpr,
+):  # fmt: skip
+    """One group of warps: its rows to all keys."""
+    loaded, keys_in, keys_out, values_in, values_out = barriers
+    KEYS: gl.constexpr = key_room.shape[1]
+    scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
+    sums_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 32])
+    weights_in: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_in, k_width=4)
+    rows_in: gl.constexpr = gl.SliceLayout(1, weights_in)
+    query = query_room.index(GROUP)
+    # Nothing, which no compiler knows: what the second product is given is to be written when the one before has read its own.
+    nought = heads >> 30
+    nothing = gl.zeros([ROWS, KEYS], gl.float16, scores_in)
+    sums = gl.zeros([ROWS, FEATURES], gl.float32, sums_in)
+
+    mbarrier.wait(loaded, 0)
+    mbarrier.wait(keys_in.index(0), 0)
+    scores = warpgroup_mma(query, key_room.index(0).permute((1, 0)), nothing, use_acc=False)
+    mbarrier.arrive(keys_out.index(0))
+    there = gl.arange(0, KEYS, gl.SliceLayout(0, scores_in)) < key_count - (tiles - 1) * KEYS
+    scores = gl.where(there[None, :], scores, NOTHING)
+    largest = gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
+    reference = round_reference(largest - (START if RAISES else START - 2))
+    words, total = make_codes(scores, reference, weights_in, WAY)
+    worst = total
+    mbarrier.wait(keys_in.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
+    for tile in range(1, tiles):
+        stage, before, after = tile % STAGES, (tile - 1) % STAGES, (tile + 1) % STAGES
+        if not OVERLAPS:
+            mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
+            part = multiply(words, value_room.index(before), sums, weights_in, PROMOTES)
+        # Only a product that is waited for at once leaves two fp16 in a register, with Triton.
+        scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False)
+        if OVERLAPS:
+            mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
+            part = multiply(words, value_room.index(before), sums, weights_in, PROMOTES)
+        words, added = make_codes(scores, reference, weights_in, WAY)
+        # The branch in this wait keeps this tile's work before the next one, beside the product that is under way.
+        mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
+        part, added, words = warpgroup_mma_wait(0, deps=[part, added, words])
+        if OVERLAPS:
+            words ^= nought
+        mbarrier.arrive(values_out.index(before))
+        sums = sums + part if PROMOTES else part
+        if RAISES:
+            if gl.max(gl.max(added, 1), 0) >= NEAR_LARGEST:
+                # Once more, as there are no registers to keep them in.
+                scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False)
+                largest = gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
+                most = gl.convert_layout(gl.max(added, 1), rows_in)
+                # Where many are large, and not one of them too large, their sum says by how much, lest it does so at each tile.
+                crowd = gl.where(most >= NEAR_LARGEST, gl.ceil(gl.log2(most)) - RAISED, 0.0)
+                now = gl.maximum(reference + crowd, round_reference(largest - RAISED))
+                shrinks = gl.exp2(reference - now)
+                reference = now
+                words, added = make_codes(scores, reference, weights_in, WAY)
+                total *= gl.convert_layout(shrinks, gl.SliceLayout(1, total.type.layout))[:, None]
+                sums *= gl.convert_layout(shrinks, gl.SliceLayout(1, sums_in))[:, None]
+        else:
+            worst = gl.maximum(worst, added)
+        mbarrier.arrive(keys_out.index(stage))
+        total += added
+    last = (tiles - 1) % STAGES
+    mbarrier.wait(values_in.index(last), (tiles - 1) // STAGES & 1)
+    part = warpgroup_mma_wait(0, deps=[multiply(words, value_room.index(last), sums, weights_in, PROMOTES)])
+    sums = sums + part if PROMOTES else part
+
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, sums_in))
+    reference = gl.convert_layout(reference, gl.SliceLayout(1, sums_in))
+    at = row + gl.arange(0, ROWS, gl.SliceLayout(1, sums_in))
+    # What is not a number compares as false, and so is no good sum.
+    good = (total > 0) & (gl.abs(reference) < FARTHEST)
+    if not RAISES:
+        good = good & (gl.convert_layout(gl.max(worst, 1), gl.SliceLayout(1, sums_in)) < NEAR_LARGEST)
+    gl.store(failed, gl.sum(gl.where(good | (at >= rows), 0, 1), 0))
+    bias: gl.constexpr = LINEAR_BIAS if WAY == "linear" else 0.0
+    gl.store(log_sums + at, gl.log(total) + (reference * LN_2 - bias), mask=at < rows)
+    column = gl.arange(0, FEATURES, gl.SliceLayout(0, sums_in))
+    scale, center = gl.load(scales + column), gl.load(centers + column)
+    places = result + at[:, None].to(gl.int64) * (heads * FEATURES) + column[None, :]
+    found = sums / total[:, None] * scale[None, :] + center[None, :]
+    gl.store(places, found.to(result.dtype.element_ty), mask=(at < rows)[:, None])
+
+
+@gluon.jit
+def fp8_kernel(
+    queries, keys, values, result, log_sums, failed, scales, centers,
+    query_count, key_rows, key_count, heads,
+    FEATURES: gl.constexpr, KEYS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    WAY: gl.constexpr, PROMOTES: gl.constexpr, RAISES: gl.constexpr, OVERLAPS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Attention in e4m3. A program has ``GROUPS * ROWS`` queries of one head of one sample.
+
+    Queries and keys are descriptors of ``[batch * tokens, heads * features]``; ``key_rows`` of them lie between the keys of one
+    sample and the next. Values are a descriptor of ``[batch * heads * features, tokens]`` as :func:`transpose_kernel` makes them,
+    with ``scales`` and ``centers`` ``[batch, heads, features]``. ``failed`` ``[batch, heads, programs, GROUPS]`` becomes the number of
+    rows to be attended to anew.
+
+    Args:
+        WAY: see :data:`WAYS`.
+        PROMOTES: whether a tile's product is added to the others in float32, not by the matrix unit, whose sums have 14 bits.
+        RAISES: whether references are raised; rows whose probabilities are too large fail else.
+        OVERLAPS: whether a second product runs beside the next tile's probabilities, not beside its first product.
+    """
+    tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
+    key_room = gl.allocate_shared_memory(keys.dtype, [STAGES, KEYS, FEATURES], keys.layout)
+    value_room = gl.allocate_shared_memory(values.dtype, [STAGES, FEATURES, KEYS], values.layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    keys_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(loaded, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_in.index(stage), count=1)
+        mbarrier.init(keys_out.index(stage), count=GROUPS)
+        mbarrier.init(values_in.index(stage), count=1)
+        mbarrier.init(values_out.index(stage), count=GROUPS)
+    fence_async_shared()
+    barriers = (loaded, keys_in, keys_out, values_in, values_out)
+    of_head = sample * heads + head
+    row, tiles, column = tile * (GROUPS * ROWS), gl.cdiv(key_count, KEYS), head * FEATURES
+    result += (sample.to(gl.int64) * query_count * heads + head) * FEATURES
+    log_sums += of_head * query_count
+    failed += (of_head * gl.num_programs(0) + tile) * GROUPS
+    scales += of_head * FEATURES
+    centers += of_head * FEATURES
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (attend, (result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
+                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
+                (attend, (result, log_sums, failed + 1, scales, centers, query_room, key_room, value_room, barriers,
+                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
+                (attend, (result, log_sums, failed + 2, scales, centers, query_room, key_room, value_room, barriers,
+                          row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
+                (load, (queries, keys, values, query_room, key_room, value_room, barriers, sample * query_count + row,
+                        sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (attend, (result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
+                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
+                (attend, (result, log_sums, failed + 1, scales, centers, query_room, key_room, value_room, barriers,
+                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
+                (load, (queries, keys, values, query_room, key_room, value_room, barriers, sample * query_count + row,
+                        sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+@triton.jit
+def key_at(place):
+    """Which key's value stands at a place of the second product: of every 16, ``4 lane + 2 b + a`` has ``8 b + 2 lane + a``."""
+    return place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
+
+
+@triton.jit
+def survey_kernel(
+    values, found, count, heads, sample_stride, stride, FEATURES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Smallest and largest values and sums ``[3, features]`` of ``STEPS`` times ``ROWS`` tokens of a head, in ``found``."""
+    part, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column = tl.arange(0, FEATURES)
+    values += sample.to(tl.int64) * sample_stride + head * FEATURES
+    least = tl.full([ROWS, FEATURES], float("inf"), tl.float32)
+    most = tl.full([ROWS, FEATURES], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS, FEATURES], tl.float32)
+    for step in range(STEPS):
+        row = (part * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        there = (row < count)[:, None]
+        value = tl.load(values + row[:, None].to(tl.int64) * stride + column, mask=there, other=0.0).to(tl.float32)
+        least = tl.minimum(least, tl.where(there, value, float("inf")))
+        most = tl.maximum(most, tl.where(there, value, -float("inf")))
+        total += value
+    found += ((sample * heads + head) * tl.num_programs(0) + part) * 3 * FEATURES + column
+    tl.store(found, tl.min(least, 0))
+    tl.store(found + FEATURES, tl.max(most, 0))
+    tl.store(found + 2 * FEATURES, tl.sum(total, 0))
+
+
+@triton.jit
+def settle_kernel(
+    found, scales, centers, count, parts,
+    FEATURES: tl.constexpr, PARTS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """What a head's numbers are to be multiplied by and what to be added then, of what :func:`survey_kernel` ``found`` in its parts."""
+    head, column, part = tl.program_id(0), tl.arange(0, FEATURES), tl.arange(0, PARTS)
+    known = (part < parts)[:, None]
+    found += (head * parts + part[:, None]) * 3 * FEATURES + column
+    least = tl.min(tl.load(found, mask=known, other=float("inf")), 0)
+    most = tl.max(tl.load(found + FEATURES, mask=known, other=-float("inf")), 0)
+    center = tl.sum(tl.load(found + 2 * FEATURES, mask=known, other=0.0), 0) / count
+    tl.store(scales + head * FEATURES + column, tl.maximum(tl.maximum(most - center, center - least), SMALLEST) / LARGEST)
+    tl.store(centers + head * FEATURES + column, center)
+
+
+@triton.jit
+def transpose_kernel(
+    values, result, scales, centers, count, heads, sample_stride, stride, places,
+    FEATURES: tl.constexpr, KEYS: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Values in e4m3, as ``[batch, heads, features, places]``, keys in the order of :func:`key_at`, nothing where there are none.
+
+    Args:
+        values: ``[batch, tokens, heads, features]``.
+        scales, centers: ``[batch, heads, features]``.
+    """
+    tile, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    of_head, column = sample * heads + head, tl.arange(0, FEATURES)
+    factor = 1 / tl.load(scales + of_head * FEATURES + column)
+    center = tl.load(centers + of_head * FEATURES + column)
+    row = tile * KEYS + key_at(tl.arange(0, KEYS))
+    there = (row < count)[:, None]
+    values += sample.to(tl.int64) * sample_stride + head * FEATURES
+    value = tl.load(values + row[:, None].to(tl.int64) * stride + column, mask=there, other=0.0).to(tl.float32)
+    value = tl.where(there, (value - center) * factor, 0.0)
+    value = tl.clamp(value, -LARGEST, LARGEST, tl.PropagateNan.ALL).to(result.dtype.element_ty)
+    place = tile * KEYS + tl.arange(0, KEYS)
+    at = result + (of_head * FEATURES + column[:, None]).to(tl.int64) * places + place
+    tl.store(at, tl.trans(value))
