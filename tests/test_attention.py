@@ -97,7 +97,7 @@ cases = [("bf16", "bf16", 64, 0), ("bf16", "bf16", 64, 1), ("fp8e4nv", "bf16", 6
 for dtype, value, features, running in [*cases, ("fp8e4nv", "fp16", 32, 0)]:
     bits = 8 if dtype == "fp8e4nv" else 16
     signature = {
-        "queries": tiles(dtype, bits, own.ROWS.value, features), "keys": tiles(dtype, bits, own.KEYS.value, features),
+        "queries": tiles(dtype, bits, own.ROWS.value, features), "near": tiles(dtype, bits, own.ROWS.value, features), "keys": tiles(dtype, bits, own.KEYS.value, features),
         "values": tiles(value, 16, own.KEYS.value, features), "result": f"*{value}", "log_sums": "*fp32", "failed": "*i32",
         "query_count": "i32", "key_rows": "i32", "key_count": "i32", "heads": "i32",
         "FEATURES": "constexpr", "RUNNING": "constexpr", "num_warps": "constexpr",
@@ -113,7 +113,7 @@ for dtype, value, features, running in [*cases, ("fp8e4nv", "fp16", 32, 0)]:
 @needs_triton
 @pytest.mark.parametrize(
     "choice",
-    [{"WAY": "linear"}, {"WAY": "quadratic"}, {"WAY": "mixed"}, {"OVERLAPS": False}, {"GROUPS": 2, "KEYS": 256}],
+    [{}, {"RAISES": True}, {"OVERLAPS": False}, {"GROUPS": 2, "KEYS": 256}],
     ids=str,
 )
 def test_both_products_are_made_in_e4m3_and_probabilities_stay_in_their_threads(choice, tmp_path):
@@ -132,9 +132,9 @@ def tiles(rows, columns):
     layout = NVMMASharedLayout(swizzle_byte_width=min(columns, 128), element_bitwidth=8, rank=2)
     return f"tensordesc<fp8e4nv[{{rows}}, {{columns}}],{{layout!r}}>"
 
-constants = dict(FEATURES=64, KEYS=128, GROUPS=3, STAGES=2, WAY="linear", PROMOTES=True, RAISES=True, OVERLAPS=True, num_warps=4) | {choice}
+constants = dict(FEATURES=64, KEYS=128, GROUPS=3, STAGES=2, RAISES=False, OVERLAPS=True, num_warps=4) | {choice}
 keys = constants["KEYS"]
-signature = {{"queries": tiles(64, 64), "keys": tiles(keys, 64), "values": tiles(64, keys), "result": "*bf16"}}
+signature = {{"queries": tiles(64, 64), "near": tiles(64, 64), "keys": tiles(keys, 64), "values": tiles(64, keys), "result": "*bf16"}}
 signature |= dict(log_sums="*fp32", failed="*i32", scales="*fp32", centers="*fp32")
 signature |= dict.fromkeys(["query_count", "key_rows", "key_count", "heads"], "i32") | dict.fromkeys(constants, "constexpr")
 source = GluonASTSource(own.fp8_kernel, signature=signature, constexprs=constants)
@@ -142,7 +142,7 @@ made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_w
 ptx = made.asm["ptx"]
 assert made.asm["cubin"] and "e4m3.e4m3" in ptx
 products = re.findall(r"wgmma.mma_async.sync.aligned.m64n(\\d+)k32.f(16|32).e4m3.e4m3", ptx)
-assert {{kind for kind in products}} == {{(str(keys), "16"), ("64", "32")}}, set(products)
+assert {{kind for kind in products}} == {{(str(keys), "16"), ("64", "16"), ("64", "32")}}, set(products)
 assert len(products) == ptx.count("wgmma.mma_async"), "a product is not in e4m3"
 assert "st.shared.v4" not in ptx and "stmatrix" not in ptx, "probabilities go through shared memory"
 assert ptx.count("shfl.sync.idx") <= 1, "probabilities go from thread to thread"  # maxima are shfl.sync.bfly

@@ -441,15 +441,11 @@ def test_scores_far_from_zero_bring_a_running_maximum_after_a_forward_or_two(dty
 
 
 WAYS = {
-    "linear": Variant("linear"),
-    "quadratic": Variant("quadratic"),
-    "special": Variant("special"),
-    "mixed": Variant("mixed"),
-    "sums of 14 bits": Variant("linear", promotes=False),
-    "references stay": Variant("quadratic", raises=False),
-    "stages": Variant("linear", stages=4, overlaps=False),
-    "large tiles": Variant("quadratic", groups=2, keys=256),
-    "small tiles": Variant("linear", keys=64, stages=4),
+    "usual": Variant(),
+    "references are raised": Variant(raises=True),
+    "products together": Variant(raises=True, overlaps=False),
+    "large tiles": Variant(groups=2, keys=256),
+    "small tiles": Variant(keys=64, stages=4, raises=True),
 }
 """Of attention with values in FP8."""
 
@@ -477,7 +473,8 @@ def test_attention_with_values_in_fp8_is_attention_at_any_size(shape, variant):
     expected, sums = attend_exactly(*rounded_heads(query, key), value)
     for dtype in ERRORS:
         found, log_sums = attend_all_in_fp8(query, key, value + middle, variant, dtype)
-        assert distance(found - middle, expected) < 0.07
+        error = (found - middle - expected).norm()  # the result is rounded with its middle
+        assert error < 0.07 * expected.norm() + ERRORS[dtype] * (expected + middle).norm()
         assert (log_sums - sums).abs().max() < 0.05
 
 

@@ -180,7 +180,11 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     rows, keys, groups = own.ROWS.value, own.KEYS.value, own.GROUPS.value
     programs = triton.cdiv(tokens, rows * groups)
     failed = query.new_empty(batch * heads * programs * groups, dtype=torch.int32)
-    tiles = in_tiles(query, tokens, rows), in_tiles(key, between, keys), in_tiles(value, between, keys)
+    tiles = (
+        in_tiles(query, tokens, rows),
+        *(in_tiles(key, between, count) for count in (rows, keys)),
+        in_tiles(value, between, keys),
+    )
     pieces = pieces_on(query.device)
     own.optimistic_kernel[(programs, heads, batch)](
         *tiles, result, log_sums, failed, tokens, between, key.shape[1], heads,

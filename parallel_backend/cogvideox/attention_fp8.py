@@ -17,17 +17,13 @@ ROWS, STEPS = 64, 8
 class Variant:
     """A way to compute it."""
 
-    way: str = "linear"
-    """How probabilities are made: one of :data:`.attention_fp8_kernels.WAYS`."""
     keys: int = 128
     """Of a tile; a power of two."""
     groups: int = 3
     """Groups of warps of a program, 2 or 3."""
     stages: int = 2
     """Tiles in shared memory."""
-    promotes: bool = True
-    """Whether products of tiles are added in float32."""
-    raises: bool = True
+    raises: bool = False
     """Whether references are raised; else rows whose probabilities become too large are attended to twice."""
     overlaps: bool = True
     """Whether a tile's second product runs beside the next one's probabilities, not beside its first product."""
@@ -106,7 +102,8 @@ def attend_in_fp8(
     rows = kernels.ROWS.value
     programs = triton.cdiv(tokens, rows * variant.groups)
     failed = query.new_empty(batch * heads * programs * variant.groups, dtype=torch.int32)
-    tiles = in_tiles(query, tokens, rows), in_tiles(key, between, variant.keys), in_tiles_of(places, variant.keys)
+    of_keys = (in_tiles(key, between, count) for count in (rows, variant.keys))
+    tiles = (in_tiles(query, tokens, rows), *of_keys, in_tiles_of(places, variant.keys))
     kernels.fp8_kernel[(programs, heads, batch)](
         *tiles, result, log_sums, failed, scales, centers, tokens, between, key.shape[1], heads,
         FEATURES=features, num_warps=4, **{name.upper(): choice for name, choice in asdict(variant).items()},

@@ -1,12 +1,13 @@
 """The kernels of :mod:`.attention_fp8` for Hopper GPUs: attention whose two products are both e4m3; imported where Triton is there.
 
 An e4m3 number is its own logarithm but for a curve: bits ``8 * (exponent + 7) + mantissa``, where ``2 ** x`` is about ``8 * x + 56``.
-So probabilities need no exponentials: scores, which the first product gives as two fp16 in a register, become bits of e4m3 in one or
-seven operations a pair, beside which the special function unit can take a part. Bits lie between 0 and 126, which a saturated
-product gives for nothing.
+So probabilities need no exponentials: scores, which the first product gives as two fp16 in a register, become bits of e4m3 in two
+operations a pair. Bits lie between 0 and 126, which a saturated product gives for nothing. Without the curve probabilities are up to
+6 % too small or large, which is what rounding to e4m3 does to them too (Schraudolph's exponential, 1999, with fewer bits).
 
-Probabilities are ``2 ** (score - reference)``, with a reference a row. It is set below the first tile's maximum and raised where a
-row's probabilities come near e4m3's largest number, 448: rarely, so a tile's work knows no maximum.
+Probabilities are ``2 ** (score - reference)``, with a reference a row: below the largest score to its own neighbours and the first
+tile. Rows whose probabilities come near e4m3's largest number, 448, are attended to anew; or their reference is raised, which takes a
+look at each tile.
 
 A thread has columns ``8 b + 2 lane + a`` of every 16 after the first product, and has to give columns ``4 lane + 2 b + a`` to the
 second one. Which key stands where makes no difference to a sum, so values are stored in that order: see :func:`key_at`.
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .attention_kernels import LN_2, ROWS, bring
+from .attention_kernels import LN_2, ROWS, bring, bring_rows, largest_near
 
 START, RAISED = tl.constexpr(4.0), tl.constexpr(7.0)
 """Log of what the first tile's largest probability becomes, and of what the largest one or a thread's sum does where a reference is raised."""
@@ -35,8 +36,6 @@ FARTHEST = tl.constexpr(100.0)
 """References beyond which fp16 is too coarse for scores; such rows are attended to anew."""
 NOTHING = tl.constexpr(-30000.0)
 """A score of what is not there; as fp16, and finite lest differences of it are no numbers."""
-CURVE = tl.constexpr(0.3435)
-"""``2 ** x`` between 0 and 1 is about ``1 + x - CURVE * x * (1 - x)``."""
 CODES = tl.constexpr(126)
 """Bits of the largest number."""
 SLOPE = tl.constexpr(0.0634765625)
@@ -51,41 +50,19 @@ def both(number: float) -> str:
     return f"0x{bits << 16 | bits:08x}"
 
 
-def straight(word: str, score: str, shift: str) -> str:
+def straight(word: str, score: str) -> str:
     """PTX: bits of ``2 ** score`` without the curve, in the lower byte of each half."""
-    return f"fma.rn.sat.f16x2 {word}, {score}, slope, {shift}; fma.rn.f16x2 {word}, {word}, codes, whole;"
+    return f"fma.rn.sat.f16x2 {word}, {score}, slope, $3; fma.rn.f16x2 {word}, {word}, codes, whole;"
 
 
-def curved(word: str, score: str, shift: str) -> str:
-    """PTX: the same with the curve; references are halves, so that what is left of a rounded score is from the middle of its curve."""
-    return f"""
-        add.rn.f16x2 {word}, {score}, round; sub.rn.f16x2 {word}, {word}, round; sub.rn.f16x2 {word}, {score}, {word};
-        mul.rn.f16x2 square, {word}, curve; fma.rn.f16x2 square, square, {word}, {shift};
-        {straight(word, score, "square")}"""
-
-
-def special(word: str, score: str, minus: str) -> str:
-    """PTX: bits of ``2 ** score`` by the special function unit, in the lower half."""
-    return f"""
-        add.rn.f16x2 {word}, {score}, {minus}; ex2.approx.f16x2 {word}, {word};
-        cvt.rn.satfinite.e4m3x2.f16x2 two, {word}; mov.b32 {word}, {{two, two}};"""
-
-
-def program(first: str, second: str, selector: str) -> tl.constexpr:
-    """PTX for four scores ``$1, $2`` of a row, whose shift is ``$3`` and reference, with a minus, ``$5``."""
-    curve = CURVE.value * SLOPE.value
-    constants = {"slope": SLOPE.value, "codes": CODES.value, "whole": 1024, "round": 1536, "curve": curve}
-    moves = " ".join(f"mov.b32 {name}, {both(number)};" for name, number in constants.items())
-    registers = f".reg .b32 first, second, square, {', '.join(constants)}; .reg .b16 two; {moves}"
-    return tl.constexpr(f"{{ {registers} {first} {second} prmt.b32 $0, first, second, {selector}; }}")
-
-
-LINEAR = program(straight("first", "$1", "$3"), straight("second", "$2", "$3"), "0x6420")
-QUADRATIC = program(curved("first", "$1", "$3"), curved("second", "$2", "$3"), "0x6420")
-SPECIAL = program(special("first", "$1", "$5"), special("second", "$2", "$5"), "0x5410")
-MIXED = program(curved("first", "$1", "$3"), special("second", "$2", "$5"), "0x5420")
-WAYS = ("linear", "quadratic", "special", "mixed")
-"""In which probabilities can be made."""
+MOVES = " ".join(
+    f"mov.b32 {name}, {both(number)};" for name, number in (("slope", SLOPE.value), ("codes", CODES.value), ("whole", 1024))
+)
+STRAIGHT = tl.constexpr(
+    f"{{ .reg .b32 first, second, slope, codes, whole; {MOVES} {straight('first', '$1')} {straight('second', '$2')} "
+    "prmt.b32 $0, first, second, 0x6420; }"
+)
+"""PTX: bits of four scores ``$1, $2`` of a row, whose shift is ``$3``."""
 ADD = tl.constexpr("add.rn.f16x2 $0, $1, $2;")
 DECODE_AND_ADD = tl.constexpr(
     """{
@@ -150,40 +127,33 @@ def round_reference(reference):
 
 
 @gluon.jit
-def make_codes(scores, reference, weights_in: gl.constexpr, WAY: gl.constexpr):
+def make_codes(scores, reference, weights_in: gl.constexpr):
     """Probabilities of scores, four a word in the order of the second product, and sums of them ``[rows, 4]``."""
     rows: gl.constexpr = scores.shape[0]
     columns: gl.constexpr = scores.shape[1]
     ordered = scores.reshape([rows, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, columns])
     ordered = gl.convert_layout(ordered, weights_in, assert_trivial=True)
-    middle: gl.constexpr = 0.0 if WAY == "linear" else 8 * CURVE / 4
-    shift = ((56.0 - middle) / CODES - SLOPE * reference).to(gl.float16)[:, None]
-    minus = (-reference).to(gl.float16)[:, None]
-    asm: gl.constexpr = (
-        LINEAR if WAY == "linear" else QUADRATIC if WAY == "quadratic" else SPECIAL if WAY == "special" else MIXED
-    )
-    codes = gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,r", [ordered, shift, minus], dtype=gl.int8, is_pure=True, pack=4)
+    shift = (56.0 / CODES - SLOPE * reference).to(gl.float16)[:, None]
+    codes = gl.inline_asm_elementwise(STRAIGHT, "=r,r,r,r,r", [ordered, shift], dtype=gl.int8, is_pure=True, pack=4)
     return to_words(codes), add_codes(codes)
 
 
 @gluon.jit
-def multiply(words, values, sums, weights_in: gl.constexpr, PROMOTES: gl.constexpr):
-    """Begins the second product: alone, or on top of what there is."""
-    before = gl.zeros_like(sums) if PROMOTES else sums
-    weights = to_weights(words, weights_in)
-    return warpgroup_mma(weights, values.permute((1, 0)), before, use_acc=not PROMOTES, is_async=True)
+def multiply(words, values, like, weights_in: gl.constexpr):
+    """Begins the second product of a tile, by itself: sums that a matrix unit adds to have 14 bits."""
+    return warpgroup_mma(
+        to_weights(words, weights_in), values.permute((1, 0)), gl.zeros_like(like), use_acc=False, is_async=True
+    )
 
 
 @gluon.jit
 def load(
-    queries, keys, values, query_room, key_room, value_room, barriers, row, first, column, feature, tiles,
+    queries, near, keys, values, query_room, near_room, key_room, value_room, barriers, row, first, column, feature, tiles,
     KEYS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp that has the copy engine bring tiles; the last one, which may be short, comes first."""
     loaded, keys_in, keys_out, values_in, values_out = barriers
-    mbarrier.expect(loaded, GROUPS * queries.block_type.nbytes)
-    for group in gl.static_range(GROUPS):
-        bring(queries, [row + group * ROWS, column], loaded, query_room.index(group))
+    bring_rows(queries, near, query_room, near_room, loaded, row[0], row[1], column, GROUPS, True)
     for tile in range(tiles):
         stage, phase = tile % STAGES, tile // STAGES & 1
         start = gl.where(tile == 0, tiles - 1, tile - 1) * KEYS
@@ -197,10 +167,9 @@ def load(
 
 @gluon.jit
 def attend(
-    result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
+    result, log_sums, failed, scales, centers, query_room, near_room, key_room, value_room, barriers,
     row, rows, key_count, heads, tiles,
-    GROUP: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr, WAY: gl.constexpr, PROMOTES: gl.constexpr,
-    RAISES: gl.constexpr, OVERLAPS: gl.constexpr,
+    GROUP: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr, RAISES: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its rows to all keys."""
     loaded, keys_in, keys_out, values_in, values_out = barriers
@@ -222,28 +191,29 @@ def attend(
     there = gl.arange(0, KEYS, gl.SliceLayout(0, scores_in)) < key_count - (tiles - 1) * KEYS
     scores = gl.where(there[None, :], scores, NOTHING)
     largest = gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
+    largest = gl.maximum(largest, largest_near(query, near_room.index(GROUP), gl.float16, rows_in))
     reference = round_reference(largest - (START if RAISES else START - 2))
-    words, total = make_codes(scores, reference, weights_in, WAY)
+    words, total = make_codes(scores, reference, weights_in)
     worst = total
     mbarrier.wait(keys_in.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
     for tile in range(1, tiles):
         stage, before, after = tile % STAGES, (tile - 1) % STAGES, (tile + 1) % STAGES
         if not OVERLAPS:
             mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
-            part = multiply(words, value_room.index(before), sums, weights_in, PROMOTES)
+            part = multiply(words, value_room.index(before), sums, weights_in)
         # Only a product that is waited for at once leaves two fp16 in a register, with Triton.
         scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False)
         if OVERLAPS:
             mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
-            part = multiply(words, value_room.index(before), sums, weights_in, PROMOTES)
-        words, added = make_codes(scores, reference, weights_in, WAY)
+            part = multiply(words, value_room.index(before), sums, weights_in)
+        words, added = make_codes(scores, reference, weights_in)
         # The branch in this wait keeps this tile's work before the next one, beside the product that is under way.
         mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
         part, added, words = warpgroup_mma_wait(0, deps=[part, added, words])
         if OVERLAPS:
             words ^= nought
         mbarrier.arrive(values_out.index(before))
-        sums = sums + part if PROMOTES else part
+        sums += part
         if RAISES:
             if gl.max(gl.max(added, 1), 0) >= NEAR_LARGEST:
                 # Once more, as there are no registers to keep them in.
@@ -255,7 +225,7 @@ def attend(
                 now = gl.maximum(reference + crowd, round_reference(largest - RAISED))
                 shrinks = gl.exp2(reference - now)
                 reference = now
-                words, added = make_codes(scores, reference, weights_in, WAY)
+                words, added = make_codes(scores, reference, weights_in)
                 total *= gl.convert_layout(shrinks, gl.SliceLayout(1, total.type.layout))[:, None]
                 sums *= gl.convert_layout(shrinks, gl.SliceLayout(1, sums_in))[:, None]
         else:
@@ -264,8 +234,8 @@ def attend(
         total += added
     last = (tiles - 1) % STAGES
     mbarrier.wait(values_in.index(last), (tiles - 1) // STAGES & 1)
-    part = warpgroup_mma_wait(0, deps=[multiply(words, value_room.index(last), sums, weights_in, PROMOTES)])
-    sums = sums + part if PROMOTES else part
+    part = warpgroup_mma_wait(0, deps=[multiply(words, value_room.index(last), sums, weights_in)])
+    sums += part
 
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, sums_in))
     reference = gl.convert_layout(reference, gl.SliceLayout(1, sums_in))
@@ -275,8 +245,7 @@ def attend(
     if not RAISES:
         good = good & (gl.convert_layout(gl.max(worst, 1), gl.SliceLayout(1, sums_in)) < NEAR_LARGEST)
     gl.store(failed, gl.sum(gl.where(good | (at >= rows), 0, 1), 0))
-    bias: gl.constexpr = LINEAR_BIAS if WAY == "linear" else 0.0
-    gl.store(log_sums + at, gl.log(total) + (reference * LN_2 - bias), mask=at < rows)
+    gl.store(log_sums + at, gl.log(total) + (reference * LN_2 - LINEAR_BIAS), mask=at < rows)
     column = gl.arange(0, FEATURES, gl.SliceLayout(0, sums_in))
     scale, center = gl.load(scales + column), gl.load(centers + column)
     places = result + at[:, None].to(gl.int64) * (heads * FEATURES) + column[None, :]
@@ -286,26 +255,25 @@ def attend(
 
 @gluon.jit
 def fp8_kernel(
-    queries, keys, values, result, log_sums, failed, scales, centers,
+    queries, near, keys, values, result, log_sums, failed, scales, centers,
     query_count, key_rows, key_count, heads,
     FEATURES: gl.constexpr, KEYS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    WAY: gl.constexpr, PROMOTES: gl.constexpr, RAISES: gl.constexpr, OVERLAPS: gl.constexpr, num_warps: gl.constexpr,
+    RAISES: gl.constexpr, OVERLAPS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Attention in e4m3. A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
-    Queries and keys are descriptors of ``[batch * tokens, heads * features]``; ``key_rows`` of them lie between the keys of one
+    Queries, ``near`` and keys are descriptors of ``[batch * tokens, heads * features]``, ``near`` of keys in tiles of queries; ``key_rows`` of them lie between the keys of one
     sample and the next. Values are a descriptor of ``[batch * heads * features, tokens]`` as :func:`transpose_kernel` makes them,
     with ``scales`` and ``centers`` ``[batch, heads, features]``. ``failed`` ``[batch, heads, programs, GROUPS]`` becomes the number of
     rows to be attended to anew.
 
     Args:
-        WAY: see :data:`WAYS`.
-        PROMOTES: whether a tile's product is added to the others in float32, not by the matrix unit, whose sums have 14 bits.
         RAISES: whether references are raised; rows whose probabilities are too large fail else.
         OVERLAPS: whether a second product runs beside the next tile's probabilities, not beside its first product.
     """
     tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
+    near_room = gl.allocate_shared_memory(near.dtype, [GROUPS, ROWS, FEATURES], near.layout)
     key_room = gl.allocate_shared_memory(keys.dtype, [STAGES, KEYS, FEATURES], keys.layout)
     value_room = gl.allocate_shared_memory(values.dtype, [STAGES, FEATURES, KEYS], values.layout)
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -331,14 +299,14 @@ def fp8_kernel(
     if GROUPS == 3:
         gl.warp_specialize(
             [
-                (attend, (result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
-                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
-                (attend, (result, log_sums, failed + 1, scales, centers, query_room, key_room, value_room, barriers,
-                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
-                (attend, (result, log_sums, failed + 2, scales, centers, query_room, key_room, value_room, barriers,
-                          row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
-                (load, (queries, keys, values, query_room, key_room, value_room, barriers, sample * query_count + row,
-                        sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
+                (attend, (result, log_sums, failed, scales, centers, query_room, near_room, key_room, value_room, barriers,
+                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, RAISES, OVERLAPS)),
+                (attend, (result, log_sums, failed + 1, scales, centers, query_room, near_room, key_room, value_room, barriers,
+                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, RAISES, OVERLAPS)),
+                (attend, (result, log_sums, failed + 2, scales, centers, query_room, near_room, key_room, value_room, barriers,
+                          row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, STAGES, RAISES, OVERLAPS)),
+                (load, (queries, near, keys, values, query_room, near_room, key_room, value_room, barriers,
+                        (sample * query_count + row, sample * key_rows + row), sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -346,12 +314,12 @@ def fp8_kernel(
     else:
         gl.warp_specialize(
             [
-                (attend, (result, log_sums, failed, scales, centers, query_room, key_room, value_room, barriers,
-                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
-                (attend, (result, log_sums, failed + 1, scales, centers, query_room, key_room, value_room, barriers,
-                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, WAY, PROMOTES, RAISES, OVERLAPS)),
-                (load, (queries, keys, values, query_room, key_room, value_room, barriers, sample * query_count + row,
-                        sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
+                (attend, (result, log_sums, failed, scales, centers, query_room, near_room, key_room, value_room, barriers,
+                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, RAISES, OVERLAPS)),
+                (attend, (result, log_sums, failed + 1, scales, centers, query_room, near_room, key_room, value_room, barriers,
+                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, RAISES, OVERLAPS)),
+                (load, (queries, near, keys, values, query_room, near_room, key_room, value_room, barriers,
+                        (sample * query_count + row, sample * key_rows + row), sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
             ],
             [4, 1],
             [240, 24],

@@ -1,8 +1,8 @@
 """The kernels of :mod:`.attention` for Hopper GPUs; imported where Triton is there and not before.
 
 Softmax needs no running maximum as long as sums of ``2 ** score`` are finite and not tiny: in float32 and bf16 that is all of 2^-90
-to 2^100, where scores of normalised heads lie; in fp16 it is less than 2^16, so scores are counted from near the first tile's maximum
-there. So the first kernel takes it for granted and tells which rows were not so; the second one, with a running maximum, attends to
+to 2^100, where scores of normalised heads lie; in fp16 it is less than 2^16, so scores are counted there from the largest to a token's
+own neighbours and the first tile, as most heads look around. So the first kernel takes it for granted and tells which rows were not so; the second one, with a running maximum, attends to
 those anew. Without maxima and what they rescale, exponentials and matrix products of three groups of warps overlap (FlashAttention-3's
 plan, arXiv 2407.08608) and little else is left. Where that goes wrong too often, the first kernel can have a running maximum itself.
 """
@@ -35,8 +35,8 @@ LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
 MOST_FP16 = tl.constexpr(2.0**15.5)
 """The same in fp16, whose largest number is just below 2^16."""
 ROOM = tl.constexpr(3.0)
-"""Powers of two that fp16's zero lies above the first tile's maximum: other scores may be higher by 2^18, and what is lower by 2^21
-counts for nothing."""
+"""Powers of two that fp16's zero lies above the largest score that is known before: others may be higher by 2^18, and what is lower by
+2^21 counts for nothing."""
 
 
 @gluon.jit
@@ -54,12 +54,46 @@ def add_columns(values):
 
 
 @gluon.jit
-def load(queries, keys, values, query_room, key_room, value_room, barriers, row, first, column, tiles):
-    """One warp that has the copy engine bring tiles; the last one, which may be short, comes first."""
-    loaded, keys_in, keys_out, values_in, values_out = barriers
-    mbarrier.expect(loaded, GROUPS * queries.block_type.nbytes)
+def bring_rows(queries, near, query_room, near_room, loaded, row, own, column, GROUPS: gl.constexpr, NEAR: gl.constexpr):
+    """Has the copy engine bring each group its queries, and where asked for the keys that stand where they do."""
+    mbarrier.expect(loaded, GROUPS * ((1 + NEAR) * queries.block_type.nbytes))
     for group in gl.static_range(GROUPS):
         bring(queries, [row + group * ROWS, column], loaded, query_room.index(group))
+        if NEAR:
+            bring(near, [own + group * ROWS, column], loaded, near_room.index(group))
+
+
+@gluon.jit
+def largest_near(query, keys, dtype: gl.constexpr, rows_in: gl.constexpr):
+    """The largest score of each query to some keys, in float32."""
+    rows: gl.constexpr = query.shape[0]
+    depth: gl.constexpr = 256 // keys.dtype.primitive_bitwidth
+    scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, keys.shape[0], depth])
+    nothing = gl.zeros([rows, keys.shape[0]], dtype, scores_in)
+    scores = warpgroup_mma(query, keys.permute((1, 0)), nothing, use_acc=False)
+    return gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
+
+
+@gluon.jit
+def load(
+    queries,
+    near,
+    keys,
+    values,
+    query_room,
+    near_room,
+    key_room,
+    value_room,
+    barriers,
+    row,
+    first,
+    column,
+    tiles,
+    NEAR: gl.constexpr,
+):
+    """One warp that has the copy engine bring tiles; the last one, which may be short, comes first."""
+    loaded, keys_in, keys_out, values_in, values_out = barriers
+    bring_rows(queries, near, query_room, near_room, loaded, row[0], row[1], column, GROUPS, NEAR)
     for tile in range(tiles):
         stage, phase = tile % STAGES, tile // STAGES & 1
         start = first + gl.where(tile == 0, tiles - 1, tile - 1) * KEYS
@@ -73,7 +107,7 @@ def load(queries, keys, values, query_room, key_room, value_room, barriers, row,
 
 @gluon.jit
 def attend(
-    result, log_sums, failed, query_room, key_room, value_room, barriers,
+    result, log_sums, failed, query_room, near_room, key_room, value_room, barriers,
     row, rows, key_count, heads, tiles, GROUP: gl.constexpr, FEATURES: gl.constexpr, RUNNING: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its rows to all keys."""
@@ -97,7 +131,9 @@ def attend(
     if counts_from:
         zero = gl.max(gl.where(there[None, :], scores, -float("inf")), 1)
         if not RUNNING:
-            zero += ROOM
+            zero = (
+                gl.maximum(zero, largest_near(query, near_room.index(GROUP), gl.float32, gl.SliceLayout(1, scores_in))) + ROOM
+            )
         scores -= zero[:, None]
     weights = gl.where(there[None, :], gl.exp2(scores), 0.0)
     total = add_columns(weights)
@@ -147,17 +183,19 @@ def attend(
 
 @gluon.jit
 def optimistic_kernel(
-    queries, keys, values, result, log_sums, failed,
+    queries, near, keys, values, result, log_sums, failed,
     query_count, key_rows, key_count, heads, FEATURES: gl.constexpr, RUNNING: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """See ``optimistic_attention``. A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
-    Queries, keys and values are descriptors of ``[batch * tokens, heads * features]``; ``key_rows`` of them lie between the keys of
-    one sample and the next. ``failed`` ``[batch, heads, programs, GROUPS]`` becomes the number of rows to be attended to anew.
+    Queries, keys and values are descriptors of ``[batch * tokens, heads * features]``, ``near`` is one of keys in tiles as large as
+    those of queries; ``key_rows`` of them lie between the keys of one sample and the next. ``failed`` ``[batch, heads, programs, GROUPS]`` becomes the number of rows to be attended to anew.
     ``RUNNING`` says whether to have a running maximum, with which none is.
     """
     tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
+    NEAR: gl.constexpr = values.dtype == gl.float16 and not RUNNING
+    near_room = gl.allocate_shared_memory(near.dtype, [GROUPS if NEAR else 1, ROWS, FEATURES], near.layout)
     key_room = gl.allocate_shared_memory(keys.dtype, [STAGES, KEYS, FEATURES], keys.layout)
     value_room = gl.allocate_shared_memory(values.dtype, [STAGES, KEYS, FEATURES], values.layout)
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -179,14 +217,14 @@ def optimistic_kernel(
     failed += ((sample * heads + head) * gl.num_programs(0) + tile) * GROUPS
     gl.warp_specialize(
         [
-            (attend, (result, log_sums, failed, query_room, key_room, value_room, barriers,
+            (attend, (result, log_sums, failed, query_room, near_room, key_room, value_room, barriers,
                       row, query_count, key_count, heads, tiles, 0, FEATURES, RUNNING)),
-            (attend, (result, log_sums, failed + 1, query_room, key_room, value_room, barriers,
+            (attend, (result, log_sums, failed + 1, query_room, near_room, key_room, value_room, barriers,
                       row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, RUNNING)),
-            (attend, (result, log_sums, failed + 2, query_room, key_room, value_room, barriers,
+            (attend, (result, log_sums, failed + 2, query_room, near_room, key_room, value_room, barriers,
                       row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, RUNNING)),
-            (load, (queries, keys, values, query_room, key_room, value_room, barriers,
-                    sample * query_count + row, sample * key_rows, column, tiles)),
+            (load, (queries, near, keys, values, query_room, near_room, key_room, value_room, barriers,
+                    (sample * query_count + row, sample * key_rows + row), sample * key_rows, column, tiles, NEAR)),
         ],
         [4, 4, 1],
         [160, 160, 24],
