@@ -66,7 +66,7 @@ class Model:
     fp8: str = "off"
     """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
     step_cache: float = 0.0
-    """Change of the first block's work below which a step uses the other blocks' earlier work again; 0 never. See
+    """Change of the first block's work below which a step tells the other blocks' work from earlier steps; 0 never. See
     :class:`parallel_backend.cogvideox.step_cache.StepCache`."""
     loras: tuple[Lora, ...] = ()
     """All are added to the weights; their order changes nothing but rounding."""

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox.step_cache import StepCache
+from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.step_cache import LIMIT, StepCache, StepCaches
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
+from parallel_backend.plans import Plan
 
 from .conftest import TOLERANCE, demo_job
 
@@ -62,6 +65,20 @@ def test_a_step_that_is_spared_runs_one_block(job, local, plain):
     assert calls.count("worked") == (STEPS - count) * blocks + count
 
 
+def test_however_high_the_threshold_no_more_steps_in_a_row_are_spared(job, local):
+    whole = -(-STEPS // (LIMIT + 1))
+    assert reused(local.sample(cached(job, 2.0))) == (STEPS - whole, STEPS)
+
+
+def test_what_goes_on_is_nearer_than_what_stands_still(job, local, plain, monkeypatch):
+    calm = replace(job, scheduler="ddim", steps=2 * STEPS)  # no new noise, and steps near each other
+    exact, goes_on = local.sample(calm).tensor, local.sample(cached(calm, 0.1))
+    monkeypatch.setattr(StepCache, "_ahead", property(lambda cache: 0.0, lambda cache, value: None), raising=False)
+    stands_still = local.sample(cached(calm, 0.1))
+    assert reused(goes_on)[0] >= STEPS / 2 and reused(stands_still)[0] >= STEPS / 2
+    assert distance(goes_on.tensor, exact) < 0.6 * distance(stands_still.tensor, exact)
+
+
 @pytest.mark.parametrize("plan", ["cfg2", "ulysses2", "ring2", "cfg2-ulysses2"])
 def test_every_plan_takes_the_decisions_of_single(plan, job, local, start_group):
     group = start_group(plan)
@@ -75,9 +92,22 @@ def test_every_plan_takes_the_decisions_of_single(plan, job, local, start_group)
 
 def test_each_window_has_a_cache_of_its_own(job, local):
     long = replace(job, latent=empty_latent(width=64, height=48, frames=25), windows=Windows(17, 12))
-    count, forwards = reused(result := local.sample(cached(long, 0.15)))
+    count, forwards = reused(result := local.sample(cached(long, 0.1)))
     assert forwards == 2 * STEPS and count > 2
     assert distance(result.tensor, local.sample(long).tensor) < 0.5
+
+
+@pytest.mark.parametrize("schedule", ["static", "uniform"])
+def test_the_caches_of_all_windows_are_planned_for(schedule, job, local, monkeypatch):
+    seen = []
+    monkeypatch.setattr(StepCaches, "note", property(lambda caches: seen.extend(caches._caches.values())))
+    long = replace(job, latent=empty_latent(width=64, height=48, frames=25), windows=Windows(17, 12, schedule))
+    asked, checkpoint = cached(long, 0.15), Checkpoint.open(job.model.path)
+    local.sample(asked)
+    less, more = (memory.working_bytes(each, checkpoint, Plan(), torch.float32) for each in (long, asked))
+    kept = [[part.nbytes for part in vars(cache).values() if torch.is_tensor(part) and part.ndim == 3] for cache in seen]
+    assert len(seen) == {"static": 2, "uniform": 3}[schedule]
+    assert max(sum(map(sum, kept)), len(kept) * max(map(sum, kept))) == pytest.approx(more - less, rel=1e-6)
 
 
 def test_a_job_that_goes_on_says_that_its_cache_began_anew(job, local):
@@ -85,6 +115,67 @@ def test_a_job_that_goes_on_says_that_its_cache_began_anew(job, local):
     local.engine.run(cached(job, 0.3), lambda progress, steps: kept.append(progress) or True)
     notes = local.sample(replace(cached(job, 0.3), progress=kept[3])).report.notes
     assert any("began anew on the way" in note for note in notes)
+
+
+def run(cache: StepCache, change: torch.Tensor, added: torch.Tensor, real: int | None = None) -> torch.Tensor | None:
+    """A forward whose first block adds ``change`` and whose others ``added``: what comes of those where they were spared."""
+    cache.begin()
+    before = torch.zeros_like(change)
+    cache.after_first(before, before + change, change.shape[1] if real is None else real)
+    tokens = before + change + (0 if cache.reusing else added)
+    after = cache.after_last(tokens)
+    assert cache.reusing or torch.equal(after, tokens)
+    return after - change if cache.reusing else None
+
+
+def test_what_changes_evenly_is_told_exactly():
+    random = torch.Generator().manual_seed(0)
+    base, step, added, gain = (torch.randn(2, 9, 4, generator=random) for _ in range(4))
+    cache = StepCache(1.0, lambda tensor: tensor)
+    for time in (0, 5, 6, 7, 8, 13, 14):
+        found = run(cache, base + time * step, added + time * gain)
+        assert (found is None) == (time in (0, 5, 13))
+        assert found is None or (found - added - time * gain).abs().max() <= 1e-4
+
+
+def test_new_noise_in_a_step_is_no_way_along_the_line():
+    random = torch.Generator().manual_seed(2)
+    cache = StepCache(1.0, lambda tensor: tensor)
+    early, late, later = (size + torch.randn(2, 200, 4, generator=random) for size in (1, 10, 10))
+    for change, added in ((early, 0.0), (late, 1.0)):
+        assert run(cache, change, torch.full_like(change, added)) is None
+    assert run(cache, later, late).sub(1).abs().max() < 0.05
+
+
+def test_it_is_the_rule_that_is_stated():
+    """Against the rule written down once more, over a walk with padding."""
+    random = torch.Generator().manual_seed(1)
+    cache, whole, in_a_row, spared = StepCache(0.2, lambda tensor: tensor), [], 0, 0
+    change, added = (torch.randn(2, 12, 3, generator=random) for _ in range(2))
+    for _ in range(60):
+        size = 0.4 * torch.rand((), generator=random)
+        change = change + size * (torch.randn(2, 12, 3, generator=random) + 0.3)
+        added = added + size * torch.randn(2, 12, 3, generator=random)
+        found = run(cache, change, added, real=10)
+        last, rest = whole[-1] if whole else (None, None)
+        if whole and in_a_row < LIMIT and (change - last)[:, :10].abs().sum() < 0.2 * last[:, :10].abs().sum():
+            before, rest_before = whole[-2] if len(whole) > 1 else (0 * last, 0 * rest)
+            gained, moved = (last - before)[:, :10], (change - last)[:, :10]
+            ahead = ((moved * gained).sum() / gained.square().sum()).clamp(0, LIMIT)
+            assert (found - rest - ahead * (rest - rest_before)).abs().max() <= 1e-4
+            in_a_row, spared = in_a_row + 1, spared + 1
+        else:
+            assert found is None
+            whole.append((change, added))
+            in_a_row = 0
+    assert 30 < spared < 45
+
+
+def test_a_first_block_that_stands_still_tells_no_direction():
+    cache = StepCache(0.5, lambda tensor: tensor)
+    for time in range(2 * LIMIT + 2):
+        found = run(cache, torch.ones(1, 4, 2), torch.full((1, 4, 2), float(time)))
+        assert found is None or (found == (time // (LIMIT + 1)) * (LIMIT + 1)).all()
 
 
 def test_small_changes_add_up():

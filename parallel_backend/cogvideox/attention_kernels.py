@@ -65,11 +65,10 @@ def bring_rows(queries, near, query_room, near_room, loaded, row, own, column, G
 
 @gluon.jit
 def largest_near(query, keys, dtype: gl.constexpr, rows_in: gl.constexpr):
-    """The largest score of each query to some keys, in float32."""
-    rows: gl.constexpr = query.shape[0]
+    """The largest score of each query to as many keys, in float32."""
     depth: gl.constexpr = 256 // keys.dtype.primitive_bitwidth
-    scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, keys.shape[0], depth])
-    nothing = gl.zeros([rows, keys.shape[0]], dtype, scores_in)
+    scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, depth])
+    nothing = gl.zeros([ROWS, ROWS], dtype, scores_in)
     scores = warpgroup_mma(query, keys.permute((1, 0)), nothing, use_acc=False)
     return gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
 

@@ -89,13 +89,13 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     if not isinstance(job, SampleJob | WindowJob):
         return vae.working_bytes(job, dtype)
     batch, frames, height, width = forward_size(job, checkpoint)
-    windows = 0 if isinstance(job, WindowJob) else len(Layout.of(job, checkpoint).at(0))
+    windows = 0 if isinstance(job, WindowJob) else len(Layout.of(job, checkpoint).starts(job.steps_to_run))
     if plan.replicas > 1:
         batch = 1  # each replica has one video at a time
     halves = 2 // plan.cfg if job.guided else 1
     tokens = (checkpoint.tokens(frames, height, width) + checkpoint.text_tokens) // plan.sequence
-    factor = working_factor(plan) + (step_cache.STATES if job.model.step_cache else 0)
-    factor += windows * kept_factor(plan, checkpoint.layers)
+    kept = kept_factor(plan, checkpoint.layers) + (step_cache.STATES if job.model.step_cache else 0)
+    factor = working_factor(plan) + windows * kept
     states = int(factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize)
     if plan.fsdp == 1:
         return states

@@ -1,21 +1,28 @@
-"""First-block step cache: while the first block does nearly what it did at an earlier step, what the others added then is
-added again instead of computed. From ParaAttention's and TeaCache's observation that neighbouring steps resemble each other.
+"""First-block step cache: while the first block does nearly what it did at an earlier step, what the others would add is told
+from what they added then. From ParaAttention's and TeaCache's observation that neighbouring steps resemble each other, and from
+TaylorSeer's that what is added goes on as it went.
 """
 
 from collections.abc import Callable
 
 import torch
 
-STATES = 3
-"""Tensors as large as a rank's tokens that a cache holds at most while a forward runs."""
+STATES = 4
+"""Tensors as large as a rank's tokens that a cache holds at most while blocks run."""
+LIMIT = 3
+"""Steps in a row that are spared at most, however high the threshold: cache-dit's ``max_continuous_cached_steps``. Measured in
+benchmarks/NOTES.md."""
 
 
 class StepCache:
     """What one window's forwards have in common. Lives as long as its job.
 
+    What the other blocks add is told from the line through what they added in the last two forwards that ran whole. How far along
+    it, the first block's work says, by least squares: where a step's new noise is most of what changes, that is hardly any way.
+
     Args:
         threshold: relative change of the first block's work, in L1 norm over all tokens of all ranks, below which the other
-            blocks' work is used again. It is measured from the last forward that ran whole, so small changes add up.
+            blocks do not run. It is measured from the last forward that ran whole, so small changes add up.
         total: sums a tensor over all ranks, so that all take the same decision.
     """
 
@@ -25,7 +32,13 @@ class StepCache:
         self.reusing = False
         """Whether blocks after the first have nothing to do in this forward."""
         self.forwards = self.reused = 0
-        self._first = self._start = self._rest = None
+        self._in_a_row = 0
+        self._ahead = 0.0
+        """Of the last whole forward on the line, in its distance from the one before it."""
+        self._first = self._rest = 0.0
+        """What the first block and the others added in the last whole forward; before it, nothing."""
+        self._first_gained = self._rest_gained = self._start = None
+        """Over the whole forward before that; and what the others start from in one that is under way."""
 
     def begin(self) -> None:
         """A forward starts: the first block always runs."""
@@ -35,19 +48,26 @@ class StepCache:
     def after_first(self, before: torch.Tensor, after: torch.Tensor, real: int) -> None:
         """Decides, from tokens ``[batch, tokens, features]`` before and after the first block, the first ``real`` of them no padding."""
         change = after - before
-        if self._rest is not None:
-            earlier, now = self._first[:, :real].float(), change[:, :real].float()
-            difference, size = self.total(torch.stack([(now - earlier).abs().sum(), earlier.abs().sum()])).tolist()
-            self.reusing = difference < self.threshold * size
+        if self.forwards > 1:
+            earlier, gained = (part[:, :real].float() for part in (self._first, self._first_gained))
+            moved = change[:, :real].float() - earlier
+            products = (moved.flatten() @ gained.flatten(), gained.flatten() @ gained.flatten())
+            sums = torch.stack([moved.abs().sum(), earlier.abs().sum(), *products])
+            difference, size, along, length = self.total(sums).tolist()
+            self.reusing = self._in_a_row < LIMIT and difference < self.threshold * size
+            self._ahead = min(max(along / length, 0.0), LIMIT) if length else 0.0
         if not self.reusing:
+            self._first_gained, self._rest_gained = change - self._first, None
             self._first, self._start = change, after
 
     def after_last(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the blocks have made of the tokens, given what came out of the last one."""
         if self.reusing:
             self.reused += 1
-            return tokens + self._rest
-        self._rest, self._start = tokens - self._start, None
+            self._in_a_row += 1
+            return tokens + self._rest.add(self._rest_gained, alpha=self._ahead)
+        rest, self._start = tokens - self._start, None
+        self._rest, self._rest_gained, self._in_a_row = rest, rest - self._rest, 0
         return tokens
 
 
@@ -76,4 +96,4 @@ class StepCaches:
         if self.threshold == 0:
             return None
         reused, forwards = (sum(getattr(cache, name) for cache in self._caches.values()) for name in ("reused", "forwards"))
-        return f"step cache {self.threshold:g}: {reused} of {forwards} forwards used an earlier one's blocks again"
+        return f"step cache {self.threshold:g}: {reused} of {forwards} forwards ran their first block only"

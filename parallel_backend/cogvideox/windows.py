@@ -100,6 +100,10 @@ class Layout:
             Window(start, tuple(weight / total[start + place] for place, weight in enumerate(ramp))) for start in starts
         )
 
+    def starts(self, steps: int) -> set[int]:
+        """Where windows begin in any of so many steps."""
+        return {window.start for step in range(steps) for window in self.at(step)}
+
     def noise_order(self, generator: torch.Generator) -> list[int]:
         """For each frame the one whose noise it gets.
 
