@@ -327,7 +327,7 @@ class Engine:
             if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
                 trials.beside(
                     partial(self._why_not_compiled, checkpoint, dtype),
-                    partial(attention.prepare, self.device, dtype, checkpoint.head_dim),
+                    partial(attention.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
                 )
 
         home = torch.device("cpu") if in_parts else self.device

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_backend.cogvideox import attention, kernels
+from parallel_backend.cogvideox import attention, attention_fp8, kernels
 from parallel_backend.cogvideox.trials import once
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -72,7 +72,9 @@ def test_a_person_hears_what_attends_instead(monkeypatch):
     assert attention.note(CPU, torch.float32, 64, fp8=False) is None  # for which neither is made
     monkeypatch.setattr(attention, "why_not_own", lambda device, dtype: None)
     assert attention.attention_of(*kind) is attention.attention_of(*half) is attention.attend_own
-    assert attention.note(*kind, fp8=True) is None
+    for reason, said in ((None, None), ("no", "attention's values are not in FP8, which is slower: no")):
+        monkeypatch.setattr(attention_fp8, "why_not", lambda device, reason=reason: reason)
+        assert attention.note(*kind, fp8=True) == said and attention.note(*kind, fp8=False) is None
     assert attention.attention_of(CPU, torch.bfloat16, 48) is attention.attend_flash
 
 

@@ -26,8 +26,6 @@ NEAR = 0.02
 """How far the kernels may be from float32, relative, to be used; bf16 is about 0.004 from it."""
 TOO_OFTEN = 0.05
 """Share of the work that may be done twice: twice as slow then, it costs as much as a running maximum (7.6 ms to 6.85, NOTES)."""
-VALUES_IN_FP8 = False
-"""Whether values are rounded to e4m3 too where queries and keys are, and :func:`.attention_fp8.why_not` has nothing against it."""
 WORTH_SAYING = 0.01
 """Share of the work that is done twice, from which on a person hears of it."""
 
@@ -165,11 +163,13 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
     from . import attention_kernels as own
 
-    if VALUES_IN_FP8 and query.dtype == FP8:
+    pieces = pieces_on(query.device)
+    if query.dtype == FP8:
         from . import attention_fp8
 
-        if attention_fp8.why_not(query.device, value.dtype) is None:
-            return attention_fp8.attend_in_fp8(query, key, value)
+        if attention_fp8.why_not(query.device) is None:
+            variant = attention_fp8.CAREFUL if pieces.needs_maximum else attention_fp8.USUAL
+            return attention_fp8.attend_in_fp8(query, key, value, variant)
     query = query.contiguous()
     batch, tokens, heads, features = query.shape
     between = rows_between(key)
@@ -185,7 +185,6 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         *(in_tiles(key, between, count) for count in (rows, keys)),
         in_tiles(value, between, keys),
     )
-    pieces = pieces_on(query.device)
     own.optimistic_kernel[(programs, heads, batch)](
         *tiles, result, log_sums, failed, tokens, between, key.shape[1], heads,
         FEATURES=features, RUNNING=pieces.needs_maximum, num_warps=4,
@@ -218,10 +217,10 @@ def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def prepare(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool = False) -> None:
     """Tries, where such tensors are what the kernels are made for, whether they can be made: a few seconds that are better spent beside
     something else."""
-    is_own(device, dtype, head_dim)
+    note(device, dtype, head_dim, fp8=fp8)
 
 
 def attend_own(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -264,10 +263,18 @@ def for_blocks(states: torch.Tensor, head_dim: int, *, fp8: bool) -> tuple[Atten
     return attention_of(*kind), {"base_two": own, "fp8": own and fp8}
 
 
+def note_of_values(device: torch.device) -> str | None:
+    """For a person: why attention in FP8 has values in 16 bits, or None."""
+    from . import attention_fp8
+
+    reason = attention_fp8.why_not(device)
+    return f"attention's values are not in FP8, which is slower: {reason}" if reason else None
+
+
 def note(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool) -> str | None:
     """For a person: what else attends where the kernels cannot, or None."""
     if is_own(device, dtype, head_dim):
-        return None
+        return note_of_values(device) if fp8 else None
     reason = why_not_own(device, dtype) if is_for_own(device, dtype, head_dim) else None
     if fp8:
         because = f": {reason}" if reason else ""
