@@ -168,8 +168,7 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         from . import attention_fp8
 
         if attention_fp8.why_not(query.device) is None:
-            variant = attention_fp8.CAREFUL if pieces.needs_maximum else attention_fp8.USUAL
-            return attention_fp8.attend_in_fp8(query, key, value, variant)
+            return attention_fp8.attend_in_fp8(query, key, value, raises=pieces.needs_maximum)
     query = query.contiguous()
     batch, tokens, heads, features = query.shape
     between = rows_between(key)

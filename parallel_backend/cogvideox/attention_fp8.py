@@ -1,7 +1,5 @@
 """Attention whose two products are both e4m3, by :mod:`.attention_fp8_kernels`."""
 
-from dataclasses import asdict, dataclass
-
 import torch
 
 from ..errors import first_line
@@ -11,26 +9,6 @@ from .trials import once
 
 ROWS, STEPS = 64, 8
 """Tokens that a program surveys at a time, and how many times."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to compute it."""
-
-    keys: int = 128
-    """Of a tile; a power of two."""
-    groups: int = 3
-    """Groups of warps of a program, 2 or 3."""
-    stages: int = 2
-    """Tiles in shared memory."""
-    raises: bool = False
-    """Whether references are raised; else rows whose probabilities become too large are attended to twice."""
-    overlaps: bool = True
-    """Whether a tile's second product runs beside the next one's probabilities, not beside its first product."""
-
-
-USUAL, CAREFUL = Variant(), Variant(raises=True)
-"""The fastest way, and the fastest one where its references are often too low."""
 
 
 def in_places(value: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,14 +54,14 @@ def in_tiles_of(places: torch.Tensor, keys: int):
 
 
 def attend_in_fp8(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, variant: Variant = USUAL
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, raises: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention, and its log-sum-exp: see :func:`.attention.own_attention`.
 
     Args:
         query, key: in e4m3.
         value: in bfloat16 or float16.
-        variant: how.
+        raises: whether references are raised, where they are often too low otherwise.
     """
     import triton
 
@@ -97,21 +75,21 @@ def attend_in_fp8(
         key, between = key.contiguous(), key.shape[1]
     if rows_between(value) is None:
         value = value.contiguous()
-    places, scales, centers = in_places(value, variant.keys)
+    rows, keys, groups = kernels.ROWS.value, kernels.KEYS.value, kernels.GROUPS.value
+    places, scales, centers = in_places(value, keys)
     result = torch.empty_like(query, dtype=value.dtype)
     log_sums = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-    rows = kernels.ROWS.value
-    programs = triton.cdiv(tokens, rows * variant.groups)
-    failed = query.new_empty(batch * heads * programs * variant.groups, dtype=torch.int32)
-    of_keys = (in_tiles(key, between, count) for count in (rows, variant.keys))
-    tiles = (in_tiles(query, tokens, rows), *of_keys, in_tiles_of(places, variant.keys))
+    programs = triton.cdiv(tokens, rows * groups)
+    failed = query.new_empty(batch * heads * programs * groups, dtype=torch.int32)
+    of_keys = (in_tiles(key, between, count) for count in (rows, keys))
+    tiles = (in_tiles(query, tokens, rows), *of_keys, in_tiles_of(places, keys))
     kernels.fp8_kernel[(programs, heads, batch)](
         *tiles, result, log_sums, failed, scales, centers, tokens, between, key.shape[1], heads,
-        FEATURES=features, num_warps=4, **{name.upper(): choice for name, choice in asdict(variant).items()},
+        FEATURES=features, RAISES=raises, num_warps=4,
     )  # fmt: skip
     pieces = pieces_on(query.device)
     pieces.all += len(failed)
-    careful_kernel[(programs * variant.groups, heads, batch)](
+    careful_kernel[(programs * groups, heads, batch)](
         query, key, value, result, log_sums, failed, pieces.twice, tokens, key.shape[1], heads,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], FEATURES=features, ROWS=rows, KEYS=64, num_warps=4,
     )  # fmt: skip
@@ -127,8 +105,8 @@ def why_not(device: torch.device) -> str | None:
         states = [torch.randn(1, tokens, 2, HEAD_DIM, device=device, generator=generator) for tokens in (200, 700, 700)]
         exact = attend_torch(*states)
         factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
-        for variant in (USUAL, CAREFUL):
-            found, _ = attend_in_fp8(*in_fp8(states[0] * factor, states[1]), states[2].bfloat16(), variant)
+        for raises in (False, True):
+            found, _ = attend_in_fp8(*in_fp8(states[0] * factor, states[1]), states[2].bfloat16(), raises=raises)
             if not ((found - exact).norm() <= 6 * NEAR * exact.norm()):  # not a number is not near either
                 return "its results are wrong with this version of Triton"
     except Exception as error:  # Triton may be absent, or have other words for the same; each fails in its own way

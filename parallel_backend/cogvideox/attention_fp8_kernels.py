@@ -19,14 +19,9 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .attention_kernels import LN_2, ROWS, bring, bring_rows, largest_near
+from .attention_kernels import GROUPS, KEYS, LN_2, ROWS, STAGES, largest_near, load, make_barriers
 
 START, RAISED = tl.constexpr(4.0), tl.constexpr(7.0)
 """Log of what the first tile's largest probability becomes, and of what the largest one or a thread's sum does where a reference is raised."""
@@ -92,7 +87,7 @@ def add_codes(codes):
     rows: gl.constexpr = codes.shape[0]
     left, right = left_and_right(codes)
     sums = gl.inline_asm_elementwise(DECODE_AND_ADD, "=&r,=&r,r,r", [left, right], dtype=gl.float16, is_pure=True, pack=4)
-    for _ in gl.static_range(3 if codes.shape[1] == 256 else 2 if codes.shape[1] == 128 else 1):
+    for _ in gl.static_range(2):
         left, right = left_and_right(sums)
         sums = add_words(left, right)
     gl.static_assert(sums.shape[1] == 16)
@@ -147,33 +142,13 @@ def multiply(words, values, like, weights_in: gl.constexpr):
 
 
 @gluon.jit
-def load(
-    queries, near, keys, values, query_room, near_room, key_room, value_room, barriers, row, first, column, feature, tiles,
-    KEYS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """One warp that has the copy engine bring tiles; the last one, which may be short, comes first."""
-    loaded, keys_in, keys_out, values_in, values_out = barriers
-    bring_rows(queries, near, query_room, near_room, loaded, row[0], row[1], column, GROUPS, True)
-    for tile in range(tiles):
-        stage, phase = tile % STAGES, tile // STAGES & 1
-        start = gl.where(tile == 0, tiles - 1, tile - 1) * KEYS
-        mbarrier.wait(keys_out.index(stage), phase ^ 1)
-        mbarrier.expect(keys_in.index(stage), keys.block_type.nbytes)
-        bring(keys, [first + start, column], keys_in.index(stage), key_room.index(stage))
-        mbarrier.wait(values_out.index(stage), phase ^ 1)
-        mbarrier.expect(values_in.index(stage), values.block_type.nbytes)
-        bring(values, [feature, start], values_in.index(stage), value_room.index(stage))
-
-
-@gluon.jit
 def attend(
     result, log_sums, failed, scales, centers, query_room, near_room, key_room, value_room, barriers,
     row, rows, key_count, heads, tiles,
-    GROUP: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr, RAISES: gl.constexpr, OVERLAPS: gl.constexpr,
+    GROUP: gl.constexpr, FEATURES: gl.constexpr, RAISES: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its rows to all keys."""
     loaded, keys_in, keys_out, values_in, values_out = barriers
-    KEYS: gl.constexpr = key_room.shape[1]
     scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     sums_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 32])
     weights_in: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_in, k_width=4)
@@ -198,20 +173,15 @@ def attend(
     mbarrier.wait(keys_in.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
     for tile in range(1, tiles):
         stage, before, after = tile % STAGES, (tile - 1) % STAGES, (tile + 1) % STAGES
-        if not OVERLAPS:
-            mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
-            part = multiply(words, value_room.index(before), sums, weights_in)
         # Only a product that is waited for at once leaves two fp16 in a register, with Triton.
         scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False)
-        if OVERLAPS:
-            mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
-            part = multiply(words, value_room.index(before), sums, weights_in)
+        mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
+        part = multiply(words, value_room.index(before), sums, weights_in)
         words, added = make_codes(scores, reference, weights_in)
         # The branch in this wait keeps this tile's work before the next one, beside the product that is under way.
         mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
         part, added, words = warpgroup_mma_wait(0, deps=[part, added, words])
-        if OVERLAPS:
-            words ^= nought
+        words ^= nought
         mbarrier.arrive(values_out.index(before))
         sums += part
         if RAISES:
@@ -257,38 +227,20 @@ def attend(
 def fp8_kernel(
     queries, near, keys, values, result, log_sums, failed, scales, centers,
     query_count, key_rows, key_count, heads,
-    FEATURES: gl.constexpr, KEYS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    RAISES: gl.constexpr, OVERLAPS: gl.constexpr, num_warps: gl.constexpr,
+    FEATURES: gl.constexpr, RAISES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Attention in e4m3. A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
-    Queries, ``near`` and keys are descriptors of ``[batch * tokens, heads * features]``, ``near`` of keys in tiles of queries; ``key_rows`` of them lie between the keys of one
-    sample and the next. Values are a descriptor of ``[batch * heads * features, tokens]`` as :func:`transpose_kernel` makes them,
-    with ``scales`` and ``centers`` ``[batch, heads, features]``. ``failed`` ``[batch, heads, programs, GROUPS]`` becomes the number of
-    rows to be attended to anew.
-
-    Args:
-        RAISES: whether references are raised; rows whose probabilities are too large fail else.
-        OVERLAPS: whether a second product runs beside the next tile's probabilities, not beside its first product.
+    See :func:`.attention_kernels.optimistic_kernel`; but values are a descriptor of ``[batch * heads * features, tokens]`` as
+    :func:`transpose_kernel` makes them, with ``scales`` and ``centers`` ``[batch, heads, features]``. ``RAISES`` says whether references
+    are raised; rows whose probabilities are too large fail else.
     """
     tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
     near_room = gl.allocate_shared_memory(near.dtype, [GROUPS, ROWS, FEATURES], near.layout)
     key_room = gl.allocate_shared_memory(keys.dtype, [STAGES, KEYS, FEATURES], keys.layout)
     value_room = gl.allocate_shared_memory(values.dtype, [STAGES, FEATURES, KEYS], values.layout)
-    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    keys_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    keys_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(loaded, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(keys_in.index(stage), count=1)
-        mbarrier.init(keys_out.index(stage), count=GROUPS)
-        mbarrier.init(values_in.index(stage), count=1)
-        mbarrier.init(values_out.index(stage), count=GROUPS)
-    fence_async_shared()
-    barriers = (loaded, keys_in, keys_out, values_in, values_out)
+    barriers = make_barriers()
     of_head = sample * heads + head
     row, tiles, column = tile * (GROUPS * ROWS), gl.cdiv(key_count, KEYS), head * FEATURES
     result += (sample.to(gl.int64) * query_count * heads + head) * FEATURES
@@ -296,34 +248,20 @@ def fp8_kernel(
     failed += (of_head * gl.num_programs(0) + tile) * GROUPS
     scales += of_head * FEATURES
     centers += of_head * FEATURES
-    if GROUPS == 3:
-        gl.warp_specialize(
-            [
-                (attend, (result, log_sums, failed, scales, centers, query_room, near_room, key_room, value_room, barriers,
-                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, RAISES, OVERLAPS)),
-                (attend, (result, log_sums, failed + 1, scales, centers, query_room, near_room, key_room, value_room, barriers,
-                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, RAISES, OVERLAPS)),
-                (attend, (result, log_sums, failed + 2, scales, centers, query_room, near_room, key_room, value_room, barriers,
-                          row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, STAGES, RAISES, OVERLAPS)),
-                (load, (queries, near, keys, values, query_room, near_room, key_room, value_room, barriers,
-                        (sample * query_count + row, sample * key_rows + row), sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (attend, (result, log_sums, failed, scales, centers, query_room, near_room, key_room, value_room, barriers,
-                          row, query_count, key_count, heads, tiles, 0, FEATURES, STAGES, RAISES, OVERLAPS)),
-                (attend, (result, log_sums, failed + 1, scales, centers, query_room, near_room, key_room, value_room, barriers,
-                          row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, STAGES, RAISES, OVERLAPS)),
-                (load, (queries, near, keys, values, query_room, near_room, key_room, value_room, barriers,
-                        (sample * query_count + row, sample * key_rows + row), sample * key_rows, column, of_head * FEATURES, tiles, KEYS, GROUPS, STAGES)),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (attend, (result, log_sums, failed, scales, centers, query_room, near_room, key_room, value_room, barriers,
+                      row, query_count, key_count, heads, tiles, 0, FEATURES, RAISES)),
+            (attend, (result, log_sums, failed + 1, scales, centers, query_room, near_room, key_room, value_room, barriers,
+                      row + ROWS, query_count, key_count, heads, tiles, 1, FEATURES, RAISES)),
+            (attend, (result, log_sums, failed + 2, scales, centers, query_room, near_room, key_room, value_room, barriers,
+                      row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, RAISES)),
+            (load, (queries, near, keys, values, query_room, near_room, key_room, value_room, barriers,
+                    (sample * query_count + row, sample * key_rows + row), sample * key_rows, column, of_head * FEATURES, tiles, True, True)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )  # fmt: skip
 
 
 @triton.jit

@@ -54,13 +54,21 @@ def add_columns(values):
 
 
 @gluon.jit
-def bring_rows(queries, near, query_room, near_room, loaded, row, own, column, GROUPS: gl.constexpr, NEAR: gl.constexpr):
-    """Has the copy engine bring each group its queries, and where asked for the keys that stand where they do."""
-    mbarrier.expect(loaded, GROUPS * ((1 + NEAR) * queries.block_type.nbytes))
-    for group in gl.static_range(GROUPS):
-        bring(queries, [row + group * ROWS, column], loaded, query_room.index(group))
-        if NEAR:
-            bring(near, [own + group * ROWS, column], loaded, near_room.index(group))
+def make_barriers():
+    """For queries, and for tiles of keys and values that are in shared memory or out of it."""
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    keys_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(loaded, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(keys_in.index(stage), count=1)
+        mbarrier.init(keys_out.index(stage), count=GROUPS)
+        mbarrier.init(values_in.index(stage), count=1)
+        mbarrier.init(values_out.index(stage), count=GROUPS)
+    fence_async_shared()
+    return loaded, keys_in, keys_out, values_in, values_out
 
 
 @gluon.jit
@@ -75,33 +83,29 @@ def largest_near(query, keys, dtype: gl.constexpr, rows_in: gl.constexpr):
 
 @gluon.jit
 def load(
-    queries,
-    near,
-    keys,
-    values,
-    query_room,
-    near_room,
-    key_room,
-    value_room,
-    barriers,
-    row,
-    first,
-    column,
-    tiles,
-    NEAR: gl.constexpr,
-):
-    """One warp that has the copy engine bring tiles; the last one, which may be short, comes first."""
+    queries, near, keys, values, query_room, near_room, key_room, value_room, barriers, row, first, column, feature, tiles,
+    NEAR: gl.constexpr, TURNED: gl.constexpr,
+):  # fmt: skip
+    """One warp that has the copy engine bring queries, where asked for the keys near them, and tiles of keys and values; the last one,
+    which may be short, comes first."""
     loaded, keys_in, keys_out, values_in, values_out = barriers
-    bring_rows(queries, near, query_room, near_room, loaded, row[0], row[1], column, GROUPS, NEAR)
+    mbarrier.expect(loaded, GROUPS * ((1 + NEAR) * queries.block_type.nbytes))
+    for group in gl.static_range(GROUPS):
+        bring(queries, [row[0] + group * ROWS, column], loaded, query_room.index(group))
+        if NEAR:
+            bring(near, [row[1] + group * ROWS, column], loaded, near_room.index(group))
     for tile in range(tiles):
         stage, phase = tile % STAGES, tile // STAGES & 1
-        start = first + gl.where(tile == 0, tiles - 1, tile - 1) * KEYS
+        start = gl.where(tile == 0, tiles - 1, tile - 1) * KEYS
         mbarrier.wait(keys_out.index(stage), phase ^ 1)
         mbarrier.expect(keys_in.index(stage), keys.block_type.nbytes)
-        bring(keys, [start, column], keys_in.index(stage), key_room.index(stage))
+        bring(keys, [first + start, column], keys_in.index(stage), key_room.index(stage))
         mbarrier.wait(values_out.index(stage), phase ^ 1)
         mbarrier.expect(values_in.index(stage), values.block_type.nbytes)
-        bring(values, [start, column], values_in.index(stage), value_room.index(stage))
+        if TURNED:
+            bring(values, [feature, start], values_in.index(stage), value_room.index(stage))
+        else:
+            bring(values, [first + start, column], values_in.index(stage), value_room.index(stage))
 
 
 @gluon.jit
@@ -197,19 +201,7 @@ def optimistic_kernel(
     near_room = gl.allocate_shared_memory(near.dtype, [GROUPS if NEAR else 1, ROWS, FEATURES], near.layout)
     key_room = gl.allocate_shared_memory(keys.dtype, [STAGES, KEYS, FEATURES], keys.layout)
     value_room = gl.allocate_shared_memory(values.dtype, [STAGES, KEYS, FEATURES], values.layout)
-    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    keys_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    keys_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(loaded, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(keys_in.index(stage), count=1)
-        mbarrier.init(keys_out.index(stage), count=GROUPS)
-        mbarrier.init(values_in.index(stage), count=1)
-        mbarrier.init(values_out.index(stage), count=GROUPS)
-    fence_async_shared()
-    barriers = (loaded, keys_in, keys_out, values_in, values_out)
+    barriers = make_barriers()
     row, tiles, column = tile * (GROUPS * ROWS), gl.cdiv(key_count, KEYS), head * FEATURES
     result += (sample.to(gl.int64) * query_count * heads + head) * FEATURES
     log_sums += (sample * heads + head) * query_count
@@ -223,7 +215,7 @@ def optimistic_kernel(
             (attend, (result, log_sums, failed + 2, query_room, near_room, key_room, value_room, barriers,
                       row + 2 * ROWS, query_count, key_count, heads, tiles, 2, FEATURES, RUNNING)),
             (load, (queries, near, keys, values, query_room, near_room, key_room, value_room, barriers,
-                    (sample * query_count + row, sample * key_rows + row), sample * key_rows, column, tiles, NEAR)),
+                    (sample * query_count + row, sample * key_rows + row), sample * key_rows, column, column, tiles, NEAR, False)),
         ],
         [4, 4, 1],
         [160, 160, 24],
