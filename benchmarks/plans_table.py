@@ -24,6 +24,8 @@ OLDER = (WAITING, *FLASH_3)
 """Of versions that waited in every step for the host (NOTES), and had cuDNN's attention in fp16."""
 WAITED_FOR_FLAGS = (WAITING, FLASH_3[0])
 """Of those in which one rank's attention held up the flags that another one waited for, with Ulysses."""
+NEWEST = "h200-kernels.json"
+"""Of a version with kernels of its own between products, and values in FP8 too (NOTES); before it they were in 16 bits."""
 CUDNN_FP16 = {"H100": 423e12, "H200": 436e12}
 """Its operations a second."""
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
@@ -104,12 +106,16 @@ def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
         work = replace(work, dtype="fp16")
     if file == "h200x2.json":  # of a version that compiled nothing and had cuDNN's attention
         return replace(work, compile="off"), replace(KNOWN["H200"], attention=CUDNN_FP16["H200"])
-    machine, rows = KNOWN["H100"], json.loads((RESULTS / file).read_text())
+    machine, rows = KNOWN[file[:4].upper()], json.loads((RESULTS / file).read_text())
     faster = median(each["peak_tflops"] for each in rows) * 1e12 / machine.matrix
+    if file != NEWEST:
+        machine = replace(machine, attention_fp8=285 / 256)
     if file in FLASH_3:
         machine = replace(machine, attention=554e12, attention_fp8=651 / 571)
     if file in OLDER:
         machine = replace(machine, attention_fp16=CUDNN_FP16["H100"])
+    if file != NEWEST and work.dtype == "fp16" and fp8 != "off":
+        machine = replace(machine, attention=machine.attention_fp16)
     rates = {name: getattr(machine, name) * faster for name in ("matrix", "attention", "attention_fp16")}
     return work, replace(machine, **rates)
 

@@ -28,7 +28,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a checkpoint folder in diffusers layout, or demo")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--offload", choices=OFFLOADS, default="auto", help="where weights wait between uses")
-    parser.add_argument("--compile", choices=COMPILES, default="auto", help="the transformer's blocks, on a GPU: faster steps")
+    parser.add_argument("--compile", choices=COMPILES, default="auto", help="kernels for this GPU: faster steps")
     parser.add_argument("--fp8", choices=FP8S, default="off", help="what is rounded to FP8: faster and smaller, another video")
     parser.add_argument(
         "--step-cache",

@@ -27,8 +27,8 @@ PATCH_SECONDS = 0.65e-3
 """For each patch of a pipeline in each block, whose kernels are small: between ``pipefusion2`` of 2b in h100x2.json (0.55 ms) and of
 5b in h100x2-flash3.json (0.9)."""
 LAUNCH_SECONDS = 1.1e-3
-"""That the host takes to ask for what is between two cuts of a block, which the device does not wait for unless it is done sooner:
-assumed. With two GPUs it never was."""
+"""That the host takes to ask for a block, which the device does not wait for unless it is done sooner: 0.8 to 1.4 ms (NOTES). As much is
+assumed for each exchange in it; with two GPUs the device was never done sooner."""
 ULYSSES_EXPOSED, COPIED = 0.5, 60e9
 """Of what Ulysses sends, what attention cannot hide where ranks write into each other's memory, which is assumed of links as fast as
 that: the first of two parts, and the results of the last."""
@@ -231,7 +231,7 @@ def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:
 def computation(plan: Plan, work: Work, machine: Machine) -> float:
     """Seconds that a rank computes in a step."""
     matrix, attention = machine.matrix * MATRIX_SHARE, machine.attention * ATTENTION_SHARE
-    if work.dtype == "fp16" and machine.attention_fp16:
+    if work.dtype == "fp16" and work.fp8 == "off" and machine.attention_fp16:  # what comes out of products in FP8 is bf16
         attention = machine.attention_fp16 * ATTENTION_SHARE
     if work.fp8 != "off":
         matrix *= machine.matrix_fp8
@@ -278,7 +278,7 @@ def stage_layers(plan: Plan, layers: int) -> int:
 
 
 def cuts(plan: Plan) -> int:
-    """Places in a block where what is compiled is cut, for ranks to exchange something."""
+    """Places in a block where ranks exchange something."""
     return 2 * (plan.tensor > 1) + (plan.ring if plan.ring > 1 else plan.ulysses > 1 or plan.pipefusion > 1)
 
 

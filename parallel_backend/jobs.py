@@ -61,8 +61,7 @@ class Model:
     offload: str = "auto"
     """Where weights wait between uses; ``auto`` decides by free memory."""
     compile: str = "auto"
-    """Whether blocks are compiled, and kernels of the VAE; ``auto`` on a GPU whose memory the weights are in, for all but small
-    models and pictures."""
+    """Whether blocks and the VAE have kernels that are compiled for the device; ``auto`` on a GPU, for all but small models and pictures."""
     fp8: str = "off"
     """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
     step_cache: float = 0.0

@@ -42,12 +42,13 @@ def data_sheet(name: str, teraflops: float, bandwidth: float, gib: int | None, l
 
 
 HOPPER = {
-    "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": 1.75, "attention_fp8": 285 / 256,
+    "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": 1.75, "attention_fp8": 1.36,
     "rates_from": "the table of known GPUs, measured", "link_from": "assumed for NVLink",
 }  # fmt: skip
-"""FP8: products from ``fp8`` of h100x2.json (0.1 s of a half less), attention from a half's two profiles (NOTES)."""
+"""FP8: products from ``fp8`` of h100x2.json (0.1 s of a half less), attention from ``fp8`` and ``fp8-all`` of h200-kernels.json, where it
+took 0.56 s of a step in bf16 (NOTES)."""
 KNOWN = {
-    "H200": Machine("H200", 790e12, 671e12, 4.8e12, attention_fp16=584e12, free=140 * GIB, **HOPPER),
+    "H200": Machine("H200", 787e12, 640e12, 4.8e12, attention_fp16=567e12, free=140 * GIB, **HOPPER),
     "H100": Machine("H100", 767e12, 651e12, 3.35e12, attention_fp16=567e12, free=79 * GIB, **HOPPER),
     "A100": data_sheet("A100", 312, 2.0e12, 79, "nvlink", fp8=False),
     "L40S": data_sheet("L40S", 362, 0.864e12, 44, "pcie", fp8=True),
@@ -55,8 +56,7 @@ KNOWN = {
     "L20": data_sheet("L20", 119.5, 0.864e12, 44, "pcie", fp8=True),
     "4090": data_sheet("4090", 165, 1.008e12, 23, "pcie", fp8=True),
 }
-"""By a part of torch's name for it; the first that is in it. Attention is this pack's own, of 48 x 17776 x 64 on an
-H100 (NOTES); an H200's by the rates of their products."""
+"""By a part of torch's name for it; the first that is in it. Attention is this pack's own, of 48 x 17776 x 64 (NOTES)."""
 UNKNOWN = replace(data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False), knows_seconds=False, rates_from="assumed")
 """A GPU that is not in ``KNOWN`` and cannot be measured."""
 

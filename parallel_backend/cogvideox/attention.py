@@ -25,9 +25,8 @@ HEAD_DIMS = (32, HEAD_DIM)
 NEAR = 0.02
 """How far the kernels may be from float32, relative, to be used; bf16 is about 0.004 from it."""
 TOO_OFTEN = 0.05
-"""Share of the work that may be done twice: twice as slow then, it costs as much as a running maximum (7.6 ms to 6.85, NOTES)."""
-WORTH_SAYING = 0.01
-"""Share of the work that is done twice, from which on a person hears of it."""
+"""Share of the work that may be done twice, more slowly: it costs as much then as a running maximum (7.6 ms to 6.85, NOTES), and a person
+hears of it."""
 
 
 @cache
@@ -144,10 +143,10 @@ pieces_on = cache(Pieces)
 def note_of_twice(device: torch.device) -> str | None:
     """For a person: how much the kernels had to do twice since this was last asked, where that is worth a line."""
     share = pieces_on(device).share_of_twice() if is_hopper(device) else 0.0
-    if share < WORTH_SAYING:
+    if share <= TOO_OFTEN:
         return None
     then = ", until one that can do with them took over" if pieces_on(device).needs_maximum else ""
-    return f"{share:.0%} of attention was computed twice, as its scores are too far from zero for the fast kernel{then}: slower, no worse"
+    return f"{share:.0%} of attention was computed twice, as its scores are not what the fast kernel expects{then}: slower, no worse"
 
 
 def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
