@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox import attention, attention_fp8, kernels
-from parallel_backend.cogvideox.trials import once
+from parallel_backend.cogvideox.trials import is_near, once
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CPU = torch.device("cpu")
@@ -256,3 +256,9 @@ def test_where_too_much_is_attended_to_twice_a_kernel_with_a_running_maximum_tak
         assert pieces.share_of_twice() == twice / 100
         pieces.look()
         assert pieces.needs_maximum == needs and pieces.share_of_twice() == 0
+
+
+def test_what_is_not_a_number_is_near_nothing():
+    exact = torch.ones(4)
+    assert is_near(exact * 1.01, exact, 0.02) and not is_near(exact * 1.03, exact, 0.02)
+    assert not is_near(torch.full((4,), torch.nan), exact, 0.02)

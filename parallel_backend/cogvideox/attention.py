@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..errors import first_line
 from .kernels import FP8, keep_kernels, quantize
-from .trials import once
+from .trials import is_near, once
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
@@ -208,7 +208,7 @@ def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
             query, key = states[0] * factor, states[1]
             query, key = in_fp8(query, key) if fp8 else (query.to(dtype), key.to(dtype))
             found = attend_own(query, key, states[2].to(dtype))
-            if not ((found - exact).norm() <= (5 if fp8 else 1) * NEAR * exact.norm()):  # not a number is not near either
+            if not is_near(found, exact, (5 if fp8 else 1) * NEAR):
                 return "its results are wrong with this version of Triton"
     except Exception as error:  # Triton may be absent, or have other words for the same; each fails in its own way
         return first_line(error)

@@ -5,7 +5,7 @@ import torch
 from ..errors import first_line
 from .attention import HEAD_DIM, NEAR, attend_torch, factors, in_fp8, in_tiles, pieces_on, rows_between
 from .kernels import FP8, LARGEST, SMALLEST, keep_kernels
-from .trials import once
+from .trials import is_near, once
 
 ROWS, STEPS = 64, 8
 """Tokens that a program surveys at a time, and how many times."""
@@ -107,7 +107,7 @@ def why_not(device: torch.device) -> str | None:
         factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
         for raises in (False, True):
             found, _ = attend_in_fp8(*in_fp8(states[0] * factor, states[1]), states[2].bfloat16(), raises=raises)
-            if not ((found - exact).norm() <= 6 * NEAR * exact.norm()):  # not a number is not near either
+            if not is_near(found, exact, 6 * NEAR):
                 return "its results are wrong with this version of Triton"
     except Exception as error:  # Triton may be absent, or have other words for the same; each fails in its own way
         return first_line(error)

@@ -14,7 +14,7 @@ from .attention import factors
 from .fp8 import Fp8Linear
 from .kernels import CONDITIONS, Inputs, Plain, keep_kernels
 from .step_cache import StepCache
-from .trials import once
+from .trials import is_near, once
 
 WORTH_COMPILING = 2**30
 """Bytes of a transformer whose steps are long enough for the seconds that compiling kernels takes."""
@@ -112,12 +112,9 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, features: int, he
         ours, expected = (tried(kernels, device, dtype, features, head_dim, rotary) for kernels in (triton_kernels(), Plain()))
     except Exception as error:  # Triton, a C compiler or Python's headers may be missing; each fails in its own way
         return first_line(error)
-    for found, exact in zip(ours, expected):
-        if not (
-            (found.float() - exact.float()).norm() <= NEAR[dtype] * exact.float().norm()
-        ):  # not a number is not near either
-            return "their results are wrong with this version of Triton"
-    return None
+    if all(is_near(found, exact, NEAR[dtype]) for found, exact in zip(ours, expected)):
+        return None
+    return "their results are wrong with this version of Triton"
 
 
 @torch.inference_mode()

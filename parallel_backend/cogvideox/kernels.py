@@ -17,6 +17,8 @@ SMALLEST = 1e-12
 """Below which a maximum counts as nothing to scale by."""
 CONDITIONS = 6
 """What a norm makes of the timestep for each feature: shift, scale and gate for video tokens, then the same for text."""
+SHIFT, SCALE, GATE = range(CONDITIONS // 2)
+"""Their places."""
 
 Inputs = tuple[torch.Tensor, ...]
 """What a linear layer is called with: tokens ``[batch, tokens, features]``, or the same in e4m3 and what each token is to be
@@ -52,11 +54,11 @@ def spread(states: torch.Tensor, ranks: int) -> torch.Tensor:
     return states.unflatten(2, (ranks, -1)).transpose(1, 2).contiguous()
 
 
-def for_tokens(conditions: torch.Tensor, tokens: int, text: int) -> list[torch.Tensor]:
-    """Shift, scale and gate ``[batch, tokens, features]`` of so many tokens, of which the first ``text`` are text."""
+def for_tokens(conditions: torch.Tensor, place: int, tokens: int, text: int) -> torch.Tensor:
+    """One of the conditions ``[batch, tokens, features]`` for so many tokens, of which the first ``text`` are text."""
     parts = conditions[:, None].chunk(CONDITIONS, dim=-1)
     is_text = torch.arange(tokens, device=conditions.device)[:, None] < text
-    return [torch.where(is_text, of_text, of_video) for of_video, of_text in zip(parts[:3], parts[3:])]
+    return torch.where(is_text, parts[place + CONDITIONS // 2], parts[place])
 
 
 class Plain:
@@ -68,13 +70,12 @@ class Plain:
 
     def modulate(self, states: torch.Tensor, norm, conditions: torch.Tensor, text: int, *, fp8: bool) -> Inputs:
         """Tokens normalised, scaled and shifted, for the layers behind."""
-        shift, scale, _ = for_tokens(conditions, states.shape[1], text)
+        shift, scale = (for_tokens(conditions, place, states.shape[1], text) for place in (SHIFT, SCALE))
         return (norm(states) * (1 + scale) + shift,)
 
     def add(self, states: torch.Tensor, update: torch.Tensor, conditions: torch.Tensor, text: int) -> torch.Tensor:
         """The sum of tokens and what was made of them, times its gate."""
-        *_, gate = for_tokens(conditions, states.shape[1], text)
-        return states + gate * update
+        return states + for_tokens(conditions, GATE, states.shape[1], text) * update
 
     def add_and_modulate(
         self,

@@ -30,6 +30,11 @@ def once(trial: Trial) -> Trial:
     return ask
 
 
+def is_near(found: torch.Tensor, exact: torch.Tensor, share: float) -> bool:
+    """Whether what a trial found is no further from what is right than this share of it; what is not a number is not near."""
+    return bool((found.float() - exact.float()).norm() <= share * exact.float().norm())
+
+
 def beside(*trials: Callable[[], object]) -> None:
     """Makes trials in a thread of their own; who asks for what is found waits for it."""
 

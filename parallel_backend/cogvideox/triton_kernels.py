@@ -9,18 +9,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .kernels import CONDITIONS, FP8, LARGEST, SMALLEST, Inputs
+from .kernels import CONDITIONS, FP8, GATE, LARGEST, SCALE, SHIFT, SMALLEST, Inputs
 
 WIDE = 4096
 """Features of a token from which on it takes more than a few warps; how many are fastest was tried on an H200 (NOTES)."""
-GATE = CONDITIONS // 2 - 1
-"""The gate's place in a kind's conditions, of which shift and scale are the first."""
 
 
 @triton.jit(do_not_specialize=["tokens", "text"])
 def token_kernel(
     states, update, gates, sums, weight, bias, conditions, result, scales, tokens, text, epsilon,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, GATE: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr,
     ADDS: tl.constexpr, NORMS: tl.constexpr, AFFINE: tl.constexpr, GELU: tl.constexpr, ROUNDS: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
@@ -42,8 +40,8 @@ def token_kernel(
         if AFFINE:
             value *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
             value += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
-        value *= 1 + tl.load(conditions + kind + FEATURES, mask=there, other=0.0).to(tl.float32)
-        value += tl.load(conditions + kind, mask=there, other=0.0).to(tl.float32)
+        value *= 1 + tl.load(conditions + kind + SCALE * FEATURES, mask=there, other=0.0).to(tl.float32)
+        value += tl.load(conditions + kind + SHIFT * FEATURES, mask=there, other=0.0).to(tl.float32)
     if GELU:
         inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
         value = value * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh x) is the sigmoid of 2 x
@@ -137,7 +135,7 @@ class Triton:
         token_kernel[(batch * tokens,)](
             states, update.contiguous() if adds else states, gates, sums, norm.weight if affine else None, norm.bias if affine else None,
             conditions, result, scales, tokens, text, norm.eps if norms else 0.0,
-            FEATURES=features, BLOCK=block, KINDS=CONDITIONS, GATE=GATE,
+            FEATURES=features, BLOCK=block, KINDS=CONDITIONS, SHIFT=SHIFT, SCALE=SCALE, GATE=GATE,
             ADDS=adds, NORMS=norms, AFFINE=affine, GELU=gelu, ROUNDS=rounds, LARGEST=LARGEST, SMALLEST=SMALLEST,
             num_warps=8 if block > WIDE else 2 if rounds else 4,
         )  # fmt: skip
