@@ -99,7 +99,7 @@ VIDEOS = """
 import sys
 from dataclasses import replace
 import torch
-from parallel_backend.bench.table import text_states
+from parallel_backend.bench.table import distance, text_states
 from parallel_backend.cogvideox import blocks
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
@@ -108,14 +108,17 @@ from parallel_backend.parallel.split import Split
 
 blocks.why_not_compiled = lambda *about: None
 torch.manual_seed(0)
-for path, (width, height, frames), cfg in zip(sys.argv[1:], ((48, 48, 5), (64, 48, 9), (48, 48, 5)), (6.0, 1.0, 6.0)):
+for path, (width, height, frames), cfg in zip(sys.argv[1:], ((48, 48, 5), (64, 48, 5), (32, 48, 5)), (6.0, 1.0, 6.0)):
     checkpoint = Checkpoint.open(path)
     positive, negative = text_states(checkpoint)
     latent = empty_latent(width=width, height=height, frames=frames, channels=checkpoint.channels)
-    job = SampleJob(Model(path), positive, latent, negative if cfg > 1 else None, steps=2, cfg=cfg, scheduler="ddim")
+    job = SampleJob(Model(path), positive, latent, negative if cfg > 1 else None, steps=1, cfg=cfg, scheduler="ddim")
     expected = Engine(Split(torch.device("cpu"))).run(job)
     result = Engine(Split(torch.device("cpu"))).run(replace(job, model=replace(job.model, compile="on")))
     assert not result.report.notes and 0 < (result.tensor - expected.tensor).abs().max() <= 1e-4
+in_fp8 = replace(job, model=replace(job.model, compile="on", fp8="linears"))
+rounded = Engine(Split(torch.device("cpu"))).run(in_fp8).tensor
+assert 1e-3 < distance(rounded, expected.tensor) < 0.15  # the interpreter cuts digits off where a GPU rounds to the nearest
 """
 
 
@@ -128,7 +131,7 @@ def in_triton():
     def run(program: str, *words: str, interprets: bool = True) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": str(int(interprets)), "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [sys.executable, "-c", program, *words], cwd=REPO, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", program, *words], cwd=REPO, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-2000:]
 
