@@ -46,7 +46,7 @@ for features, text, affine in ((96, 2, True), (64, 0, False), (200, 5, True)):
         for kind in (ours, plain):
             total, seen = kind.add_and_modulate(states, update, first, norm, second, text, fp8=False)
             made = [total, *seen, *kind.modulate(states, norm, first, text, fp8=False), kind.add(states, update, first, text)]
-            made += [*kind.gelu(layer, (states,), fp8=False), *kind.inputs(states, fp8=False)]
+            made += [*kind.gelu(layer, (states,), "tanh", fp8=False), *kind.gelu(layer, (states,), "none", fp8=False), *kind.inputs(states, fp8=False)]
             for ranks, chosen in ((1, tables), (2, None), (4, tables)):
                 heads = torch.arange(2 * 5 * 8 * 16).reshape(2, 5, 8, 16) * 0.37 % 11
                 made.append(kind.normal_heads(heads, norm_head, chosen, 0.7, fp8=False, ranks=ranks))
@@ -58,7 +58,7 @@ for features, text, affine in ((96, 2, True), (64, 0, False), (200, 5, True)):
         total, *seen = ours.add_and_modulate(states, update, first, norm, second, text, fp8=True)
         expected = plain.add_and_modulate(states, update, first, norm, second, text, fp8=True)[1][0]
         for (rows, scales), exact in (
-            (seen[0], expected), (ours.inputs(states, fp8=True), states), (ours.gelu(layer, (states,), fp8=True), made[4])
+            (seen[0], expected), (ours.inputs(states, fp8=True), states), (ours.gelu(layer, (states,), "tanh", fp8=True), made[4])
         ):
             assert rows.shape == exact.shape and rows.dtype == kernels.FP8
             right = kernels.quantize_rows(exact.flatten(0, 1))[1]

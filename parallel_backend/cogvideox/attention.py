@@ -149,6 +149,25 @@ def note_of_twice(device: torch.device) -> str | None:
     return f"{share:.0%} of attention was computed twice, as its scores are not what the fast kernel expects{then}: slower, no worse"
 
 
+def attend_anew(query, key, value, result, log_sums, failed: torch.Tensor) -> None:
+    """Attends again to the pieces of which some rows ``failed``, and counts them.
+
+    Args:
+        query, key, value, result, log_sums: of the first kernel, whichever that was.
+        failed: rows of each piece, ``[batch * heads * pieces]``.
+    """
+    from . import attention_kernels as own
+
+    batch, tokens, heads, features = query.shape
+    pieces = pieces_on(query.device)
+    pieces.all += len(failed)
+    own.careful_kernel[(len(failed) // (batch * heads), heads, batch)](
+        query, key, value, result, log_sums, failed, pieces.twice, tokens, key.shape[1], heads,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        FEATURES=features, ROWS=own.ROWS.value, KEYS=64, num_warps=4,
+    )  # fmt: skip
+
+
 def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by :mod:`.attention_kernels`.
 
@@ -187,11 +206,7 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
         *tiles, result, log_sums, failed, tokens, between, key.shape[1], heads,
         FEATURES=features, RUNNING=pieces.needs_maximum, num_warps=4,
     )  # fmt: skip
-    pieces.all += len(failed)
-    own.careful_kernel[(programs * groups, heads, batch)](
-        query, key, value, result, log_sums, failed, pieces.twice, tokens, key.shape[1], heads,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], FEATURES=features, ROWS=rows, KEYS=64, num_warps=4,
-    )  # fmt: skip
+    attend_anew(query, key, value, result, log_sums, failed)
     return result, log_sums
 
 

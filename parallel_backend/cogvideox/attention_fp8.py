@@ -3,7 +3,7 @@
 import torch
 
 from ..errors import first_line
-from .attention import HEAD_DIM, NEAR, attend_torch, factors, in_fp8, in_tiles, pieces_on, rows_between
+from .attention import HEAD_DIM, NEAR, attend_anew, attend_torch, factors, in_fp8, in_tiles, rows_between
 from .kernels import FP8, LARGEST, SMALLEST, keep_kernels
 from .trials import is_near, once
 
@@ -66,7 +66,6 @@ def attend_in_fp8(
     import triton
 
     from . import attention_fp8_kernels as kernels
-    from .attention_kernels import careful_kernel
 
     query = query.contiguous()
     batch, tokens, heads, features = query.shape
@@ -87,12 +86,7 @@ def attend_in_fp8(
         *tiles, result, log_sums, failed, scales, centers, tokens, between, key.shape[1], heads,
         FEATURES=features, RAISES=raises, num_warps=4,
     )  # fmt: skip
-    pieces = pieces_on(query.device)
-    pieces.all += len(failed)
-    careful_kernel[(programs * groups, heads, batch)](
-        query, key, value, result, log_sums, failed, pieces.twice, tokens, key.shape[1], heads,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], FEATURES=features, ROWS=rows, KEYS=64, num_warps=4,
-    )  # fmt: skip
+    attend_anew(query, key, value, result, log_sums, failed)
     return result, log_sums
 
 

@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from .attention_kernels import GROUPS, KEYS, LN_2, ROWS, STAGES, largest_near, load, make_barriers
 
-START, RAISED = tl.constexpr(4.0), tl.constexpr(7.0)
-"""Log of what the first tile's largest probability becomes, and of what the largest one or a thread's sum does where a reference is raised."""
+START, START_IF_RAISED, RAISED = tl.constexpr(2.0), tl.constexpr(4.0), tl.constexpr(7.0)
+"""Log of what the largest probability that is known before becomes, where references stay and where they can be raised; and of what the
+largest one or a thread's sum does when one is."""
 NEAR_LARGEST = tl.constexpr(448.0)
 """A thread's sums of a row from which on one of its probabilities may be e4m3's largest number and have been larger."""
 FARTHEST = tl.constexpr(100.0)
@@ -167,7 +168,7 @@ def attend(
     scores = gl.where(there[None, :], scores, NOTHING)
     largest = gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
     largest = gl.maximum(largest, largest_near(query, near_room.index(GROUP), gl.float16, rows_in))
-    reference = round_reference(largest - (START if RAISES else START - 2))
+    reference = round_reference(largest - (START_IF_RAISED if RAISES else START))
     words, total = make_codes(scores, reference, weights_in)
     worst = total
     mbarrier.wait(keys_in.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)

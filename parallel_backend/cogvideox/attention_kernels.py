@@ -2,9 +2,10 @@
 
 Softmax needs no running maximum as long as sums of ``2 ** score`` are finite and not tiny: in float32 and bf16 that is all of 2^-90
 to 2^100, where scores of normalised heads lie; in fp16 it is less than 2^16, so scores are counted there from the largest to a token's
-own neighbours and the first tile, as most heads look around. So the first kernel takes it for granted and tells which rows were not so; the second one, with a running maximum, attends to
-those anew. Without maxima and what they rescale, exponentials and matrix products of three groups of warps overlap (FlashAttention-3's
-plan, arXiv 2407.08608) and little else is left. Where that goes wrong too often, the first kernel can have a running maximum itself.
+own neighbours and the first tile, as most heads look around. So the first kernel takes it for granted and tells which rows were not
+so; the second one, with a running maximum, attends to those anew. Without maxima and what they rescale, exponentials and matrix
+products of three groups of warps overlap (FlashAttention-3's plan, arXiv 2407.08608) and little else is left. Where that goes wrong too
+often, the first kernel can have a running maximum itself.
 """
 
 import triton
@@ -192,7 +193,8 @@ def optimistic_kernel(
     """See ``optimistic_attention``. A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
     Queries, keys and values are descriptors of ``[batch * tokens, heads * features]``, ``near`` is one of keys in tiles as large as
-    those of queries; ``key_rows`` of them lie between the keys of one sample and the next. ``failed`` ``[batch, heads, programs, GROUPS]`` becomes the number of rows to be attended to anew.
+    those of queries; ``key_rows`` of them lie between the keys of one sample and the next. ``failed`` ``[batch, heads, programs,
+    GROUPS]`` becomes the number of rows to be attended to anew.
     ``RUNNING`` says whether to have a running maximum, with which none is.
     """
     tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)

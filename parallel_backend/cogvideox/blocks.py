@@ -30,7 +30,7 @@ def in_fp8(layer) -> bool:
 def feed_forward(layers, inputs: Inputs, kernels) -> torch.Tensor:
     """A block's feed-forward; without its dropout, which is for training."""
     first, second = layers.net[0], layers.net[2]
-    return second(*kernels.gelu(first.proj, inputs, fp8=in_fp8(second)))
+    return second(*kernels.gelu(first.proj, inputs, first.approximate, fp8=in_fp8(second)))
 
 
 def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):

@@ -96,9 +96,9 @@ class Plain:
         """Tokens for the layers behind."""
         return (states,)
 
-    def gelu(self, layer, inputs: Inputs, *, fp8: bool) -> Inputs:
-        """GELU (tanh) of what a linear layer makes of its inputs, for the layer behind."""
-        return (F.gelu(layer(*inputs), approximate="tanh"),)
+    def gelu(self, layer, inputs: Inputs, approximate: str, *, fp8: bool) -> Inputs:
+        """GELU, of torch's kind ``approximate``, of what a linear layer makes of its inputs, for the layer behind."""
+        return (F.gelu(layer(*inputs), approximate=approximate),)
 
     def normal_heads(
         self, states: torch.Tensor, norm, tables: Inputs | None, factor: float, *, fp8: bool, ranks: int

@@ -101,7 +101,9 @@ class Triton:
     def inputs(self, states, *, fp8):
         return self._pass(states, rounds=True)[1] if fp8 else (states,)
 
-    def gelu(self, layer, inputs, *, fp8):
+    def gelu(self, layer, inputs, approximate, *, fp8):
+        if approximate != "tanh":  # CogVideoX's own is
+            return self.inputs(F.gelu(layer(*inputs), approximate=approximate), fp8=fp8)
         if fp8:
             return self._pass(layer(*inputs), gelu=True, rounds=True)[1]
         (states,) = inputs
