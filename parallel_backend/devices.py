@@ -13,6 +13,15 @@ MOST_THREADS = 8
 """Of a process that works on a GPU: its CPU has memory to copy and little to compute."""
 
 
+def several_ranks_a_gpu() -> bool:
+    """Whether a GPU that is named twice holds two ranks. That is slower than one: it is for trying groups where there is one GPU.
+
+    Source:
+        NCCL 2.30 and newer allow it where this variable is set; what runs is shared out in slices of time.
+    """
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
+
 @dataclass(frozen=True)
 class Devices:
     """GPUs by number, or a number of processes on the CPU.
@@ -43,7 +52,7 @@ class Devices:
         if not re.fullmatch(r"(cuda:)?\d+(,(cuda:)?\d+)*", text):
             raise RequestError(f"devices '{text}' are not understood; use auto, cpu, cpu:2, or GPU numbers such as 0,1")
         indices = tuple(int(part.removeprefix("cuda:")) for part in text.split(","))
-        if len(set(indices)) < len(indices):
+        if len(set(indices)) < len(indices) and not several_ranks_a_gpu():
             raise RequestError(f"devices '{text}' name a GPU twice")
         if missing := [index for index in indices if index >= gpus]:
             has = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU; use cpu or cpu:2"
@@ -88,7 +97,7 @@ class Devices:
         return tuple(Devices(self.kind, share, self.count - size) for share in shares)
 
     def environment(self) -> dict[str, str]:
-        """What a group's processes must see: local rank r on the r-th of these devices."""
+        """What a group's processes must see: local rank r on the r-th of these devices, counted anew where there are no more."""
         if self.kind == "cpu":
             threads = max(1, (os.cpu_count() or 1) // (self.count + self.beside))
             # Threads that spin for long take the cores that others compute on: 2.5 s a step, 0.14 with a bound (measured).
@@ -97,7 +106,7 @@ class Devices:
         threads = min(max(1, (os.cpu_count() or 1) // (self.count + self.beside)), MOST_THREADS)
         return {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            "CUDA_VISIBLE_DEVICES": ",".join(self.names),
+            "CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(self.names)),
         }
 
 

@@ -1,4 +1,8 @@
-"""What only GPUs can show: NCCL, offload, half precision. Skipped where there are too few."""
+"""What only GPUs can show: NCCL, offload, half precision. Skipped where there are too few.
+
+One GPU is enough where NCCL is 2.30 or newer and `NCCL_MULTI_RANK_GPU_ENABLE=1 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1` are set:
+several ranks share it, in slices of time.
+"""
 
 import copy
 from dataclasses import replace
@@ -10,7 +14,7 @@ from parallel_backend.bench.table import distance, two_steps
 from parallel_backend.cogvideox import attention, attention_fp8, blocks, kernels, memory
 from parallel_backend.cogvideox.attention_fp8 import attend_in_fp8
 from parallel_backend.cogvideox.checkpoint import Checkpoint
-from parallel_backend.devices import Devices
+from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine import Engine
 from parallel_backend.errors import OutOfMemory
 from parallel_backend.group.client import GroupExecutor
@@ -22,11 +26,24 @@ from parallel_backend.plans import Plan
 from .conftest import TOLERANCE
 from .test_pipefusion import Patched
 
+TWO_RANKS = ["cfg2", "ulysses2", "ring2", "tensor2", "cfg2-fsdp2", "ulysses2-fsdp2"]
+FOUR_RANKS = ["cfg2-ulysses2", "ulysses2-ring2", "cfg2-ulysses2-fsdp4"]
+
 one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
 hopper = pytest.mark.skipif(
     torch.cuda.device_count() < 1 or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < (1 if several_ranks_a_gpu() else 2), reason="needs two GPUs, or one that ranks may share"
+)
+
+
+def gpus_for(plan: str) -> Devices:
+    """A GPU for each rank, or one for several of them."""
+    ranks, gpus = Plan.parse(plan).world_size, torch.cuda.device_count()
+    if ranks > gpus and not several_ranks_a_gpu():
+        pytest.skip(f"needs {ranks} GPUs")
+    return Devices("cuda", tuple(rank % gpus for rank in range(ranks)))
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +51,9 @@ def on_gpu() -> LocalExecutor:
     return LocalExecutor(torch.device("cuda", 0))
 
 
-@pytest.fixture(scope="module", params=["cfg2", "ulysses2", "ring2", "tensor2", "cfg2-fsdp2", "ulysses2-fsdp2"])
+@pytest.fixture(scope="module", params=TWO_RANKS + FOUR_RANKS)
 def group(request):
-    executor = GroupExecutor(Plan.parse(request.param), Devices("cuda", (0, 1)))
+    executor = GroupExecutor(Plan.parse(request.param), gpus_for(request.param))
     yield executor
     executor.close()
 
@@ -59,7 +76,7 @@ def test_a_pipeline_equals_single_while_it_warms_up_and_the_same_patches_on_one_
     compile, on_gpu, make_job, checkpoints
 ):
     model, patched = Model(str(checkpoints["5b"]), dtype="fp32", compile=compile), Engine(Patched(2, "cuda:0"))
-    group = GroupExecutor(Plan.parse("pipefusion2"), Devices("cuda", (0, 1)))
+    group = GroupExecutor(Plan.parse("pipefusion2"), gpus_for("pipefusion2"))
     try:
         for size in ((96, 64, 17), (80, 48, 13)):
             job = make_job("5b", size=size, model=model, scheduler="ddim", pipefusion_warmup=1)
@@ -522,14 +539,10 @@ def test_with_values_in_fp8_keys_and_values_may_be_part_of_something():
 
 
 @two_gpus
-def test_compiled_and_fp8_plans_are_as_near_to_float32_as_single(on_gpu, make_job, checkpoints):
+@pytest.mark.parametrize("fp8", ["off", "linears", "all"])
+def test_compiled_and_fp8_plans_are_as_near_to_float32_as_single(fp8, group, on_gpu, make_job, checkpoints):
     job = make_job("5b", model=Model(str(checkpoints["5b"])))
-    group = GroupExecutor(Plan.parse("ulysses2"), Devices("cuda", (0, 1)))
-    try:
-        for settings in ({"compile": "on"}, {"compile": "on", "fp8": "linears"}, {"compile": "on", "fp8": "all"}):
-            assert rounding(group, job, **settings) <= 1.2 * rounding(on_gpu, job, **settings), settings
-    finally:
-        group.close()
+    assert rounding(group, job, compile="on", fp8=fp8) <= 1.2 * rounding(on_gpu, job, compile="on", fp8=fp8)
 
 
 @two_gpus

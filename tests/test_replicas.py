@@ -269,6 +269,17 @@ def test_gpus_and_cores_are_shared_out_in_order(monkeypatch):
     assert str(cpu) == str(other) == "cpu:1" and cpu.environment()["OMP_NUM_THREADS"] == "4"
 
 
+def test_a_gpu_holds_several_ranks_only_where_nccl_is_told_to_allow_it(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RequestError, match="devices '1,1' name a GPU twice"):
+        Devices.parse("1,1")
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    devices = Devices.parse("1,1")
+    assert devices.count == 2 and devices.environment()["CUDA_VISIBLE_DEVICES"] == "1"
+
+
 def test_a_single_group_has_no_replicas():
     with pytest.raises(RequestError, match="replicas are groups of their own; a single group takes plan 'cfg2'"):
         GroupExecutor(Plan.parse("replicas2-cfg2"), Devices("cpu", (0, 1, 2, 3)))

@@ -296,12 +296,12 @@ def main() -> None:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     address = GroupAddress(Path(folder))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
-    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank)
+    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank % torch.cuda.device_count())
     if machines.MEMORY_GB and device.type == "cuda":
         memory.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
     heart = Heart(address.pulse_file(rank))
     heart.beat("joining the group", START_SECONDS)
-    split = GroupSplit(Plan.parse(plan), device=device, rank=rank, local_rank=local_rank)
+    split = GroupSplit(Plan.parse(plan), device=device, rank=rank)
     heart.beat(
         "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)", MEET_SECONDS
     )

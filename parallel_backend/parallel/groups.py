@@ -51,14 +51,14 @@ class GroupSplit(Split):
     Args:
         plan: whose degrees multiply to the world size.
         device: the rank's own.
-        rank, local_rank: as ``torch.distributed.run`` numbers them.
+        rank: as ``torch.distributed.run`` numbers it.
     """
 
-    def __init__(self, plan: Plan, *, device: torch.device, rank: int, local_rank: int):
+    def __init__(self, plan: Plan, *, device: torch.device, rank: int):
         super().__init__(device)
         self.plan = plan
         self.rank = rank
-        xdit.initialise(plan, rank=rank, local_rank=local_rank, device=device)
+        xdit.initialise(plan, rank=rank, device=device)
         self.notes: list[str] = []
         """What a person is to know of the exchanges, a line each."""
         self.control = dist.new_group(backend="gloo", timeout=IDLE)

@@ -37,13 +37,12 @@ def import_without_gpu() -> None:
     usp.PROCESS_GROUP = PROCESS_GROUP
 
 
-def initialise(plan: Plan, *, rank: int, local_rank: int, device: torch.device) -> None:
+def initialise(plan: Plan, *, rank: int, device: torch.device) -> None:
     """Joins the default process group and makes xDiT's groups of a plan.
 
     Args:
         plan: whose degrees multiply to the world size in the environment.
         rank: of this process in the world.
-        local_rank: its number on this machine, and of its GPU.
         device: ``cpu`` or the rank's GPU.
     """
     if device.type == "cpu" and "xfuser" not in sys.modules:
@@ -51,7 +50,8 @@ def initialise(plan: Plan, *, rank: int, local_rank: int, device: torch.device) 
     from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel, runtime_state
 
     backend = "gloo" if device.type == "cpu" else "nccl"
-    init_distributed_environment(rank=rank, local_rank=local_rank, world_size=plan.world_size, backend=backend)
+    gpu = device.index or 0  # what xfuser takes the local rank for
+    init_distributed_environment(rank=rank, local_rank=gpu, world_size=plan.world_size, backend=backend)
     initialize_model_parallel(
         classifier_free_guidance_degree=plan.cfg,
         sequence_parallel_degree=plan.sequence,
