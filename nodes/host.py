@@ -174,8 +174,23 @@ def run(job: Job, backend=None, node_id: str | None = None) -> Result:
     return run_on(local(), job, node_id)
 
 
+def begin(job: SampleJob, backend, node_id: str | None = None) -> None:
+    """Has the group start that a job is going to need, where there is none, without waiting for it.
+
+    Args:
+        job: of which the text may still be blank.
+        backend, node_id: see :func:`run`.
+    Raises:
+        RequestError: when plan, devices and model do not fit.
+    """
+    try:
+        executor_for(backend, Checkpoint.open(job.model.path), job, node_id)
+    except GroupUnavailable as error:
+        logger.debug("the job is going to say: %s", error.summary)
+
+
 def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None) -> Executor:
-    """Who runs a job for a node.
+    """Who runs a job for a node. A group begins to start.
 
     Raises:
         RequestError: when plan, devices and model do not fit.

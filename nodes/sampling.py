@@ -1,8 +1,10 @@
 """CogVideoX Sampler."""
 
+import torch
 from comfy_api.latest import io
 
-from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
+from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob, empty_latent
+from ..parallel_backend.plans import AUTO
 from . import host
 from .conditioning import conditions_of, text_states
 from .sockets import CATEGORY, BackendSocket, ModelSocket
@@ -22,9 +24,9 @@ class CogVideoXSampler(io.ComfyNode):
             "the same seed gives the same video with every plan but pipefusion, which comes near.",
             inputs=[
                 ModelSocket.Input("model"),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
-                io.Latent.Input("latent"),
+                io.Conditioning.Input("positive", lazy=True),
+                io.Conditioning.Input("negative", lazy=True),
+                io.Latent.Input("latent", lazy=True),
                 io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True),
                 io.Int.Input("steps", default=50, min=1, max=1000),
                 io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1, tooltip="1 turns guidance off."),
@@ -43,6 +45,21 @@ class CogVideoXSampler(io.ComfyNode):
             outputs=[io.Latent.Output(display_name="latent")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def check_lazy_status(cls, model, positive, negative, latent, cfg, backend=None, **others) -> list[str]:
+        """Has a backend's group start before the text is encoded, which takes as long; then asks for all that is not there yet."""
+        given = {"latent": latent, "positive": positive, "negative": negative}
+        missing = [name for name, value in given.items() if value is None]
+        if backend and missing:
+            if latent is None and backend.plan == AUTO:
+                return ["latent"]  # by whose size and batch the plan is chosen
+            checkpoint = model.checkpoint
+            blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+            sizes = dict(zip(("width", "height", "frames"), checkpoint.default_size))
+            samples = latent["samples"] if latent else empty_latent(**sizes, channels=checkpoint.channels)
+            host.begin(SampleJob(model.model, blank, samples, blank, cfg=cfg, windows=model.windows), backend, cls.hidden.unique_id)
+        return missing
 
     @classmethod
     def execute(

@@ -135,3 +135,41 @@ def counted(devices):
 show(devices=[counted(words) for words in ("auto", "1,3", "2,3", "cpu:2")], own=str(host.counted_on(host.local(torch.device("cpu")))))
 """)
     assert shown == {"devices": ["cuda:1", "cuda:1", "cuda:2", "cpu"], "own": "cpu"}
+
+
+def test_a_group_starts_once_its_plan_is_known_and_before_there_is_any_text(nodes):
+    shown, _ = nodes("""
+kept = lambda: host._groups.executor and str(host._groups.executor.plan)
+steps = []
+for plan, given in ((None, {}), ("auto", {}), ("ulysses2", {}), ("cfg2", {"latent": {"samples": latent}}), ("cfg2", prompts | {"latent": {"samples": latent}})):
+    steps.append([asks_for(plan, **given), kept(), bool(host._groups.executor and host._groups.executor.is_there())])
+host._groups.close()
+steps.append([asks_for("auto", latent={"samples": latent}), kept(), host._groups.executor.is_there()])
+try:
+    asks_for("ulysses3")
+except errors.RequestError as error:
+    refused = str(error)
+begun = host._groups.executor.address.folder
+made, = call(Sampler, model=handles(text_model)[0], **settings, **prompts, latent={"samples": latent}, backend=Handle("cpu:2", "auto"))
+same = host._groups.executor.address.folder == begun and host._groups.executor.status()["jobs"] == 1
+show(steps=steps, refused=refused, made=list(made["samples"].shape), same=same)
+""")
+    everything, text = ["latent", "positive", "negative"], ["positive", "negative"]
+    assert shown["steps"] == [
+        [everything, None, False],
+        [["latent"], None, False],
+        [everything, "ulysses2", True],
+        [text, "cfg2", True],
+        [[], "cfg2", True],
+        [text, "cfg2", True],
+    ]
+    assert "ulysses3" in shown["refused"] and shown["made"] == [1, 16, 3, 6, 8]
+    assert shown["same"]
+
+
+def test_a_group_that_cannot_start_is_said_by_the_job_alone(nodes):
+    shown, log = nodes("""
+os.environ["XDIT_PYTHON"] = "/nowhere/python"
+show(asked=asks_for("cfg2"))
+""")
+    assert shown["asked"] == ["latent", "positive", "negative"] and "cannot be started" not in log
