@@ -58,7 +58,9 @@ class CogVideoXSampler(io.ComfyNode):
             blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
             sizes = dict(zip(("width", "height", "frames"), checkpoint.default_size))
             samples = latent["samples"] if latent else empty_latent(**sizes, channels=checkpoint.channels)
-            host.begin(SampleJob(model.model, blank, samples, blank, cfg=cfg, windows=model.windows), backend, cls.hidden.unique_id)
+            host.begin(
+                SampleJob(model.model, blank, samples, blank, cfg=cfg, windows=model.windows), backend, cls.hidden.unique_id
+            )
         return missing
 
     @classmethod

@@ -96,7 +96,9 @@ def test_the_workflow_makes_a_video_on_two_processes(server, prompt_of):
 def test_the_sampler_is_asked_before_the_text_is_encoded(server, prompt_of):
     prompt = prompt_of(*TWO_PROCESSES, "Prompt.text=a red star", "XDiTEmptyCogVideoXLatent.length=13")
     prompt_id = server.queue(prompt)
-    order = [event["data"]["node"] for event in server.events(prompt_id) if event["type"] == "executing" and event["data"]["node"]]
+    order = [
+        event["data"]["node"] for event in server.events(prompt_id) if event["type"] == "executing" and event["data"]["node"]
+    ]
     kinds = [prompt[name]["class_type"] for name in order]
     assert "CLIPTextEncode" in kinds[kinds.index("XDiTCogVideoXSampler") :]
 
