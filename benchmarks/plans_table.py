@@ -87,10 +87,11 @@ class Choice:
 def measured(file: str) -> list[dict]:
     """Our rows in a file of results that say of a plan what it takes without another video, or in FP8.
 
-    Those that say how far it is from float32 are of one job, whose steps have compiling in them.
+    Those that say how far it is from float32 are of one job, whose steps have compiling in them; those with offload are of another way
+    than the one that is predicted.
     """
     found = json.loads((RESULTS / file).read_text())
-    timed = (row for row in found if row.get("from_float32") is None)
+    timed = (row for row in found if row.get("from_float32") is None and row.get("offload", "auto") == "auto")
     return [row for row in timed if row["name"] == "ours" and row["precision"] in FP8]
 
 
