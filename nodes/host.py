@@ -10,6 +10,9 @@ import comfy.model_management as management
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import LatentPreviewMethod
+from comfy.cli_args import args as settings
+from PIL import Image
 
 from ..parallel_backend import models
 from ..parallel_backend.backend import Keeper, resolve
@@ -229,6 +232,10 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
         if not management.processing_interrupted():
             bar.update_absolute(step, steps)
 
+    def on_picture(picture: torch.Tensor) -> None:
+        if not management.processing_interrupted():
+            bar.update_absolute(bar.current, bar.total, ("JPEG", Image.fromarray(picture.numpy()), settings.preview_size))
+
     held = _held.setdefault(executor, HeldWeights(executor, counted_on(executor)))
     held.expect(job)
     checkpoint = Checkpoint.open(job.model.path)
@@ -237,7 +244,8 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
     stop = management.processing_interrupted
     try:
         if isinstance(job, SampleJob):
-            result = executor.sample(job, on_step=on_step, should_stop=stop)
+            wanted = settings.preview_method != LatentPreviewMethod.NoPreviews
+            result = executor.sample(job, on_step=on_step, should_stop=stop, on_picture=on_picture if wanted else None)
         elif isinstance(job, DecodeJob):
             result = executor.decode(job, should_stop=stop)
         else:

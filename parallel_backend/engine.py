@@ -12,6 +12,7 @@ import torch
 from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_layers, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
+from .cogvideox.preview import NO_ROOM, PictureListener, Previews
 from .cogvideox.windows import advice
 from .devices import current
 from .errors import OutOfMemory, RequestError
@@ -65,12 +66,19 @@ class Engine:
         """The LoRAs in the transformer's weights."""
         self._notes: list[str] = []
 
-    def run(self, job: Job, on_step: StepCallback = go_on, on_window: WindowCallback = go_on) -> Result:
+    def run(
+        self,
+        job: Job,
+        on_step: StepCallback = go_on,
+        on_window: WindowCallback = go_on,
+        on_picture: PictureListener | None = None,
+    ) -> Result:
         """Runs one job.
 
         Args:
             job: checked against its checkpoint by the caller.
             on_step, on_window: see :func:`parallel_backend.cogvideox.denoise.denoise`.
+            on_picture: told of previews where a job asks for them, on rank 0.
         Returns:
             The job's tensor, on the CPU, and the report of this rank.
         Raises:
@@ -82,7 +90,7 @@ class Engine:
         self.together = isinstance(job, SampleJob | WindowJob)
         memory.reset_peak(self.device)
         run = {
-            SampleJob: self._sample,
+            SampleJob: partial(self._sample, on_picture=on_picture),
             LoadJob: self._load_only,
             WindowJob: self._window,
             DecodeJob: self._decode,
@@ -127,9 +135,10 @@ class Engine:
         if line:
             self._notes.append(line)
 
-    def _sample(self, job: SampleJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
+    def _sample(self, job: SampleJob, checkpoint: Checkpoint, dtype, on_step, on_window, on_picture) -> Result:
         started = time.perf_counter()
         transformer = self._transformer(job, checkpoint, dtype)
+        previews = self._previews(job, checkpoint, dtype, on_picture)
         self.split.synchronize()
         loaded = time.perf_counter()
         if not job.guided and self.split.plan.cfg > 1:
@@ -145,6 +154,8 @@ class Engine:
             under_way = ahead
             short = self.device.type == "cuda" and steps[-1] < SHORT_SECONDS
             go_on, ahead = self.split.agree(on_step(progress, total), short)
+            if previews and go_on:
+                previews.look(progress.clean)
             began = ended if under_way else time.perf_counter()  # where the device waits for it, telling is no part of a step
             return go_on
 
@@ -168,11 +179,30 @@ class Engine:
                 transformer.to("cpu")
                 memory.release(self.device)
         self._note(caches.note)
+        self._note(previews and previews.note)
         self._note(attention.note_of_twice(self.device))
         return Result(
             latent,
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
         )
+
+    def _previews(self, job: SampleJob, checkpoint: Checkpoint, dtype, show: PictureListener | None) -> Previews | None:
+        """The pictures of a job, where its caller is to be shown some and this rank is to make them."""
+        if not job.preview or show is None:
+            return None
+        if "vae" not in checkpoint.elements:
+            self._note("no previews: the model has no VAE of its own")
+            return None
+        try:
+            module = self._vae(job.model, checkpoint, dtype)
+        except torch.OutOfMemoryError:
+            self._held.pop("vae", None)
+            self._note(NO_ROOM)
+            return None
+        module.disable_tiling()
+        vae_layers.use(module, compiled=False)
+        skipped = checkpoint.padding_frames(job.latent.shape[2])
+        return Previews(module, scaling=checkpoint.scaling_factor, skipped=skipped, show=show)
 
     def _load_only(self, job: LoadJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         """What a sampling job begins with; that one says what there is to say of it."""
@@ -213,12 +243,16 @@ class Engine:
         self.together = strips is not None
         if strips is None and self.split.rank != 0:
             return Result(torch.empty(0))
-        module = self._load("vae", job.model, checkpoint, dtype, lambda: checkpoint.load_vae(dtype)).to(self.device)
+        module = self._vae(job.model, checkpoint, dtype)
         vae_layers.use(module, compiled=self._wants_compiled_vae(job, dtype, shared=self.together))
         loaded = time.perf_counter()
         with vae_layers.searching():
             tensor = self._alone(job, dtype, module, use) if strips is None else self._in_strips(job, module, strips, use)
         return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
+
+    def _vae(self, model: Model, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
+        """The VAE, on this rank's device."""
+        return self._load("vae", model, checkpoint, dtype, lambda: checkpoint.load_vae(dtype)).to(self.device)
 
     def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
         vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)

@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.preview import PictureListener
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from .plans import Plan
 
@@ -48,13 +50,21 @@ class Executor(ABC):
 
     plan = Plan()
 
-    def sample(self, job: SampleJob, *, on_step: StepListener = silent, should_stop: StopSignal = never) -> Result:
+    def sample(
+        self,
+        job: SampleJob,
+        *,
+        on_step: StepListener = silent,
+        should_stop: StopSignal = never,
+        on_picture: PictureListener | None = None,
+    ) -> Result:
         """Denoises a latent.
 
         Args:
             job: what to sample.
             on_step: told after each step, in the caller's thread.
             should_stop: asked between steps or more often.
+            on_picture: told now and then of a picture of what a step takes for the clean video, in the caller's thread.
         Returns:
             The latent, as :class:`parallel_backend.jobs.SampleJob` says, and what it cost.
         Raises:
@@ -63,7 +73,7 @@ class Executor(ABC):
             GroupUnavailable: when the group's processes did not come up.
             GroupError: when a worker failed.
         """
-        return self.run(job, on_step, should_stop)
+        return self.run(replace(job, preview=on_picture is not None), on_step, should_stop, on_picture)
 
     def decode(self, job: DecodeJob, *, should_stop: StopSignal = never) -> Result:
         """Decodes a latent to frames; raises as :meth:`sample` does."""
@@ -113,10 +123,16 @@ class Executor(ABC):
         checks.check(checkpoint, job)
         checks.check_plan(checkpoint, self.plan, job)
 
-    def run(self, job: Job, on_step: StepListener = silent, should_stop: StopSignal = never) -> Result:
+    def run(
+        self,
+        job: Job,
+        on_step: StepListener = silent,
+        should_stop: StopSignal = never,
+        on_picture: PictureListener | None = None,
+    ) -> Result:
         """Runs a job of any kind; raises as :meth:`sample` does."""
         self.check(job)
-        return self._run(job, on_step, should_stop)
+        return self._run(job, on_step, should_stop, on_picture)
 
     def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         """Runs jobs that were checked, one after the other."""
@@ -148,7 +164,9 @@ class Executor(ABC):
         """The devices that hold its weights, as this process numbers them."""
 
     @abstractmethod
-    def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
+    def _run(
+        self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
+    ) -> Result:
         """Runs a job that was checked."""
 
     @abstractmethod

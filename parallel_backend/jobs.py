@@ -212,8 +212,8 @@ class Progress:
     """Noisy, scaled, in the model's dtype: ``[batch, latent frames with padding, channels, height/8, width/8]``."""
     generator: torch.Tensor
     """State of the noise generator, bytes."""
-    history: torch.Tensor | None = None
-    """What the scheduler carries from step to step; None where it carries nothing."""
+    clean: torch.Tensor | None = None
+    """The clean latents that the last step predicted, float32, shaped like ``latents``; what the DPM scheduler carries from step to step."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,8 @@ class SampleJob:
     pipefusion_warmup: int = 4
     """Steps that a plan with ``pipefusion`` computes whole and exactly, at first; where all are, the video is ``single``'s, and
     with more of them it is nearer to that (benchmarks/results/pipefusion.md)."""
+    preview: bool = False
+    """Whether the caller is shown pictures of what steps take for the clean video."""
 
     def __post_init__(self):
         check_latent(self.latent)

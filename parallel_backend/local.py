@@ -27,13 +27,13 @@ class LocalExecutor(Executor):
         """See :meth:`Executor.torch_devices`."""
         return (self.engine.device,)
 
-    def _run(self, job, on_step, should_stop) -> Result:
+    def _run(self, job, on_step, should_stop, on_picture=None) -> Result:
         def after_step(progress: Progress, steps: int) -> bool:
             on_step(progress.step, steps)
             return not should_stop()
 
         with self._lock:
-            return self.engine.run(job, after_step, lambda: not should_stop())
+            return self.engine.run(job, after_step, lambda: not should_stop(), on_picture)
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`."""

@@ -11,6 +11,7 @@ import torch
 
 from .cogvideox.checkpoint import Checkpoint
 from .cogvideox.denoise import denoise
+from .cogvideox.preview import PictureListener
 from .cogvideox.step_cache import StepCaches
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable
@@ -67,11 +68,13 @@ class ReplicasExecutor(Executor):
         if len(errors) == len(self.replicas):
             raise errors[0]
 
-    def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
+    def _run(
+        self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
+    ) -> Result:
         # What a pipeline keeps of a window is where that was predicted.
         if isinstance(job, SampleJob) and self.plan.pipefusion == 1 and has_windows_to_share(job):
             return self._share_windows(job, on_step, should_stop)
-        return self._spread([job], on_step, should_stop)[0]
+        return self._spread([job], on_step, should_stop, on_picture)[0]
 
     def load(self, job: SampleJob) -> Report:
         """See :meth:`Executor.load`: all replicas read at once, and one that cannot is in no other's way."""
@@ -107,13 +110,15 @@ class ReplicasExecutor(Executor):
         spread = Spread(self._pool, self._names, jobs, self._closed.is_set, follow)
         spread.run(on_step, should_stop)
 
-    def _spread(self, jobs: Sequence[Job], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
+    def _spread(
+        self, jobs: Sequence[Job], on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
+    ) -> list[Result]:
         """Runs every video of the jobs where a replica is free. Results come in the jobs' order."""
         self._closed.clear()
         pieces = [cut(job) for job in jobs]
         began = time.perf_counter()
         spread = Spread(self._pool, self._names, [piece for part in pieces for piece in part], self._closed.is_set)
-        spread.run(on_step, should_stop)
+        spread.run(on_step, should_stop, on_picture)
         seconds = time.perf_counter() - began
         results, first = [], 0
         for part in pieces:
@@ -152,6 +157,8 @@ class ReplicasExecutor(Executor):
         callbacks = {"on_step": mark, "on_window": lambda: not should_stop(), "elsewhere": elsewhere}
         caches, split = StepCaches(0.0, lambda change: change), Split(place["device"])
         latent = denoise(None, checkpoint, job, **place, split=split, caches=caches, **callbacks)
+        if job.preview:
+            spread.notes.append("no previews: replicas share the windows of each step")
         report = self._report(made, spread.notes, time.perf_counter() - started)
         return Result(latent, replace(report, step_seconds=tuple(steps)))
 

@@ -7,6 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
+
+from .cogvideox.preview import PictureListener
 from .errors import Cancelled, GroupFailure
 from .executor import StepListener, StopSignal, steps_of
 from .group.client import GroupExecutor
@@ -92,14 +95,15 @@ class Spread:
         self.notes: list[str] = after.notes if after else []
         self._total = steps_of(self.jobs)
         self._waiting = deque(range(len(jobs)))
-        self._steps: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[tuple[int, int | torch.Tensor]] = queue.SimpleQueue()
+        """Of each piece how many steps are done, or a picture."""
         self._lost: set[GroupExecutor] = after._lost if after else set()
         self._paces = after._paces if after else Paces()
         self._stop = threading.Event()
         self._error: Exception | None = None
         self._lock = threading.Lock()
 
-    def run(self, on_step: StepListener, should_stop: StopSignal) -> None:
+    def run(self, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None) -> None:
         """Runs all pieces; raises the error of the first that failed, or Cancelled."""
         threads = [
             threading.Thread(target=self._work, name=f"replica {place}", daemon=True)
@@ -108,7 +112,7 @@ class Spread:
         for thread in threads:
             thread.start()
         try:
-            self._listen(threads, on_step, should_stop)
+            self._listen(threads, on_step, should_stop, on_picture)
         finally:
             self._stop.set()
             deadline = time.monotonic() + LEAVE_SECONDS
@@ -119,15 +123,24 @@ class Spread:
         if len(self.results) < len(self.jobs):
             raise Cancelled(f"stopped with {len(self.results)} of {len(self.jobs)} pieces done")
 
-    def _listen(self, threads: list[threading.Thread], on_step: StepListener, should_stop: StopSignal) -> None:
-        """Tells steps of all pieces together until the threads have ended."""
+    def _listen(
+        self,
+        threads: list[threading.Thread],
+        on_step: StepListener,
+        should_stop: StopSignal,
+        on_picture: PictureListener | None,
+    ) -> None:
+        """Tells steps of all pieces together, and shows their pictures, until the threads have ended."""
         done = dict.fromkeys(range(len(self.jobs)), 0)
         while True:
             ended = not any(thread.is_alive() for thread in threads)  # before the look: what they said is heard then
             try:
-                number, step = self._steps.get(timeout=0 if ended else POLL_SECONDS)
-                done[number] = step
-                on_step(sum(done.values()), self._total)
+                number, said = self._heard.get(timeout=0 if ended else POLL_SECONDS)
+                if isinstance(said, torch.Tensor):
+                    on_picture(said)
+                else:
+                    done[number] = said
+                    on_step(sum(done.values()), self._total)
             except queue.Empty:
                 if ended:
                     return
@@ -179,8 +192,12 @@ class Spread:
     def _run(self, number: int, replica: GroupExecutor) -> float:
         """Runs a piece, and what follows from it. Returns the seconds that were spent on loading."""
         loading, job, made = 0.0, self.jobs[number], self._made[number]
+
+        def hear(said: int | torch.Tensor) -> None:
+            self._heard.put((number, said))
+
         while job is not None:
-            result = replica.run(job, lambda step, _: self._steps.put((number, step)), self._is_stopping)
+            result = replica.run(job, lambda step, _: hear(step), self._is_stopping, hear)
             loading += result.report.load_seconds
             made.append((replica, result))
             job = self.jobs[number] = self.follow(number, made) if self.follow else None
@@ -200,7 +217,7 @@ class Spread:
         self.notes.append(f"{self.names[replica]} was lost, and the others do its work: {error.summary}")
         logger.warning(self.notes[-1])
         if isinstance(self.jobs[number], SampleJob):
-            self._steps.put((number, 0))
+            self._heard.put((number, 0))
 
     def _fail(self, error: Exception) -> None:
         with self._lock:

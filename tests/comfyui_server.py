@@ -146,9 +146,9 @@ class ComfyUIServer:
     def system_stats(self) -> dict:
         return self.request("/system_stats")
 
-    def queue(self, prompt: dict, workflow: dict | None = None) -> str:
-        """Queues an API-format prompt; its id. RuntimeError (with ComfyUI's own words) when it is not valid."""
-        extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
+    def queue(self, prompt: dict, workflow: dict | None = None, **extra) -> str:
+        """Queues an API-format prompt with extra data; its id. RuntimeError (with ComfyUI's own words) when it is not valid."""
+        extra |= {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         return self.request("/prompt", {"prompt": prompt, "client_id": self.client_id, "extra_data": extra})["prompt_id"]
 
     def events(self, prompt_id: str, timeout: float = 300.0):

@@ -117,6 +117,18 @@ def test_another_prompt_reloads_nothing_and_another_workflow_finds_the_group_war
     assert sorted(workers()) == processes
 
 
+def test_the_sampler_shows_previews_where_they_are_turned_on(server, prompt_of):
+    if "preview_method" not in (server.comfyui / "execution.py").read_text():
+        pytest.skip("this ComfyUI has previews on or off as a whole")
+    prompt = prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=21", "XDiTCogVideoXSampler.steps=12")
+    events = list(server.events(server.queue(prompt, preview_method="auto")))
+    assert events[-1]["type"] == "execution_success", server.log_tail()
+    shown = [iio.imread(event["data"]["image"]) for event in events if event["type"] == "preview"]
+    assert shown and shown[0].shape == (341, 512, 3)  # 2 x 2 moments of 96 x 64, as large as ComfyUI makes them
+    events = list(server.events(server.queue(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=22"))))
+    assert not [event for event in events if event["type"] == "preview"]
+
+
 def test_cancel_stops_within_a_step_and_the_group_stays_warm(server, prompt_of):
     server.run(prompt_of(*TWO_PROCESSES))
     processes = sorted(workers())

@@ -234,7 +234,7 @@ def test_a_message_of_another_version_says_so(monkeypatch):
     monkeypatch.setattr(protocol, "VERSION", 1)
     data = protocol.encode(Message("status"))
     monkeypatch.undo()
-    with pytest.raises(protocol.ProtocolError, match="version 1 of the protocol and this side 3"):
+    with pytest.raises(protocol.ProtocolError, match=f"version 1 of the protocol and this side {protocol.VERSION}"):
         protocol.decode(data)
 
 

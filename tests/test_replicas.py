@@ -145,6 +145,18 @@ def test_the_windows_of_a_long_video_are_shared(like, settings, replicas, make_j
     assert all(result.report.peak_memory) and not result.report.notes
 
 
+def test_replicas_show_pictures_and_say_where_they_cannot(replicas, make_job, local):
+    shown = []
+    batch = make_job("5b", size=(64, 48, 17), steps=3, batch=2)
+    result = replicas.sample(batch, on_picture=shown.append)
+    assert (result.tensor - local.sample(batch).tensor).abs().max() <= TOLERANCE
+    assert len(shown) >= 2 and shown[0].shape == (96, 128, 3)
+    long = make_job("5b", size=(48, 48, 49), steps=2, windows=Windows(17, 8))
+    assert replicas.sample(long, on_picture=shown.append).report.notes == (
+        "no previews: replicas share the windows of each step",
+    )
+
+
 def test_a_slow_replica_predicts_fewer_windows(replicas, make_job, local, monkeypatch):
     job = make_job("5b", windows=Windows(17, 12), **LONG)
     slow, fast = (counted(replica, monkeypatch, slower=wait) for replica, wait in zip(replicas.replicas, (2.0, 0.0)))
@@ -167,7 +179,7 @@ class Replica:
     def __init__(self, *, lost_at: type | None = None):
         self.lost_at, self.ran = lost_at, []
 
-    def run(self, job, on_step, should_stop) -> Result:
+    def run(self, job, on_step, should_stop, on_picture) -> Result:
         self.ran.append(type(job))
         if type(job) is self.lost_at:
             raise GroupLost("it was killed")

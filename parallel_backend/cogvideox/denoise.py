@@ -205,10 +205,10 @@ def denoise(
     rotary = rotary_tables(checkpoint, layout.length, height, width, device)
     condition_at = conditions.make(job, checkpoint, latents)
     ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
-    done, history = 0, None  # what the DPM scheduler carries from step to step
+    done, clean = 0, None
     if job.progress is not None:
         done, latents = job.progress.step, job.progress.latents.to(latents)
-        history = None if job.progress.history is None else job.progress.history.to(device)
+        clean = None if job.progress.clean is None else job.progress.clean.to(device)
         generator.set_state(job.progress.generator)
     there = timesteps.to(device)  # at once, as the host waits for the device with whatever it sends it in a step
     forward = partial(predict, transformer, text=text, rotary=rotary, ofs=ofs, split=split, prompts=len(prompts))
@@ -233,9 +233,9 @@ def denoise(
             velocity[:, window.frames] += window.weigh(predicted)
             if window is not windows[-1] and not on_window():
                 raise Cancelled(f"stopped after step {index} of {len(timesteps)}")
-        latents, history = advance(scheduler, velocity, history, timesteps, index, latents, generator, job.drawn)
+        latents, clean = advance(scheduler, velocity, clean, timesteps, index, latents, generator, job.drawn)
         latents = latents.to(dtype)
-        ended = Ended(Progress(index + 1, latents, generator.get_state(), history), velocity)
+        ended = Ended(Progress(index + 1, latents, generator.get_state(), clean), velocity)
         if untold:
             tell(untold)
         untold = ended
@@ -262,15 +262,16 @@ def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, *, devic
     return predict(transformer, seen, torch.tensor(job.timestep), job.scale, **about).cpu()
 
 
-def advance(scheduler, velocity, history, timesteps, index, latents, generator, drawn):
-    """One step of either scheduler. Returns the latents and what the next step needs of this one."""
+def advance(scheduler, velocity, clean, timesteps, index, latents, generator, drawn):
+    """One step of either scheduler. Returns the latents, and the clean ones that are predicted, as the step before gave them."""
     from diffusers import CogVideoXDPMScheduler
 
     timestep = timesteps[index]
     if not isinstance(scheduler, CogVideoXDPMScheduler):
-        return scheduler.step(velocity, timestep, latents, return_dict=False)[0], None
+        made = scheduler.step(velocity, timestep, latents)
+        return made.prev_sample, made.pred_original_sample
     before = timesteps[index - 1] if index > 0 else None
-    return dpm_step(scheduler, velocity, history, timestep, before, latents, generator=generator, drawn=drawn)
+    return dpm_step(scheduler, velocity, clean, timestep, before, latents, generator=generator, drawn=drawn)
 
 
 def dpm_step(

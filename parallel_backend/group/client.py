@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import errors
+from ..cogvideox.preview import PictureListener
 from ..devices import Devices
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..executor import Executor, StepListener, StopSignal, never, silent
@@ -37,9 +38,12 @@ ABSENT, STARTING, WAITING = "absent", "starting", "waiting for the other hosts"
 
 @dataclass
 class Keepsake:
-    """What a group has told of its job, to go on from when it is lost."""
+    """What a group has told of its job beside its steps."""
 
+    on_picture: PictureListener | None = None
+    """Who is shown pictures of it."""
     progress: Progress | None = None
+    """What to go on from when the group is lost."""
 
 
 class GroupExecutor(Executor):
@@ -157,12 +161,14 @@ class GroupExecutor(Executor):
         """Ends the group, whoever keeps it."""
         self._ask(Message("stop"))
 
-    def _run(self, job: Job, on_step: StepListener, should_stop: StopSignal) -> Result:
+    def _run(
+        self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
+    ) -> Result:
         """Runs a job, and goes on from where it was when the group is lost; what is lost twice there is not tried again."""
         notes: list[str] = []
         lost_at = None
         while True:
-            kept = Keepsake()
+            kept = Keepsake(on_picture)
             try:
                 answer = self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
                 break
@@ -238,6 +244,8 @@ class GroupExecutor(Executor):
                 on_step(answer.plain["step"], answer.plain["steps"])
             elif answer.kind == "kept":
                 kept.progress = Progress(**answer.plain, **answer.tensors)
+            elif answer.kind == "picture":
+                kept.on_picture(answer.tensors["picture"])
             elif answer.kind == "cancelled":
                 raise Cancelled(answer.plain["message"])
             elif answer.kind == "failed":

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-VERSION = 3
+VERSION = 4
 PART = 4 * 2**20
 """Bytes of a tensor that are sent at a time."""
 MAX_HEADER = 2**20
-LATENTS, PIXELS = 2**30, 8 * 2**30
-"""Bytes; a video of 161 frames at 1360x768 is 43 MB as latents and 2 GB as float32 pixels."""
+PICTURE, LATENTS, PIXELS = 2**24, 2**30, 8 * 2**30
+"""Bytes; a preview has under 1 MB, a video of 161 frames at 1360x768 is 43 MB as latents and 2 GB as float32 pixels."""
 MAX_TENSORS = {
     "sample": LATENTS,
     "load": LATENTS,
@@ -28,6 +28,7 @@ MAX_TENSORS = {
     "decode": LATENTS,
     "encode": PIXELS,
     "kept": LATENTS,
+    "picture": PICTURE,
     "done": PIXELS,
 }
 """Bytes of tensors in a message of each kind; the others have none."""
@@ -45,7 +46,7 @@ class Message:
     """One message.
 
     Requests are ``sample``, ``load``, ``window``, ``decode``, ``encode``, ``status``, ``free``, ``stop`` and, while a job runs,
-    ``cancel``. Answers are ``step``, ``kept``, ``done``, ``failed`` and ``cancelled``.
+    ``cancel``. Answers are ``step``, ``kept``, ``picture``, ``done``, ``failed`` and ``cancelled``.
     """
 
     kind: str

@@ -219,8 +219,12 @@ class Worker:
                     keeping.keep(progress)
             return wanted()
 
+        def show(picture: torch.Tensor) -> None:
+            keeping.wait()
+            request.answer(Message("picture", {}, {"picture": picture}))
+
         try:
-            return self.engine.run(job, after_step, wanted)
+            return self.engine.run(job, after_step, wanted, show if request else None)
         finally:
             if keeping:
                 keeping.close()
