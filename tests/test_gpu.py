@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance, two_steps
-from parallel_backend.cogvideox import attention, attention_fp8, blocks, kernels, memory
+from parallel_backend.cogvideox import attention, attention_fp8, blocks, kernels, memory, preview
 from parallel_backend.cogvideox.attention_fp8 import attend_in_fp8
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices, several_ranks_a_gpu
@@ -168,6 +168,18 @@ def test_auto_places_the_weights_anew_when_another_program_takes_the_room(on_gpu
 def test_gpu_equals_cpu(on_gpu, local, make_job, checkpoints):
     job = make_job("5b", model=Model(str(checkpoints["5b"]), dtype="fp32"))
     assert (on_gpu.sample(job).tensor - local.sample(job).tensor).abs().max() <= 10 * TOLERANCE
+
+
+@one_gpu
+def test_previews_are_those_of_the_cpu_and_change_nothing(on_gpu, local, make_job, checkpoints, monkeypatch):
+    monkeypatch.setattr(preview, "SECONDS", 0.0)
+    job = make_job("5b", model=Model(str(checkpoints["5b"]), dtype="fp32"), steps=12)
+    shown, expected = [], []
+    assert torch.equal(on_gpu.sample(job, on_picture=shown.append).tensor, on_gpu.sample(job).tensor)
+    local.sample(job, on_picture=expected.append)
+    assert len(shown) >= 3 and not shown[0].is_cuda
+    for picture in shown:  # one that is not ready with the next step is shown later, and meanwhile none is made
+        assert min((picture.int() - other.int()).abs().max() for other in expected) <= 2
 
 
 @one_gpu
