@@ -24,7 +24,7 @@ def main() -> None:
     messages = [decode(path.read_bytes()) for path in sorted(folder.glob("*.job"))]
     jobs = [join_fields(message.kind, message.plain, message.tensors) for message in messages]
     for plan in plans:
-        engine = Engine(GroupSplit(Plan.parse(plan), device=torch.device("cpu"), rank=rank, local_rank=rank))
+        engine = Engine(GroupSplit(Plan.parse(plan), device=torch.device("cpu"), rank=rank))
         engine.split.probe()
         made, held = [], []
         for job in jobs:

@@ -36,7 +36,7 @@ rank, checkpoint = int(os.environ["RANK"]), Checkpoint.open(path)
 memory.free_bytes = lambda device: (2**40, 0)[rank]
 text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
 job = SampleJob(Model(path), text, empty_latent(width=64, height=48, frames=9), text, steps=1)
-engine = Engine(GroupSplit(Plan(ulysses=2), device=torch.device("cpu"), rank=rank, local_rank=rank))
+engine = Engine(GroupSplit(Plan(ulysses=2), device=torch.device("cpu"), rank=rank))
 Path(folder, f"rank{rank}.json").write_text(json.dumps(engine.run(job).report.notes))
 """
 
