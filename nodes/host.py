@@ -24,7 +24,7 @@ from ..parallel_backend.cogvideox.work import work_of, work_of_job
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
-from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob
+from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob, empty_latent
 from ..parallel_backend.local import LocalExecutor
 from ..parallel_backend.pieces import has_windows_to_share, windows_of
 from ..parallel_backend.plans import AUTO
@@ -177,19 +177,33 @@ def run(job: Job, backend=None, node_id: str | None = None) -> Result:
     return run_on(local(), job, node_id)
 
 
-def begin(job: SampleJob, backend, node_id: str | None = None) -> None:
-    """Has the group start that a job is going to need, where there is none, without waiting for it.
+def has_group() -> bool:
+    """Whether a group is kept, or was."""
+    return _groups.executor is not None
+
+
+def begin(handle, backend, latent: torch.Tensor | None, cfg: float, node_id: str | None) -> None:
+    """Has the group start that a sampling job is going to need, without waiting for it. Only where none is kept, which would have to give
+    way to one that the job, once it is checked, may not get.
 
     Args:
-        job: of which the text may still be blank.
+        handle: a :class:`.sockets.ModelHandle`.
         backend, node_id: see :func:`run`.
-    Raises:
-        RequestError: when plan, devices and model do not fit.
+        latent: of the job; any will do with a plan that is not ``auto``.
+        cfg: of the job.
     """
+    if has_group():
+        return
+    checkpoint = handle.checkpoint
+    blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
     try:
-        executor_for(backend, Checkpoint.open(job.model.path), job, node_id)
-    except GroupUnavailable as error:
-        logger.debug("the job is going to say: %s", error.summary)
+        if latent is None:
+            sizes = dict(zip(("width", "height", "frames"), checkpoint.default_size))
+            latent = empty_latent(**sizes, channels=checkpoint.channels)
+        job = SampleJob(handle.model, blank, latent, blank, cfg=cfg, windows=handle.windows)
+        executor_for(backend, checkpoint, job, node_id)
+    except (GroupUnavailable, RequestError, ValueError) as error:
+        logger.debug("no group is started yet; the job is going to say why: %s", error)
 
 
 def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None) -> Executor:
@@ -239,13 +253,16 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
     held = _held.setdefault(executor, HeldWeights(executor, counted_on(executor)))
     held.expect(job)
     checkpoint = Checkpoint.open(job.model.path)
-    working = working_bytes(job, checkpoint, executor.plan, checkpoint.dtype(job.model.dtype, held.load_device))
+    dtype = checkpoint.dtype(job.model.dtype, held.load_device)
+    working = working_bytes(job, checkpoint, executor.plan, dtype)
+    pictures = isinstance(job, SampleJob) and settings.preview_method != LatentPreviewMethod.NoPreviews
+    if pictures:
+        working += checkpoint.weight_bytes("vae", dtype)
     management.load_models_gpu([held], memory_required=working)
     stop = management.processing_interrupted
     try:
         if isinstance(job, SampleJob):
-            wanted = settings.preview_method != LatentPreviewMethod.NoPreviews
-            result = executor.sample(job, on_step=on_step, should_stop=stop, on_picture=on_picture if wanted else None)
+            result = executor.sample(job, on_step=on_step, should_stop=stop, on_picture=on_picture if pictures else None)
         elif isinstance(job, DecodeJob):
             result = executor.decode(job, should_stop=stop)
         else:

@@ -1,9 +1,8 @@
 """CogVideoX Sampler."""
 
-import torch
 from comfy_api.latest import io
 
-from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob, empty_latent
+from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
 from ..parallel_backend.plans import AUTO
 from . import host
 from .conditioning import conditions_of, text_states
@@ -51,16 +50,11 @@ class CogVideoXSampler(io.ComfyNode):
         """Has a backend's group start before the text is encoded, which takes as long; then asks for all that is not there yet."""
         given = {"latent": latent, "positive": positive, "negative": negative}
         missing = [name for name, value in given.items() if value is None]
-        if backend and missing:
-            if latent is None and backend.plan == AUTO:
-                return ["latent"]  # by whose size and batch the plan is chosen
-            checkpoint = model.checkpoint
-            blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
-            sizes = dict(zip(("width", "height", "frames"), checkpoint.default_size))
-            samples = latent["samples"] if latent else empty_latent(**sizes, channels=checkpoint.channels)
-            host.begin(
-                SampleJob(model.model, blank, samples, blank, cfg=cfg, windows=model.windows), backend, cls.hidden.unique_id
-            )
+        if not missing or backend is None or host.has_group():
+            return missing
+        if latent is None and (backend.plan == AUTO or model.windows):
+            return ["latent"]  # by whose size and batch the plan is chosen
+        host.begin(model, backend, latent and latent["samples"], cfg, cls.hidden.unique_id)
         return missing
 
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_layers, weights
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
-from .cogvideox.preview import NO_ROOM, PictureListener, Previews
+from .cogvideox.preview import PictureListener, Previews, why_none
 from .cogvideox.windows import advice
 from .devices import current
 from .errors import OutOfMemory, RequestError
@@ -193,11 +193,14 @@ class Engine:
         if "vae" not in checkpoint.elements:
             self._note("no previews: the model has no VAE of its own")
             return None
+        if self._offload != "none":
+            self._note(f"no previews: offload is '{self._offload}', and they need the VAE beside the transformer")
+            return None
         try:
             module = self._vae(job.model, checkpoint, dtype)
-        except torch.OutOfMemoryError:
+        except Exception as error:  # a job that needs no VAE must not fail for it, and on one rank alone
             self._held.pop("vae", None)
-            self._note(NO_ROOM)
+            self._note(why_none(error))
             return None
         module.disable_tiling()
         vae_layers.use(module, compiled=False)
@@ -229,6 +232,7 @@ class Engine:
         return OutOfMemory(
             f"{what} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the weights and "
             f"{free / 2**30:.1f} GiB are free; use {self._advice}, a smaller size, or a plan with more ulysses, ring or tensor"
+            + (", or turn previews off" if isinstance(job, SampleJob) and job.preview else "")
         )
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:

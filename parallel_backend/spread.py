@@ -137,7 +137,8 @@ class Spread:
             try:
                 number, said = self._heard.get(timeout=0 if ended else POLL_SECONDS)
                 if isinstance(said, torch.Tensor):
-                    on_picture(said)
+                    if number == min(set(done) - set(self.results), default=None):  # of several the first that is not done yet
+                        on_picture(said)
                 else:
                     done[number] = said
                     on_step(sum(done.values()), self._total)

@@ -49,8 +49,8 @@ def call(node, **inputs):
     return clone.execute(**inputs).result
 def asks_for(plan, **given):
     clone = Sampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
-    absent = {"positive": None, "negative": None, "latent": None}
-    return clone.check_lazy_status(model=handles(text_model)[0], **settings, backend=plan and Handle("cpu:2", plan), **absent | given)
+    absent = {"positive": None, "negative": None, "latent": None, "model": handles(text_model)[0]}
+    return clone.check_lazy_status(**settings, backend=plan and Handle("cpu:2", plan), **absent | given)
 def refusal(node, **inputs):
     try:
         call(node, **inputs)

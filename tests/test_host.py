@@ -139,37 +139,43 @@ show(devices=[counted(words) for words in ("auto", "1,3", "2,3", "cpu:2")], own=
 
 def test_a_group_starts_once_its_plan_is_known_and_before_there_is_any_text(nodes):
     shown, _ = nodes("""
-kept = lambda: host._groups.executor and str(host._groups.executor.plan)
-steps = []
-for plan, given in ((None, {}), ("auto", {}), ("ulysses2", {}), ("cfg2", {"latent": {"samples": latent}}), ("cfg2", prompts | {"latent": {"samples": latent}})):
-    steps.append([asks_for(plan, **given), kept(), bool(host._groups.executor and host._groups.executor.is_there())])
-host._groups.close()
-steps.append([asks_for("auto", latent={"samples": latent}), kept(), host._groups.executor.is_there()])
-try:
-    asks_for("ulysses3")
-except errors.RequestError as error:
-    refused = str(error)
+kept = lambda: host._groups.executor and [str(host._groups.executor.plan), host._groups.executor.is_there()]
+at_hand, steps = {"latent": {"samples": latent}}, []
+for plan, given in ((None, {}), ("auto", {}), ("auto", at_hand), ("auto", {}), ("ulysses2", {}), ("cfg2", prompts | at_hand)):
+    steps.append([asks_for(plan, **given), kept()])
 begun = host._groups.executor.address.folder
-made, = call(Sampler, model=handles(text_model)[0], **settings, **prompts, latent={"samples": latent}, backend=Handle("cpu:2", "auto"))
+made, = call(Sampler, model=handles(text_model)[0], **settings, **prompts, **at_hand, backend=Handle("cpu:2", "auto"))
 same = host._groups.executor.address.folder == begun and host._groups.executor.status()["jobs"] == 1
-show(steps=steps, refused=refused, made=list(made["samples"].shape), same=same)
+show(steps=steps, same=same, made=list(made["samples"].shape))
 """)
     everything, text = ["latent", "positive", "negative"], ["positive", "negative"]
     assert shown["steps"] == [
-        [everything, None, False],
-        [["latent"], None, False],
-        [everything, "ulysses2", True],
-        [text, "cfg2", True],
-        [[], "cfg2", True],
-        [text, "cfg2", True],
+        [everything, None],
+        [["latent"], None],
+        [text, ["cfg2", True]],
+        [everything, ["cfg2", True]],
+        [everything, ["cfg2", True]],  # what is warm stays until there is a whole job for another plan
+        [[], ["cfg2", True]],
     ]
-    assert "ulysses3" in shown["refused"] and shown["made"] == [1, 16, 3, 6, 8]
-    assert shown["same"]
+    assert shown["same"] and shown["made"] == [1, 16, 3, 6, 8]
 
 
-def test_a_group_that_cannot_start_is_said_by_the_job_alone(nodes):
-    shown, log = nodes("""
-os.environ["XDIT_PYTHON"] = "/nowhere/python"
-show(asked=asks_for("cfg2"))
+def test_a_plan_by_hand_starts_without_a_latent_unless_windows_are_cut_from_it(nodes):
+    shown, _ = nodes("""
+from dataclasses import replace
+plain, _ = handles(text_model)
+windowed = replace(plain, windows=jobs.Windows(9, 4))
+first = asks_for("ulysses2", model=windowed), host.has_group()
+show(windowed=first, plain=(asks_for("ulysses2", model=plain), host.has_group()), plan=str(host._groups.executor.plan))
 """)
-    assert shown["asked"] == ["latent", "positive", "negative"] and "cannot be started" not in log
+    assert shown["windowed"] == [["latent"], False]
+    assert shown["plain"] == [["latent", "positive", "negative"], True] and shown["plan"] == "ulysses2"
+
+
+@pytest.mark.parametrize("plan, python", [("ulysses3", ""), ("cfg2", "/nowhere/python")])
+def test_what_hinders_a_start_is_said_by_the_job_alone(plan, python, nodes):
+    shown, log = nodes(f"""
+os.environ["XDIT_PYTHON"] = {python!r}
+show(asked=asks_for({plan!r}), there=host.has_group() and host._groups.executor.is_there())
+""")
+    assert shown == {"asked": ["latent", "positive", "negative"], "there": False} and "cannot be started" not in log

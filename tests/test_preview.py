@@ -1,11 +1,14 @@
 """Pictures of a video in the making: what the VAE makes of a step's clean latents, in every way of running a job."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from parallel_backend.cogvideox import preview
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
+from parallel_backend.errors import Cancelled
 from parallel_backend.jobs import DecodeJob, Model
 from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.split import Split
@@ -56,7 +59,7 @@ def test_large_videos_are_shown_small_and_a_batch_by_its_first(make_job, local, 
 def test_pictures_come_now_and_then(make_job, local, monkeypatch):
     job, shown, now = make_job("5b", size=SIZE, steps=8), [], iter(range(100))
     monkeypatch.setattr(preview, "SECONDS", 5.0)
-    monkeypatch.setattr(preview.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(preview, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     local.sample(job, on_picture=shown.append)
     assert 1 < len(shown) < 8
 
@@ -71,20 +74,33 @@ def test_a_job_whose_caller_wants_none_or_whose_model_cannot_loads_no_vae(make_j
 
 
 @pytest.mark.parametrize("name", ["load_vae", "picture"])
-def test_without_memory_for_pictures_the_video_is_made_all_the_same(name, make_job, local, at_every_step, monkeypatch):
+@pytest.mark.parametrize(
+    "error, words",
+    [(torch.OutOfMemoryError("no"), "there is no memory for them"), (OSError("the file is torn\nat 7"), "the file is torn")],
+)
+def test_where_no_picture_can_be_made_the_video_is(name, error, words, make_job, local, at_every_step, monkeypatch):
     executor, job, shown = LocalExecutor(torch.device("cpu")), make_job("5b", size=SIZE, steps=3), []
 
-    def full(*_):
-        raise torch.OutOfMemoryError("no")
+    def fail(*_):
+        raise error
 
-    monkeypatch.setattr(Checkpoint if name == "load_vae" else preview, name, full)
+    monkeypatch.setattr(Checkpoint if name == "load_vae" else preview, name, fail)
     result = executor.sample(job, on_picture=shown.append)
-    assert not shown and result.report.notes == (preview.NO_ROOM,)
+    assert not shown and result.report.notes == (f"no previews: {words}",)
     assert torch.equal(result.tensor, local.sample(job).tensor)
 
 
+def test_who_is_shown_pictures_may_stop_the_job(make_job, local, at_every_step):
+    def stop(_):
+        raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        local.sample(make_job("5b", size=SIZE, steps=3), on_picture=stop)
+
+
 @pytest.mark.parametrize("plan", ["cfg2", "ulysses2"])
-def test_a_group_shows_pictures_and_makes_the_same_video(plan, start_group, make_job, local):
+def test_a_group_shows_pictures_and_makes_the_same_video(plan, start_group, make_job, local, monkeypatch):
+    monkeypatch.setenv("XDIT_KEEP_SECONDS", "1e-9")  # it tells its state after every step, too
     shown, expected = [], []
     job = make_job("5b", size=SIZE, steps=4)
     result = start_group(plan).sample(job, on_picture=shown.append)
@@ -97,6 +113,7 @@ def test_the_sampler_shows_them_where_comfyui_is_told_to(in_comfyui):
     shown, _ = in_comfyui("""
 import comfy.utils
 from comfy.cli_args import LatentPreviewMethod, args
+part("parallel_backend.cogvideox.preview").SECONDS = 1e9
 seen = []
 comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
 job, found = sample(), []

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,11 +14,13 @@ import torch
 from parallel_backend.cogvideox import denoise, vae
 from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, OutOfMemory
+from parallel_backend.group import worker
 from parallel_backend.group.address import GroupAddress, is_alive
 from parallel_backend.group.agent import Standstill
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.protocol import Message
 from parallel_backend.group.pulse import Heart, Pulse
-from parallel_backend.jobs import DecodeJob
+from parallel_backend.jobs import DecodeJob, Progress, split_fields
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
@@ -154,6 +157,39 @@ def test_ranks_that_stand_still_are_given_up_after_their_own_time_and_the_one_be
     else:
         assert found[0] == culprits
         assert f"no sign of life for 8 s while {pulses[culprits[0]].doing}" in found[1]
+
+
+class SlowEngine:
+    """Takes so many seconds for each step, by a clock of its own."""
+
+    together = True
+
+    def __init__(self, seconds: list[float]):
+        self.seconds, self.now = seconds, 0.0
+
+    def run(self, job, after_step, *_) -> None:
+        for step, seconds in enumerate(self.seconds, 1):
+            self.now += seconds
+            after_step(Progress(step, torch.empty(0), torch.empty(0)), len(self.seconds))
+
+
+@pytest.mark.parametrize(
+    "seconds, allowed",
+    [
+        ([20, 15, 15, 15], [100, 75, 75, 75]),  # steps of a large video on a slow GPU: no hang
+        ([300, 0.5, 0.6, 0.5], [1500, 8, 8, 8]),  # the first has loading in it
+        ([3, 0.1, 4, 0.1], [15, 8, 20, 20]),  # a step cache spares some
+    ],
+)
+def test_a_step_may_take_five_times_as_long_as_those_before_it(seconds, allowed, make_job, monkeypatch):
+    engine, given = SlowEngine(seconds), []
+    monkeypatch.setattr(worker.time, "monotonic", lambda: engine.now)
+    rank = worker.Worker.__new__(worker.Worker)
+    rank.engine, rank.split = engine, SimpleNamespace(device=torch.device("cpu"))
+    rank.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))
+    job = make_job("5b", steps=len(seconds))
+    rank.run(Message("sample", *split_fields(job)), None)
+    assert given[1:] == pytest.approx(allowed)
 
 
 class TooSmall:

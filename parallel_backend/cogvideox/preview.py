@@ -10,15 +10,22 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from ..errors import first_line
+
 SECONDS = 1.0
 """At most one picture in so long."""
 MOMENTS = 4
 """Of a video, in two rows; those of fewer latent frames in one."""
 CELLS = 32
 """Rows and columns of a moment's latent at most; of a larger one so many are put together as are needed."""
-NO_ROOM = "no previews: there is no memory for them"
 PictureListener = Callable[[torch.Tensor], None]
 """Told of a picture: ``[height, width, 3]``, uint8, on the CPU."""
+
+
+def why_none(error: Exception) -> str:
+    """What a person is told where no picture could be made."""
+    reason = "there is no memory for them" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
+    return f"no previews: {reason}"
 
 
 def moments(frames: int) -> list[int]:
@@ -40,7 +47,10 @@ def picture(vae, latent: torch.Tensor) -> torch.Tensor:
     places = moments(len(latent))
     together = -(-max(latent.shape[-2:]) // CELLS)
     small = F.avg_pool2d(torch.stack([latent[place] for place in places]).float(), together)
-    pixels = vae.decode(small[:, :, None].to(vae.dtype)).sample[:, :, -1]
+    alone = [
+        vae.decode(one[:, :, None].to(vae.dtype)).sample[:, :, -1] for one in small.split(1)
+    ]  # of all at once needs more memory
+    pixels = torch.cat(alone)
     rows = 2 if len(places) == MOMENTS else 1
     joined = rearrange(pixels, "(rows columns) colours height width -> (rows height) (columns width) colours", rows=rows)
     return ((joined.float() / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
@@ -80,11 +90,12 @@ class Previews:
         self._last = time.monotonic()
         try:
             made = picture(self._vae, clean[0, self._skipped :] / self._scaling)
-        except torch.OutOfMemoryError:
-            self.note = NO_ROOM
+            if made.is_cuda:
+                there = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made, non_blocking=True)
+                self._coming = there, torch.cuda.current_stream(made.device).record_event()
+        except Exception as error:  # whatever it is, the video can do without
+            self.note = why_none(error)
+            self._vae.to("cpu")
             return
-        if made.is_cuda:
-            there = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made, non_blocking=True)
-            self._coming = there, torch.cuda.current_stream(made.device).record_event()
-        else:
+        if not made.is_cuda:
             self._show(made)

@@ -20,7 +20,7 @@ from .. import calibration, machines
 from ..cogvideox import attention, checks, memory, trials
 from ..cogvideox.checkpoint import Checkpoint
 from ..costs import Link
-from ..devices import Devices
+from ..devices import Devices, visible_index
 from ..engine import Engine
 from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result, join_fields, split_fields
@@ -41,7 +41,7 @@ START_SECONDS, MEET_SECONDS = 300.0, 60.0
 LOAD_SECONDS = 1800.0
 """Reading weights and the first step, or a whole decode, take at most this long."""
 STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
-"""A later step takes at most the greater of this long and so many times the longest before it."""
+"""A later step takes at most the greater of this long and so many times the longest before it; the second by the first, loading and all."""
 IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
 """A group that had nothing to do for so long lets go of its weights; None never does."""
 HOST = os.environ.get("XDIT_HOST")
@@ -198,18 +198,18 @@ class Worker:
         self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
         job = self.opened(message)
 
-        longest, began = 0.0, None
+        lasted, began = [], time.monotonic()
         keeping = request and Keeping(request, self.split.device)
 
         def wanted() -> bool:
             return request is None or not request.cancelled.is_set()
 
         def after_step(progress: Progress, steps: int) -> bool:
-            nonlocal longest, began
+            nonlocal began
             now = time.monotonic()
-            if began is not None:  # the first loads and warms up
-                longest = max(longest, now - began)
+            lasted.append(now - began)
             began = now
+            longest = max(lasted[1:] or lasted)  # the first loads and warms up
             doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
             self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
             if keeping:
@@ -300,7 +300,7 @@ def main() -> None:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     address = GroupAddress(Path(folder))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
-    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank % torch.cuda.device_count())
+    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
     if machines.MEMORY_GB and device.type == "cuda":
         memory.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
     heart = Heart(address.pulse_file(rank))
