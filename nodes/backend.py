@@ -9,6 +9,12 @@ from . import host
 from .sockets import CATEGORY, BackendHandle, BackendSocket
 
 
+def advanced(widget: io.WidgetInput) -> io.WidgetInput:
+    """The widget among those that a node shows on demand. The argument of that name is younger than the oldest ComfyUI that will do."""
+    widget.extra_dict["advanced"] = True
+    return widget
+
+
 class XDiTBackend(io.ComfyNode):
     """Which devices work together, and how each step is split over them."""
 
@@ -37,15 +43,16 @@ class XDiTBackend(io.ComfyNode):
                     "For a batch: replicasN, N groups that share its videos; such as replicas2-cfg2. For slow links: pipefusionN, "
                     "which makes another video, near the same; such as cfg2-pipefusion2.",
                 ),
-                io.Int.Input(
-                    "pipefusion_warmup",
-                    default=SampleJob.pipefusion_warmup,
-                    min=1,
-                    max=1000,
-                    optional=True,
-                    extra_dict={"advanced": True},  # the argument of that name is younger than the oldest ComfyUI that will do
-                    tooltip="With pipefusionN in the plan: so many steps are exact at first, as slow as on one GPU. The others use "
-                    "what other GPUs have made in the step before.",
+                advanced(
+                    io.Int.Input(
+                        "pipefusion_warmup",
+                        default=SampleJob.pipefusion_warmup,
+                        min=1,
+                        max=1000,
+                        optional=True,
+                        tooltip="With pipefusionN in the plan: so many steps are exact at first, as slow as on one GPU. The others use "
+                        "what other GPUs have made in the step before.",
+                    )
                 ),
             ],
             outputs=[BackendSocket.Output(display_name="backend")],

@@ -1,5 +1,6 @@
 """The names that saved workflows depend on, and the workflows that are shipped."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -43,6 +44,40 @@ def inputs_of(info: dict) -> list[list]:
             options = spec[1] if len(spec) > 1 else {}
             found.append([name, spec[0], group, options.get("default")])
     return found
+
+
+EVERY_INPUT = {"id", "display_name", "optional", "tooltip", "lazy"}
+WIDGET = EVERY_INPUT | {"default", "socketless", "force_input"}
+NUMBER = WIDGET | {"min", "max", "step", "display_mode"}
+OLDEST = {
+    "Int.Input": NUMBER | {"control_after_generate"},
+    "Float.Input": NUMBER | {"round"},
+    "String.Input": WIDGET | {"multiline", "placeholder", "dynamic_prompts"},
+    "Boolean.Input": WIDGET | {"label_on", "label_off"},
+    "Combo.Input": EVERY_INPUT
+    | {"default", "socketless", "options", "control_after_generate", "upload", "image_folder", "remote"},
+    "Input": EVERY_INPUT | {"extra_dict"},
+    "Output": {"id", "display_name", "tooltip", "is_output_list"},
+    "Schema": {"node_id", "display_name", "category", "inputs", "outputs", "hidden", "description", "is_output_node"},
+}
+"""Arguments that ComfyUI 0.3.64 takes, with which one of a later version would keep the whole pack from loading."""
+
+
+def test_nodes_are_declared_in_words_that_the_oldest_comfyui_knows():
+    declared = 0
+    for path in (REPO / "nodes").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Attribute)
+                and call.func.attr in ("Input", "Output", "Schema")
+            ):
+                own = ast.unparse(call.func).removeprefix("io.")
+                known = OLDEST.get(own) or OLDEST[call.func.attr]
+                used = {argument.arg for argument in call.keywords if argument.arg}
+                assert used <= known, f"{path.name}:{call.lineno}: {used - known}"
+                declared += 1
+    assert declared > 60
 
 
 def test_ids_inputs_outputs_and_their_order_are_frozen(nodes):
