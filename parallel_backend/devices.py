@@ -11,6 +11,8 @@ from .errors import RequestError
 
 RANKS = "XDIT_RANKS"
 """In the environment of a group's processes: the GPU of each of this machine's ranks."""
+BF16_CAPABILITY = (8, 0)
+"""Of the first GPUs that compute in bf16, and that cuDNN's attention is made for."""
 MOST_THREADS = 8
 """Of a process that works on a GPU: its CPU has memory to copy and little to compute."""
 
@@ -18,6 +20,12 @@ MOST_THREADS = 8
 def visible_index(local_rank: int) -> int:
     """The number of a rank's GPU among those that a group's processes see."""
     return int(os.environ[RANKS].split(",")[local_rank])
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bf16; a rank's says it for all that its group has on this machine, as they must agree."""
+    group = range(torch.cuda.device_count()) if RANKS in os.environ else [device]
+    return min(map(torch.cuda.get_device_capability, group)) >= BF16_CAPABILITY
 
 
 def several_ranks_a_gpu() -> bool:

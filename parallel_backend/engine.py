@@ -341,16 +341,19 @@ class Engine:
             memory.place(transformer, mode, self.device)
         elif hooks is None:
             transformer.to(self.device)
+        attention.agree(self.device, dtype, checkpoint.head_dim, self.split.collect)
         self._note(attention.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
+        if job.model.dtype == "auto" and checkpoint.native_dtype == "bf16" and dtype == torch.float16:
+            self._note("in fp16, as this GPU is too old for bf16")
         compiled = hoped and self._can_compile("not compiled", self.split.collect(self._why_not_compiled(checkpoint, dtype)))
         blocks.use(transformer, compiled=compiled)
         self._offload = mode
         return transformer
 
     def _check_fp8(self, model: Model) -> None:
-        """Raises RequestError where FP8 is asked for and the device has none."""
-        if model.fp8 != "off" and (reason := fp8.missing(self.device)):
-            raise RequestError(reason)
+        """Raises RequestError, on all ranks, where FP8 is asked for and the device of one has none."""
+        if model.fp8 != "off" and (reasons := [reason for reason in self.split.collect(fp8.missing(self.device)) if reason]):
+            raise RequestError(reasons[0])
 
     def _read_transformer(
         self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, *, in_parts: bool, hoped: bool

@@ -205,7 +205,7 @@ def link_of(devices: Devices, each: Sequence[Machine]) -> tuple[Link, str | None
         return kept
     first, *others = devices.indices
     reached = all(torch.cuda.can_device_access_peer(first, other) for other in others)
-    is_card = any("PCIe" in machine.name for machine in each)  # the H100 and A100 for a slot
+    is_card = any("pcie" in machine.name.lower() for machine in each)  # the H100 and A100 for a slot
     has_nvlink = reached and not is_card and all(machine.link == LINKS["nvlink"] for machine in each)
     return LINKS["nvlink" if has_nvlink else "pcie"], None
 
@@ -226,10 +226,11 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dic
         return kept
     try:
         rates = measure(device)
-        torch.cuda.empty_cache()  # ComfyUI's process keeps none of it
     except RuntimeError as error:
         logger.info("the rates of %s are assumed: %s", name, first_line(error))
         return None
+    finally:
+        torch.cuda.empty_cache()  # ComfyUI's process keeps none of it
     calibration.keep_rates(name, torch_version, rates)
     return rates, calibration.today()
 

@@ -131,13 +131,13 @@ class Spread:
         on_picture: PictureListener | None,
     ) -> None:
         """Tells steps of all pieces together, and shows their pictures, until the threads have ended."""
-        done = dict.fromkeys(range(len(self.jobs)), 0)
+        done, steps = dict.fromkeys(range(len(self.jobs)), 0), [steps_of([job]) for job in self.jobs]
         while True:
             ended = not any(thread.is_alive() for thread in threads)  # before the look: what they said is heard then
             try:
                 number, said = self._heard.get(timeout=0 if ended else POLL_SECONDS)
                 if isinstance(said, torch.Tensor):
-                    if number == min(set(done) - set(self.results), default=None):  # of several the first that is not done yet
+                    if number == min(place for place in done if done[place] < steps[place]):  # the first that has steps left
                         on_picture(said)
                 else:
                     done[number] = said

@@ -262,3 +262,15 @@ def test_what_is_not_a_number_is_near_nothing():
     exact = torch.ones(4)
     assert is_near(exact * 1.01, exact, 0.02) and not is_near(exact * 1.03, exact, 0.02)
     assert not is_near(torch.full((4,), torch.nan), exact, 0.02)
+
+
+@pytest.mark.parametrize("others, uses", [([True, True], True), ([True, False], False)])
+def test_the_kernels_attend_on_all_ranks_or_on_none(others, uses, monkeypatch):
+    kind = torch.device("cpu"), torch.bfloat16, attention.HEAD_DIM
+    monkeypatch.setattr(attention, "is_for_own", lambda *_: True)
+    monkeypatch.setattr(attention, "why_not_own", lambda *_: None)
+    monkeypatch.setattr(attention, "_declined", None)
+    attention.agree(*kind, lambda mine: [mine and other for other in others])
+    assert attention.is_own(*kind) == uses
+    said = attention.note(*kind, fp8=False)
+    assert (said is None) == uses and (uses or "another rank cannot use them" in said)

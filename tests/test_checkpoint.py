@@ -10,7 +10,7 @@ from parallel_backend.cogvideox import checkpoint, checks, weights
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import parse
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import DecodeJob, Model
+from parallel_backend.jobs import DTYPES, DecodeJob, Model
 
 IMAGE, VIDEO = torch.ones(1, 16, 1, 8, 12), torch.ones(1, 16, 3, 8, 12)
 INPAINT = {"masked_video": VIDEO, "mask": VIDEO[:, :1]}
@@ -260,3 +260,19 @@ def test_a_latent_of_another_model_is_named(checkpoints):
 def test_cogvideox_1_5_refuses_sizes_past_its_positions(make_job, checkpoints):
     with pytest.raises(RequestError, match="positions up to 96x64"):
         checks.check(Checkpoint.open(checkpoints["1.5-5b"]), make_job("1.5-5b", size=(112, 64, 9)))
+
+
+@pytest.mark.parametrize(
+    "capabilities, in_a_group, expected",
+    [([(8, 0)], False, "bf16"), ([(7, 5)], False, "fp16"), ([(8, 6), (7, 0)], True, "fp16"), ([(8, 6), (7, 0)], False, "bf16")],
+)
+def test_a_gpu_without_bf16_and_its_group_take_fp16(capabilities, in_a_group, expected, checkpoints, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[getattr(device, "index", device)])
+    if in_a_group:
+        monkeypatch.setenv("XDIT_RANKS", "0,1")
+    checkpoint, gpu = Checkpoint.open(checkpoints["5b"]), torch.device("cuda", 0)
+    monkeypatch.setattr(type(checkpoint), "native_dtype", "bf16")
+    assert checkpoint.dtype("auto", gpu) == DTYPES[expected]
+    assert checkpoint.dtype("bf16", gpu) == torch.bfloat16  # as asked

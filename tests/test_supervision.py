@@ -192,6 +192,26 @@ def test_a_step_may_take_five_times_as_long_as_those_before_it(seconds, allowed,
     assert given[1:] == pytest.approx(allowed)
 
 
+@pytest.mark.parametrize(
+    "kind, rank, together, limit",
+    [
+        ("decode", 0, False, worker.MEET_SECONDS),
+        ("decode", 1, False, None),  # rank 0 alone may take half an hour for tiles, and is watched itself
+        ("decode", 1, True, worker.MEET_SECONDS),
+        ("load", 1, True, worker.LOAD_SECONDS),  # the other's disk may be slower
+    ],
+)
+def test_a_rank_that_waits_for_another_s_work_is_not_taken_for_hung(kind, rank, together, limit):
+    given, ended = [], SimpleNamespace(together=together, status=lambda: {"memory": 0})
+    one = worker.Worker.__new__(worker.Worker)
+    one.engine, one.jobs = ended, 0
+    one.split = SimpleNamespace(rank=rank, collect=lambda value: [value])
+    one.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))
+    one.run = lambda *_: None
+    one.do_job(Message(kind), None)
+    assert given == [limit]
+
+
 class TooSmall:
     """A VAE on a device that holds a whole frame, or a large tile, only so often."""
 

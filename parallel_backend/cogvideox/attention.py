@@ -58,7 +58,23 @@ def is_for_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 def is_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether attention of such tensors is the kernels', which take their scores in base two; see :func:`factors`."""
-    return is_for_own(device, dtype, head_dim) and why_not_own(device, dtype) is None
+    return is_for_own(device, dtype, head_dim) and _declined is None and why_not_own(device, dtype) is None
+
+
+_declined: str | None = None
+"""Why this process does without the kernels though they work here."""
+
+
+def agree(device: torch.device, dtype: torch.dtype, head_dim: int, collect: Callable[[bool], list[bool]]) -> None:
+    """Has all ranks use the kernels or none: queries that one has scaled for them, another attends to.
+
+    Args:
+        device, dtype, head_dim: of this rank's tensors.
+        collect: gives every rank's answer; all of them must ask.
+    """
+    global _declined
+    if not all(collect(is_own(device, dtype, head_dim))) and is_own(device, dtype, head_dim):
+        _declined = "another rank cannot use them"
 
 
 def factors(head_dim: int, *, base_two: bool, fp8: bool) -> tuple[float, float]:
@@ -288,7 +304,7 @@ def note(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool) 
     """For a person: what else attends where the kernels cannot, or None."""
     if is_own(device, dtype, head_dim):
         return note_of_values(device) if fp8 else None
-    reason = why_not_own(device, dtype) if is_for_own(device, dtype, head_dim) else None
+    reason = (_declined or why_not_own(device, dtype)) if is_for_own(device, dtype, head_dim) else None
     if fp8:
         because = f": {reason}" if reason else ""
         return f"attention is not in FP8: that needs a Hopper GPU, bf16 or fp16, and Triton 3.6 or newer{because}"

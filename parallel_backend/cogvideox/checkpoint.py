@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..devices import has_bf16
 from ..errors import RequestError
 from ..jobs import DTYPES
 from . import shards, single_file, weights
@@ -275,9 +276,11 @@ class Checkpoint:
         }
 
     def dtype(self, asked: str, device: torch.device) -> torch.dtype:
-        """The dtype to compute in; ``auto`` is the checkpoint's own on a GPU and float32 on the CPU."""
+        """The dtype to compute in; ``auto`` is the checkpoint's own on a GPU, fp16 for bf16 on an old one, and float32 on the CPU."""
         if asked == "auto":
             asked = "fp32" if device.type == "cpu" else self.native_dtype
+            if asked == "bf16" and device.type == "cuda" and torch.cuda.is_available() and not has_bf16(device):
+                asked = "fp16"
         return DTYPES[asked]
 
     def weight_bytes(self, part: str, dtype: torch.dtype) -> int:

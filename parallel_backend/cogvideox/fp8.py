@@ -8,9 +8,11 @@ import math
 
 import torch
 
+from ..errors import first_line
 from .checkpoint import Checkpoint
 from .kernels import quantize_rows
 from .shards import BLOCKS, BY_COLUMNS, BY_ROWS, put
+from .trials import once
 
 LAYERS = (*BY_ROWS, *BY_COLUMNS)
 """Of a block; the small ones stay as they are."""
@@ -23,6 +25,22 @@ def missing(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         return f"fp8 needs a GPU of compute capability 8.9 or newer; {name} has {major}.{minor}: turn fp8 off"
+    if device.type == "cuda" and (reason := why_no_product(device)):
+        return (
+            f"fp8 does not work with torch {torch.__version__} on {torch.cuda.get_device_name(device)}: {reason}; turn fp8 off"
+        )
+    return None
+
+
+@once
+def why_no_product(device: torch.device) -> str | None:
+    """Why a product with a scale a row cannot be computed, in one line, or None: older versions of torch have it for few GPUs."""
+    try:
+        layer = Fp8Linear(torch.nn.Linear(32, 32, device=device, dtype=torch.bfloat16))
+        with torch.inference_mode():
+            layer(torch.ones(1, 32, 32, device=device, dtype=torch.bfloat16))
+    except Exception as error:
+        return first_line(error)
     return None
 
 

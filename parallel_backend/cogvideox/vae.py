@@ -6,9 +6,9 @@ from einops import rearrange
 from ..jobs import DecodeJob, EncodeJob
 from .checkpoint import SPATIAL, TEMPORAL
 
-BYTES_PER_PIXEL = 5_800
-"""Peak of a whole decode beside the weights, per output pixel and frame in flight, 16-bit.
-Measured: 16.3 GB at 480x720, where eight frames are in flight (shared FACTS, diffusers 0.42)."""
+BYTES_PER_PIXEL = 4_000
+"""Peak of a whole decode beside the weights, per output pixel and frame in flight, 16-bit. Measured at 480x720, where eight frames are in
+flight: 20.1 GiB with 10.8 of weights, 3600 (h200-kernels.json); a tenth for other GPUs' convolutions. Diffusers' own layers need 5800."""
 FRAMES_IN_FLIGHT = 8
 STAGED_BYTES = 2**25
 """Of a video on its way from a GPU."""

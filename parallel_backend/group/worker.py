@@ -174,7 +174,10 @@ class Worker:
             failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc(), "host": HOST}
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
-        self.heart.beat("ending a job", MEET_SECONDS)
+        if self.split.rank and not self.engine.together:
+            self.heart.beat("waiting for rank 0, which works alone", None)  # and is watched itself
+        else:
+            self.heart.beat("ending a job", LOAD_SECONDS if message.kind == "load" else MEET_SECONDS)
         failures = self.compare(failure, together=self.engine.together)
         self.jobs += 1
         self.memory = self.split.collect(self.engine.status()["memory"])

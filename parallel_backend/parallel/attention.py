@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ..cogvideox import attention
+from ..devices import BF16_CAPABILITY
 from . import peers
 
 ARRIVALS, RESULTS = 0, 1
@@ -183,7 +184,7 @@ def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_
     if attention.uses_flash_3(query.device, query.dtype):
         output, log_sum_exp = attention.flash_attention_3(*tokens_first)
         return output.transpose(1, 2), log_sum_exp
-    if query.dtype in (torch.bfloat16, torch.float16):
+    if query.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(query.device) >= BF16_CAPABILITY:
         from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
         cudnn = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType.CUDNN]

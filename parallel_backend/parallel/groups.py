@@ -62,7 +62,7 @@ class GroupSplit(Split):
         self.notes: list[str] = []
         """What a person is to know of the exchanges, a line each."""
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
-        self.copies = self._can_copy()
+        self.copies = False
         self.cfg_group = xdit.cfg_group()
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
         self.pipe = Pipe(xdit.pipeline_group()) if plan.pipefusion > 1 else None
@@ -78,6 +78,7 @@ class GroupSplit(Split):
         """
         tensor = torch.zeros(PROBE_NUMBERS[self.device.type], device=self.device)
         dist.all_reduce(tensor)
+        self.copies = self._can_copy()
         if self.plan.cfg > 1:
             self.cfg_group.all_gather(tensor)
         if self.plan.sequence > 1:
