@@ -21,6 +21,7 @@ from ..parallel_backend.cogvideox.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.lora import SUFFIXES
 from ..parallel_backend.cogvideox.memory import working_bytes
 from ..parallel_backend.cogvideox.work import work_of, work_of_job
+from ..parallel_backend.costs import HEADROOM
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 MODEL_FOLDERS = ("CogVideo", "diffusers")
 LORA_FOLDERS = {"loras": "", "cogvideox_loras": "CogVideo/loras/"}
 """ComfyUI's name of each folder, the second being the CogVideoX wrapper's, and what its files are shown with."""
+
+SLACK = 0.02
+"""Of weights: ComfyUI makes room for a tenth more of them, a job leaves a tenth of what is free, which is a little more than that."""
 
 _groups = Keeper()
 _held: dict[Executor, HeldWeights] = {}
@@ -129,7 +133,7 @@ def text_device() -> torch.device:
 def make_room(size: int, device: torch.device) -> None:
     """Asks ComfyUI to unload models until so many bytes are free."""
     if device.type != "cpu":
-        management.free_memory(size * 1.1, device)
+        management.free_memory(size / HEADROOM + SLACK * size, device)
 
 
 def say(line: str, node_id: str | None, *, level: int = logging.INFO) -> None:
@@ -251,14 +255,17 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
             bar.update_absolute(bar.current, bar.total, ("JPEG", Image.fromarray(picture.numpy()), settings.preview_size))
 
     held = _held.setdefault(executor, HeldWeights(executor, counted_on(executor)))
+    held.recount()
     held.expect(job)
     checkpoint = Checkpoint.open(job.model.path)
     dtype = checkpoint.dtype(job.model.dtype, held.load_device)
     working = working_bytes(job, checkpoint, executor.plan, dtype)
     pictures = isinstance(job, SampleJob) and settings.preview_method != LatentPreviewMethod.NoPreviews
-    if pictures:
+    if isinstance(job, SampleJob):  # which decides by the room for the VAE, too, where its weights are to wait
         working += checkpoint.weight_bytes("vae", dtype)
-    management.load_models_gpu([held], memory_required=working)
+    if executor not in _local.values():
+        management.soft_empty_cache()  # what this process keeps, another one cannot take
+    management.load_models_gpu([held], memory_required=working / HEADROOM + SLACK * held.model_size())
     stop = management.processing_interrupted
     try:
         if isinstance(job, SampleJob):

@@ -53,6 +53,19 @@ class HeldWeights:
         if self._loaded.get(part) != self._wanted[part]:
             self._loaded.pop(part, None)
 
+    def recount(self) -> None:
+        """Counts no longer what has left the device: with offload after a job, or when a group had nothing to do for long."""
+        if not self._loaded:
+            return
+        try:
+            said = self.executor.status()
+        except (GroupFailure, OSError, EOFError):
+            self.forget()
+            return
+        there = {} if said["state"] == "absent" else said.get("weights")
+        if there is not None:  # replicas have each its own
+            self._loaded = {part: size for part, size in self._loaded.items() if there.get(part, 0) > size / 2}
+
     def forget(self) -> None:
         """Counts nothing: after a job that failed its part may not be loaded, and a group may be gone with all of them.
 

@@ -1,6 +1,8 @@
 """Save Video."""
 
 import json
+import re
+from datetime import datetime
 from pathlib import Path
 
 import folder_paths
@@ -9,6 +11,19 @@ from comfy_api.latest import io
 
 from ..parallel_backend import video
 from .sockets import CATEGORY
+
+DATE = re.compile("%date:([^%]*)%")
+DATE_FIELDS = re.compile("yyyy|yy|MM?|dd?|hh?|mm?|ss?")
+
+
+def with_dates(name: str, now: datetime) -> str:
+    """A name with its ``%date:yyyy-MM-dd%`` filled in, which the front end does for nodes of the core alone."""
+    values = {"y": now.year, "M": now.month, "d": now.day, "h": now.hour, "m": now.minute, "s": now.second}
+
+    def digits(field: re.Match) -> str:
+        return f"{values[field[0][0]]:0{len(field[0])}}"[-4 if field[0] == "yyyy" else -2 :]
+
+    return DATE.sub(lambda date: DATE_FIELDS.sub(digits, date[1]), name)
 
 
 class SaveVideo(io.ComfyNode):
@@ -38,7 +53,7 @@ class SaveVideo(io.ComfyNode):
         """Writes the file and hands it to the node's preview."""
         height, width = images.shape[1:3]
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory(), width, height
+            with_dates(filename_prefix, datetime.now()), folder_paths.get_output_directory(), width, height
         )
         path = Path(folder) / f"{name}_{counter:05}_.mp4"
         video.check_writable(path)

@@ -46,10 +46,14 @@ large = jobs.empty_latent(width=96, height=80, frames=9)
 for job in (sample(), sample(cfg=1.0), sample(latent=large), jobs.DecodeJob(model, latent), jobs.DecodeJob(model, large),
             jobs.DecodeJob(model, large, "on", 64, 32), jobs.EncodeJob(model, torch.zeros(9, 48, 64, 3))):
     host.run(job)
-show(asked=asked)
+parts = [checkpoint.weight_bytes(part, torch.float32) for part in ("transformer", "vae")]
+show(asked=asked, parts=parts, work=host.working_bytes(sample(cfg=1.0), checkpoint, host.local().plan, torch.float32))
 """)
     guided, plain, large, decode, large_decode, tiled, encode = shown["asked"]
-    assert 0 < plain < guided < large and guided == 2 * plain
+    transformer, vae = shown["parts"]
+    assert 0 < plain < guided < large and guided - plain == pytest.approx(shown["work"] / 0.9)
+    # With what ComfyUI makes room for by itself, a tenth more than the weights, it is what a job wants to see free.
+    assert plain + 1.1 * transformer >= (shown["work"] + vae + transformer) / 0.9
     assert 0 < decode == encode < large_decode and tiled < large_decode
 
 
@@ -179,3 +183,30 @@ os.environ["XDIT_PYTHON"] = {python!r}
 show(asked=asks_for({plan!r}), there=host.has_group() and host._groups.executor.is_there())
 """)
     assert shown == {"asked": ["latent", "positive", "negative"], "there": False} and "cannot be started" not in log
+
+
+def test_what_has_left_the_device_is_counted_no_longer(in_comfyui):
+    shown, _ = in_comfyui("""
+def counts(backend, *changes):
+    found = []
+    for change in changes:
+        host.run(sample(), backend)
+        executor = host._groups.executor if backend else host.local()
+        host._held[executor].partially_load(None)  # as ComfyUI does before the job
+        change(executor)
+        host._held[executor].recount()
+        found.append(host._held[executor].loaded_size() > 0)
+    return found
+stay, free, close = (lambda executor: None), (lambda executor: executor.free()), (lambda executor: executor.close())
+show(alone=counts(None, stay, free), group=counts(Handle("cpu:2", "cfg2"), stay, free, stay, close))
+""")
+    assert shown == {"alone": [True, False], "group": [True, False, True, False]}
+
+
+def test_dates_in_a_file_s_name_are_filled_in(in_comfyui):
+    shown, _ = in_comfyui("""
+from datetime import datetime
+with_dates, now = part("nodes.saving").with_dates, datetime(2026, 3, 9, 7, 5, 1)
+show(names=[with_dates(name, now) for name in ("video/%date:yyyy-MM-dd%/x_%date:hhmmss%", "%date:d.M.yy h:m:s%", "a_%year%", "plain")])
+""")
+    assert shown["names"] == ["video/2026-03-09/x_070501", "9.3.26 7:5:1", "a_%year%", "plain"]
