@@ -36,9 +36,9 @@ def missing(device: torch.device) -> str | None:
 def why_no_product(device: torch.device) -> str | None:
     """Why a product with a scale a row cannot be computed, in one line, or None: older versions of torch have it for few GPUs."""
     try:
-        layer = Fp8Linear(torch.nn.Linear(32, 32, device=device, dtype=torch.bfloat16))
         with torch.inference_mode():
-            layer(torch.ones(1, 32, 32, device=device, dtype=torch.bfloat16))
+            layer = Fp8Linear(torch.nn.Linear(128, 128, device=device, dtype=torch.bfloat16))
+            layer(torch.ones(1, 128, 128, device=device, dtype=torch.bfloat16))
     except Exception as error:
         return first_line(error)
     return None

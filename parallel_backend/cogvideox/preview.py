@@ -47,10 +47,8 @@ def picture(vae, latent: torch.Tensor) -> torch.Tensor:
     places = moments(len(latent))
     together = -(-max(latent.shape[-2:]) // CELLS)
     small = F.avg_pool2d(torch.stack([latent[place] for place in places]).float(), together)
-    alone = [
-        vae.decode(one[:, :, None].to(vae.dtype)).sample[:, :, -1] for one in small.split(1)
-    ]  # of all at once needs more memory
-    pixels = torch.cat(alone)
+    # One after the other, as all at once need more memory.
+    pixels = torch.cat([vae.decode(one[:, :, None].to(vae.dtype)).sample[:, :, -1] for one in small.split(1)])
     rows = 2 if len(places) == MOMENTS else 1
     joined = rearrange(pixels, "(rows columns) colours height width -> (rows height) (columns width) colours", rows=rows)
     return ((joined.float() / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
