@@ -274,3 +274,14 @@ def test_the_kernels_attend_on_all_ranks_or_on_none(others, uses, monkeypatch):
     assert attention.is_own(*kind) == uses
     said = attention.note(*kind, fp8=False)
     assert (said is None) == uses and (uses or "another rank cannot use them" in said)
+
+
+def test_a_trial_that_fails_has_its_error_for_a_reason_and_is_made_once():
+    tries = []
+
+    @once
+    def fails(device, word):
+        tries.append(word)
+        raise ImportError("no compiler\nat line 7")
+
+    assert [fails(torch.device("cpu"), word) for word in ("a", "a", "b")] == ["no compiler"] * 3 and tries == ["a", "b"]

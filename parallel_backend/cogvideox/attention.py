@@ -11,7 +11,6 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from ..errors import first_line
 from .kernels import FP8, keep_kernels, quantize
 from .trials import is_near, once
 
@@ -73,7 +72,8 @@ def agree(device: torch.device, dtype: torch.dtype, head_dim: int, collect: Call
         collect: gives every rank's answer; all of them must ask.
     """
     global _declined
-    if not all(collect(is_own(device, dtype, head_dim))) and is_own(device, dtype, head_dim):
+    mine = is_own(device, dtype, head_dim)
+    if not all(collect(mine)) and mine:
         _declined = "another rank cannot use them"
 
 
@@ -230,19 +230,16 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a Hopper GPU cannot attend with the kernels in bfloat16 or float16, in one line, or None: tried once with few tokens."""
     keep_kernels()
-    try:
-        generator = torch.Generator(device).manual_seed(0)
-        states = [torch.randn(1, tokens, 2, HEAD_DIM, device=device, generator=generator) for tokens in (200, 300, 300)]
-        exact = attend_torch(*states)
-        for fp8 in (False, True):
-            factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
-            query, key = states[0] * factor, states[1]
-            query, key = in_fp8(query, key) if fp8 else (query.to(dtype), key.to(dtype))
-            found = attend_own(query, key, states[2].to(dtype))
-            if not is_near(found, exact, (5 if fp8 else 1) * NEAR):
-                return "its results are wrong with this version of Triton"
-    except Exception as error:  # Triton may be absent, or have other words for the same; each fails in its own way
-        return first_line(error)
+    generator = torch.Generator(device).manual_seed(0)
+    states = [torch.randn(1, tokens, 2, HEAD_DIM, device=device, generator=generator) for tokens in (200, 300, 300)]
+    exact = attend_torch(*states)
+    for fp8 in (False, True):
+        factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
+        query, key = states[0] * factor, states[1]
+        query, key = in_fp8(query, key) if fp8 else (query.to(dtype), key.to(dtype))
+        found = attend_own(query, key, states[2].to(dtype))
+        if not is_near(found, exact, (5 if fp8 else 1) * NEAR):
+            return "its results are wrong with this version of Triton"
     return None
 
 

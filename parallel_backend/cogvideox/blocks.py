@@ -9,7 +9,6 @@ from types import MethodType
 
 import torch
 
-from ..errors import first_line
 from .attention import factors
 from .fp8 import Fp8Linear
 from .kernels import CONDITIONS, Inputs, Plain, keep_kernels
@@ -108,10 +107,7 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, features: int, he
     if device.type != "cuda":
         return "its kernels are for GPUs"
     keep_kernels()
-    try:
-        ours, expected = (tried(kernels, device, dtype, features, head_dim, rotary) for kernels in (triton_kernels(), Plain()))
-    except Exception as error:  # Triton, a C compiler or Python's headers may be missing; each fails in its own way
-        return first_line(error)
+    ours, expected = (tried(kernels, device, dtype, features, head_dim, rotary) for kernels in (triton_kernels(), Plain()))
     if all(is_near(found, exact, NEAR[dtype]) for found, exact in zip(ours, expected)):
         return None
     return "their results are wrong with this version of Triton"

@@ -7,6 +7,7 @@ from functools import wraps
 import torch
 
 from ..devices import current
+from ..errors import first_line
 
 Trial = Callable[..., str | None]
 """Says why something cannot be done on a device, in one line, or None; may be asked about more than that."""
@@ -14,7 +15,8 @@ Trial = Callable[..., str | None]
 
 def once(trial: Trial) -> Trial:
     """A trial that is made once for a device and what else it is asked about; who asks meanwhile, from another thread, waits for its
-    end."""
+    end. One that raises an error has that for its reason: Triton, a C compiler or Python's headers may be missing, or torch too old, and
+    each fails in its own way."""
     found: dict[tuple, str | None] = {}
     lock = threading.Lock()
 
@@ -24,7 +26,10 @@ def once(trial: Trial) -> Trial:
         with lock:
             if about not in found:
                 with current(device):
-                    found[about] = trial(*about)
+                    try:
+                        found[about] = trial(*about)
+                    except Exception as error:
+                        found[about] = first_line(error)
             return found[about]
 
     return ask
