@@ -93,7 +93,7 @@ class Spread:
         self._made: list[list[Made]] = [[] for _ in jobs]
         """Of each piece that is not; one that a replica was lost with goes on from there."""
         self.notes: list[str] = after.notes if after else []
-        self._total = steps_of(self.jobs)
+        self._steps = [steps_of([job]) for job in self.jobs]
         self._waiting = deque(range(len(jobs)))
         self._heard: queue.SimpleQueue[tuple[int, int | torch.Tensor]] = queue.SimpleQueue()
         """Of each piece how many steps are done, or a picture."""
@@ -131,17 +131,18 @@ class Spread:
         on_picture: PictureListener | None,
     ) -> None:
         """Tells steps of all pieces together, and shows their pictures, until the threads have ended."""
-        done, steps = dict.fromkeys(range(len(self.jobs)), 0), [steps_of([job]) for job in self.jobs]
+        done = dict.fromkeys(range(len(self.jobs)), 0)
         while True:
             ended = not any(thread.is_alive() for thread in threads)  # before the look: what they said is heard then
             try:
                 number, said = self._heard.get(timeout=0 if ended else POLL_SECONDS)
                 if isinstance(said, torch.Tensor):
-                    if number == min(place for place in done if done[place] < steps[place]):  # the first that has steps left
+                    # Of several, those of the first that has steps left; of the last one's last step none has.
+                    if number == next((place for place in done if done[place] < self._steps[place]), number):
                         on_picture(said)
                 else:
                     done[number] = said
-                    on_step(sum(done.values()), self._total)
+                    on_step(sum(done.values()), sum(self._steps))
             except queue.Empty:
                 if ended:
                     return

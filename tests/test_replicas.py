@@ -189,6 +189,25 @@ class Replica:
         return self.lost_at is None
 
 
+class Painter(Replica):
+    """One that shows a picture of every step, its last one too: the piece's number and the step."""
+
+    def run(self, job, on_step, should_stop, on_picture) -> Result:
+        for step in range(1, job.steps + 1):
+            on_step(step, job.steps)
+            on_picture(torch.tensor([job.seed, step]))
+        return super().run(job, on_step, should_stop, on_picture)
+
+
+def test_of_several_videos_pictures_are_of_the_first_that_has_steps_left_to_the_very_last(make_job):
+    jobs = [make_job("5b", steps=3, seed=seed) for seed in range(2)]
+    painter, shown = Painter(), []
+    Spread(Pool([painter]), {painter: "one"}, jobs, lambda: False).run(
+        lambda *_: None, lambda: False, lambda picture: shown.append(picture.tolist())
+    )
+    assert shown == [[0, 1], [0, 2], [1, 1], [1, 2], [1, 3]]
+
+
 def test_a_video_whose_replica_is_lost_while_decoding_is_not_sampled_again(make_job):
     job = make_job("5b")
     frail, strong = Replica(lost_at=DecodeJob), Replica()
