@@ -18,7 +18,7 @@ from parallel_backend.bench.table import text_states
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.jobs import Model, SampleJob, empty_latent
+from parallel_backend.jobs import Model, SampleJob
 from parallel_backend.plans import Plan
 
 PLANS = ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2")
@@ -28,8 +28,7 @@ STARTS = (("compiled", "on"), ("compiled again", "on"), ("torch's own", "off"))
 def job_of(checkpoint: Checkpoint) -> SampleJob:
     """A job at the checkpoint's own size."""
     positive, negative = text_states(checkpoint)
-    latent = empty_latent(**dict(zip(("width", "height", "frames"), checkpoint.default_size)), channels=checkpoint.channels)
-    return SampleJob(Model(str(checkpoint.path)), positive, latent, negative)
+    return SampleJob(Model(str(checkpoint.path)), positive, checkpoint.empty_latent(), negative)
 
 
 def start(executor: GroupExecutor) -> float:

@@ -20,7 +20,7 @@ from parallel_backend import models
 from parallel_backend.bench.table import text_states
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
-from parallel_backend.jobs import Model, SampleJob, empty_latent
+from parallel_backend.jobs import Model, SampleJob
 from parallel_backend.plans import Plan
 from parallel_backend.replicas import ReplicasExecutor
 
@@ -65,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = Checkpoint.open(models.find(models.DEMO))
     positive, negative = text_states(checkpoint)
-    latent = empty_latent(**dict(zip(("width", "height", "frames"), checkpoint.default_size)))
+    latent = checkpoint.empty_latent()
     job = SampleJob(Model(str(checkpoint.path)), positive, latent, negative, steps=args.steps)
     jobs = [replace(job, positive=positive * (1 + place / 100), seed=place) for place in range(args.videos)]
     executor = ReplicasExecutor(Plan(replicas=2), Devices("cpu", (0, 1)))

@@ -25,7 +25,7 @@ from ..parallel_backend.costs import HEADROOM
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
-from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob, empty_latent
+from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
 from ..parallel_backend.pieces import has_windows_to_share, windows_of
 from ..parallel_backend.plans import AUTO
@@ -187,8 +187,8 @@ def has_group() -> bool:
 
 
 def begin(handle, backend, latent: torch.Tensor | None, cfg: float, node_id: str | None) -> None:
-    """Has the group start that a sampling job is going to need, without waiting for it. Only where none is kept, which would have to give
-    way to one that the job, once it is checked, may not get.
+    """Has the group start that a sampling job is going to need, without waiting for it. To be asked only where :func:`has_group` says no:
+    what is kept would have to give way to a group that the job, once it is checked, may not get.
 
     Args:
         handle: a :class:`.sockets.ModelHandle`.
@@ -196,14 +196,9 @@ def begin(handle, backend, latent: torch.Tensor | None, cfg: float, node_id: str
         latent: of the job; any will do with a plan that is not ``auto``.
         cfg: of the job.
     """
-    if has_group():
-        return
-    checkpoint = handle.checkpoint
-    blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+    checkpoint, blank = handle.checkpoint, handle.checkpoint.blank_text()
     try:
-        if latent is None:
-            sizes = dict(zip(("width", "height", "frames"), checkpoint.default_size))
-            latent = empty_latent(**sizes, channels=checkpoint.channels)
+        latent = checkpoint.empty_latent() if latent is None else latent
         job = SampleJob(handle.model, blank, latent, blank, cfg=cfg, windows=handle.windows)
         executor_for(backend, checkpoint, job, node_id)
     except (GroupUnavailable, RequestError, ValueError) as error:

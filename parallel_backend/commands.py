@@ -149,7 +149,7 @@ def generate(args: Namespace) -> int:
         "pipefusion_warmup": args.pipefusion_warmup,
         **ready,
     }
-    blank = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+    blank = checkpoint.blank_text()
     blanks = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in given}
     job = SampleJob(model, blank, negative=blank, **{"latent": latent, **blanks}, **settings)
     checks.check(checkpoint, job)  # before anything is loaded to fill the blanks

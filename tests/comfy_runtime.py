@@ -44,13 +44,13 @@ NODES = """
 Node, Sampler = part("nodes.image_to_video").CogVideoXImageToVideo, part("nodes.sampling").CogVideoXSampler
 sockets, image = part("nodes.sockets"), part("parallel_backend.cogvideox.image")
 from comfy_api.latest import io
+def prepared(node):
+    return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
 def call(node, **inputs):
-    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
-    return clone.execute(**inputs).result
+    return prepared(node).execute(**inputs).result
 def asks_for(plan, **given):
-    clone = Sampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
     absent = {"positive": None, "negative": None, "latent": None, "model": handles(text_model)[0]}
-    return clone.check_lazy_status(**settings, backend=plan and Handle("cpu:2", plan), **absent | given)
+    return prepared(Sampler).check_lazy_status(**settings, backend=plan and Handle("cpu:2", plan), **absent | given)
 def refusal(node, **inputs):
     try:
         call(node, **inputs)

@@ -183,7 +183,7 @@ class SlowEngine:
 )
 def test_a_step_may_take_five_times_as_long_as_those_before_it(seconds, allowed, make_job, monkeypatch):
     engine, given = SlowEngine(seconds), []
-    monkeypatch.setattr(worker.time, "monotonic", lambda: engine.now)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: engine.now))
     rank = worker.Worker.__new__(worker.Worker)
     rank.engine, rank.split = engine, SimpleNamespace(device=torch.device("cpu"))
     rank.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))

@@ -13,7 +13,7 @@ import torch
 
 from ..devices import has_bf16
 from ..errors import RequestError
-from ..jobs import DTYPES
+from ..jobs import DTYPES, empty_latent
 from . import shards, single_file, weights
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
@@ -223,6 +223,14 @@ class Checkpoint:
             frames += self.padding_frames((frames - 1) // TEMPORAL + 1) * TEMPORAL
         return *size, frames
 
+    def empty_latent(self) -> torch.Tensor:
+        """An empty latent of the size that the model was trained for."""
+        return empty_latent(**dict(zip(("width", "height", "frames"), self.default_size)), channels=self.channels)
+
+    def blank_text(self) -> torch.Tensor:
+        """Text states ``[1, tokens, features]`` for a job whose text is not known yet."""
+        return torch.zeros(1, self.text_tokens, self.text_features)
+
     @property
     def most_frames(self) -> int:
         """Frames of the longest videos it was trained for; CogVideoX 1.5 also saw twice its own 81 (161)."""
@@ -279,7 +287,7 @@ class Checkpoint:
         """The dtype to compute in; ``auto`` is the checkpoint's own on a GPU, fp16 for bf16 on an old one, and float32 on the CPU."""
         if asked == "auto":
             asked = "fp32" if device.type == "cpu" else self.native_dtype
-            if asked == "bf16" and device.type == "cuda" and torch.cuda.is_available() and not has_bf16(device):
+            if asked == "bf16" and not has_bf16(device):
                 asked = "fp16"
         return DTYPES[asked]
 

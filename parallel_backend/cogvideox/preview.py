@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from ..errors import first_line
+from .vae import brightness
 
 SECONDS = 1.0
 """At most one picture in so long."""
@@ -51,7 +52,7 @@ def picture(vae, latent: torch.Tensor) -> torch.Tensor:
     pixels = torch.cat([vae.decode(one[:, :, None].to(vae.dtype)).sample[:, :, -1] for one in small.split(1)])
     rows = 2 if len(places) == MOMENTS else 1
     joined = rearrange(pixels, "(rows columns) colours height width -> (rows height) (columns width) colours", rows=rows)
-    return ((joined.float() / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+    return (brightness(joined) * 255).to(torch.uint8)
 
 
 class Previews:

@@ -68,18 +68,23 @@ def decode(vae, latent: torch.Tensor, strips=None) -> torch.Tensor:
     return torch.stack(videos) if len(videos) > 1 else videos[0][None]
 
 
+def brightness(video: torch.Tensor) -> torch.Tensor:
+    """Numbers in -1..1 as float32 in 0..1."""
+    return (video.float() / 2 + 0.5).clamp_(0, 1)
+
+
 def to_pixels(video: torch.Tensor) -> torch.Tensor:
     """Numbers in -1..1 as float32 in 0..1 on the CPU.
 
     From a GPU a few frames at a time, through memory that the driver can write to, which torch keeps for the next video.
     """
     if video.device.type == "cpu":
-        return (video.float() / 2 + 0.5).clamp_(0, 1)
+        return brightness(video)
     pixels = torch.empty(video.shape)
     some = max(STAGED_BYTES * len(video) // max(pixels.nbytes, 1), 1)
     staged = torch.empty(video[:some].shape, pin_memory=True)
     for part, target in zip(video.split(some), pixels.split(some)):
-        target.copy_(staged[: len(part)].copy_((part.float() / 2 + 0.5).clamp_(0, 1)))
+        target.copy_(staged[: len(part)].copy_(brightness(part)))
     return pixels
 
 
