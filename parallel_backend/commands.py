@@ -21,12 +21,13 @@ from .cogvideox.work import work_of
 from .costs import Machine, Prediction, Work
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
-from .group.address import running
 from .group.client import GroupExecutor
 from .group.hosts import Common, Place
-from .group.launcher import Launcher, check_possible
+from .group.launcher import Launcher
 from .group.lending import lend
 from .group.muster import Leader, Member
+from .group.preflight import check_possible
+from .group.registry import running
 from .jobs import (
     DecodeJob,
     EncodeJob,
@@ -397,8 +398,7 @@ def lend_devices(args: Namespace, place: Place) -> int:
 def status(args: Namespace) -> int:
     """The groups that are running."""
     groups = []
-    for address in running():
-        description = address.describe()
+    for address, description in running().items():
         try:
             said = GroupExecutor.attach(address).status()
         except GroupFailure as error:
@@ -436,8 +436,7 @@ def show_hosts(group: dict) -> None:
 
 def stop(args: Namespace) -> int:
     """Ends the group that ``serve`` keeps."""
-    for address in running():
-        description = address.describe()
+    for address, description in running().items():
         if description["node"]:
             show(
                 f"{address.folder} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C"

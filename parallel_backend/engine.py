@@ -65,6 +65,8 @@ class Engine:
         self._merged: tuple[lora.LoraFile, ...] = ()
         """The LoRAs in the transformer's weights."""
         self._notes: list[str] = []
+        self._status: dict[str, Any] = {}
+        self._describe()
 
     def run(
         self,
@@ -96,8 +98,11 @@ class Engine:
             DecodeJob: self._decode,
             EncodeJob: self._encode,
         }[type(job)]
-        with current(self.device), exact_float32(dtype):
-            result = run(job, checkpoint, dtype, on_step, on_window)
+        try:
+            with current(self.device), exact_float32(dtype):
+                result = run(job, checkpoint, dtype, on_step, on_window)
+        finally:
+            self._describe()
         report = replace(
             result.report,
             plan=str(self.split.plan),
@@ -113,15 +118,22 @@ class Engine:
         self.model = self._offload = None
         memory.release(self.device)
         memory.reset_peak(self.device)
+        self._describe()
 
     def status(self) -> dict[str, Any]:
-        """What is held, its bytes on the device, how often weights were loaded, and memory in use, in plain values."""
-        return {
+        """What is held, its bytes on the device, how often weights were loaded, and memory in use, in plain values.
+
+        Any thread may ask. What is held is as it was when the last job ended.
+        """
+        return {**self._status, "memory": memory.used_bytes(self.device)}
+
+    def _describe(self) -> None:
+        """Notes what is held, for other threads: they must not look at weights while this one changes them."""
+        self._status = {
             "model": self.model.path if self.model else None,
             "held": sorted(self._held),
             "weights": {part: memory.bytes_on(self.device, module) for part, (_, module) in self._held.items()},
             "loads": self.loads,
-            "memory": memory.used_bytes(self.device),
         }
 
     @property

@@ -40,15 +40,21 @@ class GroupUnavailable(GroupFailure):
 
 
 class GroupLost(GroupFailure):
-    """A group was killed, or hung: nothing is wrong with the job.
+    """A group was killed, or hung, or the connection to it broke: nothing is wrong with the job.
 
     :class:`parallel_backend.group.client.GroupExecutor` starts the group again and goes on with the job; it raises
     :class:`GroupError` when that does not help, or :class:`GroupUnavailable` where it had not come up.
+
+    Args:
+        message, details: see :class:`GroupFailure`.
+        came_up: whether the group had answered.
+        is_there: whether it answers again, and only the connection was lost.
     """
 
-    def __init__(self, message: str, *, details: str = "", came_up: bool = True):
+    def __init__(self, message: str, *, details: str = "", came_up: bool = True, is_there: bool = False):
         super().__init__(message, details=details)
         self.came_up = came_up
+        self.is_there = is_there
 
 
 class GroupError(GroupFailure):

@@ -24,8 +24,8 @@ from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import LIKES, build
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.devices import Devices
-from parallel_backend.group.address import GroupAddress
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.registry import GroupAddress
 from parallel_backend.jobs import Lora, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
@@ -261,6 +261,14 @@ def workers() -> list[int]:
         if b"parallel_backend.group.worker" in words and any(word.startswith(mine) for word in words):
             found.append(int(path.parent.name))
     return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def rank_processes(address: GroupAddress) -> dict[int, int]:

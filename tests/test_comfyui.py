@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel_backend.group.address import running
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.registry import running
 from parallel_backend.models import DEMO, find
 from workflows.headless import apply_settings, to_api
 

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.connection import Client, Pipe
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from safetensors.torch import load, save_file
 from parallel_backend.backend import Keeper
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
-from parallel_backend.group import launcher, protocol
-from parallel_backend.group.address import GroupAddress, running
+from parallel_backend.group import preflight, protocol
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.ownership import OwnerWatch, is_held
 from parallel_backend.group.protocol import Message
+from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, Windows
 from parallel_backend.parallel.groups import slow_link
 from parallel_backend.plans import Plan
@@ -293,23 +295,114 @@ def test_the_group_goes_when_its_owner_is_killed():
             owner.kill()
 
 
-def test_a_folder_that_a_crash_left_behind_is_swept_and_never_in_the_way(start_group, tmp_path):
-    stale = GroupAddress.create({"plan": "cfg2", "devices": "cpu:2", "shared": True})
-    description = json.loads((stale.folder / "group.json").read_text())
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    (stale.folder / "group.json").write_text(json.dumps({**description, "owner": gone.pid}))
-    assert stale.folder not in [address.folder for address in running()]
-    start_group("cfg2").start()
-    assert not stale.folder.exists()
+KEEPER = """
+import os, sys
+from parallel_backend.group.registry import GroupAddress, Home
+home = Home.open()
+known = {"plan": "cfg2", "devices": "cpu:2", "shared": True, "lock": str(home.lock.path)}
+print(GroupAddress.create(home.root, known).folder, flush=True)
+if sys.argv[1:] == ["fork"] and os.fork() == 0:  # it inherits every descriptor of its parent's, and stays
+    os.close(1)
+    os.setsid()
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def group_of_another_process(*arguments: str):
+    """Another process that keeps a group's folder, with no processes, and the folder."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", KEEPER, *arguments], cwd=REPO, **pipes) as owner:
+        try:
+            yield owner, Path(owner.stdout.readline().strip())
+        finally:
+            owner.kill()
+
+
+def rename_owner(folder: Path, pid: int) -> None:
+    """Has a group's folder say that another process keeps it, as after a restart of a container."""
+    description = json.loads((folder / "group.json").read_text())
+    lock = Path(description["lock"])
+    renamed = lock.with_name(f"owner-{pid}-{lock.name[-8:]}")
+    lock.rename(renamed)
+    (folder / "group.json").write_text(json.dumps({**description, "owner": pid, "lock": str(renamed)}))
+
+
+@pytest.mark.parametrize("whose", ["nobody's", "another's", "this process's"])
+def test_a_dead_owner_s_group_is_dead_whoever_has_its_number_now(whose):
+    with group_of_another_process() as (owner, folder):
+        assert folder in [address.folder for address in running()]
+        owner.kill()
+        owner.wait()
+        rename_owner(folder, {"nobody's": owner.pid, "another's": os.getppid(), "this process's": os.getpid()}[whose])
+        assert folder not in [address.folder for address in running()]
+        remove_stale()
+        assert not folder.exists()
+
+
+def test_a_living_owner_s_group_is_left_alone_though_its_number_is_unknown_here():
+    with group_of_another_process() as (owner, folder):
+        rename_owner(folder, 2**22 + 7)  # another container's number
+        remove_stale()
+        assert folder in [address.folder for address in running()]
+
+
+def test_a_forked_child_that_outlives_the_owner_does_not_keep_its_group():
+    with group_of_another_process("fork") as (owner, folder):
+        assert folder in [address.folder for address in running()]
+        owner.kill()
+        owner.wait()
+        assert not shared("cfg2", "cpu:2")
+        remove_stale()
+        assert not folder.exists()
+
+
+def test_the_lock_of_this_process_outlives_a_look_at_it():
+    home = Home.open()
+    try:
+        for _ in range(2):  # a second descriptor that is closed would drop the lock
+            assert is_held(home.lock.path) and OwnerWatch(home.lock.path).is_alive()
+        look = "import sys; from pathlib import Path; from parallel_backend.group.ownership import is_held; print(is_held(Path(sys.argv[1])))"
+        said = subprocess.run([sys.executable, "-c", look, str(home.lock.path)], cwd=REPO, capture_output=True, text=True)
+        assert said.stdout.strip() == "True"
+    finally:
+        home.lock.close()
+    assert not is_held(home.lock.path)
+
+
+def test_folders_that_come_and_go_never_disturb_a_look():
+    home = Home.open()
+    known = {"plan": "cfg2", "devices": "cpu:2", "shared": True, "lock": str(home.lock.path)}
+    stop, failed = threading.Event(), []
+
+    def churn() -> None:
+        while not stop.is_set():
+            GroupAddress.create(home.root, known).remove()
+
+    def look() -> None:
+        try:
+            for _ in range(400):
+                running(), shared("cfg2", "cpu:2"), remove_stale()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=churn), *(threading.Thread(target=look) for _ in range(2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join()
+    stop.set()
+    threads[0].join()
+    home.lock.close()
+    assert not failed
 
 
 def test_where_no_group_can_start_the_reason_is_one_line(start_group, monkeypatch):
-    monkeypatch.setattr(launcher.sys, "platform", "darwin")
+    monkeypatch.setattr(preflight.sys, "platform", "darwin")
     with pytest.raises(GroupUnavailable, match="need Linux \\(this is darwin\\)"):
         start_group("cfg2")
     monkeypatch.undo()
-    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
         start_group("cfg2")
 
@@ -419,7 +512,7 @@ def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monke
         assert kept.status()["state"] == "ready"
         with pytest.raises(RequestError, match="needs 3 devices"):
             keeper.get(Plan(ring=3), devices)
-        monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+        monkeypatch.setattr(preflight, "find_spec", lambda name: None)
         with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
             keeper.get(Plan(ulysses=2), devices)
         assert keeper.get(plan, devices) is kept

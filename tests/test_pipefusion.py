@@ -216,7 +216,7 @@ def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_th
     def leave(status):
         raise SystemExit(status)
 
-    monkeypatch.setattr("parallel_backend.group.worker.os._exit", leave)
+    monkeypatch.setattr("parallel_backend.group.job_loop.os._exit", leave)
     met = []
     split = SimpleNamespace(rank=1, is_in_step=False, meet=met.append, collect=lambda failure: [failure])
     worker = SimpleNamespace(split=split, address=SimpleNamespace(error_file=lambda rank: tmp_path / f"{rank}.json"))

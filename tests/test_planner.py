@@ -383,7 +383,7 @@ def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatc
     assert resolve("auto", "auto", **asked)[0].replicas == 2
     assert resolve("auto", "auto", **asked, spread=False)[0].replicas == 1
     group = SimpleNamespace(describe=lambda: {"devices": "0,1", "shared": True, "nodes": 1})
-    monkeypatch.setattr("parallel_backend.group.address.running", lambda: [group])
+    monkeypatch.setattr("parallel_backend.group.registry.running", lambda: [group])
     assert resolve("auto", "auto", **asked)[0].replicas == 1
 
 
@@ -398,5 +398,5 @@ def test_a_running_group_of_ours_holds_memory_that_a_job_is_to_have(gpus, monkey
     two = Devices("cuda", (0, 1))
     assert machine_of(two).free == 6 * GIB
     group = SimpleNamespace(describe=lambda: {"devices": "0,1"})
-    monkeypatch.setattr("parallel_backend.group.address.running", lambda: [group])
+    monkeypatch.setattr("parallel_backend.group.registry.running", lambda: [group])
     assert machine_of(two).free == 80 * GIB
