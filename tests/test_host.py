@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from .comfy_runtime import SHOWN
 from .conftest import TOLERANCE
 
 
@@ -212,19 +213,6 @@ with_dates, now = part("nodes.saving").with_dates, datetime(2026, 3, 9, 7, 5, 1)
 show(names=[with_dates(name, now) for name in ("video/%date:yyyy-MM-dd%/x_%date:hhmmss%", "%date:d.M.yy h:m:s%", "a_%year%", "plain")])
 """)
     assert shown["names"] == ["video/2026-03-09/x_070501", "9.3.26 7:5:1", "a_%year%", "plain"]
-
-
-SHOWN = """
-import types, comfy_execution.utils
-from server import PromptServer
-lines, shown, context = part("nodes.lines"), [], []
-comfy_execution.utils.get_executing_context = lambda: context and types.SimpleNamespace(**context[-1]) or None
-PromptServer.instance.send_progress_text = lambda text, node_id: shown.append([node_id, text])
-def at(prompt, node):
-    context.append({"prompt_id": prompt, "node_id": node})
-WARNING = 30
-"""
-"""What ComfyUI's front end is sent while a node executes."""
 
 
 def test_the_lines_of_one_execution_stay_in_the_node_warnings_first(in_comfyui):
