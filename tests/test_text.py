@@ -182,10 +182,11 @@ def test_another_dtype_reads_the_encoder_again(encoder):
     assert found.dtype == torch.bfloat16 and 0 < (found.float() - expected).abs().max() < 0.1
 
 
-def test_the_transformer_is_there_once_the_text_is(make_job, texts):
+def test_the_transformer_is_there_once_the_text_is(make_job, texts, encoder):
     job, executor = make_job("5b"), LocalExecutor(CPU)
-    states, loaded = encode_prompts([PROMPT, NEGATIVE, PROMPT], job, Checkpoint.open(job.model.path), executor)
-    assert list(states) == [PROMPT, NEGATIVE] and torch.equal(states[PROMPT], texts["5b"][0])
+    states, loaded = encode_prompts([PROMPT, NEGATIVE, PROMPT, "(red:1.3)"], job, Checkpoint.open(job.model.path), executor)
+    assert list(states) == [PROMPT, NEGATIVE, "(red:1.3)"] and torch.equal(states[PROMPT], texts["5b"][0])
+    assert torch.equal(states["(red:1.3)"], encoder.encode_prompt("(red:1.3)"))
     assert loaded.load_seconds > 0 and executor.status()["held"] == ["transformer"]
     assert executor.sample(job).report.load_seconds < loaded.load_seconds and executor.engine.loads == 1
 
