@@ -23,6 +23,8 @@ TILINGS = ("auto", "on", "off")
 WINDOW_SCHEDULES = ("static", "uniform")
 IMAGE_SCALES = ("auto", "inverse", "raw", "scaled")
 """What a start image's latent is multiplied by; see ``Checkpoint.image_scale``."""
+CHANNELS = 16
+"""Of a latent."""
 MAX_SEED = 2**64 - 1
 MAX_STRENGTH = 10.0
 ROUNDING = 1e-6
@@ -136,6 +138,11 @@ def check_latent(latent: torch.Tensor) -> None:
         )
     if min(shape) < 1:
         raise RequestError(f"the latent is {shape}; every dimension must be at least 1")
+    if shape[1] != CHANNELS:
+        raise RequestError(
+            f"the latent has {shape[1]} channels, as another model's nodes make it; CogVideoX takes {CHANNELS}: "
+            "use Empty CogVideoX Latent or VAE Encode"
+        )
     if shape[3] % 2 or shape[4] % 2:
         raise RequestError(f"the size is {shape[4] * 8}x{shape[3] * 8}; width and height must be multiples of 16")
 
@@ -196,7 +203,7 @@ def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
         raise RequestError(f"batch is {batch}; it must be at least 1")
 
 
-def empty_latent(*, width: int, height: int, frames: int, batch: int = 1, channels: int = 16) -> torch.Tensor:
+def empty_latent(*, width: int, height: int, frames: int, batch: int = 1, channels: int = CHANNELS) -> torch.Tensor:
     """Zeros of shape ``[batch, channels, (frames-1)/4+1, height/8, width/8]``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checks of pictures that other nodes pass."""
+"""Checks of pictures, masks and latents that other nodes pass."""
 
 from typing import Any
 
@@ -37,8 +37,51 @@ def checked_pictures(pictures: Any, name: str) -> torch.Tensor:
         pictures = pictures / 255
     if not pictures.is_floating_point():
         raise RequestError(f"{name} has the type {pictures.dtype}; images are floats in 0..1")
-    if not pictures.isfinite().all():
+    check_finite(pictures, name)
+    return pictures.expand(*pictures.shape[:3], 3).float() if channels == 1 else pictures[..., :3].float()
+
+
+def checked_mask(mask: Any, name: str) -> torch.Tensor:
+    """Returns a mask as ``[frames, height, width]``, float. A single ``[height, width]`` and one channel more are taken as well.
+
+    Args:
+        mask: what a ``MASK`` input was given.
+        name: of the input, for messages.
+    Raises:
+        RequestError: for any other shape or type, no frames, NaN or infinite values.
+    """
+    if not isinstance(mask, torch.Tensor):
+        raise RequestError(f"{name} is a {type(mask).__name__}; connect a mask")
+    shape = list(mask.shape)
+    if mask.ndim == 4 and 1 in (shape[1], shape[-1]):
+        mask = mask[:, 0] if shape[1] == 1 else mask[..., 0]
+    if mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim != 3 or 0 in shape:
+        raise RequestError(f"{name} has shape {shape}; a mask has [frames, height, width], each at least 1")
+    check_finite(mask, name)
+    return mask / 255 if mask.dtype == torch.uint8 else mask.float()
+
+
+def checked_latent(latent: Any, name: str) -> torch.Tensor:
+    """Returns a latent's tensor. :func:`.jobs.check_latent` checks its shape.
+
+    Args:
+        latent: what stands under ``samples`` in a ``LATENT`` input.
+        name: of the input, for messages.
+    Raises:
+        RequestError: for another type, NaN or infinite values.
+    """
+    if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
+        found = str(latent.dtype) if isinstance(latent, torch.Tensor) else type(latent).__name__
+        raise RequestError(f"{name} holds a {found}; it must be one tensor of floats: use Empty CogVideoX Latent or VAE Encode")
+    check_finite(latent, name)
+    return latent
+
+
+def check_finite(values: torch.Tensor, name: str) -> None:
+    """Raises RequestError for values that are NaN or infinite."""
+    if not values.isfinite().all():
         raise RequestError(
             f"{name} has values that are NaN or infinite; look at the node that made it: a VAE in fp16 may, bf16 or fp32 mends that"
         )
-    return pictures.expand(*pictures.shape[:3], 3).float() if channels == 1 else pictures[..., :3].float()
