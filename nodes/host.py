@@ -25,7 +25,7 @@ from ..parallel_backend.costs import HEADROOM
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ..parallel_backend.executor import Executor
-from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob
+from ..parallel_backend.jobs import DecodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
 from ..parallel_backend.pieces import has_windows_to_share, windows_of
 from ..parallel_backend.plans import AUTO, Plan
@@ -131,6 +131,11 @@ def text_device() -> torch.device:
     return management.text_encoder_device()
 
 
+def torch_device() -> torch.device:
+    """Where ComfyUI wants models to run."""
+    return management.get_torch_device()
+
+
 def make_room(size: int, device: torch.device) -> None:
     """Asks ComfyUI to unload models until so many bytes are free."""
     if device.type != "cpu":
@@ -155,13 +160,14 @@ def counted_on(executor: Executor) -> torch.device:
     return own if own in executor.torch_devices else executor.torch_devices[0]
 
 
-def run(job: Job, backend=None, node_id: str | None = None) -> Result:
+def run(job: Job, backend=None, node_id: str | None = None, device: torch.device | None = None) -> Result:
     """Runs a job for a node: on its backend, or in this process where it has none or no group can start.
 
     Args:
         job: what to do.
         backend: a :class:`.sockets.BackendHandle`, or None for this process.
         node_id: where to say what is done, and where progress is shown.
+        device: for this process; None for ComfyUI's.
     Raises:
         RequestError: for what makes no sense; no group has been touched.
         InterruptProcessingException: ComfyUI's own, when the person cancelled.
@@ -169,12 +175,13 @@ def run(job: Job, backend=None, node_id: str | None = None) -> Result:
     checkpoint = Checkpoint.open(job.model.path)
     checks.check(checkpoint, job)
     try:
-        return run_on(executor_for(backend, checkpoint, job, node_id), job, node_id)
+        executor = executor_for(backend, checkpoint, job, node_id) if backend else local(device)
+        return run_on(executor, job, node_id)
     except GroupUnavailable as error:
         say(f"no group: {error.summary}; working in this process", node_id, level=logging.WARNING)
         if error.details:
             logger.info(error.details)
-    return run_on(local(), job, node_id)
+    return run_on(local(device), job, node_id)
 
 
 def has_group() -> bool:
@@ -208,8 +215,6 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
         RequestError: when plan, devices and model do not fit.
         GroupUnavailable: when the backend cannot start here.
     """
-    if backend is None:
-        return local()
     samples = isinstance(job, SampleJob)
     wants = {"heads": checkpoint.heads, "offload": job.model.offload if samples else "auto"}
     windows = windows_of(job) if samples and has_windows_to_share(job) else 1
@@ -290,16 +295,6 @@ def summary(job: Job, report: Report) -> str:
     steps = f"{len(report.step_seconds)} steps, {1 / median(report.step_seconds):.2f} steps/s, " if report.step_seconds else ""
     peak = max(report.peak_memory) / 2**30
     return f"{job.kind}: plan {report.plan}, {steps}load {report.load_seconds:.1f} s, run {report.run_seconds:.1f} s, peak {peak:.1f} GiB"
-
-
-def decode(job: DecodeJob) -> torch.Tensor:
-    """Decodes in this process."""
-    return run(job).tensor
-
-
-def encode(job: EncodeJob) -> torch.Tensor:
-    """Encodes in this process."""
-    return run(job).tensor
 
 
 def devices_exist(devices: str) -> None:

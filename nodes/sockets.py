@@ -1,8 +1,10 @@
 """What passes between nodes: the pack's own sockets, and the objects under the core's ``CLIP`` and ``VAE``."""
 
 import logging
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from ..parallel_backend.cogvideox.checkpoint import SPATIAL, TEMPORAL, Checkpoin
 from ..parallel_backend.cogvideox.text import WORKING_BYTES, TextEncoder, find_place
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
+from ..parallel_backend.pictures import checked_latent, checked_pictures
 from . import host
 
 CATEGORY = "CogVideoX xDiT"
@@ -39,7 +42,64 @@ class BackendHandle:
     pipefusion_warmup: int = SampleJob.pipefusion_warmup
 
 
-class ClipHandle:
+class NotHere(RequestError, AttributeError):
+    """An attribute of the core's ``CLIP`` or ``VAE`` that this pack's has not. ``hasattr`` is False for it."""
+
+
+class Handle:
+    """Refuses in one sentence what a core object has and this pack's has not."""
+
+    kind: str
+    """The core's name of it."""
+    loader: str
+    """The core's node that gives the core's own."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # Python asks for these, not a node
+            raise AttributeError(name)
+        raise NotHere(
+            f"this node needs '{name}', which the {self.kind} of Load CogVideoX does not have; use the core's {self.loader} here"
+        )
+
+
+class Placement(Handle):
+    """Where a model runs, as the core's Select CLIP Device and Select VAE Device read and set it on a model patcher."""
+
+    def __init__(self, of: Handle, device: torch.device):
+        self.kind, self.loader = of.kind, of.loader
+        self.load_device, self.offload_device = device, torch.device("cpu")
+        self.model = SimpleNamespace()
+        """The core's nodes note here where it ran at first."""
+
+    def is_dynamic(self) -> bool:
+        """No part of the model is loaded on demand."""
+        return False
+
+    def clone(self, disable_dynamic: bool = False) -> "Placement":
+        """Returns another that can be set apart."""
+        return copy(self)
+
+    def deepclone_multigpu(self, new_load_device: torch.device) -> "Placement":
+        """Returns another for a device."""
+        clone = self.clone()
+        clone.load_device = new_load_device
+        return clone
+
+
+class Tokens(dict):
+    """Tokens by the name of their text encoder, of which CogVideoX has one."""
+
+    def __missing__(self, name: str):
+        raise RequestError(
+            f"this node needs a text encoder '{name}', and CogVideoX has T5-XXL alone; use CLIP Text Encode (Prompt) instead"
+        )
+
+
+T5 = "t5xxl"
+"""The core's name of CogVideoX's text encoder."""
+
+
+class ClipHandle(Handle):
     """The checkpoint's text encoder, answering what core nodes ask of a ``CLIP``.
 
     Args:
@@ -47,10 +107,14 @@ class ClipHandle:
         dtype: of the weights; see :class:`parallel_backend.jobs.Model`.
     """
 
+    kind, loader = "CLIP", "CLIPLoader (type cogvideox)"
+
     def __init__(self, checkpoint: Checkpoint, dtype: str):
         self.checkpoint = checkpoint
+        self.patcher = Placement(self, host.text_device())
         self._dtype = dtype
-        self._encoder: TextEncoder | None = None
+        self._shared: dict[str, TextEncoder] = {}
+        """Read once for this and its clones."""
 
     @property
     def encoder(self) -> TextEncoder:
@@ -59,16 +123,16 @@ class ClipHandle:
         Raises:
             RequestError: when the checkpoint has none, saying what to use.
         """
-        if self._encoder is None:
-            device = host.text_device()
+        if T5 not in self._shared:
+            device = self.patcher.load_device
             dtype = self.checkpoint.dtype(self._dtype, device)
             say = partial(host.say, level=logging.WARNING)
-            self._encoder = TextEncoder(self.checkpoint, device=device, dtype=dtype, say=say)
-        return self._encoder
+            self._shared[T5] = TextEncoder(self.checkpoint, device=device, dtype=dtype, say=say)
+        return self._shared[T5]
 
     def _find_room(self) -> None:
-        """Has ComfyUI make room where it wants text encoders to run; where that does not suffice, the CPU encodes."""
-        wanted = host.text_device()
+        """Has ComfyUI make room where the text encoder is to run; where that does not suffice, the CPU encodes."""
+        wanted = self.patcher.load_device
         dtype = self.checkpoint.dtype(self._dtype, wanted)
         host.make_room(self.checkpoint.weight_bytes("text_encoder", dtype) + WORKING_BYTES, wanted)
         place = find_place(self.checkpoint, [wanted], self._dtype)
@@ -76,15 +140,18 @@ class ClipHandle:
             host.say(place.note, level=logging.WARNING)
         self.encoder.move(place)
 
-    def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, list]:
+    def tokenize(self, text: str, return_word_ids: bool = False, **others: Any) -> dict[str, list]:
         """Token ids of a prompt and their weights, padded or cut to the model's limit."""
-        return {"t5": [self.encoder.weigh(text)]}
+        if unused := [name for name, value in others.items() if isinstance(value, str | list) and value]:
+            host.say(f"not used: {', '.join(unused)}; CogVideoX reads the prompt alone", level=logging.WARNING)
+        return Tokens({T5: [self.encoder.weigh(text)]})
 
     def encode_from_tokens(self, tokens: dict[str, list], return_pooled: bool = False, return_dict: bool = False):
         """Text states ``[1, tokens, features]``; CogVideoX has no pooled output."""
         self._find_room()
+        prompts = tokens[T5] or self.tokenize("")[T5]  # CLIP Text Encode (SD3) passes none for an empty prompt
         try:
-            ids, weights = ([[pair[part] for pair in prompt] for prompt in tokens["t5"]] for part in (0, 1))
+            ids, weights = ([[pair[part] for pair in prompt] for prompt in prompts] for part in (0, 1))
             states = self.encoder.encode(ids, weights)
         finally:
             self.encoder.unload()  # the transformer, here or in the group, wants the room
@@ -96,23 +163,47 @@ class ClipHandle:
         """The core's conditioning: one entry of text states."""
         return [[self.encode_from_tokens(tokens), {"pooled_output": None, **(add_dict or {})}]]
 
+    def encode(self, text: str) -> torch.Tensor:
+        """Text states of a prompt."""
+        return self.encode_from_tokens(self.tokenize(text))
+
     def clone(self, disable_dynamic: bool = False) -> "ClipHandle":
-        """Another handle of the same encoder; it has no state to keep apart."""
-        return self
+        """Returns another handle of the same encoder, whose device is set apart."""
+        clone = copy(self)
+        clone.patcher = self.patcher.clone()
+        return clone
+
+    def clip_layer(self, layer: int) -> None:
+        """Takes the last layer alone.
+
+        Raises:
+            RequestError: for another.
+        """
+        if layer != -1:
+            raise RequestError(f"stop_at_clip_layer is {layer}; CogVideoX was trained on the text encoder's last layer: use -1")
+
+    def set_tokenizer_option(self, name: str, value: int) -> None:
+        """Says that an option is not used: CogVideoX pads every prompt alike."""
+        if value and name.startswith(T5):
+            line = f"{name} is not used: every prompt has {self.checkpoint.text_tokens} tokens with CogVideoX"
+            host.say(line, level=logging.WARNING)
 
 
-class VaeHandle:
+class VaeHandle(Handle):
     """The checkpoint's VAE, answering what core nodes ask of a ``VAE``. Works in this process.
 
     Args:
         model: the description that also the transformer has.
     """
 
+    kind, loader = "VAE", "VAELoader"
     latent_channels = 16
     latent_dim = 3
 
     def __init__(self, model: Model):
         self.model = model
+        self.device = host.torch_device()
+        self.patcher = Placement(self, self.device)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -121,25 +212,30 @@ class VaeHandle:
 
     def decode(self, samples: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
         """Latent to ``[batch, frames, height, width, 3]`` in 0..1; in tiles where the whole would not fit."""
-        return host.decode(DecodeJob(self.model, samples))
+        return self._run(DecodeJob(self.model, checked_latent(samples, "samples")))
 
     def decode_tiled(self, samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None) -> torch.Tensor:
         """As :meth:`decode`, in tiles; sizes in latent units. Frames are never cut: they are decoded a few at a time."""
         tile = SPATIAL * (tile_x or 32)
-        return host.decode(
-            DecodeJob(self.model, samples, "on", tile, min(SPATIAL * (8 if overlap is None else overlap), tile // 2))
-        )
+        overlap = min(SPATIAL * (8 if overlap is None else overlap), tile // 2)
+        return self._run(DecodeJob(self.model, checked_latent(samples, "samples"), "on", tile, overlap))
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
-        """``[frames, height, width, 3]`` to a latent, cropped to what the VAE takes."""
-        return host.encode(EncodeJob(self.model, fitting(pixel_samples)))
+        """``[frames, height, width, 3]``, or a batch of these, to a latent, cropped to what the VAE takes."""
+        return self._encode(pixel_samples)
 
     def encode_tiled(self, pixel_samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None):
         """As :meth:`encode`, in tiles; sizes in pixels."""
         tile = tile_x or 256
-        return host.encode(
-            EncodeJob(self.model, fitting(pixel_samples), "on", tile, min(64 if overlap is None else overlap, tile // 2))
-        )
+        return self._encode(pixel_samples, tiling="on", tile=tile, overlap=min(64 if overlap is None else overlap, tile // 2))
+
+    def _encode(self, pixels: torch.Tensor, **tiles: Any) -> torch.Tensor:
+        batch = pixels if isinstance(pixels, torch.Tensor) and pixels.ndim == 5 and len(pixels) else [pixels]
+        videos = [fitting(checked_pictures(video, "pixels")) for video in batch]
+        return torch.cat([self._run(EncodeJob(self.model, video, **tiles)) for video in videos])
+
+    def _run(self, job: DecodeJob | EncodeJob) -> torch.Tensor:
+        return host.run(job, device=self.device).tensor
 
     def spacial_compression_decode(self) -> int:
         """Pixels of one latent column."""
@@ -167,4 +263,4 @@ def fitting(pixels: torch.Tensor) -> torch.Tensor:
         line = f"the video of {frames} frames {width}x{height} is cropped to {kept} frames {columns}x{rows}"
         host.say(line, level=logging.WARNING)
     top, left = (height - rows) // 2, (width - columns) // 2
-    return pixels[:kept, top : top + rows, left : left + columns, :3]
+    return pixels[:kept, top : top + rows, left : left + columns]

@@ -20,6 +20,7 @@ from parallel_backend.group.registry import running
 from parallel_backend.models import DEMO, find
 from workflows.headless import apply_settings, to_api
 
+from . import core_nodes
 from .comfyui_server import ComfyUIServer, find_comfyui
 from .conftest import REPO, TOLERANCE, wait_until, workers
 from .core_files import in_model_folders
@@ -426,6 +427,17 @@ def test_bad_input_is_named_in_the_node_in_one_line(settings, words, server, pro
         line for line in str(error.value).splitlines() if re.search(words, line) and not line.startswith("parallel_backend")
     ][:1]
     assert "in node" in line
+
+
+@pytest.mark.usefixtures("core_knows_cogvideox")
+def test_every_core_node_works_with_our_objects_or_is_refused_in_one_sentence(server, core_models, loras):
+    (server.base / "models" / "loras").mkdir(exist_ok=True)
+    write(server.base / "models" / "loras" / "small.safetensors", {"nothing": torch.zeros(1)})
+    with in_model_folders({"1.5-5b": core_models["1.5-5b"]}, server.base / "models"):
+        info = server.object_info()
+        endings = {name: core_nodes.ending(server, name, info) for name in core_nodes.names(info)}
+    assert len(endings) > 100
+    assert {name: ended for name, ended in endings.items() if not core_nodes.is_expected(name, ended)} == {}
 
 
 def test_unload_models_makes_the_group_let_go(server, prompt_of):
