@@ -6,6 +6,7 @@ from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import SampleJob
 from ..parallel_backend.plans import AUTO, Plan
 from . import host
+from .base import CogVideoXNode
 from .sockets import CATEGORY, BackendHandle, BackendSocket
 
 
@@ -15,7 +16,7 @@ def advanced(widget: io.WidgetInput) -> io.WidgetInput:
     return widget
 
 
-class XDiTBackend(io.ComfyNode):
+class XDiTBackend(CogVideoXNode):
     """Which devices work together, and how each step is split over them."""
 
     @classmethod

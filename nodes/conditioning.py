@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import empty_latent
+from .base import CogVideoXNode
 from .sockets import CATEGORY
 
 CONCAT, CONCAT_MASK = "concat_latent_image", "concat_mask"
@@ -38,7 +39,7 @@ def size_inputs() -> list:
     ]
 
 
-class EmptyCogVideoXLatent(io.ComfyNode):
+class EmptyCogVideoXLatent(CogVideoXNode):
     """A latent of zeros: its size is the video's."""
 
     @classmethod
@@ -59,23 +60,8 @@ class EmptyCogVideoXLatent(io.ComfyNode):
         return io.NodeOutput({"samples": empty_latent(width=width, height=height, frames=length, batch=batch_size)})
 
 
-def check_conditioning(conditioning, name: str) -> None:
-    """Raises RequestError for another pack's tensors under the same socket name."""
-    if isinstance(conditioning, torch.Tensor):
-        raise RequestError(
-            f"{name} comes from the CogVideoX wrapper, whose conditioning is a bare tensor; "
-            "use CLIP Text Encode with Load CogVideoX or the core's CLIPLoader (type cogvideox)"
-        )
-
-
 def with_values(positive, negative, values: dict) -> tuple:
-    """Both prompts with values of a conditioning.
-
-    Raises:
-        RequestError: for another pack's tensors under the same socket name.
-    """
-    check_conditioning(positive, "positive")
-    check_conditioning(negative, "negative")
+    """Both prompts with values of a conditioning."""
     return tuple(node_helpers.conditioning_set_values(prompt, values) for prompt in (positive, negative))
 
 
@@ -105,11 +91,8 @@ def text_fields(conditioning, name: str, *, limit: int, say: Callable[[str], Non
         limit: tokens the model takes.
         say: called with a line for each thing that is not used.
     Raises:
-        RequestError: for another pack's tensors under the same socket name, and for prompts that do not go together.
+        RequestError: for prompts that do not go together.
     """
-    check_conditioning(conditioning, name)
-    if not conditioning:
-        raise RequestError(f"{name} has no prompt; use CLIP Text Encode")
     turns, lines = turns_of([(options.get(START, 0.0), options.get(END, 1.0)) for _, options in conditioning])
     for line in lines:
         say(f"{name}: {line}")

@@ -3,13 +3,13 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.jobs import empty_latent
+from .base import CogVideoXNode
 from .conditioning import CONTROL, with_values
-from .decoding import check_vae
 from .sockets import CATEGORY
 from .videos import COVERED, conditioned_inputs, conditioned_outputs, fit_video
 
 
-class CogVideoXControlToVideo(io.ComfyNode):
+class CogVideoXControlToVideo(CogVideoXNode):
     """A control video into the conditioning, and an empty latent of its size."""
 
     @classmethod
@@ -49,7 +49,6 @@ class CogVideoXControlToVideo(io.ComfyNode):
         end_percent,
     ) -> io.NodeOutput:
         """Encodes the control video once, for both prompts and every video of the batch."""
-        check_vae(vae)
         node_id = cls.hidden.unique_id
         video = fit_video(control_video, vae, width=width, height=height, length=length, node_id=node_id)
         latent = empty_latent(width=width, height=height, frames=len(video), batch=batch_size)

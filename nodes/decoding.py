@@ -3,13 +3,13 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint import SPATIAL
-from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import TILINGS, DecodeJob, check_latent
 from . import host
+from .base import CogVideoXNode
 from .sockets import CATEGORY, BackendSocket, VaeHandle
 
 
-class CogVideoXDecode(io.ComfyNode):
+class CogVideoXDecode(CogVideoXNode):
     """Latent to frames, exactly as many as were asked for."""
 
     @classmethod
@@ -45,18 +45,11 @@ class CogVideoXDecode(io.ComfyNode):
         if not isinstance(vae, VaeHandle):
             return io.NodeOutput(decode_with_core(vae, latent, tiling, tile_size, overlap))
         job = DecodeJob(vae.model, latent, tiling, tile_size, overlap)
-        return io.NodeOutput(host.run(job, backend, cls.hidden.unique_id).tensor.flatten(0, 1))
-
-
-def check_vae(vae) -> None:
-    """Raises RequestError for the CogVideoX wrapper's VAE, which shares the socket's name."""
-    if not hasattr(vae, "decode_tiled"):
-        raise RequestError("this VAE comes from the CogVideoX wrapper; use Load CogVideoX or the core's VAELoader")
+        return io.NodeOutput(host.run(job, backend, cls.hidden.unique_id, vae.device).tensor.flatten(0, 1))
 
 
 def decode_with_core(vae, latent, tiling: str, tile: int, overlap: int):
     """Frames ``[batch * frames, height, width, 3]`` from a VAE of the core's loaders."""
-    check_vae(vae)
     if tiling == "on":
         video = vae.decode_tiled(latent, tile_x=tile // SPATIAL, tile_y=tile // SPATIAL, overlap=overlap // SPATIAL)
     else:

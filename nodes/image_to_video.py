@@ -8,13 +8,13 @@ from ..parallel_backend.cogvideox import checks, conditions
 from ..parallel_backend.cogvideox.image import cover
 from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
 from . import host
+from .base import CogVideoXNode
 from .conditioning import CONCAT, IMAGE_SCALE, with_values
-from .decoding import check_vae
 from .sockets import CATEGORY, VaeHandle
 from .videos import COVERED, conditioned_inputs, conditioned_outputs, inpaint_values
 
 
-class CogVideoXImageToVideo(io.ComfyNode):
+class CogVideoXImageToVideo(CogVideoXNode):
     """A start image, an end image, or both into the conditioning, and an empty latent of the video's size."""
 
     @classmethod
@@ -73,7 +73,6 @@ class CogVideoXImageToVideo(io.ComfyNode):
         latent = {"samples": empty_latent(width=width, height=height, frames=length, batch=batch_size)}
         if start_image is None and end_image is None:
             return io.NodeOutput(positive, negative, latent)
-        check_vae(vae)
         checkpoint = vae.checkpoint if isinstance(vae, VaeHandle) else None
         if end_image is not None and checkpoint:
             checks.check_end_image(checkpoint)

@@ -4,13 +4,13 @@ from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox import conditions
 from ..parallel_backend.jobs import empty_latent
+from .base import CogVideoXNode
 from .conditioning import with_values
-from .decoding import check_vae
 from .sockets import CATEGORY
 from .videos import COVERED, conditioned_inputs, conditioned_outputs, fit_video, inpaint_values
 
 
-class CogVideoXInpaint(io.ComfyNode):
+class CogVideoXInpaint(CogVideoXNode):
     """A video and what of it is to be made anew into the conditioning, and an empty latent of its size."""
 
     @classmethod
@@ -34,7 +34,6 @@ class CogVideoXInpaint(io.ComfyNode):
     @classmethod
     def execute(cls, positive, negative, vae, width, height, length, batch_size, video, mask) -> io.NodeOutput:
         """Encodes the video once, for both prompts and every video of the batch."""
-        check_vae(vae)
         node_id = cls.hidden.unique_id
         video = fit_video(video, vae, width=width, height=height, length=length, node_id=node_id)
         mask = conditions.fit_mask(mask, frames=len(video), width=width, height=height)

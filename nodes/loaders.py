@@ -6,10 +6,11 @@ from ..parallel_backend.cogvideox.checkpoint import Checkpoint
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import COMPILES, DTYPES, FP8S, OFFLOADS, Model
 from . import host
+from .base import CogVideoXNode
 from .sockets import CATEGORY, ClipHandle, ModelHandle, ModelSocket, VaeHandle
 
 
-class LoadCogVideoX(io.ComfyNode):
+class LoadCogVideoX(CogVideoXNode):
     """A checkpoint folder, or a transformer's file, to model, CLIP and VAE. Reads no weights: they are read where they run."""
 
     @classmethod

@@ -7,10 +7,11 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.lora import LoraFile
 from ..parallel_backend.jobs import MAX_STRENGTH, Lora
 from . import host
+from .base import CogVideoXNode
 from .sockets import CATEGORY, ModelSocket
 
 
-class LoadCogVideoXLora(io.ComfyNode):
+class LoadCogVideoXLora(CogVideoXNode):
     """A model with one more LoRA. Reads no weights: they are merged where the model runs."""
 
     @classmethod

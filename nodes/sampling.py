@@ -8,11 +8,12 @@ from comfy_api.latest import io
 from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
 from ..parallel_backend.plans import AUTO
 from . import host
+from .base import CogVideoXNode
 from .conditioning import conditions_of, text_fields
 from .sockets import CATEGORY, BackendSocket, ModelSocket
 
 
-class CogVideoXSampler(io.ComfyNode):
+class CogVideoXSampler(CogVideoXNode):
     """Denoises a latent, in this process or on every GPU of a backend."""
 
     @classmethod

@@ -10,6 +10,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..parallel_backend import video
+from .base import CogVideoXNode
 from .sockets import CATEGORY
 
 DATE = re.compile("%date:([^%]*)%")
@@ -26,8 +27,10 @@ def with_dates(name: str, now: datetime) -> str:
     return DATE.sub(lambda date: DATE_FIELDS.sub(digits, date[1]), name)
 
 
-class SaveVideo(io.ComfyNode):
+class SaveVideo(CogVideoXNode):
     """Frames to an MP4 in the output folder, shown in the node, with the workflow inside it."""
+
+    own_checks = frozenset({"images"})
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -2,13 +2,13 @@
 
 from comfy_api.latest import io
 
+from .base import CogVideoXNode
 from .conditioning import size_inputs
-from .decoding import check_vae
 from .sockets import CATEGORY
 from .videos import COVERED, fit_video
 
 
-class CogVideoXVideoToVideo(io.ComfyNode):
+class CogVideoXVideoToVideo(CogVideoXNode):
     """A video to the latent that the sampler starts from."""
 
     @classmethod
@@ -31,7 +31,6 @@ class CogVideoXVideoToVideo(io.ComfyNode):
     @classmethod
     def execute(cls, vae, width, height, length, batch_size, video) -> io.NodeOutput:
         """Encodes the video once, for every video of the batch."""
-        check_vae(vae)
         node_id = cls.hidden.unique_id
         latent = vae.encode(fit_video(video, vae, width=width, height=height, length=length, node_id=node_id))
         return io.NodeOutput({"samples": latent.repeat(batch_size, 1, 1, 1, 1)})

@@ -5,10 +5,11 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..parallel_backend.jobs import WINDOW_SCHEDULES, Windows
+from .base import CogVideoXNode
 from .sockets import CATEGORY, ModelSocket
 
 
-class CogVideoXContextWindows(io.ComfyNode):
+class CogVideoXContextWindows(CogVideoXNode):
     """A model that samples long videos in overlapping windows."""
 
     @classmethod

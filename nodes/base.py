@@ -1,0 +1,53 @@
+"""What all nodes of the pack have in common: their inputs are checked before they run."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any
+
+from comfy_api.latest import io
+
+from .inputs import checked
+
+
+class CogVideoXNode(io.ComfyNode):
+    """A node whose inputs are checked and converted as its schema declares them, whether ComfyUI or a script calls it."""
+
+    hidden = SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)
+    """For scripts; ComfyUI sets its own."""
+
+    own_checks: frozenset[str] = frozenset()
+    """Inputs that the node checks itself."""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        for name in ("execute", "check_lazy_status"):
+            method = cls.__dict__.get(name)
+            if method and not hasattr(method.__func__, "__wrapped__"):  # ComfyUI clones the class for each call
+                setattr(cls, name, classmethod(with_checks(method.__func__)))
+
+
+def with_checks(method: Callable) -> Callable:
+    """Returns a node's method with its inputs checked first.
+
+    None stays None: it is an optional input without a link or, in ``check_lazy_status``, one that is not there yet.
+    """
+    signature = inspect.signature(method)
+    lazy = method.__name__ == "check_lazy_status"
+
+    @wraps(method)
+    def run(cls, *args, **kwargs):
+        bound = signature.bind(cls, *args, **kwargs)
+        given = bound.arguments
+        for declared in (cls.SCHEMA or cls.define_schema()).inputs:
+            value = given.get(declared.id)
+            if declared.id not in given or declared.id in cls.own_checks:
+                continue
+            if value is None and declared.optional:
+                del given[declared.id]  # the default holds
+            elif value is not None or not lazy:
+                given[declared.id] = checked(value, declared)
+        return method(*bound.args, **bound.kwargs)
+
+    return run

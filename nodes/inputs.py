@@ -1,0 +1,137 @@
+"""Checks of what other nodes and scripts pass to a node's inputs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..parallel_backend.errors import RequestError
+from ..parallel_backend.jobs import between
+from ..parallel_backend.pictures import check_finite, checked_latent, checked_mask, checked_pictures
+from .sockets import BackendHandle, BackendSocket, ModelHandle, ModelSocket
+
+
+def checked(value: Any, declared: io.Input) -> Any:
+    """Returns a value as its input takes it: what has an obvious meaning is converted.
+
+    Args:
+        value: what was passed.
+        declared: the input of the node's schema.
+    Raises:
+        RequestError: naming the input, what was given and what is allowed.
+    """
+    check = CHECKS.get(declared.io_type)
+    return check(value, declared) if check else value
+
+
+def number(value: Any, declared: io.Input) -> int | float:
+    """A number within the input's limits. Text of a number, and a tensor or array of one number, are taken as well."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        whole = isinstance(value, int) or isinstance(value, str) and value.strip().isdigit()
+        found = int(value) if whole else float(value)  # which does not hold a seed of 64 bits
+    except (TypeError, ValueError, RuntimeError):
+        raise RequestError(f"{declared.id} is {shown(value)}; it must be a number") from None
+    between(declared.id, found, declared.min, declared.max)
+    return found
+
+
+def whole_number(value: Any, declared: io.Input) -> int:
+    """A whole number within the input's limits. A float without a fraction is taken as well."""
+    found = number(value, declared)
+    if found != int(found):
+        raise RequestError(f"{declared.id} is {found}; it must be a whole number, such as {round(found)}")
+    return int(found)
+
+
+def text(value: Any, declared: io.Input) -> str:
+    """Text, or a number as text."""
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise RequestError(f"{declared.id} is {shown(value)}; it must be text")
+
+
+def switch(value: Any, declared: io.Input) -> bool:
+    """True or False, or 1 or 0."""
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise RequestError(f"{declared.id} is {shown(value)}; it must be True or False")
+
+
+def latent(value: Any, declared: io.Input) -> dict:
+    """The core's latent."""
+    if not isinstance(value, dict) or "samples" not in value:
+        raise RequestError(f"{declared.id} is {shown(value)}; connect a latent, such as Empty CogVideoX Latent makes")
+    return {**value, "samples": checked_latent(value["samples"], declared.id)}
+
+
+def conditioning(value: Any, declared: io.Input) -> list:
+    """The core's conditioning; the CogVideoX wrapper's has the same socket name."""
+    name = declared.id
+    if isinstance(value, torch.Tensor):
+        raise RequestError(
+            f"{name} comes from the CogVideoX wrapper, whose conditioning is a bare tensor; "
+            "use CLIP Text Encode with Load CogVideoX or the core's CLIPLoader (type cogvideox)"
+        )
+    if not isinstance(value, list | tuple) or not all(is_entry(entry) for entry in value):
+        raise RequestError(f"{name} is {shown(value)}; connect CLIP Text Encode (Prompt)")
+    if not value:
+        raise RequestError(f"{name} has no prompt; use CLIP Text Encode")
+    for states, _ in value:
+        check_finite(states, name)
+    return value
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether it is text states and a dictionary of options."""
+    return (
+        isinstance(entry, list | tuple)
+        and len(entry) == 2
+        and isinstance(entry[0], torch.Tensor)
+        and isinstance(entry[1], dict)
+    )
+
+
+def checked_vae(value: Any, declared: io.Input) -> Any:
+    """This pack's or the core's VAE; the CogVideoX wrapper's has the same socket name."""
+    if not hasattr(value, "decode_tiled"):
+        raise RequestError("this VAE comes from the CogVideoX wrapper; use Load CogVideoX or the core's VAELoader")
+    return value
+
+
+def handle(kind: type, source: str) -> Callable[[Any, io.Input], Any]:
+    """Returns the check of one of the pack's own sockets."""
+
+    def check(value: Any, declared: io.Input) -> Any:
+        if not isinstance(value, kind):
+            raise RequestError(f"{declared.id} is {shown(value)}; connect {source}")
+        return value
+
+    return check
+
+
+def shown(value: Any) -> str:
+    """A value, in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)[:80]
+    return f"a {type(value).__name__}"
+
+
+CHECKS: dict[str, Callable[[Any, Any], Any]] = {
+    io.Int.io_type: whole_number,
+    io.Float.io_type: number,
+    io.String.io_type: text,
+    io.Combo.io_type: text,
+    io.Boolean.io_type: switch,
+    io.Image.io_type: lambda value, declared: checked_pictures(value, declared.id),
+    io.Mask.io_type: lambda value, declared: checked_mask(value, declared.id),
+    io.Latent.io_type: latent,
+    io.Conditioning.io_type: conditioning,
+    io.Vae.io_type: checked_vae,
+    ModelSocket.io_type: handle(ModelHandle, "Load CogVideoX"),
+    BackendSocket.io_type: handle(BackendHandle, "xDiT Backend"),
+}
+"""By the type of an input."""

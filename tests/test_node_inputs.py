@@ -1,0 +1,237 @@
+"""What other nodes and scripts pass to the pack's nodes: what has an obvious meaning is taken, the rest is refused in one line."""
+
+import pytest
+
+from .comfy_runtime import NODES
+
+MORE = """
+nodes = part("nodes")
+base = part("nodes.base")
+Empty, VideoToVideo = part("nodes.conditioning").EmptyCogVideoXLatent, part("nodes.video_to_video").CogVideoXVideoToVideo
+Control, Inpaint = part("nodes.control_to_video").CogVideoXControlToVideo, part("nodes.inpainting").CogVideoXInpaint
+Decode = part("nodes.decoding").CogVideoXDecode
+model, vae = handles(path)
+small = {"width": 16, "height": 16, "length": 5, "batch_size": 1}
+video = torch.rand(5, 20, 25, 3, generator=torch.Generator().manual_seed(5))
+mask = torch.ones(1, 20, 25)
+mask[:, :10] = 0
+control = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+def result(node, **inputs):
+    try:
+        return node.execute(**inputs).result
+    except errors.RequestError as error:
+        return str(error)
+def encoded(node, found):
+    if node is VideoToVideo:
+        return found[0]["samples"]
+    carried = found[0][0][1]
+    return carried["cogvideox_control"]["control"] if node is Control else carried["concat_latent_image"]
+class CoreVAE:
+    decode_tiled = None
+    def encode(self, pixels):
+        return pixels[::4, ::8, ::8].mean(dim=-1).expand(1, 16, -1, -1, -1)
+core = CoreVAE()
+PICTURES = {
+    Node: lambda pictures: dict(**prompts, vae=core, start_image=pictures, **small),
+    VideoToVideo: lambda pictures: dict(vae=core, video=pictures, **small),
+    Control: lambda pictures: dict(**prompts, vae=core, control_video=pictures, **control, **small),
+    Inpaint: lambda pictures: dict(**prompts, vae=core, video=pictures, mask=mask, **small),
+}
+"""
+
+
+@pytest.fixture
+def nodes(in_comfyui):
+    """Runs lines that call nodes as a script does, without ComfyUI's own checks."""
+    return lambda code: in_comfyui(NODES + MORE + code)[0]
+
+
+def test_every_number_text_and_switch_of_every_node_is_checked_by_its_own_schema(nodes):
+    shown = nodes("""
+VALID = {"INT": lambda item: item.default, "FLOAT": lambda item: item.default, "STRING": lambda item: item.default,
+         "COMBO": lambda item: item.default or "demo", "BOOLEAN": lambda item: item.default}
+GIVEN = {"MODEL": model, "VAE": vae, "CONDITIONING": positive, "LATENT": {"samples": latent}, "IMAGE": video, "MASK": mask,
+         "COGVIDEOX_XDIT_MODEL": model, "XDIT_BACKEND": None}
+WRONG = {"INT": ["many", [1], None, float("nan"), 2.5, "below", "above"], "FLOAT": ["many", [1], None, float("nan"), "below", "above"],
+         "STRING": [[1], None], "COMBO": [[1], None], "BOOLEAN": ["maybe", 2, None], "VAE": [object()], "LATENT": [None, latent, {}],
+         "CONDITIONING": [None, [], [[1, {}]], positive[0][0]], "IMAGE": ["a", None], "MASK": [5, torch.ones(2, 3, 4, 5)],
+         "COGVIDEOX_XDIT_MODEL": [5, None], "XDIT_BACKEND": [5]}
+tried, wrong, bare = 0, [], [node.__name__ for node in nodes.NODES if not issubclass(node, base.CogVideoXNode)]
+for node in nodes.NODES:
+    inputs = node.define_schema().inputs
+    valid = {item.id: VALID[item.io_type](item) if item.io_type in VALID else GIVEN[item.io_type] for item in inputs}
+    for item in inputs:
+        for value in [] if item.id in node.own_checks else WRONG[item.io_type]:
+            if value is None and item.optional:
+                continue
+            if value in ("below", "above") and isinstance(value, str):
+                value = item.min - 1 if value == "below" else item.max + 1
+            tried += 1
+            try:
+                node.execute(**{**valid, item.id: value})
+                line = "taken"
+            except errors.RequestError as error:
+                line = str(error)
+            except Exception as error:
+                line = f"{type(error).__name__} {error}"
+            if not (line.startswith(item.id + " ") or line.startswith("this VAE")) or chr(10) in line:
+                wrong.append([node.__name__, item.id, str(value)[:40], line])
+show(tried=tried, wrong=wrong, bare=bare)
+""")
+    assert shown["bare"] == [] and shown["wrong"] == []
+    assert shown["tried"] > 200
+
+
+def test_numbers_with_an_obvious_meaning_are_taken(nodes):
+    shown = nodes("""
+import numpy
+def asks(**given):
+    absent = {"positive": None, "negative": None, "latent": None}
+    try:
+        return Sampler.check_lazy_status(**{**settings, **absent, "model": model, **given})
+    except errors.RequestError as error:
+        return str(error)
+(made,) = result(Empty, width=96.0, height="64", length=torch.tensor(5.0), batch_size=numpy.int64(2))
+seed = next(item for item in Sampler.define_schema().inputs if item.id == "seed")
+show(shape=made["samples"].shape, seeds=[str(part("nodes.inputs").checked(given, seed)) for given in (2**64 - 1, str(2**64 - 1))],
+     lines=[result(Empty, **{**small, "width": value}) for value in (96.5, "wide", 8, float("nan"), None, torch.ones(2))],
+     lazy=[asks(), asks(cfg="many"), asks(model=5), asks(latent={"samples": latent})], warmup=prepared(part("nodes.backend").XDiTBackend).execute("0", "auto", 4.0).result[0].pipefusion_warmup)
+""")
+    assert shown["shape"] == [2, 16, 2, 8, 12]
+    assert shown["seeds"] == [str(2**64 - 1)] * 2
+    assert shown["lines"] == [
+        "width is 96.5; it must be a whole number, such as 96",
+        "width is 'wide'; it must be a number",
+        "width is 8; use 16 to 4096",
+        "width is nan; use 16 to 4096",
+        "width is None; it must be a number",
+        "width is a tensor of shape [2]; it must be a number",
+    ]
+    assert shown["lazy"] == [
+        ["latent", "positive", "negative"],
+        "cfg is 'many'; it must be a number",
+        "model is 5; connect Load CogVideoX",
+        ["positive", "negative"],
+    ]
+    assert shown["warmup"] == 4
+
+
+def test_pictures_with_an_obvious_meaning_are_taken_and_others_refused_by_every_node(nodes):
+    shown = nodes("""
+grey = video.mean(dim=-1, keepdim=True)
+FORMS = {
+    "alpha": (torch.cat([video, torch.zeros(5, 20, 25, 1)], dim=-1), video),
+    "grey": (grey, grey.repeat(1, 1, 1, 3)),
+    "batch": (video[None], video),
+    "one": (video[0], video[:1]),
+    "bytes": ((video * 255).byte(), (video * 255).byte() / 255),
+    "dot": (video[:, :1, :1], video[:, :1, :1].expand(-1, 20, 25, -1)),
+}
+WRONG = {"two": video[..., :2], "none": video[:0], "flat": video[0, 0], "thin": video[:, :1, :1].expand(-1, 1, 9999, -1), "nan": video * float("nan"), "list": [1]}
+differ, lines = [], {}
+for node, inputs in PICTURES.items():
+    usual = result(node, **inputs(video))
+    for name, (given, meant) in FORMS.items():
+        got, wanted = result(node, **inputs(given)), usual if meant is video else result(node, **inputs(meant))
+        if isinstance(got, str) or (encoded(node, got) - encoded(node, wanted)).abs().max() > 1e-5:
+            differ.append([node.__name__, name, got if isinstance(got, str) else "another"])
+    lines[node.__name__] = {name: str(result(node, **inputs(given))) for name, given in WRONG.items()}
+MASKS = {"plane": mask[0], "channel": mask[:, None], "last": mask[..., None], "bool": mask > 0, "bytes": (mask * 255).byte()}
+meant = encoded(Inpaint, result(Inpaint, **PICTURES[Inpaint](video)))
+masks = [name for name, given in MASKS.items()
+         if not torch.equal(encoded(Inpaint, result(Inpaint, **{**PICTURES[Inpaint](video), "mask": given})), meant)]
+lines["mask"] = [result(Inpaint, **{**PICTURES[Inpaint](video), "mask": given}) for given in (mask * float("nan"), mask[0, 0], mask[:0])]
+show(differ=differ, lines=lines, masks=masks)
+""")
+    assert shown["differ"] == [] and shown["masks"] == []
+    mask = shown["lines"].pop("mask")
+    assert [line.startswith("mask has ") for line in mask] == [True] * 3
+    name = {"CogVideoXImageToVideo": "start_image", "CogVideoXControlToVideo": "control_video"}
+    for node, lines in shown["lines"].items():
+        assert (
+            lines.pop("thin") == "a picture of 9999x1 cannot be brought to 16x16 without losing nearly all of it; crop it first"
+        )
+        for line in lines.values():
+            assert line.startswith(f"{name.get(node, 'video')} ") and "\n" not in line
+
+
+def test_a_latent_that_is_none_of_ours_is_refused_for_its_own_reason_at_every_door(nodes):
+    shown = nodes("""
+class NestedTensor:
+    pass
+LATENTS = {"ltxv": torch.zeros(1, 128, 2, 3, 5), "image": torch.zeros(1, 4, 8, 8), "nan": latent * float("nan"), "both": NestedTensor(),
+           "whole": latent.long(), "wrapper": torch.zeros(1, 3, 16, 8, 8), "odd": torch.zeros(1, 16, 2, 3, 4), "none": latent[:0]}
+def decoded(samples):
+    try:
+        return vae.decode(samples)
+    except errors.RequestError as error:
+        return str(error)
+tiles = {"tiling": "off", "tile_size": 64, "overlap": 0}
+show(sampler={name: result(Sampler, model=model, **prompts, latent={"samples": found}, **settings) for name, found in LATENTS.items()},
+     decode={name: result(Decode, samples={"samples": found}, vae=vae, **tiles) for name, found in LATENTS.items()},
+     core={name: result(Decode, samples={"samples": found}, vae=core, **tiles) for name, found in LATENTS.items()},
+     vae={name: decoded(found) for name, found in LATENTS.items()}, loads=host.local().status()["loads"])
+""")
+    assert shown.pop("loads") == 0
+    words = {
+        "ltxv": "the latent has 128 channels, as another model's nodes make it; CogVideoX takes 16",
+        "image": "a video latent is [batch, 16, frames, height/8, width/8]",
+        "nan": "has values that are NaN or infinite",
+        "both": "holds a NestedTensor; it must be one tensor of floats",
+        "whole": "holds a torch.int64; it must be one tensor of floats",
+        "wrapper": "frames before channels, as the CogVideoX wrapper's nodes make it",
+        "odd": "the size is 32x24; width and height must be multiples of 16",
+        "none": "every dimension must be at least 1",
+    }
+    for lines in shown.values():
+        for name, line in lines.items():
+            assert words[name] in line and "\n" not in line, (name, line)
+
+
+def test_an_image_latent_of_another_model_is_refused_for_its_own_reason(nodes):
+    shown = nodes("""
+positive = [[positive[0][0], {"concat_latent_image": torch.zeros(1, 128, 1, 3, 5)}]]
+show(line=result(Sampler, model=model, positive=positive, negative=negative, latent={"samples": latent}, **settings))
+""")
+    assert shown["line"].startswith("the start image's latent is (1, 128, 1, 3, 5); it must be [1 or 1, 16, 1,")
+
+
+def test_our_clip_and_vae_say_what_they_lack_and_run_where_a_core_node_puts_them(nodes):
+    shown = nodes("""
+from copy import copy
+clip = sockets.ClipHandle(checkpoint, "auto")
+def asked(of, name):
+    try:
+        return str(getattr(of, name))
+    except AttributeError as error:
+        return f"{type(error).__name__}: {error}"
+other = clip.clone()
+other.patcher.load_device = torch.device("meta")
+clip.encoder
+moved, local = copy(vae), host.local
+moved.patcher = vae.patcher.clone().deepclone_multigpu(new_load_device=torch.device("cpu", 1))
+moved.first_stage_model, moved.device = moved.patcher.model, torch.device("cpu", 1)
+used = []
+host.local = lambda device=None: used.append(str(device)) or local()
+images = [moved.decode(latent), vae.decode(latent), Decode.execute({"samples": latent}, moved, "off", 64, 0).result[0][None]]
+said = []
+host.say = lambda line, *rest, **more: said.append(line)
+other.set_tokenizer_option("t5xxl_min_length", 300), other.set_tokenizer_option("mt5xl_min_length", 300), other.clip_layer(-1)
+tokens = other.tokenize("a cat", images=[torch.ones(1)], llama_template="")
+batch = torch.rand(2, 5, 16, 16, 3)
+show(asked=[asked(of, "get_sd") for of in (clip, vae, vae.patcher)], has=[hasattr(clip, "get_sd"), hasattr(vae, "decode")],
+     places=[str(of.patcher.load_device) for of in (clip, other, vae, moved)], one=other.encoder is clip.encoder,
+     used=used[:3], same=[torch.equal(images[0], image) for image in images], said=said[:2], tokens=sorted(tokens),
+     empty=torch.equal(clip.encode_from_tokens({"t5xxl": []}), clip.encode("")),
+     batch=torch.equal(vae.encode(batch), torch.cat([vae.encode(video) for video in batch])))
+""")
+    lacks = "NotHere: this node needs 'get_sd', which the {} of Load CogVideoX does not have; use the core's {} here"
+    vae = lacks.format("VAE", "VAELoader")
+    assert shown["asked"] == [lacks.format("CLIP", "CLIPLoader (type cogvideox)"), vae, vae] and shown["has"] == [False, True]
+    assert shown["places"] == ["cpu", "meta", "cpu", "cpu:1"] and shown["one"]
+    assert shown["used"] == ["cpu:1", "cpu", "cpu:1"] and shown["same"] == [True] * 3
+    assert shown["said"] == [
+        "t5xxl_min_length is not used: every prompt has 32 tokens with CogVideoX",
+        "not used: images; CogVideoX reads the prompt alone",
+    ]
+    assert shown["tokens"] == ["t5xxl"] and shown["empty"] and shown["batch"]
