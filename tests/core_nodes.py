@@ -58,8 +58,8 @@ VALUES = {
     "T5TokenizerOptions": {"min_padding": 1, "min_length": 300},
 }
 """Other values than the defaults."""
-HEAVY = ("TextEncodeQwen", "TextEncodeZ", "TextEncodeMage", "TextEncodeJoy", "TextEncodeBoogu")
-"""Starts of names of nodes that encode a megapixel if they are given a VAE that they do not need."""
+HEAVY = {("TextEncodeBooguEdit", "images")}
+"""Inputs that have a node encode a megapixel for another model, as the optional VAE of such nodes has; none need be given."""
 
 CANNOT_RUN = {
     "BACKGROUND_REMOVAL": "RemoveBackground",
@@ -196,8 +196,9 @@ def prompt(name: str, info: dict) -> dict:
     node, inputs = info[name], {}
     for group in ("required", "optional"):
         for key, spec in node["input"].get(group, {}).items():
-            heavy = kind_of(spec) == "VAE" and name.startswith(HEAVY)
-            if group == "required" or (kind_of(spec) in LINKS and not heavy):
+            if (name, key) in HEAVY or group == "optional" and kind_of(spec) == "VAE" and name.startswith("TextEncode"):
+                continue
+            if group == "required" or kind_of(spec) in LINKS:
                 inputs |= values(key, spec, VALUES.get(name, {}))
     made = {key: {"class_type": kind, "inputs": given} for key, (kind, given) in SOURCES.items()}
     made["node"] = {"class_type": name, "inputs": inputs}
