@@ -13,12 +13,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .cogvideox.kernels import CACHE
 from .costs import Link
+from .folders import preferred_cache
 
 logger = logging.getLogger(__name__)
 
-FILE = CACHE.parent / "rates.json"
+FILE = preferred_cache() / "rates.json"
 VERSION = 2
 RATES = ("matrix", "attention", "bandwidth")
 """Fields of :class:`parallel_backend.costs.Machine` that are measured."""
