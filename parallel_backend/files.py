@@ -59,6 +59,7 @@ def check_writable(path: Path) -> None:
                 file.write(bytes(1 << 16))
         finally:
             probe.unlink(missing_ok=True)
-    except OSError as error:
-        kind = WriteFailure if error.errno in FULL else RequestError
-        raise kind(f"cannot write {path}: {error.strerror or error}; make room or choose another place or name") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        kind = WriteFailure if getattr(error, "errno", None) in FULL else RequestError
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"cannot write {path}: {reason}; make room or choose another place or name") from error

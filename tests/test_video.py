@@ -88,7 +88,7 @@ def test_a_video_that_was_there_before_stays_whole_when_the_disk_is_full(tmp_pat
 
 def test_a_video_whose_folder_went_while_it_was_made_is_kept_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with raises_line(WriteFailure, r"cannot write /gone/clip\.mp4: .* this video is kept as") as raised:
+    with raises_line(WriteFailure, r"cannot write /gone/clip\.mp4: .* this video is kept as"):
         video.save_or_rescue(Path("/gone/clip.mp4"), FRAMES, fps=8)
     rescued = next(tmp_path.glob("xdit-video-*/clip.mp4"))
     assert len(decode(rescued)) == len(FRAMES)
@@ -121,7 +121,10 @@ def test_a_place_that_cannot_be_written_to_is_found_by_writing(tmp_path, monkeyp
 def test_colours_rate_and_metadata_are_in_the_file(tmp_path):
     colours = torch.tensor([[200, 60, 30], [20, 90, 220], [40, 180, 60], [128, 128, 128]]) / 255
     video.save(
-        tmp_path / "clip.mp4", colours[:, None, None].expand(4, 720, 96, 3), fps=29.97, metadata={"prompt": "a", "workflow": "{}"}
+        tmp_path / "clip.mp4",
+        colours[:, None, None].expand(4, 720, 96, 3),
+        fps=29.97,
+        metadata={"prompt": "a", "workflow": "{}"},
     )
     with av.open(tmp_path / "clip.mp4") as file:
         stream = file.streams.video[0]
@@ -171,3 +174,35 @@ def test_what_is_no_video_is_refused_in_one_line(frames, fps, words, tmp_path):
     with raises_line(RequestError, words):
         video.save(tmp_path / "clip.mp4", frames, fps=fps)
     assert not os.listdir(tmp_path)
+
+
+def test_save_video_writes_a_file_a_video_and_finds_a_bad_place_before_the_workflow_runs(in_comfyui):
+    shown, log = in_comfyui("""
+Save, errors = part("nodes.saving").SaveVideo, part("parallel_backend.errors")
+from comfy_api.latest import io
+hidden = {io.Hidden.prompt: {"1": {}}, io.Hidden.extra_pnginfo: None, io.Hidden.unique_id: "1"}
+node = Save.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
+frames = torch.rand(6, 32, 47, 3)
+def save(images, fps=8.0, prefix="a", **more):
+    try:
+        return [one["filename"] for one in node.execute(images, fps, prefix, **more).ui["images"]]
+    except errors.RequestError as error:
+        return str(error)
+made = [save(frames), save(frames, videos=2), save(frames.view(2, 3, 32, 47, 3)), save(frames, fps=5, videos=3.0)]
+refused = [save(frames, videos=4), save(frames[:0]), save(frames, fps=0.0), save(frames, prefix="x" * 300)]
+valid = [Save.validate_inputs(filename_prefix=prefix) for prefix in ("b/c", None, "x" * 300, "../../x", chr(0))]
+show(made=made, refused=refused, valid=valid, folder=folder)
+""")
+    assert shown["made"] == [
+        ["a_00001_.mp4"],
+        ["a_00002_.mp4", "a_00003_.mp4"],
+        ["a_00004_.mp4", "a_00005_.mp4"],
+        ["a_00006_.mp4", "a_00007_.mp4", "a_00008_.mp4"],
+    ]
+    assert [len(decode(path)) for path in sorted(Path(shown["folder"]).glob("a_*.mp4"))] == [6, 3, 3, 3, 3, 2, 2, 2]
+    assert log.count("frames of 47x32 are cropped to 46x32") == 8
+    words = ("6 images are not 4 videos", "holds no picture", "fps is 0.0; use", "File name too long")
+    assert all(word in line for word, line in zip(words, shown["refused"], strict=True))
+    assert shown["valid"][:2] == [True, True]
+    words = ("File name too long", "cannot be used: ", "null byte")
+    assert all(word in line for word, line in zip(words, shown["valid"][2:], strict=True))
