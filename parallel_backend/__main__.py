@@ -5,7 +5,7 @@ import logging
 import sys
 
 from . import commands
-from .errors import Cancelled, GroupFailure, RequestError
+from .errors import Cancelled, Failure, RequestError
 from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES, SampleJob
 from .machines import KNOWN, LINKS
 
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     except RequestError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
-    except GroupFailure as error:
+    except Failure as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1
     except (Cancelled, KeyboardInterrupt):

@@ -21,6 +21,7 @@ from .cogvideox.work import work_of
 from .costs import Machine, Prediction, Work
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
+from .files import check_writable
 from .group.client import GroupExecutor
 from .group.hosts import Common, Place
 from .group.launcher import Launcher
@@ -37,7 +38,6 @@ from .jobs import (
     Result,
     SampleJob,
     Windows,
-    between,
     check_size,
     empty_latent,
     two_thirds,
@@ -126,9 +126,9 @@ def generate(args: Namespace) -> int:
     video.check_video_name(Path(args.output))
     wanted = videos_of(args)
     if args.fps is not None:
-        between("fps", args.fps, 1, 240)
+        video.checked_fps(args.fps)
     for path in (path for one in wanted for path in one.files):
-        video.check_writable(path)
+        check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
     model = model_of(args, checkpoint)
@@ -203,7 +203,7 @@ def produce(
     A video is decoded once it is sampled, and written while the next is sampled: what is done is there, whatever becomes of the rest.
     """
     source = args.video or args.control_video
-    fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
+    fps = video.checked_fps(args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps))
     costs: dict[int, tuple[Report, Report]] = {}
 
     def decode(place: int, sampled: Result) -> DecodeJob:

@@ -200,6 +200,31 @@ def test_core_nodes_fit_in_between(server, prompt_of, object_info):
     assert [path for path in server.output_files() if path.name.startswith("core") and path.suffix == ".mp4"]
 
 
+def test_save_video_takes_what_core_nodes_give_and_finds_a_bad_name_before_anything_runs(server):
+    prompt = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 6, "color": 0xFF0000}},
+        "2": {"class_type": "SolidMask", "inputs": {"value": 0.5, "width": 64, "height": 48}},
+        "3": {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["1", 0], "alpha": ["2", 0]}},
+        "4": {"class_type": "PrimitiveFloat", "inputs": {"value": 12.0}},
+        "5": {"class_type": "PrimitiveInt", "inputs": {"value": 3}},
+        "6": {
+            "class_type": "XDiTSaveVideo",
+            "inputs": {"images": ["3", 0], "fps": ["4", 0], "filename_prefix": "alpha", "videos": ["5", 0]},
+        },
+    }
+    shown = server.run(prompt)["outputs"]["6"]["images"]
+    assert [one["filename"] for one in shown] == [f"alpha_0000{number}_.mp4" for number in (1, 2, 3)]
+    for one in shown:
+        made = iio.imread(server.base / "output" / one["filename"], plugin="pyav")
+        assert made.shape == (2, 48, 64, 3) and np.abs(made[0, 24, 32].astype(int) - (255, 0, 0)).max() < 4
+    prompt["4"]["inputs"]["value"] = 0.0
+    with pytest.raises(RuntimeError, match="fps is 0.0; use a number from 1 to 240"):
+        server.run(prompt)
+    prompt["6"]["inputs"]["filename_prefix"] = "x" * 300
+    with pytest.raises(RuntimeError, match="File name too long"):
+        server.queue(prompt)
+
+
 def save_video_options(object_info: dict) -> dict:
     """The core's Save Video has other widgets in each version; the first choice of each is fine."""
     chosen = {}

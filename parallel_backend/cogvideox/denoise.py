@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from einops import rearrange
 
-from ..errors import Cancelled
+from ..errors import Cancelled, NotFinite
 from ..jobs import Progress, SampleJob, WindowJob
 from . import conditions
 from .checkpoint import Checkpoint
@@ -192,7 +192,7 @@ def denoise(
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
     Raises:
         Cancelled: when ``on_step`` or ``on_window`` asked to stop.
-        FloatingPointError: at the first step that is not finite.
+        NotFinite: at the first step that is not finite.
     """
     scheduler = checkpoint.make_scheduler(job.scheduler)
     generator = torch.Generator("cpu").manual_seed(job.seed)
@@ -217,7 +217,7 @@ def denoise(
     def tell(step: Ended) -> None:
         which = f"step {step.progress.step} of {len(timesteps)}"
         if not step.is_finite():
-            raise FloatingPointError(f"{which} is not finite in {dtype}; use dtype bf16 or fp32")
+            raise NotFinite(f"{which} is not finite in {dtype}; use dtype bf16 or fp32")
         if not on_step(step.progress, len(timesteps)):
             raise Cancelled(f"stopped after {which}")
 
