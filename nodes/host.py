@@ -15,7 +15,7 @@ from comfy.cli_args import args as settings
 from PIL import Image
 
 from ..parallel_backend import models
-from ..parallel_backend.backend import Keeper, resolve
+from ..parallel_backend.backend import AS_ASKED, Keeper, resolve
 from ..parallel_backend.cogvideox import checks, single_file
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.lora import SUFFIXES
@@ -28,7 +28,8 @@ from ..parallel_backend.executor import Executor
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
 from ..parallel_backend.pieces import has_windows_to_share, windows_of
-from ..parallel_backend.plans import AUTO
+from ..parallel_backend.plans import AUTO, Plan
+from . import lines
 from .memory import HeldWeights
 
 logger = logging.getLogger(__name__)
@@ -136,15 +137,10 @@ def make_room(size: int, device: torch.device) -> None:
         management.free_memory(size / HEADROOM + SLACK * size, device)
 
 
-def say(line: str, node_id: str | None, *, level: int = logging.INFO) -> None:
-    """One line to the person: in the log, and in the node."""
+def say(line: str, node_id: str | None = None, *, level: int = logging.INFO) -> None:
+    """One line to the user: in the log, and in the node, by default the one that is executing."""
     logger.log(level, line)
-    try:
-        from server import PromptServer
-
-        PromptServer.instance.send_progress_text(line, node_id)
-    except (ImportError, AttributeError, TypeError):
-        logger.debug("no front end to show the line in")
+    lines.show(line, level, node_id)
 
 
 def local(device: torch.device | None = None) -> LocalExecutor:
@@ -227,14 +223,23 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
     plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, **wants)
     checks.check_plan(checkpoint, plan, job)
     if plan.world_size == 1:
-        say(f"plan single on {devices}: {reason}", node_id)
+        report_plan(plan, devices, reason, node_id)
         return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)
     executor = _groups.get(plan, devices, among=among if backend.plan == AUTO else None)
     executor.start()
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it
-    say(f"plan {plan} on {devices}: {reason}", node_id)
+    report_plan(plan, devices, reason, node_id)
     return executor
+
+
+def report_plan(plan: Plan, devices: Devices, reason: str, node_id: str | None) -> None:
+    """Says which plan is used and why; one that the user has set is only logged."""
+    line = f"plan {plan} on {devices}: {reason}"
+    if reason == AS_ASKED:
+        logger.info(line)
+    else:
+        say(line, node_id)
 
 
 def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:

@@ -64,13 +64,15 @@ def build_parser() -> Parser:
     add_model_options(generate)
     add_run_options(generate)
     prompts = generate.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt")
+    prompts.add_argument(
+        "--prompt", help=r"as in ComfyUI: (words:1.3) weighs words, (words) by 1.1; \( and \) are brackets of the text"
+    )
     prompts.add_argument(
         "--prompts-file",
         metavar="FILE",
         help="many prompts, one a line: a video each, OUTPUT with its number before .mp4; replicasN in the plan makes N at a time",
     )
-    generate.add_argument("--negative-prompt", default="")
+    generate.add_argument("--negative-prompt", default="", help="what not to show; weighs words likewise")
     generate.add_argument(
         "--image", help="a file to start from, for an image-to-video or inpaint model; resized to cover, cropped at the centre"
     )

@@ -22,6 +22,9 @@ from .replicas import ReplicasExecutor
 
 logger = logging.getLogger(__name__)
 
+AS_ASKED = "as asked"
+"""The reason for a plan that the user has set."""
+
 
 def resolve(
     plan: str,
@@ -73,7 +76,7 @@ def resolve(
     if layers is not None:
         chosen.check_layers(layers)
     chosen.check_offload(offload)
-    return chosen, found, "as asked"
+    return chosen, found, AS_ASKED
 
 
 def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:

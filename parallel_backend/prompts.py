@@ -38,7 +38,7 @@ def encode_prompts(
     thread = ThreadPoolExecutor(1, thread_name_prefix="load")
     loaded = thread.submit(executor.load, job) if place.alongside else None
     thread.shutdown(wait=False)  # one that is stopped does not wait for it: closing the executor ends it
-    states = {text: encoder.encode([encoder.tokenize(text)]) for text in dict.fromkeys(texts)}
+    states = {text: encoder.encode_prompt(text) for text in dict.fromkeys(texts)}
     encoder.unload()
     return states, report_of(loaded) if loaded else Report()
 

@@ -136,10 +136,12 @@ class ReplicasExecutor(Executor):
         steps: list[float] = []
         started = began = time.perf_counter()
 
-        def elsewhere(parts: list[torch.Tensor], timestep: int, scale: float) -> list[torch.Tensor]:
+        def elsewhere(
+            parts: list[torch.Tensor], prompts: list[torch.Tensor], timestep: int, scale: float
+        ) -> list[torch.Tensor]:
             nonlocal spread
-            negative = job.negative if job.guided else None
-            jobs = [WindowJob(job.model, part.contiguous(), job.positive, timestep, scale, negative) for part in parts]
+            *negative, positive = (prompt.contiguous() for prompt in prompts)
+            jobs = [WindowJob(job.model, part.contiguous(), positive, timestep, scale, *negative) for part in parts]
             spread = Spread(self._pool, self._names, jobs, self._closed.is_set, after=spread)
             spread.run(silent, should_stop)
             results = [spread.results[number][0] for number in range(len(jobs))]

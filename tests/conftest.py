@@ -154,6 +154,9 @@ def make_job(checkpoints, texts, loras, transformer_files) -> Callable[..., Samp
         if in_one_file:  # the core's layout, and as many tokens as are published
             path = transformer_files[like]
             positive, negative = (F.pad(text, (0, 0, 0, 226 - text.shape[1])) for text in (positive, negative))
+        positive, negative = (
+            in_turn(text, settings.get(f"{side}_starts")) for side, text in (("positive", positive), ("negative", negative))
+        )
         latent = settings.pop("latent", None)
         if latent is None:
             latent = empty_latent(width=width, height=height, frames=frames, batch=batch)
@@ -162,6 +165,11 @@ def make_job(checkpoints, texts, loras, transformer_files) -> Callable[..., Samp
         return SampleJob(model, positive, latent, negative, seed=seed, steps=steps, **settings)
 
     return make
+
+
+def in_turn(text: torch.Tensor, starts: tuple[float, ...] | None) -> torch.Tensor:
+    """Text states, of several prompts where they have starts: the second is half as large as the first, and so on."""
+    return torch.stack([text / (place + 1) for place in range(len(starts))], dim=1) if starts else text
 
 
 def demo_job(width: int, height: int, frames: int, **settings) -> SampleJob:

@@ -225,6 +225,38 @@ def test_save_video_takes_what_core_nodes_give_and_finds_a_bad_name_before_anyth
         server.queue(prompt)
 
 
+def test_prompts_take_turns_and_what_is_not_used_stays_in_the_node(server, prompt_of):
+    prompt = prompt_of("XDiTCogVideoXSampler.steps=2")
+    sampler, loader = node_of(prompt, "XDiTCogVideoXSampler"), node_of(prompt, "XDiTLoadCogVideoX")
+    del prompt[sampler]["inputs"]["backend"]
+
+    def encode(text: str) -> dict:
+        return {"class_type": "CLIPTextEncode", "inputs": {"clip": [loader, 1], "text": text}}
+
+    def ranged(name: str, start: float, end: float) -> dict:
+        return {"class_type": "ConditioningSetTimestepRange", "inputs": {"conditioning": [name, 0], "start": start, "end": end}}
+
+    prompt |= {
+        "30": encode("a (red circle:1.3) " + "moves left " * 20),
+        "31": encode("a blue square"),
+        "32": ranged("30", 0.0, 0.5),
+        "33": ranged("31", 0.4, 1.0),
+        "34": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["32", 0], "conditioning_2": ["33", 0]}},
+        "35": {"class_type": "ConditioningSetAreaStrength", "inputs": {"conditioning": ["34", 0], "strength": 0.5}},
+    }
+    prompt[sampler]["inputs"]["positive"] = ["35", 0]
+    events = list(server.events(server.queue(prompt)))
+    assert events[-1]["type"] == "execution_success"
+    shown = {event["data"]["node"]: event["data"]["text"].splitlines() for event in events if event["type"] == "text"}
+    assert [line.split(";")[0].split(",")[1] for line in shown["30"]] == [" 32 are used"] and "31" not in shown
+    *warnings, cost = shown[sampler]
+    assert warnings == [
+        "positive: several prompts hold for 40 to 50 % of the steps; the first of them is used",
+        "positive carries strength, which CogVideoX does not use",
+    ]
+    assert cost.startswith("sample: plan single, 2 steps")
+
+
 def save_video_options(object_info: dict) -> dict:
     """The core's Save Video has other widgets in each version; the first choice of each is fine."""
     chosen = {}

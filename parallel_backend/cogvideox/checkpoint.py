@@ -86,6 +86,12 @@ class Checkpoint:
             raise RequestError(f"there is no checkpoint folder {path}")
         return read(path, state(path))
 
+    @staticmethod
+    def fingerprint(path: Path) -> str:
+        """A digest that changes when a file of a checkpoint does, by names, sizes and times of change."""
+        found = weights.fingerprint([path]) if path.is_file() else state(path)
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
     @property
     def is_file(self) -> bool:
         """Whether it is a transformer in one file, whose VAE and text encoder come from the core's loaders."""

@@ -97,14 +97,14 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
         text = getattr(job, side)
         if text is None:
             continue
-        if text.shape[2] != checkpoint.text_features:
+        if text.shape[-1] != checkpoint.text_features:
             raise RequestError(
-                f"{side} conditioning has {text.shape[2]} features; {name} takes {checkpoint.text_features}: "
+                f"{side} conditioning has {text.shape[-1]} features; {name} takes {checkpoint.text_features}: "
                 "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
             )
-        if text.shape[1] != checkpoint.text_tokens:
+        if text.shape[-2] != checkpoint.text_tokens:
             raise RequestError(
-                f"{side} conditioning has {text.shape[1]} tokens; {name} takes {checkpoint.text_tokens}: "
+                f"{side} conditioning has {text.shape[-2]} tokens; {name} takes {checkpoint.text_tokens}: "
                 "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
             )
 
