@@ -2,11 +2,15 @@
 
 import argparse
 import logging
+import os
 import sys
+
+import torch
 
 from . import commands
 from .errors import Cancelled, GroupFailure, RequestError
 from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES, SampleJob
+from .limits import usable_cores
 from .machines import KNOWN, LINKS
 
 
@@ -175,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.INFO)
+    if "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     try:
         return args.run(args)
     except RequestError as error:

@@ -1,7 +1,6 @@
 """Prompts become the text states of diffusers' pipeline, padded or cut to the model's limit."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ def roomy(checkpoints, monkeypatch):
 
     def place(*free: float, ram: float = 100, beside: float | None = 12, dtype: str = "auto"):
         monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.index] * 2**30)
-        monkeypatch.setattr(text_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=ram * 2**30))
+        monkeypatch.setattr(text_module, "usable_memory", lambda: ram * 2**30)
         devices = [torch.device("cuda", index) for index in range(len(free))] or [CPU] * 2
         return find_place(found, devices, dtype, beside=beside and int(beside * 2**30))
 
