@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,8 @@ from . import inputs, machines, models, pieces, video
 from .backend import open_executor, resolve, share_of
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
-from .cogvideox.work import work_of
-from .costs import Machine, Prediction, Work
+from .cogvideox.work import work_of, work_of_job
+from .costs import Machine, Prediction
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
 from .group.address import running
@@ -157,7 +156,7 @@ def generate(args: Namespace) -> int:
     wants["jobs"] = len(wanted)
     if len(wanted) == 1 and pieces.has_windows_to_share(job):
         wants |= {"jobs": pieces.windows_of(job), "pieces": "windows"}
-    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint))
+    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=partial(work_of_job, job, checkpoint))
     checks.check_plan(checkpoint, plan, job)
 
     quiet_libraries()
@@ -249,16 +248,6 @@ def summarise(sampled: Report, decoded: Report) -> dict:
     }
 
 
-def step_of(args: Namespace, checkpoint: Checkpoint) -> Callable[[torch.device], Work]:
-    """What one step of the options computes, on a device; of one window where there are several."""
-    size = size_of(args, checkpoint)
-    frames = min(size["frames"], getattr(args, "window", None) or size["frames"])
-    about = {name: getattr(args, name, "auto") for name in ("dtype", "compile")}
-    return partial(
-        work_of, checkpoint, size=(size["width"], size["height"], frames), guided=args.cfg > 1, fp8=args.fp8, **about
-    )
-
-
 def plan(args: Namespace) -> int:
     """What every plan is predicted to cost, which one ``auto`` would choose, and why."""
     checkpoint = Checkpoint.open(models.find(args.model))
@@ -268,14 +257,15 @@ def plan(args: Namespace) -> int:
         raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
     if args.count < 1:
         raise RequestError(f"count is {args.count}; use 1 or more")
-    check_size(**size_of(args, checkpoint), batch=1)
+    size = size_of(args, checkpoint)
+    check_size(**size, batch=1)
     if args.nnodes < 1:
         raise RequestError(f"nnodes is {args.nnodes}; use 1 or more")
     present = Devices.parse("auto")
     each = args.gpus or present.count
     count = each * args.nnodes
     machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gb)
-    work = step_of(args, checkpoint)(torch.device("cuda"))
+    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=args.cfg > 1, fp8=args.fp8)
     found = predictions(work, machine, count, jobs=args.count)
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
     found.sort(key=lambda each: each.total)

@@ -225,6 +225,21 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
     assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 12  # as fast as the video that was given
 
 
+def test_a_plan_is_chosen_for_the_length_and_windows_that_are_sampled(run, checkpoints, files, tmp_path, monkeypatch):
+    works = []
+
+    def resolve(*words, work, **wants):
+        works.append(work(torch.device("cpu")))
+        raise RequestError("enough")
+
+    monkeypatch.setattr(commands, "resolve", resolve)
+    size = ("--width", 48, "--height", 32, "--steps", 4, "--output", tmp_path / "out.mp4", "--prompt", "x")
+    lengths = (("--video", files["video.mp4"]), ("--frames", 9), ("--frames", 49, "--window", 9, "--overlap", 4), ())
+    for more in lengths:  # the file has ten frames, the model's own length is 49
+        assert "enough" in run("generate", "--model", checkpoints["5b"], *size, *more).stderr
+    assert works[0] == works[1] == works[2] and works[0].tokens < works[3].tokens
+
+
 @pytest.mark.parametrize(
     "like, more, encoded, frames",
     [
