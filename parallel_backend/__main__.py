@@ -114,8 +114,9 @@ def build_parser() -> Parser:
     plan.add_argument("--gpus", type=int, help="of each host; default: those of this machine")
     plan.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that work together")
     plan.add_argument(
-        "--memory-gb", type=float, help="of one GPU; where the model does not fit, plans that split it are listed"
+        "--memory-gib", type=float, help="of one GPU; where the model does not fit, plans that split it are listed"
     )
+    plan.add_argument("--memory-gb", type=float, dest="memory_gib", help=argparse.SUPPRESS)  # the option's name before
     plan.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(KNOWN)}; default: those of this machine")
     plan.add_argument("--link", choices=tuple(LINKS), help="between the GPUs; default: what such a GPU has")
     plan.add_argument("--cfg", type=float, default=6.0, help="1 turns guidance off")

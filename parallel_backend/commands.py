@@ -1,6 +1,7 @@
 """What each command of the command line does."""
 
 import json
+import math
 import signal
 import sys
 import time
@@ -253,8 +254,8 @@ def plan(args: Namespace) -> int:
     checkpoint = Checkpoint.open(models.find(args.model))
     if args.gpus is not None and args.gpus < 1:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
-    if args.memory_gb is not None and not args.memory_gb > 0:
-        raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
+    if args.memory_gib is not None and not 0 < args.memory_gib < math.inf:
+        raise RequestError(f"memory-gib is {args.memory_gib:g}; give what one GPU has, such as 24")
     if args.count < 1:
         raise RequestError(f"count is {args.count}; use 1 or more")
     size = size_of(args, checkpoint)
@@ -264,7 +265,7 @@ def plan(args: Namespace) -> int:
     present = Devices.parse("auto")
     each = args.gpus or present.count
     count = each * args.nnodes
-    machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gb)
+    machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
     work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=args.cfg > 1, fp8=args.fp8)
     found = predictions(work, machine, count, jobs=args.count)
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
@@ -280,14 +281,16 @@ def plan(args: Namespace) -> int:
         for line in [*machines.survey(present), *machines.warnings(present)]:
             show(line)
     show(
-        f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9}  fits"
+        f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9} {'needs GiB':>9}  fits"
         + (f"  s a step of all {args.count}" if args.count > 1 else "")
     )
     for each in found:
         mark, last = "->" if each.plan == chosen else "", f"  {each.total:9.3g}" if args.count > 1 else ""
         fits = "yes" if each.fits else "no"
         exact = "" if each.plan.is_exact else "  not exact: auto leaves it to you"
-        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {fits:4}{last}{exact}".rstrip())
+        show(
+            f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g} {each.needed / 2**30:9.3g}  {fits:4}{last}{exact}".rstrip()
+        )
     show(machine.describe)
     hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
     show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
@@ -303,6 +306,7 @@ def figures(found: list[Prediction], machine: Machine) -> dict:
             "step_seconds": each.seconds,
             "total_step_seconds": each.total,
             "peak_memory": each.peak,
+            "needed_memory": each.needed,
             "fits": each.fits,
             "exact": each.plan.is_exact,
         }

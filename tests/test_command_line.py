@@ -382,8 +382,13 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
     assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted to take least, ")
     (marked, *_) = (line for line in done.stdout.splitlines() if "cfg2-ulysses2-pipefusion2" in line)
     assert marked.endswith("not exact: auto leaves it to you")
-    short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gb", 0.0001)
+    short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gib", 0.0001)
     assert "cfg2-fsdp2" in short.stdout and "no plan fits into 0.0001 GiB" in short.stdout.splitlines()[-1]
+    for option, room, fits in (("--memory-gib", 0.1, "no"), ("--memory-gib", 0.5, "yes"), ("--memory-gb", 0.1, "no")):
+        shown = run("plan", "--model", checkpoints["5b"], "--gpus", 1, option, room).stdout
+        _, peak, needs, said = re.search(r"-> single +(\S+) +(\S+) +(\S+) +(\w+)", shown).groups()
+        assert said == fits == ("yes" if float(needs) <= room else "no") and float(peak) < float(needs)
+    assert run("plan", "--model", checkpoints["5b"], "--memory-gib", "inf").returncode == 2
 
 
 def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):

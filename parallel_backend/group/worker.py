@@ -304,7 +304,7 @@ def main() -> None:
     address = GroupAddress(Path(folder))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
-    if machines.MEMORY_GB and device.type == "cuda":
+    if machines.MEMORY_GIB and device.type == "cuda":
         memory.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
     heart = Heart(address.pulse_file(rank))
     heart.beat("joining the group", START_SECONDS)
