@@ -27,9 +27,10 @@ from .core_files import in_model_folders
 from .lora_files import diffusers_layout, random_change, write
 from .test_workflows import MODELS, SETTINGS, SHAPES, prepare
 
-pytestmark = pytest.mark.skipif(
-    find_comfyui() is None, reason="no ComfyUI here: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI here: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI"),
+]
 
 WORKFLOW = json.loads((REPO / "workflows" / "t2v.json").read_text())
 TWO_PROCESSES = ("XDiTBackend.devices=cpu:2", "XDiTBackend.plan=cfg2")

@@ -31,6 +31,7 @@ def generate(run, checkpoint, output, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(run, checkpoints, tmp_path):
     latents = {}
     for plan, devices in (("single", "cpu"), ("ulysses2", "cpu:2")):
@@ -189,11 +190,10 @@ def test_loras_are_given_as_files_with_strengths(checkpoints, loras, tmp_path):
     assert (whole - parts).abs().max() <= TOLERANCE
 
 
-@pytest.fixture
-def files(tmp_path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
     """A wide picture, a video of ten frames, and what is neither."""
-    folder = tmp_path / "files"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("files")
     colours = np.random.default_rng(0).integers(0, 256, (10, 48, 80, 3), dtype=np.uint8)
     iio.imwrite(folder / "image.png", colours[0])
     iio.imwrite(folder / "video.mp4", colours, plugin="pyav", codec="libx264", fps=12)
@@ -365,6 +365,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(checkpoints
     assert "it is a folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_always_there_and_does_what_it_is_told(run, tmp_path):
     prompt = "a red circle moves right on a white background"
     done = run("generate", "--model", "demo", "--prompt", prompt, "--steps", 20, "--output", tmp_path / "demo.mp4")
@@ -409,6 +410,7 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
     assert wrong.returncode == 2 and "gpu 'GTX 970' is not known; use one of H200, H100, " in wrong.stderr
 
 
+@pytest.mark.slow
 def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkpoints, tmp_path, caplog):
     assert "no group is running" in run("status").stdout
     server = subprocess.Popen(
@@ -435,6 +437,7 @@ def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkp
         server.kill()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
     run = subprocess.Popen(
         [
@@ -456,6 +459,7 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
         run.kill()
 
 
+@pytest.mark.slow
 def test_bench_states_ours_beside_diffusers_and_xdit(run, checkpoints, loras, tmp_path):
     done = run(
         "bench", "--model", checkpoints["5b"], "--plans", "single,cfg2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,

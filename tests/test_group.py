@@ -271,6 +271,7 @@ def command_line(pid: int) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_the_group_goes_when_its_owner_is_killed():
     code = (
         "from parallel_backend.group.client import GroupExecutor\n"
@@ -339,6 +340,7 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.slow
 def test_a_group_may_run_under_another_interpreter_and_close_leaves_nothing_of_it(
     monkeypatch, start_group, make_job, local, tmp_path
 ):

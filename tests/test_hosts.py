@@ -59,6 +59,7 @@ def serve(two):
     return start
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_video_of_one_and_both_are_shown(two, serve, make_job, local, capsys):
     job = make_job("5b")
     group = serve("cfg2")
@@ -72,6 +73,7 @@ def test_two_hosts_give_the_video_of_one_and_both_are_shown(two, serve, make_job
     assert "lending cpu:1 as rank 1 of plan cfg2 to host" in two.said(1)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_in_a_job_is_named_in_time_and_no_process_is_left(two, serve, make_job):
     group, other = serve("cfg2"), psutil.Process(two.served[1].pid)
     address, cut = group.address, []
@@ -96,6 +98,7 @@ def test_a_host_that_is_cut_off_in_a_job_is_named_in_time_and_no_process_is_left
         two.served[0].wait()
 
 
+@pytest.mark.slow
 def test_another_node_0_is_joined_and_a_job_goes_on_when_a_launcher_was_killed_until_stop_ends_both(
     two, serve, make_job, local
 ):

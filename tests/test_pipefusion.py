@@ -112,6 +112,7 @@ def own_bytes(checkpoint: Checkpoint, blocks: range) -> int:
 
 
 @pytest.mark.parametrize("size", PLANS)
+@pytest.mark.slow
 def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_patches_later(
     size, exact, late, local, tmp_path
 ):
