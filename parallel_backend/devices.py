@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .errors import RequestError
+from .limits import usable_cores
 
 RANKS = "XDIT_RANKS"
 """In the environment of a group's processes: the GPU of each of this machine's ranks."""
@@ -117,12 +118,12 @@ class Devices:
 
     def environment(self) -> dict[str, str]:
         """What a group's processes must see: local rank r on the r-th of these devices."""
+        threads = max(1, usable_cores() // (self.count + self.beside))
         if self.kind == "cpu":
-            threads = max(1, (os.cpu_count() or 1) // (self.count + self.beside))
             # Threads that spin for long take the cores that others compute on: 2.5 s a step, 0.14 with a bound (measured).
             return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
         # torch.distributed.run gives each process one thread; a video on its way from the GPU is copied faster by some.
-        threads = min(max(1, (os.cpu_count() or 1) // (self.count + self.beside)), MOST_THREADS)
+        threads = min(threads, MOST_THREADS)
         visible = list(dict.fromkeys(self.names))
         return {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),

@@ -209,7 +209,7 @@ class Engine:
             self._note(f"no previews: offload is '{self._offload}', and they need the VAE beside the transformer")
             return None
         try:
-            module = self._vae(job.model, checkpoint, dtype)
+            module = self._vae(checkpoint, dtype)
         except Exception as error:  # a job that needs no VAE must not fail for it, and on one rank alone
             self._held.pop("vae", None)
             self._note(why_none(error))
@@ -259,16 +259,16 @@ class Engine:
         self.together = strips is not None
         if strips is None and self.split.rank != 0:
             return Result(torch.empty(0))
-        module = self._vae(job.model, checkpoint, dtype)
+        module = self._vae(checkpoint, dtype)
         vae_layers.use(module, compiled=self._wants_compiled_vae(job, dtype, shared=self.together))
         loaded = time.perf_counter()
         with vae_layers.searching():
             tensor = self._alone(job, dtype, module, use) if strips is None else self._in_strips(job, module, strips, use)
         return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
 
-    def _vae(self, model: Model, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
+    def _vae(self, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
         """The VAE, on this rank's device."""
-        return self._load("vae", model, checkpoint, dtype, lambda: checkpoint.load_vae(dtype)).to(self.device)
+        return self._load("vae", checkpoint, dtype, lambda: checkpoint.load_vae(dtype)).to(self.device)
 
     def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
         vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
@@ -345,7 +345,8 @@ class Engine:
         def read() -> torch.nn.Module:
             return self._read_transformer(job, checkpoint, dtype, in_parts=hooks is not None, hoped=hoped)
 
-        transformer = self._load("transformer", job.model, checkpoint, dtype, read, (hooks, loras) if hooks else None)
+        made = (job.model.fp8, hooks, loras if hooks else None)  # LoRAs cannot be merged into weights that hooks hold
+        transformer = self._load("transformer", checkpoint, dtype, read, made)
         if self.loads > before:
             self._merged = ()
         self._merge(loras, transformer, checkpoint)
@@ -448,24 +449,15 @@ class Engine:
         return mode
 
     def _load(
-        self,
-        part: str,
-        model: Model,
-        checkpoint: Checkpoint,
-        dtype,
-        read: Callable[[], torch.nn.Module],
-        hooks: tuple | None = None,
+        self, part: str, checkpoint: Checkpoint, dtype, read: Callable[[], torch.nn.Module], made: tuple = ()
     ) -> torch.nn.Module:
-        """The part, from before or newly ``read``; one with other ``hooks`` is another part.
+        """The part from the cache, or newly ``read``.
 
-        Other LoRAs need no other transformer, but where hooks hold the weights that they are in.
+        Args:
+            made: settings that ``read`` puts into the module, so that other ones need another module. All other settings of a
+                model are applied to the module that is there.
         """
-        key = (
-            replace(model, loras=(), compile="auto", step_cache=0.0),
-            dtype,
-            hooks,
-            weights.fingerprint(checkpoint.files(part)),
-        )
+        key = (checkpoint.path, dtype, made, weights.fingerprint(checkpoint.files(part)))
         held = self._held.get(part)
         if held and held[0] == key:
             return held[1]

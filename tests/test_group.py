@@ -274,6 +274,7 @@ def command_line(pid: int) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_the_group_goes_when_its_owner_is_killed():
     code = (
         "from parallel_backend.group.client import GroupExecutor\n"
@@ -515,6 +516,7 @@ def test_a_look_for_groups_makes_no_folder_and_never_fails(tmp_path, monkeypatch
     remove_stale()
 
 
+@pytest.mark.slow
 def test_a_group_may_run_under_another_interpreter_and_close_leaves_nothing_of_it(
     monkeypatch, start_group, make_job, local, tmp_path
 ):

@@ -14,7 +14,7 @@ from parallel_backend.cogvideox.attention import attend_torch
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.cogvideox.shards import BLOCKS
-from parallel_backend.costs import Link, patches, predict
+from parallel_backend.costs import HEADROOM, Link, patches, predict
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor import Executor
@@ -112,6 +112,7 @@ def own_bytes(checkpoint: Checkpoint, blocks: range) -> int:
 
 
 @pytest.mark.parametrize("size", PLANS)
+@pytest.mark.slow
 def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_patches_later(
     size, exact, late, local, tmp_path
 ):
@@ -288,7 +289,7 @@ def test_the_planner_counts_what_is_kept_and_knows_what_pipelines_are_for():
     half = replace(work, guided=False, prompts=1)
     states = work.tokens * work.features * work.itemsize
     more = predict(Plan.parse("pipefusion2"), half, KNOWN["H100"]).needed - predict(Plan(), half, KNOWN["H100"]).needed
-    assert more == pytest.approx(42 * states - (half.matrices + half.vectors) / 2, rel=1e-3)
+    assert more * HEADROOM == pytest.approx(42 * states - (half.matrices + half.vectors) / 2, rel=1e-3)
     assert 42 * states == pytest.approx(4.6e9, rel=0.01)  # keys and values of half the blocks
     slow = replace(KNOWN["H100"], link=Link(1e9, 1e-4))
     found = {str(each.plan): each.seconds for each in approximations(half, slow, 2)}

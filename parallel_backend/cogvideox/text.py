@@ -4,10 +4,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from ..costs import HEADROOM
+from ..limits import usable_memory
 from . import memory, prompt_weights, weights
 from .checkpoint import Checkpoint
 
@@ -51,14 +51,14 @@ def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: s
             return Place(device, found, alongside=beside is not None and need + beside <= room[device])
         note = f"the text is encoded on the CPU: that needs {need / 2**30:.1f} GiB and {device} can give {room[device] / 2**30:.1f}"
         return Place(CPU, on_cpu(checkpoint, dtype, device), alongside=beside is not None, note=note)
-    left = psutil.virtual_memory().available * HEADROOM - needs(CPU)
+    left = usable_memory() * HEADROOM - needs(CPU)
     return Place(CPU, on_cpu(checkpoint, dtype, CPU), alongside=beside is not None and beside * len(devices) <= left)
 
 
 def on_cpu(checkpoint: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
     """What to encode in on the CPU: ``auto`` is float32 where memory allows, else what a device would."""
     found = checkpoint.dtype(dtype, CPU)
-    fits = checkpoint.weight_bytes("text_encoder", found) <= psutil.virtual_memory().available * HEADROOM
+    fits = checkpoint.weight_bytes("text_encoder", found) <= usable_memory() * HEADROOM
     return found if fits else checkpoint.dtype(dtype, device)
 
 
