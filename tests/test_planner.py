@@ -401,8 +401,8 @@ def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatc
     asked = {"heads": 48, "guided": False, "jobs": 4}
     assert resolve("auto", "auto", **asked)[0].replicas == 2
     assert resolve("auto", "auto", **asked, spread=False)[0].replicas == 1
-    group = SimpleNamespace(describe=lambda: {"devices": "0,1", "shared": True, "nodes": 1})
-    monkeypatch.setattr("parallel_backend.group.registry.running", lambda: [group])
+    found = {"a group": {"devices": "0,1", "shared": True, "nodes": 1}}
+    monkeypatch.setattr("parallel_backend.backend.running", lambda: found)
     assert resolve("auto", "auto", **asked)[0].replicas == 1
 
 
