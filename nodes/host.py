@@ -2,6 +2,8 @@
 
 import atexit
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -147,6 +149,21 @@ def say(line: str, node_id: str | None, *, level: int = logging.INFO) -> None:
         logger.debug("no front end to show the line in")
 
 
+def is_wanted() -> bool:
+    """Whether the user has not cancelled what runs."""
+    return not management.processing_interrupted()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, what stops because the user cancelled it ends as ComfyUI's own interruption does."""
+    try:
+        yield
+    except Cancelled:
+        management.throw_exception_if_processing_interrupted()
+        raise
+
+
 def local(device: torch.device | None = None) -> LocalExecutor:
     """The executor of this process, on ComfyUI's device or the one given."""
     device = device or management.get_torch_device()
@@ -262,18 +279,17 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
         management.soft_empty_cache()  # what this process keeps, another one cannot take
     management.load_models_gpu([held], memory_required=working / HEADROOM + SLACK * held.model_size())
     stop = management.processing_interrupted
-    try:
-        if isinstance(job, SampleJob):
-            result = executor.sample(job, on_step=on_step, should_stop=stop, on_picture=on_picture if pictures else None)
-        elif isinstance(job, DecodeJob):
-            result = executor.decode(job, should_stop=stop)
-        else:
-            result = executor.encode(job, should_stop=stop)
-    except Exception as error:
-        held.forget()
-        if isinstance(error, Cancelled):
-            management.throw_exception_if_processing_interrupted()
-        raise
+    with interruptible():
+        try:
+            if isinstance(job, SampleJob):
+                result = executor.sample(job, on_step=on_step, should_stop=stop, on_picture=on_picture if pictures else None)
+            elif isinstance(job, DecodeJob):
+                result = executor.decode(job, should_stop=stop)
+            else:
+                result = executor.encode(job, should_stop=stop)
+        except Exception:
+            held.forget()
+            raise
     say(summary(job, result.report), node_id)
     for note in result.report.notes:
         say(note, node_id, level=logging.WARNING)

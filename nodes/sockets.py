@@ -64,6 +64,7 @@ class ClipHandle:
             device = host.text_device()
             dtype = self.checkpoint.dtype(self._dtype, device)
             self._encoder = TextEncoder(self.checkpoint, device=device, dtype=dtype)
+            self._encoder.go_on = host.is_wanted
         return self._encoder
 
     def _find_room(self) -> None:
@@ -84,7 +85,8 @@ class ClipHandle:
         """Text states ``[1, tokens, features]``; CogVideoX has no pooled output."""
         self._find_room()
         try:
-            states = self.encoder.encode(tokens["t5"])
+            with host.interruptible():
+                states = self.encoder.encode(tokens["t5"])
         finally:
             self.encoder.unload()  # the transformer, here or in the group, wants the room
         if return_dict:

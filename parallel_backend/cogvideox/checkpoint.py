@@ -340,6 +340,7 @@ class Checkpoint:
         home: torch.device | str | None = None,
         shard: shards.Shard = shards.WHOLE,
         prepare: Callable[[torch.nn.Module], None] = lambda skeleton: None,
+        look: Callable[[], None] = lambda: None,
     ):
         """The transformer, in evaluation mode.
 
@@ -349,11 +350,12 @@ class Checkpoint:
             home: where they stay; ``device`` unless said otherwise.
             shard: what of them this rank keeps, and reads.
             prepare: changes the model before its weights are read.
+            look: called before each weight; may raise, to stop.
         """
         model = shards.skeleton(self.transformer, dtype)
         wanted = shards.find(model, self.stored)
         prepare(model)
-        shards.fill(model, wanted, shard=shard, dtype=dtype, device=device, home=home or device)
+        shards.fill(model, wanted, shard=shard, dtype=dtype, device=device, home=home or device, look=look)
         return model
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str = "cpu"):

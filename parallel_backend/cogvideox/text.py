@@ -10,6 +10,7 @@ import torch
 from ..costs import HEADROOM
 from . import memory
 from .checkpoint import Checkpoint
+from .stopping import GoOn, always, check
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,9 @@ class TextEncoder:
         dtype: of the weights and of the result.
     """
 
+    go_on: GoOn = staticmethod(always)
+    """Asked before each block of the encoder whether the text is still wanted."""
+
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype):
         checkpoint.check_text()
         self.checkpoint = checkpoint
@@ -112,7 +116,10 @@ class TextEncoder:
     def read(self) -> None:
         """Reads the weights, if they are not there. Changes torch's defaults meanwhile, so no other thread may make a model."""
         if self._encoder is None:
+            check(self.go_on, "the text was encoded")
             self._encoder = self.checkpoint.load_text_encoder(self.dtype)
+            for block in self._encoder.encoder.block:
+                block.register_forward_pre_hook(lambda *_: check(self.go_on, "the text was encoded"))
 
     def move(self, place: Place) -> None:
         """Encodes there from now on; in another dtype the weights are read again."""
