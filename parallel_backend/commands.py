@@ -283,7 +283,7 @@ def plan(args: Namespace) -> int:
     chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine, jobs=args.count)
     if args.json:
         show_json(
-            {**figures(found, machine), "model": checkpoint.path.name, "gpus": count, "plan": str(chosen), "reason": reason}
+            {**figures(found, machine), "model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason}
         )
         return 0
     show(checkpoint.describe)
