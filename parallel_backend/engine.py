@@ -180,7 +180,8 @@ class Engine:
         place = {"device": self.device, "dtype": dtype, "split": self.split}
         told = {"caches": caches, "on_step": mark, "on_window": partial(self._may_go_on, on_window), "may_begin": lambda: ahead}
         try:
-            latent = denoise(transformer, checkpoint, job, **place, **told)
+            with memory.one_kind_of_error():
+                latent = denoise(transformer, checkpoint, job, **place, **told)
         except torch.OutOfMemoryError as error:
             where = f"a step after {len(steps)}" if steps else "step 1"
             raise self._out_of_memory(where, job, checkpoint, dtype) from error
@@ -233,7 +234,8 @@ class Engine:
         self.split.synchronize()
         loaded = time.perf_counter()
         try:
-            predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split)
+            with memory.one_kind_of_error():
+                predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory("a window", job, checkpoint, dtype) from error
         return Result(predicted, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
@@ -279,7 +281,7 @@ class Engine:
     def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
         vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
         try:
-            with shared(module.layers, strips):
+            with shared(module.layers, strips), memory.one_kind_of_error():
                 return use(module, strips)
         except torch.OutOfMemoryError as error:
             free = memory.free_bytes(self.device)
@@ -297,7 +299,8 @@ class Engine:
             overlap = min(job.overlap, (tile or job.tile) // 2)
             vae.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
             try:
-                return use(module, None)
+                with memory.one_kind_of_error():
+                    return use(module, None)
             except torch.OutOfMemoryError:
                 free = memory.free_bytes(self.device)
                 where = f"in tiles of {tile}" if tile else "whole"
@@ -463,6 +466,8 @@ class Engine:
 
     def _choose_offload(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> str:
         held = sum(memory.bytes_on(self.device, module) for _, module in self._held.values())
+        if self.device.type == "mps" and job.model.offload == "auto":
+            return "none"  # what waits on the CPU takes the same memory
         mode, note = memory.choose_offload(
             job.model.offload,
             weights=memory.transformer_bytes(checkpoint, self.split.plan, dtype, fp8=job.model.fp8 != "off"),

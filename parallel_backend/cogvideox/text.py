@@ -44,7 +44,7 @@ def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: s
     def needs(device: torch.device) -> int:
         return checkpoint.weight_bytes("text_encoder", checkpoint.dtype(dtype, device)) + WORKING_BYTES
 
-    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type == "cuda"}
+    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type != "cpu"}
     if room:
         device = max(room, key=room.get)
         need, found = needs(device), checkpoint.dtype(dtype, device)
@@ -108,6 +108,7 @@ class TextEncoder:
             self.device = CPU
             return self._encode(token_ids)
 
+    @memory.one_kind_of_error()
     def _encode(self, token_ids: list[list[int]]) -> torch.Tensor:
         self._encoder.to(self.device)
         states = self._encoder(torch.tensor(token_ids, device=self.device))[0]

@@ -89,13 +89,13 @@ def brightness(video: torch.Tensor) -> torch.Tensor:
 def to_pixels(video: torch.Tensor) -> torch.Tensor:
     """Numbers in -1..1 as float32 in 0..1 on the CPU.
 
-    From a GPU a few frames at a time, through memory that the driver can write to, which torch keeps for the next video.
+    From a GPU a few frames at a time, on CUDA through memory that the driver can write to, which torch keeps for the next video.
     """
     if video.device.type == "cpu":
         return brightness(video)
     pixels = torch.empty(video.shape)
     some = max(STAGED_BYTES * len(video) // max(pixels.nbytes, 1), 1)
-    staged = torch.empty(video[:some].shape, pin_memory=True)
+    staged = torch.empty(video[:some].shape, pin_memory=video.is_cuda)
     for part, target in zip(video.split(some), pixels.split(some)):
         target.copy_(staged[: len(part)].copy_(brightness(part)))
     return pixels

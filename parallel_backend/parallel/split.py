@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..cogvideox import memory
 from ..cogvideox.shards import WHOLE
 from ..cogvideox.step_cache import StepCaches
 from ..jobs import SampleJob
@@ -27,8 +28,9 @@ class Split:
 
     def __init__(self, device: torch.device):
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.init()  # memory statistics are refused before
+        api = memory.api_of(device)
+        if hasattr(api, "init"):
+            api.init()  # memory statistics are refused before
 
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
         """Makes a transformer, whose weights are not read yet, compute this rank's share, text and video tokens joined."""
@@ -78,5 +80,4 @@ class Split:
 
     def synchronize(self) -> None:
         """Waits until the device has done what was asked of it."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        memory.synchronize(self.device)
