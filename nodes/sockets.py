@@ -64,6 +64,7 @@ class ClipHandle:
             dtype = self.checkpoint.dtype(self._dtype, device)
             say = partial(host.say, level=logging.WARNING)
             self._encoder = TextEncoder(self.checkpoint, device=device, dtype=dtype, say=say)
+            self._encoder.go_on = host.is_wanted
         return self._encoder
 
     def _find_room(self) -> None:
@@ -85,7 +86,8 @@ class ClipHandle:
         self._find_room()
         try:
             ids, weights = ([[pair[part] for pair in prompt] for prompt in tokens["t5"]] for part in (0, 1))
-            states = self.encoder.encode(ids, weights)
+            with host.interruptible():
+                states = self.encoder.encode(ids, weights)
         finally:
             self.encoder.unload()  # the transformer, here or in the group, wants the room
         if return_dict:

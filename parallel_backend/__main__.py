@@ -29,7 +29,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what to compute."""
-    parser.add_argument("--model", required=True, help="a checkpoint folder in diffusers layout, or demo")
+    parser.add_argument(
+        "--model", required=True, help="a checkpoint folder in diffusers layout, ORG/NAME in the Hugging Face cache, or demo"
+    )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--offload", choices=OFFLOADS, default="auto", help="where weights wait between uses")
     parser.add_argument("--compile", choices=COMPILES, default="auto", help="kernels for this GPU: faster steps")

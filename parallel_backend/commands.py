@@ -273,9 +273,7 @@ def plan(args: Namespace) -> int:
     found.sort(key=lambda each: each.total)
     chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine, jobs=args.count)
     if args.json:
-        show_json(
-            {**figures(found, machine), "model": checkpoint.path.name, "gpus": count, "plan": str(chosen), "reason": reason}
-        )
+        show_json({**figures(found, machine), "model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason})
         return 0
     show(checkpoint.describe)
     if args.gpu is None:
@@ -430,7 +428,8 @@ def show_hosts(group: dict) -> None:
 
 def stop(args: Namespace) -> int:
     """Ends the group that ``serve`` keeps."""
-    for address, description in running().items():
+    groups = running()
+    for address, description in groups.items():
         if description["node"]:
             show(
                 f"{address.folder} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C"
@@ -441,6 +440,8 @@ def stop(args: Namespace) -> int:
                 show(f"ended {address.folder}")
             except GroupFailure as error:
                 show(f"{address.folder}: {error.summary}")
+    if not groups:
+        show("no group is running")
     return 0
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
 from multiprocessing.connection import Client, Pipe
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from parallel_backend.parallel.groups import slow_link
 from parallel_backend.plans import Plan
 
 from .conftest import REPO, TOLERANCE, wait_until, workers
+from .test_cancel import KINDS as VAE_KINDS
+from .test_cancel import vae_job
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,28 @@ def test_a_long_step_is_stopped_between_its_windows_on_all_ranks(group, make_job
         group.sample(slow, on_step=lambda step, _: seen.append(step), should_stop=lambda: group.status()["state"] == "busy")
     assert seen == []
     assert len(group.sample(make_job("5b")).report.step_seconds) == 8
+
+
+@pytest.mark.parametrize("kind", VAE_KINDS)
+def test_a_group_stops_the_vae_on_all_ranks_and_stays_warm(kind, group, local, checkpoints):
+    """In strips all ranks work, in tiles rank 0 alone."""
+    small, large = vae_job(kind, checkpoints), vae_job(kind, checkpoints, rows=40, columns=60, frames=17)
+    expected = group.run(small).tensor
+    address, loads = group.address, group.status()["loads"]
+    with pytest.raises(Cancelled, match="while the VAE was at work"):
+        group.run(large, should_stop=lambda: group.status()["state"] == "busy")
+    assert torch.equal(group.run(small).tensor, expected)
+    assert (expected - local.run(small).tensor).abs().max() <= TOLERANCE
+    assert group.address == address and group.status()["loads"] == loads
+
+
+def test_a_group_whose_job_is_cancelled_while_weights_are_read_runs_the_next(group, make_job, local):
+    group.free()
+    job, asked = make_job("5b", steps=200), count()
+    with pytest.raises(Cancelled):
+        group.sample(job, should_stop=lambda: next(asked) > 0)
+    job = make_job("5b", steps=2)
+    assert (group.sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
 
 
 def test_a_client_that_goes_away_cancels_its_job_only(group, make_job):

@@ -193,7 +193,7 @@ def test_the_transformer_is_there_once_the_text_is(make_job, texts, encoder):
 def test_a_transformer_that_cannot_be_read_meanwhile_is_left_to_the_job(make_job, monkeypatch, caplog):
     job, executor = make_job("5b"), LocalExecutor(CPU)
 
-    def fail(job):
+    def fail(job, **_):
         raise GroupError("rank 1 failed\nsomewhere")
 
     monkeypatch.setattr(executor, "load", fail)

@@ -316,7 +316,9 @@ def dpm_step(
     if history is not None and after >= 0:
         noise = draw(latents, generator, drawn)  # that scheduler draws anew, so the first is passed over
         towards = of_both[0] * clean - of_both[1] * history
-    return of_latents * latents - of_clean * towards + of_noise * noise.to(latents.device, non_blocking=True), clean
+    return of_latents * latents - of_clean * towards + of_noise * noise.to(
+        latents.device, non_blocking=noise.is_pinned()
+    ), clean
 
 
 def draw(like: torch.Tensor, generator: torch.Generator, drawn: tuple[int, slice]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from ..costs import HEADROOM
 from ..limits import usable_memory
 from . import memory, prompt_weights, weights
 from .checkpoint import Checkpoint
+from .stopping import GoOn, always, check
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: s
     def needs(device: torch.device) -> int:
         return checkpoint.weight_bytes("text_encoder", checkpoint.dtype(dtype, device)) + WORKING_BYTES
 
-    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type == "cuda"}
+    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type != "cpu"}
     if room:
         device = max(room, key=room.get)
         need, found = needs(device), checkpoint.dtype(dtype, device)
@@ -72,6 +73,9 @@ class TextEncoder:
         dtype: of the weights and of the result.
         say: called with a line for the user: what of a prompt is not used, and where it is encoded instead.
     """
+
+    go_on: GoOn = staticmethod(always)
+    """Asked before each block of the encoder whether the text is still wanted."""
 
     def __init__(
         self,
@@ -142,6 +146,7 @@ class TextEncoder:
         token_ids, token_weights = zip(*self.weigh(prompt))
         return self.encode([list(token_ids)], [list(token_weights)])
 
+    @memory.one_kind_of_error()
     def _encode(self, token_ids: list[list[int]], token_weights: list[list[float]] | None) -> torch.Tensor:
         self._encoder.to(self.device)
         states = self._encoder(torch.tensor(token_ids, device=self.device))[0]
@@ -156,7 +161,10 @@ class TextEncoder:
         """Reads the weights, if they are not there. Changes torch's defaults meanwhile, so no other thread may make a model."""
         self._forget_changed()
         if self._encoder is None:
+            check(self.go_on, "the text was encoded")
             self._encoder = self.checkpoint.load_text_encoder(self.dtype)
+            for block in self._encoder.encoder.block:
+                block.register_forward_pre_hook(lambda *_: check(self.go_on, "the text was encoded"))
 
     def _forget_changed(self) -> None:
         """Drops tokenizer and encoder when their files are no longer those that were read."""
