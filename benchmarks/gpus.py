@@ -99,7 +99,7 @@ TWO: tuple[Phase, ...] = (
         [bench("1.5-5b", "--plans none --diffusers eager --steps 2 --repeat 1", 1)],
     ),
     ([bench("1.5-5b", f"--plans cfg2 --precisions lossless,fp8-all {FEW} {OURS}")],),
-    ([bench("1.5-5b", f"--plans cfg2-fsdp2 {FEW} --decode --tiling on {OURS}", XDIT_MEMORY_GB="24")],),
+    ([bench("1.5-5b", f"--plans cfg2-fsdp2 {FEW} --decode --tiling on {OURS}", XDIT_MEMORY_GIB="24")],),
 )
 
 
@@ -206,7 +206,7 @@ class Run:
         if rows.exists():
             found = json.loads(rows.read_text())
             for row in found:
-                row |= {"memory_gb": command.environment.get("XDIT_MEMORY_GB")}
+                row |= {"memory_gib": command.environment.get("XDIT_MEMORY_GIB")}
             rows.write_text(json.dumps(found))
             with self._lock:
                 every = [row for path in sorted(self.work.glob("rows-*.json")) for row in json.loads(path.read_text())]

@@ -128,6 +128,7 @@ class ClipHandle(Handle):
             dtype = self.checkpoint.dtype(self._dtype, device)
             say = partial(host.say, level=logging.WARNING)
             self._shared[T5] = TextEncoder(self.checkpoint, device=device, dtype=dtype, say=say)
+            self._shared[T5].go_on = host.is_wanted
         return self._shared[T5]
 
     def _find_room(self) -> None:
@@ -152,7 +153,8 @@ class ClipHandle(Handle):
         prompts = tokens[T5] or self.tokenize("")[T5]  # CLIP Text Encode (SD3) passes none for an empty prompt
         try:
             ids, weights = ([[pair[part] for pair in prompt] for prompt in prompts] for part in (0, 1))
-            states = self.encoder.encode(ids, weights)
+            with host.interruptible():
+                states = self.encoder.encode(ids, weights)
         finally:
             self.encoder.unload()  # the transformer, here or in the group, wants the room
         if return_dict:

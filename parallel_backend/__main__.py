@@ -2,11 +2,15 @@
 
 import argparse
 import logging
+import os
 import sys
 
+import torch
+
 from . import commands
-from .errors import Cancelled, GroupFailure, RequestError
+from .errors import Cancelled, Failure, RequestError
 from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES, SampleJob
+from .limits import usable_cores
 from .machines import KNOWN, LINKS
 
 
@@ -25,7 +29,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what to compute."""
-    parser.add_argument("--model", required=True, help="a checkpoint folder in diffusers layout, or demo")
+    parser.add_argument(
+        "--model", required=True, help="a checkpoint folder in diffusers layout, ORG/NAME in the Hugging Face cache, or demo"
+    )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--offload", choices=OFFLOADS, default="auto", help="where weights wait between uses")
     parser.add_argument("--compile", choices=COMPILES, default="auto", help="kernels for this GPU: faster steps")
@@ -112,8 +118,9 @@ def build_parser() -> Parser:
     plan.add_argument("--gpus", type=int, help="of each host; default: those of this machine")
     plan.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that work together")
     plan.add_argument(
-        "--memory-gb", type=float, help="of one GPU; where the model does not fit, plans that split it are listed"
+        "--memory-gib", type=float, help="of one GPU; where the model does not fit, plans that split it are listed"
     )
+    plan.add_argument("--memory-gb", type=float, dest="memory_gib", help=argparse.SUPPRESS)  # the option's name before
     plan.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(KNOWN)}; default: those of this machine")
     plan.add_argument("--link", choices=tuple(LINKS), help="between the GPUs; default: what such a GPU has")
     plan.add_argument("--cfg", type=float, default=6.0, help="1 turns guidance off")
@@ -177,12 +184,14 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger(__package__).setLevel(logging.INFO)
+    if "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     try:
         return args.run(args)
     except RequestError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
-    except GroupFailure as error:
+    except Failure as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1
     except (Cancelled, KeyboardInterrupt):

@@ -1,11 +1,11 @@
 """What each command of the command line does."""
 
 import json
+import math
 import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from . import inputs, machines, models, pieces, video
 from .backend import open_executor, resolve, share_of
 from .cogvideox import checks
 from .cogvideox.checkpoint import Checkpoint
-from .cogvideox.work import work_of
-from .costs import Machine, Prediction, Work
+from .cogvideox.work import work_of, work_of_job
+from .costs import Machine, Prediction
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
+from .files import check_writable
 from .group.client import GroupExecutor
 from .group.hosts import Common, Place
 from .group.launcher import Launcher
@@ -37,7 +38,6 @@ from .jobs import (
     Result,
     SampleJob,
     Windows,
-    between,
     check_size,
     empty_latent,
     two_thirds,
@@ -126,9 +126,9 @@ def generate(args: Namespace) -> int:
     video.check_video_name(Path(args.output))
     wanted = videos_of(args)
     if args.fps is not None:
-        between("fps", args.fps, 1, 240)
+        video.checked_fps(args.fps)
     for path in (path for one in wanted for path in one.files):
-        video.check_writable(path)
+        check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
     model = model_of(args, checkpoint)
@@ -158,7 +158,7 @@ def generate(args: Namespace) -> int:
     wants["jobs"] = len(wanted)
     if len(wanted) == 1 and pieces.has_windows_to_share(job):
         wants |= {"jobs": pieces.windows_of(job), "pieces": "windows"}
-    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=step_of(args, checkpoint))
+    plan, devices, reason = resolve(args.plan, args.devices, **wants, work=partial(work_of_job, job, checkpoint))
     checks.check_plan(checkpoint, plan, job)
 
     quiet_libraries()
@@ -203,7 +203,7 @@ def produce(
     A video is decoded once it is sampled, and written while the next is sampled: what is done is there, whatever becomes of the rest.
     """
     source = args.video or args.control_video
-    fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
+    fps = video.checked_fps(args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps))
     costs: dict[int, tuple[Report, Report]] = {}
 
     def decode(place: int, sampled: Result) -> DecodeJob:
@@ -250,55 +250,46 @@ def summarise(sampled: Report, decoded: Report) -> dict:
     }
 
 
-def step_of(args: Namespace, checkpoint: Checkpoint) -> Callable[[torch.device], Work]:
-    """What one step of the options computes, on a device; of one window where there are several."""
-    size = size_of(args, checkpoint)
-    frames = min(size["frames"], getattr(args, "window", None) or size["frames"])
-    about = {name: getattr(args, name, "auto") for name in ("dtype", "compile")}
-    return partial(
-        work_of, checkpoint, size=(size["width"], size["height"], frames), guided=args.cfg > 1, fp8=args.fp8, **about
-    )
-
-
 def plan(args: Namespace) -> int:
     """What every plan is predicted to cost, which one ``auto`` would choose, and why."""
     checkpoint = Checkpoint.open(models.find(args.model))
     if args.gpus is not None and args.gpus < 1:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
-    if args.memory_gb is not None and not args.memory_gb > 0:
-        raise RequestError(f"memory-gb is {args.memory_gb:g}; give what one GPU has, such as 24")
+    if args.memory_gib is not None and not 0 < args.memory_gib < math.inf:
+        raise RequestError(f"memory-gib is {args.memory_gib:g}; give what one GPU has, such as 24")
     if args.count < 1:
         raise RequestError(f"count is {args.count}; use 1 or more")
-    check_size(**size_of(args, checkpoint), batch=1)
+    size = size_of(args, checkpoint)
+    check_size(**size, batch=1)
     if args.nnodes < 1:
         raise RequestError(f"nnodes is {args.nnodes}; use 1 or more")
     present = Devices.parse("auto")
     each = args.gpus or present.count
     count = each * args.nnodes
-    machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gb)
-    work = step_of(args, checkpoint)(torch.device("cuda"))
+    machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
+    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=args.cfg > 1, fp8=args.fp8)
     found = predictions(work, machine, count, jobs=args.count)
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
     found.sort(key=lambda each: each.total)
     chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine, jobs=args.count)
     if args.json:
-        show_json(
-            {**figures(found, machine), "model": checkpoint.path.name, "gpus": count, "plan": str(chosen), "reason": reason}
-        )
+        show_json({**figures(found, machine), "model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason})
         return 0
     show(checkpoint.describe)
     if args.gpu is None:
         for line in [*machines.survey(present), *machines.warnings(present)]:
             show(line)
     show(
-        f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9}  fits"
+        f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9} {'needs GiB':>9}  fits"
         + (f"  s a step of all {args.count}" if args.count > 1 else "")
     )
     for each in found:
         mark, last = "->" if each.plan == chosen else "", f"  {each.total:9.3g}" if args.count > 1 else ""
         fits = "yes" if each.fits else "no"
         exact = "" if each.plan.is_exact else "  not exact: auto leaves it to you"
-        show(f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g}  {fits:4}{last}{exact}".rstrip())
+        show(
+            f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g} {each.needed / 2**30:9.3g}  {fits:4}{last}{exact}".rstrip()
+        )
     show(machine.describe)
     hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
     show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
@@ -314,6 +305,7 @@ def figures(found: list[Prediction], machine: Machine) -> dict:
             "step_seconds": each.seconds,
             "total_step_seconds": each.total,
             "peak_memory": each.peak,
+            "needed_memory": each.needed,
             "fits": each.fits,
             "exact": each.plan.is_exact,
         }
@@ -436,7 +428,8 @@ def show_hosts(group: dict) -> None:
 
 def stop(args: Namespace) -> int:
     """Ends the group that ``serve`` keeps."""
-    for address, description in running().items():
+    groups = running()
+    for address, description in groups.items():
         if description["node"]:
             show(
                 f"{address.folder} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C"
@@ -447,6 +440,8 @@ def stop(args: Namespace) -> int:
                 show(f"ended {address.folder}")
             except GroupFailure as error:
                 show(f"{address.folder}: {error.summary}")
+    if not groups:
+        show("no group is running")
     return 0
 
 

@@ -200,7 +200,7 @@ class Prediction:
     peak: int
     """Bytes on each rank."""
     needed: int
-    """Bytes that must be free on each rank: the engine asks for more than it mostly uses."""
+    """Bytes that must be free on each rank: the peak, or what the engine asks for where that is more, and ``HEADROOM``."""
     sent: float
     """Bytes that a rank sends in one step."""
     fits: bool
@@ -216,15 +216,16 @@ class Prediction:
 def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:
     """Seconds of a step and bytes on each rank."""
     waiting, sent = communication(plan, work, machine)
-    needed = weight_bytes(plan, work) + working_bytes(plan, work)
-    workspace = WORKSPACE + (FP8_WORKSPACE if work.fp8 != "off" else 0)
+    weights, workspace = weight_bytes(plan, work), WORKSPACE + (FP8_WORKSPACE if work.fp8 != "off" else 0)
+    peak = weights + working_bytes(plan, work, compiled=work.is_compiled(machine)) + workspace
+    needed = int(max(peak, weights + working_bytes(plan, work)) / HEADROOM)
     return Prediction(
         plan,
         seconds=computation(plan, work, machine) + waiting,
-        peak=weight_bytes(plan, work) + working_bytes(plan, work, compiled=work.is_compiled(machine)) + workspace,
+        peak=peak,
         needed=needed,
         sent=sent,
-        fits=machine.free is None or needed <= machine.free * HEADROOM,
+        fits=machine.free is None or needed <= machine.free,
     )
 
 
@@ -360,11 +361,10 @@ def working_bytes(plan: Plan, work: Work, *, compiled: bool = False) -> int:
 
 
 def working_factor(plan: Plan, *, compiled: bool = False) -> float:
-    """Bytes beside the weights, per token, feature and byte of dtype."""
-    if not compiled:
-        return WORKING_FACTOR - SPLIT_FACTOR + SPLIT_FACTOR / plan.tensor
+    """Bytes beside the weights, per token, feature and byte of dtype; enough for compiled blocks too where it is not known."""
     exchanged = RING_FACTOR if plan.ring > 1 else EXCHANGED_FACTOR * (plan.ulysses > 1)
-    return COMPILED_FACTOR * (1 + 1 / plan.tensor) / 2 + exchanged
+    used = COMPILED_FACTOR * (1 + 1 / plan.tensor) / 2 + exchanged
+    return used if compiled else max(used, WORKING_FACTOR - SPLIT_FACTOR + SPLIT_FACTOR / plan.tensor)
 
 
 def kept_factor(plan: Plan, layers: int) -> int:

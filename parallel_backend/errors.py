@@ -13,15 +13,27 @@ class RequestError(ValueError):
     """
 
 
-class OutOfMemory(RuntimeError):
+class Failure(RuntimeError):
+    """A request that made sense could not be done. The command line shows the message and ends with exit status 1."""
+
+
+class OutOfMemory(Failure):
     """A device is too small for a job. The message is one line: what was needed, what was free, which setting helps."""
+
+
+class NotFinite(Failure, FloatingPointError):
+    """A job's numbers became NaN or infinite. The message is one line: in which step, and which setting helps."""
+
+
+class WriteFailure(Failure):
+    """A file cannot be written: the disk is full, or its folder has gone. The message is one line."""
 
 
 class Cancelled(Exception):
     """The caller asked for the job to stop; the engine or group is warm and takes the next one."""
 
 
-class GroupFailure(RuntimeError):
+class GroupFailure(Failure):
     """A group is not there, or a job in it failed.
 
     Args:

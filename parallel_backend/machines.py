@@ -6,6 +6,7 @@ its data sheet. PCIe's 7 GB/s, while all GPUs send, is what xDiT's published L40
 """
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -178,8 +179,8 @@ def survey(devices: Devices) -> list[str]:
     return lines
 
 
-MEMORY_GB = os.environ.get("XDIT_MEMORY_GB")
-"""GiB of each GPU that a group's tensors may have; unset, all that is free."""
+MEMORY_GIB = os.environ.get("XDIT_MEMORY_GIB") or os.environ.get("XDIT_MEMORY_GB")
+"""GiB of each GPU that a group's tensors may have; unset, all that is free. XDIT_MEMORY_GB is its older name."""
 
 
 def usable_bytes(device: torch.device) -> int:
@@ -188,8 +189,20 @@ def usable_bytes(device: torch.device) -> int:
 
 
 def allowed(nbytes: int) -> int:
-    """So many bytes, or what a person leaves a group where that is less."""
-    return min(nbytes, int(float(MEMORY_GB) * GIB)) if MEMORY_GB else nbytes
+    """So many bytes, or what the user leaves a group where that is less.
+
+    Raises:
+        RequestError: where XDIT_MEMORY_GIB is no number above 0.
+    """
+    if not MEMORY_GIB:
+        return nbytes
+    try:
+        most = float(MEMORY_GIB)
+    except ValueError:
+        most = math.nan
+    if not 0 < most < math.inf:
+        raise RequestError(f"XDIT_MEMORY_GIB is '{MEMORY_GIB}'; give GiB of each GPU, such as 24")
+    return min(nbytes, int(most * GIB))
 
 
 def emptied(machine: Machine, devices: Devices) -> Machine:

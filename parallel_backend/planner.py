@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .costs import CPU, HEADROOM, Machine, Prediction, Work, predict
+from .costs import CPU, Machine, Prediction, Work, predict
 from .plans import Plan
 
 TIE = 0.02
@@ -161,8 +161,8 @@ def why(best: Prediction, found: list[Prediction], machine: Machine, world_size:
         return f"{said}; no plan fits into {machine.free / GIB:.3g} GiB, so offload lets weights wait on the CPU"
     whole = [each for each in found if not splits_weights(each.plan)]
     if splits_weights(best.plan) and whole:
-        least, usable = min(whole, key=lambda each: each.needed), machine.free * HEADROOM / GIB
-        said += f"; whole, the model would need {least.needed / GIB:.1f} GiB and {usable:.1f} can be counted on"
+        least = min(whole, key=lambda each: each.needed)
+        said += f"; whole, the model would need {least.needed / GIB:.1f} GiB and {machine.free / GIB:.1f} are free"
     return said
 
 

@@ -68,7 +68,7 @@ class ComfyUIServer:
 
     base: the base folder (models/, input/, output/ …); a temporary one, removed afterwards, when not given.
     pack: the folder to link into custom_nodes, None for ComfyUI alone. args: further command line arguments.
-    Raises RuntimeError with the end of the log when it does not come up.
+    Raises RuntimeError with one line when it does not come up; the end of its log is logged.
     """
 
     def __init__(self, base=None, *, pack: Path | None = REPO, args=(), env=None, comfyui: Path | None = None,
@@ -116,13 +116,18 @@ class ComfyUIServer:
         deadline = time.monotonic() + self.start_timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"ComfyUI ended with {self.process.returncode} while starting\n{self.log_tail()}")
+                raise self._broken(f"ended with status {self.process.returncode} while starting")
             try:
                 self.system_stats()
                 return
             except OSError:
                 time.sleep(0.25)
-        raise RuntimeError(f"ComfyUI did not answer within {self.start_timeout:.0f} s\n{self.log_tail()}")
+        raise self._broken(f"did not answer within {self.start_timeout:.0f} s")
+
+    def _broken(self, how: str) -> RuntimeError:
+        last = next((line for line in reversed(self.log().splitlines()) if line.strip()), "it said nothing")
+        logger.error("%s", self.log_tail())
+        return RuntimeError(f"the ComfyUI at {self.comfyui} {how}: {last.strip()}")
 
     def _read(self, websocket: ClientConnection) -> None:
         try:

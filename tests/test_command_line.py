@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from parallel_backend import commands, inputs
 from parallel_backend.__main__ import build_parser, main
 from parallel_backend.cogvideox.checkpoint import Checkpoint
-from parallel_backend.errors import RequestError
+from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
 
 from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
 from .measures import look
@@ -31,6 +31,7 @@ def generate(run, checkpoint, output, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(run, checkpoints, tmp_path):
     latents = {}
     for plan, devices in (("single", "cpu"), ("ulysses2", "cpu:2")):
@@ -99,11 +100,11 @@ def test_a_video_is_written_while_the_next_ones_are_made(four, tmp_path, monkeyp
 
 def test_a_video_that_cannot_be_written_ends_the_others(four, monkeypatch):
     def full(path, *others, **settings):
-        raise RequestError(f"cannot write {path}: No space left on device")
+        raise WriteFailure(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(commands.video, "save_or_rescue", full)
     done = four()
-    assert done.returncode == 2 and "out-1.mp4: No space left on device" in done.stderr
+    assert done.returncode == 1 and "out-1.mp4: No space left on device" in done.stderr
     assert "step 8/8" not in done.stderr
 
 
@@ -189,11 +190,10 @@ def test_loras_are_given_as_files_with_strengths(checkpoints, loras, tmp_path):
     assert (whole - parts).abs().max() <= TOLERANCE
 
 
-@pytest.fixture
-def files(tmp_path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
     """A wide picture, a video of ten frames, and what is neither."""
-    folder = tmp_path / "files"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("files")
     colours = np.random.default_rng(0).integers(0, 256, (10, 48, 80, 3), dtype=np.uint8)
     iio.imwrite(folder / "image.png", colours[0])
     iio.imwrite(folder / "video.mp4", colours, plugin="pyav", codec="libx264", fps=12)
@@ -223,6 +223,21 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
     assert re.findall(r"^step (\d+)/3$", done.stderr, re.M) == ["1", "2", "3"]
     assert iio.imread(tmp_path / "out.mp4", plugin="pyav").shape == (frames, 48, 64, 3)
     assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 12  # as fast as the video that was given
+
+
+def test_a_plan_is_chosen_for_the_length_and_windows_that_are_sampled(run, checkpoints, files, tmp_path, monkeypatch):
+    works = []
+
+    def resolve(*words, work, **wants):
+        works.append(work(torch.device("cpu")))
+        raise RequestError("enough")
+
+    monkeypatch.setattr(commands, "resolve", resolve)
+    size = ("--width", 48, "--height", 32, "--steps", 4, "--output", tmp_path / "out.mp4", "--prompt", "x")
+    lengths = (("--video", files["video.mp4"]), ("--frames", 9), ("--frames", 49, "--window", 9, "--overlap", 4), ())
+    for more in lengths:  # the file has ten frames, the model's own length is 49
+        assert "enough" in run("generate", "--model", checkpoints["5b"], *size, *more).stderr
+    assert works[0] == works[1] == works[2] and works[0].tokens < works[3].tokens
 
 
 @pytest.mark.parametrize(
@@ -348,8 +363,29 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(checkpoints
     (tmp_path / "folder.mp4").mkdir()
     assert main([*common, "--output", str(tmp_path / "folder.mp4")]) == 2
     assert "it is a folder" in capsys.readouterr().err
+    assert main([*common, "--output", "/proc/x.mp4"]) == 2  # where permissions let root write
+    assert "cannot write /proc/x.mp4: " in capsys.readouterr().err
+    bench = ["bench", "--model", str(checkpoints["5b"]), "--output", str(tmp_path / "none" / "rows.json")]
+    assert main(bench) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [OutOfMemory("step 1 ran out of memory"), NotFinite("step 1 is not finite"), WriteFailure("no room"), GroupError("rank 1")],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_failure_is_one_line_and_exit_status_1(failure, run, checkpoints, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(commands, "produce", fail)
+    done = run("generate", "--model", checkpoints["5b"], "--prompt", "x", "--output", tmp_path / "out.mp4", "--plan", "single")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"generate: {failure}"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_the_demo_model_is_always_there_and_does_what_it_is_told(run, tmp_path):
     prompt = "a red circle moves right on a white background"
     done = run("generate", "--model", "demo", "--prompt", prompt, "--steps", 20, "--output", tmp_path / "demo.mp4")
@@ -367,8 +403,13 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
     assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted to take least, ")
     (marked, *_) = (line for line in done.stdout.splitlines() if "cfg2-ulysses2-pipefusion2" in line)
     assert marked.endswith("not exact: auto leaves it to you")
-    short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gb", 0.0001)
+    short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gib", 0.0001)
     assert "cfg2-fsdp2" in short.stdout and "no plan fits into 0.0001 GiB" in short.stdout.splitlines()[-1]
+    for option, room, fits in (("--memory-gib", 0.1, "no"), ("--memory-gib", 0.5, "yes"), ("--memory-gb", 0.1, "no")):
+        shown = run("plan", "--model", checkpoints["5b"], "--gpus", 1, option, room).stdout
+        _, peak, needs, said = re.search(r"-> single +(\S+) +(\S+) +(\S+) +(\w+)", shown).groups()
+        assert said == fits == ("yes" if float(needs) <= room else "no") and float(peak) < float(needs)
+    assert run("plan", "--model", checkpoints["5b"], "--memory-gib", "inf").returncode == 2
 
 
 def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
@@ -389,6 +430,7 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
     assert wrong.returncode == 2 and "gpu 'GTX 970' is not known; use one of H200, H100, " in wrong.stderr
 
 
+@pytest.mark.slow
 def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkpoints, tmp_path, caplog):
     assert "no group is running" in run("status").stdout
     server = subprocess.Popen(
@@ -415,6 +457,7 @@ def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkp
         server.kill()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
     run = subprocess.Popen(
         [
@@ -436,6 +479,7 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
         run.kill()
 
 
+@pytest.mark.slow
 def test_bench_states_ours_beside_diffusers_and_xdit(run, checkpoints, loras, tmp_path):
     done = run(
         "bench", "--model", checkpoints["5b"], "--plans", "single,cfg2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,

@@ -93,6 +93,7 @@ def test_the_vae_gives_unseen_clips_back(demo):
     assert psnr(clips, again).mean() >= 30
 
 
+@pytest.mark.slow
 def test_it_obeys_where_there_is_one_thing(verdicts):
     alone = [verdict for scene, verdict in verdicts if len(scene.things) == 1]
     assert len(alone) == 6
@@ -108,6 +109,7 @@ def test_it_obeys_with_one_thing_and_with_two(verdicts):
     assert sum(verdict.motion for verdict in pairs) >= 4
 
 
+@pytest.mark.slow
 def test_image_to_video_keeps_the_image_and_moves_as_it_is_told(encoder, local):
     """Two of these have two things."""
     checkpoint, moved = Checkpoint.open(models.find(models.DEMO_I2V)), 0

@@ -16,7 +16,7 @@ from parallel_backend.cogvideox.attention_fp8 import attend_in_fp8
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine import Engine
-from parallel_backend.errors import OutOfMemory
+from parallel_backend.errors import Cancelled, OutOfMemory
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob
 from parallel_backend.local import LocalExecutor
@@ -24,6 +24,8 @@ from parallel_backend.parallel.split import Split
 from parallel_backend.plans import Plan
 
 from .conftest import TOLERANCE
+from .test_cancel import KINDS as VAE_KINDS
+from .test_cancel import Stop, vae_job
 from .test_pipefusion import Patched
 
 TWO_RANKS = ["cfg2", "ulysses2", "ring2", "tensor2", "cfg2-fsdp2", "ulysses2-fsdp2"]
@@ -565,6 +567,29 @@ def test_strips_over_nccl_equal_one_gpu(group, on_gpu, checkpoints):
     for run, asked in (("decode", DecodeJob(model, latent)), ("encode", EncodeJob(model, pixels))):
         difference = (getattr(group, run)(asked).tensor - getattr(on_gpu, run)(asked).tensor).abs().max()
         assert difference <= 10 * TOLERANCE
+
+
+@one_gpu
+@pytest.mark.parametrize("kind", VAE_KINDS)
+def test_a_gpu_stops_the_vae_at_the_next_batch_of_frames(kind, on_gpu, checkpoints):
+    job, whole = vae_job(kind, checkpoints, rows=12, columns=18, frames=9), Stop()
+    expected = on_gpu.run(job, should_stop=whole).tensor
+    assert whole.asked >= 4
+    for after in (1, whole.asked // 2 + 1):
+        with pytest.raises(Cancelled, match="while the VAE was at work"):
+            on_gpu.run(job, should_stop=Stop(after))
+    assert torch.equal(on_gpu.run(job).tensor, expected)
+
+
+@two_gpus
+@pytest.mark.parametrize("kind", VAE_KINDS)
+def test_a_group_on_gpus_stops_the_vae_on_all_ranks_and_stays_warm(kind, group, checkpoints):
+    small = vae_job(kind, checkpoints, rows=12, columns=18, frames=5)
+    large = vae_job(kind, checkpoints, rows=60, columns=90, frames=41)
+    expected, address = group.run(small).tensor, group.address
+    with pytest.raises(Cancelled, match="while the VAE was at work"):
+        group.run(large, should_stop=lambda: group.status()["state"] == "busy")
+    assert torch.equal(group.run(small).tensor, expected) and group.address == address
 
 
 @one_gpu

@@ -8,6 +8,7 @@ from .comfy_runtime import SHOWN
 from .conftest import TOLERANCE
 
 
+@pytest.mark.slow
 def test_auto_keeps_the_group_that_is_warm_for_a_job_without_guidance_and_for_a_senseless_one(in_comfyui):
     shown, log = in_comfyui("""
 backend = Handle("cpu:2", "auto")
@@ -144,6 +145,7 @@ show(devices=[counted(words) for words in ("auto", "1,3", "2,3", "cpu:2")], own=
     assert shown == {"devices": ["cuda:1", "cuda:1", "cuda:2", "cpu"], "own": "cpu"}
 
 
+@pytest.mark.slow
 def test_a_group_starts_once_its_plan_is_known_and_before_there_is_any_text(nodes):
     shown, _ = nodes("""
 kept = lambda: host._groups.executor and [str(host._groups.executor.plan), host._groups.executor.is_there()]

@@ -12,7 +12,7 @@ import torch
 from parallel_backend.cogvideox import memory, vae
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.engine import STRIP_MARGIN, Engine
-from parallel_backend.jobs import DecodeJob, Model
+from parallel_backend.jobs import DecodeJob, Lora, Model
 from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.split import Split
 from parallel_backend.parallel.strips import Strips
@@ -117,3 +117,15 @@ def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_j
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**50)
     split.other_agrees = False
     assert decide(job) is None
+
+
+def test_weights_are_read_once_whatever_else_of_the_model_changes(make_job, loras):
+    executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=1)
+    changes = ({}, {"dtype": "fp32"}, {"compile": "off"}, {"step_cache": 0.1}, {"loras": (Lora(loras["5b"]),)})
+    for change in (*changes, {"offload": "model"}, {"offload": "none"}):
+        executor.sample(replace(job, model=replace(job.model, **change)))
+    assert executor.engine.loads == 1
+    latent = torch.zeros(1, 16, 1, 4, 4)
+    for change in (*changes, {"offload": "group"}, {"offload": "sequential"}, {"fp8": "linears"}, {"fp8": "all"}):
+        executor.decode(DecodeJob(replace(job.model, **change), latent))
+    assert executor.engine.loads == 2

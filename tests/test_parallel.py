@@ -11,7 +11,8 @@ from parallel_backend.plans import Plan
 
 from .conftest import TOLERANCE
 
-PLANS = ["cfg2", "ulysses2", "ring2", "cfg2-ulysses2", "ulysses2-ring2", "cfg2-ring2"]
+FOUR = ["cfg2-ulysses2", "ulysses2-ring2", "cfg2-ring2"]
+PLANS = ["cfg2", "ulysses2", "ring2", *(pytest.param(plan, marks=pytest.mark.slow) for plan in FOUR)]
 
 
 def masked(*size: int) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ def pipelines(checkpoints):
 )
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 @pytest.mark.parametrize("like", ["2b", "5b", "1.5-5b"])
+@pytest.mark.slow
 def test_latents_equal_those_of_diffusers(like, scheduler, settings, pipelines, make_job, local):
     expected = reference(pipelines[like], scheduler=scheduler, num_frames=settings["size"][2], **settings)
     latents = local.sample(make_job(like, scheduler=scheduler, **settings)).tensor

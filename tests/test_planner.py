@@ -1,10 +1,10 @@
 """The planner predicts by arithmetic: held to operations counted, to what two H100s measured, and to what fits."""
 
+import itertools
 import json
 import os
 from dataclasses import replace
 from datetime import date
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,9 +31,10 @@ from parallel_backend.cogvideox.work import work_of, work_of_job
 from parallel_backend.costs import CPU, Link, predict, weight_bytes
 from parallel_backend.costs import working_bytes as planned_bytes
 from parallel_backend.devices import Devices
+from parallel_backend.errors import RequestError
 from parallel_backend.group.worker import remember
 from parallel_backend.jobs import Model, SampleJob, empty_latent
-from parallel_backend.planner import assumed, choose, predictions
+from parallel_backend.planner import approximations, assumed, choose, predictions
 from parallel_backend.plans import Plan
 
 H100, GIB = machines.KNOWN["H100"], 2**30
@@ -195,7 +196,24 @@ def test_what_does_not_fit_is_not_chosen():
     assert {str(each.plan) for each in found if not each.fits} >= {"cfg2", "ulysses2", "ring2"}
     plan, reason = choose(heads=48, world_size=2, machine=small)
     assert str(plan) == "cfg2-fsdp2"
-    assert reason.endswith("whole, the model would need 12.0 GiB and 9.0 can be counted on")
+    assert reason.endswith("whole, the model would need 13.3 GiB and 10.0 are free")
+
+
+@pytest.mark.parametrize("free", [0.1, 3, 9, 12.5, 14, 20, 80])
+def test_a_plan_fits_where_a_device_has_what_is_shown_that_it_needs(free):
+    for heads, fp8, prompts in itertools.product((30, 48), ("off", "all"), (1, 2, 4)):
+        work = replace(assumed(heads, prompts > 1), fp8=fp8, prompts=prompts)
+        for compiles in (True, False):
+            machine = replace(H100, free=int(free * GIB), compiles=compiles)
+            for each in [*predictions(work, machine, 4), *approximations(work, machine, 4)]:
+                assert each.fits == (each.needed <= machine.free) and each.peak < each.needed
+
+
+@pytest.mark.parametrize("said", ["24 GB", "0", "-1", "nan", "inf"])
+def test_a_limit_of_memory_that_makes_no_sense_is_refused(said, monkeypatch):
+    monkeypatch.setattr(machines, "MEMORY_GIB", said)
+    with pytest.raises(RequestError, match=f"XDIT_MEMORY_GIB is '{said}'; give GiB of each GPU"):
+        machines.allowed(GIB)
 
 
 def test_where_nothing_fits_weights_stay_whole_for_offload_to_move():
@@ -382,8 +400,8 @@ def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatc
     asked = {"heads": 48, "guided": False, "jobs": 4}
     assert resolve("auto", "auto", **asked)[0].replicas == 2
     assert resolve("auto", "auto", **asked, spread=False)[0].replicas == 1
-    group = SimpleNamespace(describe=lambda: {"devices": "0,1", "shared": True, "nodes": 1})
-    monkeypatch.setattr("parallel_backend.group.registry.running", lambda: [group])
+    found = {"a group": {"devices": "0,1", "shared": True, "nodes": 1}}
+    monkeypatch.setattr("parallel_backend.backend.running", lambda: found)
     assert resolve("auto", "auto", **asked)[0].replicas == 1
 
 
@@ -397,6 +415,5 @@ def test_a_running_group_of_ours_holds_memory_that_a_job_is_to_have(gpus, monkey
     gpus("NVIDIA H100 80GB HBM3", free=1 * GIB)
     two = Devices("cuda", (0, 1))
     assert machine_of(two).free == 6 * GIB
-    group = SimpleNamespace(describe=lambda: {"devices": "0,1"})
-    monkeypatch.setattr("parallel_backend.group.registry.running", lambda: [group])
+    monkeypatch.setattr("parallel_backend.backend.running", lambda: {"a group": {"devices": "0,1"}})
     assert machine_of(two).free == 80 * GIB

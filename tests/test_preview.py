@@ -31,6 +31,7 @@ def test_moments_are_spread_from_the_first_to_the_last(frames, expected):
 
 @pytest.mark.parametrize("like", ["2b", "5b", "1.5-5b"])
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+@pytest.mark.slow
 def test_each_picture_is_what_the_vae_makes_of_the_clean_latent(like, scheduler, at_every_step, make_job, local, checkpoints):
     job, shown = make_job(like, size=SIZE, steps=3, scheduler=scheduler), []
     result = local.sample(job, on_picture=shown.append)
@@ -49,7 +50,7 @@ def test_large_videos_are_shown_small_and_a_batch_by_its_first(make_job, local, 
     module = engine._vae(model, Checkpoint.open(model.path), torch.float32)
     latent = torch.randn(2, 16, 3, 50, 70, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
     shown = []
-    previews = preview.Previews(module, scaling=1.0, skipped=1, show=shown.append)
+    previews = preview.Previews(module, scaling=1.0, skipped=1, show=shown.append, go_on=lambda: True)
     previews.look(latent)
     assert shown[0].shape == (50 // 3 * 8, 2 * (70 // 3) * 8, 3)
     previews.look(torch.cat([latent[:1], torch.zeros_like(latent[:1])]))
@@ -99,6 +100,7 @@ def test_who_is_shown_pictures_may_stop_the_job(make_job, local, at_every_step):
 
 
 @pytest.mark.parametrize("plan", ["cfg2", "ulysses2"])
+@pytest.mark.slow
 def test_a_group_shows_pictures_and_makes_the_same_video(plan, start_group, make_job, local, monkeypatch):
     monkeypatch.setenv("XDIT_KEEP_SECONDS", "1e-9")  # it tells its state after every step, too
     shown, expected = [], []

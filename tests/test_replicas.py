@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from parallel_backend import devices as devices_module
 from parallel_backend import paces
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.windows import Layout
@@ -294,7 +295,7 @@ def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(replicas, bat
 def test_gpus_and_cores_are_shared_out_in_order(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(devices_module, "usable_cores", lambda: 8)
     first, second = Devices("cuda", (0, 1, 3, 2)).shared_out(2)
     assert (str(first), str(second)) == ("0,1", "3,2")
     assert second.environment() == {"CUDA_VISIBLE_DEVICES": "3,2", "OMP_NUM_THREADS": "2", "XDIT_RANKS": "0,1"}

@@ -66,6 +66,7 @@ def run_plans(folder, jobs, size: int, plans: list[str]) -> dict[str, tuple[list
 
 
 @pytest.mark.parametrize("size", PLANS)
+@pytest.mark.slow
 def test_plans_that_split_weights_equal_single_and_hold_their_part(size, jobs, single, local, tmp_path):
     exact = {
         id(job): local.sample(replace(job, model=replace(job.model, fp8="off"))).tensor
@@ -89,6 +90,7 @@ def test_plans_that_split_weights_equal_single_and_hold_their_part(size, jobs, s
                 assert all(count == pytest.approx(part, rel=0.05) for count in bytes_held), plan
 
 
+@pytest.mark.slow
 def test_a_group_that_shards_weights_takes_every_kind_of_job(start_group, jobs, single):
     group = start_group("cfg2-fsdp2")
     for job, expected in zip(jobs[1:3], single[1:3]):

@@ -138,19 +138,23 @@ def in_triton():
     return run
 
 
+@pytest.mark.slow
 def test_kernels_compute_what_torch_does(in_triton):
     in_triton(KERNELS)
 
 
+@pytest.mark.slow
 def test_kernels_are_made_for_gpus_by_the_triton_that_is_here(in_triton, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     in_triton(COMPILED, interprets=False)
 
 
+@pytest.mark.slow
 def test_blocks_with_kernels_give_the_same_latents(in_triton, checkpoints):
     in_triton(VIDEOS, *(str(checkpoints[like]) for like in ("2b", "5b", "1.5-5b")))
 
 
+@pytest.mark.slow
 def test_fp8_is_as_near_in_a_group_as_alone(make_job, local, start_group):
     group = start_group("ulysses2-fsdp2")  # whose blocks' rounded weights are gathered
     job = make_job("5b", size=(80, 48, 5), steps=3, scheduler="ddim")

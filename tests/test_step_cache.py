@@ -80,6 +80,7 @@ def test_what_goes_on_is_nearer_than_what_stands_still(job, local, plain, monkey
 
 
 @pytest.mark.parametrize("plan", ["cfg2", "ulysses2", "ring2", "cfg2-ulysses2"])
+@pytest.mark.slow
 def test_every_plan_takes_the_decisions_of_single(plan, job, local, start_group):
     group = start_group(plan)
     for settings in ({"size": (64, 48, 17)}, {"size": (80, 48, 13)}):

@@ -50,6 +50,7 @@ def group(impatient):
         (signal.SIGSTOP, 0, "ddim", "rank 0 was stopped (SIGSTOP) while"),
     ],
 )
+@pytest.mark.slow
 def test_a_lost_job_goes_on_from_its_last_kept_step(how, rank, scheduler, word, group, make_job, local, caplog):
     job = make_job("5b", scheduler=scheduler, steps=12)
     expected = local.sample(job).tensor
@@ -80,6 +81,7 @@ def hurt_rank(group: GroupExecutor, rank: int, how: int) -> None:
         os.kill(launcher, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_takes_its_workers_along_even_a_stopped_one(group, make_job):
     group.sample(make_job("5b", steps=2))
     ranks = rank_processes(group.address)
@@ -108,6 +110,7 @@ def test_an_idle_group_hands_its_memory_back(group, make_job):
     assert torch.equal(group.sample(make_job("5b", steps=2)).tensor, first)
 
 
+@pytest.mark.slow
 def test_a_job_that_loses_the_group_twice_in_one_place_is_not_tried_again(group, make_job, monkeypatch):
     monkeypatch.setenv("XDIT_KEEP_SECONDS", "1000")  # nothing new is kept between the two
     group.close()
@@ -296,6 +299,7 @@ def test_a_step_that_is_not_finite_stops_the_job_with_its_number(make_job):
     assert executor.sample(job).tensor.isfinite().all()
 
 
+@pytest.mark.slow
 def test_what_serve_keeps_is_started_again_and_its_clients_go_on(start_group, make_job, local):
     kept = start_group("cfg2")
     kept.share()

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,7 +130,7 @@ def roomy(checkpoints, monkeypatch):
 
     def place(*free: float, ram: float = 100, beside: float | None = 12, dtype: str = "auto"):
         monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.index] * 2**30)
-        monkeypatch.setattr(text_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=ram * 2**30))
+        monkeypatch.setattr(text_module, "usable_memory", lambda: ram * 2**30)
         devices = [torch.device("cuda", index) for index in range(len(free))] or [CPU] * 2
         return find_place(found, devices, dtype, beside=beside and int(beside * 2**30))
 
@@ -194,7 +193,7 @@ def test_the_transformer_is_there_once_the_text_is(make_job, texts, encoder):
 def test_a_transformer_that_cannot_be_read_meanwhile_is_left_to_the_job(make_job, monkeypatch, caplog):
     job, executor = make_job("5b"), LocalExecutor(CPU)
 
-    def fail(job):
+    def fail(job, **_):
         raise GroupError("rank 1 failed\nsomewhere")
 
     monkeypatch.setattr(executor, "load", fail)

@@ -52,6 +52,7 @@ def with_vae_of(module, frames: int, rows: int, columns: int) -> list[torch.Tens
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.slow
 def test_frames_and_latents_equal_those_of_diffusers(size, tiled, last, our_vae, diffusers_vae):
     vae_layers.set_memory_format(our_vae, last=last)
     for module in (our_vae, diffusers_vae):
@@ -163,6 +164,7 @@ for one, other in zip(with_vae_of(ours, 3, 2, 3), with_vae_of(theirs, 3, 2, 3)):
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.slow
 def test_kernels_compute_what_torch_does():
     """In a process of its own: Triton decides when it is imported whether it interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

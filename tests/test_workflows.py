@@ -89,6 +89,7 @@ def results(checkpoints, tmp_path_factory) -> tuple[dict, str]:
 
 
 @pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+@pytest.mark.slow
 def test_a_shipped_workflow_runs_on_two_processes(name, results):
     if name == COMFYUI_ALONE:
         pytest.skip(f"{name}.json needs the loaders of a real ComfyUI; tests/test_comfyui.py runs it there")

@@ -13,10 +13,10 @@ import psutil
 
 from parallel_backend.group.registry import GroupAddress, running
 
-from .conftest import REPO, wait_until
+from .conftest import PATIENCE, REPO, wait_until
 
-SILENT_SECONDS = 4.0
-"""In which the tests' hosts notice that another is silent."""
+SILENT_SECONDS = 10.0
+"""In which the tests' hosts notice that another is silent. On a loaded machine a process stands still for seconds."""
 
 
 class Network:
@@ -133,7 +133,7 @@ class TwoHosts:
 
     def address(self) -> GroupAddress:
         """The group, once the first host's ``serve`` has made its folder."""
-        assert wait_until(lambda: running() or self.served[0].poll() is not None, 120) and running(), self.said(0)
+        assert wait_until(lambda: running() or self.served[0].poll() is not None, PATIENCE) and running(), self.said(0)
         return running()[0]
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class TwoHosts:
             process.kill()
             process.wait()
         for host in (0, 1):
-            wait_until(lambda host=host: not self.processes(host), 20)
+            wait_until(lambda host=host: not self.processes(host), PATIENCE)
             for process in self.processes(host):
                 process.kill()
         self.network.close()

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from einops import rearrange
 
-from ..errors import Cancelled
+from ..errors import Cancelled, NotFinite
 from ..jobs import Progress, SampleJob, WindowJob
 from . import conditions
 from .checkpoint import Checkpoint
@@ -198,7 +198,7 @@ def denoise(
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
     Raises:
         Cancelled: when ``on_step`` or ``on_window`` asked to stop.
-        FloatingPointError: at the first step that is not finite.
+        NotFinite: at the first step that is not finite.
     """
     scheduler = checkpoint.make_scheduler(job.scheduler)
     generator = torch.Generator("cpu").manual_seed(job.seed)
@@ -226,7 +226,7 @@ def denoise(
     def tell(step: Ended) -> None:
         which = f"step {step.progress.step} of {len(timesteps)}"
         if not step.is_finite():
-            raise FloatingPointError(f"{which} is not finite in {dtype}; use dtype bf16 or fp32")
+            raise NotFinite(f"{which} is not finite in {dtype}; use dtype bf16 or fp32")
         if not on_step(step.progress, len(timesteps)):
             raise Cancelled(f"stopped after {which}")
 
@@ -316,7 +316,9 @@ def dpm_step(
     if history is not None and after >= 0:
         noise = draw(latents, generator, drawn)  # that scheduler draws anew, so the first is passed over
         towards = of_both[0] * clean - of_both[1] * history
-    return of_latents * latents - of_clean * towards + of_noise * noise.to(latents.device, non_blocking=True), clean
+    return of_latents * latents - of_clean * towards + of_noise * noise.to(
+        latents.device, non_blocking=noise.is_pinned()
+    ), clean
 
 
 def draw(like: torch.Tensor, generator: torch.Generator, drawn: tuple[int, slice]) -> torch.Tensor:

@@ -141,7 +141,7 @@ def build(
         full_size: the real shapes, in the dtype of the real checkpoint; else small and float32.
         seed: of all weights.
         device: where to draw the weights; a GPU is quick for the full size.
-        text_layers: of the text encoder, whose real 24 are 9 GB.
+        text_layers: of the text encoder, whose real 24 are 9 GiB.
         layers: of the transformer; 3 of a small one unless said otherwise.
     """
     from diffusers import (
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--text-layers", type=int, help="of the text encoder; the real 24 are 9 GB")
+    parser.add_argument("--text-layers", type=int, help="of the text encoder; the real 24 are 9 GiB")
     args = parser.parse_args()
     build(
         args.output,

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from ..costs import HEADROOM
+from ..limits import usable_memory
 from . import memory, prompt_weights, weights
 from .checkpoint import Checkpoint
+from .stopping import GoOn, always, check
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: s
     def needs(device: torch.device) -> int:
         return checkpoint.weight_bytes("text_encoder", checkpoint.dtype(dtype, device)) + WORKING_BYTES
 
-    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type == "cuda"}
+    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type != "cpu"}
     if room:
         device = max(room, key=room.get)
         need, found = needs(device), checkpoint.dtype(dtype, device)
@@ -51,14 +52,14 @@ def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: s
             return Place(device, found, alongside=beside is not None and need + beside <= room[device])
         note = f"the text is encoded on the CPU: that needs {need / 2**30:.1f} GiB and {device} can give {room[device] / 2**30:.1f}"
         return Place(CPU, on_cpu(checkpoint, dtype, device), alongside=beside is not None, note=note)
-    left = psutil.virtual_memory().available * HEADROOM - needs(CPU)
+    left = usable_memory() * HEADROOM - needs(CPU)
     return Place(CPU, on_cpu(checkpoint, dtype, CPU), alongside=beside is not None and beside * len(devices) <= left)
 
 
 def on_cpu(checkpoint: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
     """What to encode in on the CPU: ``auto`` is float32 where memory allows, else what a device would."""
     found = checkpoint.dtype(dtype, CPU)
-    fits = checkpoint.weight_bytes("text_encoder", found) <= psutil.virtual_memory().available * HEADROOM
+    fits = checkpoint.weight_bytes("text_encoder", found) <= usable_memory() * HEADROOM
     return found if fits else checkpoint.dtype(dtype, device)
 
 
@@ -72,6 +73,9 @@ class TextEncoder:
         dtype: of the weights and of the result.
         say: called with a line for the user: what of a prompt is not used, and where it is encoded instead.
     """
+
+    go_on: GoOn = staticmethod(always)
+    """Asked before each block of the encoder whether the text is still wanted."""
 
     def __init__(
         self,
@@ -142,6 +146,7 @@ class TextEncoder:
         token_ids, token_weights = zip(*self.weigh(prompt))
         return self.encode([list(token_ids)], [list(token_weights)])
 
+    @memory.one_kind_of_error()
     def _encode(self, token_ids: list[list[int]], token_weights: list[list[float]] | None) -> torch.Tensor:
         self._encoder.to(self.device)
         states = self._encoder(torch.tensor(token_ids, device=self.device))[0]
@@ -156,7 +161,10 @@ class TextEncoder:
         """Reads the weights, if they are not there. Changes torch's defaults meanwhile, so no other thread may make a model."""
         self._forget_changed()
         if self._encoder is None:
+            check(self.go_on, "the text was encoded")
             self._encoder = self.checkpoint.load_text_encoder(self.dtype)
+            for block in self._encoder.encoder.block:
+                block.register_forward_pre_hook(lambda *_: check(self.go_on, "the text was encoded"))
 
     def _forget_changed(self) -> None:
         """Drops tokenizer and encoder when their files are no longer those that were read."""

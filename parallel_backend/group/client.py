@@ -38,6 +38,8 @@ STATUS_SECONDS = 30.0
 """At most this long for a group to say what it does, which needs no rank to be idle."""
 RECOVERY_SECONDS = 60.0
 """At most this long from a broken connection until the group's end is known, or it answers again."""
+SWEPT_SECONDS = 3.0
+"""At least this long until a group whose folder is gone is given up."""
 ABSENT, STARTING, WAITING = "absent", "starting", "waiting for the other hosts"
 """States of a group that holds nothing."""
 
@@ -269,7 +271,7 @@ class GroupExecutor(Executor):
             return not (isinstance(error, FileNotFoundError) and address in running() and waited < START_SECONDS)
         if not self._launcher.is_running():
             return True
-        if not address.folder.exists():
+        if not address.folder.exists() and waited > SWEPT_SECONDS:  # its processes may be ending, and remove it themselves
             return ExitCause(f"its folder {address.folder} was removed", by_itself=False)
         if self._launcher.is_mute():
             what = f"{group_python()} did not run this pack within {HELLO_SECONDS:.0f} s; correct XDIT_PYTHON"

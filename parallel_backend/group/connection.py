@@ -1,5 +1,6 @@
 """A connection to a group, or to one of its clients, on which no wait is without a deadline."""
 
+import os
 import socket
 import struct
 import time
@@ -68,6 +69,15 @@ def bounded(end: socket.socket, *, sending: float = STALL_SECONDS, receiving: fl
     """Has the kernel end a read or write of a socket that does not get on for so many seconds; 0 waits for ever."""
     for option, seconds in ((socket.SO_SNDTIMEO, sending), (socket.SO_RCVTIMEO, receiving)):
         end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+
+
+def hang_up(connection: Connection) -> None:
+    """Ends a connection for both sides, also where another thread waits in it: closing its descriptor would not."""
+    try:
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+    except OSError:  # the other side, or this one, was first
+        return
 
 
 def connect(path: str, key: bytes, should_stop: Callable[[], bool]) -> Connection:

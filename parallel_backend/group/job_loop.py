@@ -11,6 +11,7 @@ import torch
 
 from ..cogvideox import checks
 from ..cogvideox.checkpoint import Checkpoint
+from ..config import CONFIG
 from ..costs import Link
 from ..engine import Engine
 from ..errors import Cancelled, RequestError
@@ -31,11 +32,11 @@ LOAD_SECONDS = 1800.0
 """Reading weights and the first step, or a whole decode, take at most this long."""
 STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
 """A later step takes at most the greater of this long and so many times the longest before it; the second by the first, loading and all."""
-IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
+IDLE_SECONDS = 60 * CONFIG.idle_minutes or None
 """A group that had nothing to do for so long lets go of its weights; None never does."""
 HOST = os.environ.get("XDIT_HOST")
 """This host, for a person, where a group has several."""
-KEEP_SECONDS = float(os.environ.get("XDIT_KEEP_SECONDS") or 1)
+KEEP_SECONDS = CONFIG.keep_seconds
 """The caller gets a sampling job's state so often, to go on from when the group is lost."""
 
 

@@ -5,15 +5,16 @@ rendezvous. So it belongs on a private network.
 """
 
 import json
-import os
 import socket
 import threading
 import time
 from contextlib import suppress
 from typing import Any
 
+from ..config import CONFIG
+
 BEAT_SECONDS = 1.0
-SILENT_SECONDS = float(os.environ.get("XDIT_SILENT_SECONDS") or 10)
+SILENT_SECONDS = CONFIG.silent_seconds
 """A host that says nothing for so long is gone."""
 PART_SECONDS = 2.0
 MAX_LINE = 2**17

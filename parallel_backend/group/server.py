@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, Listener, answer_challenge, d
 from typing import Any
 
 from . import protocol
-from .connection import HANDSHAKE_SECONDS, Patient, bounded
+from .connection import HANDSHAKE_SECONDS, Patient, bounded, hang_up
 from .protocol import Message, ProtocolError
 from .registry import GroupAddress
 
@@ -74,7 +74,7 @@ class Request:
             self.answer(refusal(error))
         except OSError:  # it has gone, or hangs; half a message may be on its way, so it must connect again
             self.cancelled.set()
-            self.connection.close()
+            hang_up(self.connection)
 
 
 class Server:
@@ -89,6 +89,7 @@ class Server:
         self._key = address.key
         self._status = status
         self._requests: queue.Queue[Request] = queue.Queue()
+        self._closed = threading.Event()
         self._listener = Listener(address.socket, family="AF_UNIX", backlog=CLIENTS)
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
@@ -104,11 +105,18 @@ class Server:
         """Requests in the queue."""
         return self._requests.qsize()
 
+    def close(self) -> None:
+        """Listens no more."""
+        self._closed.set()
+        self._listener.close()
+
     def _accept(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 connection = self._listener.accept()
             except OSError as error:  # no descriptor is left, say
+                if self._closed.is_set():
+                    return
                 logger.warning("a client was not accepted: %s", error)
                 time.sleep(0.5)
                 continue
