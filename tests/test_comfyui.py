@@ -242,7 +242,7 @@ def test_save_video_takes_what_core_nodes_give_and_finds_a_bad_name_before_anyth
         made = iio.imread(server.base / "output" / one["filename"], plugin="pyav")
         assert made.shape == (2, 48, 64, 3) and np.abs(made[0, 24, 32].astype(int) - (255, 0, 0)).max() < 4
     prompt["4"]["inputs"]["value"] = 0.0
-    with pytest.raises(RuntimeError, match="fps is 0.0; use a number from 1 to 240"):
+    with pytest.raises(RuntimeError, match="fps is 0.0; use 1.0 to 120.0"):
         server.run(prompt)
     prompt["6"]["inputs"]["filename_prefix"] = "x" * 300
     with pytest.raises(RuntimeError, match="File name too long"):
