@@ -30,7 +30,7 @@ if wanted offload; then
   done
 fi
 if wanted image; then
-  python3 -c "import imageio, numpy; imageio.imwrite('$work/start.png', numpy.indices((480, 720)).sum(0).astype('uint8'))"
+  python3 -c "import numpy, PIL.Image as i; i.fromarray(numpy.indices((480, 720)).sum(0).astype('uint8')).save('$work/start.png')"
   for model in ${IMAGE_MODELS:-5b-i2v 1.5-5b-i2v}; do
     run "build $model" python3 -m parallel_backend.cogvideox.random_weights --like $model --output "$work/$model" $like
     run "generate $model" python3 -m parallel_backend generate --model "$work/$model" --plan single ${DEVICES:-} $size \

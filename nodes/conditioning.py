@@ -1,6 +1,7 @@
 """Latents to start from, and the core's conditioning as this pack's text states and conditions."""
 
-import logging
+from collections.abc import Callable
+from itertools import pairwise
 
 import node_helpers
 import torch
@@ -10,12 +11,14 @@ from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import empty_latent
 from .sockets import CATEGORY
 
-logger = logging.getLogger(__name__)
-
 CONCAT, CONCAT_MASK = "concat_latent_image", "concat_mask"
 """The core's own names in a conditioning for a latent that is concatenated to the noise, and for where it is made anew."""
 IMAGE_SCALE, CONTROL = "cogvideox_image_scale", "cogvideox_control"
 """This pack's: a name of ``jobs.IMAGE_SCALES``, and the fields of a job that a control video sets."""
+START, END = "start_percent", "end_percent"
+"""The core's: the shares of the steps between which a prompt holds."""
+USED = {"pooled_output", CONCAT, CONCAT_MASK, IMAGE_SCALE, CONTROL, START, END}
+"""All that the sampler reads; T5 has no pooled output."""
 
 
 def size_inputs() -> list:
@@ -76,9 +79,14 @@ def with_values(positive, negative, values: dict) -> tuple:
     return tuple(node_helpers.conditioning_set_values(prompt, values) for prompt in (positive, negative))
 
 
-def conditions_of(conditioning) -> dict:
-    """The conditions that a conditioning carries, as fields of a sampling job."""
-    options = conditioning[0][1]
+def conditions_of(conditioning, name: str, say: Callable[[str], None]) -> dict:
+    """The conditions that a conditioning carries, as fields of a sampling job; see :func:`text_fields`."""
+    carried = [options for _, options in conditioning if CONCAT in options or CONTROL in options]
+    if not carried:
+        return {}
+    options = carried[0]
+    if any(other.get(key) is not options.get(key) for other in carried for key in (CONCAT, CONTROL)):
+        say(f"the prompts of {name} carry different images or videos; those of the first are used")
     fields = dict(options.get(CONTROL, {}))
     if CONCAT not in options:
         return fields
@@ -87,23 +95,74 @@ def conditions_of(conditioning) -> dict:
     return {**fields, "image": options[CONCAT], "image_scale": options.get(IMAGE_SCALE, "auto")}
 
 
-def text_states(conditioning, name: str, *, limit: int) -> torch.Tensor:
-    """The text states of a conditioning, cut to a model's token limit.
+def text_fields(conditioning, name: str, *, limit: int, say: Callable[[str], None]) -> dict:
+    """The text states of a conditioning as fields of a sampling job: one prompt, or several in turn.
 
     Args:
-        conditioning: the core's, ``[[states, options], …]``; the first entry is used.
-        name: of the input, for messages.
+        conditioning: the core's, ``[[states, options], …]``; options may have the range of steps of Conditioning Set Timestep
+            Range.
+        name: of the input and of the field.
         limit: tokens the model takes.
+        say: called with a line for each thing that is not used.
     Raises:
-        RequestError: for another pack's tensors under the same socket name.
+        RequestError: for another pack's tensors under the same socket name, and for prompts that do not go together.
     """
     check_conditioning(conditioning, name)
-    states, options = conditioning[0]
-    if len(conditioning) > 1:
-        logger.warning("%s has %d entries; the first is used", name, len(conditioning))
-    if ignored := sorted(set(options) - {"pooled_output", CONCAT, CONCAT_MASK, IMAGE_SCALE, CONTROL}):
-        logger.warning("%s carries %s, which CogVideoX does not use", name, ", ".join(ignored))
-    if states.shape[1] > limit:
-        logger.warning("%s has %d tokens; the model takes %d, the rest is cut off", name, states.shape[1], limit)
-        states = states[:, :limit]
-    return states
+    if not conditioning:
+        raise RequestError(f"{name} has no prompt; use CLIP Text Encode")
+    turns, lines = turns_of([(options.get(START, 0.0), options.get(END, 1.0)) for _, options in conditioning])
+    for line in lines:
+        say(f"{name}: {line}")
+    used = [conditioning[number] for number in turns.values()]
+    if ignored := sorted({option for _, options in used for option in options} - USED):
+        say(f"{name} carries {', '.join(ignored)}, which CogVideoX does not use")
+    longest = max(states.shape[1] for states, _ in used)
+    if longest > limit:
+        say(f"{name} has {longest} tokens; the model takes {limit}, the rest is cut off")
+    prompts = [states[:, :limit] for states, _ in used]
+    if len(prompts) == 1:
+        return {name: prompts[0]}
+    if len({prompt.shape[1:] for prompt in prompts}) > 1 or len({len(prompt) for prompt in prompts} - {1}) > 1:
+        shapes = ", ".join(str(tuple(prompt.shape)) for prompt in prompts)
+        raise RequestError(f"the prompts of {name} are {shapes}; they must be alike: encode all of them with the model's CLIP")
+    return {name: torch.stack(torch.broadcast_tensors(*prompts), dim=1), f"{name}_starts": tuple(turns)}
+
+
+def turns_of(ranges: list[tuple[float, float]]) -> tuple[dict[float, int], list[str]]:
+    """Which prompt is used when, one at a time.
+
+    Args:
+        ranges: of each prompt, the shares of the steps at which it begins and ends.
+    Returns:
+        By the share of the steps at which it begins, each prompt's number; and what differs from the ranges, in lines.
+    """
+    edges = sorted({0.0, *(edge for both in ranges for edge in both if 0 < edge < 1)})
+    spans = list(pairwise((*edges, 1.0)))
+    holding = [
+        [number for number, (first, last) in enumerate(ranges) if first <= start and end <= last] for start, end in spans
+    ]
+    number = next((numbers[0] for numbers in holding if numbers), 0)
+    turns: dict[float, int] = {}
+    for (start, _), numbers in zip(spans, holding):
+        before, number = number, numbers[0] if numbers else number
+        if not turns or number != before:
+            turns[start] = number
+    lines = []
+    if several := [span for span, numbers in zip(spans, holding) if len(numbers) > 1]:
+        lines.append(f"several prompts hold for {shown(several)} of the steps; the first of them is used")
+    if none := [span for span, numbers in zip(spans, holding) if not numbers]:
+        lines.append(f"no prompt holds for {shown(none)} of the steps; the one before goes on, or the first begins sooner")
+    if unused := sorted(set(range(len(ranges))) - set(turns.values())):
+        lines.append(f"prompt {', '.join(str(number + 1) for number in unused)} of {len(ranges)} is not used")
+    return turns, lines
+
+
+def shown(spans: list[tuple[float, float]]) -> str:
+    """Spans in percent, joined where one begins at the other's end."""
+    joined: list[list[float]] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1][1] = end
+        else:
+            joined.append([start, end])
+    return ", ".join(f"{100 * start:.4g} to {100 * end:.4g} %" for start, end in joined)

@@ -45,7 +45,12 @@ class CogVideoXDecode(io.ComfyNode):
         if not isinstance(vae, VaeHandle):
             return io.NodeOutput(decode_with_core(vae, latent, tiling, tile_size, overlap))
         job = DecodeJob(vae.model, latent, tiling, tile_size, overlap)
-        return io.NodeOutput(host.run(job, backend, cls.hidden.unique_id).tensor.flatten(0, 1))
+        node_id = cls.hidden.unique_id
+        videos = host.run(job, backend, node_id).tensor
+        if len(videos) > 1:
+            line = f"{len(videos)} videos of {videos.shape[1]} frames follow one another"
+            host.say(f"{line}: set videos of Save Video (MP4) to {len(videos)} for a file each", node_id)
+        return io.NodeOutput(videos.flatten(0, 1))
 
 
 def check_vae(vae) -> None:

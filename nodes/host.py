@@ -1,24 +1,22 @@
-"""Everything of ComfyUI's that the nodes touch: folders, progress, interrupts, memory, and who runs jobs."""
+"""Everything of ComfyUI's that the nodes touch: progress, interrupts, memory, and who runs jobs; folders are in :mod:`.model_folders`."""
 
 import atexit
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import comfy.model_management as management
 import comfy.utils
-import folder_paths
 import torch
 from comfy.cli_args import LatentPreviewMethod
 from comfy.cli_args import args as settings
 from PIL import Image
 
-from ..parallel_backend import models
-from ..parallel_backend.backend import Keeper, resolve
-from ..parallel_backend.cogvideox import checks, single_file
+from ..parallel_backend.backend import AS_ASKED, Keeper, resolve
+from ..parallel_backend.cogvideox import checks
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
-from ..parallel_backend.cogvideox.lora import SUFFIXES
 from ..parallel_backend.cogvideox.memory import working_bytes
 from ..parallel_backend.cogvideox.work import work_of, work_of_job
 from ..parallel_backend.costs import HEADROOM
@@ -28,14 +26,12 @@ from ..parallel_backend.executor import Executor
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
 from ..parallel_backend.pieces import has_windows_to_share, windows_of
-from ..parallel_backend.plans import AUTO
+from ..parallel_backend.plans import AUTO, Plan
+from . import lines
 from .memory import HeldWeights
+from .model_folders import find_lora, find_model, lora_files, model_names  # noqa: F401 - nodes ask the host for these
 
 logger = logging.getLogger(__name__)
-
-MODEL_FOLDERS = ("CogVideo", "diffusers")
-LORA_FOLDERS = {"loras": "", "cogvideox_loras": "CogVideo/loras/"}
-"""ComfyUI's name of each folder, the second being the CogVideoX wrapper's, and what its files are shown with."""
 
 SLACK = 0.02
 """Of weights: ComfyUI makes room for a tenth more of them, a job leaves a tenth of what is free, which is a little more than that."""
@@ -44,85 +40,6 @@ _groups = Keeper()
 _held: dict[Executor, HeldWeights] = {}
 _local: dict[torch.device, LocalExecutor] = {}
 atexit.register(_groups.close)
-
-
-def roots_of(kind: str) -> list[Path]:
-    """Where ComfyUI keeps a kind of models."""
-    try:
-        return [Path(root) for root in folder_paths.get_folder_paths(kind)]
-    except KeyError:
-        return [Path(folder_paths.models_dir) / kind]
-
-
-def model_folders() -> dict[str, Path]:
-    """The checkpoint folders that can be loaded, by the name shown."""
-    found = {}
-    for kind in MODEL_FOLDERS:
-        for root in roots_of(kind):
-            for config in sorted(root.glob("*/transformer/config.json")):
-                found.setdefault(f"{kind}/{config.parent.parent.name}", config.parent.parent)
-    return found
-
-
-def model_files() -> dict[str, Path]:
-    """The single files of CogVideoX transformers, by the name shown; other models in the same folders are left out."""
-    beside = {f"CogVideo/{path.name}": path for root in roots_of("CogVideo") for path in sorted(root.glob("*.safetensors"))}
-    core = {
-        name: folder_paths.get_full_path("diffusion_models", name)
-        for name in folder_paths.get_filename_list("diffusion_models")
-    }
-    found = beside | {f"diffusion_models/{Path(name).as_posix()}": Path(path) for name, path in core.items() if path}
-    return {name: path for name, path in found.items() if single_file.is_cogvideox(path)}
-
-
-def model_names() -> list[str]:
-    """The names of all models: those that come with the pack first, then folders, then files."""
-    return [*models.shipped(), *model_folders(), *model_files()]
-
-
-def find_model(name: str) -> Path:
-    """The folder or file of a name.
-
-    Raises:
-        RequestError: for a name that is not in the list.
-    """
-    if name in models.shipped():
-        return models.shipped()[name]
-    found = model_folders() | model_files()
-    if name not in found:
-        raise RequestError(
-            f"there is no model '{name}'; put a folder into models/CogVideo or models/diffusers, or a .safetensors file into "
-            "models/diffusion_models"
-        )
-    return found[name]
-
-
-def lora_files() -> dict[str, Path]:
-    """The LoRA files that can be loaded, by the name shown."""
-    found = {}
-    for kind, shown in LORA_FOLDERS.items():
-        try:
-            roots = folder_paths.get_folder_paths(kind)
-        except KeyError:  # without the wrapper nobody has told ComfyUI of its folder
-            roots = [str(Path(folder_paths.models_dir) / "CogVideo" / "loras")]
-        for root in roots:
-            names, _ = folder_paths.recursive_search(root, [".git"])
-            for name in sorted(names):
-                if name.endswith(SUFFIXES):
-                    found.setdefault(shown + name, Path(root) / name)
-    return found
-
-
-def find_lora(name: str) -> Path:
-    """The file of a name.
-
-    Raises:
-        RequestError: for a name that is not in the list.
-    """
-    files = lora_files()
-    if name not in files:
-        raise RequestError(f"there is no LoRA '{name}' in models/loras or models/CogVideo/loras; put its .safetensors there")
-    return files[name]
 
 
 def text_device() -> torch.device:
@@ -136,15 +53,25 @@ def make_room(size: int, device: torch.device) -> None:
         management.free_memory(size / HEADROOM + SLACK * size, device)
 
 
-def say(line: str, node_id: str | None, *, level: int = logging.INFO) -> None:
-    """One line to the person: in the log, and in the node."""
+def say(line: str, node_id: str | None = None, *, level: int = logging.INFO) -> None:
+    """One line to the user: in the log, and in the node, by default the one that is executing."""
     logger.log(level, line)
-    try:
-        from server import PromptServer
+    lines.show(line, level, node_id)
 
-        PromptServer.instance.send_progress_text(line, node_id)
-    except (ImportError, AttributeError, TypeError):
-        logger.debug("no front end to show the line in")
+
+def is_wanted() -> bool:
+    """Whether the user has not cancelled what runs."""
+    return not management.processing_interrupted()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, what stops because the user cancelled it ends as ComfyUI's own interruption does."""
+    try:
+        yield
+    except Cancelled:
+        management.throw_exception_if_processing_interrupted()
+        raise
 
 
 def local(device: torch.device | None = None) -> LocalExecutor:
@@ -227,14 +154,23 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
     plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, **wants)
     checks.check_plan(checkpoint, plan, job)
     if plan.world_size == 1:
-        say(f"plan single on {devices}: {reason}", node_id)
+        report_plan(plan, devices, reason, node_id)
         return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)
     executor = _groups.get(plan, devices, among=among if backend.plan == AUTO else None)
     executor.start()
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it
-    say(f"plan {plan} on {devices}: {reason}", node_id)
+    report_plan(plan, devices, reason, node_id)
     return executor
+
+
+def report_plan(plan: Plan, devices: Devices, reason: str, node_id: str | None) -> None:
+    """Says which plan is used and why; one that the user has set is only logged."""
+    line = f"plan {plan} on {devices}: {reason}"
+    if reason == AS_ASKED:
+        logger.info(line)
+    else:
+        say(line, node_id)
 
 
 def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
@@ -262,18 +198,17 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
         management.soft_empty_cache()  # what this process keeps, another one cannot take
     management.load_models_gpu([held], memory_required=working / HEADROOM + SLACK * held.model_size())
     stop = management.processing_interrupted
-    try:
-        if isinstance(job, SampleJob):
-            result = executor.sample(job, on_step=on_step, should_stop=stop, on_picture=on_picture if pictures else None)
-        elif isinstance(job, DecodeJob):
-            result = executor.decode(job, should_stop=stop)
-        else:
-            result = executor.encode(job, should_stop=stop)
-    except Exception as error:
-        held.forget()
-        if isinstance(error, Cancelled):
-            management.throw_exception_if_processing_interrupted()
-        raise
+    with interruptible():
+        try:
+            if isinstance(job, SampleJob):
+                result = executor.sample(job, on_step=on_step, should_stop=stop, on_picture=on_picture if pictures else None)
+            elif isinstance(job, DecodeJob):
+                result = executor.decode(job, should_stop=stop)
+            else:
+                result = executor.encode(job, should_stop=stop)
+        except Exception:
+            held.forget()
+            raise
     say(summary(job, result.report), node_id)
     for note in result.report.notes:
         say(note, node_id, level=logging.WARNING)

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import COMPILES, DTYPES, FP8S, OFFLOADS, Model
 from . import host
 from .sockets import CATEGORY, ClipHandle, ModelHandle, ModelSocket, VaeHandle
@@ -78,6 +79,14 @@ class LoadCogVideoX(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **kwargs) -> str | None:
+        """Has ComfyUI run the node, and the nodes after it, again when a file of the model was replaced."""
+        try:
+            return Checkpoint.fingerprint(host.find_model(model_name))
+        except RequestError:  # which running the node says
+            return None
 
     @classmethod
     def execute(

@@ -1,11 +1,14 @@
 """CogVideoX Sampler."""
 
+import logging
+from functools import partial
+
 from comfy_api.latest import io
 
 from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
 from ..parallel_backend.plans import AUTO
 from . import host
-from .conditioning import conditions_of, text_states
+from .conditioning import conditions_of, text_fields
 from .sockets import CATEGORY, BackendSocket, ModelSocket
 
 
@@ -62,12 +65,14 @@ class CogVideoXSampler(io.ComfyNode):
         cls, model, positive, negative, latent, seed, steps, cfg, scheduler, dynamic_cfg, denoise, backend=None
     ) -> io.NodeOutput:
         """Builds the job and has it run."""
-        limit = model.checkpoint.text_tokens
+        node_id = cls.hidden.unique_id
+        say = partial(host.say, node_id=node_id, level=logging.WARNING)
+        text = {"limit": model.checkpoint.text_tokens, "say": say}
         job = SampleJob(
             model.model,
-            text_states(positive, "positive", limit=limit),
-            latent["samples"],
-            text_states(negative, "negative", limit=limit),
+            latent=latent["samples"],
+            **text_fields(positive, "positive", **text),
+            **text_fields(negative, "negative", **text),
             seed=seed,
             steps=steps,
             cfg=cfg,
@@ -76,9 +81,8 @@ class CogVideoXSampler(io.ComfyNode):
             denoise=denoise,
             windows=model.windows,
             pipefusion_warmup=backend.pipefusion_warmup if backend else SampleJob.pipefusion_warmup,
-            **conditions_of(positive),
+            **conditions_of(positive, "positive", say),
         )
-        node_id = cls.hidden.unique_id
         if "noise_mask" in latent:
-            host.say("the latent's mask is not used; CogVideoX Inpaint gives one to an inpaint model", node_id)
+            say("the latent's mask is not used; CogVideoX Inpaint gives one to an inpaint model")
         return io.NodeOutput({"samples": host.run(job, backend, node_id).tensor})

@@ -1,15 +1,22 @@
 """Save Video."""
 
 import json
+import logging
 import re
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import folder_paths
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..parallel_backend import video
+from ..parallel_backend.errors import RequestError, WriteFailure, first_line
+from ..parallel_backend.files import check_writable
+from ..parallel_backend.pictures import checked_pictures
+from . import host
 from .sockets import CATEGORY
 
 DATE = re.compile("%date:([^%]*)%")
@@ -26,8 +33,46 @@ def with_dates(name: str, now: datetime) -> str:
     return DATE.sub(lambda date: DATE_FIELDS.sub(digits, date[1]), name)
 
 
+def place(filename_prefix: str, *, width: int = 0, height: int = 0) -> tuple[Path, str, int, str]:
+    """Returns a prefix's folder, name, first free number and subfolder, once a file could be written there.
+
+    Raises:
+        RequestError: when no such file can be made.
+        WriteFailure: when the disk is full.
+    """
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            with_dates(str(filename_prefix), datetime.now()), folder_paths.get_output_directory(), width, height
+        )
+    except Exception as error:  # of several kinds: the core raises a plain Exception where a prefix leads out of the folder
+        raise RequestError(f"filename_prefix {filename_prefix!r} cannot be used: {first_line(error)}; use another") from error
+    check_writable(numbered(Path(folder), name, counter))
+    return Path(folder), name, counter, subfolder
+
+
+def numbered(folder: Path, name: str, counter: int) -> Path:
+    """The core's way to number files."""
+    return folder / f"{name}_{counter:05}_.mp4"
+
+
+def clips(images: torch.Tensor, videos: int) -> list[torch.Tensor]:
+    """Cuts images into videos of one length, ``[frames, height, width, 3]`` each. A batch of videos is one already.
+
+    Raises:
+        RequestError: for images that cannot be cut so, or that :func:`.pictures.checked_pictures` refuses.
+    """
+    if isinstance(images, torch.Tensor) and images.ndim == 5 and videos == 1:
+        videos = max(1, len(images))
+    frames = checked_pictures(images, "images")
+    if videos < 1 or len(frames) % videos:
+        raise RequestError(
+            f"{len(frames)} images are not {videos} videos of one length; set videos to the latent's batch_size, or to 1"
+        )
+    return list(frames.chunk(int(videos)))
+
+
 class SaveVideo(io.ComfyNode):
-    """Frames to an MP4 in the output folder, shown in the node, with the workflow inside it."""
+    """Frames to MP4s in the output folder, shown in the node, with the workflow inside it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -43,23 +88,41 @@ class SaveVideo(io.ComfyNode):
                     "fps", default=8.0, min=1.0, max=120.0, step=1.0, tooltip="CogVideoX 1.0 makes 8, 1.5 makes 16."
                 ),
                 io.String.Input("filename_prefix", default="video/CogVideoX"),
+                io.Int.Input(
+                    "videos",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="How many videos the images are, one after the other: the latent's batch_size. Each gets a file.",
+                ),
             ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, images, fps: float, filename_prefix: str) -> io.NodeOutput:
-        """Writes the file and hands it to the node's preview."""
-        height, width = images.shape[1:3]
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            with_dates(filename_prefix, datetime.now()), folder_paths.get_output_directory(), width, height
-        )
-        path = Path(folder) / f"{name}_{counter:05}_.mp4"
-        video.check_writable(path)
-        video.save(path, images, fps=fps, metadata=cls.metadata())
-        saved = {"filename": path.name, "subfolder": subfolder, "type": "output"}
-        return io.NodeOutput(ui={"images": [saved], "animated": (True,)})
+    def validate_inputs(cls, filename_prefix=None) -> bool | str:
+        """Finds a place that cannot be written to before the workflow runs."""
+        try:
+            if isinstance(filename_prefix, str):  # it is None where another node gives it
+                place(filename_prefix)
+        except (RequestError, WriteFailure) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, images, fps: float, filename_prefix: str, videos: int = 1) -> io.NodeOutput:
+        """Writes the files and hands them to the node's preview."""
+        found = clips(images, videos)
+        rows, columns = found[0].shape[1:3]
+        folder, name, counter, subfolder = place(filename_prefix, width=columns, height=rows)
+        say = partial(host.say, node_id=cls.hidden.unique_id, level=logging.WARNING)
+        paths = [numbered(folder, name, counter + index) for index in range(len(found))]
+        for path, frames in zip(paths, found):
+            video.save(path, frames, fps=fps, metadata=cls.metadata(), say=say)
+        saved = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
+        return io.NodeOutput(ui={"images": saved, "animated": (True,)})
 
     @classmethod
     def metadata(cls) -> dict[str, str]:

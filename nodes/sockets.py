@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from ..parallel_backend.cogvideox.text import WORKING_BYTES, TextEncoder, find_p
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
 from . import host
-
-logger = logging.getLogger(__name__)
 
 CATEGORY = "CogVideoX xDiT"
 
@@ -63,7 +62,9 @@ class ClipHandle:
         if self._encoder is None:
             device = host.text_device()
             dtype = self.checkpoint.dtype(self._dtype, device)
-            self._encoder = TextEncoder(self.checkpoint, device=device, dtype=dtype)
+            say = partial(host.say, level=logging.WARNING)
+            self._encoder = TextEncoder(self.checkpoint, device=device, dtype=dtype, say=say)
+            self._encoder.go_on = host.is_wanted
         return self._encoder
 
     def _find_room(self) -> None:
@@ -73,18 +74,20 @@ class ClipHandle:
         host.make_room(self.checkpoint.weight_bytes("text_encoder", dtype) + WORKING_BYTES, wanted)
         place = find_place(self.checkpoint, [wanted], self._dtype)
         if place.note:
-            logger.warning(place.note)
+            host.say(place.note, level=logging.WARNING)
         self.encoder.move(place)
 
     def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, list]:
-        """Token ids of a prompt, padded or cut to the model's limit."""
-        return {"t5": [self.encoder.tokenize(text)]}
+        """Token ids of a prompt and their weights, padded or cut to the model's limit."""
+        return {"t5": [self.encoder.weigh(text)]}
 
     def encode_from_tokens(self, tokens: dict[str, list], return_pooled: bool = False, return_dict: bool = False):
         """Text states ``[1, tokens, features]``; CogVideoX has no pooled output."""
         self._find_room()
         try:
-            states = self.encoder.encode(tokens["t5"])
+            ids, weights = ([[pair[part] for pair in prompt] for prompt in tokens["t5"]] for part in (0, 1))
+            with host.interruptible():
+                states = self.encoder.encode(ids, weights)
         finally:
             self.encoder.unload()  # the transformer, here or in the group, wants the room
         if return_dict:
@@ -163,6 +166,7 @@ def fitting(pixels: torch.Tensor) -> torch.Tensor:
         raise RequestError(f"the video is {width}x{height}; it must be at least 16x16")
     kept, rows, columns = (frames - 1) // 4 * 4 + 1, height // 16 * 16, width // 16 * 16
     if (kept, rows, columns) != (frames, height, width):
-        logger.warning("the video of %d frames %dx%d is cropped to %d frames %dx%d", frames, width, height, kept, columns, rows)
+        line = f"the video of {frames} frames {width}x{height} is cropped to {kept} frames {columns}x{rows}"
+        host.say(line, level=logging.WARNING)
     top, left = (height - rows) // 2, (width - columns) // 2
     return pixels[:kept, top : top + rows, left : left + columns, :3]

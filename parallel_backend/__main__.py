@@ -8,7 +8,7 @@ import sys
 import torch
 
 from . import commands
-from .errors import Cancelled, GroupFailure, RequestError
+from .errors import Cancelled, Failure, RequestError
 from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES, SampleJob
 from .limits import usable_cores
 from .machines import KNOWN, LINKS
@@ -29,7 +29,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what to compute."""
-    parser.add_argument("--model", required=True, help="a checkpoint folder in diffusers layout, or demo")
+    parser.add_argument(
+        "--model", required=True, help="a checkpoint folder in diffusers layout, ORG/NAME in the Hugging Face cache, or demo"
+    )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--offload", choices=OFFLOADS, default="auto", help="where weights wait between uses")
     parser.add_argument("--compile", choices=COMPILES, default="auto", help="kernels for this GPU: faster steps")
@@ -68,13 +70,15 @@ def build_parser() -> Parser:
     add_model_options(generate)
     add_run_options(generate)
     prompts = generate.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt")
+    prompts.add_argument(
+        "--prompt", help=r"as in ComfyUI: (words:1.3) weighs words, (words) by 1.1; \( and \) are brackets of the text"
+    )
     prompts.add_argument(
         "--prompts-file",
         metavar="FILE",
         help="many prompts, one a line: a video each, OUTPUT with its number before .mp4; replicasN in the plan makes N at a time",
     )
-    generate.add_argument("--negative-prompt", default="")
+    generate.add_argument("--negative-prompt", default="", help="what not to show; weighs words likewise")
     generate.add_argument(
         "--image", help="a file to start from, for an image-to-video or inpaint model; resized to cover, cropped at the centre"
     )
@@ -187,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     except RequestError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
-    except GroupFailure as error:
+    except Failure as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1
     except (Cancelled, KeyboardInterrupt):

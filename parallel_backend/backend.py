@@ -1,7 +1,6 @@
 """From what a person asks for, devices and a plan, to the executor that serves it."""
 
 import logging
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +11,19 @@ import torch
 from . import machines
 from .costs import Machine, Work
 from .devices import Devices
-from .errors import RequestError
+from .errors import GroupFailure, RequestError
 from .executor import Executor
 from .group.client import GroupExecutor
+from .group.registry import running, shared
 from .local import LocalExecutor
 from .planner import choose
 from .plans import AUTO, IN_PARTS, Plan
 from .replicas import ReplicasExecutor
 
 logger = logging.getLogger(__name__)
+
+AS_ASKED = "as asked"
+"""The reason for a plan that the user has set."""
 
 
 def resolve(
@@ -73,7 +76,7 @@ def resolve(
     if layers is not None:
         chosen.check_layers(layers)
     chosen.check_offload(offload)
-    return chosen, found, "as asked"
+    return chosen, found, AS_ASKED
 
 
 def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
@@ -91,12 +94,8 @@ def is_served(devices: Devices) -> bool:
 
 
 def groups_on_gpus() -> list[dict[str, Any]]:
-    """What is said of the person's groups on GPUs of this machine, whoever keeps them."""
-    if sys.platform == "win32":
-        return []
-    from .group.address import running
-
-    return [found for address in running() if not (found := address.describe())["devices"].startswith("cpu")]
+    """The descriptions of the user's groups on GPUs of this machine, whoever keeps them."""
+    return [description for description in running().values() if not description["devices"].startswith("cpu")]
 
 
 def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:
@@ -126,24 +125,19 @@ def open_executor(plan: Plan, devices: Devices) -> Executor:
 
 def shared_group(plan: Plan, devices: Devices) -> GroupExecutor | None:
     """A group that ``serve`` keeps for this plan on these devices, if there is one."""
-    if sys.platform == "win32":
-        return None
-    from .group.address import shared
-
     for address in shared(str(plan), str(devices)):
+        try:
+            attached = GroupExecutor.attach(address)
+        except GroupFailure:  # it has just ended
+            continue
         logger.warning("using the group that serve keeps at %s", address.folder)
-        return GroupExecutor.attach(address)
+        return attached
     return None
 
 
 def served_over_hosts(plan: str, devices: str, *, heads: int) -> tuple[Plan, Devices, str] | None:
     """The plan, devices here and reason of a group over several hosts that ``serve`` keeps and that these words and heads fit."""
-    if sys.platform == "win32":
-        return None
-    from .group.address import running
-
-    for address in running():
-        description = address.describe()
+    for description in running().values():
         if not description["shared"] or description["nodes"] == 1:
             continue
         kept = Plan.parse(description["plan"])

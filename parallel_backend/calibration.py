@@ -7,18 +7,18 @@ written anew.
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any
 
-from .cogvideox.kernels import CACHE
 from .costs import Link
+from .errors import WriteFailure
+from .files import whole_file
+from .folders import preferred_cache
 
 logger = logging.getLogger(__name__)
 
-FILE = CACHE.parent / "rates.json"
+FILE = preferred_cache() / "rates.json"
 VERSION = 2
 RATES = ("matrix", "attention", "bandwidth")
 """Fields of :class:`parallel_backend.costs.Machine` that are measured."""
@@ -96,11 +96,9 @@ def keep(change: Callable[[dict], None], what: str) -> None:
     """Writes the file with a change. Of two processes that do so at once, one change may be lost, and is then measured again."""
     kept = read()
     change(kept)
-    written = FILE.with_name(f"{FILE.name}.{os.getpid()}")
     try:
         FILE.parent.mkdir(parents=True, exist_ok=True)
-        written.write_text(json.dumps({"version": VERSION, **kept}, indent=1))
-        written.replace(FILE)
-    except OSError as error:
-        Path(written).unlink(missing_ok=True)
+        with whole_file(FILE) as partial:
+            partial.write_text(json.dumps({"version": VERSION, **kept}, indent=1))
+    except (OSError, WriteFailure) as error:
         logger.info("%s are not kept: %s", what, error)

@@ -21,12 +21,14 @@ from .cogvideox.work import work_of, work_of_job
 from .costs import Machine, Prediction
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
-from .group.address import running
+from .files import check_writable
 from .group.client import GroupExecutor
 from .group.hosts import Common, Place
-from .group.launcher import Launcher, check_possible
+from .group.launcher import Launcher
 from .group.lending import lend
 from .group.muster import Leader, Member
+from .group.preflight import check_possible
+from .group.registry import running
 from .jobs import (
     DecodeJob,
     EncodeJob,
@@ -36,7 +38,6 @@ from .jobs import (
     Result,
     SampleJob,
     Windows,
-    between,
     check_size,
     empty_latent,
     two_thirds,
@@ -125,9 +126,9 @@ def generate(args: Namespace) -> int:
     video.check_video_name(Path(args.output))
     wanted = videos_of(args)
     if args.fps is not None:
-        between("fps", args.fps, 1, 240)
+        video.checked_fps(args.fps)
     for path in (path for one in wanted for path in one.files):
-        video.check_writable(path)
+        check_writable(path)
     checkpoint = Checkpoint.open(models.find(args.model))
     checkpoint.check_whole()
     model = model_of(args, checkpoint)
@@ -202,7 +203,7 @@ def produce(
     A video is decoded once it is sampled, and written while the next is sampled: what is done is there, whatever becomes of the rest.
     """
     source = args.video or args.control_video
-    fps = args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps)
+    fps = video.checked_fps(args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps))
     costs: dict[int, tuple[Report, Report]] = {}
 
     def decode(place: int, sampled: Result) -> DecodeJob:
@@ -272,9 +273,7 @@ def plan(args: Namespace) -> int:
     found.sort(key=lambda each: each.total)
     chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine, jobs=args.count)
     if args.json:
-        show_json(
-            {**figures(found, machine), "model": checkpoint.path.name, "gpus": count, "plan": str(chosen), "reason": reason}
-        )
+        show_json({**figures(found, machine), "model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason})
         return 0
     show(checkpoint.describe)
     if args.gpu is None:
@@ -391,8 +390,7 @@ def lend_devices(args: Namespace, place: Place) -> int:
 def status(args: Namespace) -> int:
     """The groups that are running."""
     groups = []
-    for address in running():
-        description = address.describe()
+    for address, description in running().items():
         try:
             said = GroupExecutor.attach(address).status()
         except GroupFailure as error:
@@ -430,8 +428,8 @@ def show_hosts(group: dict) -> None:
 
 def stop(args: Namespace) -> int:
     """Ends the group that ``serve`` keeps."""
-    for address in running():
-        description = address.describe()
+    groups = running()
+    for address, description in groups.items():
         if description["node"]:
             show(
                 f"{address.folder} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C"
@@ -442,6 +440,8 @@ def stop(args: Namespace) -> int:
                 show(f"ended {address.folder}")
             except GroupFailure as error:
                 show(f"{address.folder}: {error.summary}")
+    if not groups:
+        show("no group is running")
     return 0
 
 

@@ -26,7 +26,9 @@ def visible_index(local_rank: int) -> int:
 def has_bf16(device: torch.device) -> bool:
     """Whether a GPU computes in bf16; a rank's says it for all that its group has on this machine, as they must agree. One that is not
     here, which is only planned for, does."""
-    if not torch.cuda.is_available():
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    if device.type != "cuda" or not torch.cuda.is_available():
         return True
     group = range(torch.cuda.device_count()) if RANKS in os.environ else [device]
     return min(map(torch.cuda.get_device_capability, group)) >= BF16_CAPABILITY

@@ -13,9 +13,10 @@ from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_la
 from .cogvideox.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
 from .cogvideox.preview import PictureListener, Previews, why_none
+from .cogvideox.stopping import check, stoppable
 from .cogvideox.windows import advice
 from .devices import current
-from .errors import OutOfMemory, RequestError
+from .errors import Cancelled, OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
 from .parallel.split import Split
 from .parallel.strips import Strips, shared
@@ -65,6 +66,8 @@ class Engine:
         self._merged: tuple[lora.LoraFile, ...] = ()
         """The LoRAs in the transformer's weights."""
         self._notes: list[str] = []
+        self._status: dict[str, Any] = {}
+        self._describe()
 
     def run(
         self,
@@ -96,8 +99,11 @@ class Engine:
             DecodeJob: self._decode,
             EncodeJob: self._encode,
         }[type(job)]
-        with current(self.device), exact_float32(dtype):
-            result = run(job, checkpoint, dtype, on_step, on_window)
+        try:
+            with current(self.device), exact_float32(dtype):
+                result = run(job, checkpoint, dtype, on_step, on_window)
+        finally:
+            self._describe()
         report = replace(
             result.report,
             plan=str(self.split.plan),
@@ -113,15 +119,22 @@ class Engine:
         self.model = self._offload = None
         memory.release(self.device)
         memory.reset_peak(self.device)
+        self._describe()
 
     def status(self) -> dict[str, Any]:
-        """What is held, its bytes on the device, how often weights were loaded, and memory in use, in plain values."""
-        return {
+        """What is held, its bytes on the device, how often weights were loaded, and memory in use, in plain values.
+
+        Any thread may ask. What is held is as it was when the last job ended.
+        """
+        return {**self._status, "memory": memory.used_bytes(self.device)}
+
+    def _describe(self) -> None:
+        """Notes what is held, for other threads: they must not look at weights while this one changes them."""
+        self._status = {
             "model": self.model.path if self.model else None,
             "held": sorted(self._held),
             "weights": {part: memory.bytes_on(self.device, module) for part, (_, module) in self._held.items()},
             "loads": self.loads,
-            "memory": memory.used_bytes(self.device),
         }
 
     @property
@@ -137,8 +150,8 @@ class Engine:
 
     def _sample(self, job: SampleJob, checkpoint: Checkpoint, dtype, on_step, on_window, on_picture) -> Result:
         started = time.perf_counter()
-        transformer = self._transformer(job, checkpoint, dtype)
-        previews = self._previews(job, checkpoint, dtype, on_picture)
+        transformer = self._transformer(job, checkpoint, dtype, on_window)
+        previews = self._previews(job, checkpoint, dtype, on_picture, on_window)
         self.split.synchronize()
         loaded = time.perf_counter()
         if not job.guided and self.split.plan.cfg > 1:
@@ -153,24 +166,22 @@ class Engine:
             steps.append(ended - began)
             under_way = ahead
             short = self.device.type == "cuda" and steps[-1] < SHORT_SECONDS
-            go_on, ahead = self.split.agree(on_step(progress, total), short)
+            go_on = on_step(progress, total)
             if previews and go_on:
                 previews.look(progress.clean)
+                go_on = on_window()
+            go_on, ahead = self.split.agree(go_on, short)
             began = ended if under_way else time.perf_counter()  # where the device waits for it, telling is no part of a step
-            return go_on
-
-        def ask() -> bool:
-            self.split.synchronize()  # or all windows would be queued before the first has run
-            (go_on,) = self.split.agree(on_window())
             return go_on
 
         caches = self.split.caches(job)
         if job.progress is not None and caches.anew:
             self._note(f"{caches.anew}, so this is not quite the video of an undisturbed run")
         place = {"device": self.device, "dtype": dtype, "split": self.split}
-        told = {"caches": caches, "on_step": mark, "on_window": ask, "may_begin": lambda: ahead}
+        told = {"caches": caches, "on_step": mark, "on_window": partial(self._may_go_on, on_window), "may_begin": lambda: ahead}
         try:
-            latent = denoise(transformer, checkpoint, job, **place, **told)
+            with memory.one_kind_of_error():
+                latent = denoise(transformer, checkpoint, job, **place, **told)
         except torch.OutOfMemoryError as error:
             where = f"a step after {len(steps)}" if steps else "step 1"
             raise self._out_of_memory(where, job, checkpoint, dtype) from error
@@ -186,7 +197,9 @@ class Engine:
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
         )
 
-    def _previews(self, job: SampleJob, checkpoint: Checkpoint, dtype, show: PictureListener | None) -> Previews | None:
+    def _previews(
+        self, job: SampleJob, checkpoint: Checkpoint, dtype, show: PictureListener | None, go_on: WindowCallback
+    ) -> Previews | None:
         """The pictures of a job, where its caller is to be shown some and this rank is to make them."""
         if not job.preview or show is None:
             return None
@@ -205,23 +218,24 @@ class Engine:
         module.disable_tiling()
         vae_layers.use(module, compiled=False)
         skipped = checkpoint.padding_frames(job.latent.shape[2])
-        return Previews(module, scaling=checkpoint.scaling_factor, skipped=skipped, show=show)
+        return Previews(module, scaling=checkpoint.scaling_factor, skipped=skipped, show=show, go_on=go_on)
 
     def _load_only(self, job: LoadJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         """What a sampling job begins with; that one says what there is to say of it."""
         started = time.perf_counter()
-        self._transformer(job, checkpoint, dtype)
+        self._transformer(job, checkpoint, dtype, on_window)
         self.split.synchronize()
         self._notes.clear()
         return Result(torch.empty(0), Report(load_seconds=time.perf_counter() - started))
 
     def _window(self, job: WindowJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         started = time.perf_counter()
-        transformer = self._transformer(job, checkpoint, dtype)
+        transformer = self._transformer(job, checkpoint, dtype, on_window)
         self.split.synchronize()
         loaded = time.perf_counter()
         try:
-            predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split)
+            with memory.one_kind_of_error():
+                predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory("a window", job, checkpoint, dtype) from error
         return Result(predicted, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
@@ -235,13 +249,18 @@ class Engine:
             + (", or turn previews off" if isinstance(job, SampleJob) and job.preview else "")
         )
 
+    def _may_go_on(self, on_window: WindowCallback) -> bool:
+        """Whether the job is still wanted; in one that the ranks do together, what rank 0 says."""
+        self.split.synchronize()  # or the device would be given all of the work before the first part has run
+        return self.split.agree(on_window())[0] if self.together else on_window()
+
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
-        return self._with_vae(job, checkpoint, dtype, lambda module, strips: vae.decode(module, job.latent, strips))
+        return self._with_vae(job, checkpoint, dtype, on_window, lambda module, strips: vae.decode(module, job.latent, strips))
 
     def _encode(self, job: EncodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
-        return self._with_vae(job, checkpoint, dtype, lambda module, strips: vae.encode(module, job.pixels, strips))
+        return self._with_vae(job, checkpoint, dtype, on_window, lambda module, strips: vae.encode(module, job.pixels, strips))
 
-    def _with_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, use) -> Result:
+    def _with_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, on_window: WindowCallback, use) -> Result:
         started = time.perf_counter()
         strips = self._strips(job, checkpoint, dtype)
         self.together = strips is not None
@@ -250,7 +269,8 @@ class Engine:
         module = self._vae(checkpoint, dtype)
         vae_layers.use(module, compiled=self._wants_compiled_vae(job, dtype, shared=self.together))
         loaded = time.perf_counter()
-        with vae_layers.searching():
+        go_on = partial(self._may_go_on, on_window)
+        with vae_layers.searching(), stoppable(vae.stops(module), go_on, "the VAE was at work"):
             tensor = self._alone(job, dtype, module, use) if strips is None else self._in_strips(job, module, strips, use)
         return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
 
@@ -261,7 +281,7 @@ class Engine:
     def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
         vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
         try:
-            with shared(module.layers, strips):
+            with shared(module.layers, strips), memory.one_kind_of_error():
                 return use(module, strips)
         except torch.OutOfMemoryError as error:
             free = memory.free_bytes(self.device)
@@ -279,7 +299,8 @@ class Engine:
             overlap = min(job.overlap, (tile or job.tile) // 2)
             vae.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
             try:
-                return use(module, None)
+                with memory.one_kind_of_error():
+                    return use(module, None)
             except torch.OutOfMemoryError:
                 free = memory.free_bytes(self.device)
                 where = f"in tiles of {tile}" if tile else "whole"
@@ -319,10 +340,16 @@ class Engine:
             self._held["transformer"][1].to("cpu")
         memory.release(self.device)
 
-    def _transformer(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
-        """The transformer, its weights where this job can afford them."""
+    def _transformer(
+        self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, on_window: WindowCallback
+    ) -> torch.nn.Module:
+        """The transformer, its weights where this job can afford them.
+
+        Raises:
+            Cancelled: when ``on_window`` asked to stop before rank 0 had read its weights.
+        """
         mode = self._choose_offload(job, checkpoint, dtype)
-        before = self.loads
+        before, stopped = self.loads, False
         hooks = mode if mode in IN_PARTS else None
         loras = self._open_loras(job.model, checkpoint)
         self._check_fp8(job.model)
@@ -331,10 +358,18 @@ class Engine:
         hoped = self._hopes_compiled(job.model, checkpoint, dtype, mode)
 
         def read() -> torch.nn.Module:
-            return self._read_transformer(job, checkpoint, dtype, in_parts=hooks is not None, hoped=hoped)
+            return self._read_transformer(job, checkpoint, dtype, on_window, in_parts=hooks is not None, hoped=hoped)
 
         made = (job.model.fp8, hooks, loras if hooks else None)  # LoRAs cannot be merged into weights that hooks hold
-        transformer = self._load("transformer", checkpoint, dtype, read, made)
+        try:
+            transformer = self._load("transformer", checkpoint, dtype, read, made)
+        except Cancelled:
+            stopped = True
+        if not self.split.agree(not stopped)[0]:
+            if self.loads > before:
+                del self._held["transformer"], transformer  # it still lacks its LoRAs and hooks
+            memory.release(self.device)
+            raise Cancelled("stopped while weights were read")
         if self.loads > before:
             self._merged = ()
         self._merge(loras, transformer, checkpoint)
@@ -357,7 +392,14 @@ class Engine:
             raise RequestError(reasons[0])
 
     def _read_transformer(
-        self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, *, in_parts: bool, hoped: bool
+        self,
+        job: SampleJob | WindowJob,
+        checkpoint: Checkpoint,
+        dtype,
+        on_window: WindowCallback,
+        *,
+        in_parts: bool,
+        hoped: bool,
     ) -> torch.nn.Module:
         """The transformer with this rank's weights, on the device, or on the CPU where they come in parts; its kernels are made meanwhile
         where that is ``hoped`` for."""
@@ -372,8 +414,11 @@ class Engine:
                     partial(attention.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
                 )
 
+        def look() -> None:
+            check(lambda: self.split.heard(on_window()), "weights were read")
+
         home = torch.device("cpu") if in_parts else self.device
-        return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare)
+        return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare, look=look)
 
     def _why_not_compiled(self, checkpoint: Checkpoint, dtype) -> str | None:
         """See :func:`.cogvideox.blocks.why_not_compiled`."""
@@ -422,6 +467,8 @@ class Engine:
 
     def _choose_offload(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> str:
         held = sum(memory.bytes_on(self.device, module) for _, module in self._held.values())
+        if self.device.type == "mps" and job.model.offload == "auto":
+            return "none"  # what waits on the CPU takes the same memory
         mode, note = memory.choose_offload(
             job.model.offload,
             weights=memory.transformer_bytes(checkpoint, self.split.plan, dtype, fp8=job.model.fp8 != "off"),

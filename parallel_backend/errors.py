@@ -13,15 +13,27 @@ class RequestError(ValueError):
     """
 
 
-class OutOfMemory(RuntimeError):
+class Failure(RuntimeError):
+    """A request that made sense could not be done. The command line shows the message and ends with exit status 1."""
+
+
+class OutOfMemory(Failure):
     """A device is too small for a job. The message is one line: what was needed, what was free, which setting helps."""
+
+
+class NotFinite(Failure, FloatingPointError):
+    """A job's numbers became NaN or infinite. The message is one line: in which step, and which setting helps."""
+
+
+class WriteFailure(Failure):
+    """A file cannot be written: the disk is full, or its folder has gone. The message is one line."""
 
 
 class Cancelled(Exception):
     """The caller asked for the job to stop; the engine or group is warm and takes the next one."""
 
 
-class GroupFailure(RuntimeError):
+class GroupFailure(Failure):
     """A group is not there, or a job in it failed.
 
     Args:
@@ -40,15 +52,21 @@ class GroupUnavailable(GroupFailure):
 
 
 class GroupLost(GroupFailure):
-    """A group was killed, or hung: nothing is wrong with the job.
+    """A group was killed, or hung, or the connection to it broke: nothing is wrong with the job.
 
     :class:`parallel_backend.group.client.GroupExecutor` starts the group again and goes on with the job; it raises
     :class:`GroupError` when that does not help, or :class:`GroupUnavailable` where it had not come up.
+
+    Args:
+        message, details: see :class:`GroupFailure`.
+        came_up: whether the group had answered.
+        is_there: whether it answers again, and only the connection was lost.
     """
 
-    def __init__(self, message: str, *, details: str = "", came_up: bool = True):
+    def __init__(self, message: str, *, details: str = "", came_up: bool = True, is_there: bool = False):
         super().__init__(message, details=details)
         self.came_up = came_up
+        self.is_there = is_there
 
 
 class GroupError(GroupFailure):

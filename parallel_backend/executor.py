@@ -83,9 +83,9 @@ class Executor(ABC):
         """Encodes frames to a latent; raises as :meth:`sample` does."""
         return self.run(job, should_stop=should_stop)
 
-    def load(self, job: SampleJob) -> Report:
+    def load(self, job: SampleJob, *, should_stop: StopSignal = never) -> Report:
         """Reads the weights that a sampling job needs, for while its text is encoded; raises as :meth:`sample` does."""
-        return self.run(LoadJob.of(job)).report
+        return self.run(LoadJob.of(job), should_stop=should_stop).report
 
     def sample_all(
         self, jobs: Sequence[SampleJob], *, on_step: StepListener = silent, should_stop: StopSignal = never

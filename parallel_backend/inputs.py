@@ -2,9 +2,7 @@
 
 import mimetypes
 from argparse import Namespace
-from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import torch
 
@@ -14,30 +12,9 @@ from .cogvideox.conditions import between_images, fit_mask, latent_mask, shown, 
 from .cogvideox.image import cover
 from .errors import RequestError
 from .jobs import check_size
+from .reading import frames_per_second, pictures
 
-READERS = {"image": {"plugin": "pillow", "mode": "RGB", "rotate": True}, "video": {"plugin": "pyav"}}
-
-
-def pictures(path: str, kind: str) -> Iterator[torch.Tensor]:
-    """The pictures of an ``image`` or ``video`` file, one by one, ``[1, height, width, 3]`` in 0..1.
-
-    Raises:
-        RequestError: when there is no such file, or it holds none.
-    """
-    import imageio.v3 as iio
-
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise RequestError(f"there is no {kind} file {path}; give one")
-    found = 0
-    try:
-        for picture in iio.imiter(path, **READERS[kind]):
-            found += 1
-            yield torch.from_numpy(picture)[None].float() / 255
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read as {kind}: {error}; give another file") from error
-    if not found:
-        raise RequestError(f"{path} holds no {kind}; give another file")
+__all__ = ["frames_per_second", "pictures", "read"]
 
 
 def read(
@@ -107,10 +84,3 @@ def read_mask(path: str, frames: int) -> torch.Tensor:
     guessed = mimetypes.guess_type(path)[0] or ""
     kind = "video" if guessed.startswith("video/") else "image"
     return torch.cat([picture.mean(dim=-1) for picture in islice(pictures(path, kind), frames)])
-
-
-def frames_per_second(path: str) -> float:
-    """How fast a video file that was read plays."""
-    import imageio.v3 as iio
-
-    return float(iio.immeta(Path(path).expanduser(), plugin="pyav")["fps"])

@@ -5,7 +5,9 @@ VAE latents; images ``[frames, height, width, 3]`` in 0..1. What a request means
 (channels, text tokens) is checked by :func:`parallel_backend.cogvideox.checks.check`.
 """
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ IMAGE_SCALES = ("auto", "inverse", "raw", "scaled")
 """What a start image's latent is multiplied by; see ``Checkpoint.image_scale``."""
 MAX_SEED = 2**64 - 1
 MAX_STRENGTH = 10.0
+ROUNDING = 1e-6
+"""By which a share of the steps may be off."""
 
 
 def choice(name: str, value: Any, allowed) -> None:
@@ -223,7 +227,7 @@ class SampleJob:
     kind = "sample"
     model: Model
     positive: torch.Tensor
-    """Text states ``[1 or batch, tokens, features]``."""
+    """Text states ``[1 or batch, tokens, features]``; with ``positive_starts`` ``[1 or batch, prompts, tokens, features]``."""
     latent: torch.Tensor
     """``[batch, channels, latent frames, height/8, width/8]``; all zeros means empty."""
     negative: torch.Tensor | None = None
@@ -265,6 +269,10 @@ class SampleJob:
     with more of them it is nearer to that (benchmarks/results/pipefusion.md)."""
     preview: bool = False
     """Whether the caller is shown pictures of what steps take for the clean video."""
+    positive_starts: tuple[float, ...] = ()
+    """For several prompts one after the other: the share of the steps at which each begins, ascending from 0."""
+    negative_starts: tuple[float, ...] = ()
+    """Likewise for ``negative``."""
 
     def __post_init__(self):
         check_latent(self.latent)
@@ -288,12 +296,19 @@ class SampleJob:
             raise RequestError(f"denoise is {self.denoise} but the latent is empty; encode a video, or use denoise 1")
         if self.guided and self.negative is None:
             raise RequestError(f"cfg is {self.cfg} but there is no negative conditioning; give one, or use cfg 1")
-        for name in ("positive", "negative"):
-            text = getattr(self, name)
-            if text is not None and (text.ndim != 3 or text.shape[0] not in (1, self.latent.shape[0])):
-                raise RequestError(
-                    f"{name} conditioning is {tuple(text.shape)}; it must be [1 or {self.latent.shape[0]}, tokens, features]"
-                )
+        self.check_text("positive", self.positive, self.positive_starts)
+        if self.negative is not None:
+            self.check_text("negative", self.negative, self.negative_starts)
+
+    def check_text(self, name: str, text: torch.Tensor, starts: tuple[float, ...]) -> None:
+        """Raises RequestError unless text states fit the batch, and several prompts their starts."""
+        batch = self.latent.shape[0]
+        if text.ndim != (4 if starts else 3) or text.shape[0] not in (1, batch):
+            layout = f"[1 or {batch}, {'prompts, ' if starts else ''}tokens, features]"
+            raise RequestError(f"{name} conditioning is {tuple(text.shape)}; it must be {layout}")
+        ascending = all(start < after for start, after in pairwise((*starts, 1)))
+        if starts and (len(starts) != text.shape[1] or starts[0] != 0 or not ascending):
+            raise RequestError(f"{name}_starts is {starts}; it must be {text.shape[1]} ascending shares from 0 to below 1")
 
     def check_conditions(self) -> None:
         """Raises RequestError unless what is concatenated to the noise fits the latent."""
@@ -321,6 +336,11 @@ class SampleJob:
     def steps_to_run(self) -> int:
         """Of the steps, those that ``denoise`` leaves."""
         return int(self.steps * self.denoise)
+
+    def prompts_of(self, step: int) -> tuple[int, int]:
+        """The numbers of the negative and the positive prompt of a step, counted from the first that is run."""
+        share = (self.steps - self.steps_to_run + step) / self.steps + ROUNDING
+        return tuple(max(bisect_right(starts, share) - 1, 0) for starts in (self.negative_starts, self.positive_starts))
 
     @property
     def drawn(self) -> tuple[int, slice]:
@@ -483,6 +503,7 @@ def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tenso
     if kind not in JOBS:
         raise RequestError(f"job kind is '{kind}'; use one of {', '.join(JOBS)}")
     try:
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
         values = {**plain, **tensors, "model": join_model(plain["model"])}
         if "progress" in plain:
             names = [name for name in tensors if name.startswith("progress.")]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 
 import torch
 
@@ -35,12 +36,15 @@ def encode_prompts(
         logger.warning(place.note)
     encoder = TextEncoder(checkpoint, device=place.device, dtype=place.dtype)
     encoder.read()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="load")
-    loaded = thread.submit(executor.load, job) if place.alongside else None
-    thread.shutdown(wait=False)  # one that is stopped does not wait for it: closing the executor ends it
-    states = {text: encoder.encode([encoder.tokenize(text)]) for text in dict.fromkeys(texts)}
-    encoder.unload()
-    return states, report_of(loaded) if loaded else Report()
+    thread, stop = ThreadPoolExecutor(1, thread_name_prefix="load"), Event()
+    loaded = thread.submit(executor.load, job, should_stop=stop.is_set) if place.alongside else None
+    thread.shutdown(wait=False)
+    try:
+        states = {text: encoder.encode_prompt(text) for text in dict.fromkeys(texts)}
+        encoder.unload()
+        return states, report_of(loaded) if loaded else Report()
+    finally:
+        stop.set()  # where this ends early, by Ctrl-C, closing the executor would wait for the weights
 
 
 def beside(job: SampleJob, checkpoint: Checkpoint, executor: Executor) -> int:

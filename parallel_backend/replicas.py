@@ -15,7 +15,7 @@ from .cogvideox.preview import PictureListener
 from .cogvideox.step_cache import StepCaches
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable
-from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener, silent
+from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
 from .group.client import GroupExecutor
 from .jobs import Job, Progress, Report, Result, SampleJob, WindowJob
 from .parallel.split import Split
@@ -76,10 +76,10 @@ class ReplicasExecutor(Executor):
             return self._share_windows(job, on_step, should_stop)
         return self._spread([job], on_step, should_stop, on_picture)[0]
 
-    def load(self, job: SampleJob) -> Report:
+    def load(self, job: SampleJob, *, should_stop: StopSignal = never) -> Report:
         """See :meth:`Executor.load`: all replicas read at once, and one that cannot is in no other's way."""
         with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="load") as threads:
-            loading = [threads.submit(replica.load, job) for replica in self.replicas]
+            loading = [threads.submit(replica.load, job, should_stop=should_stop) for replica in self.replicas]
         reports = [one.result() for one in loading if not isinstance(one.exception(), GroupFailure)]
         return max(reports, key=lambda report: report.load_seconds, default=Report())
 
@@ -136,10 +136,12 @@ class ReplicasExecutor(Executor):
         steps: list[float] = []
         started = began = time.perf_counter()
 
-        def elsewhere(parts: list[torch.Tensor], timestep: int, scale: float) -> list[torch.Tensor]:
+        def elsewhere(
+            parts: list[torch.Tensor], prompts: list[torch.Tensor], timestep: int, scale: float
+        ) -> list[torch.Tensor]:
             nonlocal spread
-            negative = job.negative if job.guided else None
-            jobs = [WindowJob(job.model, part.contiguous(), job.positive, timestep, scale, negative) for part in parts]
+            *negative, positive = (prompt.contiguous() for prompt in prompts)
+            jobs = [WindowJob(job.model, part.contiguous(), positive, timestep, scale, *negative) for part in parts]
             spread = Spread(self._pool, self._names, jobs, self._closed.is_set, after=spread)
             spread.run(silent, should_stop)
             results = [spread.results[number][0] for number in range(len(jobs))]

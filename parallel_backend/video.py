@@ -1,31 +1,22 @@
-"""Frames to a video file, with imageio."""
+"""Frames to a video file."""
 
 import logging
-import os
+import math
 import tempfile
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-from .errors import RequestError
+from .errors import RequestError, WriteFailure
+from .files import whole_file
+from .pictures import checked_pictures
 
 logger = logging.getLogger(__name__)
 
-
-def check_writable(path: Path) -> None:
-    """Checks, before any work is done, that a file can be made there.
-
-    Raises:
-        RequestError: when its folder is missing or closed, or the name is a folder's.
-    """
-    folder = path.parent
-    if not folder.is_dir():
-        raise RequestError(f"cannot write {path}: there is no folder {folder}; make it first")
-    if path.is_dir():
-        raise RequestError(f"cannot write {path}: it is a folder; give a file name")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise RequestError(f"cannot write {path}: no permission; choose another place")
+FPS = (1, 240)
+"""The least and the most frames a second that are written."""
 
 
 def check_video_name(path: Path) -> None:
@@ -34,66 +25,104 @@ def check_video_name(path: Path) -> None:
         raise RequestError(f"the output is {path.name}; its name must end in .mp4")
 
 
-def save(path: Path, frames: torch.Tensor, *, fps: float, metadata: dict[str, str] | None = None) -> None:
+def checked_fps(fps: float) -> Fraction:
+    """Returns frames per second as a fraction.
+
+    Raises:
+        RequestError: for what is no number of :data:`FPS`.
+    """
+    try:
+        value = float(fps)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not FPS[0] <= value <= FPS[1]:
+        raise RequestError(f"fps is {fps}; use a number from {FPS[0]} to {FPS[1]}")
+    return Fraction(value).limit_denominator(1001)
+
+
+def save(
+    path: Path,
+    frames: torch.Tensor,
+    *,
+    fps: float,
+    metadata: dict[str, str] | None = None,
+    say: Callable[[str], None] = logger.warning,
+) -> None:
     """Writes H.264 in MP4. The file appears under its name only once it is whole.
 
     Args:
         path: ending in ``.mp4``.
-        frames: ``[frames, height, width, 3]`` in 0..1; an odd height or width loses its last row or column.
+        frames: ``[frames, height, width, 3]`` in 0..1, or what :func:`.pictures.checked_pictures` takes; an odd height or width
+            loses its last row or column.
         fps: frames per second.
         metadata: kept in the file under its own names, where ComfyUI's front end looks for a workflow.
+        say: called with a line where frames are cropped.
     Raises:
-        RequestError: when the disk is full, or the folder has gone.
+        RequestError: for frames or a rate that no video can be made of.
+        WriteFailure: when the disk is full, or the folder has gone.
     """
-    import imageio.v3 as iio
-
-    height, width = (edge // 2 * 2 for edge in frames.shape[1:3])
-    if (height, width) != tuple(frames.shape[1:3]):
-        logger.warning("frames of %dx%d are cropped to %dx%d: H.264 needs even sizes", *frames.shape[1:3], height, width)
+    rate, frames = checked_fps(fps), checked_pictures(frames, "images")
+    rows, columns = frames.shape[1:3]
+    height, width = rows // 2 * 2, columns // 2 * 2
+    if not height or not width:
+        raise RequestError(f"images are {columns}x{rows}; a video is at least 2x2")
+    if (height, width) != (rows, columns):
+        say(f"frames of {columns}x{rows} are cropped to {width}x{height}: H.264 needs even sizes")
         frames = frames[:, :height, :width]
     with whole_file(path) as partial:
-        with iio.imopen(partial, "w", plugin="pyav", options={"movflags": "use_metadata_tags+faststart"}) as file:
-            file.container_metadata.update(metadata or {})
-            file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-            for frame in frames:
-                file.write_frame((frame * 255).round().clamp(0, 255).to("cpu", torch.uint8).numpy())
+        encode(partial, frames, rate, metadata or {})
 
 
-@contextmanager
-def whole_file(path: Path):
-    """A name to write to; what is there at the end appears as ``path``, or nothing does.
+def encode(path: Path, frames: torch.Tensor, rate: Fraction, metadata: dict[str, str]) -> None:
+    """Writes frames of an even size, with PyAV: after a failed write imageio's plugin ends the process at the next file.
+
+    The colours are those of BT.709, and the file says so, since players guess them of a file that does not.
 
     Raises:
-        RequestError: naming what the system says, when the disk is full or the folder has gone.
+        OSError: when the file cannot be written.
+        RequestError: when the encoder refuses the frames.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    import av
+
     try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise RequestError(
-            f"cannot write {path}: {error.strerror}; make room or choose another place, and run it again"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        with av.open(path, "w", options={"movflags": "use_metadata_tags+faststart"}) as file:
+            file.metadata.update(metadata)
+            stream = file.add_stream("libx264", rate=rate)
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+            context.color_range = 1  # 16 to 235
+            for frame in frames:
+                pixels = (frame * 255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+                picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                file.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            file.mux(stream.encode(None))
+    except av.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        height, width = frames.shape[1:3]
+        raise RequestError(f"the H.264 encoder takes no frames of {width}x{height}; use another size ({error})") from error
 
 
 def save_or_rescue(path: Path, frames: torch.Tensor, **settings) -> None:
     """As :func:`save`; where that fails, the video goes to the system's folder for temporary files, and the error says so."""
     try:
         save(path, frames, **settings)
-    except RequestError as error:
-        rescued = Path(tempfile.mkdtemp(prefix="xdit-video-")) / path.name
-        save(rescued, frames, **settings)
-        raise RequestError(f"{error}; this video is kept as {rescued}") from error
+    except WriteFailure as error:
+        try:
+            rescued = Path(tempfile.mkdtemp(prefix="xdit-video-")) / path.name
+            save(rescued, frames, **settings)
+        except (OSError, WriteFailure):
+            raise error from None
+        raise WriteFailure(f"{error}; this video is kept as {rescued}") from error
 
 
 def save_latent(path: Path, latent: torch.Tensor) -> None:
     """Writes ComfyUI's own latent file: ``latent_tensor`` in the core's layout, unscaled.
 
     Raises:
-        RequestError: when the disk is full, or the folder has gone.
+        WriteFailure: when the disk is full, or the folder has gone.
     """
     from safetensors.torch import save
 

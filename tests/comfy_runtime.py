@@ -70,6 +70,18 @@ prompts = {"positive": positive, "negative": negative}
 """
 """For lines that call nodes as ComfyUI does."""
 
+SHOWN = """
+import types, comfy_execution.utils
+from server import PromptServer
+lines, shown, context = part("nodes.lines"), [], []
+comfy_execution.utils.get_executing_context = lambda: context and types.SimpleNamespace(**context[-1]) or None
+PromptServer.instance.send_progress_text = lambda text, node_id: shown.append([node_id, text])
+def at(prompt, node):
+    context.append({"prompt_id": prompt, "node_id": node})
+WARNING = 30
+"""
+"""What ComfyUI's front end is sent while a node executes."""
+
 
 class ComfyRuntime:
     """Runs lines of code where the pack is loaded.

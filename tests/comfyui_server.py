@@ -52,12 +52,14 @@ def free_port() -> int:
 
 
 def read_message(message: str | bytes) -> dict:
-    """One websocket message as {"type", "data"}; a preview image becomes type "preview" with its bytes and node."""
+    """One websocket message as {"type", "data"}; a preview image and a node's text become types "preview" and "text"."""
     if isinstance(message, str):
         return json.loads(message)
     event, size = struct.unpack("!II", message[:8])
     if event == 4:  # image with metadata
         return {"type": "preview", "data": {**json.loads(message[8:8 + size]), "image": message[8 + size:]}}
+    if event == 3:  # the length of a node's id, the id, and what the node shows
+        return {"type": "text", "data": {"node": message[8:8 + size].decode(), "text": message[8 + size:].decode()}}
     return {"type": "preview" if event == 1 else f"binary {event}", "data": {"image": message[8:]}}
 
 
@@ -169,7 +171,7 @@ class ComfyUIServer:
                 raise TimeoutError(f"prompt {prompt_id} did not end within {timeout:.0f} s\n{self.log_tail()}") from None
             if message is None:
                 raise RuntimeError(f"ComfyUI closed the connection\n{self.log_tail()}")
-            if message["data"].get("prompt_id", prompt_id if message["type"] == "preview" else None) != prompt_id:
+            if message["data"].get("prompt_id", prompt_id if message["type"] in ("preview", "text") else None) != prompt_id:
                 continue
             yield message
             if message["type"] in LAST_EVENTS:

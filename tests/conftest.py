@@ -24,8 +24,8 @@ from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import LIKES, build
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.devices import Devices
-from parallel_backend.group.address import GroupAddress
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.registry import GroupAddress
 from parallel_backend.jobs import Lora, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
@@ -187,6 +187,9 @@ def make_job(checkpoints, texts, loras, transformer_files) -> Callable[..., Samp
         if in_one_file:  # the core's layout, and as many tokens as are published
             path = transformer_files[like]
             positive, negative = (F.pad(text, (0, 0, 0, 226 - text.shape[1])) for text in (positive, negative))
+        positive, negative = (
+            in_turn(text, settings.get(f"{side}_starts")) for side, text in (("positive", positive), ("negative", negative))
+        )
         latent = settings.pop("latent", None)
         if latent is None:
             latent = empty_latent(width=width, height=height, frames=frames, batch=batch)
@@ -195,6 +198,11 @@ def make_job(checkpoints, texts, loras, transformer_files) -> Callable[..., Samp
         return SampleJob(model, positive, latent, negative, seed=seed, steps=steps, **settings)
 
     return make
+
+
+def in_turn(text: torch.Tensor, starts: tuple[float, ...] | None) -> torch.Tensor:
+    """Text states, of several prompts where they have starts: the second is half as large as the first, and so on."""
+    return torch.stack([text / (place + 1) for place in range(len(starts))], dim=1) if starts else text
 
 
 def demo_job(width: int, height: int, frames: int, **settings) -> SampleJob:
@@ -294,6 +302,14 @@ def workers() -> list[int]:
         if b"parallel_backend.group.worker" in words and any(word.startswith(mine) for word in words):
             found.append(int(path.parent.name))
     return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def rank_processes(address: GroupAddress) -> dict[int, int]:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel_backend.group.address import running
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.registry import running
 from parallel_backend.models import DEMO, find
 from workflows.headless import apply_settings, to_api
 
@@ -221,6 +221,63 @@ def test_core_nodes_fit_in_between(server, prompt_of, object_info):
     assert {value.shape for value in frames.values()} == {(17, 64, 96, 3)}
     assert (frames["ours"] == frames["core"]).all()
     assert [path for path in server.output_files() if path.name.startswith("core") and path.suffix == ".mp4"]
+
+
+def test_save_video_takes_what_core_nodes_give_and_finds_a_bad_name_before_anything_runs(server):
+    prompt = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 6, "color": 0xFF0000}},
+        "2": {"class_type": "SolidMask", "inputs": {"value": 0.5, "width": 64, "height": 48}},
+        "3": {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["1", 0], "alpha": ["2", 0]}},
+        "4": {"class_type": "PrimitiveFloat", "inputs": {"value": 12.0}},
+        "5": {"class_type": "PrimitiveInt", "inputs": {"value": 3}},
+        "6": {
+            "class_type": "XDiTSaveVideo",
+            "inputs": {"images": ["3", 0], "fps": ["4", 0], "filename_prefix": "alpha", "videos": ["5", 0]},
+        },
+    }
+    shown = server.run(prompt)["outputs"]["6"]["images"]
+    assert [one["filename"] for one in shown] == [f"alpha_0000{number}_.mp4" for number in (1, 2, 3)]
+    for one in shown:
+        made = iio.imread(server.base / "output" / one["filename"], plugin="pyav")
+        assert made.shape == (2, 48, 64, 3) and np.abs(made[0, 24, 32].astype(int) - (255, 0, 0)).max() < 4
+    prompt["4"]["inputs"]["value"] = 0.0
+    with pytest.raises(RuntimeError, match="fps is 0.0; use a number from 1 to 240"):
+        server.run(prompt)
+    prompt["6"]["inputs"]["filename_prefix"] = "x" * 300
+    with pytest.raises(RuntimeError, match="File name too long"):
+        server.queue(prompt)
+
+
+def test_prompts_take_turns_and_what_is_not_used_stays_in_the_node(server, prompt_of):
+    prompt = prompt_of("XDiTCogVideoXSampler.steps=2")
+    sampler, loader = node_of(prompt, "XDiTCogVideoXSampler"), node_of(prompt, "XDiTLoadCogVideoX")
+    del prompt[sampler]["inputs"]["backend"]
+
+    def encode(text: str) -> dict:
+        return {"class_type": "CLIPTextEncode", "inputs": {"clip": [loader, 1], "text": text}}
+
+    def ranged(name: str, start: float, end: float) -> dict:
+        return {"class_type": "ConditioningSetTimestepRange", "inputs": {"conditioning": [name, 0], "start": start, "end": end}}
+
+    prompt |= {
+        "30": encode("a (red circle:1.3) " + "moves left " * 20),
+        "31": encode("a blue square"),
+        "32": ranged("30", 0.0, 0.5),
+        "33": ranged("31", 0.4, 1.0),
+        "34": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["32", 0], "conditioning_2": ["33", 0]}},
+        "35": {"class_type": "ConditioningSetAreaStrength", "inputs": {"conditioning": ["34", 0], "strength": 0.5}},
+    }
+    prompt[sampler]["inputs"]["positive"] = ["35", 0]
+    events = list(server.events(server.queue(prompt)))
+    assert events[-1]["type"] == "execution_success"
+    shown = {event["data"]["node"]: event["data"]["text"].splitlines() for event in events if event["type"] == "text"}
+    assert [line.split(";")[0].split(",")[1] for line in shown["30"]] == [" 32 are used"] and "31" not in shown
+    *warnings, cost = shown[sampler]
+    assert warnings == [
+        "positive: several prompts hold for 40 to 50 % of the steps; the first of them is used",
+        "positive carries strength, which CogVideoX does not use",
+    ]
+    assert cost.startswith("sample: plan single, 2 steps")
 
 
 def save_video_options(object_info: dict) -> dict:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from parallel_backend import commands, inputs
 from parallel_backend.__main__ import build_parser, main
 from parallel_backend.cogvideox.checkpoint import Checkpoint
-from parallel_backend.errors import RequestError
+from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
 
 from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
 from .measures import look
@@ -100,11 +100,11 @@ def test_a_video_is_written_while_the_next_ones_are_made(four, tmp_path, monkeyp
 
 def test_a_video_that_cannot_be_written_ends_the_others(four, monkeypatch):
     def full(path, *others, **settings):
-        raise RequestError(f"cannot write {path}: No space left on device")
+        raise WriteFailure(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(commands.video, "save_or_rescue", full)
     done = four()
-    assert done.returncode == 2 and "out-1.mp4: No space left on device" in done.stderr
+    assert done.returncode == 1 and "out-1.mp4: No space left on device" in done.stderr
     assert "step 8/8" not in done.stderr
 
 
@@ -363,6 +363,26 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(checkpoints
     (tmp_path / "folder.mp4").mkdir()
     assert main([*common, "--output", str(tmp_path / "folder.mp4")]) == 2
     assert "it is a folder" in capsys.readouterr().err
+    assert main([*common, "--output", "/proc/x.mp4"]) == 2  # where permissions let root write
+    assert "cannot write /proc/x.mp4: " in capsys.readouterr().err
+    bench = ["bench", "--model", str(checkpoints["5b"]), "--output", str(tmp_path / "none" / "rows.json")]
+    assert main(bench) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OutOfMemory("step 1 ran out of memory"), NotFinite("step 1 is not finite"), WriteFailure("no room"), GroupError("rank 1")],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_failure_is_one_line_and_exit_status_1(failure, run, checkpoints, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(commands, "produce", fail)
+    done = run("generate", "--model", checkpoints["5b"], "--prompt", "x", "--output", tmp_path / "out.mp4", "--plan", "single")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"generate: {failure}"
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .comfy_runtime import NODES
+from .comfy_runtime import NODES, SHOWN
 
 MORE = """
 Control, Inpaint = part("nodes.control_to_video").CogVideoXControlToVideo, part("nodes.inpainting").CogVideoXInpaint
@@ -146,3 +146,82 @@ show(
     assert set(shown) == set(words)
     for name, line in shown.items():
         assert words[name] in line and "\n" not in line, (name, line)
+
+
+def test_prompts_take_turns_over_the_steps_and_what_else_they_carry_is_named_in_the_node(nodes):
+    shown, _ = nodes(
+        SHOWN
+        + """
+from nodes import ConditioningCombine, ConditioningSetArea, ConditioningSetMask, ConditioningZeroOut
+import node_helpers
+model, _ = handles(text)
+a, b = positive[0][0], prompt(4)[0][0]
+def ranged(conditioning, start, end):
+    return node_helpers.conditioning_set_values(conditioning, {"start_percent": start, "end_percent": end})
+def both(*conditionings):
+    return ConditioningCombine().combine(*conditionings)[0]
+latent = {"samples": jobs.empty_latent(width=48, height=32, frames=9)}
+ran = []
+host.run = lambda job, *_: ran.append(job) or jobs.Result(job.latent)
+def made(given, positive=a, positive_starts=()):
+    shown.clear()
+    at(f"prompt {len(ran)}", "1")
+    call(Sampler, model=model, positive=given, negative=negative, latent=latent, **settings)
+    job, lines = ran[-1], shown[-1][1].splitlines() if shown else []
+    right = torch.equal(job.positive, positive) and job.positive_starts == positive_starts
+    return [right and torch.equal(job.negative, negative[0][0]) and not job.negative_starts, lines]
+A, B = [[a, {"pooled_output": None}]], [[b, {}]]
+turns = {"positive": torch.stack([a, b], dim=1), "positive_starts": (0.0, 0.5)}
+show(
+    plain=made(A), ranges=made(both(ranged(A, 0.0, 0.5), ranged(B, 0.5, 1.0)), **turns),
+    reverse=made(both(ranged(B, 0.5, 1.0), ranged(A, 0.0, 0.5)), **turns),
+    half=made(both(ranged(A, 0.0, 0.5), B), **turns), gap=made(both(ranged(A, 0.25, 0.4), ranged(B, 0.5, 0.75)), **turns),
+    alone=made(ranged(A, 0.0, 0.3)), combined=made(both(A, B)), never=made(both(A, ranged(B, 0.5, 0.5))),
+    concat=made([[torch.cat([a, b], dim=1), {}]]), average=made([[a * 0.5 + b * 0.5, {}]], positive=a * 0.5 + b * 0.5),
+    zero=made(ConditioningZeroOut().zero_out(A)[0], positive=torch.zeros_like(a)),
+    area=made(ConditioningSetArea().append(A, 32, 32, 0, 0, 0.5)[0]),
+    mask=made(ConditioningSetMask().append(A, torch.ones(1, 8, 8), "default", 0.5)[0]),
+    hooks=made(both(ranged(A, 0.0, 0.5), [[b, {"start_percent": 0.5, "hooks": object()}]]), **turns),
+    unlike=refusal(Sampler, model=model, positive=both(ranged(A, 0.0, 0.5), [[b[:, :20], {}]]), negative=negative,
+                   latent=latent, **settings),
+    empty=refusal(Sampler, model=model, positive=[], negative=negative, latent=latent, **settings),
+)
+"""
+    )
+    assert "they must be alike" in shown.pop("unlike") and "has no prompt" in shown.pop("empty")
+    assert {name: same for name, (same, _) in shown.items()} == dict.fromkeys(shown, True)
+    first = "of the steps; the first of them is used"
+    sooner = "of the steps; the one before goes on, or the first begins sooner"
+    assert {name: lines for name, (_, lines) in shown.items() if lines} == {
+        "half": [f"positive: several prompts hold for 0 to 50 % {first}"],
+        "gap": [f"positive: no prompt holds for 0 to 25 %, 40 to 50 %, 75 to 100 % {sooner}"],
+        "alone": [f"positive: no prompt holds for 30 to 100 % {sooner}"],
+        "combined": [f"positive: several prompts hold for 0 to 100 % {first}", "positive: prompt 2 of 2 is not used"],
+        "never": ["positive: prompt 2 of 2 is not used"],
+        "concat": ["positive has 64 tokens; the model takes 32, the rest is cut off"],
+        "area": ["positive carries area, set_area_to_bounds, strength, which CogVideoX does not use"],
+        "mask": ["positive carries mask, mask_strength, set_area_to_bounds, which CogVideoX does not use"],
+        "hooks": ["positive carries hooks, which CogVideoX does not use"],
+    }
+
+
+def test_of_prompts_with_different_images_the_first_one_s_are_used_and_the_node_says_so(nodes):
+    shown, _ = nodes(
+        SHOWN
+        + """
+model, vae = handles(i2v)
+start = call(Node, **prompts, vae=vae, start_image=clip[:1], **size)
+end = call(Node, **prompts, vae=vae, start_image=clip[1:2], **size)
+ran, found = [], []
+host.run = lambda job, *_: ran.append(job) or jobs.Result(job.latent)
+for given in (start[0], positive + start[0], positive + start[0] + end[0]):
+    shown.clear()
+    at(f"prompt {len(ran)}", "1")
+    sampled(model, (given, start[1], start[2]))
+    same = torch.equal(ran[-1].image, start[0][0][1]["concat_latent_image"])
+    found.append([same, [line for line in shown[-1][1].splitlines() if "different" in line] if shown else []])
+show(found=found)
+"""
+    )
+    said = "the prompts of positive carry different images or videos; those of the first are used"
+    assert shown["found"] == [[True, []], [True, []], [True, [said]]]

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.skipif(
     find_comfyui() is None, reason="no ComfyUI here: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI"
 )
 
+WEIGHTED = "a (red circle:1.3), (((moves) left:0.6)) over) a (blue:-0.5) [city] (at night"
+ESCAPED = r"a \(red:2\) circle (moves \(left\):1.2) embedding:nothing, over a city"
 LONG = "a red circle moves left over a blue city at night while it rains " * 20
 IN_THE_CORE = """
 import sys
@@ -53,8 +55,8 @@ with torch.inference_mode():
                 found[name + norms] = loaded.decode(value)
             if name.startswith("pixels"):
                 found[name + norms] = loaded.encode(value)
-    clip = comfy.sd.load_clip([text_encoder], clip_type=comfy.sd.CLIPType.COGVIDEOX)
-    for name in ("prompt", "negative", "empty", "long"):
+    clip = comfy.sd.load_clip([text_encoder], embedding_directory=[comfyui + "/models/embeddings"], clip_type=comfy.sd.CLIPType.COGVIDEOX)
+    for name in ("prompt", "negative", "empty", "weighted", "escaped", "long"):
         words = bytes(given[name].tolist()).decode()
         found[name] = clip.encode_from_tokens_scheduled(clip.tokenize(words))[0][0]
 comfy.utils.save_torch_file({name: value.float().contiguous() for name, value in found.items()}, result)
@@ -70,7 +72,7 @@ def files(core_models) -> CoreFiles:
 def given() -> dict[str, torch.Tensor]:
     """What both sides are asked; texts as bytes."""
     generator = torch.Generator().manual_seed(8)
-    texts = {"prompt": PROMPT, "negative": NEGATIVE, "empty": "", "long": LONG}
+    texts = {"prompt": PROMPT, "negative": NEGATIVE, "empty": "", "weighted": WEIGHTED, "escaped": ESCAPED, "long": LONG}
     return {
         "x": torch.randn(2, 32, 4, 8, 12, generator=generator),
         "timestep": torch.tensor([700.0, 700.0]),
@@ -126,8 +128,8 @@ def test_a_file_with_the_core_s_names_is_to_us_what_it_is_to_the_core(files, giv
 
 def test_the_core_s_text_is_ours_and_gives_the_same_video(files, core, local):
     encoder = TextEncoder(Checkpoint.open(files.folder), device=torch.device("cpu"), dtype=torch.float32)
-    words = {"prompt": PROMPT, "negative": NEGATIVE, "empty": ""}
-    ours = {name: encoder.encode([encoder.tokenize(text)]) for name, text in words.items()}
+    words = {"prompt": PROMPT, "negative": NEGATIVE, "empty": "", "weighted": WEIGHTED, "escaped": ESCAPED}
+    ours = {name: encoder.encode_prompt(text) for name, text in words.items()}
     for name, states in ours.items():
         assert difference(states, core[name]) <= TOLERANCE, name
     assert difference(ours["prompt"], ours["negative"]) > 0.1

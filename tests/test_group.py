@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
 from multiprocessing.connection import Client, Pipe
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,15 +22,18 @@ from safetensors.torch import load, save_file
 from parallel_backend.backend import Keeper
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
-from parallel_backend.group import launcher, protocol
-from parallel_backend.group.address import GroupAddress, running
+from parallel_backend.group import launcher, ownership, preflight, protocol, registry
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.ownership import OwnerWatch, is_held
 from parallel_backend.group.protocol import Message
+from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, Windows
 from parallel_backend.parallel.groups import slow_link
 from parallel_backend.plans import Plan
 
 from .conftest import REPO, TOLERANCE, wait_until, workers
+from .test_cancel import KINDS as VAE_KINDS
+from .test_cancel import vae_job
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +114,28 @@ def test_a_long_step_is_stopped_between_its_windows_on_all_ranks(group, make_job
         group.sample(slow, on_step=lambda step, _: seen.append(step), should_stop=lambda: group.status()["state"] == "busy")
     assert seen == []
     assert len(group.sample(make_job("5b")).report.step_seconds) == 8
+
+
+@pytest.mark.parametrize("kind", VAE_KINDS)
+def test_a_group_stops_the_vae_on_all_ranks_and_stays_warm(kind, group, local, checkpoints):
+    """In strips all ranks work, in tiles rank 0 alone."""
+    small, large = vae_job(kind, checkpoints), vae_job(kind, checkpoints, rows=40, columns=60, frames=17)
+    expected = group.run(small).tensor
+    address, loads = group.address, group.status()["loads"]
+    with pytest.raises(Cancelled, match="while the VAE was at work"):
+        group.run(large, should_stop=lambda: group.status()["state"] == "busy")
+    assert torch.equal(group.run(small).tensor, expected)
+    assert (expected - local.run(small).tensor).abs().max() <= TOLERANCE
+    assert group.address == address and group.status()["loads"] == loads
+
+
+def test_a_group_whose_job_is_cancelled_while_weights_are_read_runs_the_next(group, make_job, local):
+    group.free()
+    job, asked = make_job("5b", steps=200), count()
+    with pytest.raises(Cancelled):
+        group.sample(job, should_stop=lambda: next(asked) > 0)
+    job = make_job("5b", steps=2)
+    assert (group.sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
 
 
 def test_a_client_that_goes_away_cancels_its_job_only(group, make_job):
@@ -277,7 +305,9 @@ def test_the_group_goes_when_its_owner_is_killed():
         "from parallel_backend.group.client import GroupExecutor\n"
         "from parallel_backend.plans import Plan; from parallel_backend.devices import Devices\n"
         "group = GroupExecutor(Plan(cfg=2), Devices('cpu', (0, 1))); group.start(); group.status()\n"
-        "print(group.address.folder, flush=True)\nimport time; time.sleep(600)"
+        "print(group.address.folder, flush=True)\nimport os, time\n"
+        "if os.fork() == 0: os.close(1), os.setsid(), time.sleep(60), os._exit(0)\n"  # it inherits every pipe and lock, and stays
+        "time.sleep(600)"
     )
     signals = (signal.SIGKILL, signal.SIGTERM)
     owners = [subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in signals]
@@ -294,23 +324,114 @@ def test_the_group_goes_when_its_owner_is_killed():
             owner.kill()
 
 
-def test_a_folder_that_a_crash_left_behind_is_swept_and_never_in_the_way(start_group, tmp_path):
-    stale = GroupAddress.create({"plan": "cfg2", "devices": "cpu:2", "shared": True})
-    description = json.loads((stale.folder / "group.json").read_text())
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    (stale.folder / "group.json").write_text(json.dumps({**description, "owner": gone.pid}))
-    assert stale.folder not in [address.folder for address in running()]
-    start_group("cfg2").start()
-    assert not stale.folder.exists()
+KEEPER = """
+import os, sys
+from parallel_backend.group.registry import GroupAddress, Home
+home = Home.open()
+known = {"plan": "cfg2", "devices": "cpu:2", "shared": True, "lock": str(home.lock.path)}
+print(GroupAddress.create(home.root, known).folder, flush=True)
+if sys.argv[1:] == ["fork"] and os.fork() == 0:  # it inherits every descriptor of its parent's, and stays
+    os.close(1)
+    os.setsid()
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def group_of_another_process(*arguments: str):
+    """Another process that keeps a group's folder, with no processes, and the folder."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", KEEPER, *arguments], cwd=REPO, **pipes) as owner:
+        try:
+            yield owner, Path(owner.stdout.readline().strip())
+        finally:
+            owner.kill()
+
+
+def rename_owner(folder: Path, pid: int) -> None:
+    """Has a group's folder say that another process keeps it, as after a restart of a container."""
+    description = json.loads((folder / "group.json").read_text())
+    lock = Path(description["lock"])
+    renamed = lock.with_name(f"owner-{pid}-{lock.name[-8:]}")
+    lock.rename(renamed)
+    (folder / "group.json").write_text(json.dumps({**description, "owner": pid, "lock": str(renamed)}))
+
+
+@pytest.mark.parametrize("whose", ["nobody's", "another's", "this process's"])
+def test_a_dead_owner_s_group_is_dead_whoever_has_its_number_now(whose):
+    with group_of_another_process() as (owner, folder):
+        assert folder in [address.folder for address in running()]
+        owner.kill()
+        owner.wait()
+        rename_owner(folder, {"nobody's": owner.pid, "another's": os.getppid(), "this process's": os.getpid()}[whose])
+        assert folder not in [address.folder for address in running()]
+        remove_stale()
+        assert not folder.exists()
+
+
+def test_a_living_owner_s_group_is_left_alone_though_its_number_is_unknown_here():
+    with group_of_another_process() as (owner, folder):
+        rename_owner(folder, 2**22 + 7)  # another container's number
+        remove_stale()
+        assert folder in [address.folder for address in running()]
+
+
+def test_a_forked_child_that_outlives_the_owner_does_not_keep_its_group():
+    with group_of_another_process("fork") as (owner, folder):
+        assert folder in [address.folder for address in running()]
+        owner.kill()
+        owner.wait()
+        assert not shared("cfg2", "cpu:2")
+        remove_stale()
+        assert not folder.exists()
+
+
+def test_the_lock_of_this_process_outlives_a_look_at_it():
+    home = Home.open()
+    try:
+        for _ in range(2):  # a second descriptor that is closed would drop the lock
+            assert is_held(home.lock.path) and OwnerWatch(home.lock.path).is_alive()
+        look = "import sys; from pathlib import Path; from parallel_backend.group.ownership import is_held; print(is_held(Path(sys.argv[1])))"
+        said = subprocess.run([sys.executable, "-c", look, str(home.lock.path)], cwd=REPO, capture_output=True, text=True)
+        assert said.stdout.strip() == "True"
+    finally:
+        home.lock.close()
+    assert not is_held(home.lock.path)
+
+
+def test_folders_that_come_and_go_never_disturb_a_look():
+    home = Home.open()
+    known = {"plan": "cfg2", "devices": "cpu:2", "shared": True, "lock": str(home.lock.path)}
+    stop, failed = threading.Event(), []
+
+    def churn() -> None:
+        while not stop.is_set():
+            GroupAddress.create(home.root, known).remove()
+
+    def look() -> None:
+        try:
+            for _ in range(400):
+                running(), shared("cfg2", "cpu:2"), remove_stale()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=churn), *(threading.Thread(target=look) for _ in range(2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join()
+    stop.set()
+    threads[0].join()
+    home.lock.close()
+    assert not failed
 
 
 def test_where_no_group_can_start_the_reason_is_one_line(start_group, monkeypatch):
-    monkeypatch.setattr(launcher.sys, "platform", "darwin")
+    monkeypatch.setattr(preflight.sys, "platform", "darwin")
     with pytest.raises(GroupUnavailable, match="need Linux \\(this is darwin\\)"):
         start_group("cfg2")
     monkeypatch.undo()
-    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
         start_group("cfg2")
 
@@ -337,7 +458,87 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
         group.sample(make_job("5b"))
     assert "the reason" in error.value.details and "\n" not in error.value.summary
     assert group.status()["state"] == "absent" and running() == before
-    assert time.monotonic() - started < 60
+    again = time.monotonic()
+    with pytest.raises(GroupUnavailable, match=f"did not start: {cause}.* s ago; it is tried again once something changes"):
+        group.sample(make_job("5b"))
+    assert time.monotonic() - again < 5 and again - started < 60
+    monkeypatch.setenv("XDIT_PYTHON", "/nowhere/python")
+    with pytest.raises(GroupUnavailable, match="/nowhere/python cannot be started"):
+        group.sample(make_job("5b"))
+
+
+@pytest.fixture
+def mute_python(tmp_path, monkeypatch):
+    """An interpreter that runs and says nothing."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("XDIT_PYTHON", str(python))
+
+
+def test_an_interpreter_that_does_not_run_the_pack_is_given_up_soon(mute_python, start_group, make_job, monkeypatch):
+    monkeypatch.setattr(launcher, "HELLO_SECONDS", 1.0)
+    with pytest.raises(GroupUnavailable, match="did not run this pack within .* s; correct XDIT_PYTHON"):
+        start_group("cfg2").sample(make_job("5b"))
+
+
+def test_a_job_is_cancelled_while_its_group_starts(mute_python, start_group, make_job):
+    asked = []
+    with pytest.raises(Cancelled, match="while the group was starting"):
+        start_group("cfg2").sample(make_job("5b"), should_stop=lambda: asked.append(1) or len(asked) > 3)
+
+
+def test_serve_ends_in_one_line_when_its_processes_end_at_once(monkeypatch, run):
+    monkeypatch.setenv("XDIT_PYTHON", shutil.which("false"))
+    for _ in range(4):
+        ended = run("serve", "--model", "demo", "--plan", "cfg2", "--devices", "cpu:2")
+        assert ended.returncode == 1 and "the group did not start: the launcher ended with status 1" in ended.stderr
+
+
+def test_a_machine_without_loopback_says_so_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(preflight, "LOOPBACKS", ((socket.AF_INET, "192.0.2.1"),))  # nobody's address
+    with pytest.raises(GroupUnavailable, match="no loopback network .192.0.2.1: .*ip link set lo up"):
+        GroupExecutor(Plan(cfg=2), Devices("cpu", (0, 1)))
+
+
+def test_what_other_launchers_set_does_not_reach_the_group(monkeypatch):
+    others = {"PET_NNODES": "2", "MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}
+    others |= {"SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "x", "ROLE_RANK": "1", "GLOO_SOCKET_IFNAME": "nowhere0"}
+    for name, value in {**others, "LOCAL_SETTING": "mine", "RANKS": "mine"}.items():
+        monkeypatch.setenv(name, value)
+    found = preflight.environment(Devices("cpu", (0, 1)), "lo", is_forced=True)
+    assert {name: found[name] for name in others if name in found} == {"GLOO_SOCKET_IFNAME": "lo"}
+    assert found["LOCAL_SETTING"] == found["RANKS"] == "mine"
+
+
+@pytest.mark.parametrize("reason", ["cannot be made", "is too long", "has no locks", "belongs to another user"])
+def test_groups_live_elsewhere_where_the_runtime_folder_is_of_no_use(reason, tmp_path, monkeypatch):
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    if reason == "cannot be made":
+        bad = Path("/dev/null/run")
+    elif reason == "is too long":
+        bad = tmp_path / ("job" * 40)
+    elif reason == "belongs to another user":
+        bad.mkdir()
+        os.chown(bad, 12345, 12345) if os.getuid() == 0 else pytest.skip("needs root to make another's folder")
+    else:
+        lock = ownership.OwnerLock
+        monkeypatch.setattr(registry, "OwnerLock", lambda root: lock(root) if root == good else os.mkdir("/dev/null/locks"))
+    monkeypatch.setattr(registry, "roots", lambda: [bad, good])
+    home = Home.open()
+    assert home.root == good and str(bad) in home.note and "\n" not in home.note
+    home.lock.close()
+    monkeypatch.setattr(registry, "roots", lambda: [bad])
+    with pytest.raises(GroupUnavailable, match="no folder for the group's socket: .*set XDG_RUNTIME_DIR"):
+        Home.open()
+
+
+def test_a_look_for_groups_makes_no_folder_and_never_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
+    assert running() is not None and not (tmp_path / "none").exists()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/dev/null/run")
+    assert shared("cfg2", "cpu:2") == []
+    remove_stale()
 
 
 @pytest.mark.slow
@@ -348,6 +549,8 @@ def test_a_group_may_run_under_another_interpreter_and_close_leaves_nothing_of_i
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("XDIT_PYTHON", str(python))
+    for name, value in {"PET_NNODES": "2", "MASTER_ADDR": "192.0.2.1", "WORLD_SIZE": "8", "NCCL_SOCKET_IFNAME": "no0"}.items():
+        monkeypatch.setenv(name, value)  # as a cluster's prologue does
     job: SampleJob = make_job("2b")
     group = start_group("cfg2")
     assert (group.sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
@@ -421,7 +624,7 @@ def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monke
         assert kept.status()["state"] == "ready"
         with pytest.raises(RequestError, match="needs 3 devices"):
             keeper.get(Plan(ring=3), devices)
-        monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+        monkeypatch.setattr(preflight, "find_spec", lambda name: None)
         with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
             keeper.get(Plan(ulysses=2), devices)
         assert keeper.get(plan, devices) is kept

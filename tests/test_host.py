@@ -1,7 +1,10 @@
 """How nodes find who works for them, and what ComfyUI is told of the memory that is held."""
 
+import shutil
+
 import pytest
 
+from .comfy_runtime import SHOWN
 from .conftest import TOLERANCE
 
 
@@ -212,3 +215,93 @@ with_dates, now = part("nodes.saving").with_dates, datetime(2026, 3, 9, 7, 5, 1)
 show(names=[with_dates(name, now) for name in ("video/%date:yyyy-MM-dd%/x_%date:hhmmss%", "%date:d.M.yy h:m:s%", "a_%year%", "plain")])
 """)
     assert shown["names"] == ["video/2026-03-09/x_070501", "9.3.26 7:5:1", "a_%year%", "plain"]
+
+
+def test_the_lines_of_one_execution_stay_in_the_node_warnings_first(in_comfyui):
+    shown, log = in_comfyui(
+        SHOWN
+        + """
+at("first", "5")
+host.say("plan"), host.say("cut off", level=WARNING), host.say("plan"), host.say("done", "5"), host.say("other", "6")
+at("second", "5")
+host.say("again")
+context.clear()
+host.say("no prompt, no node", level=WARNING), host.say("alone", "5"), host.say("alone, too", "5")
+show(shown=shown)
+"""
+    )
+    assert shown["shown"] == [
+        ["5", "plan"],
+        ["5", "cut off\nplan"],
+        ["5", "cut off\nplan"],
+        ["5", "cut off\nplan\ndone"],
+        ["6", "other"],
+        ["5", "again"],
+        ["5", "alone"],
+        ["5", "alone, too"],
+    ]
+    assert "no prompt, no node" in log
+
+
+@pytest.mark.parametrize("server", ["None", "types.ModuleType('server')"])
+def test_where_there_is_no_front_end_lines_are_logged(server, in_comfyui):
+    _, log = in_comfyui(f"""
+sys.modules["comfy_execution.utils"], sys.modules["server"] = None, {server}
+host.say("a line", level=30), host.say("and one", "5", level=30)
+show()
+""")
+    assert "a line" in log and "and one" in log
+
+
+def test_a_job_s_notes_stand_before_what_it_cost_and_a_plan_that_was_set_is_not_news(in_comfyui):
+    shown, _ = in_comfyui(
+        SHOWN
+        + """
+at("first", "5")
+host.run(sample(windows=jobs.Windows()), Handle("cpu:1", "single"))
+set_by_hand = shown[-1][1].splitlines()
+at("second", "5")
+host.run(sample(), Handle("cpu:1", "auto"))
+show(set_by_hand=set_by_hand, auto=shown[-1][1].splitlines())
+"""
+    )
+    note, cost = shown["set_by_hand"]
+    assert note.startswith("the video of 9 frames fits in one window") and cost.startswith("sample: plan single")
+    assert shown["auto"][0] == "plan single on cpu:1: one device: nothing to split"
+
+
+def test_clip_text_encode_says_in_its_node_what_of_a_prompt_is_not_used(nodes):
+    shown, _ = nodes(
+        SHOWN
+        + """
+clip = sockets.ClipHandle(Checkpoint.open(text_model), "auto")
+at("first", "7")
+[[states, options]] = clip.encode_from_tokens_scheduled(clip.tokenize("red " * 40))
+again = clip.encode_from_tokens(clip.tokenize("a (red circle:1.3)"))
+expected = clip.encoder.encode_prompt("a (red circle:1.3)")
+plain = clip.encode_from_tokens(clip.tokenize("a red circle"))
+show(shown=shown, options=options, same=torch.equal(again, expected), weighted=not torch.equal(again, plain))
+"""
+    )
+    [[node, line]] = shown["shown"]
+    assert node == "7" and line.startswith("the prompt has ") and "32 are used; cut off: 'red" in line
+    assert shown["same"] and shown["weighted"] and shown["options"] == {"pooled_output": None}
+
+
+def test_load_cogvideox_runs_again_when_a_file_of_its_model_was_replaced(in_comfyui, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["5b"], tmp_path / "5b")
+    shown, _ = in_comfyui(f"""
+loader, folder, models = part("nodes.loaders").LoadCogVideoX, Path({str(folder)!r}), part("parallel_backend.models")
+host.model_folders = lambda: {{"CogVideo/5b": folder}}
+def state():
+    return loader.fingerprint_inputs(model_name="CogVideo/5b", dtype="auto")
+states = [state(), state()]
+for part_of in ("text_encoder", "vae", "transformer"):
+    weights = sorted((folder / part_of).glob("*.safetensors"))[0]
+    os.utime(weights, (1, 1))
+    states.append(state())
+show(states=states, demo=loader.fingerprint_inputs(model_name="demo"), gone=loader.fingerprint_inputs(model_name="CogVideo/gone"))
+""")
+    first, same, *changed = shown["states"]
+    assert first == same and len({first, *changed}) == 4
+    assert isinstance(shown["demo"], str) and shown["gone"] is None

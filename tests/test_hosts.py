@@ -18,14 +18,15 @@ from parallel_backend.__main__ import main
 from parallel_backend.backend import resolve
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, GroupUnavailable, RequestError
-from parallel_backend.group import hosts, link, muster, worker
-from parallel_backend.group.address import GroupAddress
+from parallel_backend.group import hosts, job_loop, link, muster
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.group.death import Death, first_of
-from parallel_backend.group.hosts import Common, Place, Rendezvous, interface_of
+from parallel_backend.group.exit_cause import ExitCause, first_of
+from parallel_backend.group.hosts import Common, Place, Rendezvous
+from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.group.muster import Leader, Member
+from parallel_backend.group.preflight import interface_of
 from parallel_backend.group.protocol import Message
-from parallel_backend.group.worker import Worker
+from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.jobs import split_fields
 
 from .conftest import PATIENCE, TOLERANCE, wait_until
@@ -107,7 +108,7 @@ def test_another_node_0_is_joined_and_a_job_goes_on_when_a_launcher_was_killed_u
 
     def kill_once(step: int, steps: int) -> None:
         if step >= 4 and not hurt:
-            hurt.append(two.agent(1).pid)
+            hurt.append(two.supervisor(1).pid)
             os.kill(hurt[0], signal.SIGKILL)
 
     result = group.sample(job, on_step=kill_once)
@@ -246,7 +247,7 @@ def test_a_host_that_hangs_up_ends_the_group_and_is_named(met):
     leader, member, calls = met
     member._links[0].close()  # as the kernel does for a process that was killed
     assert calls["leader"].wait(PATIENCE)
-    death = leader.verdict(Death("rank 0 ended with status 1"))  # as broken connections have it end
+    death = leader.verdict(ExitCause("rank 0 ended with status 1"))  # as broken connections have it end
     assert death.gone and re.search(r"host \S+ \(127.0.0.1, node 1, rank 1\) is gone: its serve process", death.cause)
 
 
@@ -275,12 +276,12 @@ def test_a_host_that_is_silent_ends_the_group_and_is_named(place, monkeypatch):
 
 def test_a_rank_that_was_killed_on_another_host_is_the_cause_and_the_hosts_meet_again(met):
     leader, member, calls = met
-    killed = Death("rank 1 was killed by SIGKILL", by_itself=False)
+    killed = ExitCause("rank 1 was killed by SIGKILL", by_itself=False)
     with in_a_thread(lambda: member.verdict(killed)) as told:
         assert calls["leader"].wait(PATIENCE)
-        death = leader.verdict(Death("rank 0 ended with status 1"))
+        death = leader.verdict(ExitCause("rank 0 ended with status 1"))
         assert re.fullmatch(r"host \S+ \(127.0.0.1, node 1, rank 1\): rank 1 was killed by SIGKILL", death.cause)
-        leader.part(again=True, death=death)
+        leader.part(again=True, cause=death)
     assert told == [death] and member.comes_again and not death.gone
     with in_a_thread(member.meet):
         leader.meet()
@@ -288,11 +289,11 @@ def test_a_rank_that_was_killed_on_another_host_is_the_cause_and_the_hosts_meet_
 
 def test_a_failure_on_node_0_ends_the_other_host_which_is_told_why(met):
     leader, member, calls = met
-    with in_a_thread(lambda: leader.verdict(Death("rank 0 ended with status 1"))) as found:
+    with in_a_thread(lambda: leader.verdict(ExitCause("rank 0 ended with status 1"))) as found:
         assert calls["member"].wait(PATIENCE) and member.has_trouble
         with in_a_thread(lambda: member.verdict(None)) as told:
             assert wait_until(lambda: found)
-            leader.part(again=False, death=found[0])
+            leader.part(again=False, cause=found[0])
     assert "node 0, rank 0): rank 0 ended with status 1" in found[0].cause and told == found
     assert not member.comes_again and member.failed
 
@@ -314,10 +315,10 @@ def test_a_host_whose_serve_is_ended_is_gone(met):
 @pytest.mark.parametrize(
     "deaths, first",
     [
-        ([Death("failed"), Death("killed", by_itself=False), Death("gone", by_itself=False, gone=True)], "gone"),
-        ([Death("failed"), Death("killed", by_itself=False), Death("hung", by_itself=False, behind=3)], "killed"),
-        ([Death("waits", by_itself=False, behind=4), Death("hung", by_itself=False, behind=3)], "hung"),
-        ([Death("met with it", failure={"waited": 0.1}), Death("failed", failure={"waited": 15.0})], "failed"),
+        ([ExitCause("failed"), ExitCause("killed", by_itself=False), ExitCause("gone", by_itself=False, gone=True)], "gone"),
+        ([ExitCause("failed"), ExitCause("killed", by_itself=False), ExitCause("hung", by_itself=False, behind=3)], "killed"),
+        ([ExitCause("waits", by_itself=False, behind=4), ExitCause("hung", by_itself=False, behind=3)], "hung"),
+        ([ExitCause("met with it", failure={"waited": 0.1}), ExitCause("failed", failure={"waited": 15.0})], "failed"),
     ],
 )
 def test_of_several_ends_the_one_that_the_others_follow_from_is_the_cause(deaths, first):
@@ -366,9 +367,11 @@ def test_serve_refuses_what_makes_no_sense_in_one_line(options, words, capsys):
 def served_elsewhere_too():
     """The folder of a group of two hosts, as ``serve`` makes it, with no processes."""
     known = {"plan": "cfg2", "devices": "cpu:1", "shared": True, "processes": 1, "nodes": 2, "node": 0, "first_rank": 0}
-    address = GroupAddress.create({**known, "lost": None})
+    home = Home.open()
+    address = GroupAddress.create(home.root, {**known, "lost": None, "lock": str(home.lock.path)})
     yield address
     address.remove()
+    home.lock.close()
 
 
 @pytest.mark.parametrize(
@@ -399,7 +402,7 @@ def test_a_group_whose_hosts_have_not_met_says_that_it_waits(served_elsewhere_to
 
 def open_on_two(jobs, monkeypatch) -> list:
     """What ranks on two hosts make of a job each: the job, or what they raise."""
-    monkeypatch.setattr(worker, "HOST", "a host")
+    monkeypatch.setattr(job_loop, "HOST", "a host")
     gathered, barrier = [None, None], threading.Barrier(2)
 
     class Split:
@@ -412,9 +415,9 @@ def open_on_two(jobs, monkeypatch) -> list:
             return gathered
 
     def run(rank: int):
-        rank_worker = Worker.__new__(Worker)
-        rank_worker.split = Split(rank)
-        return rank_worker.opened(Message(jobs[rank].kind, *split_fields(jobs[rank])))
+        loop = JobLoop.__new__(JobLoop)
+        loop.split = Split(rank)
+        return loop.opened(Message(jobs[rank].kind, *split_fields(jobs[rank])))
 
     with in_a_thread(lambda: run(0)) as first, in_a_thread(lambda: run(1)) as second:
         pass
@@ -434,7 +437,7 @@ def test_a_model_that_one_host_lacks_or_has_otherwise_is_named_on_all(make_job, 
         assert str(error) == f"there is no checkpoint folder {tmp_path / 'gone'}"
     other = make_job("5b", model=replace(job.model, path=str(checkpoints["5b-i2v"])))
     assert Checkpoint.open(other.model.path).likeness() != Checkpoint.open(job.model.path).likeness()
-    monkeypatch.setattr(worker.checks, "check", lambda *_: None)
+    monkeypatch.setattr(job_loop.checks, "check", lambda *_: None)
     for error in open_on_two([job, other], monkeypatch):
         assert re.search(r"host 1: \S+ has other files than on host 0; copy it from there", str(error))
 

@@ -66,6 +66,12 @@ def test_a_size_that_no_cogvideox_makes_is_refused_with_the_nearest(size, words)
         ({"masked_video": torch.ones(1, 16, 2, 4, 4), "mask": torch.ones(1, 1, 1, 4, 4)}, "the mask is made for .* 1 latent"),
         ({"masked_video": torch.ones(1, 16, 2, 4, 4), "mask": torch.ones(1, 2, 2, 4, 4)}, "the mask is \\(1, 2, 2, 4, 4\\)"),
         ({"masked_video": torch.ones(1, 1, 2, 4, 4), "mask": torch.ones(1, 1, 2, 4, 4)}, "masked video's latent is"),
+        ({"positive": torch.ones(1, 2, 8, 4)}, "positive conditioning is \\(1, 2, 8, 4\\); it must be \\[1 or 1, tokens"),
+        ({"positive_starts": (0, 0.5)}, "positive conditioning is \\(.*\\); it must be \\[1 or 1, prompts, tokens"),
+        *(
+            ({"negative": torch.ones(1, 2, 8, 4), "negative_starts": starts}, "negative_starts is .* it must be 2 ascending")
+            for starts in ((0,), (0, 0.2, 0.5), (0.1, 0.5), (0, 0), (0, -1), (0, 1.0), (0, float("nan")))
+        ),
     ],
 )
 def test_a_sampling_job_that_makes_no_sense_is_refused_in_one_line(changes, words):
@@ -77,6 +83,19 @@ def test_a_sampling_job_that_makes_no_sense_is_refused_in_one_line(changes, word
 def test_the_largest_seed_of_comfyui_and_cfg_1_without_negative_are_fine():
     assert sample(seed=2**64 - 1).guided
     assert not sample(cfg=1.0, negative=None).guided
+
+
+def test_prompts_take_turns_by_the_share_of_the_steps_that_is_done():
+    settings = {
+        "positive": torch.ones(1, 3, 8, 4),
+        "positive_starts": (0, 0.3, 0.5),
+        "steps": 10,
+        "latent": torch.ones(1, 16, 2, 4, 4),
+    }
+    whole, half = sample(**settings), sample(**settings, denoise=0.6)
+    assert [whole.prompts_of(step) for step in range(10)] == [(0, 0)] * 3 + [(0, 1)] * 2 + [(0, 2)] * 5
+    assert [half.prompts_of(step) for step in range(6)] == [(0, 1)] + [(0, 2)] * 5  # from the fifth of ten on
+    assert sample(steps=10, denoise=0.6, latent=torch.ones(1, 16, 2, 4, 4)).prompts_of(5) == (0, 0)
 
 
 def test_a_video_to_encode_must_be_frames_of_three_channels():
@@ -97,6 +116,7 @@ def test_a_video_to_encode_must_be_frames_of_three_channels():
         sample(windows=Windows(17, 4, "uniform", False)),
         sample(control=torch.rand(1, 16, 2, 4, 4), control_strength=0.5, control_start=0.1, control_end=0.9),
         sample(masked_video=torch.rand(1, 16, 2, 4, 4), mask=torch.rand(1, 1, 2, 4, 4), image_scale="raw"),
+        sample(positive=torch.rand(1, 2, 8, 4), positive_starts=(0, 0.5)),
         DecodeJob(MODEL, torch.rand(1, 16, 2, 4, 4), "on", 128, 32),
     ],
 )
@@ -106,7 +126,8 @@ def test_a_job_survives_being_taken_apart(job):
     assert again.model == job.model
     assert split_fields(again)[0] == plain
     assert all(torch.equal(tensors[name], getattr(again, name)) for name in tensors)
-    assert again.model == job.model and getattr(again, "windows", None) == getattr(job, "windows", None)
+    assert again.model == job.model
+    assert all(getattr(again, name, None) == getattr(job, name, None) for name in ("windows", "positive_starts"))
 
 
 def test_sides_that_know_no_conditions_understand_a_job_without_them():
@@ -132,6 +153,8 @@ NO_LORAS = [5, [{"strength": 1.0}], ["/x.safetensors"], [{"path": "/x.safetensor
         {"model": None},
         {"model": "x"},
         {"model": {"path": "/x", "code": "y"}},
+        {"positive_starts": ["a", 0.5]},
+        {"positive_starts": 5},
         *({"model": {"path": "/x", "loras": loras}} for loras in NO_LORAS),
     ],
 )

@@ -29,6 +29,10 @@ CASES = [
     ("5b", {"size": (112, 48, 9), "scheduler": "ddim", "batch": 2}),
     ("5b", {"size": (80, 48, 5), "scheduler": "ddim", "cfg": 1.0}),
     ("5b", {"size": (16, 16, 1), "scheduler": "dpm"}),
+    (
+        "5b",
+        {"size": (48, 48, 9), "scheduler": "dpm", "positive_starts": (0, 0.3, 0.5), "negative_starts": (0, 0.8), "batch": 2},
+    ),
     ("5b", {"size": (48, 80, 13), "denoise": 0.5, "latent": torch.randn(1, 16, 4, 10, 6)}),
     ("1.5-5b", {"size": (80, 64, 13), "scheduler": "dpm"}),
     ("1.5-5b", {"size": (48, 48, 9), "scheduler": "ddim", "lora": 1.0}),

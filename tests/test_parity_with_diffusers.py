@@ -42,6 +42,19 @@ def test_latents_equal_those_of_diffusers(like, scheduler, settings, pipelines, 
     assert (latents - expected).abs().max() <= TOLERANCE
 
 
+def test_prompts_in_turn_are_diffusers_with_other_prompts_from_a_step_on(pipelines, make_job, local):
+    def other_prompts(pipeline, step, timestep, tensors):
+        negative, positive = tensors["prompt_embeds"].chunk(2)
+        return {"prompt_embeds": torch.cat([negative / (2 if step == 5 else 1), positive / (2 if step == 2 else 1)])}
+
+    settings = {"size": (80, 48, 9), "scheduler": "dpm"}
+    hook = {"callback_on_step_end": other_prompts, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    expected = reference(pipelines["5b"], **settings, num_frames=9, **hook)
+    found = local.sample(make_job("5b", positive_starts=(0, 3 / 8), negative_starts=(0, 0.7), **settings)).tensor
+    assert (found - expected).abs().max() <= TOLERANCE
+    assert (found - local.sample(make_job("5b", **settings)).tensor).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("drawn", [(1, slice(0, 1)), (3, slice(1, 2))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_dpm_step_is_that_of_diffusers_to_the_last_bit(dtype, drawn):

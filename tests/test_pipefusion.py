@@ -1,6 +1,5 @@
 """Pipelines equal ``single`` while they warm up, and then what one process makes of the same patches; each rank has its blocks."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor import Executor
 from parallel_backend.group.client import GroupExecutor
-from parallel_backend.group.worker import Worker
+from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
 from parallel_backend.machines import KNOWN
 from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
@@ -205,7 +204,7 @@ def test_a_cancelled_job_leaves_a_warm_group_and_no_trace(late, start_group):
     assert result.report.plan == "pipefusion2" and len(result.report.notes) == 1
 
 
-def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_the_next_jobs(late, monkeypatch, tmp_path):
+def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_the_next_jobs(late, monkeypatch):
     engine = Engine(Patched(2))
     engine.run(late)
     assert not engine.split.pipe.is_under_way
@@ -217,15 +216,16 @@ def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_th
     def leave(status):
         raise SystemExit(status)
 
-    monkeypatch.setattr("parallel_backend.group.worker.os._exit", leave)
+    monkeypatch.setattr("parallel_backend.group.job_loop.os._exit", leave)
     met = []
     split = SimpleNamespace(rank=1, is_in_step=False, meet=met.append, collect=lambda failure: [failure])
-    worker = SimpleNamespace(split=split, address=SimpleNamespace(error_file=lambda rank: tmp_path / f"{rank}.json"))
+    left = []
+    loop = SimpleNamespace(split=split, heart=SimpleNamespace(leave=left.append))
     with pytest.raises(SystemExit):
-        Worker.compare(worker, {"error": "OutOfMemory"}, together=True)
-    assert json.loads((tmp_path / "1.json").read_text())["error"] == "OutOfMemory" and not met
+        JobLoop.compare(loop, {"error": "OutOfMemory"}, together=True)
+    assert [words["error"] for words in left] == ["OutOfMemory"] and not met
     split.is_in_step = True
-    assert Worker.compare(worker, {"error": "Cancelled"}, together=True) == [{"error": "Cancelled"}] and met
+    assert JobLoop.compare(loop, {"error": "Cancelled"}, together=True) == [{"error": "Cancelled"}] and met
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import json
 import os
 from dataclasses import replace
 from datetime import date
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -401,8 +400,8 @@ def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatc
     asked = {"heads": 48, "guided": False, "jobs": 4}
     assert resolve("auto", "auto", **asked)[0].replicas == 2
     assert resolve("auto", "auto", **asked, spread=False)[0].replicas == 1
-    group = SimpleNamespace(describe=lambda: {"devices": "0,1", "shared": True, "nodes": 1})
-    monkeypatch.setattr("parallel_backend.group.address.running", lambda: [group])
+    found = {"a group": {"devices": "0,1", "shared": True, "nodes": 1}}
+    monkeypatch.setattr("parallel_backend.backend.running", lambda: found)
     assert resolve("auto", "auto", **asked)[0].replicas == 1
 
 
@@ -416,6 +415,5 @@ def test_a_running_group_of_ours_holds_memory_that_a_job_is_to_have(gpus, monkey
     gpus("NVIDIA H100 80GB HBM3", free=1 * GIB)
     two = Devices("cuda", (0, 1))
     assert machine_of(two).free == 6 * GIB
-    group = SimpleNamespace(describe=lambda: {"devices": "0,1"})
-    monkeypatch.setattr("parallel_backend.group.address.running", lambda: [group])
+    monkeypatch.setattr("parallel_backend.backend.running", lambda: {"a group": {"devices": "0,1"}})
     assert machine_of(two).free == 80 * GIB

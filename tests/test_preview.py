@@ -50,7 +50,7 @@ def test_large_videos_are_shown_small_and_a_batch_by_its_first(make_job, local, 
     module = engine._vae(model, Checkpoint.open(model.path), torch.float32)
     latent = torch.randn(2, 16, 3, 50, 70, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
     shown = []
-    previews = preview.Previews(module, scaling=1.0, skipped=1, show=shown.append)
+    previews = preview.Previews(module, scaling=1.0, skipped=1, show=shown.append, go_on=lambda: True)
     previews.look(latent)
     assert shown[0].shape == (50 // 3 * 8, 2 * (70 // 3) * 8, 3)
     previews.look(torch.cat([latent[:1], torch.zeros_like(latent[:1])]))

@@ -31,6 +31,7 @@ CASES = [
     ("5b", {"scheduler": "dpm"}),
     ("5b", {"scheduler": "dpm", "denoise": 0.5, "latent": VIDEO, "steps": 6}),
     ("5b", {"scheduler": "dpm", "windows": Windows(5, 4), "steps": 3}),
+    ("5b", {"scheduler": "ddim", "positive_starts": (0, 0.2, 0.5), "steps": 3}),
     ("5b-i2v", {"scheduler": "ddim", "image": torch.randn(3, 16, 1, 8, 12), "size": (96, 64, 9), "steps": 3}),
 ]
 
@@ -127,6 +128,7 @@ WINDOWED = [
     ("5b", {"scheduler": "dpm", "windows": Windows(17, 8), **LONG}),
     ("5b", {"scheduler": "dpm", "windows": Windows(17, 12, "uniform"), "cfg": 1.0, **LONG}),
     ("1.5-5b", {"scheduler": "ddim", "windows": Windows(13, 8), "dynamic_cfg": True, **LONG}),
+    ("5b", {"windows": Windows(17, 8), "positive_starts": (0, 0.3), "negative_starts": (0, 0.6), **LONG}),
     ("5b-inp", {"windows": Windows(17, 8), "mask": torch.rand(1, 1, 13, 6, 6).round(), **LONG}),
 ]
 

@@ -204,3 +204,21 @@ def test_padding_has_no_say():
 def test_a_threshold_that_makes_no_sense_is_refused(threshold):
     with pytest.raises(RequestError, match="step_cache is .*; use 0 to 2"):
         Model("/nowhere", step_cache=threshold)
+
+
+def test_another_prompt_is_seen_by_all_blocks_at_once(job, local):
+    """A cache that spares all that it may would else go on with the first prompt."""
+    states = torch.stack([job.positive, job.negative], dim=1)
+    changed = replace(cached(job, 2.0), positive=states, positive_starts=(0, 6 / STEPS), cfg=1.0)
+    forwards = []
+    transformer = local.engine._transformer(changed, Checkpoint.open(job.model.path), torch.float32)
+    hooks = [
+        transformer.transformer_blocks[place].ff.net[2].register_forward_hook(lambda *_, place=place: forwards.append(place))
+        for place in (0, -1)
+    ]
+    local.sample(changed)
+    for hook in hooks:
+        hook.remove()
+    first_blocks = [index for index, place in enumerate(forwards) if place == 0]
+    whole = [step for step, index in enumerate(first_blocks) if forwards[index : index + 2] == [0, -1]]
+    assert whole == [0, 4, 6, 10, 14]

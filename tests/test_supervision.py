@@ -14,17 +14,16 @@ import torch
 from parallel_backend.cogvideox import denoise, vae
 from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, OutOfMemory
-from parallel_backend.group import worker
-from parallel_backend.group.address import GroupAddress, is_alive
-from parallel_backend.group.agent import Standstill
+from parallel_backend.group import job_loop
 from parallel_backend.group.client import GroupExecutor
+from parallel_backend.group.heartbeat import Board, Heartbeat
 from parallel_backend.group.protocol import Message
-from parallel_backend.group.pulse import Heart, Pulse
+from parallel_backend.group.supervisor import HangDetector
 from parallel_backend.jobs import DecodeJob, Progress, split_fields
 from parallel_backend.local import LocalExecutor
 from parallel_backend.plans import Plan
 
-from .conftest import TOLERANCE, rank_processes, wait_until, workers
+from .conftest import TOLERANCE, is_alive, rank_processes, wait_until, workers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,39 +126,56 @@ def test_a_job_that_loses_the_group_twice_in_one_place_is_not_tried_again(group,
     assert deaths == [1, 1] and "--- rank" in error.value.details
 
 
-def look_twice(tmp_path, pulses: list[Pulse], *, looks: int):
-    """What a watch says that looks at ranks with these pulses, which never change."""
-    address = GroupAddress(tmp_path)
-    for rank, pulse in enumerate(pulses):
-        heart = Heart(address.pulse_file(rank))
-        heart._count = pulse.count - 1
-        heart.beat(pulse.doing, pulse.seconds)
-    standstill, alive = Standstill(address), psutil.Process()
-    for _ in range(looks):
-        found = standstill.look({rank: alive for rank in range(len(pulses))})
-        if found:
-            return found
-    return None
+def look_often(heartbeats: list[Heartbeat], *, looks: int):
+    """What a watch finds that looks at ranks with these heartbeats, which never change."""
+    board, alive = Board.create(len(heartbeats)), psutil.Process()
+    for place, heartbeat in enumerate(heartbeats):
+        board.beat(place, heartbeat)
+    detector = HangDetector(board, first_rank=2)
+    found = (detector.look({place: alive for place in range(len(heartbeats))}) for _ in range(looks))
+    return next(filter(None, found), None)
 
 
 @pytest.mark.parametrize(
-    "pulses, looks, culprits",
+    "heartbeats, looks, culprits",
     [
-        ([Pulse(3, "on step 2 of 9", 8), Pulse(3, "on step 2 of 9", 8)], 9, None),
-        ([Pulse(3, "on step 2 of 9", 8), Pulse(3, "on step 2 of 9", 8)], 10, [0, 1]),
-        ([Pulse(3, "on step 2 of 9", 8), Pulse(2, "on step 1 of 9", 8)], 10, [1]),
-        ([Pulse(1, "waiting for a job", None)] * 2, 1000, None),
+        ([Heartbeat(3, "on step 2 of 9", 8), Heartbeat(3, "on step 2 of 9", 8)], 9, None),
+        ([Heartbeat(3, "on step 2 of 9", 8), Heartbeat(3, "on step 2 of 9", 8)], 10, "ranks 2, 3"),
+        ([Heartbeat(3, "on step 2 of 9", 8), Heartbeat(2, "on step 1 of 9", 8)], 10, "rank 3"),
+        ([Heartbeat(1, "waiting for a job", None)] * 2, 1000, None),
     ],
 )
-def test_ranks_that_stand_still_are_given_up_after_their_own_time_and_the_one_behind_is_named(
-    pulses, looks, culprits, tmp_path
-):
-    found = look_twice(tmp_path, pulses, looks=looks)
+def test_ranks_that_hang_are_given_up_after_their_own_time_and_the_one_behind_is_named(heartbeats, looks, culprits):
+    found = look_often(heartbeats, looks=looks)
     if culprits is None:
         assert found is None
     else:
-        assert found[0] == culprits
-        assert f"no sign of life for 8 s while {pulses[culprits[0]].doing}" in found[1]
+        doing = heartbeats[found.places[0]].doing
+        assert found.cause.cause == f"{culprits} hung: no sign of life for 8 s while {doing}"
+
+
+def test_a_heartbeat_is_read_whole_while_another_process_writes_it():
+    board = Board.create(1)
+    child = os.fork()
+    if child == 0:
+        for count in range(1, 20_000):
+            board.beat(0, Heartbeat(count, "x" * (count % 700), float(count)))
+        os._exit(0)
+    seen, last = 0, 0
+    while os.waitpid(child, os.WNOHANG)[0] == 0 or last < 19_999:
+        found = board.heartbeat(0)
+        if found:
+            assert (found.doing, found.seconds) == ("x" * (found.count % 700), float(found.count)) and found.count >= last
+            seen, last = seen + 1, found.count
+    assert seen > 10
+
+
+def test_the_last_words_of_a_rank_are_cut_to_what_there_is_room_for():
+    board = Board.create(2)
+    board.leave(1, {"error": "E", "message": "é" * 100_000, "traceback": "\x00" * 100_000 + "the end", "waited": 1.5})
+    words = board.last_words(1)
+    assert words["traceback"].endswith("the end") and words["message"].startswith("éé") and words["waited"] == 1.5
+    assert board.last_words(0) is None and board.heartbeat(1) is None
 
 
 class SlowEngine:
@@ -186,8 +202,8 @@ class SlowEngine:
 )
 def test_a_step_may_take_five_times_as_long_as_those_before_it(seconds, allowed, make_job, monkeypatch):
     engine, given = SlowEngine(seconds), []
-    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: engine.now))
-    rank = worker.Worker.__new__(worker.Worker)
+    monkeypatch.setattr(job_loop, "time", SimpleNamespace(monotonic=lambda: engine.now))
+    rank = job_loop.JobLoop.__new__(job_loop.JobLoop)
     rank.engine, rank.split = engine, SimpleNamespace(device=torch.device("cpu"))
     rank.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))
     job = make_job("5b", steps=len(seconds))
@@ -198,15 +214,15 @@ def test_a_step_may_take_five_times_as_long_as_those_before_it(seconds, allowed,
 @pytest.mark.parametrize(
     "kind, rank, together, limit",
     [
-        ("decode", 0, False, worker.MEET_SECONDS),
+        ("decode", 0, False, job_loop.MEET_SECONDS),
         ("decode", 1, False, None),  # rank 0 alone may take half an hour for tiles, and is watched itself
-        ("decode", 1, True, worker.MEET_SECONDS),
-        ("load", 1, True, worker.LOAD_SECONDS),  # the other's disk may be slower
+        ("decode", 1, True, job_loop.MEET_SECONDS),
+        ("load", 1, True, job_loop.LOAD_SECONDS),  # the other's disk may be slower
     ],
 )
 def test_a_rank_that_waits_for_another_s_work_is_not_taken_for_hung(kind, rank, together, limit):
     given, ended = [], SimpleNamespace(together=together, status=lambda: {"memory": 0})
-    one = worker.Worker.__new__(worker.Worker)
+    one = job_loop.JobLoop.__new__(job_loop.JobLoop)
     one.engine, one.jobs = ended, 0
     one.split = SimpleNamespace(rank=rank, collect=lambda value: [value])
     one.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))

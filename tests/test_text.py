@@ -1,12 +1,14 @@
 """Prompts become the text states of diffusers' pipeline, padded or cut to the model's limit."""
 
 import logging
+import shutil
 
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
+from safetensors.torch import load_file, save_file
 
-from parallel_backend.cogvideox import checkpoint, memory
+from parallel_backend.cogvideox import checkpoint, memory, prompt_weights
 from parallel_backend.cogvideox import text as text_module
 from parallel_backend.cogvideox.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import CPU, TextEncoder, find_place
@@ -42,6 +44,75 @@ def test_a_prompt_that_is_too_long_says_what_is_cut_off(encoder, caplog):
         encoder.tokenize("red blue " * 20 + "green")
     assert "32 are used; cut off: '" in caplog.text
     assert caplog.messages[0].endswith("green'")
+
+
+WEIGHTED = {
+    "a (red circle:1.3) moves": [("a ", 1.0), ("red circle", 1.3), (" moves", 1.0)],
+    "(a) ((b)) (((c):2)d)": [("a", 1.1), (" ", 1), ("b", 1.1 * 1.1), (" ", 1), ("c", 2 * 1.1), ("d", 1.1)],
+    "(a (b:0.5) c:2)": [("a ", 2), ("b", 0.5), (" c", 2)],
+    r"a \(b:1.3\) (\(c\):1.3)": [("a (b:1.3) ", 1), ("(c)", 1.3)],
+    "(a:b) (:2) (a:) (a:nan)": [("a:b", 1.1), (" ", 1), (":2", 1.1), (" ", 1), ("a:", 1.1), (" ", 1), ("a:nan", 1.1)],
+    "(a:-1)(b: 0)()": [("a", -1), ("b", 0)],
+    "a) (b:1.3)": [("a) (b:1.3)", 1)],
+    "(a (b:1.3": [("(a (b:1.3", 1)],
+    "": [],
+}
+"""Prompts and their parts, worked out by hand."""
+
+
+@pytest.mark.parametrize("prompt", WEIGHTED)
+def test_brackets_weigh_the_words_between_them(prompt):
+    found = prompt_weights.parse(prompt)
+    assert [text for text, _ in found] == [text for text, _ in WEIGHTED[prompt]]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in WEIGHTED[prompt]])
+
+
+def test_brackets_nest_deeper_than_python_s_calls():
+    assert prompt_weights.parse("(" * 3000 + "a" + ")" * 3000)[0][0] == "a"
+
+
+@torch.inference_mode()
+def test_a_weight_moves_the_states_of_its_words_away_from_those_of_the_empty_prompt(encoder, checkpoints):
+    pipeline = CogVideoXPipeline.from_pretrained(checkpoints["5b"])
+
+    def states(prompt):
+        return pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=32)[0][0]
+
+    plain, empty = states("a red circle moves"), states("")
+    ids = pipeline.tokenizer("a red circle moves").input_ids
+    first = len(pipeline.tokenizer("a").input_ids) - 1
+    last = first + len(pipeline.tokenizer("red circle").input_ids) - 1
+    expected = plain.clone()
+    expected[first:last] = empty[first:last] + 1.3 * (plain[first:last] - empty[first:last])
+    assert encoder.tokenize("a (red circle:1.3) moves")[: len(ids)] == ids
+    found = encoder.encode_prompt("a (red circle:1.3) moves")[0]
+    assert (found - expected).abs().max() <= TOLERANCE < (found - plain).abs().max()
+    assert torch.equal(found[last:], encoder.encode_prompt("a red circle moves")[0][last:])
+    assert (encoder.encode_prompt(r"\(a\)") - states("(a)")).abs().max() <= TOLERANCE
+
+
+def test_syntax_that_has_no_effect_is_named(encoder):
+    said = []
+    encoder.say = said.append
+    assert encoder.tokenize("red embedding:easynegative, (embedding:bad:1.2) circle") == encoder.tokenize("red , circle")
+    encoder.tokenize("[red:0.5] BREAK <lora:x>")
+    assert said == [
+        "embedding:easynegative is not used: CogVideoX's text encoder takes no embeddings",
+        "embedding:bad is not used: CogVideoX's text encoder takes no embeddings",
+        "[red:0.5], BREAK, <lora:x> in the prompt has no effect of its own: it is read as words",
+    ]
+
+
+def test_a_text_encoder_that_is_replaced_on_disk_is_read_again(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["5b"], tmp_path / "5b")
+    encoder = TextEncoder(Checkpoint.open(folder), device=CPU, dtype=torch.float32)
+    before, path = encoder.encode_prompt("a red circle"), folder / "text_encoder" / "model.safetensors"
+    held = encoder._encoder
+    assert torch.equal(encoder.encode_prompt("a red circle"), before) and encoder._encoder is held
+    other = {name: weight * 2 for name, weight in load_file(path).items()}
+    save_file(other, tmp_path / "other.safetensors", {"format": "pt"})
+    (tmp_path / "other.safetensors").replace(path)
+    assert (encoder.encode_prompt("a red circle") - before).abs().max() > 0.1
 
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it(encoder, monkeypatch):
@@ -91,10 +162,10 @@ def test_a_gpu_that_runs_out_of_memory_leaves_the_text_to_the_cpu(encoder, monke
     ids = [encoder.tokenize("a red circle")]
     expected, encode = encoder.encode(ids), encoder._encode
 
-    def short(token_ids):
+    def short(*tokens):
         if encoder.device == FIRST:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(token_ids)
+        return encode(*tokens)
 
     monkeypatch.setattr(encoder, "_encode", short)
     encoder.device = FIRST
@@ -110,10 +181,11 @@ def test_another_dtype_reads_the_encoder_again(encoder):
     assert found.dtype == torch.bfloat16 and 0 < (found.float() - expected).abs().max() < 0.1
 
 
-def test_the_transformer_is_there_once_the_text_is(make_job, texts):
+def test_the_transformer_is_there_once_the_text_is(make_job, texts, encoder):
     job, executor = make_job("5b"), LocalExecutor(CPU)
-    states, loaded = encode_prompts([PROMPT, NEGATIVE, PROMPT], job, Checkpoint.open(job.model.path), executor)
-    assert list(states) == [PROMPT, NEGATIVE] and torch.equal(states[PROMPT], texts["5b"][0])
+    states, loaded = encode_prompts([PROMPT, NEGATIVE, PROMPT, "(red:1.3)"], job, Checkpoint.open(job.model.path), executor)
+    assert list(states) == [PROMPT, NEGATIVE, "(red:1.3)"] and torch.equal(states[PROMPT], texts["5b"][0])
+    assert torch.equal(states["(red:1.3)"], encoder.encode_prompt("(red:1.3)"))
     assert loaded.load_seconds > 0 and executor.status()["held"] == ["transformer"]
     assert executor.sample(job).report.load_seconds < loaded.load_seconds and executor.engine.loads == 1
 
@@ -121,7 +193,7 @@ def test_the_transformer_is_there_once_the_text_is(make_job, texts):
 def test_a_transformer_that_cannot_be_read_meanwhile_is_left_to_the_job(make_job, monkeypatch, caplog):
     job, executor = make_job("5b"), LocalExecutor(CPU)
 
-    def fail(job):
+    def fail(job, **_):
         raise GroupError("rank 1 failed\nsomewhere")
 
     monkeypatch.setattr(executor, "load", fail)

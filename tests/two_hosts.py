@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from parallel_backend.group.address import GroupAddress, running
+from parallel_backend.group.registry import GroupAddress, running
 
 from .conftest import PATIENCE, REPO, wait_until
 
@@ -117,7 +117,7 @@ class TwoHosts:
         return (self.folders[host] / "serve.log").read_text()
 
     def processes(self, host: int) -> list[psutil.Process]:
-        """A host's workers, and their parent, the agent."""
+        """A host's workers, and their parent, the supervisor."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -126,9 +126,9 @@ class TwoHosts:
                     found.append(process)
         return found
 
-    def agent(self, host: int) -> psutil.Process:
+    def supervisor(self, host: int) -> psutil.Process:
         """The parent of a host's workers."""
-        (found,) = (process for process in self.processes(host) if "parallel_backend.group.agent" in process.cmdline())
+        (found,) = (process for process in self.processes(host) if "parallel_backend.group.supervisor" in process.cmdline())
         return found
 
     def address(self) -> GroupAddress:

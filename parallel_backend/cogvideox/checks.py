@@ -39,7 +39,7 @@ def check(checkpoint: Checkpoint, job: Job) -> None:
         checkpoint.check_vae()
     if isinstance(job, EncodeJob):
         return
-    name = checkpoint.path.name
+    name = checkpoint.name
     if job.latent.shape[1] != checkpoint.channels:
         raise RequestError(
             f"the latent has {job.latent.shape[1]} channels; {name} takes {checkpoint.channels}: use Empty CogVideoX Latent"
@@ -80,14 +80,14 @@ def check_window(checkpoint: Checkpoint, job: WindowJob) -> None:
     _, frames, channels, _, _ = job.seen.shape
     if channels != checkpoint.in_channels or checkpoint.padding_frames(frames):
         raise RequestError(
-            f"a window has {channels} channels and {frames} frames; {checkpoint.path.name} takes {checkpoint.in_channels} channels "
+            f"a window has {channels} channels and {frames} frames; {checkpoint.name} takes {checkpoint.in_channels} channels "
             f"and a multiple of {checkpoint.patch_size_t or 1} frames"
         )
 
 
 def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
     """Task, LoRAs, size, frames and text."""
-    name = checkpoint.path.name
+    name = checkpoint.name
     check_task(checkpoint, job)
     open_all(job.model.loras, checkpoint)
     check_positions(checkpoint, *job.latent.shape[3:])
@@ -97,14 +97,14 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
         text = getattr(job, side)
         if text is None:
             continue
-        if text.shape[2] != checkpoint.text_features:
+        if text.shape[-1] != checkpoint.text_features:
             raise RequestError(
-                f"{side} conditioning has {text.shape[2]} features; {name} takes {checkpoint.text_features}: "
+                f"{side} conditioning has {text.shape[-1]} features; {name} takes {checkpoint.text_features}: "
                 "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
             )
-        if text.shape[1] != checkpoint.text_tokens:
+        if text.shape[-2] != checkpoint.text_tokens:
             raise RequestError(
-                f"{side} conditioning has {text.shape[1]} tokens; {name} takes {checkpoint.text_tokens}: "
+                f"{side} conditioning has {text.shape[-2]} tokens; {name} takes {checkpoint.text_tokens}: "
                 "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
             )
 
@@ -112,12 +112,12 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
 def check_end_image(checkpoint: Checkpoint) -> None:
     """Raises RequestError unless the model takes an end image, naming those that do."""
     if checkpoint.task != "inpaint":
-        raise RequestError(f"{checkpoint.path.name} takes no end image; {CONDITIONS['inpaint'][1]}")
+        raise RequestError(f"{checkpoint.name} takes no end image; {CONDITIONS['inpaint'][1]}")
 
 
 def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
     """Whether what is given fits what the model makes videos from."""
-    name = checkpoint.path.name
+    name = checkpoint.name
     if checkpoint.task is None:
         raise RequestError(
             f"{name} takes {checkpoint.in_channels} channels, which is not supported yet; use a text-to-video ({TEXT_MODELS}), "
@@ -149,7 +149,7 @@ def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
     A latent that is given has no padding. Nor have conditions that go with every frame: diffusers' control pipeline refuses
     them too, and VideoX-Fun, which has trained with none, shortens the video.
     """
-    frames, name = job.latent.shape[2], checkpoint.path.name
+    frames, name = job.latent.shape[2], checkpoint.name
     padding = checkpoint.padding_frames(frames)
     if not padding or not (checkpoint.is_fun or job.denoise < 1):
         return
@@ -162,7 +162,7 @@ def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
 
 def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:
     """CogVideoX 1.5 cuts its positions from a table; 1.0 stretches them, but those that 5b-I2V has learned."""
-    name, (most_width, most_height) = checkpoint.path.name, checkpoint.positions_size
+    name, (most_width, most_height) = checkpoint.name, checkpoint.positions_size
     width, height = width * SPATIAL, height * SPATIAL
     if checkpoint.learned_positions and (width, height) != (most_width, most_height):
         raise RequestError(
@@ -183,7 +183,7 @@ def check_windows(checkpoint: Checkpoint, job: SampleJob) -> None:
     if layout.stride < 1:
         raise RequestError(
             f"windows of {job.windows.frames} frames that overlap by {job.windows.overlap} do not advance with "
-            f"{checkpoint.path.name}, whose tokens are {layout.token * TEMPORAL} frames; use longer windows, or less overlap"
+            f"{checkpoint.name}, whose tokens are {layout.token * TEMPORAL} frames; use longer windows, or less overlap"
         )
     if job.image is not None:
         raise RequestError(

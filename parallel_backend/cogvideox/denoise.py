@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from einops import rearrange
 
-from ..errors import Cancelled
+from ..errors import Cancelled, NotFinite
 from ..jobs import Progress, SampleJob, WindowJob
 from . import conditions
 from .checkpoint import Checkpoint
@@ -23,8 +23,8 @@ StepCallback = Callable[[Progress, int], bool]
 """Called when a step has ended, with what is done and the steps to do; False asks the loop to stop."""
 WindowCallback = Callable[[], bool]
 """Called between the windows of a step; False asks the loop to stop."""
-Elsewhere = Callable[[list[torch.Tensor], int, float], list[torch.Tensor]]
-"""What the windows of a step show, the timestep and the guidance scale, to the predictions of all."""
+Elsewhere = Callable[[list[torch.Tensor], list[torch.Tensor], int, float], list[torch.Tensor]]
+"""What the windows of a step show, its prompts, the timestep and the guidance scale, to the predictions of all."""
 
 
 def never() -> bool:
@@ -115,9 +115,15 @@ def starting_point(
     return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
 
 
-def prompts_of(job: SampleJob | WindowJob) -> list[torch.Tensor]:
-    """The prompts that a step runs the model on."""
-    return [job.negative, job.positive] if job.guided else [job.positive]
+def prompts_of(job: SampleJob | WindowJob, numbers: tuple[int, int] = (0, 0)) -> list[torch.Tensor]:
+    """The prompts that a step runs the model on: the negative one where it is guided, and the positive one.
+
+    Args:
+        job: with text states.
+        numbers: of the two prompts, where there are several one after the other; see :meth:`SampleJob.prompts_of`.
+    """
+    sides = list(zip((job.negative, job.positive), numbers))
+    return [text if text.ndim == 3 else text[:, number] for text, number in (sides if job.guided else sides[1:])]
 
 
 def text_of(prompts: Sequence[torch.Tensor], videos: int) -> torch.Tensor:
@@ -192,7 +198,7 @@ def denoise(
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
     Raises:
         Cancelled: when ``on_step`` or ``on_window`` asked to stop.
-        FloatingPointError: at the first step that is not finite.
+        NotFinite: at the first step that is not finite.
     """
     scheduler = checkpoint.make_scheduler(job.scheduler)
     generator = torch.Generator("cpu").manual_seed(job.seed)
@@ -200,8 +206,11 @@ def denoise(
     latents, timesteps = starting_point(job, checkpoint, layout, scheduler, generator, dtype)
     latents = latents.to(device)
     batch, _, _, height, width = latents.shape
-    prompts = prompts_of(job)
-    text = text_of(split.share(prompts), batch).to(device=device, dtype=dtype)
+    numbers = [job.prompts_of(step) for step in range(len(timesteps))]
+    prompts = {which: prompts_of(job, which) for which in set(numbers)}
+    text = {
+        which: text_of(split.share(states), batch).to(device=device, dtype=dtype) for which, states in prompts.items()
+    }  # all at once, as the host waits for the device with whatever it sends it in a step
     rotary = rotary_tables(checkpoint, layout.length, height, width, device)
     condition_at = conditions.make(job, checkpoint, latents)
     ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
@@ -210,26 +219,31 @@ def denoise(
         done, latents = job.progress.step, job.progress.latents.to(latents)
         clean = None if job.progress.clean is None else job.progress.clean.to(device)
         generator.set_state(job.progress.generator)
-    there = timesteps.to(device)  # at once, as the host waits for the device with whatever it sends it in a step
-    forward = partial(predict, transformer, text=text, rotary=rotary, ofs=ofs, split=split, prompts=len(prompts))
+    there = timesteps.to(device)  # likewise
+    forward = partial(predict, transformer, rotary=rotary, ofs=ofs, split=split, prompts=2 if job.guided else 1)
     untold: Ended | None = None
 
     def tell(step: Ended) -> None:
         which = f"step {step.progress.step} of {len(timesteps)}"
         if not step.is_finite():
-            raise FloatingPointError(f"{which} is not finite in {dtype}; use dtype bf16 or fp32")
+            raise NotFinite(f"{which} is not finite in {dtype}; use dtype bf16 or fp32")
         if not on_step(step.progress, len(timesteps)):
             raise Cancelled(f"stopped after {which}")
 
     for index, timestep in enumerate(timesteps[done:], start=done):
+        which = numbers[index]
+        if which != numbers[max(index - 1, 0)]:
+            caches.expire()
         condition = condition_at(index / len(timesteps))
         seen = latents if condition is None else torch.cat([latents, condition], dim=2)
         scale = guidance(job, timestep.item(), len(timesteps))
         velocity = torch.zeros_like(latents, dtype=torch.float32)
         windows = layout.at(index)
         parts = [seen[:, window.frames] for window in windows]
-        in_turn = (forward(part, there[index], scale, cache=caches.of(window.frames)) for window, part in zip(windows, parts))
-        for window, predicted in zip(windows, elsewhere(parts, int(timestep), scale) if elsewhere else in_turn):
+        about = {"timestep": there[index], "scale": scale, "text": text[which]}
+        in_turn = (forward(part, **about, cache=caches.of(window.frames)) for window, part in zip(windows, parts))
+        predictions = elsewhere(parts, prompts[which], int(timestep), scale) if elsewhere else in_turn
+        for window, predicted in zip(windows, predictions):
             velocity[:, window.frames] += window.weigh(predicted)
             if window is not windows[-1] and not on_window():
                 raise Cancelled(f"stopped after step {index} of {len(timesteps)}")
@@ -302,7 +316,9 @@ def dpm_step(
     if history is not None and after >= 0:
         noise = draw(latents, generator, drawn)  # that scheduler draws anew, so the first is passed over
         towards = of_both[0] * clean - of_both[1] * history
-    return of_latents * latents - of_clean * towards + of_noise * noise.to(latents.device, non_blocking=True), clean
+    return of_latents * latents - of_clean * towards + of_noise * noise.to(
+        latents.device, non_blocking=noise.is_pinned()
+    ), clean
 
 
 def draw(like: torch.Tensor, generator: torch.Generator, drawn: tuple[int, slice]) -> torch.Tensor:

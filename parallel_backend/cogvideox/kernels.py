@@ -4,13 +4,12 @@
 """
 
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-xdit" / "compiled"
-"""Where compiled kernels are kept, unless TRITON_CACHE_DIR says otherwise."""
+from ..folders import writable_cache
+
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 SMALLEST = 1e-12
@@ -26,8 +25,9 @@ multiplied by, ``[batch * tokens, 1]``."""
 
 
 def keep_kernels() -> None:
-    """Has whatever is compiled from now on keep its kernels on disk."""
-    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
+    """Has whatever is compiled from now on keep its kernels on disk, unless TRITON_CACHE_DIR says where already."""
+    if "TRITON_CACHE_DIR" not in os.environ:
+        os.environ["TRITON_CACHE_DIR"] = str(writable_cache() / "compiled")
 
 
 def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

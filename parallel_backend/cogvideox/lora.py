@@ -89,7 +89,7 @@ class LoraFile:
                 raise RequestError(f"{path.name} is a {kind} ({name}); only LoRA is supported: use a file saved as plain LoRA")
         found, unknown = sort_tensors(shapes, checkpoint.layer_shapes)
         if not any({"down", "up"} & tensors.keys() for tensors in found.values()):
-            raise RequestError(f"{path.name} {describe_misfit(list(shapes))}: use a LoRA made for {checkpoint.path.name}")
+            raise RequestError(f"{path.name} {describe_misfit(list(shapes))}: use a LoRA made for {checkpoint.name}")
         ranks = {layer: check_layer(path, layer, tensors, shapes, checkpoint) for layer, tensors in found.items()}
         scales = read_scales(path, found, ranks)
         pairs = {layer: Pair(tensors["down"], tensors["up"], scales[layer]) for layer, tensors in found.items()}
@@ -168,7 +168,7 @@ def check_layer(path: Path, layer: str, tensors: dict[str, str], shapes: dict[st
     down, up, (rows, *columns) = shapes[tensors["down"]], shapes[tensors["up"]], checkpoint.layer_shapes[layer]
     rank, made_for, wanted = math.prod(down[:1]), (math.prod(up[:1]), math.prod(down[1:])), (rows, math.prod(columns))
     if not rank or math.prod(up[1:]) != rank or made_for != wanted:
-        name = checkpoint.path.name
+        name = checkpoint.name
         raise RequestError(
             f"{path.name} does not fit {name}{look_of(shapes)}: it is for a {layer} of {made_for[0]}x{made_for[1]} and rank {rank}, "
             f"{name} has one of {wanted[0]}x{wanted[1]}; use a LoRA made for {name}"

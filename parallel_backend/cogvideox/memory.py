@@ -2,7 +2,11 @@
 
 import gc
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import psutil
 import torch
 
 from ..costs import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
@@ -12,6 +16,9 @@ from . import fp8 as quantized
 from . import shards, step_cache, vae
 from .checkpoint import Checkpoint
 from .windows import Layout, forward_size
+
+OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"
+"""What torch says of a Mac's GPU, and of the CPU."""
 
 _allowed: int | None = None
 """Bytes that :func:`allow` leaves this process."""
@@ -25,35 +32,68 @@ def allow(device: torch.device, nbytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction(min(nbytes / total, 1.0), device)
 
 
+def api_of(device: torch.device):
+    """torch's module for a GPU of this kind, such as ``torch.xpu``; None for the CPU, and for a kind that has none."""
+    return None if device.type == "cpu" else getattr(torch, device.type, None)
+
+
 def free_bytes(device: torch.device) -> int:
-    """Bytes the device can still give: what the driver has and what torch holds unused, or what is allowed where that is less."""
-    if device.type != "cuda":
+    """Bytes the device can still give: what the driver has and what torch holds unused, or what is allowed where that is less.
+
+    Endless on the CPU, as weights have nowhere else to wait, and on a device that does not say.
+    """
+    api = api_of(device)
+    if device.type == "mps":  # shares the CPU's memory, up to what macOS lets a GPU have
+        free = min(api.recommended_max_memory() - api.driver_allocated_memory(), psutil.virtual_memory().available)
+        return max(free, 0) + api.driver_allocated_memory() - api.current_allocated_memory()
+    if not hasattr(api, "mem_get_info"):
         return 2**62
-    free, allocated = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_allocated(device)
-    unused = free + torch.cuda.memory_reserved(device) - allocated
+    free, allocated = api.mem_get_info(device)[0], api.memory_allocated(device)
+    unused = free + api.memory_reserved(device) - allocated
     return unused if _allowed is None else min(unused, _allowed - allocated)
 
 
 def used_bytes(device: torch.device) -> int:
-    """Peak bytes since :func:`reset_peak`; on the CPU what the process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import psutil
-
-    return psutil.Process().memory_info().rss
+    """Peak bytes since :func:`reset_peak`. A Mac's GPU and the CPU know no peak: what is held now."""
+    api = api_of(device)
+    if device.type == "mps":
+        return api.driver_allocated_memory()
+    return api.max_memory_allocated(device) if hasattr(api, "max_memory_allocated") else psutil.Process().memory_info().rss
 
 
 def reset_peak(device: torch.device) -> None:
     """Starts a new peak for :func:`used_bytes`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    api = api_of(device)
+    if hasattr(api, "reset_peak_memory_stats"):
+        api.reset_peak_memory_stats(device)
 
 
 def release(device: torch.device) -> None:
     """Gives what is held unused back to the driver; offload hooks are reference cycles, so those are collected."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    api = api_of(device)
+    if hasattr(api, "empty_cache"):
+        api.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was asked of it."""
+    api = api_of(device)
+    if device.type == "mps":
+        api.synchronize()  # there is but one
+    elif hasattr(api, "synchronize"):
+        api.synchronize(device)
+
+
+@contextmanager
+def one_kind_of_error() -> Iterator[None]:
+    """Within, memory that runs out is a torch.OutOfMemoryError on every device; a Mac's GPU and the CPU raise a plain RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def bytes_on(device: torch.device, module: torch.nn.Module) -> int:
@@ -149,7 +189,7 @@ def place(module: torch.nn.Module, mode: str, device: torch.device) -> None:
             offload_device=torch.device("cpu"),
             offload_type="block_level",
             num_blocks_per_group=1,
-            use_stream=True,
+            use_stream=device.type in ("cuda", "xpu"),  # diffusers knows those of no other device
             low_cpu_mem_usage=True,
         )
     else:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..errors import first_line
-from .vae import brightness
+from ..errors import Cancelled, first_line
+from .stopping import GoOn, stoppable
+from .vae import brightness, stops
 
 SECONDS = 1.0
 """At most one picture in so long."""
@@ -66,10 +67,11 @@ class Previews:
         scaling: that latents were multiplied by.
         skipped: latent frames of padding at the beginning.
         show: who is told.
+        go_on: asked while a picture is made; when it says no, that picture is left.
     """
 
-    def __init__(self, vae, *, scaling: float, skipped: int, show: PictureListener):
-        self._vae, self._scaling, self._skipped, self._show = vae, scaling, skipped, show
+    def __init__(self, vae, *, scaling: float, skipped: int, show: PictureListener, go_on: GoOn):
+        self._vae, self._scaling, self._skipped, self._show, self._go_on = vae, scaling, skipped, show, go_on
         self._last = float("-inf")
         self._coming: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self.note: str | None = None
@@ -88,13 +90,16 @@ class Previews:
             return
         self._last = time.monotonic()
         try:
-            made = picture(self._vae, clean[0, self._skipped :] / self._scaling)
+            with stoppable(stops(self._vae), self._go_on, "a picture was made"):
+                made = picture(self._vae, clean[0, self._skipped :] / self._scaling)
             if made.is_cuda:
                 there = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made, non_blocking=True)
                 self._coming = there, torch.cuda.current_stream(made.device).record_event()
+        except Cancelled:  # the caller, too, asks whether to go on
+            return
         except Exception as error:  # whatever it is, the video can do without
             self.note = why_none(error)
             self._vae.to("cpu")
             return
         if not made.is_cuda:
-            self._show(made)
+            self._show(made.cpu())

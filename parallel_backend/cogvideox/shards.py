@@ -4,7 +4,7 @@ Weights come from the disk one by one, each straight to where it stays: a rank r
 and never holds a whole copy on the CPU on the way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,9 @@ def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
 
 
 @torch.no_grad()
-def fill(model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch.dtype, device, home) -> None:
+def fill(
+    model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch.dtype, device, home, look: Callable[[], None]
+) -> None:
     """Reads a skeleton's weights, those of blocks that are another rank's left out.
 
     Args:
@@ -120,8 +122,10 @@ def fill(model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch
         dtype: to compute in.
         device: where weights are converted.
         home: where they stay.
+        look: called before each weight; may raise, to stop.
     """
     for name, piece in shard.read({name: wanted[name] for name in held(model) & wanted.keys()}):
+        look()
         layer, _, kind = name.rpartition(".")
         module = model.get_submodule(layer)
         piece = piece.to(device=device, dtype=dtype)

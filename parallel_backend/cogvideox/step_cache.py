@@ -48,7 +48,7 @@ class StepCache:
     def after_first(self, before: torch.Tensor, after: torch.Tensor, real: int) -> None:
         """Decides, from tokens ``[batch, tokens, features]`` before and after the first block, the first ``real`` of them no padding."""
         change = after - before
-        if self.forwards > 1:
+        if self._first_gained is not None:
             earlier, gained = (part[:, :real].float() for part in (self._first, self._first_gained))
             moved = change[:, :real].float() - earlier
             products = (moved.flatten() @ gained.flatten(), gained.flatten() @ gained.flatten())
@@ -59,6 +59,12 @@ class StepCache:
         if not self.reusing:
             self._first_gained, self._rest_gained = change - self._first, None
             self._first, self._start = change, after
+
+    def expire(self) -> None:
+        """Has the next forward run whole: nothing of the ones before tells what it makes."""
+        self._first = self._rest = 0.0
+        self._first_gained = self._rest_gained = None
+        self._in_a_row = 0
 
     def after_last(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the blocks have made of the tokens, given what came out of the last one."""
@@ -84,6 +90,11 @@ class StepCaches:
         if self.threshold == 0:
             return None
         return self._caches.setdefault((frames.start, frames.stop), StepCache(self.threshold, self.total))
+
+    def expire(self) -> None:
+        """Has the next forward of every window run whole, as its prompt is another one."""
+        for cache in self._caches.values():
+            cache.expire()
 
     @property
     def anew(self) -> str | None:

@@ -1,15 +1,16 @@
 """Prompt to text states: the checkpoint's own T5, padded or cut to its token limit, on a GPU that has room or on the CPU."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..costs import HEADROOM
 from ..limits import usable_memory
-from . import memory
+from . import memory, prompt_weights, weights
 from .checkpoint import Checkpoint
+from .stopping import GoOn, always, check
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: s
     def needs(device: torch.device) -> int:
         return checkpoint.weight_bytes("text_encoder", checkpoint.dtype(dtype, device)) + WORKING_BYTES
 
-    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type == "cuda"}
+    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type != "cpu"}
     if room:
         device = max(room, key=room.get)
         need, found = needs(device), checkpoint.dtype(dtype, device)
@@ -63,56 +64,115 @@ def on_cpu(checkpoint: Checkpoint, dtype: str, device: torch.device) -> torch.dt
 
 
 class TextEncoder:
-    """T5 and its tokenizer, loaded at the first prompt.
+    """T5 and its tokenizer, loaded at the first prompt, and again when their files have changed.
 
     Args:
         checkpoint: with a text encoder.
         device: where to encode; the weights go back to the CPU with :meth:`unload`. Where it runs out of memory, the CPU
-            does it, and a warning says so.
+            encodes, and a line says so.
         dtype: of the weights and of the result.
+        say: called with a line for the user: what of a prompt is not used, and where it is encoded instead.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype):
+    go_on: GoOn = staticmethod(always)
+    """Asked before each block of the encoder whether the text is still wanted."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        say: Callable[[str], None] = logger.warning,
+    ):
         checkpoint.check_text()
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
+        self.say = say
         self._tokenizer = None
         self._encoder = None
+        self._files: tuple = ()
+        """Fingerprint of the files that tokenizer and encoder were read from."""
 
     def tokenize(self, prompt: str) -> list[int]:
-        """Token ids, exactly as many as the transformer takes; what is cut off is named in a warning."""
+        """Token ids of a prompt, as many as the transformer takes."""
+        return [token for token, _ in self.weigh(prompt)]
+
+    def weigh(self, prompt: str) -> list[tuple[int, float]]:
+        """Token ids of a prompt with their weights, padded or cut to as many as the transformer takes.
+
+        The parts of a prompt that differ in weight are tokenized one by one, as ComfyUI's core does.
+        """
+        self._forget_changed()
         if self._tokenizer is None:
             self._tokenizer = self.checkpoint.load_tokenizer()
-        limit = self.checkpoint.text_tokens
-        ids = self._tokenizer(prompt, truncation=False, add_special_tokens=True, verbose=False).input_ids
-        if len(ids) > limit:
-            lost = self._tokenizer.decode(ids[limit - 1 : -1])
-            logger.warning("the prompt has %d tokens, %d are used; cut off: '%s'", len(ids), limit, lost)
-            ids = ids[: limit - 1] + ids[-1:]
-        return ids + [self._tokenizer.pad_token_id] * (limit - len(ids))
+        limit, found = self.checkpoint.text_tokens, []
+        for text, weight in prompt_weights.parse(prompt):
+            text, embeddings = prompt_weights.without_embeddings(text)
+            for name in embeddings:
+                self.say(f"{name} is not used: CogVideoX's text encoder takes no embeddings")
+            ids = self._tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids
+            found += [(token, weight) for token in ids]
+        if words := prompt_weights.foreign(prompt):
+            self.say(f"{', '.join(words)} in the prompt has no effect of its own: it is read as words")
+        if len(found) >= limit:
+            lost = self._tokenizer.decode([token for token, _ in found[limit - 1 :]])
+            self.say(f"the prompt has {len(found) + 1} tokens, {limit} are used; cut off: '{lost}'")
+        end, padding = (self._tokenizer.eos_token_id, 1.0), (self._tokenizer.pad_token_id, 1.0)
+        found = [*found[: limit - 1], end]
+        return found + [padding] * (limit - len(found))
 
     @torch.inference_mode()
-    def encode(self, token_ids: list[list[int]]) -> torch.Tensor:
-        """Text states ``[prompts, tokens, features]`` on the CPU. No mask, as the model was trained."""
+    def encode(self, token_ids: list[list[int]], token_weights: list[list[float]] | None = None) -> torch.Tensor:
+        """Text states ``[prompts, tokens, features]`` on the CPU. No mask, as the model was trained.
+
+        Args:
+            token_ids: of each prompt.
+            token_weights: of each token; None means 1. A token's states move away from those of the empty prompt by its
+                weight.
+        """
         self.read()
         try:
-            return self._encode(token_ids)
+            return self._encode(token_ids, token_weights)
         except torch.OutOfMemoryError:
-            logger.warning("the text is encoded on the CPU: %s ran out of memory", self.device)
+            self.say(f"the text is encoded on the CPU: {self.device} ran out of memory")
             self.unload()
             self.device = CPU
-            return self._encode(token_ids)
+            return self._encode(token_ids, token_weights)
 
-    def _encode(self, token_ids: list[list[int]]) -> torch.Tensor:
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        """Text states ``[1, tokens, features]`` of a prompt."""
+        token_ids, token_weights = zip(*self.weigh(prompt))
+        return self.encode([list(token_ids)], [list(token_weights)])
+
+    @memory.one_kind_of_error()
+    def _encode(self, token_ids: list[list[int]], token_weights: list[list[float]] | None) -> torch.Tensor:
         self._encoder.to(self.device)
         states = self._encoder(torch.tensor(token_ids, device=self.device))[0]
+        scale = torch.tensor(token_weights or 1.0, device=self.device)
+        if (scale != 1).any():
+            empty = self._encoder(torch.tensor([self.tokenize("")], device=self.device))[0].float()
+            weighted = empty + (states.float() - empty) * scale[..., None]
+            states = torch.where(scale[..., None] == 1, states, weighted)
         return states.to(device="cpu", dtype=self.dtype)
 
     def read(self) -> None:
         """Reads the weights, if they are not there. Changes torch's defaults meanwhile, so no other thread may make a model."""
+        self._forget_changed()
         if self._encoder is None:
+            check(self.go_on, "the text was encoded")
             self._encoder = self.checkpoint.load_text_encoder(self.dtype)
+            for block in self._encoder.encoder.block:
+                block.register_forward_pre_hook(lambda *_: check(self.go_on, "the text was encoded"))
+
+    def _forget_changed(self) -> None:
+        """Drops tokenizer and encoder when their files are no longer those that were read."""
+        folders = [self.checkpoint.folder(part) for part in ("text_encoder", "tokenizer")]
+        files = weights.fingerprint(path for folder in folders for path in sorted(folder.iterdir()) if path.is_file())
+        if files != self._files:
+            self._tokenizer = self._encoder = None
+            self._files = files
 
     def move(self, place: Place) -> None:
         """Encodes there from now on; in another dtype the weights are read again."""

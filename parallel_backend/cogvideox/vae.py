@@ -51,6 +51,19 @@ def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:
     vae.tile_overlap_factor_height = vae.tile_overlap_factor_width = overlap / tile
 
 
+def stops(vae) -> list[torch.nn.Module]:
+    """The modules before whose work decoding and encoding can be stopped.
+
+    On a GPU that is before each batch of frames of each tile, which takes it a second at most. Elsewhere a batch may take half a
+    minute, so there it is before each residual block.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXResnetBlock3D
+
+    if vae.device.type == "cuda":
+        return [vae.encoder, vae.decoder]
+    return [module for module in vae.modules() if isinstance(module, CogVideoXResnetBlock3D)]
+
+
 @torch.inference_mode()
 def decode(vae, latent: torch.Tensor, strips=None) -> torch.Tensor:
     """Decodes ``[batch, 16, T, h, w]`` to ``[batch, 4T-3, 8h, 8w, 3]``, float32 in 0..1 on the CPU.
@@ -76,13 +89,13 @@ def brightness(video: torch.Tensor) -> torch.Tensor:
 def to_pixels(video: torch.Tensor) -> torch.Tensor:
     """Numbers in -1..1 as float32 in 0..1 on the CPU.
 
-    From a GPU a few frames at a time, through memory that the driver can write to, which torch keeps for the next video.
+    From a GPU a few frames at a time, on CUDA through memory that the driver can write to, which torch keeps for the next video.
     """
     if video.device.type == "cpu":
         return brightness(video)
     pixels = torch.empty(video.shape)
     some = max(STAGED_BYTES * len(video) // max(pixels.nbytes, 1), 1)
-    staged = torch.empty(video[:some].shape, pin_memory=True)
+    staged = torch.empty(video[:some].shape, pin_memory=video.is_cuda)
     for part, target in zip(video.split(some), pixels.split(some)):
         target.copy_(staged[: len(part)].copy_(brightness(part)))
     return pixels

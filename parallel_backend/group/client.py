@@ -1,11 +1,11 @@
 """The caller's side: an executor that sends jobs to a group, and starts it when it is needed."""
 
 import logging
-import multiprocessing
 import threading
 import time
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Client, Connection
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavai
 from ..executor import Executor, StepListener, StopSignal, never, silent
 from ..jobs import Job, Progress, Report, Result, SampleJob, split_fields
 from ..plans import Plan
-from . import protocol
-from .address import GroupAddress, is_alive, running, shared
-from .death import Death
-from .launcher import Launcher, check_possible
+from . import failures, protocol
+from .connection import POLL_SECONDS, Broken, Stalled, connect, talking
+from .exit_cause import ExitCause
+from .launcher import HELLO_SECONDS, Launcher
 from .muster import Muster
+from .ownership import OwnerWatch
+from .preflight import check_possible, group_python
 from .protocol import Message
+from .registry import GroupAddress, running
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +34,22 @@ START_SECONDS = 300.0
 """At most this long for the processes to answer; a loaded machine imports torch slowly."""
 CANCEL_SECONDS = 600.0
 """At most this long for a cancelled job to finish its step."""
-POLL_SECONDS = 0.05
+STATUS_SECONDS = 30.0
+"""At most this long for a group to say what it does, which needs no rank to be idle."""
+RECOVERY_SECONDS = 60.0
+"""At most this long from a broken connection until the group's end is known, or it answers again."""
+SWEPT_SECONDS = 3.0
+"""At least this long until a group whose folder is gone is given up."""
 ABSENT, STARTING, WAITING = "absent", "starting", "waiting for the other hosts"
 """States of a group that holds nothing."""
 
 
 @dataclass
 class Keepsake:
-    """What a group has told of its job beside its steps."""
+    """What a group reports of a job beside its steps."""
 
     on_picture: PictureListener | None = None
-    """Who is shown pictures of it."""
+    """Gets its previews."""
     progress: Progress | None = None
     """What to go on from when the group is lost."""
 
@@ -65,16 +73,26 @@ class GroupExecutor(Executor):
         self.devices = str(devices)
         self.address: GroupAddress | None = None
         self._launcher: Launcher | None = Launcher(plan, devices, muster)
+        self._answered: GroupAddress | None = None
+        """The life of the group that has answered, so that one which does not any more is lost."""
         self._lock = threading.Lock()
 
     @classmethod
     def attach(cls, address: GroupAddress) -> "GroupExecutor":
-        """An executor for a group that somebody else keeps; :meth:`close` leaves it running."""
+        """An executor for a group that another process keeps; :meth:`close` leaves it running.
+
+        Raises:
+            GroupError: when it has just ended.
+        """
         executor = cls.__new__(cls)
-        description = address.describe()
+        try:
+            description = address.describe()
+        except (OSError, ValueError) as error:
+            raise GroupError(f"the group at {address.folder} is gone; start it again with serve") from error
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
-        executor._owner = description["owner"]
+        executor._answered = None
+        executor._owner, executor._owner_watch = description["owner"], OwnerWatch(Path(description["lock"]))
         return executor
 
     @property
@@ -83,14 +101,19 @@ class GroupExecutor(Executor):
         return Devices.parse(self.devices).torch_devices
 
     def start(self) -> None:
-        """Starts the group if it is not there, without waiting for it."""
+        """Starts the group if it is not there, without waiting for it.
+
+        Raises:
+            GroupUnavailable: when it cannot start, or could not a moment ago and nothing has changed.
+        """
         with self._lock:
             if self._launcher and not self._launcher.is_running():
                 if self._launcher.process is not None:
-                    death = self._launcher.cause_of_death()
-                    if Path(self.address.socket).exists():  # else it never came up
-                        logger.warning("the group of plan '%s' was lost: %s; starting it again", self.plan, death.cause)
+                    cause = self._launcher.exit_cause()
+                    if self._answered == self.address:  # else it never came up
+                        logger.warning("the group of plan '%s' was lost: %s; starting it again", self.plan, cause.cause)
                     self._launcher.stop()
+                failures.check(str(self.plan), self.devices)
                 self.address = self._launcher.start()
 
     def status(self) -> dict[str, Any]:
@@ -101,21 +124,27 @@ class GroupExecutor(Executor):
         if self._launcher is None and not Path(self.address.socket).exists():
             return {"state": self._what_it_waits_for(), **known}
         try:
-            return {**known, **self._ask(Message("status")).plain}
+            return {**known, **self._ask(Message("status"), seconds=STATUS_SECONDS).plain}
         except GroupLost:
             return {"state": ABSENT, **known}
 
     def _about_hosts(self) -> dict[str, Any]:
         """The hosts of the group, where there are several."""
+        hosts = self._description().get("hosts")
+        return {"hosts": hosts} if hosts else {}
+
+    def _description(self) -> dict[str, Any]:
+        """What the group's folder says; nothing where it has gone."""
         try:
-            description = self.address.describe() if self.address else {}
-        except FileNotFoundError:  # it has just ended
+            return self.address.describe() if self.address else {}
+        except (OSError, ValueError):
             return {}
-        return {"hosts": description["hosts"]} if description.get("hosts") else {}
 
     def _what_it_waits_for(self) -> str:
         """The state of a group that does not listen yet."""
-        description = self.address.describe()
+        description = self._description()
+        if not description:
+            return ABSENT
         if description["node"]:
             return (
                 f"part of a group whose node 0 is on {description['hosts'][0]['name']}" if "hosts" in description else WAITING
@@ -128,7 +157,7 @@ class GroupExecutor(Executor):
             self._ask(Message("free"))
 
     def close(self) -> None:
-        """See :meth:`Executor.close`. A group that somebody else keeps goes on."""
+        """See :meth:`Executor.close`. A group that another process keeps goes on."""
         with self._lock:
             if self._launcher:
                 self._launcher.stop()
@@ -136,18 +165,23 @@ class GroupExecutor(Executor):
                 self.address = None
 
     def share(self) -> None:
-        """Starts the group for all of the person's processes."""
+        """Starts the group for all of the user's processes."""
         self._launcher.is_shared = True
         self.start()
 
     def wait(self) -> int:
-        """Waits until the group's processes end. Returns their exit status."""
-        return self._launcher.process.wait()
+        """Waits until the group's processes end. Returns their exit status; 1 where they have been given up."""
+        process = self._launcher.process
+        return process.wait() if process else 1
 
     @property
-    def lost(self) -> Death | None:
-        """How the processes ended that were lost last, until they are started again; None when somebody else keeps them."""
-        return self._launcher and self._launcher.lost
+    def lost(self) -> ExitCause | None:
+        """Why the processes ended that were lost last, until they are started again; None when another process keeps them."""
+        if self._launcher is None:
+            return None
+        with self._lock:
+            ended = self._launcher.process is not None and not self._launcher.is_running()
+            return self._launcher.exit_cause() if ended else self._launcher.lost
 
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`. A group of its own is started again when it was lost."""
@@ -173,7 +207,7 @@ class GroupExecutor(Executor):
                 answer = self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
                 break
             except GroupLost as lost:
-                error = lost if self._launcher else self._find_again(lost)
+                error = lost if self._launcher or lost.is_there else self._find_again(lost, should_stop)
                 if kept.progress:
                     job = replace(job, progress=kept.progress)
                 done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
@@ -181,9 +215,12 @@ class GroupExecutor(Executor):
                     kind = GroupError if error.came_up else GroupUnavailable
                     raise kind(f"{error.summary}; twice there, so it is not tried again", details=error.details) from lost
                 lost_at = done
-                notes.append(f"{error.summary}; the group was started again and went on after step {done}")
-                logger.warning("%s; starting the group again, to go on after step %d", error.summary, done)
+                remedy = ("connecting", "connected") if error.is_there else ("starting the group", "the group was started")
+                notes.append(f"{error.summary}; {remedy[1]} again and went on after step {done}")
+                logger.warning("%s; %s again, to go on after step %d", error.summary, remedy[0], done)
         report = {key: tuple(value) if isinstance(value, list) else value for key, value in answer.plain["report"].items()}
+        if self._launcher and self._launcher.note:
+            notes.append(self._launcher.note)
         report["notes"] = (*notes, *report["notes"])
         return Result(answer.tensors["tensor"], Report(**report))
 
@@ -193,53 +230,81 @@ class GroupExecutor(Executor):
         on_step: StepListener = silent,
         should_stop: StopSignal = never,
         kept: "Keepsake | None" = None,
+        seconds: float | None = None,
     ) -> Message:
-        """Sends a request and waits for its last answer."""
+        """Sends a request and waits for its last answer, for so many seconds at most."""
         self.start()
         address = self.address
+        connection = self._connect(address, should_stop)
         try:
-            with self._connect(address, should_stop) as connection:
-                protocol.send(connection, message)
-                return self._listen(connection, on_step, should_stop, kept or Keepsake())
-        except (EOFError, ConnectionError) as error:
-            raise self._lost(address) from error
+            with connection:
+                with talking():
+                    protocol.send(connection, message)
+                return self._listen(connection, on_step, should_stop, kept or Keepsake(), seconds)
+        except Broken as error:
+            raise self._broken(address, should_stop) from error
 
     def _connect(self, address: GroupAddress, should_stop: StopSignal) -> Connection:
         """A connection, once the group answers."""
-        deadline = time.monotonic() + START_SECONDS
+        began = time.monotonic()
         while True:
             try:
-                return Client(address.socket, family="AF_UNIX", authkey=address.key)
-            except multiprocessing.AuthenticationError as error:
+                connection = connect(address.socket, address.key, should_stop)
+                self._answered = address
+                failures.forget(str(self.plan), self.devices)
+                return connection
+            except AuthenticationError as error:
                 raise GroupError(f"the group at {address.folder} does not know this key") from error
-            except (FileNotFoundError, ConnectionRefusedError) as error:
-                if not self._may_come_up(address, error):
-                    raise self._lost(address) from error
+            except Stalled as error:
+                raise GroupError(f"the group at {address.folder} does not answer; its logs are there") from error
+            except (EOFError, OSError) as error:
                 if should_stop():
-                    raise Cancelled("stopped while the group was starting") from None
-                if time.monotonic() > deadline:
-                    raise self._lost(address, Death(f"no answer within {START_SECONDS:.0f} s")) from error
-                time.sleep(POLL_SECONDS)
+                    raise Cancelled("stopped while the group was starting") from error
+                waited = time.monotonic() - began
+                if cause := self._why_not_waited_for(address, error, waited):
+                    raise self._lost(address, cause) from error
+            time.sleep(POLL_SECONDS)
 
-    def _may_come_up(self, address: GroupAddress, error: OSError) -> bool:
-        """Whether a group that does not answer may be starting still: its own by its processes, another's by having no
-        socket yet and an owner that lives."""
-        if self._launcher is not None:
-            return self._launcher.is_running()
-        return isinstance(error, FileNotFoundError) and address in running()
+    def _why_not_waited_for(self, address: GroupAddress, error: Exception, waited: float) -> ExitCause | bool:
+        """Why a group that nobody answers for is not starting any more: a cause, or True where its end says it."""
+        if self._launcher is None:  # another's may start while it has no socket and its owner lives
+            return not (isinstance(error, FileNotFoundError) and address in running() and waited < START_SECONDS)
+        if not self._launcher.is_running():
+            return True
+        if not address.folder.exists() and waited > SWEPT_SECONDS:  # its processes may be ending, and remove it themselves
+            return ExitCause(f"its folder {address.folder} was removed", by_itself=False)
+        if self._launcher.is_mute():
+            what = f"{group_python()} did not run this pack within {HELLO_SECONDS:.0f} s; correct XDIT_PYTHON"
+            return ExitCause(what, details=self._launcher.details())
+        if self._answered == address and waited > RECOVERY_SECONDS:
+            return ExitCause(f"rank 0 has not listened for {RECOVERY_SECONDS:.0f} s", by_itself=False)
+        if waited > START_SECONDS:
+            return ExitCause(f"no answer within {START_SECONDS:.0f} s", details=self._launcher.details())
+        return False
 
-    def _listen(self, connection: Connection, on_step: StepListener, should_stop: StopSignal, kept: "Keepsake") -> Message:
+    def _listen(
+        self,
+        connection: Connection,
+        on_step: StepListener,
+        should_stop: StopSignal,
+        kept: "Keepsake",
+        seconds: float | None,
+    ) -> Message:
         """Passes steps on until the request ends; asks the group to stop when the caller wants to."""
-        deadline = None
+        deadline, late = seconds and time.monotonic() + seconds, f"did not answer within {seconds} s"
+        is_cancelled = False
         while True:
-            if deadline is None and should_stop():
-                connection.send_bytes(b"cancel")
-                deadline = time.monotonic() + CANCEL_SECONDS
+            if not is_cancelled and should_stop():
+                with talking():
+                    connection.send_bytes(b"cancel")
+                is_cancelled, deadline = True, time.monotonic() + CANCEL_SECONDS
+                late = f"did not stop within {CANCEL_SECONDS:.0f} s of being asked"
             if deadline and time.monotonic() > deadline:
-                raise GroupError(f"the group did not stop within {CANCEL_SECONDS:.0f} s of being asked")
-            if not connection.poll(POLL_SECONDS):
-                continue
-            answer = protocol.receive(connection)
+                raise GroupError(f"the group {late}")
+            with talking():
+                if not connection.poll(POLL_SECONDS):
+                    continue
+                answer = protocol.receive(connection)
             if answer.kind == "step":
                 on_step(answer.plain["step"], answer.plain["steps"])
             elif answer.kind == "kept":
@@ -263,29 +328,43 @@ class GroupExecutor(Executor):
             f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", "")
         )
 
-    def _lost(self, address: GroupAddress, death: Death | None = None) -> GroupFailure:
+    def _broken(self, address: GroupAddress, should_stop: StopSignal) -> GroupFailure:
+        """The error of a connection that broke: the group answers again, or how it ended."""
+        try:
+            self._connect(address, should_stop).close()
+        except GroupFailure as error:
+            return error
+        return GroupLost("the connection to the group broke", is_there=True)
+
+    def _lost(self, address: GroupAddress, cause: ExitCause | bool) -> GroupFailure:
         """The error of a group that does not answer, with the last words of the rank that went first."""
         if self._launcher is None:
-            if is_alive(self._owner):
+            if self._owner_watch.is_alive():
                 return GroupLost(f"the group that process {self._owner} keeps was lost")
             return GroupError(f"the group at {address.folder} is gone; start it again with serve")
         with self._lock:
             if self.address != address or self._launcher.process is None:  # another thread has seen to it
                 return GroupLost("the group was lost in another job")
-            return self._bury(death or self._launcher.cause_of_death())
+            return self._bury(self._launcher.exit_cause() if cause is True else cause)
 
-    def _find_again(self, error: GroupLost) -> GroupLost:
+    def _find_again(self, error: GroupLost, should_stop: StopSignal) -> GroupLost:
         """Waits for the group that the owner starts in the place of the one that was lost. Returns why that was.
 
         Raises:
-            GroupError: where none comes, or only when somebody starts a host again.
+            GroupError: where none comes, or only when serve runs on another host again.
         """
         deadline = time.monotonic() + START_SECONDS
-        while is_alive(self._owner) and time.monotonic() < deadline:
-            for address in shared(str(self.plan), self.devices):
-                if address != self.address and address.describe()["owner"] == self._owner:
+        while self._owner_watch.is_alive() and time.monotonic() < deadline:
+            if should_stop():
+                raise Cancelled("stopped while the group was started again")
+            for address, description in running().items():
+                is_same = description["shared"] and (description["plan"], description["devices"]) == (
+                    str(self.plan),
+                    self.devices,
+                )
+                if is_same and address != self.address:
                     self.address = address
-                    lost = address.describe()["lost"]
+                    lost = description["lost"]
                     if lost is None:
                         return error
                     known = {"details": lost["details"]}
@@ -297,15 +376,23 @@ class GroupExecutor(Executor):
             time.sleep(POLL_SECONDS)
         raise GroupError(f"{error.summary}, and no other came; start it again with serve", details=error.details) from error
 
-    def _bury(self, death: Death) -> GroupFailure:
-        came_up = Path(self.address.socket).exists()  # rank 0 listens once all ranks have met
-        details = death.details or self._launcher.last_words()
+    def _bury(self, cause: ExitCause) -> GroupFailure:
+        came_up = self._answered == self.address or Path(self.address.socket).exists()  # once all ranks have met
+        details = cause.details or self._launcher.details()
         self._launcher.stop()
-        if not death.by_itself:  # what the other ranks met with only followed
-            return GroupLost(f"the group was lost: {death.cause}", details=details, came_up=came_up)
+        if not cause.by_itself:  # what the other ranks met with only followed
+            return GroupLost(f"the group was lost: {cause.cause}", details=details, came_up=came_up)
         if not came_up:
             self.address = None  # it was never there, so the next start is no restart
-            return GroupUnavailable(f"the group did not start: {death.cause}", details=details)
-        if death.failure:
-            return self._failure(death.failure)
-        return GroupError(f"the group's processes ended: {death.cause}", details=details)
+            error = GroupUnavailable(f"the group did not start: {cause.cause}{words_of(cause)}", details=details)
+            failures.remember(str(self.plan), self.devices, error, cause)
+            return error
+        if cause.failure:
+            return self._failure(cause.failure)
+        return GroupError(f"the group's processes ended: {cause.cause}", details=details)
+
+
+def words_of(cause: ExitCause) -> str:
+    """What the rank that failed said, where it said something."""
+    failure = cause.failure
+    return f": {failure['error']}: {failure['message'].strip().partition(chr(10))[0]}" if failure else ""

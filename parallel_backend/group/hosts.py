@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ..errors import RequestError
@@ -156,14 +155,6 @@ def code_version() -> str:
 def shown(value: Any) -> str:
     """What another host says, for a person's screen."""
     return "".join(character for character in str(value)[:100] if character.isprintable())
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has an address of this machine, which gloo and NCCL are told to use."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address.partition("%")[0] == address for each in addresses):
-            return name
-    return "lo" if address.startswith("127.") else None
 
 
 def free_port(host: str) -> int:

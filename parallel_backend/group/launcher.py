@@ -3,66 +3,38 @@
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
-import sys
+import threading
+import time
+from collections import deque
 from dataclasses import asdict, replace
-from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 from ..devices import Devices
-from ..errors import GroupUnavailable, RequestError
+from ..errors import GroupUnavailable
 from ..plans import Plan
-from .address import GroupAddress
-from .death import KILLED, Death, how_it_ended
+from .exit_cause import ExitCause, how_it_ended
 from .muster import Meeting, Muster
+from .preflight import check_possible, environment, group_python, loopback
+from .registry import GroupAddress, Home, remove_stale
 
 logger = logging.getLogger(__name__)
 
-PACK = Path(__file__).resolve().parents[2]
-"""The folder that holds ``parallel_backend``."""
 STOP_SECONDS = 10.0
-ENDED_RANK = re.compile(r"^ *rank *: (\d+) .*\n *exitcode *: (-?\d+)", re.MULTILINE)
-"""A rank that failed, in the report that ``torch.distributed.run`` ends with."""
 MEET_SECONDS = 300
 """At most this long for the launchers of several hosts to find each other."""
-
-
-def group_python() -> str:
-    """The interpreter that a group runs under: ``XDIT_PYTHON``, else this one."""
-    return os.environ.get("XDIT_PYTHON") or sys.executable
-
-
-def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:
-    """Says why no group can start here, if none can.
-
-    Args:
-        plan: None on a host that is told it by another.
-        devices: of each host.
-        nodes: hosts.
-    Raises:
-        RequestError: when plan and devices do not fit.
-        GroupUnavailable: one line with the reason and what to do.
-    """
-    if plan:
-        plan.check_world(devices.count, nodes)
-        if plan.replicas > 1:
-            raise RequestError(f"plan '{plan}': replicas are groups of their own; a single group takes plan '{plan.replica}'")
-    if not sys.platform.startswith("linux"):
-        raise GroupUnavailable(f"xDiT groups need Linux (this is {sys.platform}); on Windows use WSL2")
-    if not os.environ.get("XDIT_PYTHON") and find_spec("xfuser") is None:
-        raise GroupUnavailable("xfuser is not installed: pip install xfuser, or set XDIT_PYTHON to a Python that has it")
+HELLO_SECONDS = 20.0
+"""A Python that has not begun to run the supervisor by then never will; it imports nothing slow until then."""
 
 
 class Launcher:
     """The processes of one group on this host, from :meth:`start` to :meth:`stop`.
 
-    ``torch.distributed.run`` starts one worker a device, inside :mod:`.agent`. That holds the read end of a pipe whose
-    write end is this process's alone, so it sees it end in whatever way it ends, and leaves with its workers.
+    ``torch.distributed.run`` starts one worker a device, inside :mod:`.supervisor`, which ends with the lock that this process holds.
 
     Args:
-        plan: None on a host that is told it by node 0.
+        plan: None on a host that gets it from node 0.
         devices: this host's.
         muster: where the group has other hosts, the way to them; it is closed with :meth:`leave`.
     """
@@ -72,111 +44,155 @@ class Launcher:
         self.devices = devices
         self.muster = muster
         self.is_shared = False
-        """Whether the person's other processes may use the group too; ``serve`` sets it."""
+        """Whether the user's other processes may use the group too; ``serve`` sets it."""
         self.address: GroupAddress | None = None
         self.process: subprocess.Popen | None = None
-        self.lost: Death | None = None
-        """How the life before ended, until there is another."""
+        self.lost: ExitCause | None = None
+        """Why the life before ended, until there is another."""
+        self._home: Home | None = None
+        self._reports: dict[str, Any] = {}
+        self._printed: deque[str] = deque()
+        self._reader: threading.Thread | None = None
+        self._started = 0.0
 
     @property
     def nodes(self) -> int:
         """Hosts of the group."""
         return self.muster.place.nodes if self.muster else 1
 
+    @property
+    def note(self) -> str | None:
+        """One line where the group's files are not where they belong."""
+        return self._home and self._home.note
+
     def start(self) -> GroupAddress:
         """Starts the processes and returns at once, or when all hosts have met; they answer some seconds later.
 
         Raises:
-            RequestError, GroupUnavailable: see :func:`check_possible` and :meth:`.muster.Muster.meet`.
+            RequestError, GroupUnavailable: see :func:`.preflight.check_possible` and :meth:`.muster.Muster.meet`.
         """
         check_possible(self.plan, self.devices, self.nodes)
         node = self.muster.place.node if self.muster else 0
+        remove_stale()
         known = {
             "plan": str(self.plan),
             "devices": str(self.devices),
             "shared": self.is_shared,
             "processes": self.devices.count,
+            "nodes": self.nodes,
+            "node": node,
+            "first_rank": node * self.devices.count,
+            "lost": self.lost and asdict(self.lost),
         }
-        known |= {"nodes": self.nodes, "node": node, "first_rank": node * self.devices.count}
-        self.address = GroupAddress.create({**known, "lost": self.lost and asdict(self.lost)})
+        self.address = self._create(known)
         try:
             meeting = self._meet() if self.muster else None
             self.process = self._spawn(meeting)
         except BaseException:
             self.address.remove()
             raise
+        self._listen()
         if self.muster and not self.muster.watch(self.process.kill):
             self.process.kill()
         self.lost = None
         logger.info("starting %d processes for plan '%s' on %s", self.devices.count, self.plan, self.devices)
         return self.address
 
+    def _create(self, known: dict[str, Any]) -> GroupAddress:
+        """The group's folder, where this process's lock is, or where there is room for both."""
+        if self._home and not self._home.is_usable():
+            self._give_home_up()
+        if self._home is None:
+            self._home = Home.open()
+            if self._home.note:
+                logger.warning(self._home.note)
+        try:
+            return GroupAddress.create(self._home.root, {**known, "lock": str(self._home.lock.path)})
+        except OSError as error:
+            root = self._home.root
+            self._give_home_up()
+            raise GroupUnavailable(f"no room for the group's files in {root}: {error.strerror or error}; make some") from error
+
+    def _give_home_up(self) -> None:
+        home, self._home = self._home, None
+        if home:
+            home.lock.close()
+
     def _meet(self) -> Meeting:
         """Meets the other hosts, after leave of them for the life before."""
-        self.muster.part(again=True, death=self.lost)
+        self.muster.part(again=True, cause=self.lost)
         meeting = self.muster.meet()
         self.plan = Plan.parse(meeting.plan)
         self.address.add(plan=meeting.plan, hosts=[{**asdict(host), "ranks": host.ranks} for host in meeting.hosts])
         return meeting
 
     def _spawn(self, meeting: Meeting | None) -> subprocess.Popen:
+        if meeting:
+            where = [f"--nnodes={self.nodes}", f"--node-rank={self.muster.place.node}", "--rdzv-backend=static"]
+            where += [f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-conf=timeout={MEET_SECONDS}"]
+            variables = environment(self.devices, meeting.interface, is_forced=False)
+            variables["XDIT_HOST"] = str(meeting.hosts[self.muster.place.node])
+        else:  # over the loopback by number, whatever this machine's name, resolver, networks and variables are
+            address, interface = loopback()
+            endpoint = f"[{address}]:0" if ":" in address else f"{address}:0"
+            where = [
+                "--nnodes=1",
+                "--rdzv-backend=c10d",
+                f"--rdzv-endpoint={endpoint}",
+                f"--rdzv-id={self.address.folder.name}",
+            ]
+            where += [f"--local-addr={address}"]
+            variables = environment(self.devices, interface, is_forced=True)
         try:
             with (self.address.folder / "launcher.log").open("wb") as log:
+                self._started = time.monotonic()
                 return subprocess.Popen(
-                    self._command(meeting),
+                    self._command(where),
                     stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment(meeting),
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=variables,
                     start_new_session=True,  # Ctrl-C is for the caller, who then stops the group
                 )
         except OSError as error:
             raise GroupUnavailable(f"{group_python()} cannot be started: {error.strerror}; correct XDIT_PYTHON") from error
 
-    def _command(self, meeting: Meeting | None) -> list[str]:
-        where = ["--standalone"]
-        if meeting:
-            where = [f"--nnodes={self.nodes}", f"--node-rank={self.muster.place.node}", "--rdzv-backend=static"]
-            where += [f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-conf=timeout={MEET_SECONDS}"]
+    def _command(self, where: list[str]) -> list[str]:
         return [
-            group_python(), "-m", "parallel_backend.group.agent", str(self.address.folder), *where, "--max-restarts=0",
+            group_python(), "-m", "parallel_backend.group.supervisor", str(self.address.folder), *where, "--max-restarts=0",
             f"--nproc-per-node={self.devices.count}", f"--log-dir={self.address.logs}", "--redirects=3",
             "-m", "parallel_backend.group.worker", str(self.address.folder), str(self.plan), self.devices.kind,
         ]  # fmt: skip
 
-    def _environment(self, meeting: Meeting | None) -> dict[str, str]:
-        kept = dict(os.environ)
-        paths = [str(PACK)]
-        if os.environ.get("XDIT_PYTHON"):
-            kept.pop("PYTHONHOME", None)  # it belongs to another interpreter, as its packages do
-        elif os.environ.get("PYTHONPATH"):
-            paths.append(os.environ["PYTHONPATH"])
-        hosts = {}
-        if meeting:
-            hosts["XDIT_HOST"] = str(meeting.hosts[self.muster.place.node])
-            if meeting.interface:  # by a host's name gloo often finds an address that the others cannot reach
-                chosen = {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": f"={meeting.interface}"}
-                hosts |= {name: value for name, value in chosen.items() if name not in kept}
-        return {
-            **kept,
-            **self.devices.environment(),
-            **hosts,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "XDIT_LOGGING_LEVEL": "WARNING",
-        }
+    def _listen(self) -> None:
+        """Hears the supervisor's reports until it ends."""
+        process, self._reports, self._printed = self.process, {}, deque(maxlen=20)
+        reports, printed = self._reports, self._printed
+
+        def read() -> None:
+            with process.stdout:
+                for line in process.stdout:
+                    try:
+                        reports.update(json.loads(line))
+                    except (ValueError, TypeError):  # printed by what stands in for Python
+                        printed.append(line.decode(errors="replace").rstrip())
+
+        self._reader = threading.Thread(target=read, name="group reports", daemon=True)
+        self._reader.start()
 
     def is_running(self) -> bool:
         """Whether the processes are there."""
         return self.process is not None and self.process.poll() is None
 
+    def is_mute(self) -> bool:
+        """Whether what was started is no Python that can run the pack: it runs, and has said nothing for long."""
+        return self.is_running() and not self._reports and time.monotonic() - self._started > HELLO_SECONDS
+
     def stop(self) -> None:
         """Ends this host's processes, gently and then not, and removes the folder. Further calls do nothing."""
         if self.process is None:
             return
-        self.process.stdin.close()  # the agent leaves when the pipe ends
-        for ask in (lambda: None, self.process.terminate, self._kill):
+        for ask in (self._ask_to_leave, self.process.terminate, self._kill):
             ask()
             try:
                 self.process.wait(STOP_SECONDS)
@@ -187,10 +203,19 @@ class Launcher:
         self.process = None
         self.address.remove()
 
+    def _ask_to_leave(self) -> None:
+        """Has the supervisor leave. A word, as a forked child of this process may hold the pipe open."""
+        try:
+            self.process.stdin.write(b"leave\n")
+            self.process.stdin.close()
+        except OSError:  # it has left
+            return
+
     def leave(self) -> None:
-        """Takes leave of the other hosts for good."""
+        """Takes leave of the other hosts, and gives the lock up, for good."""
         if self.muster:
-            self.muster.part(again=False, death=self.lost)
+            self.muster.part(again=False, cause=self.lost)
+        self._give_home_up()
 
     def _kill(self) -> None:
         try:
@@ -198,37 +223,29 @@ class Launcher:
         except ProcessLookupError:
             return
 
-    def cause_of_death(self) -> Death:
-        """How the group ended: which rank first and how, where the agent or ``torch.distributed.run`` says so; on which host."""
-        own = self._own_death()
-        self.lost = self.muster.verdict(own) if self.muster else own
+    def exit_cause(self) -> ExitCause:
+        """Why the group ended: which rank first and how, and on which host."""
+        if self.lost is None:
+            own = self._own_cause()
+            self.lost = self.muster.verdict(own) if self.muster else own
         return self.lost
 
-    def _own_death(self) -> Death | None:
-        """How this host's part ended; None when it was told to, or ended because another's had."""
+    def _own_cause(self) -> ExitCause | None:
+        """Why this host's part ended; None when it was asked to, or ended because another's had."""
         try:
             status = self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            return Death("the launcher is still there; see the logs", details=self.last_words())
-        details = self.last_words()
-        if self.address.cause_file.exists():
-            return Death(**json.loads(self.address.cause_file.read_text()), by_itself=False, details=details)
+            return ExitCause("the launcher is still there; see the logs", details=self.details())
+        self._reader.join(STOP_SECONDS)
+        details = self.details()
+        if found := self._reports.get("exit"):
+            cause = replace(ExitCause(**found), details=details)
+            if not (self.muster and cause.by_itself and self.muster.has_trouble):
+                return cause
         if self.muster and (status == 0 or self.muster.has_trouble):
             return None
-        log = (self.address.folder / "launcher.log").read_text(errors="replace")
-        # The one that ended first comes last. Of those that ended within a second any may, and a killed one takes the others
-        # with it.
-        ends = [(f"rank {rank}", int(code)) for rank, code in reversed(ENDED_RANK.findall(log))]
-        death = how_it_ended(*min(ends or [("the launcher", status)], key=lambda end: end[1] not in KILLED))
-        return replace(death, failure=self._failure(), details=details)
+        return replace(how_it_ended("the launcher", status), details=details)
 
-    def _failure(self) -> dict | None:
-        """The last words of the rank that failed first: the one that waited longest for the others to fail too."""
-        paths = [(rank, self.address.error_file(rank)) for rank in range(self.plan.world_size)]
-        failures = [{**json.loads(path.read_text()), "rank": rank} for rank, path in paths if path.exists()]
-        return max(failures, key=lambda failure: failure["waited"], default=None)
-
-    def last_words(self) -> str:
-        """What this host's processes wrote last."""
-        launcher = (self.address.folder / "launcher.log").read_text(errors="replace").splitlines()[-20:]
-        return "\n".join([self.address.last_lines(), "--- launcher", *launcher]).strip()
+    def details(self) -> str:
+        """What the processes wrote last."""
+        return "\n".join([self.address.last_lines(), *self._printed]).strip()

@@ -27,14 +27,14 @@ def lend(launcher: Launcher, muster: Member, show: Callable[[str], None]) -> Non
                 f"logs {address.logs}; leaves when that ends the group, or with Ctrl-C"
             )
             launcher.process.wait()
-            death = launcher.cause_of_death()
+            cause = launcher.exit_cause()
             launcher.stop()
             if not muster.comes_again:
                 break
-            show(f"the group was lost: {death.cause}; waiting for node 0 again")
+            show(f"the group was lost: {cause.cause}; waiting for node 0 again")
     finally:
         launcher.stop()
         launcher.leave()
     if muster.failed:
-        raise GroupUnavailable(f"{muster.leader} ended the group: {death.cause}", details=death.details)
+        raise GroupUnavailable(f"{muster.leader} ended the group: {cause.cause}", details=cause.details)
     show(f"{muster.leader} ended the group")

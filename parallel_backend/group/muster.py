@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from ..errors import GroupUnavailable, RequestError
-from .death import Death, first_of
-from .hosts import Common, Host, Place, family_of, free_port, interface_of, numbered, shown
+from .exit_cause import ExitCause, first_of
+from .hosts import Common, Host, Place, family_of, free_port, numbered, shown
 from .link import PART_SECONDS, SILENT_SECONDS, Link, LinkLost
+from .preflight import interface_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Muster(ABC):
         self._readers: list[threading.Thread] = []
         self._on_trouble: Callable[[], None] = lambda: None
         self._state = threading.Condition()
-        self._ends: dict[int, Death | None] = {}
+        self._ends: dict[int, ExitCause | None] = {}
         """How other hosts' parts ended; None is well."""
         self._has_trouble = False
 
@@ -76,11 +77,11 @@ class Muster(ABC):
         """
 
     @abstractmethod
-    def verdict(self, own: Death | None) -> Death:
+    def verdict(self, own: ExitCause | None) -> ExitCause:
         """Has the group end on all hosts and says why it did; ``own`` is how this host's part ended, None when another's did first."""
 
     @abstractmethod
-    def part(self, *, again: bool, death: Death | None = None) -> None:
+    def part(self, *, again: bool, cause: ExitCause | None = None) -> None:
         """Takes leave of the others; ``again`` when this host will meet them for another life of the group."""
 
     def watch(self, on_trouble: Callable[[], None]) -> bool:
@@ -110,7 +111,7 @@ class Muster(ABC):
         except (LinkLost, KeyError, TypeError, ValueError) as error:
             lost = error if isinstance(error, LinkLost) else "it sends what is no message"
             if self._links.get(node) is link:  # else it is from a life that is over
-                self._ended(node, Death(f"is gone: {lost}", by_itself=False, gone=True))
+                self._ended(node, ExitCause(f"is gone: {lost}", by_itself=False, gone=True))
         finally:
             link.close()
 
@@ -118,7 +119,7 @@ class Muster(ABC):
     def _hear(self, node: int, message: dict) -> None:
         """One message of another host."""
 
-    def _ended(self, node: int, death: Death | None) -> None:
+    def _ended(self, node: int, death: ExitCause | None) -> None:
         """Keeps how another host's part ended, the first that is said of it, and ends this host's."""
         with self._state:
             if node in self._ends:
@@ -128,7 +129,7 @@ class Muster(ABC):
         if death:
             self._trouble()
 
-    def _at(self, node: int, death: Death) -> Death:
+    def _at(self, node: int, death: ExitCause) -> ExitCause:
         """A death with the host that it was on."""
         return replace(death, cause=f"{self.meeting.hosts[node]}{' ' if death.gone else ': '}{death.cause}")
 
@@ -149,7 +150,7 @@ class Muster(ABC):
             link.close()
 
 
-def told(death: Death | None) -> dict | None:
+def told(death: ExitCause | None) -> dict | None:
     """A death as plain values that fit into a message."""
     return death and asdict(replace(death, details=death.details[-MAX_DETAILS:]))
 
@@ -194,7 +195,7 @@ class Leader(Muster):
                     self._admit(*arrivals.get(), came)
         except BaseException as error:  # Ctrl-C too: those that have come wait for a word
             for link, _ in came.values():
-                link.part("over", again=False, death=told(Death(str(error) or "its serve was ended there")))
+                link.part("over", again=False, death=told(ExitCause(str(error) or "its serve was ended there")))
             raise
         return self._open(came)
 
@@ -256,9 +257,9 @@ class Leader(Muster):
 
     def _hear(self, node: int, message: dict) -> None:
         if message["kind"] == "ended":
-            self._ended(node, message["death"] and Death.read(message["death"]))
+            self._ended(node, message["death"] and ExitCause.read(message["death"]))
 
-    def verdict(self, own: Death | None) -> Death:
+    def verdict(self, own: ExitCause | None) -> ExitCause:
         """See :meth:`Muster.verdict`."""
         deadline = time.monotonic() + TELL_SECONDS
         for link in self._links.values():
@@ -268,15 +269,15 @@ class Leader(Muster):
                 self._state.wait(0.2)
             deaths = [death for death in self._ends.values() if death]
             silent = [self.meeting.hosts[node] for node in self._links if node not in self._ends]
-        deaths += [Death(f"{host} does not end its part of the group", by_itself=False, gone=True) for host in silent]
+        deaths += [ExitCause(f"{host} does not end its part of the group", by_itself=False, gone=True) for host in silent]
         if own:
             deaths.append(self._at(0, own))
-        return first_of(deaths) if deaths else Death("no host says why")
+        return first_of(deaths) if deaths else ExitCause("no host says why")
 
-    def part(self, *, again: bool, death: Death | None = None) -> None:
+    def part(self, *, again: bool, cause: ExitCause | None = None) -> None:
         """See :meth:`Muster.part`."""
         for link in self._links.values():
-            link.send("over", again=again, death=told(death))
+            link.send("over", again=again, death=told(cause))
         self._hang_up()
         if not again:
             self._listener.close()
@@ -342,10 +343,10 @@ class Member(Muster):
         if message["kind"] == "end":
             self._trouble()
         elif message["kind"] == "over":
-            self._over = {"again": bool(message["again"]), "death": message["death"] and Death.read(message["death"])}
-            self._ended(node, Death("ended the group"))
+            self._over = {"again": bool(message["again"]), "death": message["death"] and ExitCause.read(message["death"])}
+            self._ended(node, ExitCause("ended the group"))
 
-    def verdict(self, own: Death | None) -> Death:
+    def verdict(self, own: ExitCause | None) -> ExitCause:
         """See :meth:`Muster.verdict`. Node 0 says it; where it has gone that is why."""
         link = self._links[0]
         link.send("ended", death=told(own))
@@ -353,8 +354,8 @@ class Member(Muster):
             self._state.wait_for(lambda: self._ends, 2 * TELL_SECONDS)  # node 0 waits for other hosts too
             end = self._ends.get(0)
         if self._over:
-            return self._over["death"] or Death(f"{self.leader} ended the group")
-        return end or Death(f"{self.leader} does not say why the group ended", by_itself=False)
+            return self._over["death"] or ExitCause(f"{self.leader} ended the group")
+        return end or ExitCause(f"{self.leader} does not say why the group ended", by_itself=False)
 
     @property
     def comes_again(self) -> bool:
@@ -366,8 +367,10 @@ class Member(Muster):
         """Whether node 0 ended the group for a reason, and not because somebody wanted it."""
         return bool(self._over and self._over["death"])
 
-    def part(self, *, again: bool, death: Death | None = None) -> None:
+    def part(self, *, again: bool, cause: ExitCause | None = None) -> None:
         """See :meth:`Muster.part`."""
         if not again and self._links and not self._over:
-            self._links[0].send("ended", death=told(Death("is gone: its serve was ended there", by_itself=False, gone=True)))
+            self._links[0].send(
+                "ended", death=told(ExitCause("is gone: its serve was ended there", by_itself=False, gone=True))
+            )
         self._hang_up()

@@ -1,7 +1,9 @@
 """Rank 0's side of the socket: takes requests from any number of clients and hands them on in order."""
 
 import logging
+import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -9,16 +11,23 @@ from multiprocessing.connection import Connection, Listener, answer_challenge, d
 from typing import Any
 
 from . import protocol
-from .address import GroupAddress
+from .connection import HANDSHAKE_SECONDS, Patient, bounded, hang_up
 from .protocol import Message, ProtocolError
+from .registry import GroupAddress
 
 logger = logging.getLogger(__name__)
 
 QUEUED = ("sample", "load", "window", "decode", "encode", "free", "stop")
 
 
-def refusal(error: ProtocolError) -> Message:
-    """The answer to a message that is none."""
+WRITE_SECONDS = 5.0
+"""A client that takes nothing for so long has its connection closed: the ranks wait for rank 0, which has a heartbeat to send."""
+CLIENTS = 64
+"""Connections that may wait to be accepted."""
+
+
+def refusal(error: Exception) -> Message:
+    """The answer to a request that cannot be taken."""
     return Message("failed", {"error": type(error).__name__, "message": str(error)})
 
 
@@ -63,8 +72,9 @@ class Request:
             protocol.send(self.connection, message)
         except ProtocolError as error:
             self.answer(refusal(error))
-        except OSError:
+        except OSError:  # it has gone, or hangs; half a message may be on its way, so it must connect again
             self.cancelled.set()
+            hang_up(self.connection)
 
 
 class Server:
@@ -79,7 +89,8 @@ class Server:
         self._key = address.key
         self._status = status
         self._requests: queue.Queue[Request] = queue.Queue()
-        self._listener = Listener(address.socket, family="AF_UNIX")
+        self._closed = threading.Event()
+        self._listener = Listener(address.socket, family="AF_UNIX", backlog=CLIENTS)
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
     def next(self, seconds: float | None = None) -> Request | None:
@@ -94,9 +105,21 @@ class Server:
         """Requests in the queue."""
         return self._requests.qsize()
 
+    def close(self) -> None:
+        """Listens no more."""
+        self._closed.set()
+        self._listener.close()
+
     def _accept(self) -> None:
-        while True:
-            connection = self._listener.accept()
+        while not self._closed.is_set():
+            try:
+                connection = self._listener.accept()
+            except OSError as error:  # no descriptor is left, say
+                if self._closed.is_set():
+                    return
+                logger.warning("a client was not accepted: %s", error)
+                time.sleep(0.5)
+                continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
@@ -104,10 +127,19 @@ class Server:
         # Authentication is here, not in the listener, so that a client that says nothing blocks nobody.
         try:
             with connection:
-                deliver_challenge(connection, self._key)
-                answer_challenge(connection, self._key)
-                self._converse(connection)
-        except (EOFError, ConnectionError):
+                with socket.socket(fileno=os.dup(connection.fileno())) as end:
+                    bounded(end, sending=WRITE_SECONDS, receiving=0)
+                patient = Patient(connection, HANDSHAKE_SECONDS)
+                deliver_challenge(patient, self._key)
+                answer_challenge(patient, self._key)
+                try:
+                    self._converse(connection)
+                except (EOFError, OSError):
+                    raise
+                except Exception as error:
+                    logger.exception("a request failed")
+                    protocol.send(connection, refusal(error))
+        except (EOFError, OSError):
             logger.debug("a client hung up")
         except Exception as error:  # whatever a client sends, the others must not notice
             logger.warning("dropped a client: %s: %s", type(error).__name__, error)

@@ -2,311 +2,46 @@
 
 import ctypes
 import faulthandler
-import json
 import logging
 import os
 import signal
 import sys
-import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import torch
+from .heartbeat import Board, HeartbeatWriter
+from .supervisor import BOARD, SUPERVISOR
 
-from .. import calibration, machines
-from ..cogvideox import attention, checks, memory, trials
-from ..cogvideox.checkpoint import Checkpoint
-from ..costs import Link
-from ..devices import Devices, visible_index
-from ..engine import Engine
-from ..errors import Cancelled, RequestError
-from ..jobs import Job, Progress, Result, join_fields, split_fields
-from ..parallel.groups import GroupSplit, slow_link
-from ..plans import Plan
-from .address import GroupAddress
-from .agent import AGENT
-from .protocol import Message, decode, encode
-from .pulse import Heart
-from .server import Request, Server
+START_SECONDS = 300.0
+"""The ranks find each other within this."""
 
 logger = logging.getLogger(__name__)
 
-MEET_AFTER_FAILURE = 15.0
-"""Seconds that a failed rank waits for the others to fail too, before the group is given up."""
-START_SECONDS, MEET_SECONDS = 300.0, 60.0
-"""The ranks find each other within the first, and exchange data for the first time, or end a job, within the second."""
-LOAD_SECONDS = 1800.0
-"""Reading weights and the first step, or a whole decode, take at most this long."""
-STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
-"""A later step takes at most the greater of this long and so many times the longest before it; the second by the first, loading and all."""
-IDLE_SECONDS = 60 * float(os.environ.get("XDIT_IDLE_MINUTES") or 30) or None
-"""A group that had nothing to do for so long lets go of its weights; None never does."""
-HOST = os.environ.get("XDIT_HOST")
-"""This host, for a person, where a group has several."""
-KEEP_SECONDS = float(os.environ.get("XDIT_KEEP_SECONDS") or 1)
-"""The caller gets a sampling job's state so often, to go on from when the group is lost."""
 
-
-def die_with_agent() -> None:
+def die_with_supervisor() -> None:
     """Has the kernel kill this process with its parent, in whatever way that ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[AGENT]):  # it has ended before
+    if os.getppid() != int(os.environ[SUPERVISOR]):  # it has ended before
         os._exit(1)
 
 
-class Keeping:
-    """Sends a job's state to its caller while the next step is computed. Whoever sends something else waits for it first.
+def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
+    """Joins the group and returns the loop to run. It imports torch and xDiT, which takes seconds, and any of it may fail."""
+    import torch
 
-    Args:
-        request: of the caller.
-        device: that the state is on.
-    """
+    from .. import machines
+    from ..cogvideox import attention, memory, trials
+    from ..devices import visible_index
+    from ..parallel.groups import GroupSplit
+    from ..plans import Plan
+    from .job_loop import MEET_SECONDS, JobLoop
+    from .registry import GroupAddress
 
-    def __init__(self, request: Request, device: torch.device):
-        self._request = request
-        self._thread = ThreadPoolExecutor(1, "kept")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._sending: Future | None = None
-        self._last = time.monotonic()
-
-    def keep(self, progress: Progress) -> None:
-        """Begins to send the state after a step that the device is done with, when it is time to."""
-        now = time.monotonic()
-        if now - self._last >= KEEP_SECONDS:
-            self._last = now
-            self._sending = self._thread.submit(self._send, progress)
-
-    def _send(self, progress: Progress) -> None:
-        with torch.cuda.stream(self._stream):  # on the step's own a copy would wait until it has ended
-            self._request.answer(Message("kept", *split_fields(progress)))
-
-    def wait(self) -> None:
-        """Waits until what was begun is sent."""
-        if self._sending:
-            self._sending.result()
-            self._sending = None
-
-    def close(self) -> None:
-        """Waits for the thread's end."""
-        self._thread.shutdown()
-
-
-class Worker:
-    """The loop that every rank runs; rank 0 also answers.
-
-    Args:
-        split: the rank's share.
-        address: the group's.
-        heart: the rank's sign of life.
-        link: between the ranks, as it was measured.
-    """
-
-    def __init__(self, split: GroupSplit, address: GroupAddress, heart: Heart, link: Link):
-        self.split = split
-        self.link = link
-        slow = slow_link(split.plan, split.device.type, link.bandwidth)
-        self.notes = (*split.notes, *([slow] if slow else []))
-        self.address = address
-        self.engine = Engine(split)
-        self.started = time.time()
-        self.state = "ready"
-        self.jobs = 0
-        self.memory: list[int] = []
-        self.last_error: str | None = None
-        self.heart = heart
-        self.server = Server(address, self.status) if split.rank == 0 else None
-
-    def status(self) -> dict:
-        """What a ``status`` request is answered with, in plain values."""
-        return {
-            "state": self.state,
-            "plan": str(self.split.plan),
-            "world_size": self.split.plan.world_size,
-            "uptime": time.time() - self.started,
-            "jobs": self.jobs,
-            **self.engine.status(),
-            "memory": self.memory,
-            "link": self.link.bandwidth,
-            "latency": self.link.latency,
-            "last_error": self.last_error,
-        }
-
-    def loop(self) -> None:
-        """Takes requests until one says stop."""
-        while True:
-            self.heart.beat("waiting for a job", None)
-            request = self.next_request() if self.server else None
-            self.state = "busy"
-            message = decode(self.split.broadcast_bytes(request.data if request else None))
-            if message.kind == "stop":
-                if request:
-                    request.answer(Message("done"))
-                return
-            if message.kind == "free":
-                self.engine.free()
-                self.memory = self.split.collect(self.engine.status()["memory"])
-                if request:
-                    request.answer(Message("done"))
-            else:
-                self.do_job(message, request)
-            self.state = "ready"
-
-    def next_request(self) -> Request:
-        """Rank 0's next request that is still wanted; one to free the memory when none came for long."""
-        while True:
-            request = self.server.next(IDLE_SECONDS if self.engine.status()["held"] else None)
-            if request is None:
-                logger.info("idle for %.0f minutes; letting go of the weights", IDLE_SECONDS / 60)
-                return Request(encode(Message("free")), None)
-            if request.begin():
-                return request
-
-    def do_job(self, message: Message, request: Request | None) -> None:
-        """Runs one job with the other ranks; rank 0 answers with its end."""
-        failure: dict | None = None
-        result: Result | None = None
-        try:
-            result = self.run(message, request)
-        except Exception as error:
-            failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc(), "host": HOST}
-            if not isinstance(error, Cancelled):
-                logger.exception("%s job failed", message.kind)
-        if self.split.rank and not self.engine.together:
-            self.heart.beat("waiting for rank 0, which works alone", None)  # and is watched itself
-        else:
-            self.heart.beat("ending a job", LOAD_SECONDS if message.kind == "load" else MEET_SECONDS)
-        failures = self.compare(failure, together=self.engine.together)
-        self.jobs += 1
-        self.memory = self.split.collect(self.engine.status()["memory"])
-        if request is None:
-            return
-        for rank, failure in enumerate(failures):
-            if failure:
-                kind = "cancelled" if failure["error"] == Cancelled.__name__ else "failed"
-                if kind == "failed":
-                    self.last_error = f"rank {rank}: {failure['error']}: {failure['message']}"
-                request.answer(Message(kind, {"rank": rank, **failure}))
-                return
-        notes = self.notes if message.kind == "sample" else ()
-        report = replace(result.report, peak_memory=tuple(self.memory), notes=(*notes, *result.report.notes))
-        self.log_line(message.kind, report, request.waited)
-        request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
-
-    def run(self, message: Message, request: Request | None) -> Result | None:
-        """This rank's part of a job."""
-        self.engine.together = message.kind not in ("decode", "encode")  # until the engine knows better
-        self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
-        job = self.opened(message)
-
-        lasted, began = [], time.monotonic()
-        keeping = request and Keeping(request, self.split.device)
-
-        def wanted() -> bool:
-            return request is None or not request.cancelled.is_set()
-
-        def after_step(progress: Progress, steps: int) -> bool:
-            nonlocal began
-            now = time.monotonic()
-            lasted.append(now - began)
-            began = now
-            longest = max(lasted[1:] or lasted)  # the first loads and warms up
-            doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
-            self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
-            if keeping:
-                keeping.wait()
-                request.answer(Message("step", {"step": progress.step, "steps": steps}))
-                if progress.step < steps:
-                    keeping.keep(progress)
-            return wanted()
-
-        def show(picture: torch.Tensor) -> None:
-            keeping.wait()
-            request.answer(Message("picture", {}, {"picture": picture}))
-
-        try:
-            return self.engine.run(job, after_step, wanted, show if request else None)
-        finally:
-            if keeping:
-                keeping.close()
-
-    def opened(self, message: Message) -> Job:
-        """The job of a message, checked against this rank's files; with several hosts, against those of every rank.
-
-        Raises:
-            RequestError: naming a host whose files do not do, on all ranks alike.
-        """
-        job, refused, files = join_fields(message.kind, message.plain, message.tensors), None, None
-        try:
-            checkpoint = Checkpoint.open(job.model.path)
-            checks.check(checkpoint, job)
-            files = HOST and checkpoint.likeness()
-        except RequestError as error:
-            refused = error
-        said = self.split.collect((HOST, refused and str(refused), files)) if HOST else []
-        if refused and all(words for _, words, _ in said):
-            raise refused
-        for host, words, its in said:
-            if words:
-                raise RequestError(f"{host}: {words}; models and LoRAs must be at the same path on every host")
-            if its != said[0][2]:
-                raise RequestError(f"{host}: {job.model.path} has other files than on {said[0][0]}; copy it from there")
-        return job
-
-    def compare(self, failure: dict | None, *, together: bool) -> list[dict | None]:
-        """Every rank's failure or None.
-
-        In a job that the ranks do ``together``, one that fails alone ends the group: the others hang in a
-        collective. In a job of rank 0's alone the others wait here already.
-        """
-        if failure is None or not together:
-            return self.split.collect(failure)
-        began = time.monotonic()
-        try:
-            if not self.split.is_in_step:
-                raise RuntimeError("what the ranks had under way would be taken for the next job's")
-            self.split.meet(MEET_AFTER_FAILURE)
-        except RuntimeError:
-            waited = time.monotonic() - began
-            self.address.error_file(self.split.rank).write_text(json.dumps({**failure, "waited": waited}))
-            logger.error("the other ranks did not follow; leaving")
-            os._exit(1)
-        return self.split.collect(failure)
-
-    def log_line(self, kind: str, report, waited: float) -> None:
-        """One line a job."""
-        steps = sorted(report.step_seconds)
-        each = f", {len(steps)} steps of {steps[len(steps) // 2]:.3f} s" if steps else ""
-        peak = "/".join(f"{size / 2**30:.2f}" for size in report.peak_memory)
-        logger.info(
-            "%s: plan %s, waited %.2f s, load %.2f s, run %.2f s%s, peak %s GiB",
-            kind, report.plan, waited, report.load_seconds, report.run_seconds, each, peak,
-        )  # fmt: skip
-
-
-def remember(link: Link, device: torch.device) -> None:
-    """Keeps the link of a group of GPUs of one machine for the planner. Processes on a CPU share it with whatever else runs."""
-    count = torch.cuda.device_count()
-    if device.type == "cpu" or count < 2 or int(os.environ["WORLD_SIZE"]) != count:
-        return
-    kind = machines.kind_of([torch.cuda.get_device_name(index) for index in range(count)])
-    calibration.keep_link(kind, Devices("cuda", tuple(range(count))).names, link)
-
-
-def main() -> None:
-    """Joins the group and works until told to stop."""
-    die_with_agent()
-    faulthandler.register(signal.SIGUSR1)
-    folder, plan, kind = sys.argv[1:]
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    address = GroupAddress(Path(folder))
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", force=True)
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
     if machines.MEMORY_GIB and device.type == "cuda":
         memory.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
-    heart = Heart(address.pulse_file(rank))
     heart.beat("joining the group", START_SECONDS)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank)
     heart.beat(
@@ -318,7 +53,38 @@ def main() -> None:
         remember(link, device)
     if device.type == "cuda":  # xDiT has imported what jobs need, so no two threads are going to import the same
         trials.beside(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
-    Worker(split, address, heart, link).loop()
+    return JobLoop(split, GroupAddress(folder), heart, link)
+
+
+def remember(link, device) -> None:
+    """Keeps the link of a group of GPUs of one machine for the planner. Processes on a CPU share it with whatever else runs."""
+    import torch
+
+    from .. import calibration, machines
+    from ..devices import Devices
+
+    count = torch.cuda.device_count()
+    if device.type == "cpu" or count < 2 or int(os.environ["WORLD_SIZE"]) != count:
+        return
+    kind = machines.kind_of([torch.cuda.get_device_name(index) for index in range(count)])
+    calibration.keep_link(kind, Devices("cuda", tuple(range(count))).names, link)
+
+
+def main() -> None:
+    """Joins the group and works until told to stop."""
+    die_with_supervisor()
+    faulthandler.register(signal.SIGUSR1)
+    folder, plan, kind = sys.argv[1:]
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {os.environ['RANK']} %(name)s: %(message)s", force=True)
+    path, _, count = os.environ[BOARD].rpartition(":")
+    heart = HeartbeatWriter(Board.open(path, int(count)), int(os.environ["LOCAL_RANK"]))
+    try:
+        loop = join(Path(folder), plan, kind, heart)
+    except Exception as error:
+        words = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+        heart.leave({**words, "host": os.environ.get("XDIT_HOST"), "waited": 0.0})
+        raise
+    loop.run_forever()
     os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
 
 

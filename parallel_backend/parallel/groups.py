@@ -62,6 +62,9 @@ class GroupSplit(Split):
         self.notes: list[str] = []
         """What a person is to know of the exchanges, a line each."""
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
+        self._store = dist.distributed_c10d._get_default_store()
+        self._messages = 0
+        """That rank 0 has sent to all, the job at hand the last of them."""
         self.copies = False
         self.cfg_group = xdit.cfg_group()
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
@@ -172,6 +175,15 @@ class GroupSplit(Split):
         dist.broadcast(answer, src=0, group=self.control)
         return tuple(map(bool, answer))
 
+    def heard(self, go_on: bool) -> bool:
+        """See :meth:`Split.heard`."""
+        key = f"stop message {self._messages}"
+        if self.rank > 0:
+            return not self._store.check([key])
+        if not go_on:
+            self._store.set(key, "")
+        return go_on
+
     def collect(self, value: Any) -> list[Any]:
         """See :meth:`Split.collect`."""
         values = [None] * self.plan.world_size
@@ -180,6 +192,7 @@ class GroupSplit(Split):
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank; the others give None and wait as long as it takes."""
+        self._messages += 1
         length = torch.tensor([len(data) if data is not None else 0])
         dist.broadcast(length, src=0, group=self.control)
         if self.rank == 0:

@@ -60,6 +60,9 @@ class KeptOfJob:
         """What is kept of a window's frames."""
         return self._windows.setdefault((frames.start, frames.stop), Kept(self.warmup))
 
+    def expire(self) -> None:
+        """Another prompt changes nothing: text is in the first patch, whose keys and values are always this step's."""
+
     @property
     def note(self) -> str | None:
         """For the person: how much was not exact, and what was kept for it."""

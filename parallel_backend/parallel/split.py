@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..cogvideox import memory
 from ..cogvideox.shards import WHOLE
 from ..cogvideox.step_cache import StepCaches
 from ..jobs import SampleJob
@@ -27,8 +28,9 @@ class Split:
 
     def __init__(self, device: torch.device):
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.init()  # memory statistics are refused before
+        api = memory.api_of(device)
+        if hasattr(api, "init"):
+            api.init()  # memory statistics are refused before
 
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
         """Makes a transformer, whose weights are not read yet, compute this rank's share, text and video tokens joined."""
@@ -63,6 +65,10 @@ class Split:
         """What rank 0 says, on every rank."""
         return said
 
+    def heard(self, go_on: bool) -> bool:
+        """What rank 0 says, as far as this rank has heard. No rank waits for another, so each may ask at any place."""
+        return go_on
+
     def collect(self, value: Any) -> list[Any]:
         """A small Python value from every rank, in order, on every rank."""
         return [value]
@@ -74,5 +80,4 @@ class Split:
 
     def synchronize(self) -> None:
         """Waits until the device has done what was asked of it."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        memory.synchronize(self.device)

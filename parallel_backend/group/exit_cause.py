@@ -1,4 +1,4 @@
-"""How a group ended, in words, and which of several ends was the cause."""
+"""Why a group ended, and which of several causes the others follow from."""
 
 import signal
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ KILLED = [-getattr(signal, name) for name in KILLS if hasattr(signal, name)]  # 
 
 
 @dataclass(frozen=True)
-class Death:
-    """How a group, or the part of it on one host, ended."""
+class ExitCause:
+    """Why a group, or the part of it on one host, ended."""
 
     cause: str
     by_itself: bool = True
@@ -20,15 +20,15 @@ class Death:
     gone: bool = False
     """Whether a whole host went, so that the group comes again only when somebody starts it there."""
     behind: int = 0
-    """Of ranks that hung: how often they had given a sign of life. Of several, the ones with the fewest are the cause."""
+    """Of ranks that hung: how many heartbeats they had sent. Of several, the ones with the fewest are the cause."""
     failure: dict[str, Any] | None = None
     """The last words of the rank that failed: ``rank``, ``error``, ``message``, ``traceback`` and ``waited``."""
     details: str = ""
     """What the processes wrote last."""
 
     @classmethod
-    def read(cls, plain: dict[str, Any]) -> "Death":
-        """A death from plain values that came over a network.
+    def read(cls, plain: dict[str, Any]) -> "ExitCause":
+        """Reads what :func:`dataclasses.asdict` made of one, from a pipe or a network.
 
         Raises:
             KeyError, TypeError, ValueError: when they are none.
@@ -42,22 +42,22 @@ class Death:
         return cls(str(plain["cause"]), **known, failure=failure, details=str(plain["details"]))
 
 
-def how_it_ended(who: str, code: int) -> Death:
+def how_it_ended(who: str, code: int) -> ExitCause:
     """Says an exit code in words."""
     if code < 0:
-        return Death(f"{who} was killed by {signal.Signals(-code).name}", by_itself=code not in KILLED)
-    return Death(f"{who} ended with status {code}")
+        return ExitCause(f"{who} was killed by {signal.Signals(-code).name}", by_itself=code not in KILLED)
+    return ExitCause(f"{who} ended with status {code}")
 
 
-def first_of(deaths: Sequence[Death]) -> Death:
-    """The cause among what several hosts tell of one end.
+def first_of(causes: Sequence[ExitCause]) -> ExitCause:
+    """The one that the others follow from, among what several hosts report of one end.
 
     A host that went takes the others along, and so does a rank that was killed or hung. Of ranks that failed it is the one
     that waited longest for the others to fail too: those met with broken connections at once.
     """
 
-    def order(death: Death) -> tuple:
-        waited = death.failure["waited"] if death.failure else 0.0
-        return not death.gone, death.by_itself, death.behind, -waited
+    def order(cause: ExitCause) -> tuple:
+        waited = cause.failure["waited"] if cause.failure else 0.0
+        return not cause.gone, cause.by_itself, cause.behind, -waited
 
-    return min(deaths, key=order)
+    return min(causes, key=order)

@@ -1,0 +1,135 @@
+"""The models and LoRAs in ComfyUI's folders and in the Hugging Face cache, by the names that nodes show.
+
+A name is the kind of folder and the path in it; saved workflows carry it. Where two folders of a kind have the same name, the
+first keeps it, and the other's is followed by its folder.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import folder_paths
+
+from ..parallel_backend import models
+from ..parallel_backend.cogvideox import single_file
+from ..parallel_backend.cogvideox.lora import SUFFIXES
+from ..parallel_backend.errors import RequestError
+
+MODEL_FOLDERS = ("CogVideo", "diffusers")
+FILES = "diffusion_models"
+LORA_FOLDERS = {"loras": "", "cogvideox_loras": "CogVideo/loras/"}
+"""ComfyUI's name of each folder, the second being the CogVideoX wrapper's, and what its files are shown with."""
+INSIDE = {"cogvideox_loras": "CogVideo/loras"}
+"""Where a kind is in ComfyUI's models folder, if not under its own name."""
+HUB = "huggingface"
+LEVELS = 3
+"""Folders within each other that are looked into for checkpoints, such as ``CogVideo/ORG/NAME``."""
+
+
+def roots_of(kind: str) -> list[Path]:
+    """ComfyUI's folders for a kind of models.
+
+    That in its own models folder is always one of them: of a kind that the core does not know, ComfyUI has only what
+    ``extra_model_paths.yaml`` names.
+    """
+    default = Path(folder_paths.models_dir) / INSIDE.get(kind, kind)
+    try:
+        named = [Path(root) for root in folder_paths.get_folder_paths(kind)]
+    except KeyError:
+        named = []
+    return list(dict.fromkeys(named if default in named else [default, *named]))
+
+
+def add(found: dict[str, Path], name: str, path: Path, root: Path) -> None:
+    """Adds what a folder has under a name; with the folder, where another folder's has the name. What is there by a link is not added."""
+    if name in found:
+        if found[name].resolve() == path.resolve():
+            return
+        name = f"{name} ({root})"
+    found[name] = path
+
+
+def folders_below(root: Path, levels: int = LEVELS) -> Iterator[Path]:
+    """Folders of checkpoints. It looks no further into one, nor deeper than so many levels: disks may be slow, and links go in circles."""
+    try:
+        with os.scandir(root) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return
+    for folder in (root / name for name in names):
+        if models.checkpoint_in(folder):
+            yield folder
+        elif levels > 1:
+            yield from folders_below(folder, levels - 1)
+
+
+def model_folders() -> dict[str, Path]:
+    """The checkpoint folders that can be loaded, by the name shown; other models in the same folders are left out."""
+    found: dict[str, Path] = {}
+    for kind in MODEL_FOLDERS:
+        for root in roots_of(kind):
+            for folder in folders_below(root):
+                checkpoint = models.checkpoint_in(folder)
+                if models.is_cogvideox(checkpoint):
+                    add(found, f"{kind}/{folder.relative_to(root).as_posix()}", checkpoint, root)
+    return found | {f"{HUB}/{name}": path for name, path in models.hub_models().items()}
+
+
+def model_files() -> dict[str, Path]:
+    """The single files of CogVideoX transformers, by the name shown; other models in the same folders are left out."""
+    found: dict[str, Path] = {}
+    places = [("CogVideo", root, path.name) for root in roots_of("CogVideo") for path in sorted(root.glob("*.safetensors"))]
+    places += [(FILES, root, name) for name in folder_paths.get_filename_list(FILES) for root in roots_of(FILES)]
+    for kind, root, name in places:
+        if single_file.is_cogvideox(root / name):
+            add(found, f"{kind}/{Path(name).as_posix()}", root / name, root)
+    return found
+
+
+def model_names() -> list[str]:
+    """The names of all models: those that come with the pack first, then folders, then files."""
+    return [*models.shipped(), *model_folders(), *model_files()]
+
+
+def find_model(name: str) -> Path:
+    """The folder or file of a name.
+
+    Raises:
+        RequestError: for a name that is not in the list.
+    """
+    if name in models.shipped():
+        return models.shipped()[name]
+    found = model_folders() | model_files()
+    if name not in found:
+        raise RequestError(
+            f"there is no model '{name}'; put a folder into models/CogVideo or models/diffusers, or a .safetensors file into "
+            "models/diffusion_models"
+        )
+    return found[name]
+
+
+def lora_files() -> dict[str, Path]:
+    """The LoRA files that can be loaded, by the name shown."""
+    found: dict[str, Path] = {}
+    for kind, shown in LORA_FOLDERS.items():
+        roots = roots_of(kind)
+        if kind in INSIDE:
+            roots += [root / "loras" for root in roots_of("CogVideo")]
+        for root in dict.fromkeys(roots):
+            names, _ = folder_paths.recursive_search(str(root), [".git"])
+            for name in sorted(names):
+                if name.endswith(SUFFIXES):
+                    add(found, shown + name, root / name, root)
+    return found
+
+
+def find_lora(name: str) -> Path:
+    """The file of a name.
+
+    Raises:
+        RequestError: for a name that is not in the list.
+    """
+    files = lora_files()
+    if name not in files:
+        raise RequestError(f"there is no LoRA '{name}' in models/loras or models/CogVideo/loras; put its .safetensors there")
+    return files[name]

@@ -1,0 +1,42 @@
+"""Where the pack keeps what it made on this machine: compiled kernels, measured rates."""
+
+import logging
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+NAME = "cogvideox-xdit"
+
+
+def preferred_cache() -> Path:
+    """The user's cache folder of this pack; in the system's temporary folder for a user without a home. Nothing is made."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / NAME if os.path.isabs(base) else temporary_cache()
+
+
+def temporary_cache() -> Path:
+    """The one for where the preferred one cannot be used."""
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    return Path(tempfile.gettempdir()) / f"{NAME}-cache-{user}"
+
+
+@cache
+def writable_cache() -> Path:
+    """The first of both that a file can be written to; says so where it is not the preferred one."""
+    preferred = preferred_cache()
+    for folder in (preferred, temporary_cache()):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(2**16))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            continue
+        if folder != preferred:
+            logger.warning("compiled kernels are kept in %s, as %s cannot be used: %s", folder, preferred, reason)
+        return folder
+    logger.warning("compiled kernels cannot be kept: %s: %s", preferred, reason)
+    return preferred

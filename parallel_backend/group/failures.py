@@ -1,0 +1,69 @@
+"""Groups that could not start, remembered until something has changed, so that the next prompt does not wait for the same failure."""
+
+import glob
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..errors import GroupUnavailable
+from .exit_cause import ExitCause
+from .preflight import group_python
+
+FORGET_SECONDS = 600.0
+"""A failure is tried again after so long, as not every cause can be seen from here."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A group that did not start."""
+
+    error: GroupUnavailable
+    conditions: tuple
+    at: float
+
+
+_failures: dict[tuple[str, str], Failure] = {}
+
+
+def conditions() -> tuple:
+    """What a group's start depends on, as far as this process can see it: another value is a reason to try again."""
+    python = Path(group_python())
+    packages = glob.glob(str(python.parent.parent / "lib" / "python*" / "site-packages"))
+    changed = []
+    for path in (python, *packages):
+        try:
+            changed.append((str(path), os.stat(path).st_mtime_ns))
+        except OSError:
+            changed.append((str(path), None))
+    networks = tuple(sorted((name, found.isup) for name, found in psutil.net_if_stats().items()))
+    return tuple(sorted(os.environ.items())), tuple(changed), networks, torch.cuda.device_count()
+
+
+def remember(plan: str, devices: str, error: GroupUnavailable, cause: ExitCause) -> None:
+    """Keeps a failure, unless it may be gone at the next try: a rank that was killed, or a GPU that was full."""
+    if cause.by_itself and "OutOfMemory" not in (cause.failure or {}).get("error", ""):
+        _failures[plan, devices] = Failure(error, conditions(), time.monotonic())
+
+
+def check(plan: str, devices: str) -> None:
+    """Raises GroupUnavailable, with the reason of the last try, where nothing that can be seen has changed since."""
+    failure = _failures.get((plan, devices))
+    if failure is None:
+        return
+    ago = time.monotonic() - failure.at
+    if ago < FORGET_SECONDS and failure.conditions == conditions():
+        raise GroupUnavailable(
+            f"{failure.error.summary} ({ago:.0f} s ago; it is tried again once something changes, or after "
+            f"{FORGET_SECONDS / 60:.0f} minutes)",
+            details=failure.error.details,
+        )
+    del _failures[plan, devices]
+
+
+def forget(plan: str, devices: str) -> None:
+    """Forgets a failure: the group has started."""
+    _failures.pop((plan, devices), None)

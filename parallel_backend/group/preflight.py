@@ -1,0 +1,109 @@
+"""Whether a group can start here, found out before anything is started, and the environment that its processes get."""
+
+import os
+import re
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from ..devices import Devices
+from ..errors import GroupUnavailable, RequestError
+from ..plans import Plan
+
+PACK = Path(__file__).resolve().parents[2]
+"""The folder that holds ``parallel_backend``."""
+OTHER_LAUNCHERS = re.compile(
+    "(PET|TORCHELASTIC|OMPI|PMI|PMIX|PRTE|HYDRA|MPI|MPIR|SLURM|FLUX|PALS|JSM|LSB)_.*|MASTER_(ADDR|PORT)|NNODES|ROLE_NAME"
+    "|((LOCAL|GROUP|ROLE|NODE)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE"
+)
+"""Variables by which torchrun, MPI and cluster schedulers tell a program of ranks that are not this group's."""
+LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+
+
+def group_python() -> str:
+    """The interpreter that a group runs under: ``XDIT_PYTHON``, else this one."""
+    return os.environ.get("XDIT_PYTHON") or sys.executable
+
+
+def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:
+    """Says why no group can start here, if none can.
+
+    Args:
+        plan: None on a host that gets it from another.
+        devices: of each host.
+        nodes: hosts.
+    Raises:
+        RequestError: when plan and devices do not fit.
+        GroupUnavailable: one line with the reason and what to do.
+    """
+    if plan:
+        plan.check_world(devices.count, nodes)
+        if plan.replicas > 1:
+            raise RequestError(f"plan '{plan}': replicas are groups of their own; a single group takes plan '{plan.replica}'")
+    if not sys.platform.startswith("linux"):
+        raise GroupUnavailable(f"xDiT groups need Linux (this is {sys.platform}); on Windows use WSL2")
+    if not os.environ.get("XDIT_PYTHON") and find_spec("xfuser") is None:
+        raise GroupUnavailable("xfuser is not installed: pip install xfuser, or set XDIT_PYTHON to a Python that has it")
+    if nodes == 1:
+        loopback()
+
+
+def loopback() -> tuple[str, str]:
+    """This machine's address for itself, by number, and its interface. It needs no name to resolve and no network.
+
+    Raises:
+        GroupUnavailable: where there is none.
+    """
+    reasons = []
+    for family, address in LOOPBACKS:
+        try:
+            with socket.create_server((address, 0), family=family) as server:
+                socket.create_connection(server.getsockname()[:2], timeout=2).close()
+        except OSError as error:
+            reasons.append(f"{address}: {error.strerror or error}")
+            continue
+        return address, interface_of(address) or "lo"
+    raise GroupUnavailable(f"this machine has no loopback network ({'; '.join(reasons)}); bring it up: ip link set lo up")
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address of this machine, which gloo and NCCL use."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            return name
+    return "lo" if address.startswith("127.") else None
+
+
+def without_other_launchers() -> dict[str, str]:
+    """This process's environment, less what torchrun, MPI or a scheduler has set in it."""
+    return {name: value for name, value in os.environ.items() if not OTHER_LAUNCHERS.fullmatch(name)}
+
+
+def environment(devices: Devices, interface: str | None, *, is_forced: bool) -> dict[str, str]:
+    """The variables of a group's processes: the user's, less what other launchers have set.
+
+    Args:
+        devices: this machine's.
+        interface: that the ranks talk over.
+        is_forced: whether that is so whatever the user's variables say.
+    """
+    kept = without_other_launchers()
+    paths = [str(PACK)]
+    if os.environ.get("XDIT_PYTHON"):
+        kept.pop("PYTHONHOME", None)  # it belongs to another interpreter, as its packages do
+    elif os.environ.get("PYTHONPATH"):
+        paths.append(os.environ["PYTHONPATH"])
+    # By a host's name gloo often finds an address that the others cannot reach.
+    network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"} if interface else {}
+    return {
+        **kept,
+        **devices.environment(),
+        **{name: value for name, value in network.items() if is_forced or name not in kept},
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "XDIT_LOGGING_LEVEL": "WARNING",
+    }

@@ -1,0 +1,207 @@
+"""Where groups are found: a private folder for each, with its socket, key, logs and a description."""
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import GroupUnavailable
+from .ownership import OwnerLock, is_held
+
+NAME = "cogvideox-xdit"
+LONGEST_SOCKET = 107
+"""Bytes of a Unix socket's path; the kernel has room for one more."""
+
+
+def roots() -> list[Path]:
+    """The folders that may hold the user's groups, the preferred one first. None is made."""
+    private, own = os.environ.get("XDG_RUNTIME_DIR"), f"{NAME}-{os.getuid()}"
+    found = [Path(private).absolute() / NAME] if private else []
+    for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm"):
+        if base:
+            found.append(Path(base).absolute() / own)
+    return list(dict.fromkeys(found))
+
+
+def make_root(root: Path) -> None:
+    """Makes a folder of groups, which only its user can enter.
+
+    Raises:
+        OSError: saying why it cannot be used.
+    """
+    if len(os.fsencode(root / "group-12345678" / "socket")) > LONGEST_SOCKET:
+        raise OSError(None, "its path is too long for a Unix socket")
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = root.lstat()
+    if found.st_uid != os.getuid() or root.is_symlink():
+        raise OSError(None, "it belongs to another user")
+    root.chmod(0o700)
+
+
+@dataclass(frozen=True)
+class GroupAddress:
+    """One group's folder."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls, root: Path, description: dict[str, Any]) -> "GroupAddress":
+        """Makes a folder with a new key.
+
+        Args:
+            root: from :func:`open_root`.
+            description: what :meth:`describe` returns.
+        Raises:
+            OSError: where there is no room for it.
+        """
+        address = cls(Path(tempfile.mkdtemp(prefix="group-", dir=root)))
+        try:
+            address.key_file.touch(mode=0o600)
+            address.key_file.write_bytes(secrets.token_bytes(32))
+            address._write({**description, "owner": os.getpid()})
+        except OSError:
+            address.remove()
+            raise
+        return address
+
+    def add(self, **description: Any) -> None:
+        """Adds to the description, or replaces some of it."""
+        self._write({**self.describe(), **description})
+
+    def _write(self, description: dict[str, Any]) -> None:
+        written = self.folder / "group.json.partial"
+        written.write_text(json.dumps(description))
+        written.rename(self.folder / "group.json")  # others read it at any moment
+
+    @property
+    def socket(self) -> str:
+        """Path of the Unix socket."""
+        return str(self.folder / "socket")
+
+    @property
+    def key_file(self) -> Path:
+        """File of the key that both sides prove to know; readable by its user alone."""
+        return self.folder / "key"
+
+    @property
+    def key(self) -> bytes:
+        """The key."""
+        return self.key_file.read_bytes()
+
+    @property
+    def logs(self) -> Path:
+        """Folder of every rank's output."""
+        return self.folder / "logs"
+
+    def describe(self) -> dict[str, Any]:
+        """What :meth:`create` and :meth:`add` were given, and ``owner``: the number of the process that keeps the group.
+
+        Raises:
+            OSError, ValueError: when the folder is gone, or no group's.
+        """
+        return dict(json.loads((self.folder / "group.json").read_text()))
+
+    def remove(self) -> None:
+        """Removes the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def last_lines(self, count: int = 20) -> str:
+        """The end of every log that is still there, one after the other."""
+        parts: list[str] = []
+        try:
+            first_rank = self.describe()["first_rank"]
+            logs = [(f"rank {first_rank + int(path.parent.name)} {path.stem}", path) for path in self.logs.rglob("std*.log")]
+            for name, path in [*sorted(logs), ("launcher", self.folder / "launcher.log")]:
+                lines = path.read_text(errors="replace").splitlines()[-count:]
+                parts += [f"--- {name}", *lines] if lines else []
+        except (OSError, ValueError):  # swept away, maybe while it was read
+            parts.append(f"(logs in {self.folder} were removed)")
+        return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder that an owner keeps its groups in, and the lock that proves it alive."""
+
+    root: Path
+    lock: OwnerLock
+    note: str | None
+    """One line where a preferred folder could not be used."""
+
+    @classmethod
+    def open(cls) -> "Home":
+        """Takes the first folder that can be used.
+
+        Raises:
+            GroupUnavailable: naming all that were tried.
+        """
+        failed: list[str] = []
+        for root in roots():
+            try:
+                make_root(root)
+                lock = OwnerLock(root)
+            except OSError as error:
+                failed.append(f"{root} ({error.strerror or error})")
+                continue
+            return cls(root, lock, f"the group's files are in {root}, as {failed[0]} cannot be used" if failed else None)
+        raise GroupUnavailable(
+            f"no folder for the group's socket: {', '.join(failed)}; set XDG_RUNTIME_DIR to a folder that you can write to"
+        )
+
+    def is_usable(self) -> bool:
+        """Whether it is still there, and still the one that :meth:`open` would take."""
+        return self.lock.is_in_place() and self.root in roots()
+
+
+def described() -> Iterator[tuple[GroupAddress, dict[str, Any]]]:
+    """All folders of groups with what they say, oldest first. A folder may go at any moment, and is left out then."""
+    if sys.platform == "win32":
+        return
+    found = []
+    for root in roots():
+        try:
+            found += [(path.stat().st_mtime, path) for path in root.glob("group-*")]
+        except OSError:
+            continue
+    for _, path in sorted(found):
+        try:
+            yield GroupAddress(path), GroupAddress(path).describe()
+        except (OSError, ValueError):
+            continue
+
+
+def is_owned(description: dict[str, Any]) -> bool:
+    """Whether the owner of a described group lives. A group of a version without locks has none."""
+    return "lock" in description and is_held(Path(description["lock"]))
+
+
+def running() -> dict[GroupAddress, dict[str, Any]]:
+    """The user's groups whose owner lives, oldest first, and their descriptions."""
+    return {address: description for address, description in described() if is_owned(description)}
+
+
+def shared(plan: str, devices: str) -> list[GroupAddress]:
+    """The running groups that ``serve`` keeps for a plan on these devices."""
+    wanted = {"shared": True, "plan": plan, "devices": devices}
+    return [address for address, description in running().items() if wanted.items() <= description.items()]
+
+
+def remove_stale() -> None:
+    """Removes folders and locks that a crash left behind."""
+    for address, description in described():
+        if "lock" in description and not is_owned(description):
+            address.remove()
+    for root in roots():
+        try:
+            locks = list(root.glob("owner-*"))
+        except OSError:
+            continue
+        for lock in locks:
+            if not is_held(lock):
+                lock.unlink(missing_ok=True)

@@ -1,0 +1,158 @@
+"""GPUs other than NVIDIA's and AMD's, and Windows, as far as a machine without them can show."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from parallel_backend.cogvideox import denoise, memory, preview, text, vae
+from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.engine import Engine
+from parallel_backend.jobs import DecodeJob, Model
+from parallel_backend.local import LocalExecutor
+from parallel_backend.parallel.split import Split
+
+CPU, MPS, XPU = torch.device("cpu"), torch.device("mps"), torch.device("xpu", 0)
+GIB = 2**30
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A Mac's GPU and an Intel one, of which torch says this; what was called is kept."""
+    called = []
+    for name, value in (("recommended_max_memory", 24), ("driver_allocated_memory", 6), ("current_allocated_memory", 4)):
+        monkeypatch.setattr(torch.mps, name, lambda value=value: value * GIB)
+    for name, value in (("memory_allocated", 3), ("memory_reserved", 5), ("max_memory_allocated", 7)):
+        monkeypatch.setattr(torch.xpu, name, lambda device, value=value: value * GIB)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda device: (8 * GIB, 16 * GIB))
+    for api in (torch.mps, torch.xpu):
+        for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "init"):
+            exists = hasattr(api, name)
+            monkeypatch.setattr(api, name, lambda *_, what=(api, name): called.append(what), raising=False)
+            if not exists:
+                monkeypatch.delattr(api, name)
+    return called
+
+
+@pytest.mark.parametrize("available, free", [(100, 18 + 2), (10, 10 + 2), (1, 1 + 2)])
+def test_a_mac_s_gpu_has_what_macos_lets_it_have_and_the_machine_has_left(available, free, gpus, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available * GIB))
+    assert memory.free_bytes(MPS) == free * GIB
+    assert memory.used_bytes(MPS) == 6 * GIB
+
+
+def test_an_intel_gpu_is_asked_as_nvidia_s_are(gpus):
+    assert memory.free_bytes(XPU) == (8 + 5 - 3) * GIB
+    assert memory.used_bytes(XPU) == 7 * GIB
+
+
+@pytest.mark.parametrize("device", [MPS, XPU], ids=str)
+def test_every_gpu_is_waited_for_and_gives_back_what_it_holds_unused(device, gpus):
+    split, api = Split(device), memory.api_of(device)
+    split.synchronize()
+    memory.release(device)
+    memory.reset_peak(device)
+    assert {(api, "synchronize"), (api, "empty_cache")} <= set(gpus)
+    assert ((api, "reset_peak_memory_stats") in gpus) == (device == XPU)
+
+
+def test_a_gpu_of_a_kind_that_says_nothing_works_without():
+    unknown = torch.device("privateuseone", 0)
+    assert memory.free_bytes(unknown) == memory.free_bytes(CPU) == 2**62
+    assert memory.used_bytes(unknown) > 0
+    for do in (memory.synchronize, memory.release, memory.reset_peak):
+        do(unknown)
+
+
+def test_weights_stay_on_a_mac_s_gpu_which_shares_the_cpu_s_memory(make_job, gpus, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    job = make_job("5b")
+    checkpoint, engine = Checkpoint.open(job.model.path), Engine(Split(MPS))
+    assert engine._choose_offload(job, checkpoint, torch.float32) == "none"
+
+
+@pytest.mark.parametrize("device, streams", [(MPS, False), (XPU, True), (torch.device("cuda", 0), True)], ids=str)
+def test_weights_come_block_by_block_in_a_stream_where_diffusers_has_one(device, streams):
+    asked = {}
+    memory.place(SimpleNamespace(enable_group_offload=lambda **settings: asked.update(settings)), "group", device)
+    assert asked["use_stream"] is streams and asked["onload_device"] == device
+
+
+@pytest.mark.parametrize("device", [MPS, XPU], ids=str)
+def test_text_is_encoded_on_any_gpu_that_has_room(device, checkpoints, gpus, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GIB))
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: True)
+    assert text.find_place(Checkpoint.open(checkpoints["5b"]), [device], "auto").device == device
+
+
+@pytest.mark.parametrize("newer, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_mac_computes_in_bf16_where_its_macos_can(newer, dtype, checkpoints, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: newer and version == (14, 0))
+    monkeypatch.setattr(Checkpoint, "native_dtype", "bf16")
+    assert Checkpoint.open(checkpoints["5b"]).dtype("auto", MPS) == dtype
+
+
+class Sent(torch.Tensor):
+    """Noise that notes how it is sent to a device."""
+
+    ways: list[bool] = []
+
+    def to(self, *target, non_blocking=False):
+        Sent.ways.append(non_blocking)
+        return super().to(*target).as_subclass(torch.Tensor)
+
+
+def test_noise_that_is_not_pinned_is_waited_for_on_its_way(make_job, local, monkeypatch):
+    """ComfyUI refuses the other way to a Mac's GPU: it may read before the noise is there."""
+    draw, job = denoise.draw, make_job("5b", steps=3, scheduler="dpm")
+    expected = local.sample(job).tensor
+    monkeypatch.setattr(denoise, "draw", lambda *inputs: draw(*inputs).as_subclass(Sent))
+    assert torch.equal(local.sample(job).tensor, expected)
+    assert Sent.ways and not any(Sent.ways)
+
+
+def test_a_picture_of_a_gpu_that_is_not_cuda_s_is_shown_from_the_cpu(monkeypatch):
+    shown, made = [], SimpleNamespace(is_cuda=False, cpu=lambda: "on the CPU")
+    monkeypatch.setattr(preview, "picture", lambda *_: made)
+    monkeypatch.setattr(preview, "stops", lambda vae: [])
+    pictures = preview.Previews(None, scaling=1.0, skipped=0, show=shown.append, go_on=lambda: True)
+    pictures.look(torch.zeros(1, 1, 16, 2, 2))
+    assert shown == ["on the CPU"] and pictures.note is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1 GB, max allowed: 18.1 GB).",
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    ],
+)
+def test_memory_that_runs_out_elsewhere_has_the_vae_go_on_in_tiles_too(words, checkpoints, monkeypatch):
+    decode, tried = vae.decode, []
+
+    def small(module, *inputs):
+        tried.append(module.use_tiling)
+        if not module.use_tiling:
+            raise RuntimeError(words)
+        return decode(module, *inputs)
+
+    monkeypatch.setattr(vae, "decode", small)
+    latent = torch.zeros(1, 16, 1, 2, 2)
+    result = LocalExecutor(CPU).decode(DecodeJob(Model(str(checkpoints["5b"])), latent))
+    assert tried == [False, True] and "ran out of memory" in result.report.notes[0]
+
+
+def test_an_error_that_is_not_of_memory_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="shapes"), memory.one_kind_of_error():
+        raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize("command", ["status", "stop"])
+def test_on_windows_no_group_is_running(command, run, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delattr(os, "getuid")
+    done = run(command)
+    assert (done.returncode, done.stdout) == (0, "no group is running\n")
