@@ -13,9 +13,11 @@ demo: setup
 		--set XDiTBackend.devices=cpu:2 --set XDiTBackend.plan=cfg2 --set XDiTSaveVideo.filename_prefix=demo) \
 		&& mv "$$saved" output/t2v.mp4 && echo "output/t2v.mp4"
 
-# Three files at a time: on two cores, one waits now and then while its processes start.
+# All tests, three files at a time: on two cores, one waits now and then while its processes start. Then the fast ones of the basic
+# files on the lowest versions that pyproject.toml claims.
 test: setup
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=5
+	tests/lowest.sh
 
 soak: setup
 	$(BIN)/python -m benchmarks.soak
@@ -37,4 +39,4 @@ lint:
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv output
+	rm -rf .venv .venv-lowest-* output

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from inspect import signature
 
 import pytest
 import torch
@@ -84,6 +85,8 @@ def test_a_lora_of_every_layer_gives_the_latents_of_diffusers(
     ids=str,
 )
 def test_the_alpha_that_diffusers_saves_beside_a_lora_counts(config, diffusers_with, with_loras, local, checkpoints, tmp_path):
+    if "transformer_lora_adapter_metadata" not in signature(CogVideoXPipeline.save_lora_weights).parameters:
+        pytest.skip("this diffusers saves no alpha beside a LoRA")
     tensors = diffusers_layout(random_change(checkpoints["5b"]), prefix="")
     saved = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **config).to_dict()
     saved = {key: sorted(value) if isinstance(value, set) else value for key, value in saved.items()}

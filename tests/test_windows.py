@@ -192,6 +192,7 @@ def test_a_long_step_can_be_stopped_between_its_windows(ask, done, make_job, loc
 
     job = make_job("5b", size=(48, 48, 25), steps=6, windows=Windows(9, 4))
     assert len(Layout.of(job, Checkpoint.open(job.model.path)).at(0)) == 3
+    local.load(job)  # a job asks while it reads weights too
     with pytest.raises(Cancelled, match=f"stopped after step {done} of 6"):
         local.sample(job, should_stop=stop)
 

