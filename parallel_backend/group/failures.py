@@ -61,7 +61,7 @@ def check(plan: str, devices: str) -> None:
             f"{FORGET_SECONDS / 60:.0f} minutes)",
             details=failure.error.details,
         )
-    del _failures[plan, devices]
+    forget(plan, devices)
 
 
 def forget(plan: str, devices: str) -> None:
