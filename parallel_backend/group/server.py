@@ -132,17 +132,18 @@ class Server:
                 patient = Patient(connection, HANDSHAKE_SECONDS)
                 deliver_challenge(patient, self._key)
                 answer_challenge(patient, self._key)
-                try:
-                    self._converse(connection)
-                except (EOFError, OSError):
-                    raise
-                except Exception as error:
-                    logger.exception("a request failed")
-                    protocol.send(connection, refusal(error))
+                self._converse(connection)
         except (EOFError, OSError):
             logger.debug("a client hung up")
         except Exception as error:  # whatever a client sends, the others must not notice
             logger.warning("dropped a client: %s: %s", type(error).__name__, error)
+
+    def _answer_status(self) -> Message:
+        try:
+            return Message("done", {**self._status(), "queue": self.waiting})
+        except Exception as error:  # an OSError too, which would pass for one of the connection
+            logger.exception("the status is not known")
+            return refusal(error)
 
     def _converse(self, connection: Connection) -> None:
         try:
@@ -154,7 +155,7 @@ class Server:
             protocol.send(connection, refusal(error))
             return
         if kind == "status":
-            protocol.send(connection, Message("done", {**self._status(), "queue": self.waiting}))
+            protocol.send(connection, self._answer_status())
             return
         request = Request(data, connection)
         self._requests.put(request)
