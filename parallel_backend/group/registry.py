@@ -121,7 +121,7 @@ class GroupAddress:
         return self.folder / "logs"
 
     def describe(self) -> dict[str, Any]:
-        """What :meth:`create` and :meth:`add` were given, and ``owner``: the number of the process that keeps the group.
+        """Returns what :meth:`create` and :meth:`add` were given, and ``owner``: the number of the process that keeps the group.
 
         Raises:
             OSError, ValueError: when the folder is gone, or no group's.

@@ -18,8 +18,6 @@ from .registry import GroupAddress
 logger = logging.getLogger(__name__)
 
 QUEUED = ("sample", "load", "window", "decode", "encode", "free", "stop")
-
-
 WRITE_SECONDS = 5.0
 """A client that takes nothing for so long has its connection closed: the ranks wait for rank 0, which has a heartbeat to send."""
 CLIENTS = 64
@@ -32,7 +30,7 @@ def refusal(error: Exception) -> Message:
 
 
 class Request:
-    """One queued request and the way back to who asked.
+    """One queued request and the connection to answer it on.
 
     Args:
         data: the message's bytes, as every rank will get them.
@@ -57,7 +55,7 @@ class Request:
             return self._begun
 
     def cancel(self) -> None:
-        """Asks for the request to stop. One that has not begun is answered at once: nobody else would."""
+        """Asks for the request to stop. One that has not begun is answered at once, since no job will."""
         with self._lock:
             waiting = not self._begun and not self.cancelled.is_set()
             self.cancelled.set()
