@@ -79,7 +79,7 @@ class OwnerWatch:
         self._file = None
         if not self._is_own:
             try:
-                self._file = open(path, "rb")  # noqa: SIM115: open as long as this object is
+                self._file = open(path, "rb")  # noqa: SIM115 - open as long as this object is
             except OSError:
                 pass
 
