@@ -1,4 +1,4 @@
-"""From what a person asks for, devices and a plan, to the executor that serves it."""
+"""Opens the executor for the devices and the plan that the user asks for."""
 
 import logging
 import threading
@@ -40,7 +40,7 @@ def resolve(
     spread: bool = True,
     pieces: str = "videos",
 ) -> tuple[Plan, Devices, str]:
-    """The plan and devices for two words of a person.
+    """Resolves the user's plan and devices strings.
 
     ``auto`` devices are every GPU, or as many as a given plan needs; ``auto`` plan asks the planner, which predicts by what
     ``work`` says of a step on a device, or where it is not given by a published model's, for so many ``jobs`` one after the
@@ -62,7 +62,7 @@ def resolve(
     if plan == AUTO:
         found = machines.fastest_first(found) if nodes == 1 else found
         machine = machine_of(found, can_shard=offload not in IN_PARTS)
-        if nodes > 1:  # by an unknown network only the order of plans can be told, and all hosts have come
+        if nodes > 1:  # with an unknown network only the order of plans is predicted, and all hosts have come
             machine = replace(machine, knows_seconds=False)
         about = {"heads": heads, "guided": guided, "work": work and work(found.first), "machine": machine, "pieces": pieces}
         chosen, reason = choose(world_size=found.count * nodes, jobs=jobs, spread=spread and not is_served(found), **about)
@@ -80,7 +80,7 @@ def resolve(
 
 
 def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
-    """What the planner is told of devices. A group of ours on GPUs holds what the job is to have, so it counts as free."""
+    """The machine that the planner predicts for. A group of this pack on GPUs holds what the job is to have, so it counts as free."""
     machine = machines.here(devices)
     machine = replace(
         machine, can_shard=can_shard, together=tuple(replace(some, can_shard=can_shard) for some in machine.together)
@@ -89,7 +89,7 @@ def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
 
 
 def is_served(devices: Devices) -> bool:
-    """Whether ``serve`` keeps a group on some of these devices: replicas would hold their memory beside it."""
+    """Whether ``serve`` keeps a group on some of these devices: replicas would need their memory too."""
     return devices.kind != "cpu" and any(group["shared"] for group in groups_on_gpus())
 
 

@@ -1,7 +1,7 @@
 """What was measured of this machine, kept on disk: the rates of its GPUs, and how fast groups of them exchange data.
 
-One JSON file beside the compiled kernels. One that is broken, or of another version of this pack, is passed over with one line and
-written anew.
+They are kept in one JSON file in the user's cache folder. A file that is broken, or of another version of this pack, is ignored with one
+line and replaced.
 """
 
 import json
@@ -79,15 +79,15 @@ def read() -> dict[str, dict]:
     except FileNotFoundError:
         return nothing
     except (OSError, ValueError) as error:
-        logger.warning("what was measured of this machine, %s, cannot be read and is measured anew: %s", FILE, error)
+        logger.warning("what was measured of this machine, %s, cannot be read and is measured again: %s", FILE, error)
         return nothing
     if not isinstance(kept, dict) or kept.get("version") != VERSION:
-        logger.warning("what was measured of this machine, %s, is of another version and is measured anew", FILE)
+        logger.warning("what was measured of this machine, %s, is of another version and is measured again", FILE)
         return nothing
     if not all(isinstance(kept.get(part), dict) for part in nothing) or not all(
         isinstance(links, dict) for links in kept["links"].values()
     ):
-        logger.warning("what was measured of this machine, %s, is broken and is measured anew", FILE)
+        logger.warning("what was measured of this machine, %s, is broken and is measured again", FILE)
         return nothing
     return kept
 

@@ -322,7 +322,7 @@ def figures(found: list[Prediction], machine: Machine) -> dict:
 
 
 def serve(args: Namespace) -> int:
-    """Keeps a group until it is told to stop; alone, as node 0 of several hosts, or as another that lends it devices."""
+    """Keeps a group until it is stopped; alone, as node 0 of several hosts, or as another that lends it devices."""
     place = Place.asked(args.nnodes, args.node_rank, args.rendezvous, args.wait)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if place and place.node:

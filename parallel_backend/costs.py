@@ -1,7 +1,7 @@
 """What a step costs: seconds and bytes on each rank, from operations, bytes and messages. Importable without torch.
 
 Constants say which measurement they come from: NOTES is benchmarks/NOTES.md, FACTS is the project's table of speed (one H200),
-``h100x2*.json`` are in benchmarks/results. What no measurement here tells says that it is assumed.
+``h100x2*.json`` are in benchmarks/results. What was not measured here is marked as assumed.
 """
 
 from dataclasses import dataclass

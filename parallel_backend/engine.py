@@ -40,7 +40,7 @@ def go_on(*progress: Progress | int) -> bool:
 
 
 SHORT_SECONDS = 2.0
-"""A step so short lets the next one begin before it is told, for the device not to wait; to stop takes one step more then."""
+"""After a step this short the next one begins before it is reported, so that the device does not wait; stopping then takes one step more."""
 STRIP_MARGIN = 1.2
 """What the estimate of a strip's memory is multiplied by: a rank that runs out there takes the group with it."""
 
@@ -81,7 +81,7 @@ class Engine:
         Args:
             job: checked against its checkpoint by the caller.
             on_step, on_window: see :func:`parallel_backend.cogvideox.denoise.denoise`.
-            on_picture: told of previews where a job asks for them, on rank 0.
+            on_picture: called with previews where a job asks for them, on rank 0.
         Returns:
             The job's tensor, on the CPU, and the report of this rank.
         Raises:
@@ -175,13 +175,18 @@ class Engine:
             return go_on
 
         caches = self.split.caches(job)
-        if job.progress is not None and caches.anew:
-            self._note(f"{caches.anew}, so this is not quite the video of an undisturbed run")
+        if job.progress is not None and caches.restarted:
+            self._note(f"{caches.restarted}, so this is not quite the video of an undisturbed run")
         place = {"device": self.device, "dtype": dtype, "split": self.split}
-        told = {"caches": caches, "on_step": mark, "on_window": partial(self._may_go_on, on_window), "may_begin": lambda: ahead}
+        callbacks = {
+            "caches": caches,
+            "on_step": mark,
+            "on_window": partial(self._may_go_on, on_window),
+            "may_begin": lambda: ahead,
+        }
         try:
             with memory.one_kind_of_error():
-                latent = denoise(transformer, checkpoint, job, **place, **told)
+                latent = denoise(transformer, checkpoint, job, **place, **callbacks)
         except torch.OutOfMemoryError as error:
             where = f"a step after {len(steps)}" if steps else "step 1"
             raise self._out_of_memory(where, job, checkpoint, dtype) from error
@@ -241,7 +246,7 @@ class Engine:
         return Result(predicted, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
 
     def _out_of_memory(self, what: str, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> OutOfMemory:
-        """What a person is told when a forward does not fit."""
+        """The error for a forward that does not fit."""
         free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
         return OutOfMemory(
             f"{what} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the weights and "

@@ -62,9 +62,9 @@ class Executor(ABC):
 
         Args:
             job: what to sample.
-            on_step: told after each step, in the caller's thread.
+            on_step: called after each step, in the caller's thread.
             should_stop: asked between steps or more often.
-            on_picture: told now and then of a picture of what a step takes for the clean video, in the caller's thread.
+            on_picture: called now and then with a picture of what a step takes for the clean video, in the caller's thread.
         Returns:
             The latent, as :class:`parallel_backend.jobs.SampleJob` says, and what it cost.
         Raises:
@@ -90,7 +90,7 @@ class Executor(ABC):
     def sample_all(
         self, jobs: Sequence[SampleJob], *, on_step: StepListener = silent, should_stop: StopSignal = never
     ) -> list[Result]:
-        """Denoises several latents, and tells steps of all of them together; raises as :meth:`sample` does."""
+        """Denoises several latents, and reports steps of all of them together; raises as :meth:`sample` does."""
         for job in jobs:
             self.check(job)
         return self._sample_all(jobs, on_step, should_stop)
@@ -109,7 +109,7 @@ class Executor(ABC):
         Args:
             jobs: of one video each.
             decode: the decoding job for a place in ``jobs`` and what was sampled there.
-            on_video: told of a place, what was sampled and what was decoded, as soon as both are there. Maybe in another
+            on_video: called with a place, what was sampled and what was decoded, as soon as both are there. Maybe in another
                 thread, of several at once; the next video waits meanwhile, so that frames do not fill memory.
             on_step, should_stop: see :meth:`sample`; steps are those of all videos together.
         """

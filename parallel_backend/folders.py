@@ -30,6 +30,8 @@ def writable_cache() -> Path:
     for folder in (preferred, temporary_cache()):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder != preferred and hasattr(os, "getuid") and folder.lstat().st_uid != os.getuid():
+                raise OSError(None, f"{folder} belongs to another user")  # whose kernels would run here
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(2**16))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The images, videos and masks that a person gives, read and brought to the size of the video to make."""
+"""Reads the user's images, videos and masks and resizes them to the video to make."""
 
 import mimetypes
 from argparse import Namespace
@@ -34,7 +34,7 @@ def read(
     """
     check_size(**size)
     if args.mask is not None and args.video is None:
-        raise RequestError("a mask says what of a video is made anew, and there is no video; give --video too")
+        raise RequestError("a mask says which part of a video is replaced, and there is no video; give --video too")
     if args.end_image is not None:
         check_end_image(checkpoint)
     edges = {"width": size["width"], "height": size["height"]}
@@ -80,7 +80,7 @@ def read_videos(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -
 
 
 def read_mask(path: str, frames: int) -> torch.Tensor:
-    """A mask ``[1 or frames, rows, columns]`` in 0..1 from an image or a video: white is made anew."""
+    """A mask ``[1 or frames, rows, columns]`` in 0..1 from an image or a video: white is replaced."""
     guessed = mimetypes.guess_type(path)[0] or ""
     kind = "video" if guessed.startswith("video/") else "image"
     return torch.cat([picture.mean(dim=-1) for picture in islice(pictures(path, kind), frames)])

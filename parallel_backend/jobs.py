@@ -71,7 +71,7 @@ class Model:
     fp8: str = "off"
     """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
     step_cache: float = 0.0
-    """Change of the first block's work below which a step tells the other blocks' work from earlier steps; 0 never. See
+    """Change of the first block's work below which the other blocks are predicted from earlier steps; 0 never. See
     :class:`parallel_backend.cogvideox.step_cache.StepCache`."""
     loras: tuple[Lora, ...] = ()
     """All are added to the weights; their order changes nothing but rounding."""
@@ -250,7 +250,7 @@ class SampleJob:
     image: torch.Tensor | None = None
     """The start image as an unscaled VAE latent ``[1 or batch, channels, 1, height/8, width/8]``; None for text to video."""
     progress: Progress | None = None
-    """Where to go on from, as a group that was lost has told; None starts at the first step."""
+    """Where to go on from, as a lost group has reported it; None starts at the first step."""
     windows: Windows | None = None
     """For a video longer than the model's own; None runs all frames at once."""
     image_scale: str = "auto"
@@ -264,9 +264,9 @@ class SampleJob:
     control_end: float = 1.0
     """Share of the steps after which there is no control."""
     masked_video: torch.Tensor | None = None
-    """For inpaint models: the video as an unscaled VAE latent like ``control``, black where it is made anew."""
+    """For inpaint models: the video as an unscaled VAE latent like ``control``, black where it is replaced."""
     mask: torch.Tensor | None = None
-    """Beside ``masked_video``: ``[1 or batch, 1, latent frames, height/8, width/8]``, 1 where the video is made anew."""
+    """Beside ``masked_video``: ``[1 or batch, 1, latent frames, height/8, width/8]``, 1 where the video is replaced."""
     batch_size: int = 0
     """For one video of a batch that is made apart from the others: how many they are together; 0 where the job is whole."""
     batch_index: int = 0

@@ -68,7 +68,7 @@ def known(name: str) -> Machine:
 
 
 def asked(name: str | None, *, count: int, link: str | None, memory_gib: float | None) -> Machine:
-    """Devices that a person describes, which need not be here; GPUs of this machine where no name is given.
+    """Devices that the user describes, which need not be here; GPUs of this machine where no name is given.
 
     Raises:
         RequestError: for a GPU that is not known.
@@ -82,8 +82,8 @@ def asked(name: str | None, *, count: int, link: str | None, memory_gib: float |
         machine = replace(machine, link=LINKS[link], link_from=f"assumed for {SHOWN[link]}, as asked")
     if memory_gib is not None:
         machine = replace(machine, free=int(memory_gib * GIB))
-    told = link is not None or memory_gib is not None or count != len(machine.together)
-    return replace(machine, per_machine=count, together=() if told else machine.together)
+    described = link is not None or memory_gib is not None or count != len(machine.together)
+    return replace(machine, per_machine=count, together=() if described else machine.together)
 
 
 def here(devices: Devices) -> Machine:

@@ -9,7 +9,7 @@ from .errors import RequestError
 DEMO, DEMO_I2V = "demo", "demo-i2v"
 """The small trained models that come with the pack: text to video, and image to video, which borrows VAE and text from it."""
 SHIPPED = Path(__file__).parent / "checkpoints"
-"""Where they lie; how they were made is in ``training/``."""
+"""Where they are; how they were made is in ``training/``."""
 TRANSFORMER = Path("transformer", "config.json")
 """In every folder in diffusers layout."""
 CACHED = "models--"

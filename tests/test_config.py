@@ -43,6 +43,16 @@ def test_kernels_are_kept_elsewhere_where_the_cache_folder_cannot_be_made(cause,
     assert f"compiled kernels are kept in {found}, as /dev/null/none" in caplog.text
 
 
+def test_kernels_of_another_user_are_not_run(caches, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/none")
+    made, owner = folders.temporary_cache(), os.getuid() + 1
+    made.mkdir(parents=True)
+    monkeypatch.setattr(folders, "temporary_cache", lambda: made)
+    monkeypatch.setattr(folders.os, "getuid", lambda: owner)
+    assert folders.writable_cache() == folders.preferred_cache()  # where they cannot be kept either
+    assert "compiled kernels cannot be kept" in caplog.text and "belongs to another user" in caplog.text
+
+
 def test_a_user_without_a_home_has_a_cache(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(folders.os.path, "expanduser", lambda path: path)  # as Python answers for an unknown user

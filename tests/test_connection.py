@@ -171,6 +171,31 @@ def test_a_request_that_fails_is_answered_and_the_connection_is_not_just_dropped
         GroupExecutor.attach(address).status()
 
 
+def test_a_failure_of_the_system_in_a_request_is_answered_too(address, serve):
+    def status() -> dict:
+        raise OSError("no device")
+
+    serve(status)
+    with pytest.raises(GroupError, match="the group failed: OSError: no device"):
+        GroupExecutor.attach(address).status()
+
+
+def test_a_client_waits_whatever_its_program_has_set_for_sockets(address, serve, monkeypatch):
+    def status() -> dict:
+        time.sleep(0.5)
+        return {}
+
+    serve(status)
+    socket.setdefaulttimeout(20)  # without a wait of their own sockets would be non-blocking
+    try:
+        with connection.connect(address.socket, address.key, lambda: False) as end:
+            assert os.get_blocking(end.fileno())
+            protocol.send(end, Message("status"))
+            assert protocol.receive(end).plain == {"queue": 0}
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 def test_a_client_that_reads_nothing_keeps_nobody_waiting(address, serve, monkeypatch):
     monkeypatch.setattr(server, "WRITE_SECONDS", 0.5)
     serving = serve(dict)

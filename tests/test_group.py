@@ -386,9 +386,15 @@ def test_a_forked_child_that_outlives_the_owner_does_not_keep_its_group():
         assert not folder.exists()
 
 
-def test_the_lock_of_this_process_outlives_a_look_at_it():
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_lock_of_this_process_outlives_a_look_at_it(linked, tmp_path, monkeypatch):
+    if linked:  # as where /tmp or the runtime folder is a link to another disk
+        (tmp_path / "there").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "there")
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "link"))
     home = Home.open()
     try:
+        assert home.is_usable()
         for _ in range(2):  # a second descriptor that is closed would drop the lock
             assert is_held(home.lock.path) and OwnerWatch(home.lock.path).is_alive()
         look = "import sys; from pathlib import Path; from parallel_backend.group.ownership import is_held; print(is_held(Path(sys.argv[1])))"
@@ -402,7 +408,7 @@ def test_the_lock_of_this_process_outlives_a_look_at_it():
 def test_folders_that_come_and_go_never_disturb_a_look():
     home = Home.open()
     known = {"plan": "cfg2", "devices": "cpu:2", "shared": True, "lock": str(home.lock.path)}
-    stop, failed = threading.Event(), []
+    stop, failed, stays = threading.Event(), [], GroupAddress.create(home.root, known)
 
     def churn() -> None:
         while not stop.is_set():
@@ -411,7 +417,8 @@ def test_folders_that_come_and_go_never_disturb_a_look():
     def look() -> None:
         try:
             for _ in range(400):
-                running(), shared("cfg2", "cpu:2"), remove_stale()
+                assert stays in running() and stays in shared("cfg2", "cpu:2")
+                remove_stale()
         except Exception as error:
             failed.append(error)
 
@@ -422,8 +429,38 @@ def test_folders_that_come_and_go_never_disturb_a_look():
         thread.join()
     stop.set()
     threads[0].join()
+    stays.remove()
     home.lock.close()
     assert not failed
+
+
+def test_a_folder_that_another_user_has_made_under_this_user_s_name_is_not_looked_into(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    home = Home.open()
+    try:
+        planted = GroupAddress.create(home.root, {"shared": True, "lock": str(home.lock.path)})
+        assert planted in running()
+        owner = os.getuid() + 1
+        monkeypatch.setattr(registry.os, "getuid", lambda: owner)
+        assert planted not in running()
+        with pytest.raises(OSError, match="belongs to another user"):
+            registry.make_root(home.root)
+    finally:
+        home.lock.close()
+
+
+def test_a_lock_that_is_left_in_a_closed_folder_is_in_nobody_s_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    home = Home.open()
+    (home.root / "owner-1-left").touch()
+
+    def closed(path, *arguments, **settings) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", closed)
+    remove_stale()
+    home.lock.close()
+    assert not is_held(home.lock.path)
 
 
 def test_where_no_group_can_start_the_reason_is_one_line(start_group, monkeypatch):
@@ -460,6 +497,7 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
     assert group.status()["state"] == "absent" and running() == before
     again = time.monotonic()
     with pytest.raises(GroupUnavailable, match=f"did not start: {cause}.* s ago; it is tried again once something changes"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", "/set by the job that ran in this process instead")
         group.sample(make_job("5b"))
     assert time.monotonic() - again < 5 and again - started < 60
     monkeypatch.setenv("XDIT_PYTHON", "/nowhere/python")

@@ -37,7 +37,7 @@ from .two_hosts import SILENT_SECONDS, TwoHosts
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Two hosts for the whole file; the tests see the groups that a person sees on the first."""
+    """Two hosts for the whole file; the tests see the groups that the user sees on the first."""
     both = TwoHosts(tmp_path_factory.mktemp("hosts"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(both.folders[0]))
@@ -247,13 +247,13 @@ def test_a_host_that_hangs_up_ends_the_group_and_is_named(met):
     leader, member, calls = met
     member._links[0].close()  # as the kernel does for a process that was killed
     assert calls["leader"].wait(PATIENCE)
-    death = leader.verdict(ExitCause("rank 0 ended with status 1"))  # as broken connections have it end
-    assert death.gone and re.search(r"host \S+ \(127.0.0.1, node 1, rank 1\) is gone: its serve process", death.cause)
+    cause = leader.verdict(ExitCause("rank 0 ended with status 1"))  # as broken connections have it end
+    assert cause.gone and re.search(r"host \S+ \(127.0.0.1, node 1, rank 1\) is gone: its serve process", cause.cause)
 
 
 def test_a_host_that_says_what_makes_no_sense_is_gone(met):
     leader, member, calls = met
-    member._links[0].send("ended", death={"cause": "x", "behind": "often"})
+    member._links[0].send("ended", cause={"cause": "x", "behind": "often"})
     assert calls["leader"].wait(PATIENCE)
     assert leader.verdict(None).cause.endswith("is gone: it sends what is no message")
 
@@ -277,24 +277,24 @@ def test_a_host_that_is_silent_ends_the_group_and_is_named(place, monkeypatch):
 def test_a_rank_that_was_killed_on_another_host_is_the_cause_and_the_hosts_meet_again(met):
     leader, member, calls = met
     killed = ExitCause("rank 1 was killed by SIGKILL", by_itself=False)
-    with in_a_thread(lambda: member.verdict(killed)) as told:
+    with in_a_thread(lambda: member.verdict(killed)) as heard:
         assert calls["leader"].wait(PATIENCE)
-        death = leader.verdict(ExitCause("rank 0 ended with status 1"))
-        assert re.fullmatch(r"host \S+ \(127.0.0.1, node 1, rank 1\): rank 1 was killed by SIGKILL", death.cause)
-        leader.part(again=True, cause=death)
-    assert told == [death] and member.comes_again and not death.gone
+        cause = leader.verdict(ExitCause("rank 0 ended with status 1"))
+        assert re.fullmatch(r"host \S+ \(127.0.0.1, node 1, rank 1\): rank 1 was killed by SIGKILL", cause.cause)
+        leader.part(again=True, cause=cause)
+    assert heard == [cause] and member.comes_again and not cause.gone
     with in_a_thread(member.meet):
         leader.meet()
 
 
-def test_a_failure_on_node_0_ends_the_other_host_which_is_told_why(met):
+def test_a_failure_on_node_0_ends_the_other_host_which_hears_why(met):
     leader, member, calls = met
     with in_a_thread(lambda: leader.verdict(ExitCause("rank 0 ended with status 1"))) as found:
         assert calls["member"].wait(PATIENCE) and member.has_trouble
-        with in_a_thread(lambda: member.verdict(None)) as told:
+        with in_a_thread(lambda: member.verdict(None)) as heard:
             assert wait_until(lambda: found)
             leader.part(again=False, cause=found[0])
-    assert "node 0, rank 0): rank 0 ended with status 1" in found[0].cause and told == found
+    assert "node 0, rank 0): rank 0 ended with status 1" in found[0].cause and heard == found
     assert not member.comes_again and member.failed
 
 
@@ -313,7 +313,7 @@ def test_a_host_whose_serve_is_ended_is_gone(met):
 
 
 @pytest.mark.parametrize(
-    "deaths, first",
+    "causes, first",
     [
         ([ExitCause("failed"), ExitCause("killed", by_itself=False), ExitCause("gone", by_itself=False, gone=True)], "gone"),
         ([ExitCause("failed"), ExitCause("killed", by_itself=False), ExitCause("hung", by_itself=False, behind=3)], "killed"),
@@ -321,11 +321,11 @@ def test_a_host_whose_serve_is_ended_is_gone(met):
         ([ExitCause("met with it", failure={"waited": 0.1}), ExitCause("failed", failure={"waited": 15.0})], "failed"),
     ],
 )
-def test_of_several_ends_the_one_that_the_others_follow_from_is_the_cause(deaths, first):
-    assert first_of(deaths).cause == first_of(deaths[::-1]).cause == first
+def test_of_several_ends_the_one_that_the_others_follow_from_is_the_cause(causes, first):
+    assert first_of(causes).cause == first_of(causes[::-1]).cause == first
 
 
-# ---- what a person may get wrong ----
+# ---- what a user may get wrong ----
 
 
 @pytest.mark.parametrize(

@@ -183,12 +183,12 @@ def test_what_is_kept_is_what_was_planned_and_goes_with_the_job(late, deep, make
         assert engine.split.stage.attention.kept == {} and not engine.split.pipe.is_under_way
 
 
-def test_a_job_that_goes_on_warms_up_anew_and_says_so(late):
+def test_a_job_that_goes_on_warms_up_again_and_says_so(late):
     engine, kept = Engine(Patched(2)), []
     engine.run(late, lambda progress, steps: kept.append(progress) or True)
     result = engine.run(replace(late, progress=kept[-2]))
     assert result.report.notes == (
-        "pipefusion warmed up anew on the way, so this is not quite the video of an undisturbed run",
+        "pipefusion warmed up again on the way, so this is not quite the video of an undisturbed run",
     )
 
 

@@ -266,14 +266,14 @@ OF_H100 = {"matrix": 1e12, "attention": 1e12, "bandwidth": 1e12, "measured": "20
 @pytest.mark.parametrize(
     "broken, said",
     [
-        ("", "cannot be read and is measured anew"), ("{", "cannot be read"), ("[]", "is of another version"),
+        ("", "cannot be read and is measured again"), ("{", "cannot be read"), ("[]", "is of another version"),
         (json.dumps({"H100, torch 2.13": OF_H100}), "is of another version"), (json.dumps(KEPT | {"links": 3}), "is broken"),
         (json.dumps(KEPT | {"links": {"H100": 3}}), "is broken"),
         (json.dumps(KEPT | {"rates": {"H100, torch 2.13": OF_H100 | {"matrix": -1}}}), None),
         (json.dumps(KEPT | {"rates": {"H100, torch 2.13": 3}}), None),
     ],
 )  # fmt: skip
-def test_what_is_kept_and_broken_or_of_another_version_is_said_in_one_line_and_measured_anew(measure, caplog, broken, said):
+def test_what_is_kept_and_broken_or_of_another_version_is_said_in_one_line_and_measured_again(measure, caplog, broken, said):
     calibration.FILE.parent.mkdir()
     calibration.FILE.write_text(broken)
     assert machines.calibrated("H100", "2.13", "cuda:0")[0]["matrix"] == 7e12

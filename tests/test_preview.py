@@ -47,7 +47,7 @@ def test_each_picture_is_what_the_vae_makes_of_the_clean_latent(like, scheduler,
 def test_large_videos_are_shown_small_and_a_batch_by_its_first(make_job, local, at_every_step, checkpoints):
     model = Model(str(checkpoints["5b"]))
     engine = Engine(Split(torch.device("cpu")))
-    module = engine._vae(model, Checkpoint.open(model.path), torch.float32)
+    module = engine._vae(Checkpoint.open(model.path), torch.float32)
     latent = torch.randn(2, 16, 3, 50, 70, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
     shown = []
     previews = preview.Previews(module, scaling=1.0, skipped=1, show=shown.append, go_on=lambda: True)
@@ -102,7 +102,7 @@ def test_who_is_shown_pictures_may_stop_the_job(make_job, local, at_every_step):
 @pytest.mark.parametrize("plan", ["cfg2", "ulysses2"])
 @pytest.mark.slow
 def test_a_group_shows_pictures_and_makes_the_same_video(plan, start_group, make_job, local, monkeypatch):
-    monkeypatch.setenv("XDIT_KEEP_SECONDS", "1e-9")  # it tells its state after every step, too
+    monkeypatch.setenv("XDIT_KEEP_SECONDS", "1e-9")  # it reports its state after every step, too
     shown, expected = [], []
     job = make_job("5b", size=SIZE, steps=4)
     result = start_group(plan).sample(job, on_picture=shown.append)

@@ -111,11 +111,11 @@ def test_the_caches_of_all_windows_are_planned_for(schedule, job, local, monkeyp
     assert max(sum(map(sum, kept)), len(kept) * max(map(sum, kept))) == pytest.approx(more - less, rel=1e-6)
 
 
-def test_a_job_that_goes_on_says_that_its_cache_began_anew(job, local):
+def test_a_job_that_goes_on_says_that_its_cache_began_again(job, local):
     kept = []
     local.engine.run(cached(job, 0.3), lambda progress, steps: kept.append(progress) or True)
     notes = local.sample(replace(cached(job, 0.3), progress=kept[3])).report.notes
-    assert any("began anew on the way" in note for note in notes)
+    assert any("began again on the way" in note for note in notes)
 
 
 def run(cache: StepCache, change: torch.Tensor, added: torch.Tensor, real: int | None = None) -> torch.Tensor | None:
@@ -211,7 +211,7 @@ def test_another_prompt_is_seen_by_all_blocks_at_once(job, local):
     states = torch.stack([job.positive, job.negative], dim=1)
     changed = replace(cached(job, 2.0), positive=states, positive_starts=(0, 6 / STEPS), cfg=1.0)
     forwards = []
-    transformer = local.engine._transformer(changed, Checkpoint.open(job.model.path), torch.float32)
+    transformer = local.engine._transformer(changed, Checkpoint.open(job.model.path), torch.float32, lambda: True)
     hooks = [
         transformer.transformer_blocks[place].ff.net[2].register_forward_hook(lambda *_, place=place: forwards.append(place))
         for place in (0, -1)

@@ -170,6 +170,13 @@ def test_a_heartbeat_is_read_whole_while_another_process_writes_it():
     assert seen > 10
 
 
+def test_a_python_without_memfd_create_has_heartbeats_too(monkeypatch):
+    monkeypatch.delattr("os.memfd_create")
+    board = Board.create(2)
+    Board.open(board.path, 2).beat(1, Heartbeat(1, "here", None))
+    assert board.heartbeat(1) == Heartbeat(1, "here", None) and board.heartbeat(0) is None
+
+
 def test_the_last_words_of_a_rank_are_cut_to_what_there_is_room_for():
     board = Board.create(2)
     board.leave(1, {"error": "E", "message": "é" * 100_000, "traceback": "\x00" * 100_000 + "the end", "waited": 1.5})

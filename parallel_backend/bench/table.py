@@ -185,7 +185,7 @@ def measured(
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls it."""
+    """The name that the user gives it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 

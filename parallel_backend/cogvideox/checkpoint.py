@@ -27,7 +27,7 @@ TASKS = {
     "control": "control video to video",
     "inpaint": "inpainting, first and last frame",
 }
-"""What a checkpoint makes a video from, and how a person is told."""
+"""What a checkpoint makes a video from, and how messages name it."""
 IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
 """Tells a start image from a control video where a transformer of 32 channels does not."""
 REFERENCE_NOISE = 0.0563
@@ -106,7 +106,7 @@ class Checkpoint:
 
     @property
     def has_text(self) -> bool:
-        """Whether a text encoder lies in the folder; the CogVideoX wrapper's folders have none."""
+        """Whether the folder has a text encoder; the CogVideoX wrapper's folders have none."""
         return "text_encoder" in self.elements
 
     @property
@@ -194,7 +194,7 @@ class Checkpoint:
 
     @property
     def ofs(self) -> float | None:
-        """The constant that CogVideoX1.5-5B-I2V is told beside the timestep; None where there is none."""
+        """The constant that CogVideoX1.5-5B-I2V takes along with the timestep; None where there is none."""
         return 2.0 if self.transformer.get("ofs_embed_dim") else None
 
     @property
@@ -257,7 +257,7 @@ class Checkpoint:
 
     @property
     def describe(self) -> str:
-        """One line for a person."""
+        """One line for the user."""
         width, height, frames = self.default_size
         positions = ("rotary" if self.rotary else "sincos") + (" and learned" if self.learned_positions else "")
         task = TASKS[self.task] if self.task else f"not supported yet ({self.in_channels} channels in)"
@@ -284,7 +284,7 @@ class Checkpoint:
 
     @cached_property
     def stored(self) -> dict[str, weights.Stored]:
-        """Where each weight of the transformer lies, by diffusers' name."""
+        """Where each weight of the transformer is stored, by diffusers' name."""
         return single_file.stored(self.path) if self.is_file else weights.stored(self.folder("transformer"))
 
     @property
@@ -309,7 +309,7 @@ class Checkpoint:
         return self.elements.get(part, 0) * dtype.itemsize
 
     def folder(self, part: str) -> Path:
-        """Where a part lies."""
+        """The folder of a part."""
         return folder_of(self.path, part, self.lender)
 
     def files(self, part: str) -> list[Path]:

@@ -28,7 +28,7 @@ Elsewhere = Callable[[list[torch.Tensor], list[torch.Tensor], int, float], list[
 
 
 def never() -> bool:
-    """No step begins before the one before it is told."""
+    """No step begins before the one before it is reported."""
     return False
 
 
@@ -192,8 +192,8 @@ def denoise(
         caches: of the job's windows, from :meth:`parallel_backend.parallel.split.Split.caches`.
         elsewhere: predicts the windows in the place of ``transformer``, which is None then.
         on_step, on_window: called on every rank after each step, and between its windows; must answer the same on all of them.
-        may_begin: whether a step may begin before the one before it has ended and is told, so that the device never waits for who
-            is told; must answer the same on every rank.
+        may_begin: whether a step may begin before the one before it has ended and is reported, so that the device does not wait for
+            the report; must answer the same on every rank.
     Returns:
         The unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU.
     Raises:
@@ -221,9 +221,9 @@ def denoise(
         generator.set_state(job.progress.generator)
     there = timesteps.to(device)  # likewise
     forward = partial(predict, transformer, rotary=rotary, ofs=ofs, split=split, prompts=2 if job.guided else 1)
-    untold: Ended | None = None
+    unreported: Ended | None = None
 
-    def tell(step: Ended) -> None:
+    def report(step: Ended) -> None:
         which = f"step {step.progress.step} of {len(timesteps)}"
         if not step.is_finite():
             raise NotFinite(f"{which} is not finite in {dtype}; use dtype bf16 or fp32")
@@ -250,14 +250,14 @@ def denoise(
         latents, clean = advance(scheduler, velocity, clean, timesteps, index, latents, generator, job.drawn)
         latents = latents.to(dtype)
         ended = Ended(Progress(index + 1, latents, generator.get_state(), clean), velocity)
-        if untold:
-            tell(untold)
-        untold = ended
+        if unreported:
+            report(unreported)
+        unreported = ended
         if len(windows) > 1 or not may_begin():
-            tell(untold)
-            untold = None
-    if untold:
-        tell(untold)
+            report(unreported)
+            unreported = None
+    if unreported:
+        report(unreported)
 
     padding = checkpoint.padding_frames(job.latent.shape[2])
     result = rearrange(latents[:, padding:], DIFFUSERS_TO_COMFYUI).float() / checkpoint.scaling_factor
@@ -314,7 +314,7 @@ def dpm_step(
     of_noise = (1 - alpha_after) ** 0.5 * (1 - (-2 * step).exp()) ** 0.5
     noise, towards = draw(latents, generator, drawn), clean
     if history is not None and after >= 0:
-        noise = draw(latents, generator, drawn)  # that scheduler draws anew, so the first is passed over
+        noise = draw(latents, generator, drawn)  # that scheduler draws again, so the first is passed over
         towards = of_both[0] * clean - of_both[1] * history
     return of_latents * latents - of_clean * towards + of_noise * noise.to(
         latents.device, non_blocking=noise.is_pinned()

@@ -69,7 +69,7 @@ class LoraFile:
     pairs: dict[str, Pair]
     """By the layer of the transformer that they change."""
     note: str | None
-    """A line for the person where a part of the file has no place in the checkpoint."""
+    """A line for the user where a part of the file has no place in the checkpoint."""
 
     @classmethod
     def open(cls, lora: Lora, checkpoint: Checkpoint) -> "LoraFile":
@@ -98,7 +98,7 @@ class LoraFile:
 
     @property
     def describe(self) -> str:
-        """One line for a person."""
+        """One line for the user."""
         return f"{self.path.name}: LoRA for {len(self.pairs)} layers, strength {self.strength:g}"
 
 

@@ -156,7 +156,7 @@ def choose_offload(
         free: bytes the device can give when neither is on it.
         in_parts: whether they can come in parts at all, which ``fsdp`` does by itself and ``pipefusion`` cannot wait for.
     Returns:
-        The mode, and a line for the person where ``auto`` had to give up speed.
+        The mode, and a line for the user where ``auto`` had to give up speed.
     """
     if asked != "auto":
         return asked, None

@@ -25,7 +25,7 @@ PictureListener = Callable[[torch.Tensor], None]
 
 
 def why_none(error: Exception) -> str:
-    """What a person is told where no picture could be made."""
+    """The note where no picture could be made."""
     reason = "there is no memory for them" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
     return f"no previews: {reason}"
 
@@ -66,7 +66,7 @@ class Previews:
         vae: see :func:`picture`.
         scaling: that latents were multiplied by.
         skipped: latent frames of padding at the beginning.
-        show: who is told.
+        show: called with each picture.
         go_on: asked while a picture is made; when it says no, that picture is left.
     """
 

@@ -1,4 +1,4 @@
-"""First-block step cache: while the first block does nearly what it did at an earlier step, what the others would add is told
+"""First-block step cache: while the first block does nearly what it did at an earlier step, what the others would add is predicted
 from what they added then. From ParaAttention's and TeaCache's observation that neighbouring steps resemble each other, and from
 TaylorSeer's that what is added goes on as it went.
 """
@@ -17,7 +17,7 @@ benchmarks/NOTES.md."""
 class StepCache:
     """What one window's forwards have in common. Lives as long as its job.
 
-    What the other blocks add is told from the line through what they added in the last two forwards that ran whole. How far along
+    What the other blocks add is predicted from the line through what they added in the last two forwards that ran whole. How far along
     it, the first block's work says, by least squares: where a step's new noise is most of what changes, that is hardly any way.
 
     Args:
@@ -61,7 +61,7 @@ class StepCache:
             self._first, self._start = change, after
 
     def expire(self) -> None:
-        """Has the next forward run whole: nothing of the ones before tells what it makes."""
+        """Has the next forward run whole: earlier ones do not predict what it makes."""
         self._first = self._rest = 0.0
         self._first_gained = self._rest_gained = None
         self._in_a_row = 0
@@ -97,13 +97,13 @@ class StepCaches:
             cache.expire()
 
     @property
-    def anew(self) -> str | None:
-        """For the person whose job goes on after it was lost: what began again, if anything did."""
-        return "the step cache began anew on the way" if self.threshold else None
+    def restarted(self) -> str | None:
+        """A note for a resumed job: what began again, if anything did."""
+        return "the step cache began again on the way" if self.threshold else None
 
     @property
     def note(self) -> str | None:
-        """For the person: how much was spared."""
+        """A note: how much was spared."""
         if self.threshold == 0:
             return None
         reused, forwards = (sum(getattr(cache, name) for cache in self._caches.values()) for name in ("reused", "forwards"))

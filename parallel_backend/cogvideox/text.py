@@ -28,11 +28,11 @@ class Place:
     alongside: bool
     """Whether there is room for the transformer meanwhile."""
     note: str | None = None
-    """A line for the person whose GPUs have no room for it."""
+    """A line for the user where no GPU has room for it."""
 
 
 def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: str, *, beside: int | None = None) -> Place:
-    """The GPU with most room, where the encoder fits beside what is there; else the CPU.
+    """The GPU with most room, where the encoder fits into free memory; else the CPU.
 
     Args:
         checkpoint: with a text encoder.

@@ -126,7 +126,7 @@ def forward_size(job: SampleJob | WindowJob, checkpoint: Checkpoint) -> tuple[in
 
 
 def advice(job: SampleJob, checkpoint: Checkpoint) -> str | None:
-    """A line for the person whose windows change nothing, or whose video asks for some."""
+    """A line for the user whose windows change nothing, or whose video needs some."""
     name, most, frames = checkpoint.name, checkpoint.most_frames, (job.latent.shape[2] - 1) * TEMPORAL + 1
     if job.windows is not None and Layout.of(job, checkpoint).is_whole:
         return f"the video of {frames} frames fits in one window of {job.windows.frames}: it is sampled whole"

@@ -46,7 +46,7 @@ ABSENT, STARTING, WAITING = "absent", "starting", "waiting for the other hosts"
 
 @dataclass
 class Keepsake:
-    """What a group reports of a job beside its steps."""
+    """What a group reports of a job, its steps aside."""
 
     on_picture: PictureListener | None = None
     """Gets its previews."""
@@ -198,7 +198,7 @@ class GroupExecutor(Executor):
     def _run(
         self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
     ) -> Result:
-        """Runs a job, and goes on from where it was when the group is lost; what is lost twice there is not tried again."""
+        """Runs a job. When the group is lost it resumes from the last kept step; a second loss at the same step is an error."""
         notes: list[str] = []
         lost_at = None
         while True:
@@ -266,7 +266,7 @@ class GroupExecutor(Executor):
             time.sleep(POLL_SECONDS)
 
     def _why_not_waited_for(self, address: GroupAddress, error: Exception, waited: float) -> ExitCause | bool:
-        """Why a group that nobody answers for is not starting any more: a cause, or True where its end says it."""
+        """Whether to stop waiting for a group that does not answer: a cause, or True where its exit says why."""
         if self._launcher is None:  # another's may start while it has no socket and its owner lives
             return not (isinstance(error, FileNotFoundError) and address in running() and waited < START_SECONDS)
         if not self._launcher.is_running():
@@ -291,7 +291,7 @@ class GroupExecutor(Executor):
         seconds: float | None,
     ) -> Message:
         """Passes steps on until the request ends; asks the group to stop when the caller wants to."""
-        deadline, late = seconds and time.monotonic() + seconds, f"did not answer within {seconds} s"
+        deadline, late = seconds and time.monotonic() + seconds, f"did not answer within {seconds or 0:.0f} s"
         is_cancelled = False
         while True:
             if not is_cancelled and should_stop():

@@ -67,6 +67,7 @@ class Patient:
 
 def bounded(end: socket.socket, *, sending: float = STALL_SECONDS, receiving: float = STALL_SECONDS) -> None:
     """Has the kernel end a read or write of a socket that does not get on for so many seconds; 0 waits for ever."""
+    end.setblocking(True)  # whatever another part of this program has set with socket.setdefaulttimeout
     for option, seconds in ((socket.SO_SNDTIMEO, sending), (socket.SO_RCVTIMEO, receiving)):
         end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
 

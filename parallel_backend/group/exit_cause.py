@@ -43,7 +43,7 @@ class ExitCause:
 
 
 def how_it_ended(who: str, code: int) -> ExitCause:
-    """Says an exit code in words."""
+    """Describes an exit code."""
     if code < 0:
         return ExitCause(f"{who} was killed by {signal.Signals(-code).name}", by_itself=code not in KILLED)
     return ExitCause(f"{who} ended with status {code}")

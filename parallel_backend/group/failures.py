@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from .preflight import group_python
 
 FORGET_SECONDS = 600.0
 """A failure is tried again after so long, as not every cause can be seen from here."""
+WATCHED = re.compile("XDIT_|XDG_RUNTIME_DIR|TMPDIR|PATH|PYTHON|LD_|CUDA_|NCCL_|GLOO_")
+"""Variables that may change whether a group starts. Jobs in this process set others meanwhile, such as TRITON_CACHE_DIR."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ def conditions() -> tuple:
         except OSError:
             changed.append((str(path), None))
     networks = tuple(sorted((name, found.isup) for name, found in psutil.net_if_stats().items()))
-    return tuple(sorted(os.environ.items())), tuple(changed), networks, torch.cuda.device_count()
+    variables = tuple(sorted((name, value) for name, value in os.environ.items() if WATCHED.match(name)))
+    return variables, tuple(changed), networks, torch.cuda.device_count()
 
 
 def remember(plan: str, devices: str, error: GroupUnavailable, cause: ExitCause) -> None:
@@ -61,7 +65,7 @@ def check(plan: str, devices: str) -> None:
             f"{FORGET_SECONDS / 60:.0f} minutes)",
             details=failure.error.details,
         )
-    del _failures[plan, devices]
+    forget(plan, devices)
 
 
 def forget(plan: str, devices: str) -> None:

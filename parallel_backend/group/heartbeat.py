@@ -1,5 +1,6 @@
 """A rank's heartbeat and last words, in memory that a group's processes on one machine share: no disk can be too full for them."""
 
+import ctypes
 import json
 import mmap
 import os
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 BEAT_BYTES, WORDS_BYTES = 1024, 63 * 1024
+CLOSE_ON_EXEC = 1
 HEAD = struct.Struct("=QI")
 """Before what is written: a version, which is 0 before the first write and odd while one is under way, and the number of bytes."""
 
@@ -40,7 +42,11 @@ class Board:
     @classmethod
     def create(cls, count: int) -> "Board":
         """New shared memory; it is gone with the last process that has it."""
-        descriptor = os.memfd_create("cogvideox-xdit")
+        # A Python that was built on an old system, such as conda's, lacks os.memfd_create; the system that it runs on has it.
+        create = getattr(os, "memfd_create", None) or (
+            lambda name: ctypes.CDLL(None).memfd_create(name.encode(), CLOSE_ON_EXEC)
+        )
+        descriptor = create("cogvideox-xdit")
         os.ftruncate(descriptor, count * (BEAT_BYTES + WORDS_BYTES))
         return cls(descriptor, count)
 

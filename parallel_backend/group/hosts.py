@@ -84,7 +84,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Host:
-    """One machine of a group, as a person is told of it."""
+    """One machine of a group, as messages name it."""
 
     node: int
     name: str
@@ -105,7 +105,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Common:
-    """What hosts must have in common; each field is a word for a person."""
+    """What hosts must have in common; a message names the fields that differ."""
 
     version: str
     torch: str
@@ -153,7 +153,7 @@ def code_version() -> str:
 
 
 def shown(value: Any) -> str:
-    """What another host says, for a person's screen."""
+    """What another host says, shortened and without control characters."""
     return "".join(character for character in str(value)[:100] if character.isprintable())
 
 

@@ -35,7 +35,7 @@ STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
 IDLE_SECONDS = 60 * CONFIG.idle_minutes or None
 """A group that had nothing to do for so long lets go of its weights; None never does."""
 HOST = os.environ.get("XDIT_HOST")
-"""This host, for a person, where a group has several."""
+"""This host's name for messages; set where a group has several."""
 KEEP_SECONDS = CONFIG.keep_seconds
 """The caller gets a sampling job's state so often, to go on from when the group is lost."""
 

@@ -165,7 +165,7 @@ class Launcher:
         ]  # fmt: skip
 
     def _listen(self) -> None:
-        """Hears the supervisor's reports until it ends."""
+        """Reads the supervisor's reports in a thread until it ends."""
         process, self._reports, self._printed = self.process, {}, deque(maxlen=20)
         reports, printed = self._reports, self._printed
 
@@ -204,7 +204,7 @@ class Launcher:
         self.address.remove()
 
     def _ask_to_leave(self) -> None:
-        """Has the supervisor leave. A word, as a forked child of this process may hold the pipe open."""
+        """Asks the supervisor to leave. Closing the pipe is not enough: a forked child of this process may hold it open."""
         try:
             self.process.stdin.write(b"leave\n")
             self.process.stdin.close()

@@ -8,12 +8,12 @@ from .muster import Member
 
 
 def lend(launcher: Launcher, muster: Member, show: Callable[[str], None]) -> None:
-    """Takes part in one life of a group after the other. Returns when node 0 has ended it in good order.
+    """Takes part in a group each time that it is started. Returns when node 0 has ended it in good order.
 
     Args:
         launcher: of this host's processes.
         muster: the launcher's.
-        show: tells a person, in one line.
+        show: called with each line for the user.
     Raises:
         GroupUnavailable: when node 0 does not come, or ended the group because it failed.
         RequestError: when node 0 refuses this host.

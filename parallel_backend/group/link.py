@@ -19,7 +19,7 @@ SILENT_SECONDS = CONFIG.silent_seconds
 PART_SECONDS = 2.0
 MAX_LINE = 2**17
 KINDS = ("hello", "welcome", "here", "refused", "begin", "beat", "end", "ended", "over")
-"""A host that joins says ``hello`` and, when it is ``welcome``, that it is still ``here``; it is ``refused``, or told to ``begin``
+"""A host that joins says ``hello`` and, when it is ``welcome``, that it is still ``here``; it is ``refused``, or asked to ``begin``
 when all have come. When a part of the group has ``ended`` node 0 asks the others to ``end`` theirs, and says when all is ``over``."""
 
 

@@ -46,7 +46,7 @@ class Muster(ABC):
     Args:
         place: which host this is, and where all meet.
         common: what it has that all must have.
-        devices: its own, for a person.
+        devices: its own, for messages.
     """
 
     def __init__(self, place: Place, common: Common, devices: str):
@@ -119,19 +119,19 @@ class Muster(ABC):
     def _hear(self, node: int, message: dict) -> None:
         """One message of another host."""
 
-    def _ended(self, node: int, death: ExitCause | None) -> None:
+    def _ended(self, node: int, cause: ExitCause | None) -> None:
         """Keeps how another host's part ended, the first that is said of it, and ends this host's."""
         with self._state:
             if node in self._ends:
                 return
-            self._ends[node] = death and self._at(node, death)
+            self._ends[node] = cause and self._at(node, cause)
             self._state.notify_all()
-        if death:
+        if cause:
             self._trouble()
 
-    def _at(self, node: int, death: ExitCause) -> ExitCause:
-        """A death with the host that it was on."""
-        return replace(death, cause=f"{self.meeting.hosts[node]}{' ' if death.gone else ': '}{death.cause}")
+    def _at(self, node: int, cause: ExitCause) -> ExitCause:
+        """An exit cause with the host that it was on."""
+        return replace(cause, cause=f"{self.meeting.hosts[node]}{' ' if cause.gone else ': '}{cause.cause}")
 
     def _trouble(self) -> None:
         with self._state:
@@ -150,9 +150,9 @@ class Muster(ABC):
             link.close()
 
 
-def told(death: ExitCause | None) -> dict | None:
-    """A death as plain values that fit into a message."""
-    return death and asdict(replace(death, details=death.details[-MAX_DETAILS:]))
+def plain(cause: ExitCause | None) -> dict | None:
+    """An exit cause as plain values that fit into a message."""
+    return cause and asdict(replace(cause, details=cause.details[-MAX_DETAILS:]))
 
 
 class Leader(Muster):
@@ -195,7 +195,7 @@ class Leader(Muster):
                     self._admit(*arrivals.get(), came)
         except BaseException as error:  # Ctrl-C too: those that have come wait for a word
             for link, _ in came.values():
-                link.part("over", again=False, death=told(ExitCause(str(error) or "its serve was ended there")))
+                link.part("over", again=False, cause=plain(ExitCause(str(error) or "its serve was ended there")))
             raise
         return self._open(came)
 
@@ -257,7 +257,7 @@ class Leader(Muster):
 
     def _hear(self, node: int, message: dict) -> None:
         if message["kind"] == "ended":
-            self._ended(node, message["death"] and ExitCause.read(message["death"]))
+            self._ended(node, message["cause"] and ExitCause.read(message["cause"]))
 
     def verdict(self, own: ExitCause | None) -> ExitCause:
         """See :meth:`Muster.verdict`."""
@@ -267,17 +267,17 @@ class Leader(Muster):
         with self._state:
             while len(self._ends) < len(self._links) and time.monotonic() < deadline:
                 self._state.wait(0.2)
-            deaths = [death for death in self._ends.values() if death]
+            causes = [cause for cause in self._ends.values() if cause]
             silent = [self.meeting.hosts[node] for node in self._links if node not in self._ends]
-        deaths += [ExitCause(f"{host} does not end its part of the group", by_itself=False, gone=True) for host in silent]
+        causes += [ExitCause(f"{host} does not end its part of the group", by_itself=False, gone=True) for host in silent]
         if own:
-            deaths.append(self._at(0, own))
-        return first_of(deaths) if deaths else ExitCause("no host says why")
+            causes.append(self._at(0, own))
+        return first_of(causes) if causes else ExitCause("no host says why")
 
     def part(self, *, again: bool, cause: ExitCause | None = None) -> None:
         """See :meth:`Muster.part`."""
         for link in self._links.values():
-            link.send("over", again=again, death=told(cause))
+            link.send("over", again=again, cause=plain(cause))
         self._hang_up()
         if not again:
             self._listener.close()
@@ -292,7 +292,7 @@ class Member(Muster):
 
     @property
     def leader(self) -> str:
-        """Node 0, for a person who may not have met it."""
+        """Node 0, for messages. Its rendezvous address before they have met."""
         return str(self.meeting.hosts[0]) if self.meeting else f"node 0 at {self.place.rendezvous}"
 
     def meet(self) -> Meeting:
@@ -331,7 +331,7 @@ class Member(Muster):
         if answer["kind"] == "refused":
             raise RequestError(f"node 0 at {self.place.rendezvous} refused: {answer['reason']}")
         if answer["kind"] == "over":
-            raise GroupUnavailable(f"node 0 at {self.place.rendezvous} gave up: {answer['death']['cause']}")
+            raise GroupUnavailable(f"node 0 at {self.place.rendezvous} gave up: {answer['cause']['cause']}")
         if answer["kind"] != "begin":
             raise LinkLost(f"it says '{answer['kind']}'")
         hosts = tuple(Host(**host) for host in answer["hosts"])
@@ -343,18 +343,18 @@ class Member(Muster):
         if message["kind"] == "end":
             self._trouble()
         elif message["kind"] == "over":
-            self._over = {"again": bool(message["again"]), "death": message["death"] and ExitCause.read(message["death"])}
+            self._over = {"again": bool(message["again"]), "cause": message["cause"] and ExitCause.read(message["cause"])}
             self._ended(node, ExitCause("ended the group"))
 
     def verdict(self, own: ExitCause | None) -> ExitCause:
         """See :meth:`Muster.verdict`. Node 0 says it; where it has gone that is why."""
         link = self._links[0]
-        link.send("ended", death=told(own))
+        link.send("ended", cause=plain(own))
         with self._state:
             self._state.wait_for(lambda: self._ends, 2 * TELL_SECONDS)  # node 0 waits for other hosts too
             end = self._ends.get(0)
         if self._over:
-            return self._over["death"] or ExitCause(f"{self.leader} ended the group")
+            return self._over["cause"] or ExitCause(f"{self.leader} ended the group")
         return end or ExitCause(f"{self.leader} does not say why the group ended", by_itself=False)
 
     @property
@@ -365,12 +365,12 @@ class Member(Muster):
     @property
     def failed(self) -> bool:
         """Whether node 0 ended the group for a reason, and not because somebody wanted it."""
-        return bool(self._over and self._over["death"])
+        return bool(self._over and self._over["cause"])
 
     def part(self, *, again: bool, cause: ExitCause | None = None) -> None:
         """See :meth:`Muster.part`."""
         if not again and self._links and not self._over:
             self._links[0].send(
-                "ended", death=told(ExitCause("is gone: its serve was ended there", by_itself=False, gone=True))
+                "ended", cause=plain(ExitCause("is gone: its serve was ended there", by_itself=False, gone=True))
             )
         self._hang_up()

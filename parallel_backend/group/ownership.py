@@ -6,6 +6,7 @@ a process, not to a descriptor, so a forked child that inherits the file does no
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -41,7 +42,8 @@ class OwnerLock:
 
     def close(self) -> None:
         """Gives the lock up."""
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # it was swept away, or its folder is read-only now
+            self.path.unlink()
         os.close(self._descriptor)
 
 
@@ -49,9 +51,10 @@ def is_own(path: Path) -> bool:
     """Whether this very process holds the lock of that path. A forked child has the parent's descriptor but another number."""
     if path.name.split("-")[1:2] != [str(os.getpid())]:
         return False
+    place = os.path.realpath(path)  # a folder on the way to it may be a link
     for descriptor in os.listdir("/proc/self/fd"):
         try:
-            if os.readlink(f"/proc/self/fd/{descriptor}") == str(path):
+            if os.readlink(f"/proc/self/fd/{descriptor}") == place:
                 return True
         except OSError:  # closed by another thread
             continue
@@ -76,7 +79,7 @@ class OwnerWatch:
         self._file = None
         if not self._is_own:
             try:
-                self._file = open(path, "rb")  # noqa: SIM115: open as long as this object is
+                self._file = open(path, "rb")  # noqa: SIM115 - open as long as this object is
             except OSError:
                 pass
 

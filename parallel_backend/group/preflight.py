@@ -19,7 +19,7 @@ OTHER_LAUNCHERS = re.compile(
     "(PET|TORCHELASTIC|OMPI|PMI|PMIX|PRTE|HYDRA|MPI|MPIR|SLURM|FLUX|PALS|JSM|LSB)_.*|MASTER_(ADDR|PORT)|NNODES|ROLE_NAME"
     "|((LOCAL|GROUP|ROLE|NODE)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE"
 )
-"""Variables by which torchrun, MPI and cluster schedulers tell a program of ranks that are not this group's."""
+"""Variables in which torchrun, MPI and cluster schedulers give a program ranks that are not this group's."""
 LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 

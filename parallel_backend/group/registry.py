@@ -4,9 +4,11 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,29 @@ def make_root(root: Path) -> None:
     if len(os.fsencode(root / "group-12345678" / "socket")) > LONGEST_SOCKET:
         raise OSError(None, "its path is too long for a Unix socket")
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = root.lstat()
-    if found.st_uid != os.getuid() or root.is_symlink():
+    if not is_own(root):
         raise OSError(None, "it belongs to another user")
     root.chmod(0o700)
+
+
+def is_own(root: Path) -> bool:
+    """Whether this user has made a folder of groups. In a folder that all may write to, another user may have made one of that name."""
+    try:
+        found = root.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
+def entries(prefix: str) -> list[Path]:
+    """What is in the user's folders of groups under names that begin so, oldest first. An entry may go at any moment."""
+    found = []
+    for root in filter(is_own, roots()):
+        with suppress(OSError):
+            for path in list(root.glob(f"{prefix}-*")):
+                with suppress(OSError):
+                    found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]
 
 
 @dataclass(frozen=True)
@@ -55,7 +76,7 @@ class GroupAddress:
         """Makes a folder with a new key.
 
         Args:
-            root: from :func:`open_root`.
+            root: that :func:`make_root` has made.
             description: what :meth:`describe` returns.
         Raises:
             OSError: where there is no room for it.
@@ -100,7 +121,7 @@ class GroupAddress:
         return self.folder / "logs"
 
     def describe(self) -> dict[str, Any]:
-        """What :meth:`create` and :meth:`add` were given, and ``owner``: the number of the process that keeps the group.
+        """Returns what :meth:`create` and :meth:`add` were given, and ``owner``: the number of the process that keeps the group.
 
         Raises:
             OSError, ValueError: when the folder is gone, or no group's.
@@ -163,13 +184,7 @@ def described() -> Iterator[tuple[GroupAddress, dict[str, Any]]]:
     """All folders of groups with what they say, oldest first. A folder may go at any moment, and is left out then."""
     if sys.platform == "win32":
         return
-    found = []
-    for root in roots():
-        try:
-            found += [(path.stat().st_mtime, path) for path in root.glob("group-*")]
-        except OSError:
-            continue
-    for _, path in sorted(found):
+    for path in entries("group"):
         try:
             yield GroupAddress(path), GroupAddress(path).describe()
         except (OSError, ValueError):
@@ -197,11 +212,7 @@ def remove_stale() -> None:
     for address, description in described():
         if "lock" in description and not is_owned(description):
             address.remove()
-    for root in roots():
-        try:
-            locks = list(root.glob("owner-*"))
-        except OSError:
-            continue
-        for lock in locks:
-            if not is_held(lock):
-                lock.unlink(missing_ok=True)
+    for lock in entries("owner"):
+        if not is_held(lock):
+            with suppress(OSError):  # gone, or in a folder that is read-only now
+                lock.unlink()

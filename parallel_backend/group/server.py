@@ -18,8 +18,6 @@ from .registry import GroupAddress
 logger = logging.getLogger(__name__)
 
 QUEUED = ("sample", "load", "window", "decode", "encode", "free", "stop")
-
-
 WRITE_SECONDS = 5.0
 """A client that takes nothing for so long has its connection closed: the ranks wait for rank 0, which has a heartbeat to send."""
 CLIENTS = 64
@@ -32,7 +30,7 @@ def refusal(error: Exception) -> Message:
 
 
 class Request:
-    """One queued request and the way back to who asked.
+    """One queued request and the connection to answer it on.
 
     Args:
         data: the message's bytes, as every rank will get them.
@@ -57,7 +55,7 @@ class Request:
             return self._begun
 
     def cancel(self) -> None:
-        """Asks for the request to stop. One that has not begun is answered at once: nobody else would."""
+        """Asks for the request to stop. One that has not begun is answered at once, since no job will."""
         with self._lock:
             waiting = not self._begun and not self.cancelled.is_set()
             self.cancelled.set()
@@ -132,17 +130,18 @@ class Server:
                 patient = Patient(connection, HANDSHAKE_SECONDS)
                 deliver_challenge(patient, self._key)
                 answer_challenge(patient, self._key)
-                try:
-                    self._converse(connection)
-                except (EOFError, OSError):
-                    raise
-                except Exception as error:
-                    logger.exception("a request failed")
-                    protocol.send(connection, refusal(error))
+                self._converse(connection)
         except (EOFError, OSError):
             logger.debug("a client hung up")
         except Exception as error:  # whatever a client sends, the others must not notice
             logger.warning("dropped a client: %s: %s", type(error).__name__, error)
+
+    def _answer_status(self) -> Message:
+        try:
+            return Message("done", {**self._status(), "queue": self.waiting})
+        except Exception as error:  # an OSError too, which would pass for one of the connection
+            logger.exception("the status is not known")
+            return refusal(error)
 
     def _converse(self, connection: Connection) -> None:
         try:
@@ -154,7 +153,7 @@ class Server:
             protocol.send(connection, refusal(error))
             return
         if kind == "status":
-            protocol.send(connection, Message("done", {**self._status(), "queue": self.waiting}))
+            protocol.send(connection, self._answer_status())
             return
         request = Request(data, connection)
         self._requests.put(request)

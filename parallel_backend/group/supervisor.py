@@ -1,6 +1,6 @@
 """The parent of a group's workers: ``python -m parallel_backend.group.supervisor FOLDER ARGUMENTS`` of ``torch.distributed.run``.
 
-That one starts the workers and sees when one ends. Beside it two threads watch: one for the end of the owner, one for ranks that
+That one starts the workers and notices when one ends. Two threads watch meanwhile: one for the end of the owner, one for ranks that
 hang. The kernel kills the workers when this process ends, in whatever way it does. Standard output is the way back to the owner: a
 line when this process is there, and one that says why the group ended.
 """
@@ -106,7 +106,7 @@ class Supervisor:
         os.environ[BOARD] = f"{self.board.path}:{self.count}"
 
     def watch_owner(self) -> None:
-        """Ends the group with its owner, or when that asks for it: by a word on standard input, or its end."""
+        """Ends the group with its owner, or when the owner asks for it by writing to standard input or closing it."""
         while self.owner.is_alive():
             if select.select([0], [], [], 1.0)[0]:
                 break

@@ -71,7 +71,7 @@ def remember(link, device) -> None:
 
 
 def main() -> None:
-    """Joins the group and works until told to stop."""
+    """Joins the group and works until a request says stop."""
     die_with_supervisor()
     faulthandler.register(signal.SIGUSR1)
     folder, plan, kind = sys.argv[1:]

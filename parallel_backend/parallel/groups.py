@@ -35,7 +35,7 @@ SLOWEST_LINK = SLOW_LINK / 10
 
 
 def slow_link(plan: Plan, kind: str, speed: float) -> str | None:
-    """What a person is told of a link of ``speed`` bytes a second between devices of a ``kind``, where it will hold them up."""
+    """The note on a link of ``speed`` bytes a second between devices of a ``kind``, where it will hold them up."""
     if kind == "cpu" or plan.world_size == 1 or speed >= (SLOW_LINK if plan.talks_much else SLOWEST_LINK):
         return None
     advice = "a plan of cfg2 alone exchanges least, and " if plan.talks_much else ""
@@ -60,7 +60,7 @@ class GroupSplit(Split):
         self.rank = rank
         xdit.initialise(plan, rank=rank, device=device)
         self.notes: list[str] = []
-        """What a person is to know of the exchanges, a line each."""
+        """Notes for the user on the exchanges, a line each."""
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
         self._store = dist.distributed_c10d._get_default_store()
         self._messages = 0

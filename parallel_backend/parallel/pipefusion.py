@@ -50,7 +50,7 @@ class KeptOfJob:
         warmup: see :class:`Kept`.
     """
 
-    anew = "pipefusion warmed up anew on the way"
+    restarted = "pipefusion warmed up again on the way"
 
     def __init__(self, warmup: int):
         self.warmup = warmup
@@ -65,7 +65,7 @@ class KeptOfJob:
 
     @property
     def note(self) -> str | None:
-        """For the person: how much was not exact, and what was kept for it."""
+        """A note: how much was not exact, and what was kept for it."""
         windows = self._windows.values()
         late = sum(max(kept.forwards - kept.warmup, 0) for kept in windows)
         if not late:
