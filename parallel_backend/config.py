@@ -33,7 +33,7 @@ class Config:
                 value = float(text)
             except ValueError:
                 value = math.nan
-            if 0 <= value < math.inf:
+            if (0 < value < math.inf) or (value == 0 and field.name == "idle_minutes"):
                 found[field.name] = value
             else:
                 logger.warning("%s is '%s'; give a number such as %g, which is used now", variable, text, field.default)

@@ -18,6 +18,10 @@ def test_a_variable_is_a_number_or_named_and_its_default(text, expected, caplog)
     assert ("XDIT_IDLE_MINUTES is" in caplog.text) == (text in ("10s", "nan", "-1"))
 
 
+def test_no_host_may_be_silent_for_no_time(caplog):
+    assert Config.read({"XDIT_SILENT_SECONDS": "0"}) == Config() and "XDIT_SILENT_SECONDS is '0'" in caplog.text
+
+
 def test_the_command_line_starts_with_variables_that_make_no_sense():
     wrong = {name: "10s" for name in ("XDIT_SILENT_SECONDS", "XDIT_IDLE_MINUTES", "XDIT_KEEP_SECONDS")}
     command = [sys.executable, "-m", "parallel_backend", "status"]
