@@ -134,7 +134,7 @@ class TwoHosts:
     def address(self) -> GroupAddress:
         """The group, once the first host's ``serve`` has made its folder."""
         assert wait_until(lambda: running() or self.served[0].poll() is not None, PATIENCE) and running(), self.said(0)
-        return running()[0]
+        return next(iter(running()))
 
     def close(self) -> None:
         """Ends everything, and says nothing of it."""
