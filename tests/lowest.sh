@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=hardlink
 uv=.venv/bin/uv
-files=$(printf 'tests/test_%s.py ' checkpoint conditions group jobs lora nodes parallel plans text vae video windows writer)
+files=$(printf 'tests/test_%s.py ' checkpoint conditions group jobs lora nodes parallel plans text video)
 
 find_python() {
   local candidate
