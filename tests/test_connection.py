@@ -31,8 +31,8 @@ def group():
         patch.setenv("XDIT_KEEP_SECONDS", "1e-9")
         executor = GroupExecutor(Plan.parse("cfg2"), Devices("cpu", (0, 1)))
         executor.start()
-    yield executor
-    executor.close()
+        yield executor  # a group that is started again reads the variable again
+        executor.close()
 
 
 @pytest.fixture
