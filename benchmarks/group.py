@@ -13,9 +13,9 @@ import time
 from dataclasses import replace
 from statistics import median
 
-from parallel_backend import models
 from parallel_backend.bench.table import text_states
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import Model, SampleJob
@@ -84,14 +84,14 @@ def main() -> None:
     """Prints one of the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--starts", action="store_true")
-    parser.add_argument("--model", default=models.DEMO)
+    parser.add_argument("--model", default=bundled.DEMO)
     parser.add_argument("--plan", type=Plan.parse, help="one of all that are measured otherwise")
     parser.add_argument("--devices", type=Devices.parse)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=20, help="the first of which is left out")
     asked = parser.parse_args()
     plans = [asked.plan] if asked.plan else [Plan.parse(plan) for plan in PLANS]
-    job = job_of(Checkpoint.open(models.find(asked.model)))
+    job = job_of(Checkpoint.open(bundled.find(asked.model)))
     if asked.starts:
         starts(job, plans[0], asked.devices or Devices.parse("cpu:2"))
     else:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from parallel_backend import models
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.executor import Executor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
@@ -101,7 +101,7 @@ def table(verdicts: list[Verdict]) -> str:
 def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=models.DEMO)
+    parser.add_argument("--model", default=bundled.DEMO)
     parser.add_argument("--count", type=int, default=CAPTIONS, help="of cases, from the first")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=SampleJob.steps)
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for every verdict")
     args = parser.parse_args()
     device = torch.device(args.device)
-    checkpoint = Checkpoint.open(models.find(args.model))
+    checkpoint = Checkpoint.open(bundled.find(args.model))
     encoder = TextEncoder(checkpoint, device=device, dtype=torch.float32)
     executor = LocalExecutor(device)
     settings = {"steps": args.steps, "cfg": args.cfg, "scheduler": args.scheduler}

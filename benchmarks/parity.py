@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from parallel_backend.bench.table import text_states
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.devices import Devices
 from parallel_backend.executor import Executor

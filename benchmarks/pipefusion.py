@@ -13,10 +13,10 @@ from statistics import mean, median
 
 import torch
 
-from parallel_backend import models
 from parallel_backend.backend import open_executor
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.costs import patches
 from parallel_backend.devices import Devices
@@ -46,7 +46,7 @@ def points(executor: Executor, model: Model, latent: torch.Tensor, scenes: list[
 
 def rows(args: argparse.Namespace, scheduler: str):
     """The rows of one scheduler, as they are found."""
-    checkpoint = Checkpoint.open(models.find(models.DEMO))
+    checkpoint = Checkpoint.open(bundled.find(bundled.DEMO))
     encoder = TextEncoder(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     scenes, captions = zip(*cases(args.count))
     positive = torch.cat([encoder.encode([encoder.tokenize(caption)]) for caption in captions])

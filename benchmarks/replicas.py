@@ -16,9 +16,9 @@ from statistics import mean
 
 import psutil
 
-from parallel_backend import models
 from parallel_backend.bench.table import text_states
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.jobs import Model, SampleJob
 from parallel_backend.plans import Plan
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="that a video takes on the fast replica")
     parser.add_argument("--kill", action="store_true", help="lose the slow replica half-way")
     args = parser.parse_args()
-    checkpoint = Checkpoint.open(models.find(models.DEMO))
+    checkpoint = Checkpoint.open(bundled.find(bundled.DEMO))
     positive, negative = text_states(checkpoint)
     latent = checkpoint.empty_latent()
     job = SampleJob(Model(str(checkpoint.path)), positive, latent, negative, steps=args.steps)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from parallel_backend import models
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.local import LocalExecutor
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/demo.webp"))
     args = parser.parse_args()
     device = torch.device("cpu")
-    checkpoint = Checkpoint.open(models.find(models.DEMO))
+    checkpoint = Checkpoint.open(bundled.find(bundled.DEMO))
     encoder, executor = TextEncoder(checkpoint, device=device, dtype=torch.float32), LocalExecutor(device)
     clips = [generate(executor, checkpoint, encoder, prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     pages = [sheet(clips, frame) for frame in range(len(clips[0]))]

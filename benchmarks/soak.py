@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled

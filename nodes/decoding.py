@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint import SPATIAL
+from ..parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL
 from ..parallel_backend.jobs import TILINGS, DecodeJob, check_latent
 from . import host
 from .base import CogVideoXNode

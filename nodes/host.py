@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..parallel_backend.backend import AS_ASKED, Keeper, resolve
 from ..parallel_backend.cogvideox import checks
-from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.memory import working_bytes
 from ..parallel_backend.cogvideox.work import work_of, work_of_job
 from ..parallel_backend.costs import HEADROOM

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import COMPILES, DTYPES, FP8S, OFFLOADS, Model
 from . import host

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..parallel_backend import models
-from ..parallel_backend.cogvideox import single_file
+from ..parallel_backend.cogvideox.checkpoint import bundled, single_file
 from ..parallel_backend.cogvideox.lora import SUFFIXES
 from ..parallel_backend.errors import RequestError
 
@@ -57,7 +56,7 @@ def folders_below(root: Path, levels: int = LEVELS) -> Iterator[Path]:
     except OSError:
         return
     for folder in (root / name for name in names):
-        if models.checkpoint_in(folder):
+        if bundled.checkpoint_in(folder):
             yield folder
         elif levels > 1:
             yield from folders_below(folder, levels - 1)
@@ -69,10 +68,10 @@ def model_folders() -> dict[str, Path]:
     for kind in MODEL_FOLDERS:
         for root in roots_of(kind):
             for folder in folders_below(root):
-                checkpoint = models.checkpoint_in(folder)
-                if models.is_cogvideox(checkpoint):
+                checkpoint = bundled.checkpoint_in(folder)
+                if bundled.is_cogvideox(checkpoint):
                     add(found, f"{kind}/{folder.relative_to(root).as_posix()}", checkpoint, root)
-    return found | {f"{HUB}/{name}": path for name, path in models.hub_models().items()}
+    return found | {f"{HUB}/{name}": path for name, path in bundled.hub_models().items()}
 
 
 def model_files() -> dict[str, Path]:
@@ -88,7 +87,7 @@ def model_files() -> dict[str, Path]:
 
 def model_names() -> list[str]:
     """The names of all models: those that come with the pack first, then folders, then files."""
-    return [*models.shipped(), *model_folders(), *model_files()]
+    return [*bundled.shipped(), *model_folders(), *model_files()]
 
 
 def find_model(name: str) -> Path:
@@ -97,8 +96,8 @@ def find_model(name: str) -> Path:
     Raises:
         RequestError: for a name that is not in the list.
     """
-    if name in models.shipped():
-        return models.shipped()[name]
+    if name in bundled.shipped():
+        return bundled.shipped()[name]
     found = model_folders() | model_files()
     if name not in found:
         raise RequestError(

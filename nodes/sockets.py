@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from ..parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from ..parallel_backend.cogvideox.text import WORKING_BYTES, TextEncoder, find_place
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows

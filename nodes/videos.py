@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox import conditions
-from ..parallel_backend.cogvideox.checkpoint import TEMPORAL, whole_frames
+from ..parallel_backend.cogvideox.checkpoint.checkpoint import TEMPORAL, whole_frames
 from ..parallel_backend.cogvideox.image import cover
 from ..parallel_backend.jobs import check_size
 from . import host

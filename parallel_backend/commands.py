@@ -13,10 +13,11 @@ from statistics import median
 
 import torch
 
-from . import inputs, machines, models, pieces, video
+from . import inputs, machines, pieces, video
 from .backend import open_executor, resolve, share_of
 from .cogvideox import checks
-from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.checkpoint import bundled
+from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.work import work_of, work_of_job
 from .costs import Machine, Prediction
 from .devices import Devices
@@ -129,7 +130,7 @@ def generate(args: Namespace) -> int:
         video.checked_fps(args.fps)
     for path in (path for one in wanted for path in one.files):
         check_writable(path)
-    checkpoint = Checkpoint.open(models.find(args.model))
+    checkpoint = Checkpoint.open(bundled.find(args.model))
     checkpoint.check_whole()
     model = model_of(args, checkpoint)
     denoise, size = denoise_of(args), size_of(args, checkpoint)
@@ -252,7 +253,7 @@ def summarise(sampled: Report, decoded: Report) -> dict:
 
 def plan(args: Namespace) -> int:
     """What every plan is predicted to cost, which one ``auto`` would choose, and why."""
-    checkpoint = Checkpoint.open(models.find(args.model))
+    checkpoint = Checkpoint.open(bundled.find(args.model))
     if args.gpus is not None and args.gpus < 1:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
     if args.memory_gib is not None and not 0 < args.memory_gib < math.inf:
@@ -327,7 +328,7 @@ def serve(args: Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if place and place.node:
         return lend_devices(args, place)
-    checkpoint = Checkpoint.open(models.find(args.model))
+    checkpoint = Checkpoint.open(bundled.find(args.model))
     work = partial(work_of, checkpoint)
     nodes = place.nodes if place else 1
     about = {"heads": checkpoint.heads, "layers": checkpoint.layers, "work": work}

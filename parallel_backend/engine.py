@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_layers, weights
-from .cogvideox.checkpoint import SPATIAL, Checkpoint
+from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_layers
+from .cogvideox.checkpoint import weights
+from .cogvideox.checkpoint.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
 from .cogvideox.preview import PictureListener, Previews, why_none
 from .cogvideox.stopping import check, stoppable

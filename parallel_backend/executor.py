@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .cogvideox import checks
-from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.preview import PictureListener
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from .plans import Plan

@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch
 
-from .cogvideox.checkpoint import Checkpoint, whole_frames
+from .cogvideox.checkpoint.checkpoint import Checkpoint, whole_frames
 from .cogvideox.checks import check_end_image
 from .cogvideox.conditions import between_images, fit_mask, latent_mask, shown, shows_nothing
 from .cogvideox.image import cover

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.windows import Layout
 from .jobs import DecodeJob, EncodeJob, Job, SampleJob
 

@@ -8,7 +8,7 @@ from threading import Event
 import torch
 
 from .cogvideox import memory
-from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.text import TextEncoder, find_place
 from .errors import first_line
 from .executor import Executor

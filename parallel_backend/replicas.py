@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .cogvideox.checkpoint import Checkpoint
+from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.denoise import denoise
 from .cogvideox.preview import PictureListener
 from .cogvideox.step_cache import StepCaches

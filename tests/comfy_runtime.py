@@ -20,7 +20,7 @@ start_runtime(*[Path(folder)] * 3)
 def part(name):
     return importlib.import_module(f"{Path(repo).name.replace('-', '_').replace('.', '_')}.{name}")
 host, memory, jobs, errors = (part(f) for f in ("nodes.host", "nodes.memory", "parallel_backend.jobs", "parallel_backend.errors"))
-Handle, Checkpoint = part("nodes.sockets").BackendHandle, part("parallel_backend.cogvideox.checkpoint").Checkpoint
+Handle, Checkpoint = part("nodes.sockets").BackendHandle, part("parallel_backend.cogvideox.checkpoint.checkpoint").Checkpoint
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 model, checkpoint = jobs.Model(path), Checkpoint.open(path)
 latent = jobs.empty_latent(width=64, height=48, frames=9)

@@ -18,9 +18,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parallel_backend import models
 from parallel_backend.__main__ import main
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import LIKES, build
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.devices import Devices
@@ -207,7 +207,7 @@ def in_turn(text: torch.Tensor, starts: tuple[float, ...] | None) -> torch.Tenso
 
 def demo_job(width: int, height: int, frames: int, **settings) -> SampleJob:
     """A job of the demo, whose steps resemble each other: those of random weights change too much."""
-    checkpoint = Checkpoint.open(models.find(models.DEMO))
+    checkpoint = Checkpoint.open(bundled.find(bundled.DEMO))
     encoder = TextEncoder(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in ("a red circle moves left", NEGATIVE))
     latent = empty_latent(width=width, height=height, frames=frames)

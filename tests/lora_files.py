@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 
 Change = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Down and up of each layer, by diffusers' name."""

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from parallel_backend.cogvideox import checkpoint, checks, weights
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox import checks
+from parallel_backend.cogvideox.checkpoint import checkpoint, weights
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import parse
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DTYPES, DecodeJob, Model

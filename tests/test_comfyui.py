@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from parallel_backend.cogvideox.checkpoint.bundled import DEMO, find
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.registry import running
-from parallel_backend.models import DEMO, find
 from workflows.headless import apply_settings, to_api
 
 from . import core_nodes

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from parallel_backend import commands, inputs
 from parallel_backend.__main__ import build_parser, main
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
 
 from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.cogvideox import vae
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.denoise import rotary_tables
 from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.obedience import cases, first_frame, generate, image_cases, kept
-from parallel_backend import models
 from parallel_backend.cogvideox import vae
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
 from training.drawing import draw
 from training.scenes import Scene, caption, held_out_scenes, random_scene, training_scene, vocabulary
@@ -22,7 +22,7 @@ QUALITIES = ("background", "colour", "shape", "motion")
 
 @pytest.fixture(scope="module")
 def demo() -> Checkpoint:
-    return Checkpoint.open(models.find(models.DEMO))
+    return Checkpoint.open(bundled.find(bundled.DEMO))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_tokenizer_knows_every_word_of_the_captions(encoder):
 
 
 def test_the_demo_is_small_enough_to_ship():
-    assert sum(path.stat().st_size for path in models.SHIPPED.rglob("*") if path.is_file()) <= SIZE_LIMIT
+    assert sum(path.stat().st_size for path in bundled.SHIPPED.rglob("*") if path.is_file()) <= SIZE_LIMIT
 
 
 def test_the_vae_gives_unseen_clips_back(demo):
@@ -112,7 +112,7 @@ def test_it_obeys_with_one_thing_and_with_two(verdicts):
 @pytest.mark.slow
 def test_image_to_video_keeps_the_image_and_moves_as_it_is_told(encoder, local):
     """Two of these have two things."""
-    checkpoint, moved = Checkpoint.open(models.find(models.DEMO_I2V)), 0
+    checkpoint, moved = Checkpoint.open(bundled.find(bundled.DEMO_I2V)), 0
     for seed, (scene, prompt) in enumerate(image_cases(8)):
         image = first_frame(scene)
         clip = generate(local, checkpoint, encoder, prompt, image=image, seed=seed, steps=10)

@@ -13,7 +13,7 @@ import torch
 from parallel_backend.bench.table import distance, two_steps
 from parallel_backend.cogvideox import attention, attention_fp8, blocks, kernels, memory, preview
 from parallel_backend.cogvideox.attention_fp8 import attend_in_fp8
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, OutOfMemory

@@ -16,7 +16,7 @@ import pytest
 
 from parallel_backend.__main__ import main
 from parallel_backend.backend import resolve
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, GroupUnavailable, RequestError
 from parallel_backend.group import hosts, job_loop, link, muster
 from parallel_backend.group.client import GroupExecutor

@@ -10,7 +10,7 @@ from diffusers import (
 from PIL import Image
 
 from parallel_backend.cogvideox import checks
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.image import cover
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import EncodeJob, Model

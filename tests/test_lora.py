@@ -10,8 +10,9 @@ import torch
 from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 
-from parallel_backend.cogvideox import checks, lora, weights
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox import checks, lora
+from parallel_backend.cogvideox.checkpoint import weights
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.lora import LoraFile
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, Lora, Model

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend import models
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 
 from .lora_files import diffusers_layout, random_change, write
@@ -21,7 +21,9 @@ def in_layout(folder: Path, kind: str = "CogVideoXTransformer3DModel") -> Path:
     return folder
 
 
-def in_cache(cache: Path, name: str, *versions: str, main: str | None = None, kind: str = "CogVideoXTransformer3DModel") -> Path:
+def in_cache(
+    cache: Path, name: str, *versions: str, main: str | None = None, kind: str = "CogVideoXTransformer3DModel"
+) -> Path:
     """Makes a model in a Hugging Face cache, its versions one after the other. Returns the folder of the model."""
     folder = cache / f"models--{name.replace('/', '--')}"
     for number, version in enumerate(versions):
@@ -108,9 +110,11 @@ def test_of_several_versions_the_one_that_main_names_is_taken_or_the_newest(main
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     folder = in_cache(tmp_path, "ORG/NAME", "2", "1", "3", main=main)
     for name in ("ORG/NAME", str(folder), str(folder / "snapshots" / version)):
-        assert models.find(name) == folder / "snapshots" / version
-    with pytest.raises(RequestError, match=rf"no checkpoint folder ORG/OTHER; .*ORG/NAME of .*Hugging Face cache \({tmp_path}\)"):
-        models.find("ORG/OTHER")
+        assert bundled.find(name) == folder / "snapshots" / version
+    with pytest.raises(
+        RequestError, match=rf"no checkpoint folder ORG/OTHER; .*ORG/NAME of .*Hugging Face cache \({tmp_path}\)"
+    ):
+        bundled.find("ORG/OTHER")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_the_hub_s_cache_is_where_its_own_variables_say(variables, expected, mon
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/home/user", **variables}.items():
         monkeypatch.setenv(name, value)
-    assert models.hub_cache() == Path(expected)
+    assert bundled.hub_cache() == Path(expected)
 
 
 def test_a_model_in_the_cache_is_opened_and_called_by_its_name(checkpoints, tmp_path, monkeypatch, run):
@@ -139,6 +143,6 @@ def test_a_model_in_the_cache_is_opened_and_called_by_its_name(checkpoints, tmp_
         link = snapshot / file.relative_to(checkpoints["5b"])
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file)
-    assert Checkpoint.open(models.find("ORG/NAME")).describe.startswith("ORG/NAME: CogVideoX 1.0, text to video")
+    assert Checkpoint.open(bundled.find("ORG/NAME")).describe.startswith("ORG/NAME: CogVideoX 1.0, text to video")
     done = run("plan", "--model", "ORG/NAME", "--gpus", 2, "--gpu", "H100", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["model"] == "ORG/NAME"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from parallel_backend.cogvideox import memory, vae
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import STRIP_MARGIN, Engine
 from parallel_backend.jobs import DecodeJob, Lora, Model
 from parallel_backend.local import LocalExecutor
@@ -25,7 +25,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from parallel_backend.cogvideox import memory
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.parallel.groups import GroupSplit

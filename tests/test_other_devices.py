@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox import denoise, memory, preview, text, vae
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import DecodeJob, Model
 from parallel_backend.local import LocalExecutor

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.windows import Layout
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
 from parallel_backend.parallel.transformer import Chunk

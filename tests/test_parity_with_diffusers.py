@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.denoise import dpm_step
 from parallel_backend.cogvideox.vae import encode
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model

@@ -25,7 +25,7 @@ from benchmarks.plans_table import (
 from parallel_backend import calibration, machines
 from parallel_backend.backend import machine_of, resolve
 from parallel_backend.bench.table import operations, text_states
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.memory import transformer_bytes, working_bytes
 from parallel_backend.cogvideox.work import work_of, work_of_job
 from parallel_backend.costs import CPU, Link, predict, weight_bytes

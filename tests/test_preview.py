@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox import preview
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.jobs import DecodeJob, Model

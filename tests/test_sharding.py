@@ -11,8 +11,8 @@ import torch
 from parallel_backend.backend import resolve
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import fp8, memory
-from parallel_backend.cogvideox.checkpoint import Checkpoint
-from parallel_backend.cogvideox.shards import BLOCKS, Shard
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.shards import BLOCKS, Shard
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.group.client import GroupExecutor

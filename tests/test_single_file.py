@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.__main__ import main
-from parallel_backend.cogvideox import checks, single_file
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox import checks
+from parallel_backend.cogvideox.checkpoint import single_file
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 

@@ -11,7 +11,7 @@ import torch
 
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import attention, blocks, fp8, kernels
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.local import LocalExecutor
@@ -101,7 +101,7 @@ from dataclasses import replace
 import torch
 from parallel_backend.bench.table import distance, text_states
 from parallel_backend.cogvideox import blocks
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.parallel.split import Split

@@ -8,9 +8,10 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
-from parallel_backend.cogvideox import checkpoint, memory, prompt_weights
+from parallel_backend.cogvideox import memory, prompt_weights
 from parallel_backend.cogvideox import text as text_module
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint import checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import CPU, TextEncoder, find_place
 from parallel_backend.errors import GroupError, RequestError
 from parallel_backend.local import LocalExecutor

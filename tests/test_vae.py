@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from parallel_backend.cogvideox import vae, vae_kernels, vae_layers
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import fill, vae_config
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
 from parallel_backend.local import LocalExecutor

@@ -6,7 +6,7 @@ from diffusers import CogVideoXPipeline
 
 from parallel_backend.__main__ import main
 from parallel_backend.cogvideox import checks, memory
-from parallel_backend.cogvideox.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.windows import Layout
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.jobs import DecodeJob, Windows, empty_latent

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from parallel_backend.models import DEMO, find
+from parallel_backend.cogvideox.checkpoint.bundled import DEMO, find
 
 from .conftest import REPO, wait_until, workers
 from .lora_files import diffusers_layout, random_change, write

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..cogvideox import lora
-from ..cogvideox.checkpoint import Checkpoint
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.memory import release, reset_peak, used_bytes
 from ..group.preflight import PACK, group_python, without_other_launchers
 from ..jobs import SampleJob, join_fields, split_fields

@@ -12,10 +12,10 @@ from statistics import median
 import torch
 from safetensors.torch import load_file, save_file
 
-from .. import models
 from ..backend import open_executor, resolve
 from ..cogvideox import checks
-from ..cogvideox.checkpoint import Checkpoint
+from ..cogvideox.checkpoint import bundled
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.work import work_of_job
 from ..commands import model_of, quiet_libraries, show, size_of
 from ..devices import Devices
@@ -91,7 +91,7 @@ def chosen_precisions(words: str) -> list[str]:
 def run(args: Namespace) -> int:
     """Prints a table, and writes its rows as JSON where asked to."""
     quiet_libraries()
-    checkpoint = Checkpoint.open(models.find(args.model))
+    checkpoint = Checkpoint.open(bundled.find(args.model))
     wanted = (
         chosen_precisions(args.precisions),
         *(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..cogvideox.checkpoint import Checkpoint
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel import xdit
 from ..plans import Plan
 from .peers import load_job, pipeline_of, timed

@@ -3,7 +3,7 @@
 from ..errors import RequestError
 from ..jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
 from ..plans import Plan
-from .checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from .checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from .lora import open_all
 from .windows import Layout
 

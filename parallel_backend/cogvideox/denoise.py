@@ -14,7 +14,7 @@ from einops import rearrange
 from ..errors import Cancelled, NotFinite
 from ..jobs import Progress, SampleJob, WindowJob
 from . import conditions
-from .checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint
 from .conditions import COMFYUI_TO_DIFFUSERS
 from .windows import Layout
 
@@ -143,7 +143,7 @@ def predict(
         scale: of the guidance; not used with one prompt.
         text: states of this rank's prompts, ``[prompts * batch, tokens, features]``.
         rotary: tables for so many frames.
-        ofs: see :attr:`parallel_backend.cogvideox.checkpoint.Checkpoint.ofs`.
+        ofs: see :attr:`parallel_backend.cogvideox.checkpoint.checkpoint.Checkpoint.ofs`.
         split: how the work is shared.
         prompts: that all ranks together run: the negative and the positive one, or the positive one.
         cache: of this window, or None.

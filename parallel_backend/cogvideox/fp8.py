@@ -8,9 +8,9 @@ import math
 
 import torch
 
-from .checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.shards import BLOCKS, BY_COLUMNS, BY_ROWS, put
 from .kernels import quantize_rows
-from .shards import BLOCKS, BY_COLUMNS, BY_ROWS, put
 from .trials import once
 
 LAYERS = (*BY_ROWS, *BY_COLUMNS)

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import RequestError
 from ..jobs import Lora
-from . import weights
-from .checkpoint import Checkpoint
+from .checkpoint import weights
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.shards import WHOLE, Shard, held, put
 from .fp8 import Fp8Linear
-from .shards import WHOLE, Shard, held, put
 
 SUFFIXES = (".safetensors", ".sft")
 PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.|lora_unet_+|lora_transformer_)?")

@@ -13,8 +13,9 @@ from ..costs import GATHERED, HEADROOM, kept_factor, stage_layers, working_facto
 from ..jobs import Job, SampleJob, WindowJob
 from ..plans import Plan
 from . import fp8 as quantized
-from . import shards, step_cache, vae
-from .checkpoint import Checkpoint
+from . import step_cache, vae
+from .checkpoint import shards
+from .checkpoint.checkpoint import Checkpoint
 from .windows import Layout, forward_size
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"

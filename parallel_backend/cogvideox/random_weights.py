@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .single_file import SCHEDULER
+from .checkpoint.single_file import SCHEDULER
 
 WORDS = (
     "a the of in on at with and to from over under red green blue yellow purple orange white black grey circle "

@@ -8,8 +8,9 @@ import torch
 
 from ..costs import HEADROOM
 from ..limits import usable_memory
-from . import memory, prompt_weights, weights
-from .checkpoint import Checkpoint
+from . import memory, prompt_weights
+from .checkpoint import weights
+from .checkpoint.checkpoint import Checkpoint
 from .stopping import GoOn, always, check
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import torch
 
 from ..costs import Work
 from ..jobs import SampleJob
-from .checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from .checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from .memory import block_parts
 from .windows import forward_size
 

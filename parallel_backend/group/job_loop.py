@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..cogvideox import checks
-from ..cogvideox.checkpoint import Checkpoint
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..config import CONFIG
 from ..costs import Link
 from ..engine import Engine

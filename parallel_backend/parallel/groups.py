@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.shards import Shard
+from ..cogvideox.checkpoint.shards import Shard
 from ..cogvideox.step_cache import StepCaches
 from ..costs import SLOW_LINK, Link
 from ..jobs import SampleJob

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..cogvideox import memory
-from ..cogvideox.shards import WHOLE
+from ..cogvideox.checkpoint.shards import WHOLE
 from ..cogvideox.step_cache import StepCaches
 from ..jobs import SampleJob
 from ..plans import Plan

@@ -1,12 +1,12 @@
 """Model parallelism: a rank has some heads and hidden features of every block, and what ranks make of them is added.
 
-What a rank has is cut by :class:`parallel_backend.cogvideox.shards.Shard`; the forward is the one of all plans.
+What a rank has is cut by :class:`parallel_backend.cogvideox.checkpoint.shards.Shard`; the forward is the one of all plans.
 """
 
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.shards import BY_COLUMNS, MODULATION
+from ..cogvideox.checkpoint.shards import BY_COLUMNS, MODULATION
 
 
 def join_products(transformer, group: dist.ProcessGroup) -> None:

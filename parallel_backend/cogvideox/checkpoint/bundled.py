@@ -4,11 +4,11 @@ import json
 import os
 from pathlib import Path
 
-from .errors import RequestError
+from ...errors import RequestError
 
 DEMO, DEMO_I2V = "demo", "demo-i2v"
 """The small trained models that come with the pack: text to video, and image to video, which borrows VAE and text from it."""
-SHIPPED = Path(__file__).parent / "checkpoints"
+SHIPPED = Path(__file__).parents[2] / "checkpoints"
 """Where they are; how they were made is in ``training/``."""
 TRANSFORMER = Path("transformer", "config.json")
 """In every folder in diffusers layout."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..errors import RequestError
+from ...errors import RequestError
 
 MAX_HEADER = 100 * 2**20
 DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from .. import models
-from ..devices import has_bf16
-from ..errors import RequestError
-from ..jobs import DTYPES, empty_latent
-from . import shards, single_file, weights
+from ...devices import has_bf16
+from ...errors import RequestError
+from ...jobs import DTYPES, empty_latent
+from . import bundled, shards, single_file, weights
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
@@ -97,7 +96,7 @@ class Checkpoint:
     def name(self) -> str:
         """For the user: the folder's or file's, or ORG/NAME for one in the Hugging Face cache, whose own name is a hash."""
         versions = self.path.parent
-        return models.name_in_cache(versions.parent) if versions.name == "snapshots" else self.path.name
+        return bundled.name_in_cache(versions.parent) if versions.name == "snapshots" else self.path.name
 
     @property
     def is_file(self) -> bool:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ...errors import RequestError
 from . import weights
 
 SUFFIXES = (".safetensors", ".sft")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import RequestError
+from ...errors import RequestError
 from . import weights
 
 BLOCKS = "transformer_blocks."
