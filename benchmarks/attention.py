@@ -13,10 +13,10 @@ from functools import partial
 
 import torch
 
-from parallel_backend.cogvideox import attention
-from parallel_backend.cogvideox.attention import Attention
-from parallel_backend.cogvideox.attention_fp8 import attend_in_fp8, in_places
 from parallel_backend.cogvideox.kernels import LARGEST, keep_kernels, quantize
+from parallel_backend.cogvideox.transformer import attention
+from parallel_backend.cogvideox.transformer.attention import Attention
+from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8, in_places
 from parallel_backend.errors import first_line
 from parallel_backend.jobs import DTYPES
 

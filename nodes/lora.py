@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.lora import LoraFile
+from ..parallel_backend.cogvideox.transformer.lora import LoraFile
 from ..parallel_backend.jobs import MAX_STRENGTH, Lora
 from . import host
 from .base import CogVideoXNode

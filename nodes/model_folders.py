@@ -11,7 +11,7 @@ from pathlib import Path
 import folder_paths
 
 from ..parallel_backend.cogvideox.checkpoint import bundled, single_file
-from ..parallel_backend.cogvideox.lora import SUFFIXES
+from ..parallel_backend.cogvideox.transformer.lora import SUFFIXES
 from ..parallel_backend.errors import RequestError
 
 MODEL_FOLDERS = ("CogVideo", "diffusers")

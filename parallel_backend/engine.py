@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from .cogvideox import attention, blocks, fp8, lora, memory, trials, vae, vae_layers
+from .cogvideox import memory, trials, vae, vae_layers
 from .cogvideox.checkpoint import weights
 from .cogvideox.checkpoint.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
 from .cogvideox.preview import PictureListener, Previews, why_none
 from .cogvideox.stopping import check, stoppable
+from .cogvideox.transformer import attention, block, fp8_linear, lora
 from .cogvideox.windows import advice
 from .devices import current
 from .errors import Cancelled, OutOfMemory, RequestError
@@ -388,13 +389,15 @@ class Engine:
         if job.model.dtype == "auto" and checkpoint.native_dtype == "bf16" and dtype == torch.float16:
             self._note("in fp16, as this GPU is too old for bf16")
         compiled = hoped and self._can_compile("not compiled", self.split.collect(self._why_not_compiled(checkpoint, dtype)))
-        blocks.use(transformer, compiled=compiled)
+        block.use(transformer, compiled=compiled)
         self._offload = mode
         return transformer
 
     def _check_fp8(self, model: Model) -> None:
         """Raises RequestError, on all ranks, where FP8 is asked for and the device of one has none."""
-        if model.fp8 != "off" and (reasons := [reason for reason in self.split.collect(fp8.missing(self.device)) if reason]):
+        if model.fp8 != "off" and (
+            reasons := [reason for reason in self.split.collect(fp8_linear.missing(self.device)) if reason]
+        ):
             raise RequestError(reasons[0])
 
     def _read_transformer(
@@ -412,7 +415,7 @@ class Engine:
 
         def prepare(skeleton: torch.nn.Module) -> None:
             if job.model.fp8 != "off":
-                fp8.convert(skeleton)
+                fp8_linear.convert(skeleton)
             self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
             if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
                 trials.beside(
@@ -427,13 +430,13 @@ class Engine:
         return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare, look=look)
 
     def _why_not_compiled(self, checkpoint: Checkpoint, dtype) -> str | None:
-        """See :func:`.cogvideox.blocks.why_not_compiled`."""
+        """See :func:`parallel_backend.cogvideox.transformer.block.why_not_compiled`."""
         features = checkpoint.heads * checkpoint.head_dim
-        return blocks.why_not_compiled(self.device, dtype, features, checkpoint.head_dim, checkpoint.rotary)
+        return block.why_not_compiled(self.device, dtype, features, checkpoint.head_dim, checkpoint.rotary)
 
     def _hopes_compiled(self, model: Model, checkpoint: Checkpoint, dtype, offload: str) -> bool:
         """Whether the blocks are to run compiled where that can be done; says why not where that was to be expected."""
-        large = self.device.type == "cuda" and checkpoint.weight_bytes("transformer", dtype) >= blocks.WORTH_COMPILING
+        large = self.device.type == "cuda" and checkpoint.weight_bytes("transformer", dtype) >= block.WORTH_COMPILING
         if model.compile == "off" or (model.compile == "auto" and not large):
             return False
         if offload == "sequential":

@@ -48,7 +48,7 @@ class Lora:
     """A change of the transformer's weights."""
 
     path: str
-    """A ``.safetensors`` file; see :mod:`parallel_backend.cogvideox.lora`."""
+    """A ``.safetensors`` file; see :mod:`parallel_backend.cogvideox.transformer.lora`."""
     strength: float = 1.0
     """What the change is multiplied by; 0 leaves the model as it is."""
 
@@ -72,7 +72,7 @@ class Model:
     """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
     step_cache: float = 0.0
     """Change of the first block's work below which the other blocks are predicted from earlier steps; 0 never. See
-    :class:`parallel_backend.cogvideox.step_cache.StepCache`."""
+    :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`."""
     loras: tuple[Lora, ...] = ()
     """All are added to the weights; their order changes nothing but rounding."""
 

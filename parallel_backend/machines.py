@@ -250,7 +250,7 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dic
 
 def measure(device: torch.device) -> dict[str, float]:
     """Rates of a GPU in bf16, in less than a second beside making kernels: one product, one attention, one copy."""
-    from .cogvideox.attention import attention_of
+    from .cogvideox.transformer.attention import attention_of
 
     def median_seconds(run) -> float:
         run()

@@ -12,7 +12,7 @@ import torch
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.denoise import denoise
 from .cogvideox.preview import PictureListener
-from .cogvideox.step_cache import StepCaches
+from .cogvideox.transformer.step_cache import StepCaches
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable
 from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_backend.cogvideox import attention, attention_fp8, kernels
+from parallel_backend.cogvideox import kernels
+from parallel_backend.cogvideox.transformer import attention, attention_fp8
 from parallel_backend.cogvideox.trials import is_near, once
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

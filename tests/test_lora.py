@@ -10,10 +10,11 @@ import torch
 from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 
-from parallel_backend.cogvideox import checks, lora
+from parallel_backend.cogvideox import checks
 from parallel_backend.cogvideox.checkpoint import weights
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.lora import LoraFile
+from parallel_backend.cogvideox.transformer import lora
+from parallel_backend.cogvideox.transformer.lora import LoraFile
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, Lora, Model
 from parallel_backend.local import LocalExecutor

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox import kernels
-from parallel_backend.cogvideox.attention import attend_torch
+from parallel_backend.cogvideox.transformer.attention import attend_torch
 from parallel_backend.parallel import attention, peers
 
 WAIT = 60

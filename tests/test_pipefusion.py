@@ -9,10 +9,10 @@ import torch
 from parallel_backend.__main__ import main
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import memory
-from parallel_backend.cogvideox.attention import attend_torch
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS
 from parallel_backend.cogvideox.random_weights import build
+from parallel_backend.cogvideox.transformer.attention import attend_torch
 from parallel_backend.costs import HEADROOM, Link, patches, predict
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError

@@ -10,9 +10,10 @@ import torch
 
 from parallel_backend.backend import resolve
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox import fp8, memory
+from parallel_backend.cogvideox import memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS, Shard
+from parallel_backend.cogvideox.transformer import fp8_linear
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.group.client import GroupExecutor
@@ -133,7 +134,7 @@ def test_ranks_read_every_weight_once_and_no_more_of_it_than_they_keep(tensor, f
 @pytest.mark.parametrize("mode, bytes_saved", [("off", 0), ("linears", 1)])
 def test_the_estimate_of_weights_is_what_is_loaded(mode, bytes_saved, checkpoints):
     checkpoint = Checkpoint.open(checkpoints["1.5-5b"])
-    prepare = fp8.convert if bytes_saved else lambda skeleton: None
+    prepare = fp8_linear.convert if bytes_saved else lambda skeleton: None
     loaded = checkpoint.load_transformer(torch.bfloat16, prepare=prepare)
     assert sum(weight.nbytes for weight in loaded.parameters()) == memory.transformer_bytes(
         checkpoint, Plan(), torch.bfloat16, fp8=mode != "off"

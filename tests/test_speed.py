@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox import attention, blocks, fp8, kernels
+from parallel_backend.cogvideox import kernels
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.transformer import attention, block, fp8_linear
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.local import LocalExecutor
@@ -100,7 +101,7 @@ import sys
 from dataclasses import replace
 import torch
 from parallel_backend.bench.table import distance, text_states
-from parallel_backend.cogvideox import blocks
+from parallel_backend.cogvideox.transformer import block as blocks
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
@@ -175,7 +176,7 @@ def test_a_cpu_has_no_use_for_kernels_and_says_so(make_job):
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(make_job, monkeypatch):
     executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=2)
     expected = executor.sample(job).tensor
-    monkeypatch.setattr(blocks, "why_not_compiled", lambda *about: "there is no C compiler")
+    monkeypatch.setattr(block, "why_not_compiled", lambda *about: "there is no C compiler")
     result = executor.sample(with_model(job, compile="on"))
     assert result.report.notes == ("not compiled, so slower: there is no C compiler",)
     assert torch.equal(result.tensor, expected)
@@ -193,7 +194,7 @@ def test_fp8_is_near_float32_and_halves_the_layers_it_takes(make_job, checkpoint
         assert 1e-4 < distance(result.tensor, exact) < 0.1
         weights = executor.engine._held["transformer"][1]
         after = sum(weight.nbytes for weight in weights.parameters())
-        assert before - after == fp8.saved_bytes(Checkpoint.open(checkpoints[like]), torch.float32) > 0.4 * before
+        assert before - after == fp8_linear.saved_bytes(Checkpoint.open(checkpoints[like]), torch.float32) > 0.4 * before
 
 
 def test_a_lora_is_merged_before_weights_are_rounded_to_fp8(make_job, local):
@@ -209,7 +210,7 @@ def test_a_lora_is_merged_before_weights_are_rounded_to_fp8(make_job, local):
 
 def test_a_product_in_fp8_is_that_of_the_rounded_numbers():
     linear = torch.nn.Linear(64, 32)
-    layer, states = fp8.Fp8Linear(linear), torch.randn(2, 5, 64)
+    layer, states = fp8_linear.Fp8Linear(linear), torch.randn(2, 5, 64)
     rounded = [
         part.float() * scales
         for part, scales in (kernels.quantize_rows(states.flatten(0, 1)), kernels.quantize_rows(linear.weight))
@@ -228,7 +229,7 @@ def test_fp8_attention_says_where_it_is_not_to_be_had(make_job):
 def test_a_gpu_without_fp8_is_refused_in_one_line_and_the_next_job_works(make_job, monkeypatch):
     executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=2)
     expected = executor.sample(job).tensor
-    monkeypatch.setattr(fp8, "missing", lambda device: "fp8 needs a GPU of compute capability 8.9 or newer")
+    monkeypatch.setattr(fp8_linear, "missing", lambda device: "fp8 needs a GPU of compute capability 8.9 or newer")
     with pytest.raises(RequestError, match="fp8 needs a GPU"):
         executor.sample(with_model(job, fp8="linears"))
     assert torch.equal(executor.sample(job).tensor, expected)

@@ -9,7 +9,7 @@ import torch
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.step_cache import LIMIT, StepCache, StepCaches
+from parallel_backend.cogvideox.transformer.step_cache import LIMIT, StepCache, StepCaches
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
 from parallel_backend.plans import Plan

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..cogvideox import lora
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.memory import release, reset_peak, used_bytes
+from ..cogvideox.transformer import lora
 from ..group.preflight import PACK, group_python, without_other_launchers
 from ..jobs import SampleJob, join_fields, split_fields
 from ..plans import Plan

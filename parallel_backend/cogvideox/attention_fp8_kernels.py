@@ -1,4 +1,4 @@
-"""The kernels of :mod:`.attention_fp8` for Hopper GPUs: attention whose two products are both e4m3; imported where Triton is there.
+"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention_fp8` for Hopper GPUs: attention whose two products are both e4m3; imported where Triton is there.
 
 An e4m3 number is its own logarithm but for a curve: bits ``8 * (exponent + 7) + mantissa``, where ``2 ** x`` is about ``8 * x + 56``.
 So probabilities need no exponentials: scores, which the first product gives as two fp16 in a register, become bits of e4m3 in two

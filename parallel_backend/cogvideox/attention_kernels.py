@@ -1,4 +1,4 @@
-"""The kernels of :mod:`.attention` for Hopper GPUs; imported where Triton is there and not before.
+"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention` for Hopper GPUs; imported where Triton is there and not before.
 
 Softmax needs no running maximum as long as sums of ``2 ** score`` are finite and not tiny: in float32 and bf16 that is all of 2^-90
 to 2^100, where scores of normalised heads lie; in fp16 it is less than 2^16, so scores are counted there from the largest to a token's

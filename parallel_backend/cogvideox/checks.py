@@ -4,7 +4,7 @@ from ..errors import RequestError
 from ..jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
 from ..plans import Plan
 from .checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
-from .lora import open_all
+from .transformer.lora import open_all
 from .windows import Layout
 
 TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"

@@ -1,6 +1,6 @@
 """What a block computes between its matrix products and attention, as torch has it.
 
-:mod:`.triton_kernels` has the same for GPUs, each in one pass over memory. Both are handed to :func:`.blocks.forward`.
+:mod:`.triton_kernels` has the same for GPUs, each in one pass over memory. Both are handed to :func:`parallel_backend.cogvideox.transformer.block.forward`.
 """
 
 import os

@@ -12,10 +12,11 @@ import torch
 from ..costs import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
 from ..jobs import Job, SampleJob, WindowJob
 from ..plans import Plan
-from . import fp8 as quantized
-from . import step_cache, vae
+from . import vae
 from .checkpoint import shards
 from .checkpoint.checkpoint import Checkpoint
+from .transformer import fp8_linear as quantized
+from .transformer import step_cache
 from .windows import Layout, forward_size
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"

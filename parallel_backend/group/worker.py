@@ -31,7 +31,8 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     import torch
 
     from .. import machines
-    from ..cogvideox import attention, memory, trials
+    from ..cogvideox import memory, trials
+    from ..cogvideox.transformer import attention
     from ..devices import visible_index
     from ..parallel.groups import GroupSplit
     from ..plans import Plan

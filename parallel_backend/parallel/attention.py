@@ -5,7 +5,7 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from ..cogvideox import attention
+from ..cogvideox.transformer import attention
 from ..devices import BF16_CAPABILITY
 from . import peers
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..cogvideox.checkpoint.shards import Shard
-from ..cogvideox.step_cache import StepCaches
+from ..cogvideox.transformer.step_cache import StepCaches
 from ..costs import SLOW_LINK, Link
 from ..jobs import SampleJob
 from ..plans import Plan

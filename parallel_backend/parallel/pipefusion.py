@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from ..cogvideox import attention, blocks
+from ..cogvideox.transformer import attention
+from ..cogvideox.transformer import block as blocks
 from ..costs import patches
 from .attention import UlyssesAttention
 from .transformer import Chunk
@@ -44,7 +45,7 @@ class Kept:
 
 
 class KeptOfJob:
-    """What is kept for one job, by window; see :class:`parallel_backend.cogvideox.step_cache.StepCaches`.
+    """What is kept for one job, by window; see :class:`parallel_backend.cogvideox.transformer.step_cache.StepCaches`.
 
     Args:
         warmup: see :class:`Kept`.
@@ -88,7 +89,7 @@ class PatchAttention:
         """Where in the sequence the patch lies, padding left out, and the sequence's length."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """See :data:`parallel_backend.cogvideox.attention.Attention`; keys and values may end in padding."""
+        """See :data:`parallel_backend.cogvideox.transformer.attention.Attention`; keys and values may end in padding."""
         size = self.place.stop - self.place.start
         if size == self.tokens:  # nobody else writes to these: they need not be copied
             self.kept[self.block] = key[:, :size], value[:, :size]
@@ -98,7 +99,7 @@ class PatchAttention:
         return self.whole(query, *self.kept[self.block])
 
     def attend_alone(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The same of one rank, as :func:`parallel_backend.cogvideox.attention.alone` has it."""
+        """The same of one rank, as :func:`parallel_backend.cogvideox.transformer.attention.alone` has it."""
         return attention.alone(self.attend, query, key, value)
 
 

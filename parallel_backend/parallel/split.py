@@ -7,7 +7,7 @@ import torch
 
 from ..cogvideox import memory
 from ..cogvideox.checkpoint.shards import WHOLE
-from ..cogvideox.step_cache import StepCaches
+from ..cogvideox.transformer.step_cache import StepCaches
 from ..jobs import SampleJob
 from ..plans import Plan
 from .strips import Strips

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..cogvideox import attention, blocks
-from ..cogvideox.step_cache import StepCache
+from ..cogvideox.transformer import attention, block
+from ..cogvideox.transformer.step_cache import StepCache
 from .attention import CopyingUlyssesAttention, RingAttention, UlyssesAttention
 
 
@@ -83,7 +83,7 @@ class JointSequence:
             self.shared = CopyingUlyssesAttention(group.device_group, device, rank=self.rank, size=self.size, heads=heads)
         elif group:
             self.shared = UlyssesAttention(group.device_group, rank=self.rank, size=self.size)
-        blocks.attach(transformer)
+        block.attach(transformer)
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_pre_hook(self._scatter, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_hook(self._after_first, with_kwargs=True)
@@ -93,7 +93,7 @@ class JointSequence:
     def _begin(self, module, args, kwargs):
         """Measures the sequence and hands on what the blocks need to know of this rank's tokens.
 
-        A forward's ``attention_kwargs`` may have a ``cache``, a :class:`parallel_backend.cogvideox.step_cache.StepCache`.
+        A forward's ``attention_kwargs`` may have a ``cache``, a :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`.
         """
         _, frames, _, height, width = kwargs["hidden_states"].shape
         patch = self.config.patch_size
@@ -110,7 +110,7 @@ class JointSequence:
         return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about | self._attention(kwargs["hidden_states"])}
 
     def _attention(self, latents: torch.Tensor) -> dict[str, Any]:
-        """What a block is to know of attention; see :func:`parallel_backend.cogvideox.blocks.forward`."""
+        """What a block is to know of attention; see :func:`parallel_backend.cogvideox.transformer.block.forward`."""
         whole, scores = attention.for_blocks(latents, self.config.attention_head_dim, fp8=self.fp8_attention)
         if self.ring > 1:  # what travels around is rounded to FP8 where it is attended to
             self.shared.begin(base_two=scores["base_two"], padding=self.chunk.padding)

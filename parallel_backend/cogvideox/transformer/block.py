@@ -9,11 +9,11 @@ from types import MethodType
 
 import torch
 
+from ..kernels import CONDITIONS, Inputs, Plain, keep_kernels
+from ..trials import is_near, once
 from .attention import factors
-from .fp8 import Fp8Linear
-from .kernels import CONDITIONS, Inputs, Plain, keep_kernels
+from .fp8_linear import Fp8Linear
 from .step_cache import StepCache
-from .trials import is_near, once
 
 WORTH_COMPILING = 2**30
 """Bytes of a transformer whose steps are long enough for the seconds that compiling kernels takes."""
@@ -95,7 +95,7 @@ def use(transformer, *, compiled: bool) -> None:
 
 def triton_kernels():
     """Kernels in one pass each; Triton is not everywhere."""
-    from .triton_kernels import Triton
+    from ..triton_kernels import Triton
 
     return Triton()
 

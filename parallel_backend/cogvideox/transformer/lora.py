@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import RequestError
-from ..jobs import Lora
-from .checkpoint import weights
-from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.shards import WHOLE, Shard, held, put
-from .fp8 import Fp8Linear
+from ...errors import RequestError
+from ...jobs import Lora
+from ..checkpoint import weights
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.shards import WHOLE, Shard, held, put
+from .fp8_linear import Fp8Linear
 
 SUFFIXES = (".safetensors", ".sft")
 PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.|lora_unet_+|lora_transformer_)?")
