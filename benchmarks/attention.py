@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from parallel_backend.cogvideox.kernels import LARGEST, keep_kernels, quantize
+from parallel_backend.cogvideox.kernels.block_torch import LARGEST, keep_kernels, quantize
 from parallel_backend.cogvideox.transformer import attention
 from parallel_backend.cogvideox.transformer.attention import Attention
 from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8, in_places

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from .cogvideox import memory, trials, vae, vae_layers
+from .cogvideox import memory, vae, vae_layers
 from .cogvideox.checkpoint import weights
 from .cogvideox.checkpoint.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
+from .cogvideox.kernels import probe
 from .cogvideox.preview import PictureListener, Previews, why_none
 from .cogvideox.stopping import check, stoppable
 from .cogvideox.transformer import attention, block, fp8_linear, lora
@@ -418,7 +419,7 @@ class Engine:
                 fp8_linear.convert(skeleton)
             self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
             if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
-                trials.beside(
+                probe.beside(
                     partial(self._why_not_compiled, checkpoint, dtype),
                     partial(attention.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
                 )

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_backend.cogvideox import kernels
+from parallel_backend.cogvideox.kernels import block_torch
+from parallel_backend.cogvideox.kernels.probe import is_near, once
 from parallel_backend.cogvideox.transformer import attention, attention_fp8
-from parallel_backend.cogvideox.trials import is_near, once
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_heads_in_base_two_and_fp8_are_the_same_heads():
     norm.weight.data, norm.bias.data = weight, bias
 
     def normal(factor: float, *, fp8: bool) -> torch.Tensor:
-        return kernels.Plain().normal_heads(states, norm, None, factor, fp8=fp8, ranks=1)[:, 0].detach()
+        return block_torch.Plain().normal_heads(states, norm, None, factor, fp8=fp8, ranks=1)[:, 0].detach()
 
     plain = normal(1.0, fp8=False)
     assert torch.equal(plain, torch.nn.functional.layer_norm(states, (64,), weight, bias, 1e-6))
@@ -91,7 +91,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
-from parallel_backend.cogvideox import attention_kernels as own
+from parallel_backend.cogvideox.kernels import attention_hopper as own
 
 def tiles(dtype, bits, rows, features):
     layout = NVMMASharedLayout(swizzle_byte_width=features * bits // 8, element_bitwidth=bits, rank=2)
@@ -127,7 +127,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
-from parallel_backend.cogvideox import attention_fp8_kernels as own
+from parallel_backend.cogvideox.kernels import attention_hopper_fp8 as own
 
 def tiles(rows, columns):
     layout = NVMMASharedLayout(swizzle_byte_width=min(columns, 128), element_bitwidth=8, rank=2)
@@ -156,7 +156,7 @@ def test_values_are_rounded_in_the_order_in_which_threads_have_their_probabiliti
 
 TRANSPOSES = """
 import torch
-from parallel_backend.cogvideox import attention_fp8_kernels as own
+from parallel_backend.cogvideox.kernels import attention_hopper_fp8 as own
 
 torch.manual_seed(0)
 batch, tokens, heads, features, keys, rows, steps = 2, 200, 2, 32, 128, 32, 2
@@ -201,7 +201,7 @@ def test_the_careful_kernel_attends_to_what_failed_and_to_nothing_else():
 
 ATTENDS = """
 import torch
-from parallel_backend.cogvideox import attention_kernels as own
+from parallel_backend.cogvideox.kernels import attention_hopper as own
 
 torch.manual_seed(0)
 batch, queries, keys, heads, features, rows = 2, 130, 200, 2, 32, 64

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance, two_steps
-from parallel_backend.cogvideox import kernels, memory, preview
+from parallel_backend.cogvideox import memory, preview
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import attention, attention_fp8, block
 from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8
 from parallel_backend.devices import Devices, several_ranks_a_gpu
@@ -275,7 +276,7 @@ def test_blocks_with_kernels_are_as_near_to_float32_as_others(like, on_gpu, make
 @one_gpu
 @pytest.mark.parametrize("dtype", block.NEAR)
 def test_kernels_are_tried_before_they_are_used(dtype, monkeypatch):
-    class Wrong(kernels.Plain):
+    class Wrong(block_torch.Plain):
         def add(self, states, update, conditions, text):
             return super().add(states, update, conditions, text + 1)
 
@@ -320,7 +321,7 @@ def test_norm_and_rotation_in_one_kernel_are_what_they_are_in_several(shape, dty
     norm = torch.nn.LayerNorm(shape[-1])
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5), torch.nn.init.normal_(norm.bias)
     there, on_gpu = states.to("cuda", dtype), copy.deepcopy(norm).to("cuda", dtype)
-    ours, plain, exact = block.triton_kernels(), kernels.Plain(), copy.deepcopy(on_gpu).cpu().double()
+    ours, plain, exact = block.triton_kernels(), block_torch.Plain(), copy.deepcopy(on_gpu).cpu().double()
     for tables in (None, (angles.cos(), angles.sin())):
         near = tables and tuple(table.cuda() for table in tables)
         expected = plain.normal_heads(there.cpu().double(), exact, tables, 0.18, fp8=False, ranks=1)
@@ -342,7 +343,7 @@ def test_heads_are_laid_out_for_ranks_as_several_copies_would(fp8):
     together = ours.normal_heads(states, norm, None, 1.0, fp8=fp8, ranks=1)[:, 0]
     for ranks in (2, 3):
         found = ours.normal_heads(states, norm, None, 1.0, fp8=fp8, ranks=ranks)
-        assert torch.equal(found.float(), kernels.spread(together, ranks).float())
+        assert torch.equal(found.float(), block_torch.spread(together, ranks).float())
         assert torch.equal(ours.swap(found.flatten(3)).view(together.shape).float(), together.float())
 
 
@@ -354,7 +355,11 @@ def test_tokens_are_added_modulated_and_rounded_in_one_kernel_as_in_several(feat
     states, update = torch.randn(2, 67, features).bfloat16() * 3, torch.randn(2, 67, features).bfloat16()
     first, second = torch.randn(2, 6 * features).bfloat16(), torch.randn(2, 6 * features).bfloat16()
     there = [part.cuda() for part in (states, update, first, second)]
-    ours, plain, exact = block.triton_kernels(), kernels.Plain(), [part.double() for part in (states, update, first, second)]
+    ours, plain, exact = (
+        block.triton_kernels(),
+        block_torch.Plain(),
+        [part.double() for part in (states, update, first, second)],
+    )
     norm_there, layer = copy.deepcopy(norm).cuda(), torch.nn.Identity()
     expected, (seen,) = plain.add_and_modulate(*exact[:3], norm.double(), exact[3], text, fp8=False)
     total, (found,) = ours.add_and_modulate(*there[:3], norm_there, there[3], text, fp8=False)
@@ -365,7 +370,7 @@ def test_tokens_are_added_modulated_and_rounded_in_one_kernel_as_in_several(feat
         (ours.inputs(there[0], fp8=True), exact[0]),
         (ours.gelu(layer, (there[0],), "tanh", fp8=True), gelu),
     ):
-        assert (scales.cpu() - kernels.quantize_rows(right.flatten(0, 1))[1]).abs().max() <= 1e-3 * scales.max()
+        assert (scales.cpu() - block_torch.quantize_rows(right.flatten(0, 1))[1]).abs().max() <= 1e-3 * scales.max()
         assert distance((rows.flatten(0, 1).float() * scales).cpu().double(), right.flatten(0, 1)) < 0.04
 
 

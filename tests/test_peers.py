@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from parallel_backend.cogvideox import kernels
+from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer.attention import attend_torch
 from parallel_backend.parallel import attention, peers
 
@@ -80,7 +80,7 @@ def attend_on(rank: attention.CopyingUlyssesAttention, states: torch.Tensor, pad
     tokens = states.shape[2] // rank.size
     parts = rank.begin(attend_torch, batch=states.shape[1], padding=padding)
     mine = states[:, :, rank.rank * tokens : (rank.rank + 1) * tokens]
-    result = rank.attend(*(kernels.spread(each, parts) for each in mine))
+    result = rank.attend(*(block_torch.spread(each, parts) for each in mine))
     return result.transpose(1, 2).reshape(mine.shape[1:]).clone()
 
 

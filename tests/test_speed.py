@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox import kernels
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import attention, block, fp8_linear
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
@@ -213,7 +213,7 @@ def test_a_product_in_fp8_is_that_of_the_rounded_numbers():
     layer, states = fp8_linear.Fp8Linear(linear), torch.randn(2, 5, 64)
     rounded = [
         part.float() * scales
-        for part, scales in (kernels.quantize_rows(states.flatten(0, 1)), kernels.quantize_rows(linear.weight))
+        for part, scales in (block_torch.quantize_rows(states.flatten(0, 1)), block_torch.quantize_rows(linear.weight))
     ]
     expected = (rounded[0] @ rounded[1].T + linear.bias).unflatten(0, (2, 5))
     assert (layer(states) - expected).abs().max() <= 1e-5

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from parallel_backend.cogvideox import vae, vae_kernels, vae_layers
+from parallel_backend.cogvideox import vae, vae_layers
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.kernels import vae_torch
 from parallel_backend.cogvideox.random_weights import fill, vae_config
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
 from parallel_backend.local import LocalExecutor
@@ -63,7 +64,7 @@ def test_frames_and_latents_equal_those_of_diffusers(size, tiled, last, our_vae,
 
 
 def test_many_frames_are_convolved_in_parts_where_numbers_are_too_many(our_vae, diffusers_vae, monkeypatch):
-    monkeypatch.setattr(vae_kernels, "MOST", 5000)
+    monkeypatch.setattr(vae_torch, "MOST", 5000)
     vae_layers.set_memory_format(our_vae, last=False)
     for module in (our_vae, diffusers_vae):
         vae.set_tiling(module, tiled=False, tile=64, overlap=0)
@@ -83,7 +84,7 @@ def test_rounding_to_bfloat16_is_not_above_that_of_diffusers(diffusers_vae):
 
 def test_moments_lose_nothing_to_a_large_mean():
     states = torch.randn(2, 32, 3, 4, 5, dtype=torch.float64) * 0.1 + 100
-    mean, variance = vae_kernels.Plain().moments(states.float(), None, 8)
+    mean, variance = vae_torch.Plain().moments(states.float(), None, 8)
     grouped = states.float().double().unflatten(1, (8, -1)).flatten(2)
     assert (mean - grouped.mean(2)).abs().max() <= 1e-4
     assert (variance / grouped.var(2, correction=0) - 1).abs().max() <= 1e-3
@@ -126,8 +127,8 @@ def test_layers_may_be_set_in_inference_mode_and_outside(loaded_in_it):
 
 INTERPRETED = """
 import torch
-from parallel_backend.cogvideox import vae_triton
-from parallel_backend.cogvideox.vae_kernels import Plain
+from parallel_backend.cogvideox.kernels import vae_triton
+from parallel_backend.cogvideox.kernels.vae_torch import Plain
 from parallel_backend.cogvideox.vae_layers import use, set_memory_format, triton_kernels
 from tests.test_vae import make_vae, with_vae_of
 

@@ -31,7 +31,8 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     import torch
 
     from .. import machines
-    from ..cogvideox import memory, trials
+    from ..cogvideox import memory
+    from ..cogvideox.kernels import probe
     from ..cogvideox.transformer import attention
     from ..devices import visible_index
     from ..parallel.groups import GroupSplit
@@ -53,7 +54,7 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     if rank == 0:
         remember(link, device)
     if device.type == "cuda":  # xDiT has imported what jobs need, so no two threads are going to import the same
-        trials.beside(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
+        probe.beside(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
     return JobLoop(split, GroupAddress(folder), heart, link)
 
 

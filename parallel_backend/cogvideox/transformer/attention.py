@@ -11,8 +11,8 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from ..kernels import FP8, keep_kernels, quantize
-from ..trials import is_near, once
+from ..kernels.block_torch import FP8, keep_kernels, quantize
+from ..kernels.probe import is_near, once
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
@@ -172,7 +172,7 @@ def attend_anew(query, key, value, result, log_sums, failed: torch.Tensor) -> No
         query, key, value, result, log_sums: of the first kernel, whichever that was.
         failed: rows of each piece, ``[batch * heads * pieces]``.
     """
-    from .. import attention_kernels as own
+    from ..kernels import attention_hopper as own
 
     batch, tokens, heads, features = query.shape
     pieces = pieces_on(query.device)
@@ -185,7 +185,7 @@ def attend_anew(query, key, value, result, log_sums, failed: torch.Tensor) -> No
 
 
 def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by :mod:`parallel_backend.cogvideox.attention_kernels`.
+    """Attention by :mod:`parallel_backend.cogvideox.kernels.attention_hopper`.
 
     Args:
         query, key: in the dtype of ``value`` or e4m3, such that their product is a score in base two: see :func:`factors`.
@@ -195,7 +195,7 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     """
     import triton
 
-    from .. import attention_kernels as own
+    from ..kernels import attention_hopper as own
 
     pieces = pieces_on(query.device)
     if query.dtype == FP8:

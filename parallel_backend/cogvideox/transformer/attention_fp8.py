@@ -1,9 +1,9 @@
-"""Attention whose two products are both e4m3, by :mod:`parallel_backend.cogvideox.attention_fp8_kernels`."""
+"""Attention whose two products are both e4m3, by :mod:`parallel_backend.cogvideox.kernels.attention_hopper_fp8`."""
 
 import torch
 
-from ..kernels import FP8, LARGEST, SMALLEST, keep_kernels
-from ..trials import is_near, once
+from ..kernels.block_torch import FP8, LARGEST, SMALLEST, keep_kernels
+from ..kernels.probe import is_near, once
 from .attention import HEAD_DIM, NEAR, attend_anew, attend_torch, factors, in_fp8, in_tiles, rows_between
 
 ROWS, STEPS = 64, 8
@@ -21,7 +21,7 @@ def in_places(value: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tenso
     """
     import triton
 
-    from ..attention_fp8_kernels import settle_kernel, survey_kernel, transpose_kernel
+    from ..kernels.attention_hopper_fp8 import settle_kernel, survey_kernel, transpose_kernel
 
     batch, tokens, heads, features = value.shape
     tiles, parts = triton.cdiv(tokens, keys), triton.cdiv(tokens, ROWS * STEPS)
@@ -64,7 +64,7 @@ def attend_in_fp8(
     """
     import triton
 
-    from .. import attention_fp8_kernels as kernels
+    from ..kernels import attention_hopper_fp8 as kernels
 
     query = query.contiguous()
     batch, tokens, heads, features = query.shape

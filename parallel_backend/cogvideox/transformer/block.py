@@ -9,8 +9,8 @@ from types import MethodType
 
 import torch
 
-from ..kernels import CONDITIONS, Inputs, Plain, keep_kernels
-from ..trials import is_near, once
+from ..kernels.block_torch import CONDITIONS, Inputs, Plain, keep_kernels
+from ..kernels.probe import is_near, once
 from .attention import factors
 from .fp8_linear import Fp8Linear
 from .step_cache import StepCache
@@ -95,7 +95,7 @@ def use(transformer, *, compiled: bool) -> None:
 
 def triton_kernels():
     """Kernels in one pass each; Triton is not everywhere."""
-    from ..triton_kernels import Triton
+    from ..kernels.block_triton import Triton
 
     return Triton()
 

@@ -10,8 +10,8 @@ import torch
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.shards import BLOCKS, BY_COLUMNS, BY_ROWS, put
-from ..kernels import quantize_rows
-from ..trials import once
+from ..kernels.block_torch import quantize_rows
+from ..kernels.probe import once
 
 LAYERS = (*BY_ROWS, *BY_COLUMNS)
 """Of a block; the small ones stay as they are."""

@@ -21,7 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .attention_kernels import GROUPS, KEYS, LN_2, ROWS, STAGES, largest_near, load, make_barriers
+from .attention_hopper import GROUPS, KEYS, LN_2, ROWS, STAGES, largest_near, load, make_barriers
 
 START, START_IF_RAISED, RAISED = tl.constexpr(2.0), tl.constexpr(4.0), tl.constexpr(7.0)
 """Log of what the largest probability that is known before becomes, where references stay and where they can be raised; and of what the
@@ -232,7 +232,7 @@ def fp8_kernel(
 ):  # fmt: skip
     """Attention in e4m3. A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
-    See :func:`.attention_kernels.optimistic_kernel`; but values are a descriptor of ``[batch * heads * features, tokens]`` as
+    See :func:`.attention_hopper.optimistic_kernel`; but values are a descriptor of ``[batch * heads * features, tokens]`` as
     :func:`transpose_kernel` makes them, with ``scales`` and ``centers`` ``[batch, heads, features]``. ``RAISES`` says whether references
     are raised; rows whose probabilities are too large fail else.
     """

@@ -6,8 +6,8 @@ from functools import wraps
 
 import torch
 
-from ..devices import current
-from ..errors import first_line
+from ...devices import current
+from ...errors import first_line
 
 Trial = Callable[..., str | None]
 """Says why something cannot be done on a device, in one line, or None; may be asked about more than that."""

@@ -127,7 +127,7 @@ def strides(states: torch.Tensor) -> tuple[int, int, int]:
 
 
 def times_of(frames: int, latent_frames: int) -> tuple[int, int]:
-    """For :func:`_made_of`; see :func:`parallel_backend.cogvideox.vae_kernels.frame_indices`."""
+    """For :func:`_made_of`; see :func:`parallel_backend.cogvideox.kernels.vae_torch.frame_indices`."""
     first = frames % 2 if frames > 1 else 0
     return first, (frames - first) // (latent_frames - first)
 
@@ -140,7 +140,7 @@ def channels_last(states: torch.Tensor) -> torch.Tensor:
 
 
 class Triton:
-    """See :class:`parallel_backend.cogvideox.vae_kernels.Plain`. Channels are a power of two, as in CogVideoX's VAE."""
+    """See :class:`parallel_backend.cogvideox.kernels.vae_torch.Plain`. Channels are a power of two, as in CogVideoX's VAE."""
 
     def moments(self, states, bias, groups):
         """A pass for the moments of each channel of some rows; few enough to be taken together by torch."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .kernels import CONDITIONS, FP8, GATE, LARGEST, SCALE, SHIFT, SMALLEST, Inputs
+from .block_torch import CONDITIONS, FP8, GATE, LARGEST, SCALE, SHIFT, SMALLEST, Inputs
 
 WIDE = 4096
 """Features of a token from which on it takes more than a few warps; how many are fastest was tried on an H200 (NOTES)."""
@@ -87,7 +87,7 @@ def swap_kernel(states, result, first, second, WORDS: tl.constexpr, BLOCK: tl.co
 
 
 class Triton:
-    """See :class:`.kernels.Plain`. Layers in FP8 are given what they multiply."""
+    """See :class:`.block_torch.Plain`. Layers in FP8 are given what they multiply."""
 
     def modulate(self, states, norm, conditions, text, *, fp8):
         return self._pass(states, norm=norm, conditions=conditions, text=text, rounds=fp8)[1]

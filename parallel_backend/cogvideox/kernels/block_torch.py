@@ -1,6 +1,6 @@
 """What a block computes between its matrix products and attention, as torch has it.
 
-:mod:`.triton_kernels` has the same for GPUs, each in one pass over memory. Both are handed to :func:`parallel_backend.cogvideox.transformer.block.forward`.
+:mod:`.block_triton` has the same for GPUs, each in one pass over memory. Both are handed to :func:`parallel_backend.cogvideox.transformer.block.forward`.
 """
 
 import os
@@ -8,7 +8,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from ..folders import writable_cache
+from ...folders import writable_cache
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
