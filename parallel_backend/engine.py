@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from .cogvideox import memory, vae, vae_layers
+from .cogvideox import memory
 from .cogvideox.checkpoint import weights
 from .cogvideox.checkpoint.checkpoint import SPATIAL, Checkpoint
 from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
 from .cogvideox.kernels import probe
-from .cogvideox.preview import PictureListener, Previews, why_none
 from .cogvideox.stopping import check, stoppable
 from .cogvideox.transformer import attention, block, fp8_linear, lora
+from .cogvideox.vae import codec, layers
+from .cogvideox.vae.preview import PictureListener, Previews, why_none
 from .cogvideox.windows import advice
 from .devices import current
 from .errors import Cancelled, OutOfMemory, RequestError
@@ -224,7 +225,7 @@ class Engine:
             self._note(why_none(error))
             return None
         module.disable_tiling()
-        vae_layers.use(module, compiled=False)
+        layers.use(module, compiled=False)
         skipped = checkpoint.padding_frames(job.latent.shape[2])
         return Previews(module, scaling=checkpoint.scaling_factor, skipped=skipped, show=show, go_on=go_on)
 
@@ -263,10 +264,14 @@ class Engine:
         return self.split.agree(on_window())[0] if self.together else on_window()
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
-        return self._with_vae(job, checkpoint, dtype, on_window, lambda module, strips: vae.decode(module, job.latent, strips))
+        return self._with_vae(
+            job, checkpoint, dtype, on_window, lambda module, strips: codec.decode(module, job.latent, strips)
+        )
 
     def _encode(self, job: EncodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
-        return self._with_vae(job, checkpoint, dtype, on_window, lambda module, strips: vae.encode(module, job.pixels, strips))
+        return self._with_vae(
+            job, checkpoint, dtype, on_window, lambda module, strips: codec.encode(module, job.pixels, strips)
+        )
 
     def _with_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, on_window: WindowCallback, use) -> Result:
         started = time.perf_counter()
@@ -275,10 +280,10 @@ class Engine:
         if strips is None and self.split.rank != 0:
             return Result(torch.empty(0))
         module = self._vae(checkpoint, dtype)
-        vae_layers.use(module, compiled=self._wants_compiled_vae(job, dtype, shared=self.together))
+        layers.use(module, compiled=self._wants_compiled_vae(job, dtype, shared=self.together))
         loaded = time.perf_counter()
         go_on = partial(self._may_go_on, on_window)
-        with vae_layers.searching(), stoppable(vae.stops(module), go_on, "the VAE was at work"):
+        with layers.searching(), stoppable(codec.stops(module), go_on, "the VAE was at work"):
             tensor = self._alone(job, dtype, module, use) if strips is None else self._in_strips(job, module, strips, use)
         return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
 
@@ -287,7 +292,7 @@ class Engine:
         return self._load("vae", checkpoint, dtype, lambda: checkpoint.load_vae(dtype)).to(self.device)
 
     def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
-        vae.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
+        codec.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
         try:
             with shared(module.layers, strips), memory.one_kind_of_error():
                 return use(module, strips)
@@ -299,13 +304,13 @@ class Engine:
 
     def _alone(self, job: DecodeJob | EncodeJob, dtype, module, use) -> torch.Tensor:
         """Whole where that fits, then in smaller and smaller tiles."""
-        need, free = vae.working_bytes(job, dtype), memory.free_bytes(self.device)
+        need, free = codec.working_bytes(job, dtype), memory.free_bytes(self.device)
         tiled = job.tiling == "on" or (job.tiling == "auto" and need > memory.HEADROOM * free)
         if tiled and job.tiling == "auto":
             self._note(f"VAE in tiles of {job.tile}: whole needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
-        for tile in vae.ways_out(job, tiled=tiled):
+        for tile in codec.ways_out(job, tiled=tiled):
             overlap = min(job.overlap, (tile or job.tile) // 2)
-            vae.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
+            codec.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
             try:
                 with memory.one_kind_of_error():
                     return use(module, None)
@@ -328,7 +333,7 @@ class Engine:
         if strips is None or job.tiling == "on":
             return None
         weights = 0 if "vae" in self._held else checkpoint.weight_bytes("vae", dtype)
-        need = weights + vae.working_bytes(job, dtype) * max(strips.counts) / rows
+        need = weights + codec.working_bytes(job, dtype) * max(strips.counts) / rows
 
         def enough() -> bool:
             return all(self.split.collect(memory.free_bytes(self.device) * memory.HEADROOM >= STRIP_MARGIN * need))
@@ -447,10 +452,10 @@ class Engine:
 
     def _wants_compiled_vae(self, job: DecodeJob | EncodeJob, dtype, *, shared: bool) -> bool:
         """Whether the VAE's layers are to run compiled, the same on all ranks that are in it."""
-        large = self.device.type == "cuda" and vae.working_bytes(job, dtype) >= vae_layers.WORTH_COMPILING
+        large = self.device.type == "cuda" and codec.working_bytes(job, dtype) >= layers.WORTH_COMPILING
         if job.model.compile == "off" or (job.model.compile == "auto" and not large):
             return False
-        reason = vae_layers.why_not_compiled(self.device)
+        reason = layers.why_not_compiled(self.device)
         return self._can_compile("VAE not compiled", self.split.collect(reason) if shared else [reason])
 
     def _can_compile(self, otherwise: str, reasons: list[str | None]) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from .cogvideox import checks
 from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.preview import PictureListener
+from .cogvideox.vae.preview import PictureListener
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from .plans import Plan
 

@@ -11,8 +11,8 @@ import torch
 
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.denoise import denoise
-from .cogvideox.preview import PictureListener
 from .cogvideox.transformer.step_cache import StepCaches
+from .cogvideox.vae.preview import PictureListener
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable
 from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent

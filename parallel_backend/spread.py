@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .cogvideox.preview import PictureListener
+from .cogvideox.vae.preview import PictureListener
 from .errors import Cancelled, GroupFailure
 from .executor import StepListener, StopSignal, steps_of
 from .group.client import GroupExecutor

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel_backend.cogvideox import preview, vae
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
@@ -49,7 +49,7 @@ def test_the_vae_stops_at_the_next_part_of_its_work(kind, checkpoints):
     executor, job, whole = LocalExecutor(CPU), vae_job(kind, checkpoints), Stop()
     expected = executor.run(job, should_stop=whole).tensor
     module, batches, tiles = executor.engine._held["vae"][1], 2, 2 if "tiles" in kind else 1
-    blocks = set(vae.stops(module)) & set((module.decoder if kind.startswith("decode") else module.encoder).modules())
+    blocks = set(codec.stops(module)) & set((module.decoder if kind.startswith("decode") else module.encoder).modules())
     assert blocks and whole.asked == batches * tiles * len(blocks)
     for after in (1, whole.asked // 2 + 1):
         stop = Stop(after)
@@ -61,7 +61,7 @@ def test_the_vae_stops_at_the_next_part_of_its_work(kind, checkpoints):
 
 def test_on_a_gpu_the_vae_asks_at_each_batch_of_frames_lest_the_gpu_waits():
     coders = SimpleNamespace(device=torch.device("cuda", 0), encoder=object(), decoder=object())
-    assert vae.stops(coders) == [coders.encoder, coders.decoder]
+    assert codec.stops(coders) == [coders.encoder, coders.decoder]
 
 
 def test_weights_that_are_read_for_a_cancelled_job_are_left(make_job, local):

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
 
-from parallel_backend.cogvideox import vae
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.denoise import rotary_tables
 from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.cogvideox.vae import codec
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 
 from .comfyui_server import find_comfyui, find_python
@@ -157,7 +157,7 @@ def test_the_core_decodes_our_latents_to_our_frames(count, files, given, core, l
     job = DecodeJob(Model(str(files.folder)), given[same])
     assert difference(local.decode(job).tensor, core[same]) <= 1e-3
     moving = f"latent {count}"
-    assert difference(vae.decode(without(files), given[moving]), core[f"{moving} without norms"]) <= 1e-3
+    assert difference(codec.decode(without(files), given[moving]), core[f"{moving} without norms"]) <= 1e-3
 
 
 @pytest.mark.parametrize("frames", [1, 9, 13, 17])
@@ -169,5 +169,5 @@ def test_our_vae_encode_is_diffusers_at_every_length_and_the_core_s_is_not_at_8k
     reference = AutoencoderKLCogVideoX.from_pretrained(files.folder / "vae")
     expected = reference.encode(pixels.permute(3, 0, 1, 2)[None] * 2 - 1).latent_dist.mode()
     assert difference(ours, expected) <= 1e-5  # rounding: norms are computed in another order than diffusers'
-    found = difference(vae.encode(without(files), pixels), core[f"pixels {frames} without norms"])
+    found = difference(codec.encode(without(files), pixels), core[f"pixels {frames} without norms"])
     assert found > 0.1 if frames in (9, 17) else found <= 1e-3

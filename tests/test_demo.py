@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks.obedience import cases, first_frame, generate, image_cases, kept
-from parallel_backend.cogvideox import vae
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.cogvideox.vae import codec
 from training.drawing import draw
 from training.scenes import Scene, caption, held_out_scenes, random_scene, training_scene, vocabulary
 from training.vae import psnr
@@ -89,7 +89,7 @@ def test_the_demo_is_small_enough_to_ship():
 def test_the_vae_gives_unseen_clips_back(demo):
     module = demo.load_vae(torch.float32)
     clips = draw(held_out_scenes(4, pairs=1))
-    again = torch.cat([vae.decode(module, vae.encode(module, clip)) for clip in clips])
+    again = torch.cat([codec.decode(module, codec.encode(module, clip)) for clip in clips])
     assert psnr(clips, again).mean() >= 30
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance, two_steps
-from parallel_backend.cogvideox import memory, preview
+from parallel_backend.cogvideox import memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import attention, attention_fp8, block
 from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8
+from parallel_backend.cogvideox.vae import preview
 from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, OutOfMemory

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from parallel_backend.cogvideox import memory, vae
+from parallel_backend.cogvideox import memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.vae import codec
 from parallel_backend.engine import STRIP_MARGIN, Engine
 from parallel_backend.jobs import DecodeJob, Lora, Model
 from parallel_backend.local import LocalExecutor
@@ -105,7 +106,7 @@ def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_j
     checkpoint, split = Checkpoint.open(checkpoints["5b"]), TwoRanks(torch.device("cpu"))
     engine, latent = Engine(split), torch.zeros(1, 16, 5, 30, 40)
     job = DecodeJob(Model(str(checkpoint.path)), latent)
-    need = memory.HEADROOM**-1 * STRIP_MARGIN * (vae.working_bytes(job, torch.float32) / 2)
+    need = memory.HEADROOM**-1 * STRIP_MARGIN * (codec.working_bytes(job, torch.float32) / 2)
     weights = memory.HEADROOM**-1 * STRIP_MARGIN * checkpoint.weight_bytes("vae", torch.float32)
     decide = lambda job: engine._strips(job, checkpoint, torch.float32)  # noqa: E731
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(1.001 * (need + weights)))

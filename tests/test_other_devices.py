@@ -8,8 +8,9 @@ import psutil
 import pytest
 import torch
 
-from parallel_backend.cogvideox import denoise, memory, preview, text, vae
+from parallel_backend.cogvideox import denoise, memory, text
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import DecodeJob, Model
 from parallel_backend.local import LocalExecutor
@@ -131,7 +132,7 @@ def test_a_picture_of_a_gpu_that_is_not_cuda_s_is_shown_from_the_cpu(monkeypatch
     ],
 )
 def test_memory_that_runs_out_elsewhere_has_the_vae_go_on_in_tiles_too(words, checkpoints, monkeypatch):
-    decode, tried = vae.decode, []
+    decode, tried = codec.decode, []
 
     def small(module, *inputs):
         tried.append(module.use_tiling)
@@ -139,7 +140,7 @@ def test_memory_that_runs_out_elsewhere_has_the_vae_go_on_in_tiles_too(words, ch
             raise RuntimeError(words)
         return decode(module, *inputs)
 
-    monkeypatch.setattr(vae, "decode", small)
+    monkeypatch.setattr(codec, "decode", small)
     latent = torch.zeros(1, 16, 1, 2, 2)
     result = LocalExecutor(CPU).decode(DecodeJob(Model(str(checkpoints["5b"])), latent))
     assert tried == [False, True] and "ran out of memory" in result.report.notes[0]

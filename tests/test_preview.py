@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from parallel_backend.cogvideox import preview
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.vae import preview
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.jobs import DecodeJob, Model
@@ -115,7 +115,7 @@ def test_the_sampler_shows_them_where_comfyui_is_told_to(in_comfyui):
     shown, _ = in_comfyui("""
 import comfy.utils
 from comfy.cli_args import LatentPreviewMethod, args
-part("parallel_backend.cogvideox.preview").SECONDS = 1e9
+part("parallel_backend.cogvideox.vae.preview").SECONDS = 1e9
 seen = []
 comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
 job, found = sample(), []

@@ -11,7 +11,8 @@ import psutil
 import pytest
 import torch
 
-from parallel_backend.cogvideox import denoise, vae
+from parallel_backend.cogvideox import denoise
+from parallel_backend.cogvideox.vae import codec
 from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, OutOfMemory
 from parallel_backend.group import job_loop
@@ -267,7 +268,7 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_tiles_and_says_so(
         attempts.append(TooSmall(module, fits))
         return attempts[-1]()
 
-    monkeypatch.setattr(vae, "decode", decode)
+    monkeypatch.setattr(codec, "decode", decode)
     result = executor.decode(DecodeJob(job.model, latent, tiling=tiling))
     assert [attempt.tried[0] for attempt in attempts] == tried
     assert len([note for note in result.report.notes if "ran out of memory" in note]) == len(tried) - 1
@@ -280,7 +281,7 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_tiles_and_says_so(
 )
 def test_a_decode_that_fits_in_no_way_says_what_helps(tiling, words, make_job, monkeypatch):
     executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=2)
-    monkeypatch.setattr(vae, "decode", lambda module, *_: TooSmall(module, [])())
+    monkeypatch.setattr(codec, "decode", lambda module, *_: TooSmall(module, [])())
     with pytest.raises(OutOfMemory, match=words):
         executor.decode(DecodeJob(job.model, job.latent, tiling=tiling))
 

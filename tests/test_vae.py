@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from parallel_backend.cogvideox import vae, vae_layers
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import vae_torch
 from parallel_backend.cogvideox.random_weights import fill, vae_config
+from parallel_backend.cogvideox.vae import codec, layers
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
 from parallel_backend.local import LocalExecutor
 
@@ -38,7 +38,7 @@ def diffusers_vae():
 @pytest.fixture(scope="module")
 def our_vae():
     module = make_vae()
-    vae_layers.use(module)
+    layers.use(module)
     return module
 
 
@@ -47,7 +47,7 @@ def with_vae_of(module, frames: int, rows: int, columns: int) -> list[torch.Tens
     generator = torch.Generator().manual_seed(frames)
     latent = torch.randn(1, 16, frames, rows, columns, generator=generator)
     pixels = torch.rand(4 * frames - 3, 8 * rows, 8 * columns, 3, generator=generator)
-    return [vae.decode(module, latent), vae.encode(module, pixels)]
+    return [codec.decode(module, latent), codec.encode(module, pixels)]
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
@@ -55,9 +55,9 @@ def with_vae_of(module, frames: int, rows: int, columns: int) -> list[torch.Tens
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.slow
 def test_frames_and_latents_equal_those_of_diffusers(size, tiled, last, our_vae, diffusers_vae):
-    vae_layers.set_memory_format(our_vae, last=last)
+    layers.set_memory_format(our_vae, last=last)
     for module in (our_vae, diffusers_vae):
-        vae.set_tiling(module, tiled=tiled, tile=32, overlap=8)
+        codec.set_tiling(module, tiled=tiled, tile=32, overlap=8)
     for ours, expected in zip(with_vae_of(our_vae, *size), with_vae_of(diffusers_vae, *size)):
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() <= TOLERANCE
@@ -65,17 +65,17 @@ def test_frames_and_latents_equal_those_of_diffusers(size, tiled, last, our_vae,
 
 def test_many_frames_are_convolved_in_parts_where_numbers_are_too_many(our_vae, diffusers_vae, monkeypatch):
     monkeypatch.setattr(vae_torch, "MOST", 5000)
-    vae_layers.set_memory_format(our_vae, last=False)
+    layers.set_memory_format(our_vae, last=False)
     for module in (our_vae, diffusers_vae):
-        vae.set_tiling(module, tiled=False, tile=64, overlap=0)
+        codec.set_tiling(module, tiled=False, tile=64, overlap=0)
     for ours, expected in zip(with_vae_of(our_vae, 3, 2, 2), with_vae_of(diffusers_vae, 3, 2, 2)):
         assert (ours - expected).abs().max() <= TOLERANCE
 
 
 def test_rounding_to_bfloat16_is_not_above_that_of_diffusers(diffusers_vae):
     ours, theirs = make_vae(torch.bfloat16), make_vae(torch.bfloat16)
-    vae_layers.use(ours)
-    vae.set_tiling(diffusers_vae, tiled=False, tile=64, overlap=0)
+    layers.use(ours)
+    codec.set_tiling(diffusers_vae, tiled=False, tile=64, overlap=0)
     latent = torch.randn(1, 16, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     exact = diffusers_vae.decode(latent).sample.detach()
     distances = [(module.decode(latent.bfloat16()).sample.detach() - exact).norm() / exact.norm() for module in (ours, theirs)]
@@ -105,8 +105,8 @@ def test_a_vae_asked_to_be_compiled_where_it_cannot_says_so(checkpoints):
 def test_a_loaded_vae_is_on_the_way_to_its_layers_unchanged(checkpoints):
     module = Checkpoint.open(checkpoints["5b"]).load_vae(torch.float32)
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
-    vae_layers.use(module)
-    vae_layers.set_memory_format(module, last=True)
+    layers.use(module)
+    layers.set_memory_format(module, last=True)
     after = module.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], weight) for name, weight in before.items())
 
@@ -118,10 +118,10 @@ def test_layers_may_be_set_in_inference_mode_and_outside(loaded_in_it):
         module = make_vae()
     for inside in (True, False, True):
         with torch.inference_mode(inside):
-            vae_layers.use(module)
+            layers.use(module)
             for last in (True, False):
-                vae_layers.set_memory_format(module, last=last)
-                found.append(vae.decode(module, latent))
+                layers.set_memory_format(module, last=last)
+                found.append(codec.decode(module, latent))
     assert all((one - found[0]).abs().max() <= TOLERANCE for one in found)
 
 
@@ -129,7 +129,7 @@ INTERPRETED = """
 import torch
 from parallel_backend.cogvideox.kernels import vae_triton
 from parallel_backend.cogvideox.kernels.vae_torch import Plain
-from parallel_backend.cogvideox.vae_layers import use, set_memory_format, triton_kernels
+from parallel_backend.cogvideox.vae.layers import use, set_memory_format, triton_kernels
 from tests.test_vae import make_vae, with_vae_of
 
 def last(*size):

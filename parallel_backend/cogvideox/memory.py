@@ -12,11 +12,11 @@ import torch
 from ..costs import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
 from ..jobs import Job, SampleJob, WindowJob
 from ..plans import Plan
-from . import vae
 from .checkpoint import shards
 from .checkpoint.checkpoint import Checkpoint
 from .transformer import fp8_linear as quantized
 from .transformer import step_cache
+from .vae import codec
 from .windows import Layout, forward_size
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"
@@ -129,7 +129,7 @@ def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, fp8: bool = False
 def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
     """Estimated bytes that a job needs beside the weights, on each rank of a plan."""
     if not isinstance(job, SampleJob | WindowJob):
-        return vae.working_bytes(job, dtype)
+        return codec.working_bytes(job, dtype)
     batch, frames, height, width = forward_size(job, checkpoint)
     windows = 0 if isinstance(job, WindowJob) else len(Layout.of(job, checkpoint).starts(job.steps_to_run))
     if plan.replicas > 1:

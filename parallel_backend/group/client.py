@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import errors
-from ..cogvideox.preview import PictureListener
+from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..executor import Executor, StepListener, StopSignal, never, silent

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.vae_layers import Layers, Whole
+from ..cogvideox.vae.layers import Layers, Whole
 
 
 class Strips(Whole):

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels.block_torch import keep_kernels
-from .kernels.probe import once
-from .kernels.vae_torch import Plain, convolve
+from ..kernels.block_torch import keep_kernels
+from ..kernels.probe import once
+from ..kernels.vae_torch import Plain, convolve
 
 CHANNELS_LAST = True
 """Whether a GPU's numbers lie with a pixel's channels together: so cuDNN's 16-bit convolutions read them, and the kernels."""
@@ -174,7 +174,7 @@ class Layers:
 
 def triton_kernels():
     """Kernels in one pass each; Triton is not everywhere."""
-    from .kernels.vae_triton import Triton
+    from ..kernels.vae_triton import Triton
 
     return Triton()
 

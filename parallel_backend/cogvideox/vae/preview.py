@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..errors import Cancelled, first_line
-from .stopping import GoOn, stoppable
-from .vae import brightness, stops
+from ...errors import Cancelled, first_line
+from ..stopping import GoOn, stoppable
+from .codec import brightness, stops
 
 SECONDS = 1.0
 """At most one picture in so long."""

@@ -1,0 +1,1 @@
+"""The VAE: encoding, decoding and previews."""
