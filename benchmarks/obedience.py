@@ -15,7 +15,7 @@ import torch
 
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.executor import Executor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor

@@ -17,7 +17,7 @@ from parallel_backend.backend import open_executor
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.costs import patches
 from parallel_backend.devices import Devices
 from parallel_backend.executor import Executor

@@ -15,10 +15,9 @@ from comfy.cli_args import args as settings
 from PIL import Image
 
 from ..parallel_backend.backend import AS_ASKED, Keeper, resolve
-from ..parallel_backend.cogvideox import checks
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from ..parallel_backend.cogvideox.memory import working_bytes
-from ..parallel_backend.cogvideox.work import work_of, work_of_job
+from ..parallel_backend.cogvideox.offload import working_bytes
+from ..parallel_backend.cogvideox.pipeline import validation
 from ..parallel_backend.costs import HEADROOM
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
@@ -27,6 +26,7 @@ from ..parallel_backend.jobs import DecodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
 from ..parallel_backend.pieces import has_windows_to_share, windows_of
 from ..parallel_backend.plans import AUTO, Plan
+from ..parallel_backend.workload import work_of, work_of_job
 from . import lines
 from .memory import HeldWeights
 from .model_folders import find_lora, find_model, lora_files, model_names  # noqa: F401 - nodes ask the host for these
@@ -104,7 +104,7 @@ def run(job: Job, backend=None, node_id: str | None = None, device: torch.device
         InterruptProcessingException: ComfyUI's own, when the person cancelled.
     """
     checkpoint = Checkpoint.open(job.model.path)
-    checks.check(checkpoint, job)
+    validation.check(checkpoint, job)
     try:
         executor = executor_for(backend, checkpoint, job, node_id) if backend else local(device)
         return run_on(executor, job, node_id)
@@ -157,7 +157,7 @@ def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None)
     spread = samples and not job.model.step_cache  # with which a batch is not quite its videos made apart
     wants |= {"jobs": windows, "pieces": "windows" if windows > 1 else "videos", "spread": spread, "layers": checkpoint.layers}
     plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, **wants)
-    checks.check_plan(checkpoint, plan, job)
+    validation.check_plan(checkpoint, plan, job)
     if plan.world_size == 1:
         report_plan(plan, devices, reason, node_id)
         return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)

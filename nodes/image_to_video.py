@@ -4,8 +4,8 @@ import logging
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox import checks, conditions
-from ..parallel_backend.cogvideox.image import cover
+from ..parallel_backend.cogvideox.pipeline import conditions, validation
+from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
 from . import host
 from .base import CogVideoXNode
@@ -75,7 +75,7 @@ class CogVideoXImageToVideo(CogVideoXNode):
             return io.NodeOutput(positive, negative, latent)
         checkpoint = vae.checkpoint if isinstance(vae, VaeHandle) else None
         if end_image is not None and checkpoint:
-            checks.check_end_image(checkpoint)
+            validation.check_end_image(checkpoint)
         if end_image is None and (checkpoint is None or checkpoint.task != "inpaint"):
             image = vae.encode(cover(start_image[:1], width=width, height=height))
             return io.NodeOutput(*with_values(positive, negative, {CONCAT: image, IMAGE_SCALE: image_scale}), latent)

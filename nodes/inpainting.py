@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox import conditions
+from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode
 from .conditioning import with_values

@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
-from ..parallel_backend.cogvideox.text import WORKING_BYTES, TextEncoder, find_place
+from ..parallel_backend.cogvideox.pipeline.text import WORKING_BYTES, TextEncoder, find_place
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
 from ..parallel_backend.pictures import checked_latent, checked_pictures

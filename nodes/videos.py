@@ -5,9 +5,9 @@ import logging
 import torch
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox import conditions
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import TEMPORAL, whole_frames
-from ..parallel_backend.cogvideox.image import cover
+from ..parallel_backend.cogvideox.pipeline import conditions
+from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.jobs import check_size
 from . import host
 from .conditioning import CONCAT, CONCAT_MASK, size_inputs

@@ -15,10 +15,9 @@ import torch
 
 from . import inputs, machines, pieces, video
 from .backend import open_executor, resolve, share_of
-from .cogvideox import checks
 from .cogvideox.checkpoint import bundled
 from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.work import work_of, work_of_job
+from .cogvideox.pipeline import validation
 from .costs import Machine, Prediction
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
@@ -47,6 +46,7 @@ from .outputs import Video, videos_of
 from .planner import approximations, choose, predictions
 from .plans import AUTO, Plan
 from .prompts import encode_prompts
+from .workload import work_of, work_of_job
 from .writer import Writer
 
 
@@ -154,13 +154,13 @@ def generate(args: Namespace) -> int:
     blank = checkpoint.blank_text()
     blanks = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in given}
     job = SampleJob(model, blank, negative=blank, **{"latent": latent, **blanks}, **settings)
-    checks.check(checkpoint, job)  # before anything is loaded to fill the blanks
+    validation.check(checkpoint, job)  # before anything is loaded to fill the blanks
     wants = {"heads": checkpoint.heads, "layers": checkpoint.layers, "guided": args.cfg > 1, "offload": args.offload}
     wants["jobs"] = len(wanted)
     if len(wanted) == 1 and pieces.has_windows_to_share(job):
         wants |= {"jobs": pieces.windows_of(job), "pieces": "windows"}
     plan, devices, reason = resolve(args.plan, args.devices, **wants, work=partial(work_of_job, job, checkpoint))
-    checks.check_plan(checkpoint, plan, job)
+    validation.check_plan(checkpoint, plan, job)
 
     quiet_libraries()
     print(f"{checkpoint.describe}\nplan {plan} on {devices}: {reason}", file=sys.stderr)

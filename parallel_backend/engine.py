@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from .cogvideox import memory
+from .cogvideox import offload as memory
 from .cogvideox.checkpoint import weights
 from .cogvideox.checkpoint.checkpoint import SPATIAL, Checkpoint
-from .cogvideox.denoise import StepCallback, WindowCallback, denoise, predict_window
 from .cogvideox.kernels import probe
+from .cogvideox.pipeline.denoise import StepCallback, WindowCallback, denoise, predict_window
+from .cogvideox.pipeline.windows import advice
 from .cogvideox.stopping import check, stoppable
 from .cogvideox.transformer import attention, block, fp8_linear, lora
 from .cogvideox.vae import codec, layers
 from .cogvideox.vae.preview import PictureListener, Previews, why_none
-from .cogvideox.windows import advice
 from .devices import current
 from .errors import Cancelled, OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
@@ -84,7 +84,7 @@ class Engine:
 
         Args:
             job: checked against its checkpoint by the caller.
-            on_step, on_window: see :func:`parallel_backend.cogvideox.denoise.denoise`.
+            on_step, on_window: see :func:`parallel_backend.cogvideox.pipeline.denoise.denoise`.
             on_picture: called with previews where a job asks for them, on rank 0.
         Returns:
             The job's tensor, on the CPU, and the report of this rank.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .cogvideox import checks
 from .cogvideox.checkpoint.checkpoint import Checkpoint
+from .cogvideox.pipeline import validation
 from .cogvideox.vae.preview import PictureListener
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from .plans import Plan
@@ -120,8 +120,8 @@ class Executor(ABC):
     def check(self, job: Job) -> None:
         """Raises RequestError when the checkpoint or the plan cannot do the job."""
         checkpoint = Checkpoint.open(job.model.path)
-        checks.check(checkpoint, job)
-        checks.check_plan(checkpoint, self.plan, job)
+        validation.check(checkpoint, job)
+        validation.check_plan(checkpoint, self.plan, job)
 
     def run(
         self,

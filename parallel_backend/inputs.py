@@ -7,9 +7,9 @@ from itertools import islice
 import torch
 
 from .cogvideox.checkpoint.checkpoint import Checkpoint, whole_frames
-from .cogvideox.checks import check_end_image
-from .cogvideox.conditions import between_images, fit_mask, latent_mask, shown, shows_nothing
-from .cogvideox.image import cover
+from .cogvideox.pipeline.conditions import between_images, fit_mask, latent_mask, shown, shows_nothing
+from .cogvideox.pipeline.image import cover
+from .cogvideox.pipeline.validation import check_end_image
 from .errors import RequestError
 from .jobs import check_size
 from .reading import frames_per_second, pictures

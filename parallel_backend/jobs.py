@@ -2,7 +2,7 @@
 
 Tensors are in ComfyUI's layouts: latents ``[batch, channels, latent frames, height/8, width/8]``, unscaled
 VAE latents; images ``[frames, height, width, 3]`` in 0..1. What a request means for one checkpoint
-(channels, text tokens) is checked by :func:`parallel_backend.cogvideox.checks.check`.
+(channels, text tokens) is checked by :func:`parallel_backend.cogvideox.pipeline.validation.check`.
 """
 
 from bisect import bisect_right

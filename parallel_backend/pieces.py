@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import torch
 
 from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.windows import Layout
+from .cogvideox.pipeline.windows import Layout
 from .jobs import DecodeJob, EncodeJob, Job, SampleJob
 
 

@@ -7,9 +7,9 @@ from threading import Event
 
 import torch
 
-from .cogvideox import memory
+from .cogvideox import offload
 from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.text import TextEncoder, find_place
+from .cogvideox.pipeline.text import TextEncoder, find_place
 from .errors import first_line
 from .executor import Executor
 from .jobs import Report, SampleJob
@@ -50,8 +50,8 @@ def encode_prompts(
 def beside(job: SampleJob, checkpoint: Checkpoint, executor: Executor) -> int:
     """Bytes that a rank needs for a job, the VAE, which stays there too, counted in."""
     plan, dtype = executor.plan.replica, checkpoint.dtype(job.model.dtype, executor.torch_devices[0])
-    transformer = memory.transformer_bytes(checkpoint, plan, dtype, fp8=job.model.fp8 != "off")
-    return transformer + memory.working_bytes(job, checkpoint, plan, dtype) + checkpoint.weight_bytes("vae", dtype)
+    transformer = offload.transformer_bytes(checkpoint, plan, dtype, fp8=job.model.fp8 != "off")
+    return transformer + offload.working_bytes(job, checkpoint, plan, dtype) + checkpoint.weight_bytes("vae", dtype)
 
 
 def report_of(loaded: Future) -> Report:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.denoise import denoise
+from .cogvideox.pipeline.denoise import denoise
 from .cogvideox.transformer.step_cache import StepCaches
 from .cogvideox.vae.preview import PictureListener
 from .devices import Devices

@@ -42,7 +42,7 @@ for line in sys.stdin:
 
 NODES = """
 Node, Sampler = part("nodes.image_to_video").CogVideoXImageToVideo, part("nodes.sampling").CogVideoXSampler
-sockets, image = part("nodes.sockets"), part("parallel_backend.cogvideox.image")
+sockets, image = part("nodes.sockets"), part("parallel_backend.cogvideox.pipeline.image")
 from comfy_api.latest import io
 def prepared(node):
     return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from parallel_backend.__main__ import main
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.random_weights import LIKES, build
-from parallel_backend.cogvideox.text import TextEncoder
 from parallel_backend.devices import Devices
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.registry import GroupAddress

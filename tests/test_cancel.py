@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled

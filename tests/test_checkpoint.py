@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from parallel_backend.cogvideox import checks
 from parallel_backend.cogvideox.checkpoint import checkpoint, weights
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.random_weights import parse
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DTYPES, DecodeJob, Model
@@ -131,7 +131,7 @@ def test_a_model_given_what_it_cannot_take_says_which_can(like, changes, setting
     folder = shutil.copytree(checkpoints[like], tmp_path / "model")
     configure(folder, **changes)
     with pytest.raises(RequestError, match=words) as error:
-        checks.check(Checkpoint.open(folder), make_job(like, **{"size": (96, 64, 9), **settings}))
+        validation.check(Checkpoint.open(folder), make_job(like, **{"size": (96, 64, 9), **settings}))
     assert "\n" not in str(error.value)
 
 
@@ -249,7 +249,7 @@ def test_conditioning_of_another_model_is_named(make_job, checkpoints, text, wor
     job = make_job("5b")
     wrong = type(job)(job.model, torch.ones(text), job.latent, job.negative)
     with pytest.raises(RequestError, match=words):
-        checks.check(Checkpoint.open(checkpoints["5b"]), wrong)
+        validation.check(Checkpoint.open(checkpoints["5b"]), wrong)
 
 
 def test_a_latent_of_another_model_is_named(checkpoints):
@@ -259,7 +259,7 @@ def test_a_latent_of_another_model_is_named(checkpoints):
 
 def test_cogvideox_1_5_refuses_sizes_past_its_positions(make_job, checkpoints):
     with pytest.raises(RequestError, match="positions up to 96x64"):
-        checks.check(Checkpoint.open(checkpoints["1.5-5b"]), make_job("1.5-5b", size=(112, 64, 9)))
+        validation.check(Checkpoint.open(checkpoints["1.5-5b"]), make_job("1.5-5b", size=(112, 64, 9)))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from .comfy_runtime import NODES, SHOWN
 
 MORE = """
 Control, Inpaint = part("nodes.control_to_video").CogVideoXControlToVideo, part("nodes.inpainting").CogVideoXInpaint
-VideoToVideo, conditions = part("nodes.video_to_video").CogVideoXVideoToVideo, part("parallel_backend.cogvideox.conditions")
+VideoToVideo, conditions = part("nodes.video_to_video").CogVideoXVideoToVideo, part("parallel_backend.cogvideox.pipeline.conditions")
 clip = torch.rand(11, 40, 100, 3, generator=torch.Generator().manual_seed(5))
 covered = image.cover(clip[:9], width=48, height=32)
 size = {"width": 48, "height": 32, "length": 9, "batch_size": 1}

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXDPMScheduler, CogVideoXFunControlPipeline, CogVideoXPipeline
 
-from parallel_backend.cogvideox import conditions
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline import conditions
 from parallel_backend.jobs import EncodeJob, Model
 
 from .conftest import TOLERANCE

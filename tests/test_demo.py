@@ -8,7 +8,7 @@ import torch
 from benchmarks.obedience import cases, first_frame, generate, image_cases, kept
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.text import TextEncoder
+from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.vae import codec
 from training.drawing import draw
 from training.scenes import Scene, caption, held_out_scenes, random_scene, training_scene, vocabulary

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance, two_steps
-from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox import offload as memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import attention, attention_fp8, block

@@ -9,9 +9,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from parallel_backend.cogvideox import checks
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.image import cover
+from parallel_backend.cogvideox.pipeline import validation
+from parallel_backend.cogvideox.pipeline.image import cover
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import EncodeJob, Model
 
@@ -127,7 +127,7 @@ def test_a_video_that_cogvideox_1_5_would_have_to_pad_is_refused_by_diffusers_an
         reference(pipelines["1.5-5b"], size=(80, 48, 9), scheduler="dpm", video=pictures(9, width=80, height=48), strength=0.6)
     job = make_job("1.5-5b", latent=torch.ones(1, 16, 3, 6, 10), denoise=0.6)
     with pytest.raises(RequestError, match="needs a multiple of 2 latent frames and the video has 3: use 13 frames"):
-        checks.check(Checkpoint.open(checkpoints["1.5-5b"]), job)
+        validation.check(Checkpoint.open(checkpoints["1.5-5b"]), job)
 
 
 @pytest.mark.parametrize("rows, columns", [(64, 96), (128, 192), (64, 200), (300, 96), (31, 47), (1, 1), (1000, 7)])

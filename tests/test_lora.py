@@ -10,9 +10,9 @@ import torch
 from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 
-from parallel_backend.cogvideox import checks
 from parallel_backend.cogvideox.checkpoint import weights
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.transformer import lora
 from parallel_backend.cogvideox.transformer.lora import LoraFile
 from parallel_backend.errors import RequestError
@@ -282,7 +282,7 @@ def test_a_lora_that_is_for_something_else_is_refused_in_one_line(names, words, 
     file = write(tmp_path / "other.safetensors", {name: torch.ones(6, 6) for name in names})
     job = make_job("5b", model=Model(str(checkpoints["5b"]), loras=(Lora(file, 0.0),)))
     with pytest.raises(RequestError, match=words) as error:
-        checks.check(Checkpoint.open(checkpoints["5b"]), job)
+        validation.check(Checkpoint.open(checkpoints["5b"]), job)
     assert "\n" not in str(error.value) and "other.safetensors" in str(error.value)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.engine import STRIP_MARGIN, Engine
@@ -25,7 +25,7 @@ ONE_RANK = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox import offload as memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
@@ -60,16 +60,16 @@ def test_auto_is_chosen_for_each_job_through_the_same_weights(make_job, checkpoi
     small, large = make_job("5b", steps=2), make_job("5b", size=(240, 160, 17), steps=2)
     checkpoint, dtype = Checkpoint.open(checkpoints["5b"]), torch.float32
     room = {part: checkpoint.weight_bytes(part, dtype) for part in ("transformer", "vae")}
-    room["work"] = memory.working_bytes(small, checkpoint, Plan(), dtype)
+    room["work"] = offload.working_bytes(small, checkpoint, Plan(), dtype)
     executor = LocalExecutor(torch.device("cpu"))
     engine = executor.engine
     size = 0
 
     def free_bytes(device) -> int:
         """What is free on a GPU of ``size`` bytes."""
-        return size - sum(memory.bytes_on(device, module) for _, module in engine._held.values())
+        return size - sum(offload.bytes_on(device, module) for _, module in engine._held.values())
 
-    monkeypatch.setattr(memory, "free_bytes", free_bytes)
+    monkeypatch.setattr(offload, "free_bytes", free_bytes)
     expected = {id(job): local.sample(job).tensor for job in (small, large)}
     whole, beside_no_vae = sum(room.values()), room["transformer"] + room["work"]
     cases = [  # job, room for it, mode, loads, words of the notes
@@ -82,7 +82,7 @@ def test_auto_is_chosen_for_each_job_through_the_same_weights(make_job, checkpoi
         (small, whole, "none", 3, ["was 'model'"]),
     ]
     for job, allowed, mode, loads, words in cases:
-        size = int(allowed / memory.HEADROOM) + 1000
+        size = int(allowed / offload.HEADROOM) + 1000
         result = executor.sample(job)
         assert torch.equal(result.tensor, expected[id(job)])
         assert (engine._offload, engine.loads) == (mode, loads)
@@ -106,16 +106,16 @@ def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_j
     checkpoint, split = Checkpoint.open(checkpoints["5b"]), TwoRanks(torch.device("cpu"))
     engine, latent = Engine(split), torch.zeros(1, 16, 5, 30, 40)
     job = DecodeJob(Model(str(checkpoint.path)), latent)
-    need = memory.HEADROOM**-1 * STRIP_MARGIN * (codec.working_bytes(job, torch.float32) / 2)
-    weights = memory.HEADROOM**-1 * STRIP_MARGIN * checkpoint.weight_bytes("vae", torch.float32)
+    need = offload.HEADROOM**-1 * STRIP_MARGIN * (codec.working_bytes(job, torch.float32) / 2)
+    weights = offload.HEADROOM**-1 * STRIP_MARGIN * checkpoint.weight_bytes("vae", torch.float32)
     decide = lambda job: engine._strips(job, checkpoint, torch.float32)  # noqa: E731
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(1.001 * (need + weights)))
+    monkeypatch.setattr(offload, "free_bytes", lambda device: int(1.001 * (need + weights)))
     assert decide(job).counts == [15, 15] and not engine._notes
     assert decide(replace(job, tiling="on")) is None and not engine._notes
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(0.999 * (need + weights)))
+    monkeypatch.setattr(offload, "free_bytes", lambda device: int(0.999 * (need + weights)))
     assert decide(job) is None
     assert engine._notes == ["rank 0 works the VAE alone: a strip on each rank does not fit"]
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**50)
+    monkeypatch.setattr(offload, "free_bytes", lambda device: 2**50)
     split.other_agrees = False
     assert decide(job) is None
 

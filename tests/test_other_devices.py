@@ -8,8 +8,9 @@ import psutil
 import pytest
 import torch
 
-from parallel_backend.cogvideox import denoise, memory, text
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline import denoise, text
 from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import DecodeJob, Model
@@ -41,35 +42,35 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize("available, free", [(100, 18 + 2), (10, 10 + 2), (1, 1 + 2)])
 def test_a_mac_s_gpu_has_what_macos_lets_it_have_and_the_machine_has_left(available, free, gpus, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available * GIB))
-    assert memory.free_bytes(MPS) == free * GIB
-    assert memory.used_bytes(MPS) == 6 * GIB
+    assert offload.free_bytes(MPS) == free * GIB
+    assert offload.used_bytes(MPS) == 6 * GIB
 
 
 def test_an_intel_gpu_is_asked_as_nvidia_s_are(gpus):
-    assert memory.free_bytes(XPU) == (8 + 5 - 3) * GIB
-    assert memory.used_bytes(XPU) == 7 * GIB
+    assert offload.free_bytes(XPU) == (8 + 5 - 3) * GIB
+    assert offload.used_bytes(XPU) == 7 * GIB
 
 
 @pytest.mark.parametrize("device", [MPS, XPU], ids=str)
 def test_every_gpu_is_waited_for_and_gives_back_what_it_holds_unused(device, gpus):
-    split, api = Split(device), memory.api_of(device)
+    split, api = Split(device), offload.api_of(device)
     split.synchronize()
-    memory.release(device)
-    memory.reset_peak(device)
+    offload.release(device)
+    offload.reset_peak(device)
     assert {(api, "synchronize"), (api, "empty_cache")} <= set(gpus)
     assert ((api, "reset_peak_memory_stats") in gpus) == (device == XPU)
 
 
 def test_a_gpu_of_a_kind_that_says_nothing_works_without():
     unknown = torch.device("privateuseone", 0)
-    assert memory.free_bytes(unknown) == memory.free_bytes(CPU) == 2**62
-    assert memory.used_bytes(unknown) > 0
-    for do in (memory.synchronize, memory.release, memory.reset_peak):
+    assert offload.free_bytes(unknown) == offload.free_bytes(CPU) == 2**62
+    assert offload.used_bytes(unknown) > 0
+    for do in (offload.synchronize, offload.release, offload.reset_peak):
         do(unknown)
 
 
 def test_weights_stay_on_a_mac_s_gpu_which_shares_the_cpu_s_memory(make_job, gpus, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(offload, "free_bytes", lambda device: 0)
     job = make_job("5b")
     checkpoint, engine = Checkpoint.open(job.model.path), Engine(Split(MPS))
     assert engine._choose_offload(job, checkpoint, torch.float32) == "none"
@@ -78,7 +79,7 @@ def test_weights_stay_on_a_mac_s_gpu_which_shares_the_cpu_s_memory(make_job, gpu
 @pytest.mark.parametrize("device, streams", [(MPS, False), (XPU, True), (torch.device("cuda", 0), True)], ids=str)
 def test_weights_come_block_by_block_in_a_stream_where_diffusers_has_one(device, streams):
     asked = {}
-    memory.place(SimpleNamespace(enable_group_offload=lambda **settings: asked.update(settings)), "group", device)
+    offload.place(SimpleNamespace(enable_group_offload=lambda **settings: asked.update(settings)), "group", device)
     assert asked["use_stream"] is streams and asked["onload_device"] == device
 
 
@@ -147,7 +148,7 @@ def test_memory_that_runs_out_elsewhere_has_the_vae_go_on_in_tiles_too(words, ch
 
 
 def test_an_error_that_is_not_of_memory_stays_what_it_is():
-    with pytest.raises(RuntimeError, match="shapes"), memory.one_kind_of_error():
+    with pytest.raises(RuntimeError, match="shapes"), offload.one_kind_of_error():
         raise RuntimeError("shapes differ")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.windows import Layout
+from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
 from parallel_backend.parallel.transformer import Chunk
 from parallel_backend.plans import Plan

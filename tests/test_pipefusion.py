@@ -8,7 +8,7 @@ import torch
 
 from parallel_backend.__main__ import main
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS
 from parallel_backend.cogvideox.random_weights import build
@@ -175,7 +175,7 @@ def test_what_is_kept_is_what_was_planned_and_goes_with_the_job(late, deep, make
         engine = Engine(Patched(2))
         engine.run(job)
         checkpoint = Checkpoint.open(job.model.path)
-        less, more = (memory.working_bytes(job, checkpoint, plan, torch.float32) for plan in (Plan(), Plan(pipefusion=4)))
+        less, more = (offload.working_bytes(job, checkpoint, plan, torch.float32) for plan in (Plan(), Plan(pipefusion=4)))
         share = -(-checkpoint.layers // 4) / checkpoint.layers
         kept = seen.pop()
         assert sum(window.nbytes for window in kept) * share == pytest.approx(more - less, rel=1e-6)

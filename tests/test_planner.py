@@ -26,8 +26,7 @@ from parallel_backend import calibration, machines
 from parallel_backend.backend import machine_of, resolve
 from parallel_backend.bench.table import operations, text_states
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.memory import transformer_bytes, working_bytes
-from parallel_backend.cogvideox.work import work_of, work_of_job
+from parallel_backend.cogvideox.offload import transformer_bytes, working_bytes
 from parallel_backend.costs import CPU, Link, predict, weight_bytes
 from parallel_backend.costs import working_bytes as planned_bytes
 from parallel_backend.devices import Devices
@@ -36,6 +35,7 @@ from parallel_backend.group.worker import remember
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.planner import approximations, assumed, choose, predictions
 from parallel_backend.plans import Plan
+from parallel_backend.workload import work_of, work_of_job
 
 H100, GIB = machines.KNOWN["H100"], 2**30
 PCIE, L40 = replace(H100, link=machines.LINKS["pcie"]), machines.KNOWN["L40"]

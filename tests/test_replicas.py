@@ -12,7 +12,7 @@ import torch
 from parallel_backend import devices as devices_module
 from parallel_backend import paces
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.windows import Layout
+from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.devices import Devices, visible_index
 from parallel_backend.errors import Cancelled, GroupLost, GroupUnavailable, RequestError
 from parallel_backend.group.client import GroupExecutor

@@ -10,7 +10,7 @@ import torch
 
 from parallel_backend.backend import resolve
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS, Shard
 from parallel_backend.cogvideox.transformer import fp8_linear
@@ -83,7 +83,7 @@ def test_plans_that_split_weights_equal_single_and_hold_their_part(size, jobs, s
                 assert distance(found, exact[id(job)]) < 1.5 * rounded and distance(found, expected) < 1.5 * rounded, plan
             checkpoint = Checkpoint.open(job.model.path)
             whole, part = (
-                memory.transformer_bytes(checkpoint, of, torch.float32, fp8=job.model.fp8 != "off")
+                offload.transformer_bytes(checkpoint, of, torch.float32, fp8=job.model.fp8 != "off")
                 for of in (Plan(), Plan.parse(plan))
             )
             assert part < 0.9 * whole
@@ -136,7 +136,7 @@ def test_the_estimate_of_weights_is_what_is_loaded(mode, bytes_saved, checkpoint
     checkpoint = Checkpoint.open(checkpoints["1.5-5b"])
     prepare = fp8_linear.convert if bytes_saved else lambda skeleton: None
     loaded = checkpoint.load_transformer(torch.bfloat16, prepare=prepare)
-    assert sum(weight.nbytes for weight in loaded.parameters()) == memory.transformer_bytes(
+    assert sum(weight.nbytes for weight in loaded.parameters()) == offload.transformer_bytes(
         checkpoint, Plan(), torch.bfloat16, fp8=mode != "off"
     )
 
@@ -146,12 +146,12 @@ def test_splitting_frees_room_and_gathering_takes_some_back(jobs):
     checkpoint = Checkpoint.open(job.model.path)
 
     def working(plan: str) -> int:
-        return memory.working_bytes(job, checkpoint, Plan.parse(plan), torch.float32)
+        return offload.working_bytes(job, checkpoint, Plan.parse(plan), torch.float32)
 
-    block = memory.block_bytes(checkpoint, Plan(), torch.float32) // checkpoint.layers
-    assert working("cfg2-fsdp2") - working("cfg2") == pytest.approx(memory.GATHERED * block, abs=10)
+    block = offload.block_bytes(checkpoint, Plan(), torch.float32) // checkpoint.layers
+    assert working("cfg2-fsdp2") - working("cfg2") == pytest.approx(offload.GATHERED * block, abs=10)
     assert working("single") > working("tensor2") > working("tensor4") > working("single") / 2
     settings = {"weights": 2**30, "others": 0, "layers": 42, "free": 2**30, "in_parts": False}
-    assert memory.choose_offload("auto", working=2**20, **{**settings, "free": 2**31}) == ("none", None)
-    mode, note = memory.choose_offload("auto", working=2**20, **settings)
+    assert offload.choose_offload("auto", working=2**20, **{**settings, "free": 2**31}) == ("none", None)
+    mode, note = offload.choose_offload("auto", working=2**20, **settings)
     assert mode == "model" and "more fsdp helps" in note

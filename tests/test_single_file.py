@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.__main__ import main
-from parallel_backend.cogvideox import checks
 from parallel_backend.cogvideox.checkpoint import single_file
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 
@@ -198,7 +198,7 @@ def test_text_and_vae_come_from_the_loaders_of_the_core(files, local):
     checkpoint, model = Checkpoint.open(files["5b"]["core"]), Model(str(files["5b"]["core"]))
     for job in (DecodeJob(model, torch.zeros(1, 16, 1, 2, 2)), EncodeJob(model, torch.zeros(1, 16, 16, 3))):
         with pytest.raises(RequestError, match="has no VAE; use the core's VAELoader"):
-            checks.check(checkpoint, job)
+            validation.check(checkpoint, job)
     with pytest.raises(RequestError, match="has no text encoder; use the core's CLIPLoader .type cogvideox."):
         checkpoint.check_text()
     assert checkpoint.weight_bytes("vae", torch.float32) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parallel_backend.bench.table import distance
-from parallel_backend.cogvideox import memory
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.transformer.step_cache import LIMIT, StepCache, StepCaches
 from parallel_backend.errors import RequestError
@@ -105,7 +105,7 @@ def test_the_caches_of_all_windows_are_planned_for(schedule, job, local, monkeyp
     long = replace(job, latent=empty_latent(width=64, height=48, frames=25), windows=Windows(17, 12, schedule))
     asked, checkpoint = cached(long, 0.15), Checkpoint.open(job.model.path)
     local.sample(asked)
-    less, more = (memory.working_bytes(each, checkpoint, Plan(), torch.float32) for each in (long, asked))
+    less, more = (offload.working_bytes(each, checkpoint, Plan(), torch.float32) for each in (long, asked))
     kept = [[part.nbytes for part in vars(cache).values() if torch.is_tensor(part) and part.ndim == 3] for cache in seen]
     assert len(seen) == {"static": 2, "uniform": 3}[schedule]
     assert max(sum(map(sum, kept)), len(kept) * max(map(sum, kept))) == pytest.approx(more - less, rel=1e-6)

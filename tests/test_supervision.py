@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from parallel_backend.cogvideox import denoise
+from parallel_backend.cogvideox.pipeline import denoise
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, OutOfMemory

@@ -8,11 +8,12 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
-from parallel_backend.cogvideox import memory, prompt_weights
-from parallel_backend.cogvideox import text as text_module
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint import checkpoint
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.text import CPU, TextEncoder, find_place
+from parallel_backend.cogvideox.pipeline import prompt_weights
+from parallel_backend.cogvideox.pipeline import text as text_module
+from parallel_backend.cogvideox.pipeline.text import CPU, TextEncoder, find_place
 from parallel_backend.errors import GroupError, RequestError
 from parallel_backend.local import LocalExecutor
 from parallel_backend.prompts import encode_prompts
@@ -130,7 +131,7 @@ def roomy(checkpoints, monkeypatch):
     monkeypatch.setattr(Checkpoint, "native_dtype", "bf16")
 
     def place(*free: float, ram: float = 100, beside: float | None = 12, dtype: str = "auto"):
-        monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.index] * 2**30)
+        monkeypatch.setattr(offload, "free_bytes", lambda device: free[device.index] * 2**30)
         monkeypatch.setattr(text_module, "usable_memory", lambda: ram * 2**30)
         devices = [torch.device("cuda", index) for index in range(len(free))] or [CPU] * 2
         return find_place(found, devices, dtype, beside=beside and int(beside * 2**30))

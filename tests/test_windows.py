@@ -5,9 +5,10 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from parallel_backend.__main__ import main
-from parallel_backend.cogvideox import checks, memory
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.windows import Layout
+from parallel_backend.cogvideox.pipeline import validation
+from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.jobs import DecodeJob, Windows, empty_latent
 from parallel_backend.plans import Plan
@@ -176,7 +177,7 @@ def test_every_window_sees_the_first_one_s_noise_in_its_own_order():
 def test_memory_is_that_of_one_window(make_job, checkpoints):
     def working(like, frames, windows=None):
         job = make_job(like, size=(96, 64, frames), windows=windows)
-        return memory.working_bytes(job, Checkpoint.open(checkpoints[like]), Plan(), torch.float32)
+        return offload.working_bytes(job, Checkpoint.open(checkpoints[like]), Plan(), torch.float32)
 
     for like in ("5b", "1.5-5b"):
         assert working(like, 97, Windows(17, 8)) == working(like, 17) < working(like, 97)
@@ -224,10 +225,10 @@ def test_windows_that_make_no_sense_are_refused_in_one_line(values, words):
 def test_what_a_model_cannot_do_in_windows_is_refused_and_done_whole(like, settings, words, make_job, checkpoints):
     checkpoint = Checkpoint.open(checkpoints[like])
     with pytest.raises(RequestError, match=words) as error:
-        checks.check(checkpoint, make_job(like, **settings))
+        validation.check(checkpoint, make_job(like, **settings))
     assert "\n" not in str(error.value)
     short = {**settings, "latent": empty_latent(width=96, height=64, frames=13)}
-    checks.check(checkpoint, make_job(like, **short))
+    validation.check(checkpoint, make_job(like, **short))
 
 
 @pytest.mark.parametrize(

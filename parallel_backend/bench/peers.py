@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.memory import release, reset_peak, used_bytes
+from ..cogvideox.offload import release, reset_peak, used_bytes
 from ..cogvideox.transformer import lora
 from ..group.preflight import PACK, group_python, without_other_launchers
 from ..jobs import SampleJob, join_fields, split_fields

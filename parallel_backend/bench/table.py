@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..backend import open_executor, resolve
-from ..cogvideox import checks
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.work import work_of_job
+from ..cogvideox.pipeline import validation
 from ..commands import model_of, quiet_libraries, show, size_of
 from ..devices import Devices
 from ..errors import RequestError
@@ -24,6 +23,7 @@ from ..executor import Executor
 from ..files import check_writable, whole_file
 from ..jobs import DecodeJob, Model, Progress, SampleJob, empty_latent
 from ..local import LocalExecutor
+from ..workload import work_of_job
 from . import peers
 
 COLUMNS = (
@@ -114,7 +114,7 @@ def run(args: Namespace) -> int:
         scheduler=args.scheduler,
         pipefusion_warmup=args.pipefusion_warmup,
     )
-    checks.check(checkpoint, job)
+    validation.check(checkpoint, job)
     device = Devices.parse(args.devices).first
     peak, work = measured_peak(device), operations(checkpoint, job)
     about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {args.cfg}"

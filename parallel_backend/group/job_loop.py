@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from ..cogvideox import checks
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.pipeline import validation
 from ..config import CONFIG
 from ..costs import Link
 from ..engine import Engine
@@ -223,7 +223,7 @@ class JobLoop:
         job, refused, files = join_fields(message.kind, message.plain, message.tensors), None, None
         try:
             checkpoint = Checkpoint.open(job.model.path)
-            checks.check(checkpoint, job)
+            validation.check(checkpoint, job)
             files = HOST and checkpoint.likeness()
         except RequestError as error:
             refused = error

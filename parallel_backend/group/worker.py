@@ -31,7 +31,7 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     import torch
 
     from .. import machines
-    from ..cogvideox import memory
+    from ..cogvideox import offload
     from ..cogvideox.kernels import probe
     from ..cogvideox.transformer import attention
     from ..devices import visible_index
@@ -43,7 +43,7 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
     if machines.MEMORY_GIB and device.type == "cuda":
-        memory.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
+        offload.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
     heart.beat("joining the group", START_SECONDS)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank)
     heart.beat(

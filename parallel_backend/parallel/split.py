@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..cogvideox import memory
+from ..cogvideox import offload
 from ..cogvideox.checkpoint.shards import WHOLE
 from ..cogvideox.transformer.step_cache import StepCaches
 from ..jobs import SampleJob
@@ -28,7 +28,7 @@ class Split:
 
     def __init__(self, device: torch.device):
         self.device = device
-        api = memory.api_of(device)
+        api = offload.api_of(device)
         if hasattr(api, "init"):
             api.init()  # memory statistics are refused before
 
@@ -80,4 +80,4 @@ class Split:
 
     def synchronize(self) -> None:
         """Waits until the device has done what was asked of it."""
-        memory.synchronize(self.device)
+        offload.synchronize(self.device)

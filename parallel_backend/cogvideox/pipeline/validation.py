@@ -1,10 +1,10 @@
 """What a checkpoint cannot do, said in one line before anything is loaded."""
 
-from ..errors import RequestError
-from ..jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
-from ..plans import Plan
-from .checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
-from .transformer.lora import open_all
+from ...errors import RequestError
+from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
+from ...plans import Plan
+from ..checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from ..transformer.lora import open_all
 from .windows import Layout
 
 TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..errors import RequestError
-from ..jobs import SampleJob
-from .checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from ...errors import RequestError
+from ...jobs import SampleJob
+from ..checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from .image import cover
 
 COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
@@ -35,7 +35,7 @@ Condition = Callable[[float], torch.Tensor | None]
 
 
 def make(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> Condition:
-    """The condition of a job that :func:`parallel_backend.cogvideox.checks.check` has passed.
+    """The condition of a job that :func:`parallel_backend.cogvideox.pipeline.validation.check` has passed.
 
     Args:
         job: with what its checkpoint takes.

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from einops import rearrange
 
-from ..errors import Cancelled, NotFinite
-from ..jobs import Progress, SampleJob, WindowJob
+from ...errors import Cancelled, NotFinite
+from ...jobs import Progress, SampleJob, WindowJob
+from ..checkpoint.checkpoint import Checkpoint
 from . import conditions
-from .checkpoint.checkpoint import Checkpoint
 from .conditions import COMFYUI_TO_DIFFUSERS
 from .windows import Layout
 

@@ -14,10 +14,10 @@ from ..jobs import Job, SampleJob, WindowJob
 from ..plans import Plan
 from .checkpoint import shards
 from .checkpoint.checkpoint import Checkpoint
+from .pipeline.windows import Layout, forward_size
 from .transformer import fp8_linear as quantized
 from .transformer import step_cache
 from .vae import codec
-from .windows import Layout, forward_size
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"
 """What torch says of a Mac's GPU, and of the CPU."""

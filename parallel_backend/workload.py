@@ -2,11 +2,11 @@
 
 import torch
 
-from ..costs import Work
-from ..jobs import SampleJob
-from .checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
-from .memory import block_parts
-from .windows import forward_size
+from .cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from .cogvideox.offload import block_parts
+from .cogvideox.pipeline.windows import forward_size
+from .costs import Work
+from .jobs import SampleJob
 
 
 def work_of(

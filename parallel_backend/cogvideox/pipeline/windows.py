@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..jobs import SampleJob, WindowJob
-from .checkpoint.checkpoint import TEMPORAL, Checkpoint
+from ...jobs import SampleJob, WindowJob
+from ..checkpoint.checkpoint import TEMPORAL, Checkpoint
 
 GOLDEN_RATIO = 0.618034
 """The fractions of its multiples spread evenly, however many are taken."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..costs import HEADROOM
-from ..limits import usable_memory
-from . import memory, prompt_weights
-from .checkpoint import weights
-from .checkpoint.checkpoint import Checkpoint
-from .stopping import GoOn, always, check
+from ...costs import HEADROOM
+from ...limits import usable_memory
+from .. import offload
+from ..checkpoint import weights
+from ..checkpoint.checkpoint import Checkpoint
+from ..stopping import GoOn, always, check
+from . import prompt_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: s
     def needs(device: torch.device) -> int:
         return checkpoint.weight_bytes("text_encoder", checkpoint.dtype(dtype, device)) + WORKING_BYTES
 
-    room = {device: int(memory.free_bytes(device) * HEADROOM) for device in devices if device.type != "cpu"}
+    room = {device: int(offload.free_bytes(device) * HEADROOM) for device in devices if device.type != "cpu"}
     if room:
         device = max(room, key=room.get)
         need, found = needs(device), checkpoint.dtype(dtype, device)
@@ -147,7 +148,7 @@ class TextEncoder:
         token_ids, token_weights = zip(*self.weigh(prompt))
         return self.encode([list(token_ids)], [list(token_weights)])
 
-    @memory.one_kind_of_error()
+    @offload.one_kind_of_error()
     def _encode(self, token_ids: list[list[int]], token_weights: list[list[float]] | None) -> torch.Tensor:
         self._encoder.to(self.device)
         states = self._encoder(torch.tensor(token_ids, device=self.device))[0]
@@ -185,4 +186,4 @@ class TextEncoder:
         """Moves the weights back to the CPU."""
         if self._encoder is not None:
             self._encoder.to("cpu")
-            memory.release(self.device)  # a group on the same GPU must see it as free
+            offload.release(self.device)  # a group on the same GPU must see it as free

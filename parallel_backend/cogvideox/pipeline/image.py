@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..errors import RequestError
+from ...errors import RequestError
 
 MOST_LOST = 256
 """How many times a picture may be larger than the size that it is cropped to: each pixel takes memory first."""
