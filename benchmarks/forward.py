@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import FP8S
-from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.rank import Split
 
 from .group import job_of
 

@@ -19,7 +19,7 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import Model, SampleJob
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 
 PLANS = ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2")
 STARTS = (("compiled", "on"), ("compiled again", "on"), ("torch's own", "off"))

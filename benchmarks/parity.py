@@ -20,7 +20,7 @@ from parallel_backend.executor import Executor
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 
 EIGHT = (
     "ulysses4-ring2", "ring8", "cfg2-ulysses4", "cfg2-ulysses2-ring2", "tensor4-ring2", "cfg2-tensor2-ulysses2", "cfg2-ulysses4-fsdp8",

@@ -23,7 +23,7 @@ from parallel_backend.devices import Devices
 from parallel_backend.executor import Executor
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 from tests.measures import Verdict, judge
 from training.scenes import Scene
 

@@ -21,7 +21,7 @@ from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.jobs import Model, SampleJob
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 from parallel_backend.replicas import ReplicasExecutor
 
 TIMES = 3

@@ -27,7 +27,7 @@ from parallel_backend.group import protocol, pulse
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent, split_fields
 from parallel_backend.local import LocalExecutor
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 
 MOMENTS = ("starting", "loading", "first step", "middle step", "last step", "decoding", "idle")
 STEPS = 30

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import SampleJob
-from ..parallel_backend.plans import AUTO, Plan
+from ..parallel_backend.plan import AUTO, Plan
 from . import host
 from .base import CogVideoXNode
 from .sockets import CATEGORY, BackendHandle, BackendSocket

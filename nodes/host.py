@@ -25,7 +25,7 @@ from ..parallel_backend.executor import Executor
 from ..parallel_backend.jobs import DecodeJob, Job, Report, Result, SampleJob
 from ..parallel_backend.local import LocalExecutor
 from ..parallel_backend.pieces import has_windows_to_share, windows_of
-from ..parallel_backend.plans import AUTO, Plan
+from ..parallel_backend.plan import AUTO, Plan
 from ..parallel_backend.workload import work_of, work_of_job
 from . import lines
 from .memory import HeldWeights

@@ -6,7 +6,7 @@ from functools import partial
 from comfy_api.latest import io
 
 from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
-from ..parallel_backend.plans import AUTO
+from ..parallel_backend.plan import AUTO
 from . import host
 from .base import CogVideoXNode
 from .conditioning import conditions_of, text_fields

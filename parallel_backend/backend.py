@@ -16,8 +16,8 @@ from .executor import Executor
 from .group.client import GroupExecutor
 from .group.registry import running, shared
 from .local import LocalExecutor
+from .plan import AUTO, IN_PARTS, Plan
 from .planner import choose
-from .plans import AUTO, IN_PARTS, Plan
 from .replicas import ReplicasExecutor
 
 logger = logging.getLogger(__name__)

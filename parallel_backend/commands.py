@@ -43,8 +43,8 @@ from .jobs import (
     two_thirds,
 )
 from .outputs import Video, videos_of
+from .plan import AUTO, Plan
 from .planner import approximations, choose, predictions
-from .plans import AUTO, Plan
 from .prompts import encode_prompts
 from .workload import work_of, work_of_job
 from .writer import Writer

@@ -22,9 +22,9 @@ from .cogvideox.vae.preview import PictureListener, Previews, why_none
 from .devices import current
 from .errors import Cancelled, OutOfMemory, RequestError
 from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
-from .parallel.split import Split
-from .parallel.strips import Strips, shared
-from .plans import IN_PARTS
+from .parallel.rank import Split
+from .parallel.vae_rows import Strips, shared
+from .plan import IN_PARTS
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from .engine import Engine
 from .executor import Executor
 from .jobs import Progress, Result
-from .parallel.split import Split
+from .parallel.rank import Split
 
 
 class LocalExecutor(Executor):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .costs import CPU, Machine, Prediction, Work, predict
-from .plans import Plan
+from .plan import Plan
 
 TIE = 0.02
 """Share by which a plan must be faster than one that sends less: predictions are not better than that."""

@@ -18,9 +18,9 @@ from .errors import GroupFailure, GroupUnavailable
 from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
 from .group.client import GroupExecutor
 from .jobs import Job, Progress, Report, Result, SampleJob, WindowJob
-from .parallel.split import Split
+from .parallel.rank import Split
 from .pieces import cut, has_windows_to_share, join
-from .plans import Plan
+from .plan import Plan
 from .spread import Made, Pool, Spread
 
 

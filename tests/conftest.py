@@ -28,7 +28,7 @@ from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.registry import GroupAddress
 from parallel_backend.jobs import Lora, Model, SampleJob, empty_latent
 from parallel_backend.local import LocalExecutor
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 
 from . import core_files
 from .comfy_runtime import NODES, ComfyRuntime

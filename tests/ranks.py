@@ -13,8 +13,8 @@ import torch
 from parallel_backend.engine import Engine
 from parallel_backend.group.protocol import decode
 from parallel_backend.jobs import join_fields
-from parallel_backend.parallel.groups import GroupSplit
-from parallel_backend.plans import Plan
+from parallel_backend.parallel.group_rank import GroupSplit
+from parallel_backend.plan import Plan
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
 from parallel_backend.local import LocalExecutor
-from parallel_backend.parallel.groups import GroupSplit
-from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.group_rank import GroupSplit
+from parallel_backend.parallel.rank import Split
 
 CPU = torch.device("cpu")
 KINDS = ["decode", "decode in tiles", "encode", "encode in tiles"]

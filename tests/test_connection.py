@@ -19,7 +19,7 @@ from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.jobs import DecodeJob
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 
 from .conftest import TOLERANCE, rank_processes, wait_until
 

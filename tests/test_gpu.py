@@ -23,8 +23,8 @@ from parallel_backend.errors import Cancelled, OutOfMemory
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob
 from parallel_backend.local import LocalExecutor
-from parallel_backend.parallel.split import Split
-from parallel_backend.plans import Plan
+from parallel_backend.parallel.rank import Split
+from parallel_backend.plan import Plan
 
 from .conftest import TOLERANCE
 from .test_cancel import KINDS as VAE_KINDS

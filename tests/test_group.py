@@ -28,8 +28,8 @@ from parallel_backend.group.ownership import OwnerWatch, is_held
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, Windows
-from parallel_backend.parallel.groups import slow_link
-from parallel_backend.plans import Plan
+from parallel_backend.parallel.group_rank import slow_link
+from parallel_backend.plan import Plan
 
 from .conftest import REPO, TOLERANCE, wait_until, workers
 from .test_cancel import KINDS as VAE_KINDS
@@ -303,7 +303,7 @@ def command_line(pid: int) -> str:
 def test_the_group_goes_when_its_owner_is_killed():
     code = (
         "from parallel_backend.group.client import GroupExecutor\n"
-        "from parallel_backend.plans import Plan; from parallel_backend.devices import Devices\n"
+        "from parallel_backend.plan import Plan; from parallel_backend.devices import Devices\n"
         "group = GroupExecutor(Plan(cfg=2), Devices('cpu', (0, 1))); group.start(); group.status()\n"
         "print(group.address.folder, flush=True)\nimport os, time\n"
         "if os.fork() == 0: os.close(1), os.setsid(), time.sleep(60), os._exit(0)\n"  # it inherits every pipe and lock, and stays

@@ -64,7 +64,7 @@ show(asked=asked, parts=parts, work=host.working_bytes(sample(cfg=1.0), checkpoi
 def test_what_is_loaded_is_counted_by_part_and_nothing_after_a_failure(in_comfyui):
     shown, _ = in_comfyui("""
 class Nobody:
-    plan = part("parallel_backend.plans").Plan()
+    plan = part("parallel_backend.plan").Plan()
     freed = 0
     def free(self):
         self.freed += 1
@@ -136,7 +136,7 @@ def test_a_group_counts_against_the_gpu_of_comfyui_only_where_it_uses_it(in_comf
     shown, _ = in_comfyui("""
 torch.cuda.device_count = lambda: 4
 host.management.get_torch_device = lambda: torch.device("cuda", 1)
-Group, Plan = part("parallel_backend.group.client").GroupExecutor, part("parallel_backend.plans").Plan
+Group, Plan = part("parallel_backend.group.client").GroupExecutor, part("parallel_backend.plan").Plan
 def counted(devices):
     devices = host.Devices.parse(devices)
     return str(host.counted_on(Group(Plan(ring=devices.count), devices)))

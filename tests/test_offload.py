@@ -15,9 +15,9 @@ from parallel_backend.cogvideox.vae import codec
 from parallel_backend.engine import STRIP_MARGIN, Engine
 from parallel_backend.jobs import DecodeJob, Lora, Model
 from parallel_backend.local import LocalExecutor
-from parallel_backend.parallel.split import Split
-from parallel_backend.parallel.strips import Strips
-from parallel_backend.plans import Plan
+from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.vae_rows import Strips
+from parallel_backend.plan import Plan
 
 from .conftest import REPO
 
@@ -29,8 +29,8 @@ from parallel_backend.cogvideox import offload as memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
-from parallel_backend.parallel.groups import GroupSplit
-from parallel_backend.plans import Plan
+from parallel_backend.parallel.group_rank import GroupSplit
+from parallel_backend.plan import Plan
 signal.alarm(100)
 path, folder = sys.argv[1:]
 rank, checkpoint = int(os.environ["RANK"]), Checkpoint.open(path)

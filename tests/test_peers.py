@@ -14,7 +14,7 @@ import torch
 
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer.attention import attend_torch
-from parallel_backend.parallel import attention, peers
+from parallel_backend.parallel import attention, symmetric_memory
 
 WAIT = 60
 
@@ -40,11 +40,11 @@ class Hub:
             (sender, receiver, flag): queue.Queue()  # on a GPU the side stream waits until one was seen, and not the program
             for sender in range(size)
             for receiver in range(size)
-            for flag in range(2 * peers.FLAGS)
+            for flag in range(2 * symmetric_memory.FLAGS)
         }
 
 
-class ThreadInbox(peers.Inbox):
+class ThreadInbox(symmetric_memory.Inbox):
     """An inbox whose group is a pair of hub and rank."""
 
     def __init__(self, group, device, *, nbytes):
@@ -65,7 +65,7 @@ class ThreadInbox(peers.Inbox):
 
 @pytest.fixture
 def threads_for_ranks(monkeypatch):
-    monkeypatch.setattr(peers, "Inbox", ThreadInbox)
+    monkeypatch.setattr(symmetric_memory, "Inbox", ThreadInbox)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -120,12 +120,15 @@ def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):
 
 
 def test_tensors_lie_one_after_the_other_where_copies_are_fast():
-    layout = peers.Layout((((3, 5), torch.bfloat16), ((2,), torch.float8_e4m3fn), ((300,), torch.float32)))
+    layout = symmetric_memory.Layout((((3, 5), torch.bfloat16), ((2,), torch.float8_e4m3fn), ((300,), torch.float32)))
     room = torch.zeros(layout.nbytes, dtype=torch.uint8)
     views = layout.views(room)
     assert [(view.shape, view.dtype) for view in views] == [(torch.Size(shape), dtype) for shape, dtype in layout.parts]
     starts = [view.data_ptr() - room.data_ptr() for view in views]
-    assert starts == [0, peers.ALIGNMENT, 2 * peers.ALIGNMENT] and layout.nbytes == 2 * peers.ALIGNMENT + 1280
+    assert (
+        starts == [0, symmetric_memory.ALIGNMENT, 2 * symmetric_memory.ALIGNMENT]
+        and layout.nbytes == 2 * symmetric_memory.ALIGNMENT + 1280
+    )
 
 
 class Deaf(ThreadInbox):
@@ -138,10 +141,10 @@ class Deaf(ThreadInbox):
 
 @pytest.mark.parametrize("kind, words", [(ThreadInbox, None), (Deaf, "does not arrive")])
 def test_it_is_tried_whether_what_is_written_arrives(kind, words, threads_for_ranks, monkeypatch):
-    monkeypatch.setattr(peers, "Inbox", kind)
+    monkeypatch.setattr(symmetric_memory, "Inbox", kind)
     hub = Hub(3)
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda rank: peers.trial((hub, rank), torch.device("cpu")), range(3)))
+        found = list(pool.map(lambda rank: symmetric_memory.trial((hub, rank), torch.device("cpu")), range(3)))
     assert all(reason is None if words is None else words in reason for reason in found)
 
 
@@ -149,9 +152,11 @@ def test_what_is_in_the_way_of_copies_is_named(monkeypatch):
     def reason(device, places):
         members = range(len(places))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(peers.dist, "get_process_group_ranks", lambda group: list(members))
+            patch.setattr(symmetric_memory.dist, "get_process_group_ranks", lambda group: list(members))
             patch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: abs(one - other) == 1)
-            return peers.why_not(None, device, lambda value: places if isinstance(value, tuple) else [value] * len(places))
+            return symmetric_memory.why_not(
+                None, device, lambda value: places if isinstance(value, tuple) else [value] * len(places)
+            )
 
     gpu = torch.device("cuda", 0)
     assert "no copy engines" in reason(torch.device("cpu"), [("a", None), ("a", None)])

@@ -22,9 +22,9 @@ from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
 from parallel_backend.machines import KNOWN
 from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
-from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.rank import Split
+from parallel_backend.plan import Plan
 from parallel_backend.planner import approximations, assumed, choose
-from parallel_backend.plans import Plan
 
 from .conftest import TOLERANCE, MadeWhenAsked, demo_job, workers
 from .test_sharding import run_plans

@@ -33,8 +33,8 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.group.worker import remember
 from parallel_backend.jobs import Model, SampleJob, empty_latent
+from parallel_backend.plan import Plan
 from parallel_backend.planner import approximations, assumed, choose, predictions
-from parallel_backend.plans import Plan
 from parallel_backend.workload import work_of, work_of_job
 
 H100, GIB = machines.KNOWN["H100"], 2**30

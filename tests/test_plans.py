@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from parallel_backend.errors import RequestError
+from parallel_backend.plan import Plan
 from parallel_backend.planner import candidates, choose
-from parallel_backend.plans import Plan
 
 from .conftest import REPO
 

@@ -11,7 +11,7 @@ from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.jobs import DecodeJob, Model
 from parallel_backend.local import LocalExecutor
-from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.rank import Split
 
 from .conftest import TOLERANCE
 

@@ -19,7 +19,7 @@ from parallel_backend.group.client import GroupExecutor
 from parallel_backend.jobs import DecodeJob, Model, Result, SampleJob, Windows, join_fields, split_fields
 from parallel_backend.paces import Paces
 from parallel_backend.pieces import cut
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 from parallel_backend.replicas import ReplicasExecutor
 from parallel_backend.spread import Pool, Spread
 

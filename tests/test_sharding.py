@@ -19,7 +19,7 @@ from parallel_backend.errors import RequestError
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.protocol import Message, encode
 from parallel_backend.jobs import split_fields
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 
 from .conftest import REPO, TOLERANCE
 

@@ -16,7 +16,7 @@ from parallel_backend.cogvideox.transformer import attention, block, fp8_linear
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.local import LocalExecutor
-from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.rank import Split
 
 from .conftest import REPO
 
@@ -105,7 +105,7 @@ from parallel_backend.cogvideox.transformer import block as blocks
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
-from parallel_backend.parallel.split import Split
+from parallel_backend.parallel.rank import Split
 
 blocks.why_not_compiled = lambda *about: None
 torch.manual_seed(0)

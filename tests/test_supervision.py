@@ -22,7 +22,7 @@ from parallel_backend.group.protocol import Message
 from parallel_backend.group.supervisor import HangDetector
 from parallel_backend.jobs import DecodeJob, Progress, split_fields
 from parallel_backend.local import LocalExecutor
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 
 from .conftest import TOLERANCE, is_alive, rank_processes, wait_until, workers
 

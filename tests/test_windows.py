@@ -11,7 +11,7 @@ from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.jobs import DecodeJob, Windows, empty_latent
-from parallel_backend.plans import Plan
+from parallel_backend.plan import Plan
 
 from .conftest import NEGATIVE, PROMPT, TOLERANCE
 from .diffusers_reference import SCHEDULERS

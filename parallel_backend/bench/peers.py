@@ -20,7 +20,7 @@ from ..cogvideox.offload import release, reset_peak, used_bytes
 from ..cogvideox.transformer import lora
 from ..group.preflight import PACK, group_python, without_other_launchers
 from ..jobs import SampleJob, join_fields, split_fields
-from ..plans import Plan
+from ..plan import Plan
 
 XDIT = ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2", "ulysses4", "cfg2-ulysses4", "ulysses8")
 """Plans that xDiT's own CogVideoX pipeline knows, for up to eight devices."""

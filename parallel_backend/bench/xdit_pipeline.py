@@ -9,7 +9,7 @@ import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel import xdit
-from ..plans import Plan
+from ..plan import Plan
 from .peers import load_job, pipeline_of, timed
 
 

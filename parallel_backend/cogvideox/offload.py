@@ -11,7 +11,7 @@ import torch
 
 from ..costs import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
 from ..jobs import Job, SampleJob, WindowJob
-from ..plans import Plan
+from ..plan import Plan
 from .checkpoint import shards
 from .checkpoint.checkpoint import Checkpoint
 from .pipeline.windows import Layout, forward_size

@@ -17,7 +17,7 @@ from ..devices import Devices
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..executor import Executor, StepListener, StopSignal, never, silent
 from ..jobs import Job, Progress, Report, Result, SampleJob, split_fields
-from ..plans import Plan
+from ..plan import Plan
 from . import failures, protocol
 from .connection import POLL_SECONDS, Broken, Stalled, connect, talking
 from .exit_cause import ExitCause

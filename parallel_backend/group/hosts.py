@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import RequestError
-from ..plans import AUTO
+from ..plan import AUTO
 
 PACKAGE = Path(__file__).resolve().parents[1]
 

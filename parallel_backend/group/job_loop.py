@@ -16,7 +16,7 @@ from ..costs import Link
 from ..engine import Engine
 from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result, join_fields, split_fields
-from ..parallel.groups import GroupSplit, slow_link
+from ..parallel.group_rank import GroupSplit, slow_link
 from .heartbeat import HeartbeatWriter
 from .protocol import Message, decode, encode
 from .registry import GroupAddress

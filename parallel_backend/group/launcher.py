@@ -13,7 +13,7 @@ from typing import Any
 
 from ..devices import Devices
 from ..errors import GroupUnavailable
-from ..plans import Plan
+from ..plan import Plan
 from .exit_cause import ExitCause, how_it_ended
 from .muster import Meeting, Muster
 from .preflight import check_possible, environment, group_python, loopback

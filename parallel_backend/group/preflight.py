@@ -11,7 +11,7 @@ import psutil
 
 from ..devices import Devices
 from ..errors import GroupUnavailable, RequestError
-from ..plans import Plan
+from ..plan import Plan
 
 PACK = Path(__file__).resolve().parents[2]
 """The folder that holds ``parallel_backend``."""

@@ -35,8 +35,8 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     from ..cogvideox.kernels import probe
     from ..cogvideox.transformer import attention
     from ..devices import visible_index
-    from ..parallel.groups import GroupSplit
-    from ..plans import Plan
+    from ..parallel.group_rank import GroupSplit
+    from ..plan import Plan
     from .job_loop import MEET_SECONDS, JobLoop
     from .registry import GroupAddress
 

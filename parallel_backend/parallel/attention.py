@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ..cogvideox.transformer import attention
 from ..devices import BF16_CAPABILITY
-from . import peers
+from . import symmetric_memory
 
 ARRIVALS, RESULTS = 0, 1
 """Kinds of flags: for queries, keys and values, and for what became of them."""
@@ -98,8 +98,8 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.pieces = 1
         # Kernels set the flags. With priority they come before what an attention, which has all processors, still has to begin.
         self.side = torch.cuda.Stream(device, priority=-1)
-        self.inbox: peers.Inbox | None = None
-        self.layout: peers.Layout | None = None
+        self.inbox: symmetric_memory.Inbox | None = None
+        self.layout: symmetric_memory.Layout | None = None
         self.rooms: list[list[torch.Tensor]] = []
         """Queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``, for each rank."""
 
@@ -154,12 +154,12 @@ class CopyingUlyssesAttention(UlyssesAttention):
         """Has room for one block's tensors on every rank. Blocks of a model ask for the same, so it is made once for a size."""
         shape = asked[0].shape
         turned = (shape[0], shape[2], shape[1], *shape[3:])
-        layout = peers.Layout((*((turned, states.dtype) for states in asked), (tuple(shape), asked[2].dtype)))
+        layout = symmetric_memory.Layout((*((turned, states.dtype) for states in asked), (tuple(shape), asked[2].dtype)))
         if layout == self.layout:
             return
         if self.inbox is None or self.inbox.nbytes < layout.nbytes:
             self.rooms, self.inbox = [], None
-            self.inbox = peers.Inbox(self.group, self.device, nbytes=layout.nbytes)
+            self.inbox = symmetric_memory.Inbox(self.group, self.device, nbytes=layout.nbytes)
         torch.cuda.synchronize(self.device)  # nobody is to write to another layout while one of the others is in use
         dist.barrier(self.group)
         self.layout, self.rooms = layout, self.inbox.views(layout)

@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import RequestError
-from ..plans import Plan
+from ..plan import Plan
 
 OLDEST = Version("2.7")
 """The first torch whose FSDP2 leaves weights whole that it is told to."""

@@ -17,7 +17,7 @@ from ..cogvideox.transformer import attention
 from ..cogvideox.transformer import block as blocks
 from ..costs import patches
 from .attention import UlyssesAttention
-from .transformer import Chunk
+from .sequence import Chunk
 
 
 class Kept:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ..plans import Plan
+from ..plan import Plan
 
 
 def import_without_gpu() -> None:

@@ -188,8 +188,8 @@ def denoise(
         job: what to sample.
         device: where latents live.
         dtype: of latents and text states.
-        split: how the work is shared; see :class:`parallel_backend.parallel.split.Split`.
-        caches: of the job's windows, from :meth:`parallel_backend.parallel.split.Split.caches`.
+        split: how the work is shared; see :class:`parallel_backend.parallel.rank.Split`.
+        caches: of the job's windows, from :meth:`parallel_backend.parallel.rank.Split.caches`.
         elsewhere: predicts the windows in the place of ``transformer``, which is None then.
         on_step, on_window: called on every rank after each step, and between its windows; must answer the same on all of them.
         may_begin: whether a step may begin before the one before it has ended and is reported, so that the device does not wait for

@@ -2,7 +2,7 @@
 
 from ...errors import RequestError
 from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
-from ...plans import Plan
+from ...plan import Plan
 from ..checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from ..transformer.lora import open_all
 from .windows import Layout

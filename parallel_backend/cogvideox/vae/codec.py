@@ -69,7 +69,7 @@ def decode(vae, latent: torch.Tensor, strips=None) -> torch.Tensor:
     """Decodes ``[batch, 16, T, h, w]`` to ``[batch, 4T-3, 8h, 8w, 3]``, float32 in 0..1 on the CPU.
 
     An even T decodes to 4T frames, the first latent to four instead of one; the first three are dropped. With ``strips``, see
-    :mod:`parallel_backend.parallel.strips`, this rank decodes its own and rank 0 has them all.
+    :mod:`parallel_backend.parallel.vae_rows`, this rank decodes its own and rank 0 has them all.
     """
     frames = (latent.shape[2] - 1) * TEMPORAL + 1
     videos = []

@@ -42,7 +42,7 @@ def searching() -> Iterator[None]:
 
 
 class Whole:
-    """The rows of a picture that is all on one rank; :class:`parallel_backend.parallel.strips.Strips` has those of several."""
+    """The rows of a picture that is all on one rank; :class:`parallel_backend.parallel.vae_rows.Strips` has those of several."""
 
     border = 0
     """Rows above and below that a convolution is given, instead of padding with zeros itself."""

@@ -1,4 +1,4 @@
-"""The part of a job that one rank does. This one does all of it; :mod:`.groups` has the one that shares."""
+"""The part of a job that one rank does. This one does all of it; :mod:`.group_rank` has the one that shares."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from ..cogvideox import offload
 from ..cogvideox.checkpoint.shards import WHOLE
 from ..cogvideox.transformer.step_cache import StepCaches
 from ..jobs import SampleJob
-from ..plans import Plan
-from .strips import Strips
-from .transformer import JointSequence
+from ..plan import Plan
+from .sequence import JointSequence
+from .vae_rows import Strips
 
 
 class Split:

@@ -13,14 +13,14 @@ from ..cogvideox.checkpoint.shards import Shard
 from ..cogvideox.transformer.step_cache import StepCaches
 from ..costs import SLOW_LINK, Link
 from ..jobs import SampleJob
-from ..plans import Plan
-from . import peers, xdit
+from ..plan import Plan
+from . import symmetric_memory, xdit
 from .fsdp import fsdp_mesh, spread
 from .pipefusion import KeptOfJob, Pipe, Stage
-from .split import Split
-from .strips import Strips
-from .tensor import join_products
-from .transformer import JointSequence
+from .rank import Split
+from .sequence import JointSequence
+from .tensor_parallel import join_products
+from .vae_rows import Strips
 
 IDLE = timedelta(days=365)
 """How long a rank may wait for the next job: collectives of the control group must not time out."""
@@ -112,7 +112,7 @@ class GroupSplit(Split):
         """Whether tokens travel by copies between GPUs."""
         if self.device.type == "cpu" or self.plan.ulysses == 1 or self.plan.ring > 1 or self.plan.pipefusion > 1:
             return False
-        reason = peers.why_not(xdit.sequence_group().device_group, self.device, self.collect)
+        reason = symmetric_memory.why_not(xdit.sequence_group().device_group, self.device, self.collect)
         if reason:
             self.notes.append(f"tokens travel by NCCL, which is slower: the GPUs cannot write to each other's memory, {reason}")
         return reason is None
@@ -120,7 +120,7 @@ class GroupSplit(Split):
     @property
     def outside_bytes(self) -> int:
         """See :attr:`Split.outside_bytes`."""
-        return peers.held_bytes()
+        return symmetric_memory.held_bytes()
 
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
         """See :meth:`Split.attach`."""

@@ -64,7 +64,7 @@ class JointSequence:
         transformer: diffusers' ``CogVideoXTransformer3DModel``.
         group: xDiT's sequence group coordinator; without one this rank sees all tokens.
         ulysses, ring: its degrees.
-        device: this rank's, where the ranks write into each other's memory (:mod:`.peers`).
+        device: this rank's, where the ranks write into each other's memory (:mod:`.symmetric_memory`).
         fp8_attention: whether to attend in FP8 where that can be done.
     """
 
