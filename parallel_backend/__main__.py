@@ -11,7 +11,7 @@ from . import commands
 from .errors import Cancelled, Failure, RequestError
 from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES, SampleJob
 from .limits import usable_cores
-from .machines import KNOWN, LINKS
+from .planner.hardware import KNOWN, LINKS
 
 
 class Parser(argparse.ArgumentParser):

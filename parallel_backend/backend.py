@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from . import machines
-from .costs import Machine, Work
 from .devices import Devices
 from .errors import GroupFailure, RequestError
 from .executor import Executor
@@ -17,7 +15,9 @@ from .group.client import GroupExecutor
 from .group.registry import running, shared
 from .local import LocalExecutor
 from .plan import AUTO, IN_PARTS, Plan
-from .planner import choose
+from .planner import hardware
+from .planner.cost_model import Machine, Work
+from .planner.planner import choose
 from .replicas import ReplicasExecutor
 
 logger = logging.getLogger(__name__)
@@ -60,14 +60,14 @@ def resolve(
         return served
     nodes = nodes or 1
     if plan == AUTO:
-        found = machines.fastest_first(found) if nodes == 1 else found
+        found = hardware.fastest_first(found) if nodes == 1 else found
         machine = machine_of(found, can_shard=offload not in IN_PARTS)
         if nodes > 1:  # with an unknown network only the order of plans is predicted, and all hosts have come
             machine = replace(machine, knows_seconds=False)
         about = {"heads": heads, "guided": guided, "work": work and work(found.first), "machine": machine, "pieces": pieces}
         chosen, reason = choose(world_size=found.count * nodes, jobs=jobs, spread=spread and not is_served(found), **about)
         used = found.first_of(chosen.world_size // nodes)
-        return chosen, used, "; ".join([reason, *machines.warnings(used)])
+        return chosen, used, "; ".join([reason, *hardware.warnings(used)])
     chosen = Plan.parse(plan)
     if devices == AUTO:
         found = share_of(chosen, found, nodes)
@@ -81,11 +81,11 @@ def resolve(
 
 def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
     """The machine that the planner predicts for. A group of this pack on GPUs holds what the job is to have, so it counts as free."""
-    machine = machines.here(devices)
+    machine = hardware.here(devices)
     machine = replace(
         machine, can_shard=can_shard, together=tuple(replace(some, can_shard=can_shard) for some in machine.together)
     )
-    return machines.emptied(machine, devices) if machine.free is not None and groups_on_gpus() else machine
+    return hardware.emptied(machine, devices) if machine.free is not None and groups_on_gpus() else machine
 
 
 def is_served(devices: Devices) -> bool:

@@ -13,12 +13,11 @@ from statistics import median
 
 import torch
 
-from . import inputs, machines, pieces, video
+from . import inputs, pieces, video
 from .backend import open_executor, resolve, share_of
 from .cogvideox.checkpoint import bundled
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.pipeline import validation
-from .costs import Machine, Prediction
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
 from .files import check_writable
@@ -44,7 +43,9 @@ from .jobs import (
 )
 from .outputs import Video, videos_of
 from .plan import AUTO, Plan
-from .planner import approximations, choose, predictions
+from .planner import hardware
+from .planner.cost_model import Machine, Prediction
+from .planner.planner import approximations, choose, predictions
 from .prompts import encode_prompts
 from .workload import work_of, work_of_job
 from .writer import Writer
@@ -267,7 +268,7 @@ def plan(args: Namespace) -> int:
     present = Devices.parse("auto")
     each = args.gpus or present.count
     count = each * args.nnodes
-    machine = machines.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
+    machine = hardware.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
     work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=args.cfg > 1, fp8=args.fp8)
     found = predictions(work, machine, count, jobs=args.count)
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
@@ -278,7 +279,7 @@ def plan(args: Namespace) -> int:
         return 0
     show(checkpoint.describe)
     if args.gpu is None:
-        for line in [*machines.survey(present), *machines.warnings(present)]:
+        for line in [*hardware.survey(present), *hardware.warnings(present)]:
             show(line)
     show(
         f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9} {'needs GiB':>9}  fits"

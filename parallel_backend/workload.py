@@ -5,8 +5,8 @@ import torch
 from .cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
 from .cogvideox.offload import block_parts
 from .cogvideox.pipeline.windows import forward_size
-from .costs import Work
 from .jobs import SampleJob
+from .planner.cost_model import Work
 
 
 def work_of(

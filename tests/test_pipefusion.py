@@ -13,18 +13,18 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS
 from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.cogvideox.transformer.attention import attend_torch
-from parallel_backend.costs import HEADROOM, Link, patches, predict
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor import Executor
 from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
-from parallel_backend.machines import KNOWN
 from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
 from parallel_backend.parallel.rank import Split
 from parallel_backend.plan import Plan
-from parallel_backend.planner import approximations, assumed, choose
+from parallel_backend.planner.cost_model import HEADROOM, Link, patches, predict
+from parallel_backend.planner.hardware import KNOWN
+from parallel_backend.planner.planner import approximations, assumed, choose
 
 from .conftest import TOLERANCE, MadeWhenAsked, demo_job, workers
 from .test_sharding import run_plans

@@ -22,23 +22,23 @@ from benchmarks.plans_table import (
     speedups,
     tables,
 )
-from parallel_backend import calibration, machines
 from parallel_backend.backend import machine_of, resolve
 from parallel_backend.bench.table import operations, text_states
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.offload import transformer_bytes, working_bytes
-from parallel_backend.costs import CPU, Link, predict, weight_bytes
-from parallel_backend.costs import working_bytes as planned_bytes
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.group.worker import remember
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.plan import Plan
-from parallel_backend.planner import approximations, assumed, choose, predictions
+from parallel_backend.planner import hardware, hardware_cache
+from parallel_backend.planner.cost_model import CPU, Link, predict, weight_bytes
+from parallel_backend.planner.cost_model import working_bytes as planned_bytes
+from parallel_backend.planner.planner import approximations, assumed, choose, predictions
 from parallel_backend.workload import work_of, work_of_job
 
-H100, GIB = machines.KNOWN["H100"], 2**30
-PCIE, L40 = replace(H100, link=machines.LINKS["pcie"]), machines.KNOWN["L40"]
+H100, GIB = hardware.KNOWN["H100"], 2**30
+PCIE, L40 = replace(H100, link=hardware.LINKS["pcie"]), hardware.KNOWN["L40"]
 PLANS = [
     "single",
     "cfg2",
@@ -211,9 +211,9 @@ def test_a_plan_fits_where_a_device_has_what_is_shown_that_it_needs(free):
 
 @pytest.mark.parametrize("said", ["24 GB", "0", "-1", "nan", "inf"])
 def test_a_limit_of_memory_that_makes_no_sense_is_refused(said, monkeypatch):
-    monkeypatch.setattr(machines, "MEMORY_GIB", said)
+    monkeypatch.setattr(hardware, "MEMORY_GIB", said)
     with pytest.raises(RequestError, match=f"XDIT_MEMORY_GIB is '{said}'; give GiB of each GPU"):
-        machines.allowed(GIB)
+        hardware.allowed(GIB)
 
 
 def test_where_nothing_fits_weights_stay_whole_for_offload_to_move():
@@ -247,14 +247,14 @@ def test_resolve_predicts_for_the_work_it_is_given(checkpoints):
 def measure(tmp_path, monkeypatch) -> list:
     """What is measured, with a file of its own to be kept in."""
     taken = []
-    monkeypatch.setattr(calibration, "FILE", tmp_path / "new" / "rates.json")
-    monkeypatch.setattr(machines, "measure", lambda device: taken.append(device) or dict.fromkeys(calibration.RATES, 7e12))
+    monkeypatch.setattr(hardware_cache, "FILE", tmp_path / "new" / "rates.json")
+    monkeypatch.setattr(hardware, "measure", lambda device: taken.append(device) or dict.fromkeys(hardware_cache.RATES, 7e12))
     return taken
 
 
 def test_rates_are_measured_once_for_a_gpu_and_a_torch_and_read_again(measure):
     for name, torch_version in [("H100", "2.13"), ("H100", "2.13"), ("H100", "2.14"), ("A100", "2.13"), ("H100", "2.13")]:
-        rates, when = machines.calibrated(name, torch_version, "cuda:0")
+        rates, when = hardware.calibrated(name, torch_version, "cuda:0")
         assert rates["matrix"] == 7e12 and when == date.today().isoformat()
     assert len(measure) == 3
 
@@ -274,39 +274,39 @@ OF_H100 = {"matrix": 1e12, "attention": 1e12, "bandwidth": 1e12, "measured": "20
     ],
 )  # fmt: skip
 def test_what_is_kept_and_broken_or_of_another_version_is_said_in_one_line_and_measured_again(measure, caplog, broken, said):
-    calibration.FILE.parent.mkdir()
-    calibration.FILE.write_text(broken)
-    assert machines.calibrated("H100", "2.13", "cuda:0")[0]["matrix"] == 7e12
+    hardware_cache.FILE.parent.mkdir()
+    hardware_cache.FILE.write_text(broken)
+    assert hardware.calibrated("H100", "2.13", "cuda:0")[0]["matrix"] == 7e12
     assert all(said in message and "\n" not in message for message in caplog.messages) if said else not caplog.messages
     caplog.clear()
-    assert machines.calibrated("H100", "2.13", "cuda:0")[0]["matrix"] == 7e12
+    assert hardware.calibrated("H100", "2.13", "cuda:0")[0]["matrix"] == 7e12
     assert len(measure) == 1 and not caplog.messages
 
 
 def test_what_a_group_measured_is_kept_for_its_gpus_and_for_some_of_them(measure):
-    calibration.keep_link("H100", ["1", "0", "2", "3"], Link(9e9, 3e-5))
-    calibration.keep_link("H100", ["0", "1"], Link(8e9, 2e-5))
-    calibration.keep_rates("H100", "2.13", dict.fromkeys(calibration.RATES, 1e12))
-    assert calibration.link_of("H100", ["1", "0"])[0] == Link(8e9, 2e-5)
-    assert calibration.link_of("H100", ["2", "1"])[0] == Link(9e9, 3e-5)
-    assert calibration.link_of("H100", ["4", "1"]) is None and calibration.link_of("A100", ["0", "1"]) is None
-    assert calibration.rates_of("H100", "2.13")[0]["matrix"] == 1e12
+    hardware_cache.keep_link("H100", ["1", "0", "2", "3"], Link(9e9, 3e-5))
+    hardware_cache.keep_link("H100", ["0", "1"], Link(8e9, 2e-5))
+    hardware_cache.keep_rates("H100", "2.13", dict.fromkeys(hardware_cache.RATES, 1e12))
+    assert hardware_cache.link_of("H100", ["1", "0"])[0] == Link(8e9, 2e-5)
+    assert hardware_cache.link_of("H100", ["2", "1"])[0] == Link(9e9, 3e-5)
+    assert hardware_cache.link_of("H100", ["4", "1"]) is None and hardware_cache.link_of("A100", ["0", "1"]) is None
+    assert hardware_cache.rates_of("H100", "2.13")[0]["matrix"] == 1e12
 
 
 def test_a_gpu_that_cannot_be_measured_now_is_assumed(measure, monkeypatch):
     def full(device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(machines, "measure", full)
-    assert machines.calibrated("H100", "2.13", "cuda:0") is None
-    assert not calibration.FILE.exists()
+    monkeypatch.setattr(hardware, "measure", full)
+    assert hardware.calibrated("H100", "2.13", "cuda:0") is None
+    assert not hardware_cache.FILE.exists()
 
 
 def test_gpus_are_known_by_a_part_of_their_name():
-    assert machines.known("NVIDIA H100 80GB HBM3").name == "H100"
-    assert machines.known("NVIDIA L40S").name == "L40S"
-    assert machines.known("NVIDIA GeForce RTX 4090").name == "4090"
-    assert machines.known("NVIDIA T4").matrix == machines.UNKNOWN.matrix
+    assert hardware.known("NVIDIA H100 80GB HBM3").name == "H100"
+    assert hardware.known("NVIDIA L40S").name == "L40S"
+    assert hardware.known("NVIDIA GeForce RTX 4090").name == "4090"
+    assert hardware.known("NVIDIA T4").matrix == hardware.UNKNOWN.matrix
 
 
 def test_messages_between_machines_go_through_the_network():
@@ -346,8 +346,8 @@ def gpus(measure, monkeypatch):
 )  # fmt: skip
 def test_gpus_that_are_here_are_measured_and_their_link_is_known_by_name_and_reach(gpus, measure, name, reached, link):
     gpus(name, reached=reached)
-    found = machines.here(Devices("cuda", (0, 1)))
-    assert (found.name, found.link, found.free, found.per_machine) == (name, machines.LINKS[link], 75 * GIB, 2)
+    found = hardware.here(Devices("cuda", (0, 1)))
+    assert (found.name, found.link, found.free, found.per_machine) == (name, hardware.LINKS[link], 75 * GIB, 2)
     assert found.matrix == found.attention == found.bandwidth == 7e12 and found.knows_seconds
     assert len(measure) == 1
 
@@ -368,8 +368,8 @@ def test_the_link_that_a_group_measured_is_predicted_with_and_said(gpus, monkeyp
     assert "these GPUs exchange only 1.5 GB/s (measured " in said
     found = json.loads(run(*plan, "--json").stdout)
     assert found["link"]["bandwidth"] == 1.5e9 and found["link"]["from"].startswith("measured here by a group on ")
-    assert machines.here(Devices("cuda", (0, 1))).knows_link
-    assert json.loads(calibration.FILE.read_text())["links"][name].keys() == {"4,5"}
+    assert hardware.here(Devices("cuda", (0, 1))).knows_link
+    assert json.loads(hardware_cache.FILE.read_text())["links"][name].keys() == {"4,5"}
     asked = run(*plan, "--link", "pcie", "--gpu", "L40", "--gpus", 2).stdout
     assert "(its data sheet)" in asked and "7 GB/s, 30 us (assumed for PCIe, as asked)" in asked and "GPU 1" not in asked
 
@@ -377,16 +377,16 @@ def test_the_link_that_a_group_measured_is_predicted_with_and_said(gpus, monkeyp
 def test_unequal_gpus_are_planned_for_as_the_slowest_with_the_fast_ones_first_and_a_warning(gpus, monkeypatch):
     gpus("NVIDIA L40", "NVIDIA H100 80GB HBM3")
     rates = {"NVIDIA L40": 1e14, "NVIDIA H100 80GB HBM3": 7e14}
-    measured = {name: (dict.fromkeys(calibration.RATES, rate), "2026-01-02") for name, rate in rates.items()}
-    monkeypatch.setattr(machines, "calibrated", lambda name, torch_version, device: measured[name])
-    devices = machines.fastest_first(Devices("cuda", (0, 1)))
+    measured = {name: (dict.fromkeys(hardware_cache.RATES, rate), "2026-01-02") for name, rate in rates.items()}
+    monkeypatch.setattr(hardware, "calibrated", lambda name, torch_version, device: measured[name])
+    devices = hardware.fastest_first(Devices("cuda", (0, 1)))
     assert devices.indices == (1, 0)
-    found = machines.here(devices)
+    found = hardware.here(devices)
     assert (found.matrix, found.first(1).matrix, found.first(2).matrix) == (1e14, 7e14, 1e14)
-    assert (found.name, found.link) == ("NVIDIA H100 80GB HBM3 and NVIDIA L40", machines.LINKS["pcie"])
+    assert (found.name, found.link) == ("NVIDIA H100 80GB HBM3 and NVIDIA L40", hardware.LINKS["pcie"])
     plan, used, reason = resolve("auto", "auto", heads=48)
     assert (plan, used.indices) == (Plan(), (1,)) and "on 1 of 2 devices" in reason
-    assert machines.warnings(Devices("cuda", (0, 1))) == [
+    assert hardware.warnings(Devices("cuda", (0, 1))) == [
         "unequal GPUs (0 is NVIDIA L40, 1 is NVIDIA H100 80GB HBM3): what splits a step waits for the slowest in every step; "
         "replicasN does not"
     ]
@@ -396,7 +396,7 @@ def test_unequal_gpus_are_planned_for_as_the_slowest_with_the_fast_ones_first_an
 
 def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatch):
     gpus("NVIDIA H100 PCIe")
-    calibration.keep_rates("NVIDIA H100 PCIe", torch.__version__, dict.fromkeys(calibration.RATES, 5e14))
+    hardware_cache.keep_rates("NVIDIA H100 PCIe", torch.__version__, dict.fromkeys(hardware_cache.RATES, 5e14))
     asked = {"heads": 48, "guided": False, "jobs": 4}
     assert resolve("auto", "auto", **asked)[0].replicas == 2
     assert resolve("auto", "auto", **asked, spread=False)[0].replicas == 1
@@ -407,7 +407,7 @@ def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatc
 
 def test_one_gpu_is_not_measured(gpus, measure):
     gpus("NVIDIA H100 80GB HBM3")
-    assert machines.here(Devices("cuda", (0,))).matrix == H100.matrix
+    assert hardware.here(Devices("cuda", (0,))).matrix == H100.matrix
     assert not measure
 
 

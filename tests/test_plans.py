@@ -7,7 +7,7 @@ import pytest
 
 from parallel_backend.errors import RequestError
 from parallel_backend.plan import Plan
-from parallel_backend.planner import candidates, choose
+from parallel_backend.planner.planner import candidates, choose
 
 from .conftest import REPO
 
@@ -142,5 +142,5 @@ def test_where_the_model_does_not_fit_every_candidate_splits_its_weights(heads, 
 
 
 def test_plans_import_without_torch():
-    code = "import sys; import parallel_backend.planner; sys.exit('torch' in sys.modules)"
+    code = "import sys; import parallel_backend.planner.planner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from ..costs import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
 from ..jobs import Job, SampleJob, WindowJob
 from ..plan import Plan
+from ..planner.cost_model import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
 from .checkpoint import shards
 from .checkpoint.checkpoint import Checkpoint
 from .pipeline.windows import Layout, forward_size

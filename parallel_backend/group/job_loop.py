@@ -12,11 +12,11 @@ import torch
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline import validation
 from ..config import CONFIG
-from ..costs import Link
 from ..engine import Engine
 from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result, join_fields, split_fields
 from ..parallel.group_rank import GroupSplit, slow_link
+from ..planner.cost_model import Link
 from .heartbeat import HeartbeatWriter
 from .protocol import Message, decode, encode
 from .registry import GroupAddress

@@ -30,20 +30,20 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     """Joins the group and returns the loop to run. It imports torch and xDiT, which takes seconds, and any of it may fail."""
     import torch
 
-    from .. import machines
     from ..cogvideox import offload
     from ..cogvideox.kernels import probe
     from ..cogvideox.transformer import attention
     from ..devices import visible_index
     from ..parallel.group_rank import GroupSplit
     from ..plan import Plan
+    from ..planner import hardware
     from .job_loop import MEET_SECONDS, JobLoop
     from .registry import GroupAddress
 
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
-    if machines.MEMORY_GIB and device.type == "cuda":
-        offload.allow(device, machines.allowed(torch.cuda.get_device_properties(device).total_memory))
+    if hardware.MEMORY_GIB and device.type == "cuda":
+        offload.allow(device, hardware.allowed(torch.cuda.get_device_properties(device).total_memory))
     heart.beat("joining the group", START_SECONDS)
     split = GroupSplit(Plan.parse(plan), device=device, rank=rank)
     heart.beat(
@@ -62,14 +62,14 @@ def remember(link, device) -> None:
     """Keeps the link of a group of GPUs of one machine for the planner. Processes on a CPU share it with whatever else runs."""
     import torch
 
-    from .. import calibration, machines
     from ..devices import Devices
+    from ..planner import hardware, hardware_cache
 
     count = torch.cuda.device_count()
     if device.type == "cpu" or count < 2 or int(os.environ["WORLD_SIZE"]) != count:
         return
-    kind = machines.kind_of([torch.cuda.get_device_name(index) for index in range(count)])
-    calibration.keep_link(kind, Devices("cuda", tuple(range(count))).names, link)
+    kind = hardware.kind_of([torch.cuda.get_device_name(index) for index in range(count)])
+    hardware_cache.keep_link(kind, Devices("cuda", tuple(range(count))).names, link)
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import torch
 
-from . import calibration
-from .costs import CPU, SLOW_LINK, Link, Machine
-from .devices import Devices
-from .errors import RequestError, first_line
+from ..devices import Devices
+from ..errors import RequestError, first_line
+from . import hardware_cache
+from .cost_model import CPU, SLOW_LINK, Link, Machine
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
 def as_slow_as(each: Sequence[Machine], devices: Devices) -> Machine:
     """Devices that wait for each other in every step."""
     slowest = min(each, key=lambda machine: machine.matrix)
-    rates = {name: min(getattr(machine, name) for machine in each) for name in calibration.RATES}
+    rates = {name: min(getattr(machine, name) for machine in each) for name in hardware_cache.RATES}
     sources = dict.fromkeys(machine.rates_from for machine in each)
     names = dict.fromkeys(machine.name for machine in each)
     link, measured_on = link_of(devices, each)
@@ -214,7 +214,7 @@ def emptied(machine: Machine, devices: Devices) -> Machine:
 
 def link_of(devices: Devices, each: Sequence[Machine]) -> tuple[Link, str | None]:
     """What a group of these GPUs measured, and when; else NVLink where all have it and reach each other's memory, else PCIe."""
-    if kept := calibration.link_of(kind_of([machine.name for machine in each]), devices.names):
+    if kept := hardware_cache.link_of(kind_of([machine.name for machine in each]), devices.names):
         return kept
     first, *others = devices.indices
     reached = all(torch.cuda.can_device_access_peer(first, other) for other in others)
@@ -235,7 +235,7 @@ def kind_of(names: Sequence[str]) -> str:
 
 def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dict[str, float], str] | None:
     """Rates of a GPU, and when they were measured: from disk, or now. None where that fails, as when its memory is full."""
-    if kept := calibration.rates_of(name, torch_version):
+    if kept := hardware_cache.rates_of(name, torch_version):
         return kept
     try:
         rates = measure(device)
@@ -244,13 +244,13 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dic
         return None
     finally:
         torch.cuda.empty_cache()  # ComfyUI's process keeps none of it
-    calibration.keep_rates(name, torch_version, rates)
-    return rates, calibration.today()
+    hardware_cache.keep_rates(name, torch_version, rates)
+    return rates, hardware_cache.today()
 
 
 def measure(device: torch.device) -> dict[str, float]:
     """Rates of a GPU in bf16, in less than a second beside making kernels: one product, one attention, one copy."""
-    from .cogvideox.transformer.attention import attention_of
+    from ..cogvideox.transformer.attention import attention_of
 
     def median_seconds(run) -> float:
         run()

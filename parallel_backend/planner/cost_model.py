@@ -6,7 +6,7 @@ Constants say which measurement they come from: NOTES is benchmarks/NOTES.md, FA
 
 from dataclasses import dataclass
 
-from .plan import Plan
+from ..plan import Plan
 
 MATRIX_SHARE = 0.94
 """Of a large product's rate, what products reach in a step: 745 of 790 TFLOP/s (NOTES: where a half goes; FACTS)."""

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .costs import CPU, Machine, Prediction, Work, predict
-from .plan import Plan
+from ..plan import Plan
+from .cost_model import CPU, Machine, Prediction, Work, predict
 
 TIE = 0.02
 """Share by which a plan must be faster than one that sends less: predictions are not better than that."""

@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from typing import Any
 
-from .costs import Link
-from .errors import WriteFailure
-from .files import whole_file
-from .folders import preferred_cache
+from ..errors import WriteFailure
+from ..files import whole_file
+from ..folders import preferred_cache
+from .cost_model import Link
 
 logger = logging.getLogger(__name__)
 
 FILE = preferred_cache() / "rates.json"
 VERSION = 2
 RATES = ("matrix", "attention", "bandwidth")
-"""Fields of :class:`parallel_backend.costs.Machine` that are measured."""
+"""Fields of :class:`parallel_backend.planner.cost_model.Machine` that are measured."""
 LINK = ("bandwidth", "latency")
 """Those of a link."""
 

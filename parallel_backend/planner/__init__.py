@@ -1,0 +1,1 @@
+"""The planner: which plan is predicted to be the fastest, from a cost model of the hardware."""
