@@ -17,7 +17,7 @@ from parallel_backend.bench.table import text_states
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.jobs import Model, SampleJob
 from parallel_backend.plan import Plan
 

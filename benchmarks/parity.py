@@ -16,10 +16,10 @@ from parallel_backend.bench.table import text_states
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.devices import Devices
-from parallel_backend.executor import Executor
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor.base import Executor
+from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent
-from parallel_backend.local import LocalExecutor
 from parallel_backend.plan import Plan
 
 EIGHT = (

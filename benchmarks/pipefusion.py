@@ -13,15 +13,15 @@ from statistics import mean, median
 
 import torch
 
-from parallel_backend.backend import open_executor
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.devices import Devices
-from parallel_backend.executor import Executor
+from parallel_backend.executor.base import Executor
+from parallel_backend.executor.factory import open_executor
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent
-from parallel_backend.local import LocalExecutor
 from parallel_backend.plan import Plan
 from parallel_backend.planner.cost_model import patches
 from tests.measures import Verdict, judge

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
-from parallel_backend.local import LocalExecutor
+from parallel_backend.executor.local import LocalExecutor
 
 from .obedience import generate
 

@@ -14,16 +14,16 @@ from comfy.cli_args import LatentPreviewMethod
 from comfy.cli_args import args as settings
 from PIL import Image
 
-from ..parallel_backend.backend import AS_ASKED, Keeper, resolve
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.offload import working_bytes
 from ..parallel_backend.cogvideox.pipeline import validation
 from ..parallel_backend.devices import Devices
 from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
-from ..parallel_backend.executor import Executor
+from ..parallel_backend.executor.base import Executor
+from ..parallel_backend.executor.batch import has_windows_to_share, windows_of
+from ..parallel_backend.executor.factory import AS_ASKED, Keeper, resolve
+from ..parallel_backend.executor.local import LocalExecutor
 from ..parallel_backend.jobs import DecodeJob, Job, Report, Result, SampleJob
-from ..parallel_backend.local import LocalExecutor
-from ..parallel_backend.pieces import has_windows_to_share, windows_of
 from ..parallel_backend.plan import AUTO, Plan
 from ..parallel_backend.planner.cost_model import HEADROOM
 from ..parallel_backend.workload import work_of, work_of_job

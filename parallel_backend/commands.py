@@ -13,15 +13,16 @@ from statistics import median
 
 import torch
 
-from . import inputs, pieces, video
-from .backend import open_executor, resolve, share_of
+from . import inputs, video
 from .cogvideox.checkpoint import bundled
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.pipeline import validation
 from .devices import Devices
 from .errors import GroupFailure, GroupUnavailable, RequestError
+from .executor import batch
+from .executor.factory import open_executor, resolve, share_of
+from .executor.group import GroupExecutor
 from .files import check_writable
-from .group.client import GroupExecutor
 from .group.hosts import Common, Place
 from .group.launcher import Launcher
 from .group.lending import lend
@@ -158,8 +159,8 @@ def generate(args: Namespace) -> int:
     validation.check(checkpoint, job)  # before anything is loaded to fill the blanks
     wants = {"heads": checkpoint.heads, "layers": checkpoint.layers, "guided": args.cfg > 1, "offload": args.offload}
     wants["jobs"] = len(wanted)
-    if len(wanted) == 1 and pieces.has_windows_to_share(job):
-        wants |= {"jobs": pieces.windows_of(job), "pieces": "windows"}
+    if len(wanted) == 1 and batch.has_windows_to_share(job):
+        wants |= {"jobs": batch.windows_of(job), "pieces": "windows"}
     plan, devices, reason = resolve(args.plan, args.devices, **wants, work=partial(work_of_job, job, checkpoint))
     validation.check_plan(checkpoint, plan, job)
 

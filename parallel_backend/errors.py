@@ -54,7 +54,7 @@ class GroupUnavailable(GroupFailure):
 class GroupLost(GroupFailure):
     """A group was killed, or hung, or the connection to it broke: nothing is wrong with the job.
 
-    :class:`parallel_backend.group.client.GroupExecutor` starts the group again and goes on with the job; it raises
+    :class:`parallel_backend.executor.group.GroupExecutor` starts the group again and goes on with the job; it raises
     :class:`GroupError` when that does not help, or :class:`GroupUnavailable` where it had not come up.
 
     Args:

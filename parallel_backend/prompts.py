@@ -11,7 +11,7 @@ from .cogvideox import offload
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.pipeline.text import TextEncoder, find_place
 from .errors import first_line
-from .executor import Executor
+from .executor.base import Executor
 from .jobs import Report, SampleJob
 
 logger = logging.getLogger(__name__)

@@ -24,10 +24,10 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.random_weights import LIKES, build
 from parallel_backend.devices import Devices
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.group.registry import GroupAddress
 from parallel_backend.jobs import Lora, Model, SampleJob, empty_latent
-from parallel_backend.local import LocalExecutor
 from parallel_backend.plan import Plan
 
 from . import core_files

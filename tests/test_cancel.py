@@ -11,8 +11,8 @@ from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
-from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.group_rank import GroupSplit
 from parallel_backend.parallel.rank import Split
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from parallel_backend.cogvideox.checkpoint.bundled import DEMO, find
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group.registry import running
 from workflows.headless import apply_settings, to_api
 

@@ -14,8 +14,9 @@ import torch
 
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupError
-from parallel_backend.group import client, connection, protocol, server
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor import group as client
+from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.group import connection, protocol, server
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.jobs import DecodeJob

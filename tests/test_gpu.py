@@ -20,9 +20,9 @@ from parallel_backend.cogvideox.vae import preview
 from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, OutOfMemory
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob
-from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.rank import Split
 from parallel_backend.plan import Plan
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from parallel_backend.backend import Keeper
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from parallel_backend.executor.factory import Keeper
+from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group import launcher, ownership, preflight, protocol, registry
-from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.ownership import OwnerWatch, is_held
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
@@ -302,7 +302,7 @@ def command_line(pid: int) -> str:
 @pytest.mark.slow
 def test_the_group_goes_when_its_owner_is_killed():
     code = (
-        "from parallel_backend.group.client import GroupExecutor\n"
+        "from parallel_backend.executor.group import GroupExecutor\n"
         "from parallel_backend.plan import Plan; from parallel_backend.devices import Devices\n"
         "group = GroupExecutor(Plan(cfg=2), Devices('cpu', (0, 1))); group.start(); group.status()\n"
         "print(group.address.folder, flush=True)\nimport os, time\n"

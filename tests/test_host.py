@@ -136,7 +136,7 @@ def test_a_group_counts_against_the_gpu_of_comfyui_only_where_it_uses_it(in_comf
     shown, _ = in_comfyui("""
 torch.cuda.device_count = lambda: 4
 host.management.get_torch_device = lambda: torch.device("cuda", 1)
-Group, Plan = part("parallel_backend.group.client").GroupExecutor, part("parallel_backend.plan").Plan
+Group, Plan = part("parallel_backend.executor.group").GroupExecutor, part("parallel_backend.plan").Plan
 def counted(devices):
     devices = host.Devices.parse(devices)
     return str(host.counted_on(Group(Plan(ring=devices.count), devices)))

@@ -15,11 +15,11 @@ import psutil
 import pytest
 
 from parallel_backend.__main__ import main
-from parallel_backend.backend import resolve
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, GroupUnavailable, RequestError
+from parallel_backend.executor.factory import resolve
+from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group import hosts, job_loop, link, muster
-from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.exit_cause import ExitCause, first_of
 from parallel_backend.group.hosts import Common, Place, Rendezvous
 from parallel_backend.group.job_loop import JobLoop

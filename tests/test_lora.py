@@ -16,8 +16,8 @@ from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.transformer import lora
 from parallel_backend.cogvideox.transformer.lora import LoraFile
 from parallel_backend.errors import RequestError
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Lora, Model
-from parallel_backend.local import LocalExecutor
 
 from .conftest import TOLERANCE
 from .diffusers_reference import reference

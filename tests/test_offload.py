@@ -13,8 +13,8 @@ from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.engine import STRIP_MARGIN, Engine
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Lora, Model
-from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.rank import Split
 from parallel_backend.parallel.vae_rows import Strips
 from parallel_backend.plan import Plan

@@ -13,8 +13,8 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import denoise, text
 from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine import Engine
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Model
-from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.rank import Split
 
 CPU, MPS, XPU = torch.device("cpu"), torch.device("mps"), torch.device("xpu", 0)

@@ -15,8 +15,8 @@ from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.cogvideox.transformer.attention import attend_torch
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
-from parallel_backend.executor import Executor
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor.base import Executor
+from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
 from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
@@ -299,11 +299,11 @@ def test_the_planner_counts_what_is_kept_and_knows_what_pipelines_are_for():
 
 
 def test_a_kept_group_of_a_pipeline_is_not_what_auto_means(monkeypatch):
-    from parallel_backend.backend import Keeper
     from parallel_backend.devices import Devices
+    from parallel_backend.executor.factory import Keeper
 
     keeper, devices = Keeper(), Devices("cpu", (0, 1))
-    monkeypatch.setattr("parallel_backend.backend.open_executor", GroupExecutor)  # starts nothing
+    monkeypatch.setattr("parallel_backend.executor.factory.open_executor", GroupExecutor)  # starts nothing
     for plan, found in (("cfg2", True), ("pipefusion2", False)):
         keeper.get(Plan.parse(plan), devices)
         assert (keeper.on(devices, heads=4) is not None) == found

@@ -22,12 +22,12 @@ from benchmarks.plans_table import (
     speedups,
     tables,
 )
-from parallel_backend.backend import machine_of, resolve
 from parallel_backend.bench.table import operations, text_states
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.offload import transformer_bytes, working_bytes
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
+from parallel_backend.executor.factory import machine_of, resolve
 from parallel_backend.group.worker import remember
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.plan import Plan
@@ -401,7 +401,7 @@ def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatc
     assert resolve("auto", "auto", **asked)[0].replicas == 2
     assert resolve("auto", "auto", **asked, spread=False)[0].replicas == 1
     found = {"a group": {"devices": "0,1", "shared": True, "nodes": 1}}
-    monkeypatch.setattr("parallel_backend.backend.running", lambda: found)
+    monkeypatch.setattr("parallel_backend.executor.factory.running", lambda: found)
     assert resolve("auto", "auto", **asked)[0].replicas == 1
 
 
@@ -415,5 +415,5 @@ def test_a_running_group_of_ours_holds_memory_that_a_job_is_to_have(gpus, monkey
     gpus("NVIDIA H100 80GB HBM3", free=1 * GIB)
     two = Devices("cuda", (0, 1))
     assert machine_of(two).free == 6 * GIB
-    monkeypatch.setattr("parallel_backend.backend.running", lambda: {"a group": {"devices": "0,1"}})
+    monkeypatch.setattr("parallel_backend.executor.factory.running", lambda: {"a group": {"devices": "0,1"}})
     assert machine_of(two).free == 80 * GIB

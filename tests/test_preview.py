@@ -9,8 +9,8 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import preview
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Model
-from parallel_backend.local import LocalExecutor
 from parallel_backend.parallel.rank import Split
 
 from .conftest import TOLERANCE

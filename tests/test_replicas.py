@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from parallel_backend import devices as devices_module
-from parallel_backend import paces
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.devices import Devices, visible_index
 from parallel_backend.errors import Cancelled, GroupLost, GroupUnavailable, RequestError
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor import paces
+from parallel_backend.executor.batch import cut
+from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.executor.paces import Paces
+from parallel_backend.executor.replicas import ReplicasExecutor
+from parallel_backend.executor.scheduler import Pool, Spread
 from parallel_backend.jobs import DecodeJob, Model, Result, SampleJob, Windows, join_fields, split_fields
-from parallel_backend.paces import Paces
-from parallel_backend.pieces import cut
 from parallel_backend.plan import Plan
-from parallel_backend.replicas import ReplicasExecutor
-from parallel_backend.spread import Pool, Spread
 
 from .conftest import TOLERANCE, rank_processes, wait_until, workers
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel_backend.backend import resolve
 from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
@@ -16,7 +15,8 @@ from parallel_backend.cogvideox.checkpoint.shards import BLOCKS, Shard
 from parallel_backend.cogvideox.transformer import fp8_linear
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
-from parallel_backend.group.client import GroupExecutor
+from parallel_backend.executor.factory import resolve
+from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group.protocol import Message, encode
 from parallel_backend.jobs import split_fields
 from parallel_backend.plan import Plan

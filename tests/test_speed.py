@@ -15,7 +15,7 @@ from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import attention, block, fp8_linear
 from parallel_backend.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
-from parallel_backend.local import LocalExecutor
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.parallel.rank import Split
 
 from .conftest import REPO

@@ -15,13 +15,13 @@ from parallel_backend.cogvideox.pipeline import denoise
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, OutOfMemory
+from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.group import job_loop
-from parallel_backend.group.client import GroupExecutor
 from parallel_backend.group.heartbeat import Board, Heartbeat
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.supervisor import HangDetector
 from parallel_backend.jobs import DecodeJob, Progress, split_fields
-from parallel_backend.local import LocalExecutor
 from parallel_backend.plan import Plan
 
 from .conftest import TOLERANCE, is_alive, rank_processes, wait_until, workers

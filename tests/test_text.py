@@ -15,7 +15,7 @@ from parallel_backend.cogvideox.pipeline import prompt_weights
 from parallel_backend.cogvideox.pipeline import text as text_module
 from parallel_backend.cogvideox.pipeline.text import CPU, TextEncoder, find_place
 from parallel_backend.errors import GroupError, RequestError
-from parallel_backend.local import LocalExecutor
+from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.prompts import encode_prompts
 
 from .conftest import NEGATIVE, PROMPT, TOLERANCE

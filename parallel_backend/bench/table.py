@@ -12,17 +12,17 @@ from statistics import median
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..backend import open_executor, resolve
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline import validation
 from ..commands import model_of, quiet_libraries, show, size_of
 from ..devices import Devices
 from ..errors import RequestError
-from ..executor import Executor
+from ..executor.base import Executor
+from ..executor.factory import open_executor, resolve
+from ..executor.local import LocalExecutor
 from ..files import check_writable, whole_file
 from ..jobs import DecodeJob, Model, Progress, SampleJob, empty_latent
-from ..local import LocalExecutor
 from ..workload import work_of_job
 from . import peers
 

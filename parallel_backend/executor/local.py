@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from .engine import Engine
-from .executor import Executor
-from .jobs import Progress, Result
-from .parallel.rank import Split
+from ..engine import Engine
+from ..jobs import Progress, Result
+from ..parallel.rank import Split
+from .base import Executor
 
 
 class LocalExecutor(Executor):

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .cogvideox.vae.preview import PictureListener
-from .errors import Cancelled, GroupFailure
-from .executor import StepListener, StopSignal, steps_of
-from .group.client import GroupExecutor
-from .jobs import Job, Result, SampleJob
+from ..cogvideox.vae.preview import PictureListener
+from ..errors import Cancelled, GroupFailure
+from ..jobs import Job, Result, SampleJob
+from .base import StepListener, StopSignal, steps_of
+from .group import GroupExecutor
 from .paces import Paces
 
 logger = logging.getLogger(__name__)

@@ -15,18 +15,18 @@ from .. import errors
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
-from ..executor import Executor, StepListener, StopSignal, never, silent
+from ..group import failures, protocol
+from ..group.connection import POLL_SECONDS, Broken, Stalled, connect, talking
+from ..group.exit_cause import ExitCause
+from ..group.launcher import HELLO_SECONDS, Launcher
+from ..group.muster import Muster
+from ..group.ownership import OwnerWatch
+from ..group.preflight import check_possible, group_python
+from ..group.protocol import Message
+from ..group.registry import GroupAddress, running
 from ..jobs import Job, Progress, Report, Result, SampleJob, split_fields
 from ..plan import Plan
-from . import failures, protocol
-from .connection import POLL_SECONDS, Broken, Stalled, connect, talking
-from .exit_cause import ExitCause
-from .launcher import HELLO_SECONDS, Launcher
-from .muster import Muster
-from .ownership import OwnerWatch
-from .preflight import check_possible, group_python
-from .protocol import Message
-from .registry import GroupAddress, running
+from .base import Executor, StepListener, StopSignal, never, silent
 
 logger = logging.getLogger(__name__)
 

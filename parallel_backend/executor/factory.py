@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from .devices import Devices
-from .errors import GroupFailure, RequestError
-from .executor import Executor
-from .group.client import GroupExecutor
-from .group.registry import running, shared
+from ..devices import Devices
+from ..errors import GroupFailure, RequestError
+from ..group.registry import running, shared
+from ..plan import AUTO, IN_PARTS, Plan
+from ..planner import hardware
+from ..planner.cost_model import Machine, Work
+from ..planner.planner import choose
+from .base import Executor
+from .group import GroupExecutor
 from .local import LocalExecutor
-from .plan import AUTO, IN_PARTS, Plan
-from .planner import hardware
-from .planner.cost_model import Machine, Work
-from .planner.planner import choose
 from .replicas import ReplicasExecutor
 
 logger = logging.getLogger(__name__)

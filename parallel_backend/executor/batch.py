@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 
 import torch
 
-from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.pipeline.windows import Layout
-from .jobs import DecodeJob, EncodeJob, Job, SampleJob
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.pipeline.windows import Layout
+from ..jobs import DecodeJob, EncodeJob, Job, SampleJob
 
 
 def has_windows_to_share(job: SampleJob) -> bool:

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.pipeline.denoise import denoise
-from .cogvideox.transformer.step_cache import StepCaches
-from .cogvideox.vae.preview import PictureListener
-from .devices import Devices
-from .errors import GroupFailure, GroupUnavailable
-from .executor import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
-from .group.client import GroupExecutor
-from .jobs import Job, Progress, Report, Result, SampleJob, WindowJob
-from .parallel.rank import Split
-from .pieces import cut, has_windows_to_share, join
-from .plan import Plan
-from .spread import Made, Pool, Spread
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.pipeline.denoise import denoise
+from ..cogvideox.transformer.step_cache import StepCaches
+from ..cogvideox.vae.preview import PictureListener
+from ..devices import Devices
+from ..errors import GroupFailure, GroupUnavailable
+from ..jobs import Job, Progress, Report, Result, SampleJob, WindowJob
+from ..parallel.rank import Split
+from ..plan import Plan
+from .base import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
+from .batch import cut, has_windows_to_share, join
+from .group import GroupExecutor
+from .scheduler import Made, Pool, Spread
 
 
 class ReplicasExecutor(Executor):

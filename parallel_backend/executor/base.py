@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.pipeline import validation
-from .cogvideox.vae.preview import PictureListener
-from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
-from .plan import Plan
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.pipeline import validation
+from ..cogvideox.vae.preview import PictureListener
+from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
+from ..plan import Plan
 
 StepListener = Callable[[int, int], None]
 """Told after each step: steps done, steps to do."""
