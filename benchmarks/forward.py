@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.engine import Engine
+from parallel_backend.engine.engine import Engine
 from parallel_backend.jobs import FP8S
 from parallel_backend.parallel.rank import Split
 

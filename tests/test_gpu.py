@@ -18,7 +18,7 @@ from parallel_backend.cogvideox.transformer import attention, attention_fp8, blo
 from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8
 from parallel_backend.cogvideox.vae import preview
 from parallel_backend.devices import Devices, several_ranks_a_gpu
-from parallel_backend.engine import Engine
+from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled, OutOfMemory
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor

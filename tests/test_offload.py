@@ -12,7 +12,7 @@ import torch
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import codec
-from parallel_backend.engine import STRIP_MARGIN, Engine
+from parallel_backend.engine.engine import STRIP_MARGIN, Engine
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Lora, Model
 from parallel_backend.parallel.rank import Split
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from parallel_backend.cogvideox import offload as memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.engine import Engine
+from parallel_backend.engine.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.parallel.group_rank import GroupSplit
 from parallel_backend.plan import Plan

@@ -12,7 +12,7 @@ from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import denoise, text
 from parallel_backend.cogvideox.vae import codec, preview
-from parallel_backend.engine import Engine
+from parallel_backend.engine.engine import Engine
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Model
 from parallel_backend.parallel.rank import Split

@@ -13,7 +13,7 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS
 from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.cogvideox.transformer.attention import attend_torch
-from parallel_backend.engine import Engine
+from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor.base import Executor
 from parallel_backend.executor.group import GroupExecutor

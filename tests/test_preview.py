@@ -7,7 +7,7 @@ import torch
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import preview
-from parallel_backend.engine import Engine
+from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Model

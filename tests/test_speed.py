@@ -13,7 +13,7 @@ from parallel_backend.bench.table import distance
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import attention, block, fp8_linear
-from parallel_backend.engine import Engine
+from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.parallel.rank import Split
@@ -103,7 +103,7 @@ import torch
 from parallel_backend.bench.table import distance, text_states
 from parallel_backend.cogvideox.transformer import block as blocks
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.engine import Engine
+from parallel_backend.engine.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
 from parallel_backend.parallel.rank import Split
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..jobs import Progress, Result
 from ..parallel.rank import Split
 from .base import Executor

@@ -12,7 +12,7 @@ import torch
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline import validation
 from ..config import CONFIG
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result, join_fields, split_fields
 from ..parallel.group_rank import GroupSplit, slow_link

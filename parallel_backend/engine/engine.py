@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
-from .cogvideox import offload as memory
-from .cogvideox.checkpoint import weights
-from .cogvideox.checkpoint.checkpoint import SPATIAL, Checkpoint
-from .cogvideox.kernels import probe
-from .cogvideox.pipeline.denoise import StepCallback, WindowCallback, denoise, predict_window
-from .cogvideox.pipeline.windows import advice
-from .cogvideox.stopping import check, stoppable
-from .cogvideox.transformer import attention, block, fp8_linear, lora
-from .cogvideox.vae import codec, layers
-from .cogvideox.vae.preview import PictureListener, Previews, why_none
-from .devices import current
-from .errors import Cancelled, OutOfMemory, RequestError
-from .jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
-from .parallel.rank import Split
-from .parallel.vae_rows import Strips, shared
-from .plan import IN_PARTS
+from ..cogvideox import offload as memory
+from ..cogvideox.checkpoint import weights
+from ..cogvideox.checkpoint.checkpoint import SPATIAL, Checkpoint
+from ..cogvideox.kernels import probe
+from ..cogvideox.pipeline.denoise import StepCallback, WindowCallback, denoise, predict_window
+from ..cogvideox.pipeline.windows import advice
+from ..cogvideox.stopping import check, stoppable
+from ..cogvideox.transformer import attention, block, fp8_linear, lora
+from ..cogvideox.vae import codec, layers
+from ..cogvideox.vae.preview import PictureListener, Previews, why_none
+from ..devices import current
+from ..errors import Cancelled, OutOfMemory, RequestError
+from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
+from ..parallel.rank import Split
+from ..parallel.vae_rows import Strips, shared
+from ..plan import IN_PARTS
 
 
 @contextmanager

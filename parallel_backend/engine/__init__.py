@@ -1,0 +1,1 @@
+"""The engine: runs a job on one rank."""
