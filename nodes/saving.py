@@ -12,10 +12,10 @@ import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from ..parallel_backend import video
 from ..parallel_backend.errors import RequestError, WriteFailure, first_line
-from ..parallel_backend.files import check_writable
-from ..parallel_backend.pictures import checked_pictures
+from ..parallel_backend.media import video
+from ..parallel_backend.media.pictures import checked_pictures
+from ..parallel_backend.system.files import check_writable
 from . import host
 from .base import CogVideoXNode
 from .sockets import CATEGORY

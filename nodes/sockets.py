@@ -14,7 +14,7 @@ from ..parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL
 from ..parallel_backend.cogvideox.pipeline.text import WORKING_BYTES, TextEncoder, find_place
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
-from ..parallel_backend.pictures import checked_latent, checked_pictures
+from ..parallel_backend.media.pictures import checked_latent, checked_pictures
 from . import host
 
 CATEGORY = "CogVideoX xDiT"

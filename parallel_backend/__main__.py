@@ -10,8 +10,8 @@ import torch
 from . import commands
 from .errors import Cancelled, Failure, RequestError
 from .jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES, SampleJob
-from .limits import usable_cores
 from .planner.hardware import KNOWN, LINKS
+from .system.limits import usable_cores
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from . import inputs, video
+from . import inputs
 from .cogvideox.checkpoint import bundled
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.pipeline import validation
@@ -22,7 +22,6 @@ from .errors import GroupFailure, GroupUnavailable, RequestError
 from .executor import batch
 from .executor.factory import open_executor, resolve, share_of
 from .executor.group import GroupExecutor
-from .files import check_writable
 from .group.hosts import Common, Place
 from .group.launcher import Launcher
 from .group.lending import lend
@@ -42,12 +41,14 @@ from .jobs import (
     empty_latent,
     two_thirds,
 )
+from .media import video
 from .outputs import Video, videos_of
 from .plan import AUTO, Plan
 from .planner import hardware
 from .planner.cost_model import Machine, Prediction
 from .planner.planner import approximations, choose, predictions
 from .prompts import encode_prompts
+from .system.files import check_writable
 from .workload import work_of, work_of_job
 from .writer import Writer
 

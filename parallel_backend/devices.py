@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .errors import RequestError
-from .limits import usable_cores
+from .system.limits import usable_cores
 
 RANKS = "XDIT_RANKS"
 """In the environment of a group's processes: the GPU of each of this machine's ranks."""

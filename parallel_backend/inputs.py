@@ -12,7 +12,7 @@ from .cogvideox.pipeline.image import cover
 from .cogvideox.pipeline.validation import check_end_image
 from .errors import RequestError
 from .jobs import check_size
-from .reading import frames_per_second, pictures
+from .media.reading import frames_per_second, pictures
 
 __all__ = ["frames_per_second", "pictures", "read"]
 

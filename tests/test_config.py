@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from parallel_backend import folders
 from parallel_backend.config import Config
+from parallel_backend.system import folders
 
 from .conftest import REPO
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from parallel_backend import __main__, limits
+from parallel_backend import __main__
 from parallel_backend.devices import Devices
+from parallel_backend.system import limits
 
 GIB = 2**30
 UNLIMITED = 9223372036854771712

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parallel_backend.errors import RequestError
-from parallel_backend.pictures import checked_pictures
+from parallel_backend.media.pictures import checked_pictures
 
 RGB = torch.rand(6, 4, 5, 3, generator=torch.Generator().manual_seed(0))
 

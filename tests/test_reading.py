@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from parallel_backend import reading
 from parallel_backend.errors import RequestError
+from parallel_backend.media import reading
 from workflows.headless import GetVideoComponents
 
 RANDOM = np.random.default_rng(0)

@@ -13,9 +13,9 @@ import av
 import pytest
 import torch
 
-from parallel_backend import video
 from parallel_backend.errors import RequestError, WriteFailure
-from parallel_backend.files import check_writable
+from parallel_backend.media import video
+from parallel_backend.system.files import check_writable
 
 REPO = Path(__file__).resolve().parents[1]
 FRAMES = torch.rand(9, 64, 96, 3, generator=torch.Generator().manual_seed(0))

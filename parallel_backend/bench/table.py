@@ -21,8 +21,8 @@ from ..errors import RequestError
 from ..executor.base import Executor
 from ..executor.factory import open_executor, resolve
 from ..executor.local import LocalExecutor
-from ..files import check_writable, whole_file
 from ..jobs import DecodeJob, Model, Progress, SampleJob, empty_latent
+from ..system.files import check_writable, whole_file
 from ..workload import work_of_job
 from . import peers
 

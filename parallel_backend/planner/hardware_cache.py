@@ -12,8 +12,8 @@ from datetime import date
 from typing import Any
 
 from ..errors import WriteFailure
-from ..files import whole_file
-from ..folders import preferred_cache
+from ..system.files import whole_file
+from ..system.folders import preferred_cache
 from .cost_model import Link
 
 logger = logging.getLogger(__name__)

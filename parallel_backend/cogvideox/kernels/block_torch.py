@@ -8,7 +8,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from ...folders import writable_cache
+from ...system.folders import writable_cache
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max

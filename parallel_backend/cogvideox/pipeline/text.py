@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...limits import usable_memory
 from ...planner.cost_model import HEADROOM
+from ...system.limits import usable_memory
 from .. import offload
 from ..checkpoint import weights
 from ..checkpoint.checkpoint import Checkpoint

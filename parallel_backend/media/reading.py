@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from .errors import RequestError, first_line
+from ..errors import RequestError, first_line
 
 logger = logging.getLogger(__name__)
 

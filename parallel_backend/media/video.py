@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .errors import RequestError, WriteFailure
-from .files import whole_file
+from ..errors import RequestError, WriteFailure
+from ..system.files import whole_file
 from .pictures import checked_pictures
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Pictures and videos: files read and written, and pictures checked."""

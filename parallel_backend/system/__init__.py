@@ -1,0 +1,1 @@
+"""The operating system: files, folders, and the limits of a container."""
