@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parallel_backend.__main__ import main
+from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.text import TextEncoder

@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks.gpus import PHASES
-from parallel_backend.__main__ import build_parser
 from parallel_backend.bench.peers import XDIT
 from parallel_backend.bench.table import chosen_precisions
+from parallel_backend.cli.parser import build_parser
 from parallel_backend.plan import Plan
 
 HEADS = {"2b": 30, "5b": 48, "1.5-5b": 48}

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel_backend import commands, inputs
-from parallel_backend.__main__ import build_parser, main
+from parallel_backend.cli import commands, inputs
+from parallel_backend.cli.parser import build_parser, main
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
 

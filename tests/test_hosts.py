@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from parallel_backend.__main__ import main
+from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, GroupUnavailable, RequestError
 from parallel_backend.executor.factory import resolve

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from parallel_backend import __main__
+from parallel_backend.cli import parser
 from parallel_backend.devices import Devices
 from parallel_backend.system import limits
 
@@ -82,7 +82,7 @@ def test_groups_and_the_command_line_use_the_threads_that_the_container_has(cont
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(8)
-        assert __main__.main(["status"]) == 0
+        assert parser.main(["status"]) == 0
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from parallel_backend.__main__ import main
 from parallel_backend.bench.table import distance
+from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS

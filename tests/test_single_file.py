@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallel_backend.__main__ import main
+from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox.checkpoint import single_file
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation

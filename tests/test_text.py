@@ -8,6 +8,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
+from parallel_backend.cli.prompts import encode_prompts
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint import checkpoint
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
@@ -16,7 +17,6 @@ from parallel_backend.cogvideox.pipeline import text as text_module
 from parallel_backend.cogvideox.pipeline.text import CPU, TextEncoder, find_place
 from parallel_backend.errors import GroupError, RequestError
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.prompts import encode_prompts
 
 from .conftest import NEGATIVE, PROMPT, TOLERANCE
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from parallel_backend.__main__ import main
+from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation

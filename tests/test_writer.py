@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from parallel_backend.writer import Writer
+from parallel_backend.cli.writer import Writer
 
 
 def test_one_waits_while_one_is_written_and_who_brings_a_third_waits_too():

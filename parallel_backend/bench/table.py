@@ -12,10 +12,10 @@ from statistics import median
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..cli.commands import model_of, quiet_libraries, show, size_of
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline import validation
-from ..commands import model_of, quiet_libraries, show, size_of
 from ..devices import Devices
 from ..errors import RequestError
 from ..executor.base import Executor

@@ -7,12 +7,12 @@ from threading import Event
 
 import torch
 
-from .cogvideox import offload
-from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.pipeline.text import TextEncoder, find_place
-from .errors import first_line
-from .executor.base import Executor
-from .jobs import Report, SampleJob
+from ..cogvideox import offload
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.pipeline.text import TextEncoder, find_place
+from ..errors import first_line
+from ..executor.base import Executor
+from ..jobs import Report, SampleJob
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import RequestError
+from ..errors import RequestError
 
 
 @dataclass(frozen=True)

@@ -13,43 +13,31 @@ from statistics import median
 
 import torch
 
+from ..cogvideox.checkpoint import bundled
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.pipeline import validation
+from ..devices import Devices
+from ..errors import GroupFailure, GroupUnavailable, RequestError
+from ..executor import batch
+from ..executor.factory import open_executor, resolve, share_of
+from ..executor.group import GroupExecutor
+from ..group.hosts import Common, Place
+from ..group.launcher import Launcher
+from ..group.lending import lend
+from ..group.muster import Leader, Member
+from ..group.preflight import check_possible
+from ..group.registry import running
+from ..jobs import DecodeJob, EncodeJob, Lora, Model, Report, Result, SampleJob, Windows, check_size, empty_latent, two_thirds
+from ..media import video
+from ..plan import AUTO, Plan
+from ..planner import hardware
+from ..planner.cost_model import Machine, Prediction
+from ..planner.planner import approximations, choose, predictions
+from ..system.files import check_writable
+from ..workload import work_of, work_of_job
 from . import inputs
-from .cogvideox.checkpoint import bundled
-from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.pipeline import validation
-from .devices import Devices
-from .errors import GroupFailure, GroupUnavailable, RequestError
-from .executor import batch
-from .executor.factory import open_executor, resolve, share_of
-from .executor.group import GroupExecutor
-from .group.hosts import Common, Place
-from .group.launcher import Launcher
-from .group.lending import lend
-from .group.muster import Leader, Member
-from .group.preflight import check_possible
-from .group.registry import running
-from .jobs import (
-    DecodeJob,
-    EncodeJob,
-    Lora,
-    Model,
-    Report,
-    Result,
-    SampleJob,
-    Windows,
-    check_size,
-    empty_latent,
-    two_thirds,
-)
-from .media import video
 from .outputs import Video, videos_of
-from .plan import AUTO, Plan
-from .planner import hardware
-from .planner.cost_model import Machine, Prediction
-from .planner.planner import approximations, choose, predictions
 from .prompts import encode_prompts
-from .system.files import check_writable
-from .workload import work_of, work_of_job
 from .writer import Writer
 
 
@@ -451,6 +439,6 @@ def stop(args: Namespace) -> int:
 
 def bench(args: Namespace) -> int:
     """Side by side with diffusers and xDiT's own pipeline."""
-    from .bench.table import run
+    from ..bench.table import run
 
     return run(args)
