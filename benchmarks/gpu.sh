@@ -14,7 +14,7 @@ wanted() { [[ " ${PARTS:-parity build generate offload image} " == *" $1 "* ]]; 
 if wanted parity; then run parity python3 -m pytest -q tests/test_gpu.py -p no:cacheprovider; fi
 if wanted build; then
   for model in ${MODELS:-5b 2b}; do
-    run "build $model" python3 -m parallel_backend.cogvideox.random_weights --like $model --output "$work/CogVideoX-$model" $like
+    run "build $model" python3 -m benchmarks.random_weights --like $model --output "$work/CogVideoX-$model" $like
   done
 fi
 if wanted generate; then
@@ -32,7 +32,7 @@ fi
 if wanted image; then
   python3 -c "import numpy, PIL.Image as i; i.fromarray(numpy.indices((480, 720)).sum(0).astype('uint8')).save('$work/start.png')"
   for model in ${IMAGE_MODELS:-5b-i2v 1.5-5b-i2v}; do
-    run "build $model" python3 -m parallel_backend.cogvideox.random_weights --like $model --output "$work/$model" $like
+    run "build $model" python3 -m benchmarks.random_weights --like $model --output "$work/$model" $like
     run "generate $model" python3 -m parallel_backend generate --model "$work/$model" --plan single ${DEVICES:-} $size \
       --image "$work/start.png" --prompt "it turns around" --steps ${IMAGE_STEPS:-3} \
       --output "$out/$model.mp4" --json | tee "$out/$model.log"

@@ -37,7 +37,7 @@ class Command:
 
 def build(like: str, gpu: int = 0) -> Command:
     """Makes a checkpoint."""
-    words = f"-m parallel_backend.cogvideox.random_weights --like {like} --output {{work}}/{like} {{whole}}"
+    words = f"-m benchmarks.random_weights --like {like} --output {{work}}/{like} {{whole}}"
     return Command(gpu, f"build {like}", words)
 
 

@@ -13,13 +13,14 @@ import time
 from dataclasses import replace
 from statistics import median
 
-from parallel_backend.bench.table import text_states
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.jobs import Model, SampleJob
 from parallel_backend.plan import Plan
+
+from .table import text_states
 
 PLANS = ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2")
 STARTS = (("compiled", "on"), ("compiled again", "on"), ("torch's own", "off"))

@@ -16,13 +16,14 @@ from statistics import mean
 
 import psutil
 
-from parallel_backend.bench.table import text_states
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.executor.replicas import ReplicasExecutor
 from parallel_backend.jobs import Model, SampleJob
 from parallel_backend.plan import Plan
+
+from .table import text_states
 
 TIMES = 3
 """As long as the other replica takes."""

@@ -20,7 +20,6 @@ import psutil
 import torch
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled
 from parallel_backend.executor.group import GroupExecutor
@@ -28,6 +27,8 @@ from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.group import protocol, pulse
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent, split_fields
 from parallel_backend.plan import Plan
+
+from .random_weights import build
 
 MOMENTS = ("starting", "loading", "first step", "middle step", "last step", "decoding", "idle")
 STEPS = 30

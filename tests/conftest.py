@@ -18,11 +18,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.random_weights import LIKES, build
 from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
-from parallel_backend.cogvideox.random_weights import LIKES, build
 from parallel_backend.devices import Devices
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor

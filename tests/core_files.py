@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from parallel_backend.cogvideox.random_weights import fill
+from benchmarks.random_weights import fill
 
 from .comfyui_server import find_comfyui
 from .single_files import republish, save_as

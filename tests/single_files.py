@@ -9,7 +9,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from parallel_backend.cogvideox.random_weights import fill
+from benchmarks.random_weights import fill
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 TO_CORE = (

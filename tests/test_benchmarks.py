@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.gpus import PHASES
-from parallel_backend.bench.peers import XDIT
-from parallel_backend.bench.table import chosen_precisions
+from benchmarks.pipelines import XDIT
+from benchmarks.table import chosen_precisions
 from parallel_backend.cli.parser import build_parser
 from parallel_backend.plan import Plan
 

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
+from benchmarks.random_weights import parse
 from parallel_backend.cogvideox.checkpoint import checkpoint, weights
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation
-from parallel_backend.cogvideox.random_weights import parse
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DTYPES, DecodeJob, Model
 

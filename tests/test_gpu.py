@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel_backend.bench.table import distance, two_steps
+from benchmarks.table import distance, two_steps
 from parallel_backend.cogvideox import offload as memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch

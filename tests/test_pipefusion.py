@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from parallel_backend.bench.table import distance
+from benchmarks.random_weights import build
+from benchmarks.table import distance
 from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS
-from parallel_backend.cogvideox.random_weights import build
 from parallel_backend.cogvideox.transformer.attention import attend_torch
 from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError

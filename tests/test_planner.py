@@ -22,7 +22,7 @@ from benchmarks.plans_table import (
     speedups,
     tables,
 )
-from parallel_backend.bench.table import operations, text_states
+from benchmarks.table import operations, text_states
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.offload import transformer_bytes, working_bytes
 from parallel_backend.devices import Devices

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel_backend.bench.table import distance
+from benchmarks.table import distance
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS, Shard

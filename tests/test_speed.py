@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from parallel_backend.bench.table import distance
+from benchmarks.table import distance
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import attention, block, fp8_linear
@@ -100,7 +100,7 @@ VIDEOS = """
 import sys
 from dataclasses import replace
 import torch
-from parallel_backend.bench.table import distance, text_states
+from benchmarks.table import distance, text_states
 from parallel_backend.cogvideox.transformer import block as blocks
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from benchmarks.random_weights import fill, vae_config
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import vae_torch
-from parallel_backend.cogvideox.random_weights import fill, vae_config
 from parallel_backend.cogvideox.vae import codec, layers
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model

@@ -439,6 +439,6 @@ def stop(args: Namespace) -> int:
 
 def bench(args: Namespace) -> int:
     """Side by side with diffusers and xDiT's own pipeline."""
-    from ..bench.table import run
+    from benchmarks.table import run
 
     return run(args)

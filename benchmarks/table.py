@@ -12,19 +12,20 @@ from statistics import median
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..cli.commands import model_of, quiet_libraries, show, size_of
-from ..cogvideox.checkpoint import bundled
-from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.pipeline import validation
-from ..devices import Devices
-from ..errors import RequestError
-from ..executor.base import Executor
-from ..executor.factory import open_executor, resolve
-from ..executor.local import LocalExecutor
-from ..jobs import DecodeJob, Model, Progress, SampleJob, empty_latent
-from ..system.files import check_writable, whole_file
-from ..workload import work_of_job
-from . import peers
+from parallel_backend.cli.commands import model_of, quiet_libraries, show, size_of
+from parallel_backend.cogvideox.checkpoint import bundled
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline import validation
+from parallel_backend.devices import Devices
+from parallel_backend.errors import RequestError
+from parallel_backend.executor.base import Executor
+from parallel_backend.executor.factory import open_executor, resolve
+from parallel_backend.executor.local import LocalExecutor
+from parallel_backend.jobs import DecodeJob, Model, Progress, SampleJob, empty_latent
+from parallel_backend.system.files import check_writable, whole_file
+from parallel_backend.workload import work_of_job
+
+from . import pipelines
 
 COLUMNS = (
     "name",
@@ -96,7 +97,7 @@ def run(args: Namespace) -> int:
         chosen_precisions(args.precisions),
         *(
             [] if words == "none" else chosen(option, words, allowed)
-            for option, words, allowed in (("--diffusers", args.diffusers, DIFFUSERS), ("--xdit", args.xdit, peers.XDIT))
+            for option, words, allowed in (("--diffusers", args.diffusers, DIFFUSERS), ("--xdit", args.xdit, pipelines.XDIT))
         ),
     )
     if args.decode or args.diffusers != "none":
@@ -178,10 +179,10 @@ def measured(
             executor.close()
     device = Devices.parse(args.devices).first
     for precision in diffusers:
-        row, latent = peers.diffusers(args, job, checkpoint, device, compiled=precision == "compiled")
+        row, latent = pipelines.diffusers(args, job, checkpoint, device, compiled=precision == "compiled")
         yield {**row, "plan": "single", "precision": precision, "gpus": int(device.type == "cuda")}, latent
     for plan_text in xdit:
-        yield peers.xdit(args, job, checkpoint, plan_text, device), None
+        yield pipelines.xdit(args, job, checkpoint, plan_text, device), None
 
 
 def device_name(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """CogVideoX pipelines with seeded random weights, saved in diffusers layout so that loading is the real thing.
 
-``python -m parallel_backend.cogvideox.random_weights --like 5b --output FOLDER`` makes one. The small ones
+``python -m benchmarks.random_weights --like 5b --output FOLDER`` makes one. The small ones
 run on any machine in seconds and show noise; ``--full-size`` has the real shapes, for measuring.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint.single_file import SCHEDULER
+from parallel_backend.cogvideox.checkpoint.single_file import SCHEDULER
 
 WORDS = (
     "a the of in on at with and to from over under red green blue yellow purple orange white black grey circle "

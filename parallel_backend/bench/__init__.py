@@ -1,1 +1,0 @@
-"""Plans and precisions side by side with diffusers' and xDiT's own pipelines, in one run, from one checkpoint."""
