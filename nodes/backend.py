@@ -5,9 +5,9 @@ from comfy_api.latest import io
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import SampleJob
 from ..parallel_backend.plan import AUTO, Plan
-from . import host
 from .base import CogVideoXNode
-from .sockets import CATEGORY, BackendHandle, BackendSocket
+from .comfy import runtime
+from .comfy.types import CATEGORY, BackendHandle, BackendSocket
 
 
 def advanced(widget: io.WidgetInput) -> io.WidgetInput:
@@ -64,7 +64,7 @@ class XDiTBackend(CogVideoXNode):
         """Refuses what can be refused before anything runs."""
         try:
             if devices is not None:
-                host.devices_exist(devices)
+                runtime.devices_exist(devices)
             if plan not in (None, AUTO):
                 Plan.parse(plan)
         except RequestError as error:

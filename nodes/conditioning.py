@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode
-from .sockets import CATEGORY
+from .comfy.types import CATEGORY
 
 CONCAT, CONCAT_MASK = "concat_latent_image", "concat_mask"
 """The core's own names in a conditioning for a latent that is concatenated to the noise, and for where it is made anew."""

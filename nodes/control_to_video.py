@@ -4,8 +4,8 @@ from comfy_api.latest import io
 
 from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode
+from .comfy.types import CATEGORY
 from .conditioning import CONTROL, with_values
-from .sockets import CATEGORY
 from .videos import COVERED, conditioned_inputs, conditioned_outputs, fit_video
 
 

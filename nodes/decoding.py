@@ -4,9 +4,9 @@ from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL
 from ..parallel_backend.jobs import TILINGS, DecodeJob, check_latent
-from . import host
 from .base import CogVideoXNode
-from .sockets import CATEGORY, BackendSocket, VaeHandle
+from .comfy import runtime
+from .comfy.types import CATEGORY, BackendSocket, VaeHandle
 
 
 class CogVideoXDecode(CogVideoXNode):
@@ -46,10 +46,10 @@ class CogVideoXDecode(CogVideoXNode):
             return io.NodeOutput(decode_with_core(vae, latent, tiling, tile_size, overlap))
         job = DecodeJob(vae.model, latent, tiling, tile_size, overlap)
         node_id = cls.hidden.unique_id
-        videos = host.run(job, backend, node_id, vae.device).tensor
+        videos = runtime.run(job, backend, node_id, vae.device).tensor
         if len(videos) > 1:
             line = f"{len(videos)} videos of {videos.shape[1]} frames follow one another"
-            host.say(f"{line}: set videos of Save Video (MP4) to {len(videos)} for a file each", node_id)
+            runtime.say(f"{line}: set videos of Save Video (MP4) to {len(videos)} for a file each", node_id)
         return io.NodeOutput(videos.flatten(0, 1))
 
 

@@ -7,10 +7,10 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.pipeline import conditions, validation
 from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
-from . import host
 from .base import CogVideoXNode
+from .comfy import runtime
+from .comfy.types import CATEGORY, VaeHandle
 from .conditioning import CONCAT, IMAGE_SCALE, with_values
-from .sockets import CATEGORY, VaeHandle
 from .videos import COVERED, conditioned_inputs, conditioned_outputs, inpaint_values
 
 
@@ -81,7 +81,7 @@ class CogVideoXImageToVideo(CogVideoXNode):
             return io.NodeOutput(*with_values(positive, negative, {CONCAT: image, IMAGE_SCALE: image_scale}), latent)
         if image_scale != "auto":
             line = "image_scale is for image-to-video models; an inpaint model's images are always scaled"
-            host.say(line, cls.hidden.unique_id, level=logging.WARNING)
+            runtime.say(line, cls.hidden.unique_id, level=logging.WARNING)
         images = (image if image is None else cover(image, width=width, height=height) for image in (start_image, end_image))
         video, mask = conditions.between_images(*images, frames=length)
         return io.NodeOutput(*with_values(positive, negative, inpaint_values(vae, video, mask)), latent)

@@ -5,8 +5,8 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode
+from .comfy.types import CATEGORY
 from .conditioning import with_values
-from .sockets import CATEGORY
 from .videos import COVERED, conditioned_inputs, conditioned_outputs, fit_video, inpaint_values
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import between
 from ..parallel_backend.media.pictures import check_finite, checked_latent, checked_mask, checked_pictures
-from .sockets import BackendHandle, BackendSocket, ModelHandle, ModelSocket
+from .comfy.types import BackendHandle, BackendSocket, ModelHandle, ModelSocket
 
 
 def checked(value: Any, declared: io.Input) -> Any:

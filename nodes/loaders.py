@@ -5,9 +5,9 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import COMPILES, DTYPES, FP8S, OFFLOADS, Model
-from . import host
 from .base import CogVideoXNode
-from .sockets import CATEGORY, ClipHandle, ModelHandle, ModelSocket, VaeHandle
+from .comfy import runtime
+from .comfy.types import CATEGORY, ClipHandle, ModelHandle, ModelSocket, VaeHandle
 
 
 class LoadCogVideoX(CogVideoXNode):
@@ -25,7 +25,7 @@ class LoadCogVideoX(CogVideoXNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=host.model_names(),
+                    options=runtime.model_names(),
                     tooltip="A folder in models/CogVideo or models/diffusers, or a .safetensors file in models/diffusion_models "
                     "or models/CogVideo: for that take the core's CLIPLoader (type cogvideox) and VAELoader. 'demo' is small "
                     "and always there.",
@@ -85,7 +85,7 @@ class LoadCogVideoX(CogVideoXNode):
     def fingerprint_inputs(cls, model_name: str, **kwargs) -> str | None:
         """Has ComfyUI run the node, and the nodes after it, again when a file of the model was replaced."""
         try:
-            return Checkpoint.fingerprint(host.find_model(model_name))
+            return Checkpoint.fingerprint(runtime.find_model(model_name))
         except RequestError:  # which running the node says
             return None
 
@@ -94,8 +94,8 @@ class LoadCogVideoX(CogVideoXNode):
         cls, model_name: str, dtype: str, offload: str, compile: str = "auto", fp8: str = "off", step_cache: float = 0.0
     ) -> io.NodeOutput:
         """Opens and checks the checkpoint."""
-        checkpoint = Checkpoint.open(host.find_model(model_name))
-        host.say(checkpoint.describe, cls.hidden.unique_id)
+        checkpoint = Checkpoint.open(runtime.find_model(model_name))
+        runtime.say(checkpoint.describe, cls.hidden.unique_id)
         fast = {"compile": compile, "fp8": fp8, "step_cache": step_cache}
         model = Model(str(checkpoint.path), dtype=dtype, offload=offload, **fast)
         return io.NodeOutput(ModelHandle(model, checkpoint), ClipHandle(checkpoint, dtype), VaeHandle(model))

@@ -6,9 +6,9 @@ from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.transformer.lora import LoraFile
 from ..parallel_backend.jobs import MAX_STRENGTH, Lora
-from . import host
 from .base import CogVideoXNode
-from .sockets import CATEGORY, ModelSocket
+from .comfy import runtime
+from .comfy.types import CATEGORY, ModelSocket
 
 
 class LoadCogVideoXLora(CogVideoXNode):
@@ -26,7 +26,7 @@ class LoadCogVideoXLora(CogVideoXNode):
                 ModelSocket.Input("model"),
                 io.Combo.Input(
                     "lora_name",
-                    options=list(host.lora_files()),
+                    options=list(runtime.lora_files()),
                     tooltip="A .safetensors file in models/loras or models/CogVideo/loras.",
                 ),
                 io.Float.Input(
@@ -46,13 +46,13 @@ class LoadCogVideoXLora(CogVideoXNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **kwargs) -> float | None:
         """Has ComfyUI run the node again when the file was written anew."""
-        path = host.lora_files().get(lora_name)
+        path = runtime.lora_files().get(lora_name)
         return path and path.stat().st_mtime
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
         """Checks that the file fits the checkpoint."""
-        lora = Lora(str(host.find_lora(lora_name).resolve()), strength)
+        lora = Lora(str(runtime.find_lora(lora_name).resolve()), strength)
         opened = LoraFile.open(lora, model.checkpoint)
-        host.say(opened.note or opened.describe, cls.hidden.unique_id)
+        runtime.say(opened.note or opened.describe, cls.hidden.unique_id)
         return io.NodeOutput(replace(model, model=replace(model.model, loras=(*model.model.loras, lora))))

@@ -7,10 +7,10 @@ from comfy_api.latest import io
 
 from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
 from ..parallel_backend.plan import AUTO
-from . import host
 from .base import CogVideoXNode
+from .comfy import runtime
+from .comfy.types import CATEGORY, BackendSocket, ModelSocket
 from .conditioning import conditions_of, text_fields
-from .sockets import CATEGORY, BackendSocket, ModelSocket
 
 
 class CogVideoXSampler(CogVideoXNode):
@@ -54,11 +54,11 @@ class CogVideoXSampler(CogVideoXNode):
         """Has a backend's group start before the text is encoded, which takes as long; then asks for all that is not there yet."""
         given = {"latent": latent, "positive": positive, "negative": negative}
         missing = [name for name, value in given.items() if value is None]
-        if not missing or backend is None or host.has_group():
+        if not missing or backend is None or runtime.has_group():
             return missing
         if latent is None and (backend.plan == AUTO or model.windows):
             return ["latent"]  # by whose size and batch the plan is chosen
-        host.begin(model, backend, latent and latent["samples"], cfg, cls.hidden.unique_id)
+        runtime.begin(model, backend, latent and latent["samples"], cfg, cls.hidden.unique_id)
         return missing
 
     @classmethod
@@ -67,7 +67,7 @@ class CogVideoXSampler(CogVideoXNode):
     ) -> io.NodeOutput:
         """Builds the job and has it run."""
         node_id = cls.hidden.unique_id
-        say = partial(host.say, node_id=node_id, level=logging.WARNING)
+        say = partial(runtime.say, node_id=node_id, level=logging.WARNING)
         text = {"limit": model.checkpoint.text_tokens, "say": say}
         job = SampleJob(
             model.model,
@@ -86,4 +86,4 @@ class CogVideoXSampler(CogVideoXNode):
         )
         if "noise_mask" in latent:
             say("the latent's mask is not used; CogVideoX Inpaint gives one to an inpaint model")
-        return io.NodeOutput({"samples": host.run(job, backend, node_id).tensor})
+        return io.NodeOutput({"samples": runtime.run(job, backend, node_id).tensor})

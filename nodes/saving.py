@@ -16,9 +16,9 @@ from ..parallel_backend.errors import RequestError, WriteFailure, first_line
 from ..parallel_backend.media import video
 from ..parallel_backend.media.pictures import checked_pictures
 from ..parallel_backend.system.files import check_writable
-from . import host
 from .base import CogVideoXNode
-from .sockets import CATEGORY
+from .comfy import runtime
+from .comfy.types import CATEGORY
 
 DATE = re.compile("%date:([^%]*)%")
 DATE_FIELDS = re.compile("yyyy|yy|MM?|dd?|hh?|mm?|ss?")
@@ -120,7 +120,7 @@ class SaveVideo(CogVideoXNode):
         found = clips(images, videos)
         rows, columns = found[0].shape[1:3]
         folder, name, counter, subfolder = place(filename_prefix, width=columns, height=rows)
-        say = partial(host.say, node_id=cls.hidden.unique_id, level=logging.WARNING)
+        say = partial(runtime.say, node_id=cls.hidden.unique_id, level=logging.WARNING)
         paths = [numbered(folder, name, counter + index) for index in range(len(found))]
         for path, frames in zip(paths, found):
             video.save(path, frames, fps=fps, metadata=cls.metadata(), say=say)

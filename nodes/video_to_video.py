@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from .base import CogVideoXNode
+from .comfy.types import CATEGORY
 from .conditioning import size_inputs
-from .sockets import CATEGORY
 from .videos import COVERED, fit_video
 
 

@@ -9,9 +9,9 @@ from ..parallel_backend.cogvideox.checkpoint.checkpoint import TEMPORAL, whole_f
 from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.jobs import check_size
-from . import host
+from .comfy import runtime
+from .comfy.types import VaeHandle
 from .conditioning import CONCAT, CONCAT_MASK, size_inputs
-from .sockets import VaeHandle
 
 COVERED = "Resized to cover the video's size, its shape kept, and cropped at the centre."
 
@@ -47,7 +47,7 @@ def fit_video(video: torch.Tensor, vae, *, width: int, height: int, length: int,
     if frames < length:
         rule = f"{TEMPORAL * together}k+{TEMPORAL * (together - 1) + 1}"
         line = f"{frames} of the video's {len(video)} frames are used, not {length}: a model of this kind takes {rule}"
-        host.say(line, node_id, level=logging.WARNING)
+        runtime.say(line, node_id, level=logging.WARNING)
     return cover(video[:frames], width=width, height=height)
 
 

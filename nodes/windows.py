@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.jobs import WINDOW_SCHEDULES, Windows
 from .base import CogVideoXNode
-from .sockets import CATEGORY, ModelSocket
+from .comfy.types import CATEGORY, ModelSocket
 
 
 class CogVideoXContextWindows(CogVideoXNode):

@@ -19,8 +19,8 @@ from workflows.headless import start_runtime
 start_runtime(*[Path(folder)] * 3)
 def part(name):
     return importlib.import_module(f"{Path(repo).name.replace('-', '_').replace('.', '_')}.{name}")
-host, memory, jobs, errors = (part(f) for f in ("nodes.host", "nodes.memory", "parallel_backend.jobs", "parallel_backend.errors"))
-Handle, Checkpoint = part("nodes.sockets").BackendHandle, part("parallel_backend.cogvideox.checkpoint.checkpoint").Checkpoint
+host, memory, jobs, errors = (part(f) for f in ("nodes.comfy.runtime", "nodes.comfy.model_patcher", "parallel_backend.jobs", "parallel_backend.errors"))
+Handle, Checkpoint = part("nodes.comfy.types").BackendHandle, part("parallel_backend.cogvideox.checkpoint.checkpoint").Checkpoint
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 model, checkpoint = jobs.Model(path), Checkpoint.open(path)
 latent = jobs.empty_latent(width=64, height=48, frames=9)
@@ -42,7 +42,7 @@ for line in sys.stdin:
 
 NODES = """
 Node, Sampler = part("nodes.image_to_video").CogVideoXImageToVideo, part("nodes.sampling").CogVideoXSampler
-sockets, image = part("nodes.sockets"), part("parallel_backend.cogvideox.pipeline.image")
+sockets, image = part("nodes.comfy.types"), part("parallel_backend.cogvideox.pipeline.image")
 from comfy_api.latest import io
 def prepared(node):
     return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
@@ -73,7 +73,7 @@ prompts = {"positive": positive, "negative": negative}
 SHOWN = """
 import types, comfy_execution.utils
 from server import PromptServer
-lines, shown, context = part("nodes.lines"), [], []
+lines, shown, context = part("nodes.comfy.lines"), [], []
 comfy_execution.utils.get_executing_context = lambda: context and types.SimpleNamespace(**context[-1]) or None
 PromptServer.instance.send_progress_text = lambda text, node_id: shown.append([node_id, text])
 def at(prompt, node):

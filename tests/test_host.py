@@ -292,7 +292,7 @@ def test_load_cogvideox_runs_again_when_a_file_of_its_model_was_replaced(in_comf
     folder = shutil.copytree(checkpoints["5b"], tmp_path / "5b")
     shown, _ = in_comfyui(f"""
 loader, folder, models = part("nodes.loaders").LoadCogVideoX, Path({str(folder)!r}), part("parallel_backend.cogvideox.checkpoint.bundled")
-part("nodes.model_folders").model_folders = lambda: {{"CogVideo/5b": folder}}
+part("nodes.comfy.model_folders").model_folders = lambda: {{"CogVideo/5b": folder}}
 def state():
     return loader.fingerprint_inputs(model_name="CogVideo/5b", dtype="auto")
 states = [state(), state()]

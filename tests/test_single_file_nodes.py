@@ -7,7 +7,7 @@ from .single_files import save_as
 
 NODES = """
 from comfy_api.latest import io
-loaders, sockets = part("nodes.loaders"), part("nodes.sockets")
+loaders, sockets = part("nodes.loaders"), part("nodes.comfy.types")
 def load(name):
     clone = loaders.LoadCogVideoX.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
     return clone.execute(model_name=name, dtype="auto", offload="auto").result

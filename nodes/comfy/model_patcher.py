@@ -8,11 +8,11 @@ import logging
 
 import torch
 
-from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from ..parallel_backend.cogvideox.offload import transformer_bytes
-from ..parallel_backend.errors import GroupFailure
-from ..parallel_backend.executor.base import Executor
-from ..parallel_backend.jobs import Job, SampleJob
+from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from ...parallel_backend.cogvideox.offload import transformer_bytes
+from ...parallel_backend.errors import GroupFailure
+from ...parallel_backend.executor.base import Executor
+from ...parallel_backend.jobs import Job, SampleJob
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import folder_paths
 
-from ..parallel_backend.cogvideox.checkpoint import bundled, single_file
-from ..parallel_backend.cogvideox.transformer.lora import SUFFIXES
-from ..parallel_backend.errors import RequestError
+from ...parallel_backend.cogvideox.checkpoint import bundled, single_file
+from ...parallel_backend.cogvideox.transformer.lora import SUFFIXES
+from ...parallel_backend.errors import RequestError
 
 MODEL_FOLDERS = ("CogVideo", "diffusers")
 FILES = "diffusion_models"

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
-from ..parallel_backend.cogvideox.pipeline.text import WORKING_BYTES, TextEncoder, find_place
-from ..parallel_backend.errors import RequestError
-from ..parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
-from ..parallel_backend.media.pictures import checked_latent, checked_pictures
-from . import host
+from ...parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from ...parallel_backend.cogvideox.pipeline.text import WORKING_BYTES, TextEncoder, find_place
+from ...parallel_backend.errors import RequestError
+from ...parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
+from ...parallel_backend.media.pictures import checked_latent, checked_pictures
+from . import runtime
 
 CATEGORY = "CogVideoX xDiT"
 
@@ -111,7 +111,7 @@ class ClipHandle(Handle):
 
     def __init__(self, checkpoint: Checkpoint, dtype: str):
         self.checkpoint = checkpoint
-        self.patcher = Placement(self, host.text_device())
+        self.patcher = Placement(self, runtime.text_device())
         self._dtype = dtype
         self._shared: dict[str, TextEncoder] = {}
         """Read once for this and its clones."""
@@ -126,25 +126,25 @@ class ClipHandle(Handle):
         if T5 not in self._shared:
             device = self.patcher.load_device
             dtype = self.checkpoint.dtype(self._dtype, device)
-            say = partial(host.say, level=logging.WARNING)
+            say = partial(runtime.say, level=logging.WARNING)
             self._shared[T5] = TextEncoder(self.checkpoint, device=device, dtype=dtype, say=say)
-            self._shared[T5].go_on = host.is_wanted
+            self._shared[T5].go_on = runtime.is_wanted
         return self._shared[T5]
 
     def _find_room(self) -> None:
         """Has ComfyUI make room where the text encoder is to run; where that does not suffice, the CPU encodes."""
         wanted = self.patcher.load_device
         dtype = self.checkpoint.dtype(self._dtype, wanted)
-        host.make_room(self.checkpoint.weight_bytes("text_encoder", dtype) + WORKING_BYTES, wanted)
+        runtime.make_room(self.checkpoint.weight_bytes("text_encoder", dtype) + WORKING_BYTES, wanted)
         place = find_place(self.checkpoint, [wanted], self._dtype)
         if place.note:
-            host.say(place.note, level=logging.WARNING)
+            runtime.say(place.note, level=logging.WARNING)
         self.encoder.move(place)
 
     def tokenize(self, text: str, return_word_ids: bool = False, **others: Any) -> dict[str, list]:
         """Token ids of a prompt and their weights, padded or cut to the model's limit."""
         if unused := [name for name, value in others.items() if isinstance(value, str | list) and value]:
-            host.say(f"not used: {', '.join(unused)}; CogVideoX reads the prompt alone", level=logging.WARNING)
+            runtime.say(f"not used: {', '.join(unused)}; CogVideoX reads the prompt alone", level=logging.WARNING)
         return Tokens({T5: [self.encoder.weigh(text)]})
 
     def encode_from_tokens(self, tokens: dict[str, list], return_pooled: bool = False, return_dict: bool = False):
@@ -153,7 +153,7 @@ class ClipHandle(Handle):
         prompts = tokens[T5] or self.tokenize("")[T5]  # CLIP Text Encode (SD3) passes none for an empty prompt
         try:
             ids, weights = ([[pair[part] for pair in prompt] for prompt in prompts] for part in (0, 1))
-            with host.interruptible():
+            with runtime.interruptible():
                 states = self.encoder.encode(ids, weights)
         finally:
             self.encoder.unload()  # the transformer, here or in the group, wants the room
@@ -188,7 +188,7 @@ class ClipHandle(Handle):
         """Says that an option is not used: CogVideoX pads every prompt alike."""
         if value and name.startswith(T5):
             line = f"{name} is not used: every prompt has {self.checkpoint.text_tokens} tokens with CogVideoX"
-            host.say(line, level=logging.WARNING)
+            runtime.say(line, level=logging.WARNING)
 
 
 class VaeHandle(Handle):
@@ -204,7 +204,7 @@ class VaeHandle(Handle):
 
     def __init__(self, model: Model):
         self.model = model
-        self.device = host.torch_device()
+        self.device = runtime.torch_device()
         self.patcher = Placement(self, self.device)
 
     @property
@@ -237,7 +237,7 @@ class VaeHandle(Handle):
         return torch.cat([self._run(EncodeJob(self.model, video, **tiles)) for video in videos])
 
     def _run(self, job: DecodeJob | EncodeJob) -> torch.Tensor:
-        return host.run(job, device=self.device).tensor
+        return runtime.run(job, device=self.device).tensor
 
     def spacial_compression_decode(self) -> int:
         """Pixels of one latent column."""
@@ -263,6 +263,6 @@ def fitting(pixels: torch.Tensor) -> torch.Tensor:
     kept, rows, columns = (frames - 1) // 4 * 4 + 1, height // 16 * 16, width // 16 * 16
     if (kept, rows, columns) != (frames, height, width):
         line = f"the video of {frames} frames {width}x{height} is cropped to {kept} frames {columns}x{rows}"
-        host.say(line, level=logging.WARNING)
+        runtime.say(line, level=logging.WARNING)
     top, left = (height - rows) // 2, (width - columns) // 2
     return pixels[:kept, top : top + rows, left : left + columns]

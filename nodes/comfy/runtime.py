@@ -14,22 +14,22 @@ from comfy.cli_args import LatentPreviewMethod
 from comfy.cli_args import args as settings
 from PIL import Image
 
-from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from ..parallel_backend.cogvideox.offload import working_bytes
-from ..parallel_backend.cogvideox.pipeline import validation
-from ..parallel_backend.devices import Devices
-from ..parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
-from ..parallel_backend.executor.base import Executor
-from ..parallel_backend.executor.batch import has_windows_to_share, windows_of
-from ..parallel_backend.executor.factory import AS_ASKED, Keeper, resolve
-from ..parallel_backend.executor.local import LocalExecutor
-from ..parallel_backend.jobs import DecodeJob, Job, Report, Result, SampleJob
-from ..parallel_backend.plan import AUTO, Plan
-from ..parallel_backend.planner.cost_model import HEADROOM
-from ..parallel_backend.workload import work_of, work_of_job
+from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from ...parallel_backend.cogvideox.offload import working_bytes
+from ...parallel_backend.cogvideox.pipeline import validation
+from ...parallel_backend.devices import Devices
+from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from ...parallel_backend.executor.base import Executor
+from ...parallel_backend.executor.batch import has_windows_to_share, windows_of
+from ...parallel_backend.executor.factory import AS_ASKED, Keeper, resolve
+from ...parallel_backend.executor.local import LocalExecutor
+from ...parallel_backend.jobs import DecodeJob, Job, Report, Result, SampleJob
+from ...parallel_backend.plan import AUTO, Plan
+from ...parallel_backend.planner.cost_model import HEADROOM
+from ...parallel_backend.workload import work_of, work_of_job
 from . import lines
-from .memory import HeldWeights
 from .model_folders import find_lora, find_model, lora_files, model_names  # noqa: F401 - nodes ask the host for these
+from .model_patcher import HeldWeights
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def run(job: Job, backend=None, node_id: str | None = None, device: torch.device
 
     Args:
         job: what to do.
-        backend: a :class:`.sockets.BackendHandle`, or None for this process.
+        backend: a :class:`.types.BackendHandle`, or None for this process.
         node_id: where to say what is done, and where progress is shown.
         device: for this process; None for ComfyUI's.
     Raises:
@@ -125,7 +125,7 @@ def begin(handle, backend, latent: torch.Tensor | None, cfg: float, node_id: str
     what is kept would have to give way to a group that the job, once it is checked, may not get.
 
     Args:
-        handle: a :class:`.sockets.ModelHandle`.
+        handle: a :class:`.types.ModelHandle`.
         backend, node_id: see :func:`run`.
         latent: of the job; any will do with a plan that is not ``auto``.
         cfg: of the job.
