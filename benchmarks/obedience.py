@@ -1,7 +1,7 @@
 """Do the demo models do what they are told? ``python -m benchmarks.obedience`` prints the table; with ``--model demo-i2v`` for
 start images: how well the first frame keeps the image, and whether things move as they are told to from there.
 
-Captions that training never saw, seeds and settings fixed in advance, judged by the measurements of tests/measures.py.
+Captions that training never saw, seeds and settings fixed in advance, judged by the measurements of tests/support/measures.py.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.executor.base import Executor
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
-from tests.measures import Verdict, judge
+from tests.support.measures import Verdict, judge
 from training.drawing import draw
 from training.scenes import Scene, caption, held_out_scenes
 from training.vae import psnr

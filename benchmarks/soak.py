@@ -24,7 +24,9 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.group import protocol, pulse
+from parallel_backend.group import protocol
+from parallel_backend.group.heartbeat import Board
+from parallel_backend.group.supervisor import BOARD
 from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent, split_fields
 from parallel_backend.plan import Plan
 
@@ -85,8 +87,9 @@ class Attack:
         """Sends it when the ranks say that they do something."""
 
         def wait() -> None:
-            path = self.group.address.pulse_file(0)
-            wait_for(lambda: (found := pulse.read(path)) is not None and doing in found.doing)
+            path, _, ranks = processes(self.group)["rank 0"].environ()[BOARD].rpartition(":")
+            board = Board.open(path, int(ranks))
+            wait_for(lambda: (found := board.heartbeat(0)) is not None and doing in found.doing)
             self.strike()
 
         threading.Thread(target=wait, daemon=True).start()

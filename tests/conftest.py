@@ -30,11 +30,11 @@ from parallel_backend.group.registry import GroupAddress
 from parallel_backend.jobs import Lora, Model, SampleJob, empty_latent
 from parallel_backend.plan import Plan
 
-from . import core_files
-from .comfy_runtime import NODES, ComfyRuntime
-from .comfyui_server import find_comfyui
-from .lora_files import fun_layout, random_change, write
-from .single_files import save_as
+from .support import core_files
+from .support.comfy_runtime import NODES, ComfyRuntime
+from .support.comfyui_server import find_comfyui
+from .support.lora_files import fun_layout, random_change, write
+from .support.single_files import save_as
 
 REPO = Path(__file__).resolve().parents[1]
 PROMPT, NEGATIVE = "a red circle moves left over a blue city at night", "rain"

@@ -21,11 +21,11 @@ from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group.registry import running
 from workflows.headless import apply_settings, to_api
 
-from . import core_nodes
-from .comfyui_server import ComfyUIServer, find_comfyui
 from .conftest import REPO, TOLERANCE, Broken, made, wait_until, workers
-from .core_files import in_model_folders
-from .lora_files import diffusers_layout, random_change, write
+from .support import core_nodes
+from .support.comfyui_server import ComfyUIServer, find_comfyui
+from .support.core_files import in_model_folders
+from .support.lora_files import diffusers_layout, random_change, write
 from .test_workflows import MODELS, SETTINGS, SHAPES, prepare
 
 pytestmark = [
@@ -44,7 +44,7 @@ def started():
     """One ComfyUI for the whole file."""
     starting = ComfyUIServer()
     (starting.base / "custom_nodes").mkdir(parents=True)
-    shutil.copy(REPO / "tests" / "narrow_core.py", starting.base / "custom_nodes")
+    shutil.copy(REPO / "tests" / "support" / "narrow_core.py", starting.base / "custom_nodes")
     with ExitStack() as stack:
         try:
             found = stack.enter_context(starting)

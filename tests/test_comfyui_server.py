@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from .comfyui_server import ComfyUIServer
 from .conftest import Broken, made
+from .support.comfyui_server import ComfyUIServer
 
 
 def test_a_comfyui_that_does_not_start_is_named_in_one_line_with_what_it_said_last(tmp_path, monkeypatch, caplog):

@@ -21,7 +21,7 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
 
 from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
-from .measures import look
+from .support.measures import look
 
 
 def generate(run, checkpoint, output, *more):

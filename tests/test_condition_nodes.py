@@ -2,7 +2,7 @@
 
 import pytest
 
-from .comfy_runtime import NODES, SHOWN
+from .support.comfy_runtime import NODES, SHOWN
 
 MORE = """
 Control, Inpaint = part("nodes.control_to_video").CogVideoXControlToVideo, part("nodes.inpainting").CogVideoXInpaint

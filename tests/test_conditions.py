@@ -12,7 +12,7 @@ from parallel_backend.cogvideox.pipeline import conditions
 from parallel_backend.jobs import EncodeJob, Model
 
 from .conftest import TOLERANCE
-from .diffusers_reference import SCHEDULERS, reference
+from .support.diffusers_reference import SCHEDULERS, reference
 from .test_image_and_video_input import encode, pictures, pixels_of
 
 SIZES = {

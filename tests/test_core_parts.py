@@ -1,6 +1,6 @@
 """ComfyUI's own CogVideoX parts beside ours: the same weights give the same text states, frames and velocities.
 
-The core's code runs in its own interpreter, once; its results come back in a file. tests/narrow_core.py says what of it
+The core's code runs in its own interpreter, once; its results come back in a file. tests/support/narrow_core.py says what of it
 is not as it is shipped.
 """
 
@@ -17,10 +17,10 @@ from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 
-from .comfyui_server import find_comfyui, find_python
 from .conftest import NEGATIVE, PROMPT, REPO, TOLERANCE, Broken, made
-from .core_files import CoreFiles
-from .norms import without_norms
+from .support.comfyui_server import find_comfyui, find_python
+from .support.core_files import CoreFiles
+from .support.norms import without_norms
 
 pytestmark = pytest.mark.skipif(
     find_comfyui() is None, reason="no ComfyUI here: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI"
@@ -92,7 +92,7 @@ def from_core(made_core_models, given, tmp_path_factory) -> dict[str, torch.Tens
     files = made_core_models["1.5-5b-i2v"]
     folder = tmp_path_factory.mktemp("exchange")
     save_file({name: value for name, value in given.items()}, folder / "given.safetensors")
-    paths = (find_comfyui(), REPO / "tests", folder / "given.safetensors", files.transformer, files.text_encoder, files.vae)
+    paths = (find_comfyui(), REPO / "tests" / "support", folder / "given.safetensors", files.transformer, files.text_encoder, files.vae)
     command = [find_python(find_comfyui()), "-c", IN_THE_CORE, *paths, folder / "found.safetensors"]
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     if run.returncode:

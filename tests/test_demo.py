@@ -14,7 +14,7 @@ from training.drawing import draw
 from training.scenes import Scene, caption, held_out_scenes, random_scene, training_scene, vocabulary
 from training.vae import psnr
 
-from .measures import Verdict, judge
+from .support.measures import Verdict, judge
 
 SIZE_LIMIT = 24_000_000
 QUALITIES = ("background", "colour", "shape", "motion")

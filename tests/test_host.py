@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from .comfy_runtime import SHOWN
 from .conftest import TOLERANCE
+from .support.comfy_runtime import SHOWN
 
 
 @pytest.mark.slow

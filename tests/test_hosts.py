@@ -30,7 +30,7 @@ from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.jobs import split_fields
 
 from .conftest import PATIENCE, TOLERANCE, wait_until
-from .two_hosts import SILENT_SECONDS, TwoHosts
+from .support.two_hosts import SILENT_SECONDS, TwoHosts
 
 # ---- two hosts with their processes ----
 

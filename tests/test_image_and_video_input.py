@@ -16,7 +16,7 @@ from parallel_backend.errors import RequestError
 from parallel_backend.jobs import EncodeJob, Model
 
 from .conftest import TOLERANCE
-from .diffusers_reference import reference
+from .support.diffusers_reference import reference
 
 CLASSES = {
     "5b-i2v": CogVideoXImageToVideoPipeline,

@@ -20,8 +20,8 @@ from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Lora, Model
 
 from .conftest import TOLERANCE
-from .diffusers_reference import reference
-from .lora_files import core_layout, diffusers_layout, fun_layout, random_change, write
+from .support.diffusers_reference import reference
+from .support.lora_files import core_layout, diffusers_layout, fun_layout, random_change, write
 
 SIZE = {"size": (48, 32, 5), "steps": 3, "scheduler": "ddim"}
 EVERY_LAYER = r"proj|text_proj|linear(_\d)?|to_(q|k|v|out\.0)|net\.2|proj_out"

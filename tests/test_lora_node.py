@@ -1,6 +1,6 @@
 """The node of a LoRA: which files it lists, and what it hands to the sampler."""
 
-from .lora_files import core_layout, diffusers_layout, random_change, write
+from .support.lora_files import core_layout, diffusers_layout, random_change, write
 
 
 def test_files_of_both_folders_are_listed_chained_and_sampled_with(nodes, checkpoints, comfy_runtime):

@@ -10,8 +10,8 @@ from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 
-from .lora_files import diffusers_layout, random_change, write
-from .single_files import save_as
+from .support.lora_files import diffusers_layout, random_change, write
+from .support.single_files import save_as
 
 
 def in_layout(folder: Path, kind: str = "CogVideoXTransformer3DModel") -> Path:

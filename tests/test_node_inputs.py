@@ -2,7 +2,7 @@
 
 import pytest
 
-from .comfy_runtime import NODES
+from .support.comfy_runtime import NODES
 
 MORE = """
 nodes = part("nodes")

@@ -10,7 +10,7 @@ from parallel_backend.cogvideox.vae.codec import encode
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
 
 from .conftest import TOLERANCE
-from .diffusers_reference import reference
+from .support.diffusers_reference import reference
 
 
 @pytest.fixture(scope="module")

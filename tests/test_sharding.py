@@ -60,7 +60,7 @@ def run_plans(folder, jobs, size: int, plans: list[str]) -> dict[str, tuple[list
         (folder / f"{number:02}.job").write_bytes(encode(Message(job.kind, *split_fields(job))))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    script = [REPO / "tests" / "ranks.py", folder, *plans]
+    script = [REPO / "tests" / "support" / "ranks.py", folder, *plans]
     done = subprocess.run([*launch, *map(str, script)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return {plan: torch.load(folder / f"{plan}.pt") for plan in plans}

@@ -14,7 +14,7 @@ from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
 
 from .conftest import TOLERANCE
-from .single_files import LAYOUTS, WEIGHTS, republish, save_as
+from .support.single_files import LAYOUTS, WEIGHTS, republish, save_as
 
 PUBLISHED = {"sample_width": 90, "sample_height": 60, "sample_frames": 49, "max_text_seq_length": 226}
 PUBLISHED_1_5 = {"sample_width": 300, "sample_height": 300, "sample_frames": 81, "max_text_seq_length": 226}

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from .single_files import save_as
+from .support.single_files import save_as
 
 NODES = """
 from comfy_api.latest import io

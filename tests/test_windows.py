@@ -14,7 +14,7 @@ from parallel_backend.jobs import DecodeJob, Windows, empty_latent
 from parallel_backend.plan import Plan
 
 from .conftest import NEGATIVE, PROMPT, TOLERANCE
-from .diffusers_reference import SCHEDULERS
+from .support.diffusers_reference import SCHEDULERS
 
 LAYOUTS = [
     Layout(frames * token, length * token, overlap * token, token, shifted, True)

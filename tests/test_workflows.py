@@ -14,8 +14,8 @@ import torch
 from parallel_backend.cogvideox.checkpoint.bundled import DEMO, find
 
 from .conftest import REPO, wait_until, workers
-from .lora_files import diffusers_layout, random_change, write
-from .measures import Seen, look
+from .support.lora_files import diffusers_layout, random_change, write
+from .support.measures import Seen, look
 from .test_nodes import WORKFLOWS
 
 FEW = 2

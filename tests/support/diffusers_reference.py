@@ -3,7 +3,7 @@
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from .conftest import NEGATIVE, PROMPT
+from ..conftest import NEGATIVE, PROMPT
 
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 

@@ -13,7 +13,7 @@ import psutil
 
 from parallel_backend.group.registry import GroupAddress, running
 
-from .conftest import PATIENCE, REPO, wait_until
+from ..conftest import PATIENCE, REPO, wait_until
 
 SILENT_SECONDS = 10.0
 """In which the tests' hosts notice that another is silent. On a loaded machine a process stands still for seconds."""

@@ -1,6 +1,6 @@
 """One rank that runs the same jobs under several plans of as many processes, since starting a group takes longer than its jobs.
 
-``python -m torch.distributed.run --standalone --nproc-per-node=N tests/ranks.py FOLDER PLAN …`` reads ``FOLDER/*.job`` and writes
+``python -m torch.distributed.run --standalone --nproc-per-node=N tests/support/ranks.py FOLDER PLAN …`` reads ``FOLDER/*.job`` and writes
 ``FOLDER/PLAN.pt``: what rank 0 made of each, and the bytes of weights that each rank held then.
 """
 

@@ -18,7 +18,7 @@ of_full_width = sd3_clip.T5XXLModel.__init__
 
 
 def narrow(self, *args, model_options, **options):
-    """T5-XXL with the widths of tests/core_files.py."""
+    """T5-XXL with the widths of tests/support/core_files.py."""
     sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4}
     of_full_width(self, *args, model_options={**model_options, "t5xxl_model_config": sizes}, **options)
 
