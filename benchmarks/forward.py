@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
 from parallel_backend.jobs import FP8S
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.rank import RankContext
 
 from .group import job_of
 
@@ -38,7 +38,7 @@ def main() -> None:
     job = replace(job, model=replace(job.model, fp8=asked.fp8), cfg=asked.cfg, steps=1, scheduler="ddim")
     if asked.cfg == 1:
         job = replace(job, negative=None)
-    engine = Engine(Split(torch.device("cuda", 0)))
+    engine = Engine(RankContext(torch.device("cuda", 0)))
     began = time.perf_counter()
     report = engine.run(job).report
     first = time.perf_counter() - began

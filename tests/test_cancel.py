@@ -13,8 +13,8 @@ from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model
-from parallel_backend.parallel.group_rank import GroupSplit
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.group_rank import GroupRankContext
+from parallel_backend.parallel.rank import RankContext
 
 CPU = torch.device("cpu")
 KINDS = ["decode", "decode in tiles", "encode", "encode in tiles"]
@@ -73,7 +73,7 @@ def test_weights_that_are_read_for_a_cancelled_job_are_left(make_job, local):
     assert torch.equal(executor.sample(job).tensor, local.sample(job).tensor)
 
 
-class SecondRank(Split):
+class SecondRank(RankContext):
     """Rank 1 of two. Rank 0 says what it says of each message to this one, after so many questions.
 
     Args:
@@ -99,17 +99,17 @@ def test_a_rank_that_reads_weights_stops_with_rank_0_even_when_it_was_faster(aft
     with pytest.raises(Cancelled, match="while weights were read"):
         engine.run(job)
     assert engine.status()["held"] == []
-    engine.split = Split(CPU)
+    engine.context = RankContext(CPU)
     assert torch.equal(engine.run(job).tensor, local.sample(job).tensor)
 
 
 def test_ranks_hear_of_a_cancelled_job_and_of_no_other():
     store = dist.HashStore()
 
-    def rank(number: int) -> GroupSplit:
-        split = GroupSplit.__new__(GroupSplit)
-        split.rank, split._store, split._messages = number, store, 1
-        return split
+    def rank(number: int) -> GroupRankContext:
+        context = GroupRankContext.__new__(GroupRankContext)
+        context.rank, context._store, context._messages = number, store, 1
+        return context
 
     first, second = rank(0), rank(1)
     assert first.heard(True) and second.heard(True)

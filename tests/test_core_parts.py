@@ -92,7 +92,14 @@ def from_core(made_core_models, given, tmp_path_factory) -> dict[str, torch.Tens
     files = made_core_models["1.5-5b-i2v"]
     folder = tmp_path_factory.mktemp("exchange")
     save_file({name: value for name, value in given.items()}, folder / "given.safetensors")
-    paths = (find_comfyui(), REPO / "tests" / "support", folder / "given.safetensors", files.transformer, files.text_encoder, files.vae)
+    paths = (
+        find_comfyui(),
+        REPO / "tests" / "support",
+        folder / "given.safetensors",
+        files.transformer,
+        files.text_encoder,
+        files.vae,
+    )
     command = [find_python(find_comfyui()), "-c", IN_THE_CORE, *paths, folder / "found.safetensors"]
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     if run.returncode:

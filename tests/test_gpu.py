@@ -23,7 +23,7 @@ from parallel_backend.errors import Cancelled, OutOfMemory
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
 
 from .conftest import TOLERANCE
@@ -277,7 +277,7 @@ def test_blocks_with_kernels_are_as_near_to_float32_as_others(like, on_gpu, make
 @one_gpu
 @pytest.mark.parametrize("dtype", block.NEAR)
 def test_kernels_are_tried_before_they_are_used(dtype, monkeypatch):
-    class Wrong(block_torch.Plain):
+    class Wrong(block_torch.TorchBlockOps):
         def add(self, states, update, conditions, text):
             return super().add(states, update, conditions, text + 1)
 
@@ -291,7 +291,7 @@ def test_kernels_are_tried_before_they_are_used(dtype, monkeypatch):
 @one_gpu
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 def test_the_host_waits_for_the_device_nowhere_in_a_step(scheduler, make_job, checkpoints):
-    engine = Engine(Split(torch.device("cuda", 0)))
+    engine = Engine(RankContext(torch.device("cuda", 0)))
     job = make_job("5b", model=Model(str(checkpoints["5b"]), dtype="bf16"), scheduler=scheduler, steps=5)
 
     def forbid(progress, steps: int) -> bool:
@@ -322,7 +322,7 @@ def test_norm_and_rotation_in_one_kernel_are_what_they_are_in_several(shape, dty
     norm = torch.nn.LayerNorm(shape[-1])
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5), torch.nn.init.normal_(norm.bias)
     there, on_gpu = states.to("cuda", dtype), copy.deepcopy(norm).to("cuda", dtype)
-    ours, plain, exact = block.triton_kernels(), block_torch.Plain(), copy.deepcopy(on_gpu).cpu().double()
+    ours, plain, exact = block.triton_kernels(), block_torch.TorchBlockOps(), copy.deepcopy(on_gpu).cpu().double()
     for tables in (None, (angles.cos(), angles.sin())):
         near = tables and tuple(table.cuda() for table in tables)
         expected = plain.normal_heads(there.cpu().double(), exact, tables, 0.18, fp8=False, ranks=1)
@@ -358,7 +358,7 @@ def test_tokens_are_added_modulated_and_rounded_in_one_kernel_as_in_several(feat
     there = [part.cuda() for part in (states, update, first, second)]
     ours, plain, exact = (
         block.triton_kernels(),
-        block_torch.Plain(),
+        block_torch.TorchBlockOps(),
         [part.double() for part in (states, update, first, second)],
     )
     norm_there, layer = copy.deepcopy(norm).cuda(), torch.nn.Identity()

@@ -21,7 +21,7 @@ from safetensors.torch import load, save_file
 
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
-from parallel_backend.executor.factory import Keeper
+from parallel_backend.executor.factory import ExecutorCache
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group import launcher, ownership, preflight, protocol, registry
 from parallel_backend.group.ownership import OwnerWatch, is_held
@@ -643,7 +643,7 @@ def test_an_interpreter_that_is_not_there_is_named_and_leaves_no_folder(monkeypa
 def test_a_group_that_another_keeps_is_waited_for_while_it_starts_and_let_go_of_when_it_has_ended(start_group, make_job):
     shared = start_group("cfg2")
     shared.share()
-    keeper, devices = Keeper(), Devices("cpu", (0, 1))
+    keeper, devices = ExecutorCache(), Devices("cpu", (0, 1))
     attached = keeper.get(shared.plan, devices)
     assert attached.address == shared.address and keeper.on(devices, heads=4) is attached
     assert attached.status()["state"] == "starting"
@@ -655,7 +655,7 @@ def test_a_group_that_another_keeps_is_waited_for_while_it_starts_and_let_go_of_
 
 
 def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monkeypatch):
-    keeper, plan, devices = Keeper(), Plan(cfg=2), Devices("cpu", (0, 1))
+    keeper, plan, devices = ExecutorCache(), Plan(cfg=2), Devices("cpu", (0, 1))
     kept = keeper.get(plan, devices)
     kept.start()
     try:
@@ -672,7 +672,7 @@ def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monke
 
 
 def test_a_group_is_kept_for_any_plan_but_not_for_a_model_whose_heads_do_not_fit():
-    keeper, devices = Keeper(), Devices("cpu", (0, 1, 2))
+    keeper, devices = ExecutorCache(), Devices("cpu", (0, 1, 2))
     kept = keeper.get(Plan(ulysses=3), devices)
     assert keeper.on(devices, heads=30) is kept
     assert keeper.on(devices, heads=4) is None

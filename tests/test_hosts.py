@@ -405,7 +405,7 @@ def open_on_two(jobs, monkeypatch) -> list:
     monkeypatch.setattr(job_loop, "HOST", "a host")
     gathered, barrier = [None, None], threading.Barrier(2)
 
-    class Split:
+    class RankContext:
         def __init__(self, rank: int):
             self.rank = rank
 
@@ -416,7 +416,7 @@ def open_on_two(jobs, monkeypatch) -> list:
 
     def run(rank: int):
         loop = JobLoop.__new__(JobLoop)
-        loop.split = Split(rank)
+        loop.context = RankContext(rank)
         return loop.opened(Message(jobs[rank].kind, *split_fields(jobs[rank])))
 
     with in_a_thread(lambda: run(0)) as first, in_a_thread(lambda: run(1)) as second:

@@ -15,7 +15,7 @@ from parallel_backend.cogvideox.vae import codec
 from parallel_backend.engine.engine import STRIP_MARGIN, Engine
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Lora, Model
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.rank import RankContext
 from parallel_backend.parallel.vae_rows import Strips
 from parallel_backend.plan import Plan
 
@@ -29,7 +29,7 @@ from parallel_backend.cogvideox import offload as memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
-from parallel_backend.parallel.group_rank import GroupSplit
+from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import Plan
 signal.alarm(100)
 path, folder = sys.argv[1:]
@@ -37,7 +37,7 @@ rank, checkpoint = int(os.environ["RANK"]), Checkpoint.open(path)
 memory.free_bytes = lambda device: (2**40, 0)[rank]
 text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
 job = SampleJob(Model(path), text, empty_latent(width=64, height=48, frames=9), text, steps=1)
-engine = Engine(GroupSplit(Plan(ulysses=2), device=torch.device("cpu"), rank=rank))
+engine = Engine(GroupRankContext(Plan(ulysses=2), device=torch.device("cpu"), rank=rank))
 Path(folder, f"rank{rank}.json").write_text(json.dumps(engine.run(job).report.notes))
 """
 
@@ -90,7 +90,7 @@ def test_auto_is_chosen_for_each_job_through_the_same_weights(make_job, checkpoi
         assert all(re.search(word, note) for word, note in zip(words, result.report.notes))
 
 
-class TwoRanks(Split):
+class TwoRanks(RankContext):
     """The first of two ranks, as far as it decides; the other agrees or not."""
 
     other_agrees = True
@@ -103,8 +103,8 @@ class TwoRanks(Split):
 
 
 def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_job, checkpoints, monkeypatch):
-    checkpoint, split = Checkpoint.open(checkpoints["5b"]), TwoRanks(torch.device("cpu"))
-    engine, latent = Engine(split), torch.zeros(1, 16, 5, 30, 40)
+    checkpoint, context = Checkpoint.open(checkpoints["5b"]), TwoRanks(torch.device("cpu"))
+    engine, latent = Engine(context), torch.zeros(1, 16, 5, 30, 40)
     job = DecodeJob(Model(str(checkpoint.path)), latent)
     need = offload.HEADROOM**-1 * STRIP_MARGIN * (codec.working_bytes(job, torch.float32) / 2)
     weights = offload.HEADROOM**-1 * STRIP_MARGIN * checkpoint.weight_bytes("vae", torch.float32)
@@ -116,7 +116,7 @@ def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_j
     assert decide(job) is None
     assert engine._notes == ["rank 0 works the VAE alone: a strip on each rank does not fit"]
     monkeypatch.setattr(offload, "free_bytes", lambda device: 2**50)
-    split.other_agrees = False
+    context.other_agrees = False
     assert decide(job) is None
 
 

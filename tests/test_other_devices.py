@@ -15,7 +15,7 @@ from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine.engine import Engine
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Model
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.rank import RankContext
 
 CPU, MPS, XPU = torch.device("cpu"), torch.device("mps"), torch.device("xpu", 0)
 GIB = 2**30
@@ -53,8 +53,8 @@ def test_an_intel_gpu_is_asked_as_nvidia_s_are(gpus):
 
 @pytest.mark.parametrize("device", [MPS, XPU], ids=str)
 def test_every_gpu_is_waited_for_and_gives_back_what_it_holds_unused(device, gpus):
-    split, api = Split(device), offload.api_of(device)
-    split.synchronize()
+    context, api = RankContext(device), offload.api_of(device)
+    context.synchronize()
     offload.release(device)
     offload.reset_peak(device)
     assert {(api, "synchronize"), (api, "empty_cache")} <= set(gpus)
@@ -72,7 +72,7 @@ def test_a_gpu_of_a_kind_that_says_nothing_works_without():
 def test_weights_stay_on_a_mac_s_gpu_which_shares_the_cpu_s_memory(make_job, gpus, monkeypatch):
     monkeypatch.setattr(offload, "free_bytes", lambda device: 0)
     job = make_job("5b")
-    checkpoint, engine = Checkpoint.open(job.model.path), Engine(Split(MPS))
+    checkpoint, engine = Checkpoint.open(job.model.path), Engine(RankContext(MPS))
     assert engine._choose_offload(job, checkpoint, torch.float32) == "none"
 
 

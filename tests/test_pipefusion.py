@@ -20,7 +20,7 @@ from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
 from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
 from parallel_backend.planner.cost_model import HEADROOM, Link, patches, predict
 from parallel_backend.planner.hardware import KNOWN
@@ -64,7 +64,7 @@ class OneStage:
         return tensor
 
 
-class Patched(Split):
+class Patched(RankContext):
     """One process that computes the patches of a pipeline, one after the other: what a pipeline is to make."""
 
     def __init__(self, stages: int, device: str = "cpu"):
@@ -180,7 +180,7 @@ def test_what_is_kept_is_what_was_planned_and_goes_with_the_job(late, deep, make
         kept = seen.pop()
         assert sum(window.nbytes for window in kept) * share == pytest.approx(more - less, rel=1e-6)
         assert len(kept) == (2 if job.windows else 1) and {window.forwards for window in kept} == {job.steps}
-        assert engine.split.stage.attention.kept == {} and not engine.split.pipe.is_under_way
+        assert engine.context.stage.attention.kept == {} and not engine.context.pipe.is_under_way
 
 
 def test_a_job_that_goes_on_warms_up_again_and_says_so(late):
@@ -207,24 +207,24 @@ def test_a_cancelled_job_leaves_a_warm_group_and_no_trace(late, start_group):
 def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_the_next_jobs(late, monkeypatch):
     engine = Engine(Patched(2))
     engine.run(late)
-    assert not engine.split.pipe.is_under_way
-    monkeypatch.setattr(engine.split.pipe, "end", lambda: 1 / 0)
+    assert not engine.context.pipe.is_under_way
+    monkeypatch.setattr(engine.context.pipe, "end", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.run(late)
-    assert engine.split.pipe.is_under_way
+    assert engine.context.pipe.is_under_way
 
     def leave(status):
         raise SystemExit(status)
 
     monkeypatch.setattr("parallel_backend.group.job_loop.os._exit", leave)
     met = []
-    split = SimpleNamespace(rank=1, is_in_step=False, meet=met.append, collect=lambda failure: [failure])
+    context = SimpleNamespace(rank=1, is_in_step=False, meet=met.append, collect=lambda failure: [failure])
     left = []
-    loop = SimpleNamespace(split=split, heart=SimpleNamespace(leave=left.append))
+    loop = SimpleNamespace(context=context, heart=SimpleNamespace(leave=left.append))
     with pytest.raises(SystemExit):
         JobLoop.compare(loop, {"error": "OutOfMemory"}, together=True)
     assert [words["error"] for words in left] == ["OutOfMemory"] and not met
-    split.is_in_step = True
+    context.is_in_step = True
     assert JobLoop.compare(loop, {"error": "Cancelled"}, together=True) == [{"error": "Cancelled"}] and met
 
 
@@ -300,9 +300,9 @@ def test_the_planner_counts_what_is_kept_and_knows_what_pipelines_are_for():
 
 def test_a_kept_group_of_a_pipeline_is_not_what_auto_means(monkeypatch):
     from parallel_backend.devices import Devices
-    from parallel_backend.executor.factory import Keeper
+    from parallel_backend.executor.factory import ExecutorCache
 
-    keeper, devices = Keeper(), Devices("cpu", (0, 1))
+    keeper, devices = ExecutorCache(), Devices("cpu", (0, 1))
     monkeypatch.setattr("parallel_backend.executor.factory.open_executor", GroupExecutor)  # starts nothing
     for plan, found in (("cfg2", True), ("pipefusion2", False)):
         keeper.get(Plan.parse(plan), devices)

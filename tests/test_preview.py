@@ -11,7 +11,7 @@ from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, Model
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.rank import RankContext
 
 from .conftest import TOLERANCE
 
@@ -46,7 +46,7 @@ def test_each_picture_is_what_the_vae_makes_of_the_clean_latent(like, scheduler,
 
 def test_large_videos_are_shown_small_and_a_batch_by_its_first(make_job, local, at_every_step, checkpoints):
     model = Model(str(checkpoints["5b"]))
-    engine = Engine(Split(torch.device("cpu")))
+    engine = Engine(RankContext(torch.device("cpu")))
     module = engine._vae(Checkpoint.open(model.path), torch.float32)
     latent = torch.randn(2, 16, 3, 50, 70, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
     shown = []

@@ -19,7 +19,7 @@ from parallel_backend.executor.batch import cut
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.paces import Paces
 from parallel_backend.executor.replicas import ReplicasExecutor
-from parallel_backend.executor.scheduler import Pool, Spread
+from parallel_backend.executor.scheduler import Pool, ReplicaScheduler
 from parallel_backend.jobs import DecodeJob, Model, Result, SampleJob, Windows, join_fields, split_fields
 from parallel_backend.plan import Plan
 
@@ -205,7 +205,7 @@ class Painter(Replica):
 def test_of_several_videos_pictures_are_of_the_first_that_has_steps_left_to_the_very_last(make_job):
     jobs = [make_job("5b", steps=3, seed=seed) for seed in range(2)]
     painter, shown = Painter(), []
-    Spread(Pool([painter]), {painter: "one"}, jobs, lambda: False).run(
+    ReplicaScheduler(Pool([painter]), {painter: "one"}, jobs, lambda: False).run(
         lambda *_: None, lambda: False, lambda picture: shown.append(picture.tolist())
     )
     assert shown == [[0, 1], [0, 2], [1, 1], [1, 2], [1, 3]]
@@ -223,7 +223,7 @@ def test_a_video_whose_replica_is_lost_while_decoding_is_not_sampled_again(make_
         return DecodeJob(job.model, made[0][1].tensor)
 
     names = {frail: "replica 1", strong: "replica 2"}
-    spread = Spread(Pool([frail, strong]), names, [job], lambda: False, follow)
+    spread = ReplicaScheduler(Pool([frail, strong]), names, [job], lambda: False, follow)
     spread.run(lambda *step: None, lambda: False)
     assert done == [(0, [frail, strong])]
     assert (frail.ran, strong.ran) == ([SampleJob, DecodeJob], [DecodeJob])

@@ -16,7 +16,7 @@ from parallel_backend.cogvideox.transformer import attention, block, fp8_linear
 from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.rank import RankContext
 
 from .conftest import REPO
 
@@ -28,10 +28,11 @@ def with_model(job, **settings):
 
 KERNELS = """
 import torch
-from parallel_backend.cogvideox import blocks, kernels
+from parallel_backend.cogvideox.kernels import block_torch
+from parallel_backend.cogvideox.transformer import block
 
 torch.manual_seed(0)
-ours, plain = blocks.triton_kernels(), kernels.Plain()
+ours, plain = block.triton_kernels(), block_torch.TorchBlockOps()
 
 def check(found, expected):
     assert found.shape == expected.shape and found.dtype == expected.dtype
@@ -61,8 +62,8 @@ for features, text, affine in ((96, 2, True), (64, 0, False), (200, 5, True)):
         for (rows, scales), exact in (
             (seen[0], expected), (ours.inputs(states, fp8=True), states), (ours.gelu(layer, (states,), "tanh", fp8=True), made[4])
         ):
-            assert rows.shape == exact.shape and rows.dtype == kernels.FP8
-            right = kernels.quantize_rows(exact.flatten(0, 1))[1]
+            assert rows.shape == exact.shape and rows.dtype == block_torch.FP8
+            right = block_torch.quantize_rows(exact.flatten(0, 1))[1]
             assert (scales - right).abs().max() <= 1e-4 * right.max()
             # The interpreter cuts digits off where a GPU rounds to the nearest.
             assert (rows.flatten(0, 1).float() * scales - exact.flatten(0, 1)).abs().max() <= 0.15 * exact.abs().max()
@@ -72,7 +73,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from parallel_backend.cogvideox import kernels, triton_kernels as own
+from parallel_backend.cogvideox.kernels import block_torch, block_triton as own
 
 def make(kernel, numbers, constants, **pointers):
     signature = {name: f"*{kind}" for name, kind in pointers.items()} | numbers | dict.fromkeys(constants, "constexpr")
@@ -83,7 +84,7 @@ def make(kernel, numbers, constants, **pointers):
         made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
         assert made.asm["cubin"] and not made.metadata.shared > 2**14
 
-places = dict(KINDS=kernels.CONDITIONS, SHIFT=kernels.SHIFT, SCALE=kernels.SCALE, GATE=kernels.GATE, LARGEST=448.0, SMALLEST=1e-12)
+places = dict(KINDS=block_torch.CONDITIONS, SHIFT=block_torch.SHIFT, SCALE=block_torch.SCALE, GATE=block_torch.GATE, LARGEST=448.0, SMALLEST=1e-12)
 for adds, norms, gelu, rounds in ((1, 0, 0, 0), (0, 1, 0, 0), (1, 1, 0, 0), (1, 1, 0, 1), (0, 0, 1, 1), (0, 0, 0, 1)):
     flags = dict(ADDS=adds, NORMS=norms, AFFINE=norms, GELU=gelu, ROUNDS=rounds, FEATURES=1920, BLOCK=2048)
     pointers = dict.fromkeys(("states", "update", "gates", "sums", "weight", "bias", "conditions"), "bf16")
@@ -101,24 +102,24 @@ import sys
 from dataclasses import replace
 import torch
 from benchmarks.table import distance, text_states
-from parallel_backend.cogvideox.transformer import block as blocks
+from parallel_backend.cogvideox.transformer import block
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
 from parallel_backend.jobs import Model, SampleJob, empty_latent
-from parallel_backend.parallel.rank import Split
+from parallel_backend.parallel.rank import RankContext
 
-blocks.why_not_compiled = lambda *about: None
+block.why_not_compiled = lambda *about: None
 torch.manual_seed(0)
 for path, (width, height, frames), cfg in zip(sys.argv[1:], ((48, 48, 5), (64, 48, 5), (32, 48, 5)), (6.0, 1.0, 6.0)):
     checkpoint = Checkpoint.open(path)
     positive, negative = text_states(checkpoint)
     latent = empty_latent(width=width, height=height, frames=frames, channels=checkpoint.channels)
     job = SampleJob(Model(path), positive, latent, negative if cfg > 1 else None, steps=1, cfg=cfg, scheduler="ddim")
-    expected = Engine(Split(torch.device("cpu"))).run(job)
-    result = Engine(Split(torch.device("cpu"))).run(replace(job, model=replace(job.model, compile="on")))
+    expected = Engine(RankContext(torch.device("cpu"))).run(job)
+    result = Engine(RankContext(torch.device("cpu"))).run(replace(job, model=replace(job.model, compile="on")))
     assert not result.report.notes and 0 < (result.tensor - expected.tensor).abs().max() <= 1e-4
 in_fp8 = replace(job, model=replace(job.model, compile="on", fp8="linears"))
-rounded = Engine(Split(torch.device("cpu"))).run(in_fp8).tensor
+rounded = Engine(RankContext(torch.device("cpu"))).run(in_fp8).tensor
 assert 1e-3 < distance(rounded, expected.tensor) < 0.15  # the interpreter cuts digits off where a GPU rounds to the nearest
 """
 
@@ -249,7 +250,7 @@ def test_a_step_may_begin_before_the_one_before_it_is_told_and_the_video_is_the_
     def begins(module, args, kwargs):
         begun.append(len(told))
 
-    class Ahead(Split):
+    class Ahead(RankContext):
         def agree(self, *said: bool) -> tuple[bool, ...]:
             """As where steps are short and a GPU computes them."""
             return (said[0], True) if len(said) == 2 else said

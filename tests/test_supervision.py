@@ -212,7 +212,7 @@ def test_a_step_may_take_five_times_as_long_as_those_before_it(seconds, allowed,
     engine, given = SlowEngine(seconds), []
     monkeypatch.setattr(job_loop, "time", SimpleNamespace(monotonic=lambda: engine.now))
     rank = job_loop.JobLoop.__new__(job_loop.JobLoop)
-    rank.engine, rank.split = engine, SimpleNamespace(device=torch.device("cpu"))
+    rank.engine, rank.context = engine, SimpleNamespace(device=torch.device("cpu"))
     rank.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))
     job = make_job("5b", steps=len(seconds))
     rank.run(Message("sample", *split_fields(job)), None)
@@ -232,7 +232,7 @@ def test_a_rank_that_waits_for_another_s_work_is_not_taken_for_hung(kind, rank, 
     given, ended = [], SimpleNamespace(together=together, status=lambda: {"memory": 0})
     one = job_loop.JobLoop.__new__(job_loop.JobLoop)
     one.engine, one.jobs = ended, 0
-    one.split = SimpleNamespace(rank=rank, collect=lambda value: [value])
+    one.context = SimpleNamespace(rank=rank, collect=lambda value: [value])
     one.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))
     one.run = lambda *_: None
     one.do_job(Message(kind), None)

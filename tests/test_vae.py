@@ -84,7 +84,7 @@ def test_rounding_to_bfloat16_is_not_above_that_of_diffusers(diffusers_vae):
 
 def test_moments_lose_nothing_to_a_large_mean():
     states = torch.randn(2, 32, 3, 4, 5, dtype=torch.float64) * 0.1 + 100
-    mean, variance = vae_torch.Plain().moments(states.float(), None, 8)
+    mean, variance = vae_torch.TorchVaeOps().moments(states.float(), None, 8)
     grouped = states.float().double().unflatten(1, (8, -1)).flatten(2)
     assert (mean - grouped.mean(2)).abs().max() <= 1e-4
     assert (variance / grouped.var(2, correction=0) - 1).abs().max() <= 1e-3
@@ -128,14 +128,14 @@ def test_layers_may_be_set_in_inference_mode_and_outside(loaded_in_it):
 INTERPRETED = """
 import torch
 from parallel_backend.cogvideox.kernels import vae_triton
-from parallel_backend.cogvideox.kernels.vae_torch import Plain
+from parallel_backend.cogvideox.kernels.vae_torch import TorchVaeOps
 from parallel_backend.cogvideox.vae.layers import use, set_memory_format, triton_kernels
 from tests.test_vae import make_vae, with_vae_of
 
 def last(*size):
     return torch.randn(size).to(memory_format=torch.channels_last_3d)
 
-kernels, plain, norm = triton_kernels(), Plain(), torch.nn.GroupNorm(8, 32)
+kernels, plain, norm = triton_kernels(), TorchVaeOps(), torch.nn.GroupNorm(8, 32)
 torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
 for frames, latent_frames, bias in ((5, 3, torch.randn(32)), (4, 2, None), (1, 1, torch.randn(32))):
     states, others = last(2, 32, frames, 4, 150) + 50, last(2, 32, frames, 4, 150)

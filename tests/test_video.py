@@ -23,7 +23,8 @@ ROOM = """
 import json, os, resource, sys
 from pathlib import Path
 import torch
-from parallel_backend import files, video
+from parallel_backend.media import video
+from parallel_backend.system import files
 folder, frames = Path(sys.argv[1]), torch.rand(9, 64, 96, 3, generator=torch.Generator().manual_seed(0))
 whole, before, said = folder / "whole.mp4", resource.getrlimit(resource.RLIMIT_FSIZE), {}
 video.save(whole, frames, fps=8)

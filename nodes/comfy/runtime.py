@@ -21,7 +21,7 @@ from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ...parallel_backend.executor.base import Executor
 from ...parallel_backend.executor.batch import has_windows_to_share, windows_of
-from ...parallel_backend.executor.factory import AS_ASKED, Keeper, resolve
+from ...parallel_backend.executor.factory import AS_ASKED, ExecutorCache, resolve
 from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.jobs import DecodeJob, Job, Report, Result, SampleJob
 from ...parallel_backend.plan import AUTO, Plan
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 SLACK = 0.02
 """Of weights: ComfyUI makes room for a tenth more of them, a job leaves a tenth of what is free, which is a little more than that."""
 
-_groups = Keeper()
+_groups = ExecutorCache()
 _held: dict[Executor, HeldWeights] = {}
 _local: dict[torch.device, LocalExecutor] = {}
 atexit.register(_groups.close)

@@ -22,7 +22,7 @@ from ..cogvideox.vae.preview import PictureListener, Previews, why_none
 from ..devices import current
 from ..errors import Cancelled, OutOfMemory, RequestError
 from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
-from ..parallel.rank import Split
+from ..parallel.rank import RankContext
 from ..parallel.vae_rows import Strips, shared
 from ..plan import IN_PARTS
 
@@ -53,12 +53,12 @@ class Engine:
     """Holds at most one transformer and one VAE, and reloads one only when another is asked for.
 
     Args:
-        split: the rank's share of each forward, and its device.
+        context: the rank's share of each forward, and its device.
     """
 
-    def __init__(self, split: Split):
-        self.split = split
-        self.device = split.device
+    def __init__(self, context: RankContext):
+        self.context = context
+        self.device = context.device
         self.together = False
         """Whether the ranks exchange data in this job, so that one that fails alone leaves the others waiting."""
         self.loads = 0
@@ -110,9 +110,9 @@ class Engine:
             self._describe()
         report = replace(
             result.report,
-            plan=str(self.split.plan),
-            world_size=self.split.plan.world_size,
-            peak_memory=(memory.used_bytes(self.device) + self.split.outside_bytes,),
+            plan=str(self.context.plan),
+            world_size=self.context.plan.world_size,
+            peak_memory=(memory.used_bytes(self.device) + self.context.outside_bytes,),
             notes=tuple(self._notes),
         )
         return replace(result, report=report)
@@ -144,8 +144,8 @@ class Engine:
     @property
     def _advice(self) -> str:
         """What makes room for a job beside the weights."""
-        if not self.split.plan.can_offload("group"):
-            return f"fp8 'linears' or more {'fsdp' if self.split.plan.fsdp > 1 else 'pipefusion'}"
+        if not self.context.plan.can_offload("group"):
+            return f"fp8 'linears' or more {'fsdp' if self.context.plan.fsdp > 1 else 'pipefusion'}"
         return f"offload 'group' (now '{self._offload}')"
 
     def _note(self, line: str | None) -> None:
@@ -156,10 +156,10 @@ class Engine:
         started = time.perf_counter()
         transformer = self._transformer(job, checkpoint, dtype, on_window)
         previews = self._previews(job, checkpoint, dtype, on_picture, on_window)
-        self.split.synchronize()
+        self.context.synchronize()
         loaded = time.perf_counter()
-        if not job.guided and self.split.plan.cfg > 1:
-            self._note(f"cfg is {job.cfg}: both halves of plan '{self.split.plan}' compute the same")
+        if not job.guided and self.context.plan.cfg > 1:
+            self._note(f"cfg is {job.cfg}: both halves of plan '{self.context.plan}' compute the same")
         self._note(advice(job, checkpoint))
         steps: list[float] = []
         began, ahead = loaded, False
@@ -174,14 +174,14 @@ class Engine:
             if previews and go_on:
                 previews.look(progress.clean)
                 go_on = on_window()
-            go_on, ahead = self.split.agree(go_on, short)
+            go_on, ahead = self.context.agree(go_on, short)
             began = ended if under_way else time.perf_counter()  # where the device waits for it, telling is no part of a step
             return go_on
 
-        caches = self.split.caches(job)
+        caches = self.context.caches(job)
         if job.progress is not None and caches.restarted:
             self._note(f"{caches.restarted}, so this is not quite the video of an undisturbed run")
-        place = {"device": self.device, "dtype": dtype, "split": self.split}
+        place = {"device": self.device, "dtype": dtype, "context": self.context}
         callbacks = {
             "caches": caches,
             "on_step": mark,
@@ -233,25 +233,25 @@ class Engine:
         """What a sampling job begins with; that one says what there is to say of it."""
         started = time.perf_counter()
         self._transformer(job, checkpoint, dtype, on_window)
-        self.split.synchronize()
+        self.context.synchronize()
         self._notes.clear()
         return Result(torch.empty(0), Report(load_seconds=time.perf_counter() - started))
 
     def _window(self, job: WindowJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         started = time.perf_counter()
         transformer = self._transformer(job, checkpoint, dtype, on_window)
-        self.split.synchronize()
+        self.context.synchronize()
         loaded = time.perf_counter()
         try:
             with memory.one_kind_of_error():
-                predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, split=self.split)
+                predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, context=self.context)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory("a window", job, checkpoint, dtype) from error
         return Result(predicted, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
 
     def _out_of_memory(self, what: str, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> OutOfMemory:
         """The error for a forward that does not fit."""
-        free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.split.plan, dtype)
+        free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.context.plan, dtype)
         return OutOfMemory(
             f"{what} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the weights and "
             f"{free / 2**30:.1f} GiB are free; use {self._advice}, a smaller size, or a plan with more ulysses, ring or tensor"
@@ -260,8 +260,8 @@ class Engine:
 
     def _may_go_on(self, on_window: WindowCallback) -> bool:
         """Whether the job is still wanted; in one that the ranks do together, what rank 0 says."""
-        self.split.synchronize()  # or the device would be given all of the work before the first part has run
-        return self.split.agree(on_window())[0] if self.together else on_window()
+        self.context.synchronize()  # or the device would be given all of the work before the first part has run
+        return self.context.agree(on_window())[0] if self.together else on_window()
 
     def _decode(self, job: DecodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         return self._with_vae(
@@ -277,7 +277,7 @@ class Engine:
         started = time.perf_counter()
         strips = self._strips(job, checkpoint, dtype)
         self.together = strips is not None
-        if strips is None and self.split.rank != 0:
+        if strips is None and self.context.rank != 0:
             return Result(torch.empty(0))
         module = self._vae(checkpoint, dtype)
         layers.use(module, compiled=self._wants_compiled_vae(job, dtype, shared=self.together))
@@ -329,14 +329,14 @@ class Engine:
         In tiles a rank that runs out of memory can try smaller ones; in a strip all the others would wait for it.
         """
         rows = job.latent.shape[3] if isinstance(job, DecodeJob) else job.pixels.shape[1] // SPATIAL
-        strips = self.split.strips(rows)
+        strips = self.context.strips(rows)
         if strips is None or job.tiling == "on":
             return None
         weights = 0 if "vae" in self._held else checkpoint.weight_bytes("vae", dtype)
         need = weights + codec.working_bytes(job, dtype) * max(strips.counts) / rows
 
         def enough() -> bool:
-            return all(self.split.collect(memory.free_bytes(self.device) * memory.HEADROOM >= STRIP_MARGIN * need))
+            return all(self.context.collect(memory.free_bytes(self.device) * memory.HEADROOM >= STRIP_MARGIN * need))
 
         if enough():
             return strips
@@ -378,7 +378,7 @@ class Engine:
             transformer = self._load("transformer", checkpoint, dtype, read, made)
         except Cancelled:
             stopped = True
-        if not self.split.agree(not stopped)[0]:
+        if not self.context.agree(not stopped)[0]:
             if self.loads > before:
                 del self._held["transformer"], transformer  # it still lacks its LoRAs and hooks
             memory.release(self.device)
@@ -390,11 +390,11 @@ class Engine:
             memory.place(transformer, mode, self.device)
         elif hooks is None:
             transformer.to(self.device)
-        attention.agree(self.device, dtype, checkpoint.head_dim, self.split.collect)
+        attention.agree(self.device, dtype, checkpoint.head_dim, self.context.collect)
         self._note(attention.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
         if job.model.dtype == "auto" and checkpoint.native_dtype == "bf16" and dtype == torch.float16:
             self._note("in fp16, as this GPU is too old for bf16")
-        compiled = hoped and self._can_compile("not compiled", self.split.collect(self._why_not_compiled(checkpoint, dtype)))
+        compiled = hoped and self._can_compile("not compiled", self.context.collect(self._why_not_compiled(checkpoint, dtype)))
         block.use(transformer, compiled=compiled)
         self._offload = mode
         return transformer
@@ -402,7 +402,7 @@ class Engine:
     def _check_fp8(self, model: Model) -> None:
         """Raises RequestError, on all ranks, where FP8 is asked for and the device of one has none."""
         if model.fp8 != "off" and (
-            reasons := [reason for reason in self.split.collect(fp8_linear.missing(self.device)) if reason]
+            reasons := [reason for reason in self.context.collect(fp8_linear.missing(self.device)) if reason]
         ):
             raise RequestError(reasons[0])
 
@@ -422,7 +422,7 @@ class Engine:
         def prepare(skeleton: torch.nn.Module) -> None:
             if job.model.fp8 != "off":
                 fp8_linear.convert(skeleton)
-            self.split.attach(skeleton, fp8_attention=job.model.fp8 == "all")
+            self.context.attach(skeleton, fp8_attention=job.model.fp8 == "all")
             if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
                 probe.beside(
                     partial(self._why_not_compiled, checkpoint, dtype),
@@ -430,10 +430,10 @@ class Engine:
                 )
 
         def look() -> None:
-            check(lambda: self.split.heard(on_window()), "weights were read")
+            check(lambda: self.context.heard(on_window()), "weights were read")
 
         home = torch.device("cpu") if in_parts else self.device
-        return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.split.shard, prepare=prepare, look=look)
+        return checkpoint.load_transformer(dtype, self.device, home=home, shard=self.context.shard, prepare=prepare, look=look)
 
     def _why_not_compiled(self, checkpoint: Checkpoint, dtype) -> str | None:
         """See :func:`parallel_backend.cogvideox.transformer.block.why_not_compiled`."""
@@ -456,7 +456,7 @@ class Engine:
         if job.model.compile == "off" or (job.model.compile == "auto" and not large):
             return False
         reason = layers.why_not_compiled(self.device)
-        return self._can_compile("VAE not compiled", self.split.collect(reason) if shared else [reason])
+        return self._can_compile("VAE not compiled", self.context.collect(reason) if shared else [reason])
 
     def _can_compile(self, otherwise: str, reasons: list[str | None]) -> bool:
         """Whether no rank has a reason against; says the first, and what is the case for it."""
@@ -476,7 +476,7 @@ class Engine:
         if loras == self._merged:
             return
         held = self._held.pop("transformer")  # when this fails half-way it is nobody's
-        lora.merge(transformer, checkpoint, loras, device=self.device, before=self._merged, shard=self.split.shard)
+        lora.merge(transformer, checkpoint, loras, device=self.device, before=self._merged, shard=self.context.shard)
         self._merged = loras
         self._held["transformer"] = held
 
@@ -486,12 +486,12 @@ class Engine:
             return "none"  # what waits on the CPU takes the same memory
         mode, note = memory.choose_offload(
             job.model.offload,
-            weights=memory.transformer_bytes(checkpoint, self.split.plan, dtype, fp8=job.model.fp8 != "off"),
-            working=memory.working_bytes(job, checkpoint, self.split.plan, dtype),
+            weights=memory.transformer_bytes(checkpoint, self.context.plan, dtype, fp8=job.model.fp8 != "off"),
+            working=memory.working_bytes(job, checkpoint, self.context.plan, dtype),
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,
-            free=min(self.split.collect(memory.free_bytes(self.device) + held)),  # one mode for all ranks
-            in_parts=self.split.plan.can_offload("group"),
+            free=min(self.context.collect(memory.free_bytes(self.device) + held)),  # one mode for all ranks
+            in_parts=self.context.plan.can_offload("group"),
         )
         self._note(note)
         if job.model.offload == "auto" and self._offload not in (None, mode):

@@ -146,7 +146,7 @@ def served_over_hosts(plan: str, devices: str, *, heads: int) -> tuple[Plan, Dev
     return None
 
 
-class Keeper:
+class ExecutorCache:
     """Keeps one executor for a long-lived process, so that later jobs find it warm.
 
     Another plan or other devices replace it: two groups would hold the same GPUs' memory twice.

@@ -7,7 +7,7 @@ import torch
 
 from ..engine.engine import Engine
 from ..jobs import Progress, Result
-from ..parallel.rank import Split
+from ..parallel.rank import RankContext
 from .base import Executor
 
 
@@ -19,7 +19,7 @@ class LocalExecutor(Executor):
     """
 
     def __init__(self, device: torch.device):
-        self.engine = Engine(Split(device))
+        self.engine = Engine(RankContext(device))
         self._lock = threading.Lock()
 
     @property

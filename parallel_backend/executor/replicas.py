@@ -16,12 +16,12 @@ from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
 from ..errors import GroupFailure, GroupUnavailable
 from ..jobs import Job, Progress, Report, Result, SampleJob, WindowJob
-from ..parallel.rank import Split
+from ..parallel.rank import RankContext
 from ..plan import Plan
 from .base import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
 from .batch import cut, has_windows_to_share, join
 from .group import GroupExecutor
-from .scheduler import Made, Pool, Spread
+from .scheduler import Made, Pool, ReplicaScheduler
 
 
 class ReplicasExecutor(Executor):
@@ -107,7 +107,7 @@ class ReplicasExecutor(Executor):
             on_video(number, *results)
             return None
 
-        spread = Spread(self._pool, self._names, jobs, self._closed.is_set, follow)
+        spread = ReplicaScheduler(self._pool, self._names, jobs, self._closed.is_set, follow)
         spread.run(on_step, should_stop)
 
     def _spread(
@@ -117,7 +117,7 @@ class ReplicasExecutor(Executor):
         self._closed.clear()
         pieces = [cut(job) for job in jobs]
         began = time.perf_counter()
-        spread = Spread(self._pool, self._names, [piece for part in pieces for piece in part], self._closed.is_set)
+        spread = ReplicaScheduler(self._pool, self._names, [piece for part in pieces for piece in part], self._closed.is_set)
         spread.run(on_step, should_stop, on_picture)
         seconds = time.perf_counter() - began
         results, first = [], 0
@@ -142,7 +142,7 @@ class ReplicasExecutor(Executor):
             nonlocal spread
             *negative, positive = (prompt.contiguous() for prompt in prompts)
             jobs = [WindowJob(job.model, part.contiguous(), positive, timestep, scale, *negative) for part in parts]
-            spread = Spread(self._pool, self._names, jobs, self._closed.is_set, after=spread)
+            spread = ReplicaScheduler(self._pool, self._names, jobs, self._closed.is_set, after=spread)
             spread.run(silent, should_stop)
             results = [spread.results[number][0] for number in range(len(jobs))]
             made.extend((replica, replace(result, tensor=torch.empty(0))) for replica, result in results)
@@ -157,8 +157,8 @@ class ReplicasExecutor(Executor):
 
         place = {"device": torch.device("cpu"), "dtype": checkpoint.dtype(job.model.dtype, self.devices.first)}
         callbacks = {"on_step": mark, "on_window": lambda: not should_stop(), "elsewhere": elsewhere}
-        caches, split = StepCaches(0.0, lambda change: change), Split(place["device"])
-        latent = denoise(None, checkpoint, job, **place, split=split, caches=caches, **callbacks)
+        caches, context = StepCaches(0.0, lambda change: change), RankContext(place["device"])
+        latent = denoise(None, checkpoint, job, **place, context=context, caches=caches, **callbacks)
         if job.preview:
             spread.notes.append("no previews: replicas share the windows of each step")
         report = self._report(made, spread.notes, time.perf_counter() - started)

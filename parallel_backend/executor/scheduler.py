@@ -59,7 +59,7 @@ class Pool:
                 self._order.append(replica)
 
 
-class Spread:
+class ReplicaScheduler:
     """The pieces of one call, and who runs them.
 
     Threads, as many as can have a replica at once, take pieces; the caller's own thread hears of their steps.
@@ -81,7 +81,7 @@ class Spread:
         has_closed: StopSignal,
         follow: Follow | None = None,
         *,
-        after: "Spread | None" = None,
+        after: "ReplicaScheduler | None" = None,
     ):
         self.pool = pool
         self.names = names

@@ -15,7 +15,7 @@ from ..config import CONFIG
 from ..engine.engine import Engine
 from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result, join_fields, split_fields
-from ..parallel.group_rank import GroupSplit, slow_link
+from ..parallel.group_rank import GroupRankContext, slow_link
 from ..planner.cost_model import Link
 from .heartbeat import HeartbeatWriter
 from .protocol import Message, decode, encode
@@ -81,32 +81,32 @@ class JobLoop:
     """The loop that every rank runs; rank 0 also answers.
 
     Args:
-        split: the rank's share.
+        context: the rank's share.
         address: the group's.
         heart: the rank's heartbeat.
         link: between the ranks, as it was measured.
     """
 
-    def __init__(self, split: GroupSplit, address: GroupAddress, heart: HeartbeatWriter, link: Link):
-        self.split = split
+    def __init__(self, context: GroupRankContext, address: GroupAddress, heart: HeartbeatWriter, link: Link):
+        self.context = context
         self.link = link
-        slow = slow_link(split.plan, split.device.type, link.bandwidth)
-        self.notes = (*split.notes, *([slow] if slow else []))
-        self.engine = Engine(split)
+        slow = slow_link(context.plan, context.device.type, link.bandwidth)
+        self.notes = (*context.notes, *([slow] if slow else []))
+        self.engine = Engine(context)
         self.started = time.time()
         self.state = "ready"
         self.jobs = 0
         self.memory: list[int] = []
         self.last_error: str | None = None
         self.heart = heart
-        self.server = Server(address, self.status) if split.rank == 0 else None
+        self.server = Server(address, self.status) if context.rank == 0 else None
 
     def status(self) -> dict:
         """What a ``status`` request is answered with, in plain values."""
         return {
             "state": self.state,
-            "plan": str(self.split.plan),
-            "world_size": self.split.plan.world_size,
+            "plan": str(self.context.plan),
+            "world_size": self.context.plan.world_size,
             "uptime": time.time() - self.started,
             "jobs": self.jobs,
             **self.engine.status(),
@@ -122,14 +122,14 @@ class JobLoop:
             self.heart.beat("waiting for a job", None)
             request = self.next_request() if self.server else None
             self.state = "busy"
-            message = decode(self.split.broadcast_bytes(request.data if request else None))
+            message = decode(self.context.broadcast_bytes(request.data if request else None))
             if message.kind == "stop":
                 if request:
                     request.answer(Message("done"))
                 return
             if message.kind == "free":
                 self.engine.free()
-                self.memory = self.split.collect(self.engine.status()["memory"])
+                self.memory = self.context.collect(self.engine.status()["memory"])
                 if request:
                     request.answer(Message("done"))
             else:
@@ -156,13 +156,13 @@ class JobLoop:
             failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc(), "host": HOST}
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
-        if self.split.rank and not self.engine.together:
+        if self.context.rank and not self.engine.together:
             self.heart.beat("waiting for rank 0, which works alone", None)  # and is watched itself
         else:
             self.heart.beat("ending a job", LOAD_SECONDS if message.kind == "load" else MEET_SECONDS)
         failures = self.compare(failure, together=self.engine.together)
         self.jobs += 1
-        self.memory = self.split.collect(self.engine.status()["memory"])
+        self.memory = self.context.collect(self.engine.status()["memory"])
         if request is None:
             return
         for rank, failure in enumerate(failures):
@@ -184,7 +184,7 @@ class JobLoop:
         job = self.opened(message)
 
         lasted, began = [], time.monotonic()
-        keeping = request and Keeping(request, self.split.device)
+        keeping = request and Keeping(request, self.context.device)
 
         def wanted() -> bool:
             return request is None or not request.cancelled.is_set()
@@ -227,7 +227,7 @@ class JobLoop:
             files = HOST and checkpoint.likeness()
         except RequestError as error:
             refused = error
-        said = self.split.collect((HOST, refused and str(refused), files)) if HOST else []
+        said = self.context.collect((HOST, refused and str(refused), files)) if HOST else []
         if refused and all(words for _, words, _ in said):
             raise refused
         for host, words, its in said:
@@ -244,18 +244,18 @@ class JobLoop:
         collective. In a job of rank 0's alone the others wait here already.
         """
         if failure is None or not together:
-            return self.split.collect(failure)
+            return self.context.collect(failure)
         began = time.monotonic()
         try:
-            if not self.split.is_in_step:
+            if not self.context.is_in_step:
                 raise RuntimeError("what the ranks had under way would be taken for the next job's")
-            self.split.meet(MEET_AFTER_FAILURE)
+            self.context.meet(MEET_AFTER_FAILURE)
         except RuntimeError:
             waited = time.monotonic() - began
             self.heart.leave({**failure, "waited": waited})
             logger.error("the other ranks did not follow; leaving")
             os._exit(1)
-        return self.split.collect(failure)
+        return self.context.collect(failure)
 
     def log_line(self, kind: str, report, waited: float) -> None:
         """One line a job."""

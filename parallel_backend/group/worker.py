@@ -34,7 +34,7 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     from ..cogvideox.kernels import probe
     from ..cogvideox.transformer import attention
     from ..devices import visible_index
-    from ..parallel.group_rank import GroupSplit
+    from ..parallel.group_rank import GroupRankContext
     from ..plan import Plan
     from ..planner import hardware
     from .job_loop import MEET_SECONDS, JobLoop
@@ -45,17 +45,17 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     if hardware.MEMORY_GIB and device.type == "cuda":
         offload.allow(device, hardware.allowed(torch.cuda.get_device_properties(device).total_memory))
     heart.beat("joining the group", START_SECONDS)
-    split = GroupSplit(Plan.parse(plan), device=device, rank=rank)
+    context = GroupRankContext(Plan.parse(plan), device=device, rank=rank)
     heart.beat(
         "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)", MEET_SECONDS
     )
-    link = split.probe()
+    link = context.probe()
     logger.info("the ranks exchange %.2g GB/s, and a number in %.0f us", link.bandwidth / 1e9, link.latency * 1e6)
     if rank == 0:
         remember(link, device)
     if device.type == "cuda":  # xDiT has imported what jobs need, so no two threads are going to import the same
         probe.beside(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
-    return JobLoop(split, GroupAddress(folder), heart, link)
+    return JobLoop(context, GroupAddress(folder), heart, link)
 
 
 def remember(link, device) -> None:

@@ -17,7 +17,7 @@ from ..planner.cost_model import SLOW_LINK, Link
 from . import symmetric_memory, xdit
 from .fsdp import fsdp_mesh, spread
 from .pipefusion import KeptOfJob, Pipe, Stage
-from .rank import Split
+from .rank import RankContext
 from .sequence import JointSequence
 from .tensor_parallel import join_products
 from .vae_rows import Strips
@@ -45,7 +45,7 @@ def slow_link(plan: Plan, kind: str, speed: float) -> str | None:
     )
 
 
-class GroupSplit(Split):
+class GroupRankContext(RankContext):
     """One rank's share under a plan.
 
     Args:
@@ -119,11 +119,11 @@ class GroupSplit(Split):
 
     @property
     def outside_bytes(self) -> int:
-        """See :attr:`Split.outside_bytes`."""
+        """See :attr:`RankContext.outside_bytes`."""
         return symmetric_memory.held_bytes()
 
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
-        """See :meth:`Split.attach`."""
+        """See :meth:`RankContext.attach`."""
         self.shard.cut(transformer)
         if self.plan.tensor > 1:
             join_products(transformer, xdit.tensor_group().device_group)
@@ -138,45 +138,45 @@ class GroupSplit(Split):
             spread(transformer, self.mesh)
 
     def caches(self, job: SampleJob) -> StepCaches | KeptOfJob:
-        """See :meth:`Split.caches`."""
+        """See :meth:`RankContext.caches`."""
         return KeptOfJob(job.pipefusion_warmup) if self.pipe else super().caches(job)
 
     @property
     def is_in_step(self) -> bool:
-        """See :meth:`Split.is_in_step`."""
+        """See :meth:`RankContext.is_in_step`."""
         return self.pipe is None or not self.pipe.is_under_way
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """See :meth:`Split.share`. With one prompt both halves of ``cfg2`` compute it."""
+        """See :meth:`RankContext.share`. With one prompt both halves of ``cfg2`` compute it."""
         if self.plan.cfg == len(prompts):
             return prompts[self.cfg_group.rank_in_group :][:1]
         return prompts
 
     def gather(self, mine: Sequence[torch.Tensor], *, of: int) -> Sequence[torch.Tensor]:
-        """See :meth:`Split.gather`."""
+        """See :meth:`RankContext.gather`."""
         if len(mine) == of:
             return mine
         (own,) = mine
         return self.cfg_group.all_gather(own.contiguous(), separate_tensors=True)
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See :meth:`Split.total`."""
+        """See :meth:`RankContext.total`."""
         dist.all_reduce(tensor)
         return tensor
 
     def strips(self, rows: int) -> Strips | None:
-        """See :meth:`Split.strips`."""
+        """See :meth:`RankContext.strips`."""
         size = self.plan.world_size
         return Strips(self.rank, size, rows) if rows >= size > 1 else None
 
     def agree(self, *said: bool) -> tuple[bool, ...]:
-        """See :meth:`Split.agree`. Over gloo, so that no GPU waits for it."""
+        """See :meth:`RankContext.agree`. Over gloo, so that no GPU waits for it."""
         answer = torch.tensor(said, dtype=torch.uint8)
         dist.broadcast(answer, src=0, group=self.control)
         return tuple(map(bool, answer))
 
     def heard(self, go_on: bool) -> bool:
-        """See :meth:`Split.heard`."""
+        """See :meth:`RankContext.heard`."""
         key = f"stop message {self._messages}"
         if self.rank > 0:
             return not self._store.check([key])
@@ -185,7 +185,7 @@ class GroupSplit(Split):
         return go_on
 
     def collect(self, value: Any) -> list[Any]:
-        """See :meth:`Split.collect`."""
+        """See :meth:`RankContext.collect`."""
         values = [None] * self.plan.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values

@@ -14,7 +14,7 @@ from .sequence import JointSequence
 from .vae_rows import Strips
 
 
-class Split:
+class RankContext:
     """A plan of ``single``: one rank, and every collective vanishes.
 
     Args:

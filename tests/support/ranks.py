@@ -13,7 +13,7 @@ import torch
 from parallel_backend.engine.engine import Engine
 from parallel_backend.group.protocol import decode
 from parallel_backend.jobs import join_fields
-from parallel_backend.parallel.group_rank import GroupSplit
+from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import Plan
 
 
@@ -24,12 +24,12 @@ def main() -> None:
     messages = [decode(path.read_bytes()) for path in sorted(folder.glob("*.job"))]
     jobs = [join_fields(message.kind, message.plain, message.tensors) for message in messages]
     for plan in plans:
-        engine = Engine(GroupSplit(Plan.parse(plan), device=torch.device("cpu"), rank=rank))
-        engine.split.probe()
+        engine = Engine(GroupRankContext(Plan.parse(plan), device=torch.device("cpu"), rank=rank))
+        engine.context.probe()
         made, held = [], []
         for job in jobs:
             made.append(engine.run(job).tensor)
-            held.append(engine.split.collect(engine.status()["weights"]["transformer"]))
+            held.append(engine.context.collect(engine.status()["weights"]["transformer"]))
         if rank == 0:
             torch.save((made, held), folder / f"{plan}.pt")
         engine.free()

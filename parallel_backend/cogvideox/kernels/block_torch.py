@@ -61,7 +61,7 @@ def for_tokens(conditions: torch.Tensor, place: int, tokens: int, text: int) -> 
     return torch.where(is_text, parts[place + CONDITIONS // 2], parts[place])
 
 
-class Plain:
+class TorchBlockOps:
     """As torch has it. Layers in FP8 are given tokens, and round them themselves.
 
     ``states`` and ``update`` are tokens ``[batch, tokens, features]``, of which the first ``text`` are text; ``conditions``

@@ -86,8 +86,8 @@ def swap_kernel(states, result, first, second, WORDS: tl.constexpr, BLOCK: tl.co
     tl.store(result + target * WORDS + column, tl.load(states + row * WORDS + column, mask=there), mask=there)
 
 
-class Triton:
-    """See :class:`.block_torch.Plain`. Layers in FP8 are given what they multiply."""
+class TritonBlockOps:
+    """See :class:`.block_torch.TorchBlockOps`. Layers in FP8 are given what they multiply."""
 
     def modulate(self, states, norm, conditions, text, *, fp8):
         return self._pass(states, norm=norm, conditions=conditions, text=text, rounds=fp8)[1]

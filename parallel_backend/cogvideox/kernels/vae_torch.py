@@ -64,7 +64,7 @@ def normalised(states, bias, mean, variance, norm: nn.GroupNorm, gain, offset) -
     return F.silu(states)
 
 
-class Plain:
+class TorchVaeOps:
     """As torch has it, a frame at a time: float32 copies of all frames would be the largest tensors of all."""
 
     def moments(self, states: torch.Tensor, bias: torch.Tensor | None, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ class Plain:
 
 
 def frame_moments(states: torch.Tensor, bias: torch.Tensor | None, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance as of :meth:`Plain.moments`, through a float32 copy."""
+    """Mean and variance as of :meth:`TorchVaeOps.moments`, through a float32 copy."""
     states = states.float() if bias is None else states.float() + per_channel(bias.float())
     variance, mean = torch.var_mean(states.unflatten(1, (groups, -1)), dim=(2, 3, 4, 5), correction=0)
     return mean, variance

@@ -139,8 +139,8 @@ def channels_last(states: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(states, memory_format=torch.channels_last_3d).copy_(states)
 
 
-class Triton:
-    """See :class:`parallel_backend.cogvideox.kernels.vae_torch.Plain`. Channels are a power of two, as in CogVideoX's VAE."""
+class TritonVaeOps:
+    """See :class:`parallel_backend.cogvideox.kernels.vae_torch.TorchVaeOps`. Channels are a power of two, as in CogVideoX's VAE."""
 
     def moments(self, states, bias, groups):
         """A pass for the moments of each channel of some rows; few enough to be taken together by torch."""

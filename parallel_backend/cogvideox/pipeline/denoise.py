@@ -1,6 +1,6 @@
 """The one denoise loop: from text or with a condition, from noise or from a latent, guided or not.
 
-It says what is computed. How a forward is split over ranks is the business of ``split``, whose
+It says what is computed. How a forward is split over ranks is the business of ``context``, whose
 collectives vanish in a plan of ``single``.
 """
 
@@ -132,7 +132,7 @@ def text_of(prompts: Sequence[torch.Tensor], videos: int) -> torch.Tensor:
 
 
 def predict(
-    transformer, seen: torch.Tensor, timestep, scale: float, *, text, rotary, ofs, split, prompts: int, cache
+    transformer, seen: torch.Tensor, timestep, scale: float, *, text, rotary, ofs, context, prompts: int, cache
 ) -> torch.Tensor:
     """The velocity of the frames of one window, guided; float32. A unit of work: it depends on its arguments alone, of which ``cache`` remembers.
 
@@ -144,7 +144,7 @@ def predict(
         text: states of this rank's prompts, ``[prompts * batch, tokens, features]``.
         rotary: tables for so many frames.
         ofs: see :attr:`parallel_backend.cogvideox.checkpoint.checkpoint.Checkpoint.ofs`.
-        split: how the work is shared.
+        context: how the work is shared.
         prompts: that all ranks together run: the negative and the positive one, or the positive one.
         cache: of this window, or None.
     """
@@ -158,7 +158,7 @@ def predict(
         attention_kwargs={"cache": cache},
         return_dict=False,
     )[0]
-    predicted = [half.float() for half in split.gather(predicted.chunk(mine), of=prompts)]
+    predicted = [half.float() for half in context.gather(predicted.chunk(mine), of=prompts)]
     if prompts == 1:
         return predicted[0]
     negative, positive = predicted
@@ -173,7 +173,7 @@ def denoise(
     *,
     device,
     dtype,
-    split,
+    context,
     caches,
     on_step: StepCallback,
     on_window: WindowCallback,
@@ -188,8 +188,8 @@ def denoise(
         job: what to sample.
         device: where latents live.
         dtype: of latents and text states.
-        split: how the work is shared; see :class:`parallel_backend.parallel.rank.Split`.
-        caches: of the job's windows, from :meth:`parallel_backend.parallel.rank.Split.caches`.
+        context: how the work is shared; see :class:`parallel_backend.parallel.rank.RankContext`.
+        caches: of the job's windows, from :meth:`parallel_backend.parallel.rank.RankContext.caches`.
         elsewhere: predicts the windows in the place of ``transformer``, which is None then.
         on_step, on_window: called on every rank after each step, and between its windows; must answer the same on all of them.
         may_begin: whether a step may begin before the one before it has ended and is reported, so that the device does not wait for
@@ -209,7 +209,7 @@ def denoise(
     numbers = [job.prompts_of(step) for step in range(len(timesteps))]
     prompts = {which: prompts_of(job, which) for which in set(numbers)}
     text = {
-        which: text_of(split.share(states), batch).to(device=device, dtype=dtype) for which, states in prompts.items()
+        which: text_of(context.share(states), batch).to(device=device, dtype=dtype) for which, states in prompts.items()
     }  # all at once, as the host waits for the device with whatever it sends it in a step
     rotary = rotary_tables(checkpoint, layout.length, height, width, device)
     condition_at = conditions.make(job, checkpoint, latents)
@@ -220,7 +220,7 @@ def denoise(
         clean = None if job.progress.clean is None else job.progress.clean.to(device)
         generator.set_state(job.progress.generator)
     there = timesteps.to(device)  # likewise
-    forward = partial(predict, transformer, rotary=rotary, ofs=ofs, split=split, prompts=2 if job.guided else 1)
+    forward = partial(predict, transformer, rotary=rotary, ofs=ofs, context=context, prompts=2 if job.guided else 1)
     unreported: Ended | None = None
 
     def report(step: Ended) -> None:
@@ -265,14 +265,14 @@ def denoise(
 
 
 @torch.inference_mode()
-def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, *, device, dtype, split) -> torch.Tensor:
+def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, *, device, dtype, context) -> torch.Tensor:
     """Runs one window's forward for a loop that is elsewhere; see :func:`predict`."""
     seen = job.seen.to(device=device, dtype=dtype)
     prompts = prompts_of(job)
-    text = text_of(split.share(prompts), len(seen)).to(device=device, dtype=dtype)
+    text = text_of(context.share(prompts), len(seen)).to(device=device, dtype=dtype)
     rotary = rotary_tables(checkpoint, seen.shape[1], *seen.shape[3:], device)
     ofs = None if checkpoint.ofs is None else seen.new_tensor([checkpoint.ofs])
-    about = {"text": text, "rotary": rotary, "ofs": ofs, "split": split, "prompts": len(prompts), "cache": None}
+    about = {"text": text, "rotary": rotary, "ofs": ofs, "context": context, "prompts": len(prompts), "cache": None}
     return predict(transformer, seen, torch.tensor(job.timestep), job.scale, **about).cpu()
 
 

@@ -9,7 +9,7 @@ from types import MethodType
 
 import torch
 
-from ..kernels.block_torch import CONDITIONS, Inputs, Plain, keep_kernels
+from ..kernels.block_torch import CONDITIONS, Inputs, TorchBlockOps, keep_kernels
 from ..kernels.probe import is_near, once
 from .attention import factors
 from .fp8_linear import Fp8Linear
@@ -83,21 +83,21 @@ def swap(states: torch.Tensor, kernels) -> torch.Tensor:
 def attach(transformer) -> None:
     """Gives every block of a transformer this module's forward."""
     for block in transformer.transformer_blocks.children():
-        block.forward, block.kernels = MethodType(forward, block), Plain()
+        block.forward, block.kernels = MethodType(forward, block), TorchBlockOps()
 
 
 def use(transformer, *, compiled: bool) -> None:
     """Has every block use compiled kernels or torch's own."""
-    kernels = triton_kernels() if compiled else Plain()
+    kernels = triton_kernels() if compiled else TorchBlockOps()
     for block in transformer.transformer_blocks.children():
         block.kernels = kernels
 
 
 def triton_kernels():
     """Kernels in one pass each; Triton is not everywhere."""
-    from ..kernels.block_triton import Triton
+    from ..kernels.block_triton import TritonBlockOps
 
-    return Triton()
+    return TritonBlockOps()
 
 
 @once
@@ -107,7 +107,9 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, features: int, he
     if device.type != "cuda":
         return "its kernels are for GPUs"
     keep_kernels()
-    ours, expected = (tried(kernels, device, dtype, features, head_dim, rotary) for kernels in (triton_kernels(), Plain()))
+    ours, expected = (
+        tried(kernels, device, dtype, features, head_dim, rotary) for kernels in (triton_kernels(), TorchBlockOps())
+    )
     if all(is_near(found, exact, NEAR[dtype]) for found, exact in zip(ours, expected)):
         return None
     return "their results are wrong with this version of Triton"

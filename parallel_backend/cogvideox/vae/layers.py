@@ -19,7 +19,7 @@ from torch import nn
 
 from ..kernels.block_torch import keep_kernels
 from ..kernels.probe import once
-from ..kernels.vae_torch import Plain, convolve
+from ..kernels.vae_torch import TorchVaeOps, convolve
 
 CHANNELS_LAST = True
 """Whether a GPU's numbers lie with a pixel's channels together: so cuDNN's 16-bit convolutions read them, and the kernels."""
@@ -65,7 +65,7 @@ class Layers:
         from diffusers.models.downsampling import CogVideoXDownsample3D
         from diffusers.models.upsampling import CogVideoXUpsample3D
 
-        self.kernels = Plain()
+        self.kernels = TorchVaeOps()
         self.rows = Whole()
         self.memory_format = torch.contiguous_format
         forwards = {
@@ -174,9 +174,9 @@ class Layers:
 
 def triton_kernels():
     """Kernels in one pass each; Triton is not everywhere."""
-    from ..kernels.vae_triton import Triton
+    from ..kernels.vae_triton import TritonVaeOps
 
-    return Triton()
+    return TritonVaeOps()
 
 
 @once
@@ -193,7 +193,7 @@ def use(vae, *, compiled: bool = False) -> Layers:
     """Gives a VAE, where it will be used, this module's layers; with compiled kernels or torch's own."""
     if not hasattr(vae, "layers"):
         vae.layers = Layers(vae)
-    vae.layers.kernels = triton_kernels() if compiled else Plain()
+    vae.layers.kernels = triton_kernels() if compiled else TorchVaeOps()
     set_memory_format(vae, last=vae.device.type == "cuda" and (CHANNELS_LAST or compiled))
     return vae.layers
 
