@@ -18,7 +18,7 @@ from parallel_backend.cogvideox.transformer import attention
 from parallel_backend.cogvideox.transformer.attention import Attention
 from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8, in_places
 from parallel_backend.errors import first_line
-from parallel_backend.jobs import DTYPES
+from parallel_backend.model import DTYPES
 
 HALVES = ("bf16", "fp16")
 SHORT_CALLS, LONG_SECONDS = 20, 0.6

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
-from parallel_backend.jobs import FP8S
+from parallel_backend.model import FP8S
 from parallel_backend.parallel.rank import RankContext
 
 from .group import job_of

@@ -17,7 +17,8 @@ from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.executor.group import GroupExecutor
-from parallel_backend.jobs import Model, SampleJob
+from parallel_backend.jobs import SampleJob
+from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 
 from .table import text_states

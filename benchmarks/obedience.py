@@ -18,7 +18,8 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.executor.base import Executor
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
+from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob, empty_latent
+from parallel_backend.model import Model
 from tests.support.measures import Verdict, judge
 from training.drawing import draw
 from training.scenes import Scene, caption, held_out_scenes

@@ -17,7 +17,8 @@ from parallel_backend.devices import Devices
 from parallel_backend.executor.base import Executor
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent
+from parallel_backend.jobs import DecodeJob, SampleJob, empty_latent
+from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 
 from .random_weights import build

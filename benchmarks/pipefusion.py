@@ -20,7 +20,8 @@ from parallel_backend.devices import Devices
 from parallel_backend.executor.base import Executor
 from parallel_backend.executor.factory import open_executor
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent
+from parallel_backend.jobs import DecodeJob, SampleJob, empty_latent
+from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 from parallel_backend.planner.cost_model import patches
 from tests.support.measures import Verdict, judge

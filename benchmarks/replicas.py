@@ -20,7 +20,8 @@ from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.executor.replicas import ReplicasExecutor
-from parallel_backend.jobs import Model, SampleJob
+from parallel_backend.jobs import SampleJob
+from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 
 from .table import text_states

@@ -25,9 +25,11 @@ from parallel_backend.errors import Cancelled
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.group import protocol
+from parallel_backend.group.codec import split_fields
 from parallel_backend.group.heartbeat import Board
 from parallel_backend.group.supervisor import BOARD
-from parallel_backend.jobs import DecodeJob, Model, SampleJob, empty_latent, split_fields
+from parallel_backend.jobs import DecodeJob, SampleJob, empty_latent
+from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 
 from .random_weights import build

@@ -21,7 +21,8 @@ from parallel_backend.errors import RequestError
 from parallel_backend.executor.base import Executor
 from parallel_backend.executor.factory import open_executor, resolve
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, Model, Progress, SampleJob, empty_latent
+from parallel_backend.jobs import DecodeJob, Progress, SampleJob, empty_latent
+from parallel_backend.model import Model
 from parallel_backend.system.files import check_writable, whole_file
 from parallel_backend.workload import work_of_job
 

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL
-from ..parallel_backend.jobs import TILINGS, DecodeJob, check_latent
+from ..parallel_backend.cogvideox.checkpoint.facts import SPATIAL
+from ..parallel_backend.jobs import TILINGS, DecodeJob
+from ..parallel_backend.validation import check_latent
 from .base import CogVideoXNode
 from .comfy import runtime
 from .comfy.types import CATEGORY, BackendSocket, VaeHandle

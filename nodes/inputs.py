@@ -7,8 +7,8 @@ import torch
 from comfy_api.latest import io
 
 from ..parallel_backend.errors import RequestError
-from ..parallel_backend.jobs import between
 from ..parallel_backend.media.pictures import check_finite, checked_latent, checked_mask, checked_pictures
+from ..parallel_backend.validation import between
 from .comfy.types import BackendHandle, BackendSocket, ModelHandle, ModelSocket
 
 

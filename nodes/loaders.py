@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.errors import RequestError
-from ..parallel_backend.jobs import COMPILES, DTYPES, FP8S, OFFLOADS, Model
+from ..parallel_backend.model import COMPILES, DTYPES, FP8S, OFFLOADS, Model
 from .base import CogVideoXNode
 from .comfy import runtime
 from .comfy.types import CATEGORY, ClipHandle, ModelHandle, ModelSocket, VaeHandle

@@ -5,7 +5,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.transformer.lora import LoraFile
-from ..parallel_backend.jobs import MAX_STRENGTH, Lora
+from ..parallel_backend.model import MAX_STRENGTH, Lora
 from .base import CogVideoXNode
 from .comfy import runtime
 from .comfy.types import CATEGORY, ModelSocket

@@ -5,10 +5,10 @@ import logging
 import torch
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint.checkpoint import TEMPORAL, whole_frames
+from ..parallel_backend.cogvideox.checkpoint.facts import TEMPORAL, whole_frames
 from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.cogvideox.pipeline.image import cover
-from ..parallel_backend.jobs import check_size
+from ..parallel_backend.validation import check_size
 from .comfy import runtime
 from .comfy.types import VaeHandle
 from .conditioning import CONCAT, CONCAT_MASK, size_inputs

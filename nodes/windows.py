@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..parallel_backend.jobs import WINDOW_SCHEDULES, Windows
+from ..parallel_backend.model import WINDOW_SCHEDULES, Windows
 from .base import CogVideoXNode
 from .comfy.types import CATEGORY, ModelSocket
 

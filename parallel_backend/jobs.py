@@ -6,201 +6,22 @@ VAE latents; images ``[frames, height, width, 3]`` in 0..1. What a request means
 """
 
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from .errors import RequestError
+from .model import Model, Windows
+from .validation import CHANNELS, between, check_condition, check_image, check_latent, check_size, choice
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FP8S = ("off", "linears", "all")
-COMPILES = ("auto", "on", "off")
-OFFLOADS = ("auto", "none", "model", "group", "sequential")
 SCHEDULERS = ("auto", "ddim", "dpm")
 TILINGS = ("auto", "on", "off")
-WINDOW_SCHEDULES = ("static", "uniform")
 IMAGE_SCALES = ("auto", "inverse", "raw", "scaled")
 """What a start image's latent is multiplied by; see ``Checkpoint.image_scale``."""
-CHANNELS = 16
-"""Of a latent."""
 MAX_SEED = 2**64 - 1
-MAX_STRENGTH = 10.0
 ROUNDING = 1e-6
 """By which a share of the steps may be off."""
-
-
-def choice(name: str, value: Any, allowed) -> None:
-    """Raises RequestError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise RequestError(f"{name} is '{value}'; use one of {', '.join(map(str, allowed))}")
-
-
-def between(name: str, value: float, low: float, high: float) -> None:
-    """Raises RequestError unless ``low <= value <= high``; NaN never is."""
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}; use {low} to {high}")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A change of the transformer's weights."""
-
-    path: str
-    """A ``.safetensors`` file; see :mod:`parallel_backend.cogvideox.transformer.lora`."""
-    strength: float = 1.0
-    """What the change is multiplied by; 0 leaves the model as it is."""
-
-    def __post_init__(self):
-        between("LoRA strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What to compute. Holds no weights: they are loaded where they run."""
-
-    path: str
-    """Checkpoint folder in diffusers layout, or a transformer's ``.safetensors`` file."""
-    dtype: str = "auto"
-    """``auto`` is the checkpoint's own on a GPU and fp32 on the CPU."""
-    offload: str = "auto"
-    """Where weights wait between uses; ``auto`` decides by free memory."""
-    compile: str = "auto"
-    """Whether blocks and the VAE have kernels that are compiled for the device; ``auto`` on a GPU, for all but small models and pictures."""
-    fp8: str = "off"
-    """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
-    step_cache: float = 0.0
-    """Change of the first block's work below which the other blocks are predicted from earlier steps; 0 never. See
-    :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`."""
-    loras: tuple[Lora, ...] = ()
-    """All are added to the weights; their order changes nothing but rounding."""
-
-    def __post_init__(self):
-        choice("dtype", self.dtype, ("auto", *DTYPES))
-        choice("offload", self.offload, OFFLOADS)
-        choice("compile", self.compile, COMPILES)
-        choice("fp8", self.fp8, FP8S)
-        between("step_cache", self.step_cache, 0, 2)
-
-
-def two_thirds(frames: int) -> int:
-    """The overlap that suits a window of so many frames, a multiple of 4: with half, the demo's pictures jump at times."""
-    return round((frames - 1) / 6) * 4
-
-
-@dataclass(frozen=True)
-class Windows:
-    """How a long video is sampled in parts. Lengths are frames of the video; the model rounds them up to whole tokens."""
-
-    frames: int = 49
-    """Of one window, 4k+1: what the model was trained for. A video that is no longer has no windows."""
-    overlap: int = two_thirds(49)
-    """By which neighbours overlap at least and are blended; a multiple of 4."""
-    schedule: str = "static"
-    """``static`` windows stay where they are; ``uniform`` ones are shifted from step to step."""
-    shuffle_noise: bool = True
-    """Whether later windows start from the first one's noise in another order, not from noise of their own."""
-
-    def __post_init__(self):
-        if self.frames < 5 or self.frames % 4 != 1:
-            raise RequestError(
-                f"the window is {self.frames} frames; it must be 4k+1, such as {max(5, round((self.frames - 1) / 4) * 4 + 1)}"
-            )
-        if self.overlap < 0 or self.overlap % 4:
-            raise RequestError(
-                f"the windows' overlap is {self.overlap} frames; it must be a multiple of 4, "
-                f"such as {max(0, round(self.overlap / 4) * 4)}"
-            )
-        if self.overlap >= self.frames:
-            raise RequestError(
-                f"windows of {self.frames} frames cannot overlap by {self.overlap}; use less, such as {two_thirds(self.frames)}"
-            )
-        choice("the windows' schedule", self.schedule, WINDOW_SCHEDULES)
-
-
-def check_latent(latent: torch.Tensor) -> None:
-    """Checks the layout and size of a latent in ComfyUI's layout.
-
-    Raises:
-        RequestError: naming what another pack's latent looks like, where it is recognised.
-    """
-    shape = tuple(latent.shape)
-    if latent.ndim == 5 and shape[2] == 16 and shape[1] != 16:
-        raise RequestError(
-            f"the latent is {shape}: frames before channels, as the CogVideoX wrapper's nodes make it; "
-            "use this pack's or the core's nodes for the latent"
-        )
-    if latent.ndim != 5:
-        raise RequestError(
-            f"the latent is {shape}; a video latent is [batch, 16, frames, height/8, width/8]: "
-            "use Empty CogVideoX Latent or VAE Encode"
-        )
-    if min(shape) < 1:
-        raise RequestError(f"the latent is {shape}; every dimension must be at least 1")
-    if shape[1] != CHANNELS:
-        raise RequestError(
-            f"the latent has {shape[1]} channels, as another model's nodes make it; CogVideoX takes {CHANNELS}: "
-            "use Empty CogVideoX Latent or VAE Encode"
-        )
-    if shape[3] % 2 or shape[4] % 2:
-        raise RequestError(f"the size is {shape[4] * 8}x{shape[3] * 8}; width and height must be multiples of 16")
-
-
-def check_image(image: torch.Tensor, latent: torch.Tensor) -> None:
-    """Raises RequestError unless a start image's latent is one frame of the video's size."""
-    batch, channels, _, height, width = latent.shape
-    if image.ndim != 5 or image.shape[0] not in (1, batch) or tuple(image.shape[1:3]) != (channels, 1):
-        raise RequestError(
-            f"the start image's latent is {tuple(image.shape)}; it must be [1 or {batch}, {channels}, 1, height/8, width/8]: "
-            "use CogVideoX Image To Video"
-        )
-    if tuple(image.shape[3:]) != (height, width):
-        raise RequestError(
-            f"the start image is encoded for {image.shape[4] * 8}x{image.shape[3] * 8} and the video is "
-            f"{width * 8}x{height * 8}; use one size for both"
-        )
-
-
-def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *, channels: int, node: str) -> None:
-    """Raises RequestError unless a condition has every frame of the video, at its size.
-
-    Args:
-        name: of the condition, for the message.
-        condition: to check.
-        latent: of the video.
-        channels: that the condition must have.
-        node: that makes one which fits.
-    """
-    batch, _, frames, height, width = latent.shape
-    if condition.ndim != 5 or condition.shape[0] not in (1, batch) or condition.shape[1] != channels:
-        raise RequestError(
-            f"the {name} is {tuple(condition.shape)}; "
-            f"it must be [1 or {batch}, {channels}, frames, height/8, width/8]: use {node}"
-        )
-    if tuple(condition.shape[2:]) != (frames, height, width):
-        _, _, own_frames, own_height, own_width = condition.shape
-        raise RequestError(
-            f"the {name} is made for {own_width * 8}x{own_height * 8} and {own_frames} latent frames and the video has "
-            f"{width * 8}x{height * 8} and {frames}; use the latent that {node} gives"
-        )
-
-
-def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
-    """Checks a size in pixels and frames, before any tensor of it is made.
-
-    Raises:
-        RequestError: naming the nearest allowed value.
-    """
-    for name, value in (("width", width), ("height", height)):
-        if value < 16 or value % 16:
-            near = max(16, round(value / 16) * 16)
-            raise RequestError(f"{name} is {value}; it must be a multiple of 16, such as {near}")
-    if frames < 1 or frames % 4 != 1:
-        near = max(1, round((frames - 1) / 4) * 4 + 1)
-        raise RequestError(f"frames is {frames}; it must be 4k+1, such as {near}")
-    if batch < 1:
-        raise RequestError(f"batch is {batch}; it must be at least 1")
 
 
 def empty_latent(*, width: int, height: int, frames: int, batch: int = 1, channels: int = CHANNELS) -> torch.Tensor:
@@ -466,58 +287,3 @@ class Result:
 
     tensor: torch.Tensor
     report: Report = field(default_factory=Report)
-
-
-def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A request as plain JSON values and tensors, for the wire."""
-    plain: dict[str, Any] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if isinstance(value, torch.Tensor):
-            tensors[item.name] = value
-        elif isinstance(value, Model):
-            plain[item.name] = split_model(value)
-        elif isinstance(value, Progress):
-            plain[item.name], inner = split_fields(value)
-            tensors |= {f"{item.name}.{name}": tensor for name, tensor in inner.items()}
-        elif isinstance(value, Windows):
-            plain[item.name] = asdict(value)
-        elif value != item.default:  # a side that does not know the field yet need not see its default
-            plain[item.name] = value
-    return plain, tensors
-
-
-def split_model(model: Model) -> dict[str, Any]:
-    """A model as plain JSON values; a side that does not know a field yet need not see its default."""
-    defaults = {item.name: item.default for item in fields(model)}
-    return {name: value for name, value in asdict(model).items() if value != defaults[name]}
-
-
-def join_model(plain: dict[str, Any]) -> Model:
-    """The model that :func:`split_model` took apart, checked again."""
-    if not isinstance(plain, dict):
-        raise TypeError(f"a model is not {plain!r}")
-    return Model(**{**plain, "loras": tuple(Lora(**lora) for lora in plain.get("loras", ()))})
-
-
-def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Job:
-    """The request that :func:`split_fields` took apart, checked again.
-
-    Raises:
-        RequestError: for an unknown kind or unknown fields.
-    """
-    if kind not in JOBS:
-        raise RequestError(f"job kind is '{kind}'; use one of {', '.join(JOBS)}")
-    try:
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
-        values = {**plain, **tensors, "model": join_model(plain["model"])}
-        if "progress" in plain:
-            names = [name for name in tensors if name.startswith("progress.")]
-            inner = {name.removeprefix("progress."): values.pop(name) for name in names}
-            values["progress"] = Progress(**plain["progress"], **inner)
-        if "windows" in plain:
-            values["windows"] = Windows(**plain["windows"])
-        return JOBS[kind](**values)
-    except (KeyError, TypeError) as error:
-        raise RequestError(f"a {kind} job does not fit: {error}") from error

@@ -2,7 +2,8 @@
 
 import torch
 
-from .cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from .cogvideox.checkpoint.checkpoint import Checkpoint
+from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from .cogvideox.offload import block_parts
 from .cogvideox.pipeline.windows import forward_size
 from .jobs import SampleJob

@@ -27,7 +27,8 @@ from parallel_backend.devices import Devices
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.group.registry import GroupAddress
-from parallel_backend.jobs import Lora, Model, SampleJob, empty_latent
+from parallel_backend.jobs import SampleJob, empty_latent
+from parallel_backend.model import Lora, Model
 from parallel_backend.plan import Plan
 
 from .support import core_files

@@ -12,7 +12,8 @@ from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model
+from parallel_backend.jobs import DecodeJob, EncodeJob
+from parallel_backend.model import Model
 from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.parallel.rank import RankContext
 

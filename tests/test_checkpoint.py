@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from benchmarks.random_weights import parse
-from parallel_backend.cogvideox.checkpoint import checkpoint, weights
+from parallel_backend.cogvideox.checkpoint import checkpoint, index, weights
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import DTYPES, DecodeJob, Model
+from parallel_backend.jobs import DecodeJob
+from parallel_backend.model import DTYPES, Model
 
 IMAGE, VIDEO = torch.ones(1, 16, 1, 8, 12), torch.ones(1, 16, 3, 8, 12)
 INPAINT = {"masked_video": VIDEO, "mask": VIDEO[:, :1]}
@@ -151,7 +152,8 @@ def test_a_folder_is_read_again_only_when_a_file_of_it_changed(broken, monkeypat
     read = []
     header, config = weights.header, checkpoint.read_config
     monkeypatch.setattr(weights, "header", lambda path: read.append(path) or header(path))
-    monkeypatch.setattr(checkpoint, "read_config", lambda *names: read.append(names) or config(*names))
+    for module in (checkpoint, index):
+        monkeypatch.setattr(module, "read_config", lambda *names: read.append(names) or config(*names))
     first = Checkpoint.open(broken)
     assert read
     read.clear()
@@ -168,7 +170,7 @@ def test_a_folder_can_borrow_parts_of_the_one_beside_it(checkpoints, tmp_path):
     lender, borrower = shutil.copytree(checkpoints["5b"], tmp_path / "lender"), tmp_path / "borrower"
     borrower.mkdir()
     (lender / "transformer").rename(borrower / "transformer")
-    (borrower / "model_index.json").write_text(json.dumps({checkpoint.LENDER: "lender"}))
+    (borrower / "model_index.json").write_text(json.dumps({index.LENDER: "lender"}))
     ours, whole = Checkpoint.open(borrower), Checkpoint.open(checkpoints["5b"])
     ours.check_whole()
     assert ours.elements == whole.elements
@@ -180,9 +182,9 @@ def test_a_folder_can_borrow_parts_of_the_one_beside_it(checkpoints, tmp_path):
     path.write_text(path.read_text().replace("DPM", "DDIM"))
     assert Checkpoint.open(borrower).default_scheduler == "ddim"
     for elsewhere in ("..", "/etc", "../../lender/.."):
-        (borrower / "model_index.json").write_text(json.dumps({checkpoint.LENDER: elsewhere}))
+        (borrower / "model_index.json").write_text(json.dumps({index.LENDER: elsewhere}))
         assert "has no" in refusal(borrower)
-    (borrower / "model_index.json").write_text(json.dumps({checkpoint.LENDER: "lender"}))
+    (borrower / "model_index.json").write_text(json.dumps({index.LENDER: "lender"}))
     assert Checkpoint.open(borrower).default_scheduler == "ddim"
     shutil.rmtree(lender)
     assert "has no" in refusal(borrower)

@@ -9,7 +9,8 @@ from diffusers import CogVideoXDPMScheduler, CogVideoXFunControlPipeline, CogVid
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import conditions
-from parallel_backend.jobs import EncodeJob, Model
+from parallel_backend.jobs import EncodeJob
+from parallel_backend.model import Model
 
 from .conftest import TOLERANCE
 from .support.diffusers_reference import SCHEDULERS, reference

@@ -15,7 +15,8 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.denoise import rotary_tables
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.vae import codec
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
+from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob, empty_latent
+from parallel_backend.model import Model
 
 from .conftest import NEGATIVE, PROMPT, REPO, TOLERANCE, Broken, made
 from .support.comfyui_server import find_comfyui, find_python

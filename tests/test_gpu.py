@@ -22,7 +22,8 @@ from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled, OutOfMemory
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob
+from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob
+from parallel_backend.model import Model
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
 

@@ -27,7 +27,8 @@ from parallel_backend.group import launcher, ownership, preflight, protocol, reg
 from parallel_backend.group.ownership import OwnerWatch, is_held
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
-from parallel_backend.jobs import DecodeJob, Model, SampleJob, Windows
+from parallel_backend.jobs import DecodeJob, SampleJob
+from parallel_backend.model import Model, Windows
 from parallel_backend.parallel.group_rank import slow_link
 from parallel_backend.plan import Plan
 

@@ -13,7 +13,8 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.pipeline.image import cover
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import EncodeJob, Model
+from parallel_backend.jobs import EncodeJob
+from parallel_backend.model import Model
 
 from .conftest import TOLERANCE
 from .support.diffusers_reference import reference

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import DecodeJob, EncodeJob, Lora, Model, SampleJob, Windows, empty_latent, join_fields, split_fields
+from parallel_backend.group.codec import join_fields, split_fields
+from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob, empty_latent
+from parallel_backend.model import Lora, Model, Windows
 
 MODEL = Model("/nowhere")
 

@@ -17,7 +17,8 @@ from parallel_backend.cogvideox.transformer import lora
 from parallel_backend.cogvideox.transformer.lora import LoraFile
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, Lora, Model
+from parallel_backend.jobs import DecodeJob
+from parallel_backend.model import Lora, Model
 
 from .conftest import TOLERANCE
 from .support.diffusers_reference import reference

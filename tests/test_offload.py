@@ -14,7 +14,8 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.engine.engine import STRIP_MARGIN, Engine
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, Lora, Model
+from parallel_backend.jobs import DecodeJob
+from parallel_backend.model import Lora, Model
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.parallel.vae_rows import Strips
 from parallel_backend.plan import Plan
@@ -28,7 +29,8 @@ import torch
 from parallel_backend.cogvideox import offload as memory
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
-from parallel_backend.jobs import Model, SampleJob, empty_latent
+from parallel_backend.model import Model
+from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import Plan
 signal.alarm(100)

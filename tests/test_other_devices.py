@@ -14,7 +14,8 @@ from parallel_backend.cogvideox.pipeline import denoise, text
 from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine.engine import Engine
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, Model
+from parallel_backend.jobs import DecodeJob
+from parallel_backend.model import Model
 from parallel_backend.parallel.rank import RankContext
 
 CPU, MPS, XPU = torch.device("cpu"), torch.device("mps"), torch.device("xpu", 0)

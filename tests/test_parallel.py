@@ -5,7 +5,8 @@ import torch
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.windows import Layout
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
+from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob
+from parallel_backend.model import Model, Windows
 from parallel_backend.parallel.sequence import Chunk
 from parallel_backend.plan import Plan
 

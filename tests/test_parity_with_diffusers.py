@@ -7,7 +7,8 @@ from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.denoise import dpm_step
 from parallel_backend.cogvideox.vae.codec import encode
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model
+from parallel_backend.jobs import DecodeJob, EncodeJob
+from parallel_backend.model import Model
 
 from .conftest import TOLERANCE
 from .support.diffusers_reference import reference

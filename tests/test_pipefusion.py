@@ -18,7 +18,8 @@ from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor.base import Executor
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group.job_loop import JobLoop
-from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
+from parallel_backend.jobs import SampleJob, empty_latent
+from parallel_backend.model import Model, Windows
 from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan

@@ -29,7 +29,8 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.factory import machine_of, resolve
 from parallel_backend.group.worker import remember
-from parallel_backend.jobs import Model, SampleJob, empty_latent
+from parallel_backend.jobs import SampleJob, empty_latent
+from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 from parallel_backend.planner import hardware, hardware_cache
 from parallel_backend.planner.cost_model import CPU, Link, predict, weight_bytes

@@ -10,7 +10,8 @@ from parallel_backend.cogvideox.vae import preview
 from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, Model
+from parallel_backend.jobs import DecodeJob
+from parallel_backend.model import Model
 from parallel_backend.parallel.rank import RankContext
 
 from .conftest import TOLERANCE

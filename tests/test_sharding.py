@@ -17,8 +17,8 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.factory import resolve
 from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.group.codec import split_fields
 from parallel_backend.group.protocol import Message, encode
-from parallel_backend.jobs import split_fields
 from parallel_backend.plan import Plan
 
 from .conftest import REPO, TOLERANCE

@@ -11,7 +11,8 @@ from parallel_backend.cogvideox.checkpoint import single_file
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, empty_latent
+from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob, empty_latent
+from parallel_backend.model import Model
 
 from .conftest import TOLERANCE
 from .support.single_files import LAYOUTS, WEIGHTS, republish, save_as

@@ -105,7 +105,8 @@ from benchmarks.table import distance, text_states
 from parallel_backend.cogvideox.transformer import block
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
-from parallel_backend.jobs import Model, SampleJob, empty_latent
+from parallel_backend.model import Model
+from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.parallel.rank import RankContext
 
 block.why_not_compiled = lambda *about: None

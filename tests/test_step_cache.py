@@ -11,7 +11,8 @@ from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.transformer.step_cache import LIMIT, StepCache, StepCaches
 from parallel_backend.errors import RequestError
-from parallel_backend.jobs import Model, SampleJob, Windows, empty_latent
+from parallel_backend.jobs import SampleJob, empty_latent
+from parallel_backend.model import Model, Windows
 from parallel_backend.plan import Plan
 
 from .conftest import TOLERANCE, demo_job

@@ -15,7 +15,8 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import vae_torch
 from parallel_backend.cogvideox.vae import codec, layers
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.jobs import DecodeJob, EncodeJob, Model
+from parallel_backend.jobs import DecodeJob, EncodeJob
+from parallel_backend.model import Model
 
 from .conftest import REPO, TOLERANCE
 

@@ -10,7 +10,8 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.errors import Cancelled, RequestError
-from parallel_backend.jobs import DecodeJob, Windows, empty_latent
+from parallel_backend.jobs import DecodeJob, empty_latent
+from parallel_backend.model import Windows
 from parallel_backend.plan import Plan
 
 from .conftest import NEGATIVE, PROMPT, TOLERANCE

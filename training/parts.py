@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from parallel_backend.cogvideox.checkpoint.checkpoint import LENDER
+from parallel_backend.cogvideox.checkpoint.index import LENDER
 
 from .scenes import FRAMES, HEIGHT, WIDTH, vocabulary
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ...parallel_backend.cogvideox.checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from ...parallel_backend.cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from ...parallel_backend.cogvideox.pipeline.text import WORKING_BYTES, TextEncoder, find_place
 from ...parallel_backend.errors import RequestError
-from ...parallel_backend.jobs import DecodeJob, EncodeJob, Model, SampleJob, Windows
+from ...parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob
 from ...parallel_backend.media.pictures import checked_latent, checked_pictures
+from ...parallel_backend.model import Model, Windows
 from . import runtime
 
 CATEGORY = "CogVideoX xDiT"

@@ -27,13 +27,15 @@ from ..group.lending import lend
 from ..group.muster import Leader, Member
 from ..group.preflight import check_possible
 from ..group.registry import running
-from ..jobs import DecodeJob, EncodeJob, Lora, Model, Report, Result, SampleJob, Windows, check_size, empty_latent, two_thirds
+from ..jobs import DecodeJob, EncodeJob, Report, Result, SampleJob, empty_latent
 from ..media import video
+from ..model import Lora, Model, Windows, two_thirds
 from ..plan import AUTO, Plan
 from ..planner import hardware
 from ..planner.cost_model import Machine, Prediction
 from ..planner.planner import approximations, choose, predictions
 from ..system.files import check_writable
+from ..validation import check_size
 from ..workload import work_of, work_of_job
 from . import inputs
 from .outputs import Video, videos_of

@@ -6,13 +6,14 @@ from itertools import islice
 
 import torch
 
-from ..cogvideox.checkpoint.checkpoint import Checkpoint, whole_frames
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.checkpoint.facts import whole_frames
 from ..cogvideox.pipeline.conditions import between_images, fit_mask, latent_mask, shown, shows_nothing
 from ..cogvideox.pipeline.image import cover
 from ..cogvideox.pipeline.validation import check_end_image
 from ..errors import RequestError
-from ..jobs import check_size
 from ..media.reading import frames_per_second, pictures
+from ..validation import check_size
 
 __all__ = ["frames_per_second", "pictures", "read"]
 

@@ -8,7 +8,8 @@ import sys
 import torch
 
 from ..errors import Cancelled, Failure, RequestError
-from ..jobs import COMPILES, DTYPES, FP8S, IMAGE_SCALES, OFFLOADS, SCHEDULERS, TILINGS, WINDOW_SCHEDULES, SampleJob
+from ..jobs import IMAGE_SCALES, SCHEDULERS, TILINGS, SampleJob
+from ..model import COMPILES, DTYPES, FP8S, OFFLOADS, WINDOW_SCHEDULES
 from ..planner.hardware import KNOWN, LINKS
 from ..system.limits import usable_cores
 from . import commands

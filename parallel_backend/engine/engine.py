@@ -11,7 +11,8 @@ import torch
 
 from ..cogvideox import offload as memory
 from ..cogvideox.checkpoint import weights
-from ..cogvideox.checkpoint.checkpoint import SPATIAL, Checkpoint
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.checkpoint.facts import SPATIAL
 from ..cogvideox.kernels import probe
 from ..cogvideox.pipeline.denoise import StepCallback, WindowCallback, denoise, predict_window
 from ..cogvideox.pipeline.windows import advice
@@ -21,7 +22,8 @@ from ..cogvideox.vae import codec, layers
 from ..cogvideox.vae.preview import PictureListener, Previews, why_none
 from ..devices import current
 from ..errors import Cancelled, OutOfMemory, RequestError
-from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Model, Progress, Report, Result, SampleJob, WindowJob
+from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Progress, Report, Result, SampleJob, WindowJob
+from ..model import Model
 from ..parallel.rank import RankContext
 from ..parallel.vae_rows import Strips, shared
 from ..plan import IN_PARTS

@@ -16,6 +16,7 @@ from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..group import failures, protocol
+from ..group.codec import split_fields
 from ..group.connection import POLL_SECONDS, Broken, Stalled, connect, talking
 from ..group.exit_cause import ExitCause
 from ..group.launcher import HELLO_SECONDS, Launcher
@@ -24,7 +25,7 @@ from ..group.ownership import OwnerWatch
 from ..group.preflight import check_possible, group_python
 from ..group.protocol import Message
 from ..group.registry import GroupAddress, running
-from ..jobs import Job, Progress, Report, Result, SampleJob, split_fields
+from ..jobs import Job, Progress, Report, Result, SampleJob
 from ..plan import Plan
 from .base import Executor, StepListener, StopSignal, never, silent
 

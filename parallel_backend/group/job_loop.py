@@ -14,9 +14,10 @@ from ..cogvideox.pipeline import validation
 from ..config import CONFIG
 from ..engine.engine import Engine
 from ..errors import Cancelled, RequestError
-from ..jobs import Job, Progress, Result, join_fields, split_fields
+from ..jobs import Job, Progress, Result
 from ..parallel.group_rank import GroupRankContext, slow_link
 from ..planner.cost_model import Link
+from .codec import join_fields, split_fields
 from .heartbeat import HeartbeatWriter
 from .protocol import Message, decode, encode
 from .registry import GroupAddress

@@ -64,7 +64,7 @@ def checked_mask(mask: Any, name: str) -> torch.Tensor:
 
 
 def checked_latent(latent: Any, name: str) -> torch.Tensor:
-    """Returns a latent's tensor. :func:`parallel_backend.jobs.check_latent` checks its shape.
+    """Returns a latent's tensor. :func:`parallel_backend.validation.check_latent` checks its shape.
 
     Args:
         latent: what stands under ``samples`` in a ``LATENT`` input.

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from parallel_backend.engine.engine import Engine
+from parallel_backend.group.codec import join_fields
 from parallel_backend.group.protocol import decode
-from parallel_backend.jobs import join_fields
 from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import Plan
 

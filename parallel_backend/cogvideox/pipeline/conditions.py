@@ -26,7 +26,8 @@ from einops import rearrange
 
 from ...errors import RequestError
 from ...jobs import SampleJob
-from ..checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.facts import SPATIAL, TEMPORAL
 from .image import cover
 
 COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"

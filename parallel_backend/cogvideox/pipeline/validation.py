@@ -3,7 +3,8 @@
 from ...errors import RequestError
 from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
 from ...plan import Plan
-from ..checkpoint.checkpoint import SPATIAL, TEMPORAL, Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.facts import SPATIAL, TEMPORAL
 from ..transformer.lora import open_all
 from .windows import Layout
 

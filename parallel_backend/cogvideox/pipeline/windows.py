@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ...jobs import SampleJob, WindowJob
-from ..checkpoint.checkpoint import TEMPORAL, Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.facts import TEMPORAL
 
 GOLDEN_RATIO = 0.618034
 """The fractions of its multiples spread evenly, however many are taken."""

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import RequestError
-from ...jobs import Lora
+from ...model import Lora
 from ..checkpoint import weights
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.shards import WHOLE, Shard, held, put

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 
 from ...jobs import DecodeJob, EncodeJob
-from ..checkpoint.checkpoint import SPATIAL, TEMPORAL
+from ..checkpoint.facts import SPATIAL, TEMPORAL
 
 BYTES_PER_PIXEL = 4_000
 """Peak of a whole decode beside the weights, per output pixel and frame in flight, 16-bit. Measured at 480x720, where eight frames are in

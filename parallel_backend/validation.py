@@ -1,0 +1,106 @@
+"""Checks of values, sizes and latents when a job is made. Each raises RequestError with what is allowed."""
+
+from typing import Any
+
+import torch
+
+from .errors import RequestError
+
+CHANNELS = 16
+"""Of a latent."""
+
+
+def choice(name: str, value: Any, allowed) -> None:
+    """Raises RequestError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise RequestError(f"{name} is '{value}'; use one of {', '.join(map(str, allowed))}")
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    """Raises RequestError unless ``low <= value <= high``; NaN never is."""
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}; use {low} to {high}")
+
+
+def check_latent(latent: torch.Tensor) -> None:
+    """Checks the layout and size of a latent in ComfyUI's layout.
+
+    Raises:
+        RequestError: naming what another pack's latent looks like, where it is recognised.
+    """
+    shape = tuple(latent.shape)
+    if latent.ndim == 5 and shape[2] == 16 and shape[1] != 16:
+        raise RequestError(
+            f"the latent is {shape}: frames before channels, as the CogVideoX wrapper's nodes make it; "
+            "use this pack's or the core's nodes for the latent"
+        )
+    if latent.ndim != 5:
+        raise RequestError(
+            f"the latent is {shape}; a video latent is [batch, 16, frames, height/8, width/8]: "
+            "use Empty CogVideoX Latent or VAE Encode"
+        )
+    if min(shape) < 1:
+        raise RequestError(f"the latent is {shape}; every dimension must be at least 1")
+    if shape[1] != CHANNELS:
+        raise RequestError(
+            f"the latent has {shape[1]} channels, as another model's nodes make it; CogVideoX takes {CHANNELS}: "
+            "use Empty CogVideoX Latent or VAE Encode"
+        )
+    if shape[3] % 2 or shape[4] % 2:
+        raise RequestError(f"the size is {shape[4] * 8}x{shape[3] * 8}; width and height must be multiples of 16")
+
+
+def check_image(image: torch.Tensor, latent: torch.Tensor) -> None:
+    """Raises RequestError unless a start image's latent is one frame of the video's size."""
+    batch, channels, _, height, width = latent.shape
+    if image.ndim != 5 or image.shape[0] not in (1, batch) or tuple(image.shape[1:3]) != (channels, 1):
+        raise RequestError(
+            f"the start image's latent is {tuple(image.shape)}; it must be [1 or {batch}, {channels}, 1, height/8, width/8]: "
+            "use CogVideoX Image To Video"
+        )
+    if tuple(image.shape[3:]) != (height, width):
+        raise RequestError(
+            f"the start image is encoded for {image.shape[4] * 8}x{image.shape[3] * 8} and the video is "
+            f"{width * 8}x{height * 8}; use one size for both"
+        )
+
+
+def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *, channels: int, node: str) -> None:
+    """Raises RequestError unless a condition has every frame of the video, at its size.
+
+    Args:
+        name: of the condition, for the message.
+        condition: to check.
+        latent: of the video.
+        channels: that the condition must have.
+        node: that makes one which fits.
+    """
+    batch, _, frames, height, width = latent.shape
+    if condition.ndim != 5 or condition.shape[0] not in (1, batch) or condition.shape[1] != channels:
+        raise RequestError(
+            f"the {name} is {tuple(condition.shape)}; "
+            f"it must be [1 or {batch}, {channels}, frames, height/8, width/8]: use {node}"
+        )
+    if tuple(condition.shape[2:]) != (frames, height, width):
+        _, _, own_frames, own_height, own_width = condition.shape
+        raise RequestError(
+            f"the {name} is made for {own_width * 8}x{own_height * 8} and {own_frames} latent frames and the video has "
+            f"{width * 8}x{height * 8} and {frames}; use the latent that {node} gives"
+        )
+
+
+def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
+    """Checks a size in pixels and frames, before any tensor of it is made.
+
+    Raises:
+        RequestError: naming the nearest allowed value.
+    """
+    for name, value in (("width", width), ("height", height)):
+        if value < 16 or value % 16:
+            near = max(16, round(value / 16) * 16)
+            raise RequestError(f"{name} is {value}; it must be a multiple of 16, such as {near}")
+    if frames < 1 or frames % 4 != 1:
+        near = max(1, round((frames - 1) / 4) * 4 + 1)
+        raise RequestError(f"frames is {frames}; it must be 4k+1, such as {near}")
+    if batch < 1:
+        raise RequestError(f"batch is {batch}; it must be at least 1")
