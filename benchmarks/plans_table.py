@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 
 from parallel_backend.plan import Plan
-from parallel_backend.planner.cost_model import Link, Machine, Work, predict
+from parallel_backend.planner.cost_model import Work, predict
 from parallel_backend.planner.hardware import KNOWN
+from parallel_backend.planner.machine import Link, Machine
 from parallel_backend.planner.planner import assumed, pick, predictions
 
 TOKENS_OF_1_5, TOKENS_OF_LONG = (frames // 2 * 48 * 85 + 226 for frames in (22, 42))

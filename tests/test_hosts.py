@@ -437,7 +437,7 @@ def test_a_model_that_one_host_lacks_or_has_otherwise_is_named_on_all(make_job, 
         assert str(error) == f"there is no checkpoint folder {tmp_path / 'gone'}"
     other = make_job("5b", model=replace(job.model, path=str(checkpoints["5b-i2v"])))
     assert Checkpoint.open(other.model.path).likeness() != Checkpoint.open(job.model.path).likeness()
-    monkeypatch.setattr(job_loop.checks, "check", lambda *_: None)
+    monkeypatch.setattr(job_loop.validation, "check", lambda *_: None)
     for error in open_on_two([job, other], monkeypatch):
         assert re.search(r"host 1: \S+ has other files than on host 0; copy it from there", str(error))
 

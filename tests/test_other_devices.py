@@ -10,7 +10,7 @@ import torch
 
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.pipeline import denoise, text
+from parallel_backend.cogvideox.pipeline import scheduler_step, text
 from parallel_backend.cogvideox.vae import codec, preview
 from parallel_backend.engine.engine import Engine
 from parallel_backend.executor.local import LocalExecutor
@@ -110,9 +110,9 @@ class Sent(torch.Tensor):
 
 def test_noise_that_is_not_pinned_is_waited_for_on_its_way(make_job, local, monkeypatch):
     """ComfyUI refuses the other way to a Mac's GPU: it may read before the noise is there."""
-    draw, job = denoise.draw, make_job("5b", steps=3, scheduler="dpm")
+    draw, job = scheduler_step.draw, make_job("5b", steps=3, scheduler="dpm")
     expected = local.sample(job).tensor
-    monkeypatch.setattr(denoise, "draw", lambda *inputs: draw(*inputs).as_subclass(Sent))
+    monkeypatch.setattr(scheduler_step, "draw", lambda *inputs: draw(*inputs).as_subclass(Sent))
     assert torch.equal(local.sample(job).tensor, expected)
     assert Sent.ways and not any(Sent.ways)
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.pipeline.denoise import dpm_step
+from parallel_backend.cogvideox.pipeline.scheduler_step import dpm_step
 from parallel_backend.cogvideox.vae.codec import encode
 from parallel_backend.jobs import DecodeJob, EncodeJob
 from parallel_backend.model import Model

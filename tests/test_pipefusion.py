@@ -23,8 +23,9 @@ from parallel_backend.model import Model, Windows
 from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
-from parallel_backend.planner.cost_model import HEADROOM, Link, patches, predict
+from parallel_backend.planner.cost_model import HEADROOM, patches, predict
 from parallel_backend.planner.hardware import KNOWN
+from parallel_backend.planner.machine import Link
 from parallel_backend.planner.planner import approximations, assumed, choose
 
 from .conftest import TOLERANCE, MadeWhenAsked, demo_job, workers

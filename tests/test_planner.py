@@ -33,8 +33,9 @@ from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 from parallel_backend.planner import hardware, hardware_cache
-from parallel_backend.planner.cost_model import CPU, Link, predict, weight_bytes
+from parallel_backend.planner.cost_model import predict, weight_bytes
 from parallel_backend.planner.cost_model import working_bytes as planned_bytes
+from parallel_backend.planner.machine import CPU, Link
 from parallel_backend.planner.planner import approximations, assumed, choose, predictions
 from parallel_backend.workload import work_of, work_of_job
 

@@ -32,7 +32,8 @@ from ..media import video
 from ..model import Lora, Model, Windows, two_thirds
 from ..plan import AUTO, Plan
 from ..planner import hardware
-from ..planner.cost_model import Machine, Prediction
+from ..planner.cost_model import Prediction
+from ..planner.machine import Machine
 from ..planner.planner import approximations, choose, predictions
 from ..system.files import check_writable
 from ..validation import check_size

@@ -13,7 +13,8 @@ from ..errors import GroupFailure, RequestError
 from ..group.registry import running, shared
 from ..plan import AUTO, IN_PARTS, Plan
 from ..planner import hardware
-from ..planner.cost_model import Machine, Work
+from ..planner.cost_model import Work
+from ..planner.machine import Machine
 from ..planner.planner import choose
 from .base import Executor
 from .group import GroupExecutor

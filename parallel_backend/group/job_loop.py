@@ -16,7 +16,7 @@ from ..engine.engine import Engine
 from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result
 from ..parallel.group_rank import GroupRankContext, slow_link
-from ..planner.cost_model import Link
+from ..planner.machine import Link
 from .codec import join_fields, split_fields
 from .heartbeat import HeartbeatWriter
 from .protocol import Message, decode, encode

@@ -13,7 +13,7 @@ from ..cogvideox.checkpoint.shards import Shard
 from ..cogvideox.transformer.step_cache import StepCaches
 from ..jobs import SampleJob
 from ..plan import Plan
-from ..planner.cost_model import SLOW_LINK, Link
+from ..planner.machine import SLOW_LINK, Link
 from . import symmetric_memory, xdit
 from .fsdp import fsdp_mesh, spread
 from .pipefusion import KeptOfJob, Pipe, Stage

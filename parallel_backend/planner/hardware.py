@@ -16,7 +16,7 @@ import torch
 from ..devices import Devices
 from ..errors import RequestError, first_line
 from . import hardware_cache
-from .cost_model import CPU, SLOW_LINK, Link, Machine
+from .machine import CPU, SLOW_LINK, Link, Machine
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from typing import Any
 from ..errors import WriteFailure
 from ..system.files import whole_file
 from ..system.folders import preferred_cache
-from .cost_model import Link
+from .machine import Link
 
 logger = logging.getLogger(__name__)
 
 FILE = preferred_cache() / "rates.json"
 VERSION = 2
 RATES = ("matrix", "attention", "bandwidth")
-"""Fields of :class:`parallel_backend.planner.cost_model.Machine` that are measured."""
+"""Fields of :class:`parallel_backend.planner.machine.Machine` that are measured."""
 LINK = ("bandwidth", "latency")
 """Those of a link."""
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..plan import Plan
-from .cost_model import CPU, Machine, Prediction, Work, predict
+from .cost_model import Prediction, Work, predict
+from .machine import CPU, Machine
 
 TIE = 0.02
 """Share by which a plan must be faster than one that sends less: predictions are not better than that."""
