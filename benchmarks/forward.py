@@ -42,7 +42,7 @@ def main() -> None:
     began = time.perf_counter()
     report = engine.run(job).report
     first = time.perf_counter() - began
-    transformer, given = engine._held["transformer"][1], []
+    transformer, given = engine.cache.held["transformer"][1], []
     hook = transformer.register_forward_pre_hook(lambda *call: given.append(call[1:]), with_kwargs=True, prepend=True)
     engine.run(job)
     hook.remove()

@@ -49,7 +49,7 @@ def vae_job(kind: str, checkpoints, *, rows: int = 4, columns: int = 10, frames:
 def test_the_vae_stops_at_the_next_part_of_its_work(kind, checkpoints):
     executor, job, whole = LocalExecutor(CPU), vae_job(kind, checkpoints), Stop()
     expected = executor.run(job, should_stop=whole).tensor
-    module, batches, tiles = executor.engine._held["vae"][1], 2, 2 if "tiles" in kind else 1
+    module, batches, tiles = executor.engine.cache.held["vae"][1], 2, 2 if "tiles" in kind else 1
     blocks = set(codec.stops(module)) & set((module.decoder if kind.startswith("decode") else module.encoder).modules())
     assert blocks and whole.asked == batches * tiles * len(blocks)
     for after in (1, whole.asked // 2 + 1):
@@ -57,7 +57,7 @@ def test_the_vae_stops_at_the_next_part_of_its_work(kind, checkpoints):
         with pytest.raises(Cancelled, match="while the VAE was at work"):
             executor.run(job, should_stop=stop)
         assert stop.asked == after
-    assert torch.equal(executor.run(job).tensor, expected) and executor.engine.loads == 1
+    assert torch.equal(executor.run(job).tensor, expected) and executor.engine.cache.loads == 1
 
 
 def test_on_a_gpu_the_vae_asks_at_each_batch_of_frames_lest_the_gpu_waits():
@@ -70,7 +70,7 @@ def test_weights_that_are_read_for_a_cancelled_job_are_left(make_job, local):
     for run in (executor.sample, executor.load):
         with pytest.raises(Cancelled, match="while weights were read"):
             run(job, should_stop=Stop(5))
-    assert executor.engine.loads == 0 and executor.status()["held"] == []
+    assert executor.engine.cache.loads == 0 and executor.status()["held"] == []
     assert torch.equal(executor.sample(job).tensor, local.sample(job).tensor)
 
 
@@ -100,7 +100,7 @@ def test_a_rank_that_reads_weights_stops_with_rank_0_even_when_it_was_faster(aft
     with pytest.raises(Cancelled, match="while weights were read"):
         engine.run(job)
     assert engine.status()["held"] == []
-    engine.context = RankContext(CPU)
+    engine.context = engine.cache.context = RankContext(CPU)
     assert torch.equal(engine.run(job).tensor, local.sample(job).tensor)
 
 

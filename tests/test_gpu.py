@@ -141,7 +141,7 @@ def test_offload_changes_memory_and_not_the_video(offload, compile, on_gpu, make
         result = executor.sample(job)
         assert (result.tensor - expected).abs().max() <= 10 * TOLERANCE
         assert any("not compiled" in note for note in result.report.notes) == (offload == "sequential" and compile == "on")
-    held = sum(weight.numel() * 4 for weight in executor.engine._held["transformer"][1].parameters() if weight.is_cuda)
+    held = sum(weight.numel() * 4 for weight in executor.engine.cache.held["transformer"][1].parameters() if weight.is_cuda)
     whole = Checkpoint.open(path).weight_bytes("transformer", torch.float32)
     assert (held > 0.9 * whole) == (offload == "none")
     executor.close()
@@ -157,13 +157,13 @@ def test_auto_places_the_weights_anew_when_another_program_takes_the_room(on_gpu
     rooms = {"none": 2**40, "model": weights + work, "group": 2 * weights // checkpoint.layers + work, "sequential": 0}
     executor = LocalExecutor(torch.device("cuda", 0))
     engine = executor.engine
-    held = lambda: sum(memory.bytes_on(engine.device, module) for _, module in engine._held.values())  # noqa: E731
+    held = lambda: sum(memory.bytes_on(engine.device, module) for _, module in engine.cache.held.values())  # noqa: E731
     executor.decode(DecodeJob(model, torch.rand(1, 16, 1, 4, 4)))
     for mode in ("none", "group", "none", "sequential", "group", "model", "none", "model", "sequential", "none"):
         monkeypatch.setattr(memory, "free_bytes", lambda device, mode=mode: int(rooms[mode] / memory.HEADROOM) + 1000 - held())
         assert (executor.sample(job).tensor - expected).abs().max() <= TOLERANCE
-        assert engine._offload == mode
-        on_device = memory.bytes_on(engine.device, engine._held["transformer"][1])
+        assert engine.cache.offload == mode
+        on_device = memory.bytes_on(engine.device, engine.cache.held["transformer"][1])
         assert (on_device > 0.9 * weights) == (mode == "none")
     monkeypatch.undo()
     assert executor.decode(DecodeJob(model, torch.rand(1, 16, 1, 4, 4))).tensor.isfinite().all()

@@ -135,7 +135,7 @@ def test_the_model_without_loras_is_the_checkpoint_again_to_the_bit(offload, loa
     seen, found = [], []
     for files in ({}, {first: 1.0, second: 3.0}, {second: 0.5}, {first: -2.0}, {}, {first: 0.0, second: 0.0}):
         found.append(executor.sample(with_loras("5b", files, offload=offload)).tensor)
-        seen.append(executor.engine.loads)
+        seen.append(executor.engine.cache.loads)
     assert seen == loads
     assert torch.equal(found[0], base) and torch.equal(found[4], base) and torch.equal(found[5], base)
     assert torch.equal(found[2], alone)
@@ -196,11 +196,11 @@ def test_another_lora_reloads_no_vae_and_a_file_that_changed_is_noticed(with_lor
     executor.decode(DecodeJob(job.model, first))
     assert torch.equal(executor.sample(job).tensor, first)
     executor.decode(DecodeJob(replace(job.model, loras=()), first))
-    assert executor.engine.loads == 2
+    assert executor.engine.cache.loads == 2
     write(path, diffusers_layout(random_change(checkpoints["5b"], seed=2)))
     os.utime(path, ns=(1, 1))  # whatever the file system's clock can tell apart
     assert (executor.sample(job).tensor - first).abs().max() > 0.01
-    assert executor.engine.loads == 2
+    assert executor.engine.cache.loads == 2
 
 
 def test_a_merge_that_fails_half_way_leaves_nothing_behind(with_loras, local, checkpoints, tmp_path, monkeypatch):

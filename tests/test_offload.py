@@ -12,7 +12,8 @@ import torch
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import codec
-from parallel_backend.engine.engine import STRIP_MARGIN, Engine
+from parallel_backend.engine.engine import Engine
+from parallel_backend.engine.vae_jobs import STRIP_MARGIN
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob
 from parallel_backend.model import Lora, Model
@@ -69,7 +70,7 @@ def test_auto_is_chosen_for_each_job_through_the_same_weights(make_job, checkpoi
 
     def free_bytes(device) -> int:
         """What is free on a GPU of ``size`` bytes."""
-        return size - sum(offload.bytes_on(device, module) for _, module in engine._held.values())
+        return size - sum(offload.bytes_on(device, module) for _, module in engine.cache.held.values())
 
     monkeypatch.setattr(offload, "free_bytes", free_bytes)
     expected = {id(job): local.sample(job).tensor for job in (small, large)}
@@ -87,7 +88,7 @@ def test_auto_is_chosen_for_each_job_through_the_same_weights(make_job, checkpoi
         size = int(allowed / offload.HEADROOM) + 1000
         result = executor.sample(job)
         assert torch.equal(result.tensor, expected[id(job)])
-        assert (engine._offload, engine.loads) == (mode, loads)
+        assert (engine.cache.offload, engine.cache.loads) == (mode, loads)
         assert len(result.report.notes) == len(words), result.report.notes
         assert all(re.search(word, note) for word, note in zip(words, result.report.notes))
 
@@ -110,7 +111,7 @@ def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_j
     job = DecodeJob(Model(str(checkpoint.path)), latent)
     need = offload.HEADROOM**-1 * STRIP_MARGIN * (codec.working_bytes(job, torch.float32) / 2)
     weights = offload.HEADROOM**-1 * STRIP_MARGIN * checkpoint.weight_bytes("vae", torch.float32)
-    decide = lambda job: engine._strips(job, checkpoint, torch.float32)  # noqa: E731
+    decide = lambda job: engine.vae_jobs.rows_shared(job, checkpoint, torch.float32)  # noqa: E731
     monkeypatch.setattr(offload, "free_bytes", lambda device: int(1.001 * (need + weights)))
     assert decide(job).counts == [15, 15] and not engine._notes
     assert decide(replace(job, tiling="on")) is None and not engine._notes
@@ -127,8 +128,8 @@ def test_weights_are_read_once_whatever_else_of_the_model_changes(make_job, lora
     changes = ({}, {"dtype": "fp32"}, {"compile": "off"}, {"step_cache": 0.1}, {"loras": (Lora(loras["5b"]),)})
     for change in (*changes, {"offload": "model"}, {"offload": "none"}):
         executor.sample(replace(job, model=replace(job.model, **change)))
-    assert executor.engine.loads == 1
+    assert executor.engine.cache.loads == 1
     latent = torch.zeros(1, 16, 1, 4, 4)
     for change in (*changes, {"offload": "group"}, {"offload": "sequential"}, {"fp8": "linears"}, {"fp8": "all"}):
         executor.decode(DecodeJob(replace(job.model, **change), latent))
-    assert executor.engine.loads == 2
+    assert executor.engine.cache.loads == 2

@@ -74,7 +74,7 @@ def test_weights_stay_on_a_mac_s_gpu_which_shares_the_cpu_s_memory(make_job, gpu
     monkeypatch.setattr(offload, "free_bytes", lambda device: 0)
     job = make_job("5b")
     checkpoint, engine = Checkpoint.open(job.model.path), Engine(RankContext(MPS))
-    assert engine._choose_offload(job, checkpoint, torch.float32) == "none"
+    assert engine.cache._choose_offload(job, checkpoint, torch.float32) == "none"
 
 
 @pytest.mark.parametrize("device, streams", [(MPS, False), (XPU, True), (torch.device("cuda", 0), True)], ids=str)

@@ -48,7 +48,7 @@ def test_each_picture_is_what_the_vae_makes_of_the_clean_latent(like, scheduler,
 def test_large_videos_are_shown_small_and_a_batch_by_its_first(make_job, local, at_every_step, checkpoints):
     model = Model(str(checkpoints["5b"]))
     engine = Engine(RankContext(torch.device("cpu")))
-    module = engine._vae(Checkpoint.open(model.path), torch.float32)
+    module = engine.cache.vae(Checkpoint.open(model.path), torch.float32)
     latent = torch.randn(2, 16, 3, 50, 70, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
     shown = []
     previews = preview.Previews(module, scaling=1.0, skipped=1, show=shown.append, go_on=lambda: True)

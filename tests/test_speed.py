@@ -172,7 +172,7 @@ def test_a_cpu_has_no_use_for_kernels_and_says_so(make_job):
     result = executor.sample(with_model(job, compile="on"))
     assert not expected.report.notes
     assert result.report.notes == ("not compiled, so slower: its kernels are for GPUs",)
-    assert torch.equal(result.tensor, expected.tensor) and executor.engine.loads == 1
+    assert torch.equal(result.tensor, expected.tensor) and executor.engine.cache.loads == 1
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(make_job, monkeypatch):
@@ -190,11 +190,11 @@ def test_fp8_is_near_float32_and_halves_the_layers_it_takes(make_job, checkpoint
         settings = {"image": torch.randn(1, 16, 1, 6, 6)} if like.endswith("i2v") else {}
         job = make_job(like, size=(48, 48, 9), steps=2, scheduler="ddim", **settings)
         exact = executor.sample(job).tensor
-        weights = executor.engine._held["transformer"][1]
+        weights = executor.engine.cache.held["transformer"][1]
         before = sum(weight.nbytes for weight in weights.parameters())
         result = executor.sample(with_model(job, fp8="linears"))
         assert 1e-4 < distance(result.tensor, exact) < 0.1
-        weights = executor.engine._held["transformer"][1]
+        weights = executor.engine.cache.held["transformer"][1]
         after = sum(weight.nbytes for weight in weights.parameters())
         assert before - after == fp8_linear.saved_bytes(Checkpoint.open(checkpoints[like]), torch.float32) > 0.4 * before
 

@@ -55,10 +55,10 @@ def test_a_step_that_is_spared_runs_one_block(job, local, plain):
     calls = []
     hooks = [
         block.register_forward_hook(lambda *_, index=index: calls.append(index))
-        for index, block in enumerate(local.engine._held["transformer"][1].transformer_blocks)
+        for index, block in enumerate(local.engine.cache.held["transformer"][1].transformer_blocks)
     ]
     inner = [block.ff.net[2].register_forward_hook(lambda *_: calls.append("worked")) for block in
-             local.engine._held["transformer"][1].transformer_blocks]  # fmt: skip
+             local.engine.cache.held["transformer"][1].transformer_blocks]  # fmt: skip
     count, _ = reused(local.sample(cached(job, 0.3)))
     for hook in (*hooks, *inner):
         hook.remove()
@@ -212,7 +212,7 @@ def test_another_prompt_is_seen_by_all_blocks_at_once(job, local):
     states = torch.stack([job.positive, job.negative], dim=1)
     changed = replace(cached(job, 2.0), positive=states, positive_starts=(0, 6 / STEPS), cfg=1.0)
     forwards = []
-    transformer = local.engine._transformer(changed, Checkpoint.open(job.model.path), torch.float32, lambda: True)
+    transformer = local.engine.cache.transformer(changed, Checkpoint.open(job.model.path), torch.float32, lambda: True)
     hooks = [
         transformer.transformer_blocks[place].ff.net[2].register_forward_hook(lambda *_, place=place: forwards.append(place))
         for place in (0, -1)

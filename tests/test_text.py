@@ -189,7 +189,7 @@ def test_the_transformer_is_there_once_the_text_is(make_job, texts, encoder):
     assert list(states) == [PROMPT, NEGATIVE, "(red:1.3)"] and torch.equal(states[PROMPT], texts["5b"][0])
     assert torch.equal(states["(red:1.3)"], encoder.encode_prompt("(red:1.3)"))
     assert loaded.load_seconds > 0 and executor.status()["held"] == ["transformer"]
-    assert executor.sample(job).report.load_seconds < loaded.load_seconds and executor.engine.loads == 1
+    assert executor.sample(job).report.load_seconds < loaded.load_seconds and executor.engine.cache.loads == 1
 
 
 def test_a_transformer_that_cannot_be_read_meanwhile_is_left_to_the_job(make_job, monkeypatch, caplog):

@@ -98,7 +98,7 @@ def test_a_vae_asked_to_be_compiled_where_it_cannot_says_so(checkpoints):
     result = executor.decode(replace(job, model=replace(job.model, compile="on")))
     assert not expected.report.notes
     assert result.report.notes == ("VAE not compiled, so slower: its kernels are for GPUs",)
-    assert torch.equal(result.tensor, expected.tensor) and executor.engine.loads == 1
+    assert torch.equal(result.tensor, expected.tensor) and executor.engine.cache.loads == 1
     encode = EncodeJob(replace(job.model, compile="off"), expected.tensor[0])
     assert not executor.encode(encode).report.notes
 
