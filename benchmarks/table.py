@@ -12,7 +12,8 @@ from statistics import median
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallel_backend.cli.commands import model_of, quiet_libraries, show, size_of
+from parallel_backend.cli.console import quiet_libraries, show
+from parallel_backend.cli.options import model_of, size_of
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation

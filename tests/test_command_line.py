@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel_backend.cli import commands, inputs
+from parallel_backend.cli import generate as generating
+from parallel_backend.cli import inputs
 from parallel_backend.cli.parser import build_parser, main
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
@@ -92,7 +93,7 @@ def four(run, checkpoints, tmp_path) -> Callable[[], Done]:
 
 def test_a_video_is_written_while_the_next_ones_are_made(four, tmp_path, monkeypatch):
     there = {}
-    monkeypatch.setattr(commands, "show_step", lambda step, _: there.update({step: (tmp_path / "out-1.mp4").exists()}))
+    monkeypatch.setattr(generating, "show_step", lambda step, _: there.update({step: (tmp_path / "out-1.mp4").exists()}))
     assert four().returncode == 0
     assert (there[1], there[7]) == (False, True)  # one is written, one may wait, and the fourth would be one too many
     assert len(list(tmp_path.glob("out-*.mp4"))) == 4
@@ -102,7 +103,7 @@ def test_a_video_that_cannot_be_written_ends_the_others(four, monkeypatch):
     def full(path, *others, **settings):
         raise WriteFailure(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(commands.video, "save_or_rescue", full)
+    monkeypatch.setattr(generating.video, "save_or_rescue", full)
     done = four()
     assert done.returncode == 1 and "out-1.mp4: No space left on device" in done.stderr
     assert "step 8/8" not in done.stderr
@@ -123,7 +124,7 @@ def test_the_planner_is_told_what_replicas_can_share(more, jobs, pieces, run, ch
         asked.update(wants)
         raise RequestError("that is enough")
 
-    monkeypatch.setattr(commands, "resolve", resolve)
+    monkeypatch.setattr(generating, "resolve", resolve)
     size = ("--width", 32, "--height", 32, "--frames", 49, "--output", tmp_path / "x.mp4")
     assert run("generate", "--model", checkpoints["5b"], "--prompt", "x", *size, *more).returncode == 2
     assert (asked["jobs"], asked.get("pieces")) == (jobs, pieces)
@@ -232,7 +233,7 @@ def test_a_plan_is_chosen_for_the_length_and_windows_that_are_sampled(run, check
         works.append(work(torch.device("cpu")))
         raise RequestError("enough")
 
-    monkeypatch.setattr(commands, "resolve", resolve)
+    monkeypatch.setattr(generating, "resolve", resolve)
     size = ("--width", 48, "--height", 32, "--steps", 4, "--output", tmp_path / "out.mp4", "--prompt", "x")
     lengths = (("--video", files["video.mp4"]), ("--frames", 9), ("--frames", 49, "--window", 9, "--overlap", 4), ())
     for more in lengths:  # the file has ten frames, the model's own length is 49
@@ -379,7 +380,7 @@ def test_a_failure_is_one_line_and_exit_status_1(failure, run, checkpoints, tmp_
     def fail(*_, **__):
         raise failure
 
-    monkeypatch.setattr(commands, "produce", fail)
+    monkeypatch.setattr(generating, "produce", fail)
     done = run("generate", "--model", checkpoints["5b"], "--prompt", "x", "--output", tmp_path / "out.mp4", "--plan", "single")
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"generate: {failure}"
     assert "Traceback" not in done.stderr

@@ -12,7 +12,12 @@ from ..jobs import IMAGE_SCALES, SCHEDULERS, TILINGS, SampleJob
 from ..model import COMPILES, DTYPES, FP8S, OFFLOADS, WINDOW_SCHEDULES
 from ..planner.hardware import KNOWN, LINKS
 from ..system.limits import usable_cores
-from . import commands
+from .bench import bench as run_bench
+from .generate import generate as run_generate
+from .plan import plan as run_plan
+from .serve import serve as run_serve
+from .serve import status as run_status
+from .serve import stop as run_stop
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,7 +117,7 @@ def build_parser() -> Parser:
     generate.add_argument("--output", required=True, help="an .mp4 file")
     generate.add_argument("--save-latents", help="also write the latents, as ComfyUI does")
     generate.add_argument("--json", action="store_true", help="print one JSON object last")
-    generate.set_defaults(run=commands.generate)
+    generate.set_defaults(run=run_generate)
 
     plan = commands_of.add_parser("plan", help="what auto would choose, and why")
     plan.add_argument("--model", required=True)
@@ -131,7 +136,7 @@ def build_parser() -> Parser:
     plan.add_argument("--fp8", choices=FP8S, default="off")
     plan.add_argument("--count", type=int, default=1, metavar="N", help="videos one after the other: replicas may share them")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
-    plan.set_defaults(run=commands.plan)
+    plan.set_defaults(run=run_plan)
 
     serve = commands_of.add_parser("serve", help="keep a group for the user's other processes, over several machines too")
     add_run_options(serve)
@@ -148,15 +153,15 @@ def build_parser() -> Parser:
         "--rendezvous", metavar="HOST:PORT", help="where the hosts meet: an address of node 0 on a private network"
     )
     serve.add_argument("--wait", type=float, default=300.0, metavar="SECONDS", help="how long hosts wait for each other")
-    serve.set_defaults(run=commands.serve)
+    serve.set_defaults(run=run_serve)
 
     status = commands_of.add_parser("status", help="the groups that are running")
     status.add_argument("--json", action="store_true")
-    status.set_defaults(run=commands.status)
+    status.set_defaults(run=run_status)
 
     stop = commands_of.add_parser("stop", help="end the group that serve keeps")
     stop.add_argument("--all", action="store_true", help="also those that other programs keep")
-    stop.set_defaults(run=commands.stop)
+    stop.set_defaults(run=run_stop)
 
     bench = commands_of.add_parser("bench", help="side by side with diffusers' and xDiT's own pipelines")
     add_model_options(bench)
@@ -176,7 +181,7 @@ def build_parser() -> Parser:
     bench.add_argument("--decode", action="store_true", help="also time a decode")
     bench.add_argument("--tiling", choices=TILINGS, default="auto", help="decode in tiles")
     bench.add_argument("--output", help="write the rows as JSON here")
-    bench.set_defaults(run=commands.bench)
+    bench.set_defaults(run=run_bench)
     return parser
 
 

@@ -1,0 +1,91 @@
+"""The command ``plan``: what every plan is predicted to cost."""
+
+import math
+from argparse import Namespace
+from dataclasses import replace
+
+import torch
+
+from ..cogvideox.checkpoint import bundled
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..devices import Devices
+from ..errors import RequestError
+from ..planner import hardware
+from ..planner.cost_model import Prediction
+from ..planner.machine import Machine
+from ..planner.planner import approximations, choose, predictions
+from ..validation import check_size
+from ..workload import work_of
+from .console import show, show_json
+from .options import size_of
+
+
+def plan(args: Namespace) -> int:
+    """What every plan is predicted to cost, which one ``auto`` would choose, and why."""
+    checkpoint = Checkpoint.open(bundled.find(args.model))
+    if args.gpus is not None and args.gpus < 1:
+        raise RequestError(f"gpus is {args.gpus}; use 1 or more")
+    if args.memory_gib is not None and not 0 < args.memory_gib < math.inf:
+        raise RequestError(f"memory-gib is {args.memory_gib:g}; give what one GPU has, such as 24")
+    if args.count < 1:
+        raise RequestError(f"count is {args.count}; use 1 or more")
+    size = size_of(args, checkpoint)
+    check_size(**size, batch=1)
+    if args.nnodes < 1:
+        raise RequestError(f"nnodes is {args.nnodes}; use 1 or more")
+    present = Devices.parse("auto")
+    each = args.gpus or present.count
+    count = each * args.nnodes
+    machine = hardware.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
+    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=args.cfg > 1, fp8=args.fp8)
+    found = predictions(work, machine, count, jobs=args.count)
+    found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
+    found.sort(key=lambda each: each.total)
+    chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine, jobs=args.count)
+    if args.json:
+        show_json({**figures(found, machine), "model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason})
+        return 0
+    show(checkpoint.describe)
+    if args.gpu is None:
+        for line in [*hardware.survey(present), *hardware.warnings(present)]:
+            show(line)
+    show(
+        f"{'':2} {'plan':24} {'s a step':>9} {'peak GiB':>9} {'needs GiB':>9}  fits"
+        + (f"  s a step of all {args.count}" if args.count > 1 else "")
+    )
+    for each in found:
+        mark, last = "->" if each.plan == chosen else "", f"  {each.total:9.3g}" if args.count > 1 else ""
+        fits = "yes" if each.fits else "no"
+        exact = "" if each.plan.is_exact else "  not exact: auto leaves it to you"
+        show(
+            f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g} {each.needed / 2**30:9.3g}  {fits:4}{last}{exact}".rstrip()
+        )
+    show(machine.describe)
+    hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
+    show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
+    return 0
+
+
+def figures(found: list[Prediction], machine: Machine) -> dict:
+    """What was predicted, and from what, in plain values."""
+    plans = [
+        {
+            "plan": str(each.plan),
+            "devices": each.plan.world_size,
+            "step_seconds": each.seconds,
+            "total_step_seconds": each.total,
+            "peak_memory": each.peak,
+            "needed_memory": each.needed,
+            "fits": each.fits,
+            "exact": each.plan.is_exact,
+        }
+        for each in found
+    ]
+    rates = {
+        "matrix": machine.matrix,
+        "attention": machine.attention,
+        "bandwidth": machine.bandwidth,
+        "from": machine.rates_from,
+    }
+    link = {"bandwidth": machine.link.bandwidth, "latency": machine.link.latency, "from": machine.link_from}
+    return {"gpu": machine.name, "free_memory": machine.free, "rates": rates, "link": link, "plans": plans}
