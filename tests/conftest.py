@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.random_weights import LIKES, build
+from parallel_backend.cli.console import quiet_libraries
 from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
@@ -119,6 +120,7 @@ class MadeWhenAsked(Mapping):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> Mapping[str, Path]:
     """Small pipelines with random weights: like 2b (sincos), 5b (rotary), 1.5 (two-frame tokens), and what each takes."""
+    quiet_libraries()  # what is written while a test captures output is not that test's
     root = tmp_path_factory.mktemp("checkpoints")
     return MadeWhenAsked(lambda like: build(root / like, like=like))
 
