@@ -14,7 +14,7 @@ import torch
 
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupError
-from parallel_backend.executor import group as client
+from parallel_backend.executor import group_connection
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group import connection, protocol, server
 from parallel_backend.group.protocol import Message
@@ -62,7 +62,7 @@ def test_a_broken_connection_is_made_again_and_the_healthy_group_goes_on(group, 
             broken.append(step)
             connection.hang_up(made[-1])
 
-    monkeypatch.setattr(client, "connect", remember)
+    monkeypatch.setattr(group_connection, "connect", remember)
     result = group.sample(job, on_step=break_once)
     assert (result.tensor - expected).abs().max() <= TOLERANCE
     (note,) = result.report.notes

@@ -1,71 +1,51 @@
-"""The caller's side: an executor that sends jobs to a group, and starts it when it is needed."""
+"""The executor that runs jobs in a group of processes, and starts the group when it is needed."""
 
 import logging
 import threading
-import time
-from dataclasses import dataclass, replace
-from multiprocessing import AuthenticationError
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import errors
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
-from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
-from ..group import failures, protocol
+from ..errors import GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
+from ..group import failures
 from ..group.codec import split_fields
-from ..group.connection import POLL_SECONDS, Broken, Stalled, connect, talking
+from ..group.connection import Broken
 from ..group.exit_cause import ExitCause
-from ..group.launcher import HELLO_SECONDS, Launcher
+from ..group.launcher import Launcher
 from ..group.muster import Muster
-from ..group.ownership import OwnerWatch
-from ..group.preflight import check_possible, group_python
+from ..group.preflight import check_possible
 from ..group.protocol import Message
 from ..group.registry import GroupAddress, running
-from ..jobs import Job, Progress, Report, Result, SampleJob
+from ..jobs import Job, Report, Result, SampleJob
 from ..plan import Plan
+from . import lost_group
 from .base import Executor, StepListener, StopSignal, never, silent
+from .group_connection import Keepsake, ask, open_connection
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 300.0
-"""At most this long for the processes to answer; a loaded machine imports torch slowly."""
-CANCEL_SECONDS = 600.0
-"""At most this long for a cancelled job to finish its step."""
 STATUS_SECONDS = 30.0
-"""At most this long for a group to say what it does, which needs no rank to be idle."""
-RECOVERY_SECONDS = 60.0
-"""At most this long from a broken connection until the group's end is known, or it answers again."""
-SWEPT_SECONDS = 3.0
-"""At least this long until a group whose folder is gone is given up."""
+"""Timeout for a group's status, which needs no idle rank."""
 ABSENT, STARTING, WAITING = "absent", "starting", "waiting for the other hosts"
 """States of a group that holds nothing."""
-
-
-@dataclass
-class Keepsake:
-    """What a group reports of a job, its steps aside."""
-
-    on_picture: PictureListener | None = None
-    """Gets its previews."""
-    progress: Progress | None = None
-    """What to go on from when the group is lost."""
 
 
 class GroupExecutor(Executor):
     """Runs jobs in a group of processes.
 
-    The group is started at the first job, started again when it was lost, and ended with :meth:`close`.
+    The group starts with the first job, starts again when it is lost, and ends with :meth:`close`.
 
     Args:
         plan: how each forward is split.
-        devices: as many as the plan needs, or its share of them where there are other hosts.
-        muster: the way to those.
+        devices: as many as the plan needs; with several hosts, this host's share of them.
+        muster: meets the other hosts, if there are any.
     Raises:
-        RequestError, GroupUnavailable: when no such group can be here; nothing has been started.
+        RequestError, GroupUnavailable: when no such group can run here. Nothing has been started.
     """
 
     def __init__(self, plan: Plan, devices: Devices, muster: Muster | None = None):
@@ -74,16 +54,18 @@ class GroupExecutor(Executor):
         self.devices = str(devices)
         self.address: GroupAddress | None = None
         self._launcher: Launcher | None = Launcher(plan, devices, muster)
+        self._owner: lost_group.Owner | None = None
+        """The process that owns the group, when this one does not."""
         self._answered: GroupAddress | None = None
-        """The life of the group that has answered, so that one which does not any more is lost."""
+        """The last group that has answered: when it stops answering it is lost."""
         self._lock = threading.Lock()
 
     @classmethod
     def attach(cls, address: GroupAddress) -> "GroupExecutor":
-        """An executor for a group that another process keeps; :meth:`close` leaves it running.
+        """Returns an executor for a group that another process owns; :meth:`close` leaves it running.
 
         Raises:
-            GroupError: when it has just ended.
+            GroupError: when the group has just ended.
         """
         executor = cls.__new__(cls)
         try:
@@ -92,8 +74,7 @@ class GroupExecutor(Executor):
             raise GroupError(f"the group at {address.folder} is gone; start it again with serve") from error
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
-        executor._answered = None
-        executor._owner, executor._owner_watch = description["owner"], OwnerWatch(Path(description["lock"]))
+        executor._owner, executor._answered = lost_group.Owner(description), None
         return executor
 
     @property
@@ -102,10 +83,10 @@ class GroupExecutor(Executor):
         return Devices.parse(self.devices).torch_devices
 
     def start(self) -> None:
-        """Starts the group if it is not there, without waiting for it.
+        """Starts the group if it is not running. Does not wait for it to answer.
 
         Raises:
-            GroupUnavailable: when it cannot start, or could not a moment ago and nothing has changed.
+            GroupUnavailable: when it cannot start, or recently failed to start and nothing has changed.
         """
         with self._lock:
             if self._launcher and not self._launcher.is_running():
@@ -118,7 +99,7 @@ class GroupExecutor(Executor):
                 self.address = self._launcher.start()
 
     def status(self) -> dict[str, Any]:
-        """See :meth:`Executor.status`; a group that is not there is ``absent``."""
+        """See :meth:`Executor.status`. A group that is not running is ``absent``."""
         known = {"plan": str(self.plan), "devices": self.devices, **self._about_hosts()}
         if self.address is None or (self._launcher and not self._launcher.is_running()):
             return {"state": ABSENT, **known}
@@ -130,19 +111,19 @@ class GroupExecutor(Executor):
             return {"state": ABSENT, **known}
 
     def _about_hosts(self) -> dict[str, Any]:
-        """The hosts of the group, where there are several."""
+        """Returns the hosts of the group if there are several."""
         hosts = self._description().get("hosts")
         return {"hosts": hosts} if hosts else {}
 
     def _description(self) -> dict[str, Any]:
-        """What the group's folder says; nothing where it has gone."""
+        """Reads the description in the group's folder; empty if the folder is gone."""
         try:
             return self.address.describe() if self.address else {}
         except (OSError, ValueError):
             return {}
 
     def _what_it_waits_for(self) -> str:
-        """The state of a group that does not listen yet."""
+        """Returns the state of a group that does not listen yet."""
         description = self._description()
         if not description:
             return ABSENT
@@ -153,12 +134,12 @@ class GroupExecutor(Executor):
         return WAITING if description["nodes"] > 1 and "hosts" not in description else STARTING
 
     def free(self) -> None:
-        """See :meth:`Executor.free`. A group that is not there holds nothing."""
+        """See :meth:`Executor.free`. A group that is not running holds nothing."""
         if self.status()["state"] not in (ABSENT, STARTING, WAITING):
             self._ask(Message("free"))
 
     def close(self) -> None:
-        """See :meth:`Executor.close`. A group that another process keeps goes on."""
+        """See :meth:`Executor.close`. A group that another process owns keeps running."""
         with self._lock:
             if self._launcher:
                 self._launcher.stop()
@@ -171,13 +152,13 @@ class GroupExecutor(Executor):
         self.start()
 
     def wait(self) -> int:
-        """Waits until the group's processes end. Returns their exit status; 1 where they have been given up."""
+        """Waits until the group's processes end. Returns their exit status, or 1 if they were given up."""
         process = self._launcher.process
         return process.wait() if process else 1
 
     @property
     def lost(self) -> ExitCause | None:
-        """Why the processes ended that were lost last, until they are started again; None when another process keeps them."""
+        """Why the group was last lost, until it is started again; None if another process owns it."""
         if self._launcher is None:
             return None
         with self._lock:
@@ -185,21 +166,21 @@ class GroupExecutor(Executor):
             return self._launcher.exit_cause() if ended else self._launcher.lost
 
     def is_usable(self) -> bool:
-        """See :meth:`Executor.is_usable`. A group of its own is started again when it was lost."""
+        """See :meth:`Executor.is_usable`. This process's own group is started again when it is lost."""
         return self._launcher is not None or self.address in running()
 
     def is_there(self) -> bool:
-        """Whether its processes are there, if only to start."""
+        """Whether the group's processes run, even if they do not answer yet."""
         return self._launcher.is_running() if self._launcher else self.address in running()
 
     def stop(self) -> None:
-        """Ends the group, whoever keeps it."""
+        """Ends the group, whoever owns it."""
         self._ask(Message("stop"))
 
     def _run(
         self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
     ) -> Result:
-        """Runs a job. When the group is lost it resumes from the last kept step; a second loss at the same step is an error."""
+        """Runs a job. If the group is lost, resumes from the last kept step; a second loss at the same step is an error."""
         notes: list[str] = []
         lost_at = None
         while True:
@@ -230,170 +211,72 @@ class GroupExecutor(Executor):
         message: Message,
         on_step: StepListener = silent,
         should_stop: StopSignal = never,
-        kept: "Keepsake | None" = None,
+        kept: Keepsake | None = None,
         seconds: float | None = None,
     ) -> Message:
-        """Sends a request and waits for its last answer, for so many seconds at most."""
+        """Sends a request and returns its last answer; ``seconds`` is its timeout, if any."""
         self.start()
         address = self.address
         connection = self._connect(address, should_stop)
         try:
             with connection:
-                with talking():
-                    protocol.send(connection, message)
-                return self._listen(connection, on_step, should_stop, kept or Keepsake(), seconds)
+                return ask(connection, message, on_step, should_stop, kept or Keepsake(), seconds)
         except Broken as error:
             raise self._broken(address, should_stop) from error
 
     def _connect(self, address: GroupAddress, should_stop: StopSignal) -> Connection:
-        """A connection, once the group answers."""
-        began = time.monotonic()
-        while True:
-            try:
-                connection = connect(address.socket, address.key, should_stop)
-                self._answered = address
-                failures.forget(str(self.plan), self.devices)
-                return connection
-            except AuthenticationError as error:
-                raise GroupError(f"the group at {address.folder} does not know this key") from error
-            except Stalled as error:
-                raise GroupError(f"the group at {address.folder} does not answer; its logs are there") from error
-            except (EOFError, OSError) as error:
-                if should_stop():
-                    raise Cancelled("stopped while the group was starting") from error
-                waited = time.monotonic() - began
-                if cause := self._why_not_waited_for(address, error, waited):
-                    raise self._lost(address, cause) from error
-            time.sleep(POLL_SECONDS)
+        """Connects to the group once it answers."""
 
-    def _why_not_waited_for(self, address: GroupAddress, error: Exception, waited: float) -> ExitCause | bool:
-        """Whether to stop waiting for a group that does not answer: a cause, or True where its exit says why."""
-        if self._launcher is None:  # another's may start while it has no socket and its owner lives
-            return not (isinstance(error, FileNotFoundError) and address in running() and waited < START_SECONDS)
-        if not self._launcher.is_running():
-            return True
-        if not address.folder.exists() and waited > SWEPT_SECONDS:  # its processes may be ending, and remove it themselves
-            return ExitCause(f"its folder {address.folder} was removed", by_itself=False)
-        if self._launcher.is_mute():
-            what = f"{group_python()} did not run this pack within {HELLO_SECONDS:.0f} s; correct XDIT_PYTHON"
-            return ExitCause(what, details=self._launcher.details())
-        if self._answered == address and waited > RECOVERY_SECONDS:
-            return ExitCause(f"rank 0 has not listened for {RECOVERY_SECONDS:.0f} s", by_itself=False)
-        if waited > START_SECONDS:
-            return ExitCause(f"no answer within {START_SECONDS:.0f} s", details=self._launcher.details())
-        return False
+        def give_up(error: Exception, waited: float) -> GroupFailure | RequestError | None:
+            return self._give_up(address, error, waited)
 
-    def _listen(
-        self,
-        connection: Connection,
-        on_step: StepListener,
-        should_stop: StopSignal,
-        kept: "Keepsake",
-        seconds: float | None,
-    ) -> Message:
-        """Passes steps on until the request ends; asks the group to stop when the caller wants to."""
-        deadline, late = seconds and time.monotonic() + seconds, f"did not answer within {seconds or 0:.0f} s"
-        is_cancelled = False
-        while True:
-            if not is_cancelled and should_stop():
-                with talking():
-                    connection.send_bytes(b"cancel")
-                is_cancelled, deadline = True, time.monotonic() + CANCEL_SECONDS
-                late = f"did not stop within {CANCEL_SECONDS:.0f} s of being asked"
-            if deadline and time.monotonic() > deadline:
-                raise GroupError(f"the group {late}")
-            with talking():
-                if not connection.poll(POLL_SECONDS):
-                    continue
-                answer = protocol.receive(connection)
-            if answer.kind == "step":
-                on_step(answer.plain["step"], answer.plain["steps"])
-            elif answer.kind == "kept":
-                kept.progress = Progress(**answer.plain, **answer.tensors)
-            elif answer.kind == "picture":
-                kept.on_picture(answer.tensors["picture"])
-            elif answer.kind == "cancelled":
-                raise Cancelled(answer.plain["message"])
-            elif answer.kind == "failed":
-                raise self._failure(answer.plain)
-            else:
-                return answer
+        connection = open_connection(address, should_stop, give_up)
+        self._answered = address
+        failures.forget(str(self.plan), self.devices)
+        return connection
 
-    def _failure(self, plain: dict[str, Any]) -> Exception:
-        """The error that a ``failed`` answer stands for."""
-        if plain["error"] == RequestError.__name__:
-            return errors.RequestError(plain["message"])
-        rank = plain.get("rank")
-        where = "the group" if rank is None else f"rank {rank}" + (f" on {plain['host']}" if plain.get("host") else "")
-        return GroupError(
-            f"{where} failed: {plain['error']}: {plain['message']}", rank=rank, details=plain.get("traceback", "")
-        )
+    def _give_up(self, address: GroupAddress, error: Exception, waited: float) -> GroupFailure | RequestError | None:
+        """Returns the error for a group that has not answered for ``waited`` seconds, or None to wait longer."""
+        if self._owner:
+            # A group without a socket may still start, as long as its owner lives.
+            may_start = isinstance(error, FileNotFoundError) and address in running() and waited < lost_group.START_SECONDS
+            return None if may_start else self._owner.error_of_lost(address)
+        has_ended = not self._launcher.is_running()
+        cause = None
+        if not has_ended:
+            cause = lost_group.why_given_up(self._launcher, address, waited, had_answered=self._answered == address)
+        if not (has_ended or cause):
+            return None
+        with self._lock:
+            if self.address != address or self._launcher.process is None:  # another thread has handled it
+                return GroupLost("the group was lost in another job")
+            return self._bury(cause or self._launcher.exit_cause())
+
+    def _bury(self, cause: ExitCause) -> GroupFailure | RequestError:
+        """Stops what is left of the group and returns the error that says why it ended."""
+        # The socket appears once all ranks have met.
+        came_up = self._answered == self.address or Path(self.address.socket).exists()
+        error = lost_group.bury(self._launcher, cause, came_up=came_up)
+        if isinstance(error, GroupUnavailable):
+            self.address = None  # it never came up, so the next start is no restart
+            failures.remember(str(self.plan), self.devices, error, cause)
+        return error
 
     def _broken(self, address: GroupAddress, should_stop: StopSignal) -> GroupFailure:
-        """The error of a connection that broke: the group answers again, or how it ended."""
+        """Returns the error for a broken connection: the group answers again, or how it ended."""
         try:
             self._connect(address, should_stop).close()
         except GroupFailure as error:
             return error
         return GroupLost("the connection to the group broke", is_there=True)
 
-    def _lost(self, address: GroupAddress, cause: ExitCause | bool) -> GroupFailure:
-        """The error of a group that does not answer, with the last words of the rank that went first."""
-        if self._launcher is None:
-            if self._owner_watch.is_alive():
-                return GroupLost(f"the group that process {self._owner} keeps was lost")
-            return GroupError(f"the group at {address.folder} is gone; start it again with serve")
-        with self._lock:
-            if self.address != address or self._launcher.process is None:  # another thread has seen to it
-                return GroupLost("the group was lost in another job")
-            return self._bury(self._launcher.exit_cause() if cause is True else cause)
-
-    def _find_again(self, error: GroupLost, should_stop: StopSignal) -> GroupLost:
-        """Waits for the group that the owner starts in the place of the one that was lost. Returns why that was.
+    def _find_again(self, lost: GroupLost, should_stop: StopSignal) -> GroupLost:
+        """Switches to the group that the owner starts in place of the lost one. Returns why that was lost.
 
         Raises:
-            GroupError: where none comes, or only when serve runs on another host again.
+            GroupError: when none comes, or only once serve runs on another host again.
         """
-        deadline = time.monotonic() + START_SECONDS
-        while self._owner_watch.is_alive() and time.monotonic() < deadline:
-            if should_stop():
-                raise Cancelled("stopped while the group was started again")
-            for address, description in running().items():
-                is_same = description["shared"] and (description["plan"], description["devices"]) == (
-                    str(self.plan),
-                    self.devices,
-                )
-                if is_same and address != self.address:
-                    self.address = address
-                    lost = description["lost"]
-                    if lost is None:
-                        return error
-                    known = {"details": lost["details"]}
-                    if lost["gone"]:
-                        raise GroupError(
-                            f"the group was lost: {lost['cause']}; it goes on when serve runs there again", **known
-                        )
-                    return GroupLost(f"the group was lost: {lost['cause']}", **known)
-            time.sleep(POLL_SECONDS)
-        raise GroupError(f"{error.summary}, and no other came; start it again with serve", details=error.details) from error
-
-    def _bury(self, cause: ExitCause) -> GroupFailure:
-        came_up = self._answered == self.address or Path(self.address.socket).exists()  # once all ranks have met
-        details = cause.details or self._launcher.details()
-        self._launcher.stop()
-        if not cause.by_itself:  # what the other ranks met with only followed
-            return GroupLost(f"the group was lost: {cause.cause}", details=details, came_up=came_up)
-        if not came_up:
-            self.address = None  # it was never there, so the next start is no restart
-            error = GroupUnavailable(f"the group did not start: {cause.cause}{words_of(cause)}", details=details)
-            failures.remember(str(self.plan), self.devices, error, cause)
-            return error
-        if cause.failure:
-            return self._failure(cause.failure)
-        return GroupError(f"the group's processes ended: {cause.cause}", details=details)
-
-
-def words_of(cause: ExitCause) -> str:
-    """What the rank that failed said, where it said something."""
-    failure = cause.failure
-    return f": {failure['error']}: {failure['message'].strip().partition(chr(10))[0]}" if failure else ""
+        self.address, error = self._owner.next_group(lost, self.address, str(self.plan), self.devices, should_stop)
+        if isinstance(error, GroupError):
+            raise error
+        return error

@@ -1,0 +1,125 @@
+"""The post-mortem of a lost group: when to give it up, and the error that says why it ended."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
+from ..group.connection import POLL_SECONDS
+from ..group.exit_cause import ExitCause
+from ..group.launcher import HELLO_SECONDS, Launcher
+from ..group.ownership import OwnerWatch
+from ..group.preflight import group_python
+from ..group.registry import GroupAddress, running
+from .base import StopSignal
+from .group_connection import error_of
+
+START_SECONDS = 300.0
+"""Timeout for a group's first answer; a loaded machine imports torch slowly."""
+RECOVERY_SECONDS = 60.0
+"""Timeout after a broken connection for the group to end or to answer again."""
+SWEPT_SECONDS = 3.0
+"""Wait before a group is given up because its folder is gone: its processes may be ending, and remove it themselves."""
+
+
+def why_given_up(launcher: Launcher, address: GroupAddress, waited: float, *, had_answered: bool) -> ExitCause | None:
+    """Returns why a running group that does not answer is given up, or None to wait longer.
+
+    Args:
+        launcher: of the group.
+        address: of the group.
+        waited: seconds without an answer.
+        had_answered: whether it answered earlier.
+    """
+    if not address.folder.exists() and waited > SWEPT_SECONDS:
+        return ExitCause(f"its folder {address.folder} was removed", by_itself=False)
+    if launcher.is_mute():
+        what = f"{group_python()} did not run this pack within {HELLO_SECONDS:.0f} s; correct XDIT_PYTHON"
+        return ExitCause(what, details=launcher.details())
+    if had_answered and waited > RECOVERY_SECONDS:
+        return ExitCause(f"rank 0 has not listened for {RECOVERY_SECONDS:.0f} s", by_itself=False)
+    if waited > START_SECONDS:
+        return ExitCause(f"no answer within {START_SECONDS:.0f} s", details=launcher.details())
+    return None
+
+
+def bury(launcher: Launcher, cause: ExitCause, *, came_up: bool) -> GroupFailure | RequestError:
+    """Stops what is left of a group and returns the error that says why it ended.
+
+    Args:
+        launcher: of the group.
+        cause: why it ended.
+        came_up: whether all its ranks had met.
+    Returns:
+        GroupLost when the job may succeed if it is tried again; GroupUnavailable when the group never came up.
+    """
+    details = cause.details or launcher.details()
+    launcher.stop()
+    if not cause.by_itself:  # what failed on the other ranks only followed from it
+        return GroupLost(f"the group was lost: {cause.cause}", details=details, came_up=came_up)
+    if not came_up:
+        return GroupUnavailable(f"the group did not start: {cause.cause}{_words_of(cause)}", details=details)
+    if cause.failure:
+        return error_of(cause.failure)
+    return GroupError(f"the group's processes ended: {cause.cause}", details=details)
+
+
+def _words_of(cause: ExitCause) -> str:
+    """Returns the error of the rank that failed, if it reported one."""
+    failure = cause.failure
+    return f": {failure['error']}: {failure['message'].strip().partition(chr(10))[0]}" if failure else ""
+
+
+class Owner:
+    """The process that owns a group which this process only uses.
+
+    Args:
+        description: from the group's folder.
+    """
+
+    def __init__(self, description: dict[str, Any]):
+        self._process = description["owner"]
+        self._watch = OwnerWatch(Path(description["lock"]))
+
+    def error_of_lost(self, address: GroupAddress) -> GroupFailure:
+        """Returns the error for its group: lost while the owner lives, which starts another, else gone."""
+        if self._watch.is_alive():
+            return GroupLost(f"the group that process {self._process} keeps was lost")
+        return GroupError(f"the group at {address.folder} is gone; start it again with serve")
+
+    def next_group(
+        self, lost: GroupLost, before: GroupAddress, plan: str, devices: str, should_stop: StopSignal
+    ) -> tuple[GroupAddress, GroupLost | GroupError]:
+        """Waits for the group that the owner starts in place of the lost one.
+
+        Args:
+            lost: the error for the lost group.
+            before: the address of the lost group.
+            plan, devices: of both groups.
+            should_stop: asked while waiting.
+        Returns:
+            The new group's address, and why the lost one ended: GroupError when the new one waits for serve on another host.
+        Raises:
+            GroupError: when none comes.
+            Cancelled: when ``should_stop`` returns True.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while self._watch.is_alive() and time.monotonic() < deadline:
+            if should_stop():
+                raise Cancelled("stopped while the group was started again")
+            for address, description in running().items():
+                is_same = description["shared"] and (description["plan"], description["devices"]) == (plan, devices)
+                if is_same and address != before:
+                    return address, _why_restarted(description["lost"]) or lost
+            time.sleep(POLL_SECONDS)
+        raise GroupError(f"{lost.summary}, and no other came; start it again with serve", details=lost.details) from lost
+
+
+def _why_restarted(cause: dict[str, Any] | None) -> GroupLost | GroupError | None:
+    """Returns the error for an exit cause in a new group's folder; None when there is none."""
+    if cause is None:
+        return None
+    summary = f"the group was lost: {cause['cause']}"
+    if cause["gone"]:
+        return GroupError(f"{summary}; it goes on when serve runs there again", details=cause["details"])
+    return GroupLost(summary, details=cause["details"])
