@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 0, 1 for a failure, 2 for a request that makes no sense."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger(__package__).setLevel(logging.INFO)
+    logging.getLogger(__package__.removesuffix(".cli")).setLevel(logging.INFO)
     if "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     try:
