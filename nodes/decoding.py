@@ -7,7 +7,8 @@ from ..parallel_backend.jobs import TILINGS, DecodeJob
 from ..parallel_backend.validation import check_latent
 from .base import CogVideoXNode
 from .comfy import runtime
-from .comfy.types import CATEGORY, BackendSocket, VaeHandle
+from .comfy.types import CATEGORY, BackendSocket
+from .comfy.vae import VaeHandle
 
 
 class CogVideoXDecode(CogVideoXNode):

@@ -9,7 +9,8 @@ from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
 from .base import CogVideoXNode
 from .comfy import runtime
-from .comfy.types import CATEGORY, VaeHandle
+from .comfy.types import CATEGORY
+from .comfy.vae import VaeHandle
 from .conditioning import CONCAT, IMAGE_SCALE, with_values
 from .videos import COVERED, conditioned_inputs, conditioned_outputs, inpaint_values
 

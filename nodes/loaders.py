@@ -7,7 +7,9 @@ from ..parallel_backend.errors import RequestError
 from ..parallel_backend.model import COMPILES, DTYPES, FP8S, OFFLOADS, Model
 from .base import CogVideoXNode
 from .comfy import runtime
-from .comfy.types import CATEGORY, ClipHandle, ModelHandle, ModelSocket, VaeHandle
+from .comfy.clip import ClipHandle
+from .comfy.types import CATEGORY, ModelHandle, ModelSocket
+from .comfy.vae import VaeHandle
 
 
 class LoadCogVideoX(CogVideoXNode):

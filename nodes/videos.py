@@ -10,7 +10,7 @@ from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.validation import check_size
 from .comfy import runtime
-from .comfy.types import VaeHandle
+from .comfy.vae import VaeHandle
 from .conditioning import CONCAT, CONCAT_MASK, size_inputs
 
 COVERED = "Resized to cover the video's size, its shape kept, and cropped at the centre."

@@ -147,7 +147,7 @@ def test_text_stops_being_encoded_at_the_next_block(checkpoints):
 def test_the_core_s_nodes_and_text_end_as_comfyui_s_own_interruption_does(nodes):
     shown, _ = nodes("""
 _, coder = handles(text_model)
-clip = sockets.ClipHandle(coder.checkpoint, "auto")
+clip = part("nodes.comfy.clip").ClipHandle(coder.checkpoint, "auto")
 tokens, video = clip.tokenize("a red circle"), torch.randn(1, 16, 5, 8, 12)
 pixels = coder.decode(video)[0]
 calls = {"decode": (coder.decode, video), "tiled": (coder.decode_tiled, video), "encode": (coder.encode, pixels),

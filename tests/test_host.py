@@ -274,7 +274,7 @@ def test_clip_text_encode_says_in_its_node_what_of_a_prompt_is_not_used(nodes):
     shown, _ = nodes(
         SHOWN
         + """
-clip = sockets.ClipHandle(Checkpoint.open(text_model), "auto")
+clip = part("nodes.comfy.clip").ClipHandle(Checkpoint.open(text_model), "auto")
 at("first", "7")
 [[states, options]] = clip.encode_from_tokens_scheduled(clip.tokenize("red " * 40))
 again = clip.encode_from_tokens(clip.tokenize("a (red circle:1.3)"))

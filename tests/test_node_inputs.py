@@ -199,7 +199,7 @@ show(line=result(Sampler, model=model, positive=positive, negative=negative, lat
 def test_our_clip_and_vae_say_what_they_lack_and_run_where_a_core_node_puts_them(nodes):
     shown = nodes("""
 from copy import copy
-clip = sockets.ClipHandle(checkpoint, "auto")
+clip = part("nodes.comfy.clip").ClipHandle(checkpoint, "auto")
 def asked(of, name):
     try:
         return str(getattr(of, name))

@@ -61,7 +61,7 @@ from diffusers import AutoencoderKLCogVideoX
 decoding, sampling, video = part("nodes.decoding"), part("nodes.sampling"), part("nodes.image_to_video")
 def call(node, **inputs):
     return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}}).execute(**inputs)
-handle, vae = sockets.ModelHandle(model, checkpoint), sockets.VaeHandle(model)
+handle, vae = sockets.ModelHandle(model, checkpoint), part("nodes.comfy.vae").VaeHandle(model)
 theirs = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
 prompt, frames_first = [[text, {}]], {"samples": torch.zeros(1, 3, 16, 6, 8)}
 tiles = {"tiling": "auto", "tile_size": 256, "overlap": 64}

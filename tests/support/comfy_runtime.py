@@ -58,7 +58,7 @@ def refusal(node, **inputs):
         return str(error)
 def handles(path):
     model = jobs.Model(path)
-    return sockets.ModelHandle(model, Checkpoint.open(path)), sockets.VaeHandle(model)
+    return sockets.ModelHandle(model, Checkpoint.open(path)), part("nodes.comfy.vae").VaeHandle(model)
 def prompt(seed):
     states = torch.randn(1, checkpoint.text_tokens, checkpoint.text_features, generator=torch.Generator().manual_seed(seed))
     return [[states, {"pooled_output": None}]]
