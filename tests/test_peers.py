@@ -120,7 +120,7 @@ def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):
 
 
 def test_tensors_lie_one_after_the_other_where_copies_are_fast():
-    layout = symmetric_memory.Layout((((3, 5), torch.bfloat16), ((2,), torch.float8_e4m3fn), ((300,), torch.float32)))
+    layout = symmetric_memory.BufferLayout((((3, 5), torch.bfloat16), ((2,), torch.float8_e4m3fn), ((300,), torch.float32)))
     room = torch.zeros(layout.nbytes, dtype=torch.uint8)
     views = layout.views(room)
     assert [(view.shape, view.dtype) for view in views] == [(torch.Size(shape), dtype) for shape, dtype in layout.parts]

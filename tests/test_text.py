@@ -178,7 +178,7 @@ def test_a_gpu_that_runs_out_of_memory_leaves_the_text_to_the_cpu(encoder, monke
 def test_another_dtype_reads_the_encoder_again(encoder):
     ids = [encoder.tokenize("a red circle")]
     expected = encoder.encode(ids)
-    encoder.move(text_module.Place(CPU, torch.bfloat16, alongside=False))
+    encoder.move(text_module.EncoderPlace(CPU, torch.bfloat16, alongside=False))
     found = encoder.encode(ids)
     assert found.dtype == torch.bfloat16 and 0 < (found.float() - expected).abs().max() < 0.1
 

@@ -21,7 +21,7 @@ WATCHED = re.compile("XDIT_|XDG_RUNTIME_DIR|TMPDIR|PATH|PYTHON|LD_|CUDA_|NCCL_|G
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedStart:
     """A group that did not start."""
 
     error: GroupUnavailable
@@ -29,7 +29,7 @@ class Failure:
     at: float
 
 
-_failures: dict[tuple[str, str], Failure] = {}
+_failures: dict[tuple[str, str], FailedStart] = {}
 
 
 def conditions() -> tuple:
@@ -50,7 +50,7 @@ def conditions() -> tuple:
 def remember(plan: str, devices: str, error: GroupUnavailable, cause: ExitCause) -> None:
     """Keeps a failure, unless it may be gone at the next try: a rank that was killed, or a GPU that was full."""
     if cause.by_itself and "OutOfMemory" not in (cause.failure or {}).get("error", ""):
-        _failures[plan, devices] = Failure(error, conditions(), time.monotonic())
+        _failures[plan, devices] = FailedStart(error, conditions(), time.monotonic())
 
 
 def check(plan: str, devices: str) -> None:

@@ -27,7 +27,7 @@ class LinkLost(ConnectionError):
     """The other host hung up, is silent, or is none of ours; the message says which."""
 
 
-class Link:
+class HostLink:
     """One end of a connection.
 
     Args:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from ..errors import GroupUnavailable, RequestError
 from .exit_cause import ExitCause, first_of
 from .hosts import Common, Host, Place, family_of, free_port, numbered, shown
-from .link import PART_SECONDS, SILENT_SECONDS, Link, LinkLost
+from .link import PART_SECONDS, SILENT_SECONDS, HostLink, LinkLost
 from .preflight import interface_of
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Muster(ABC):
         self.common = common
         self.devices = devices
         self.meeting: Meeting | None = None
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, HostLink] = {}
         self._readers: list[threading.Thread] = []
         self._on_trouble: Callable[[], None] = lambda: None
         self._state = threading.Condition()
@@ -95,7 +95,7 @@ class Muster(ABC):
         """Whether the group has ended elsewhere, for which this host's part was ended too."""
         return self._has_trouble
 
-    def _begin(self, meeting: Meeting, links: dict[int, Link]) -> Meeting:
+    def _begin(self, meeting: Meeting, links: dict[int, HostLink]) -> Meeting:
         with self._state:
             self.meeting, self._links, self._ends, self._has_trouble = meeting, links, {}, False
         self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in links.items()]
@@ -103,7 +103,7 @@ class Muster(ABC):
             reader.start()
         return meeting
 
-    def _read(self, node: int, link: Link) -> None:
+    def _read(self, node: int, link: HostLink) -> None:
         """Hears one host until it hangs up."""
         try:
             while True:
@@ -184,8 +184,8 @@ class Leader(Muster):
         place, began = self.place, time.monotonic()
         others = ", ".join(map(str, range(1, place.nodes)))
         logger.info("waiting %.0f s at %s for node%s %s", place.wait, place.rendezvous, "s"[: place.nodes - 2], others)
-        arrivals: queue.Queue[tuple[Link, dict]] = queue.Queue()
-        came: dict[int, tuple[Link, dict]] = {}
+        arrivals: queue.Queue[tuple[HostLink, dict]] = queue.Queue()
+        came: dict[int, tuple[HostLink, dict]] = {}
         try:
             while len(came) < place.nodes - 1:
                 if time.monotonic() - began > place.wait:
@@ -206,7 +206,7 @@ class Leader(Muster):
             return
 
         def greet() -> None:  # in a thread, so that one who says nothing keeps nobody waiting
-            link = Link(connection)
+            link = HostLink(connection)
             try:
                 hello = link.receive()
                 link.send("welcome")
@@ -217,7 +217,7 @@ class Leader(Muster):
 
         threading.Thread(target=greet, daemon=True).start()
 
-    def _admit(self, link: Link, hello: dict, came: dict[int, tuple[Link, dict]]) -> None:
+    def _admit(self, link: HostLink, hello: dict, came: dict[int, tuple[HostLink, dict]]) -> None:
         """Lets a host join, or says why not, here and there."""
         node, name = hello.get("node"), shown(hello.get("name"))
         there, here = f"host {name} ({link.there})", f"host {self.name} ({self.place.rendezvous.host})"
@@ -237,7 +237,7 @@ class Leader(Muster):
         link.start_beating()
         logger.info("%s came as node %d", there, node)
 
-    def _missing(self, came: dict[int, tuple[Link, dict]]) -> str:
+    def _missing(self, came: dict[int, tuple[HostLink, dict]]) -> str:
         """Who did not come, and what to do."""
         missing = [str(node) for node in range(1, self.place.nodes) if node not in came]
         return (
@@ -245,7 +245,7 @@ class Leader(Muster):
             f"start serve there with --nnodes {self.place.nodes} --node-rank {missing[0]} --rendezvous {self.place.rendezvous}"
         )
 
-    def _open(self, came: dict[int, tuple[Link, dict]]) -> Meeting:
+    def _open(self, came: dict[int, tuple[HostLink, dict]]) -> Meeting:
         where, links = self.place.rendezvous, {node: link for node, (link, _) in came.items()}
         others = [(came[node][1]["name"], came[node][0].there, shown(came[node][1].get("devices"))) for node in sorted(came)]
         hosts = numbered([(self.name, where.host, self.devices), *others], self.common.processes)
@@ -310,7 +310,7 @@ class Member(Muster):
                     ) from error
                 time.sleep(RETRY_SECONDS)
                 continue
-            link = Link(connection)
+            link = HostLink(connection)
             try:
                 return self._join(link)
             except LinkLost as lost:
@@ -322,7 +322,7 @@ class Member(Muster):
                 link.close()
                 raise
 
-    def _join(self, link: Link) -> Meeting:
+    def _join(self, link: HostLink) -> Meeting:
         link.send("hello", node=self.place.node, name=self.name, devices=self.devices, common=asdict(self.common))
         link.receive()  # we are welcome
         link.send("here")

@@ -99,7 +99,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         # Kernels set the flags. With priority they come before what an attention, which has all processors, still has to begin.
         self.side = torch.cuda.Stream(device, priority=-1)
         self.inbox: symmetric_memory.Inbox | None = None
-        self.layout: symmetric_memory.Layout | None = None
+        self.layout: symmetric_memory.BufferLayout | None = None
         self.rooms: list[list[torch.Tensor]] = []
         """Queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``, for each rank."""
 
@@ -154,7 +154,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         """Has room for one block's tensors on every rank. Blocks of a model ask for the same, so it is made once for a size."""
         shape = asked[0].shape
         turned = (shape[0], shape[2], shape[1], *shape[3:])
-        layout = symmetric_memory.Layout((*((turned, states.dtype) for states in asked), (tuple(shape), asked[2].dtype)))
+        layout = symmetric_memory.BufferLayout((*((turned, states.dtype) for states in asked), (tuple(shape), asked[2].dtype)))
         if layout == self.layout:
             return
         if self.inbox is None or self.inbox.nbytes < layout.nbytes:

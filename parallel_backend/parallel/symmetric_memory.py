@@ -54,7 +54,7 @@ def why_not(group, device: torch.device, collect: Callable[[Any], list]) -> str 
 def trial(group, device: torch.device) -> str | None:
     """Has every rank write to all others once, and says what is wrong with what arrives: on some machines it is not what was sent."""
     size = dist.get_world_size(group)
-    layout = Layout((((size, ALIGNMENT), torch.uint8),))
+    layout = BufferLayout((((size, ALIGNMENT), torch.uint8),))
     inbox = Inbox(group, device, nbytes=layout.nbytes)
     rooms = [room for (room,) in inbox.views(layout)]
     here = rooms[inbox.rank].zero_()
@@ -89,7 +89,7 @@ def held_bytes() -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BufferLayout:
     """Tensors one after the other in a room."""
 
     parts: tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -135,7 +135,7 @@ class Inbox:
         """In an order in which no two ranks write to the same one at a time."""
         _made.add(self)
 
-    def views(self, layout: Layout) -> list[list[torch.Tensor]]:
+    def views(self, layout: BufferLayout) -> list[list[torch.Tensor]]:
         """The tensors of a layout in the room of each rank."""
         return [layout.views(room) for room in self._rooms]
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Place:
+class EncoderPlace:
     """Where text is encoded."""
 
     device: torch.device
@@ -33,7 +33,9 @@ class Place:
     """A line for the user where no GPU has room for it."""
 
 
-def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: str, *, beside: int | None = None) -> Place:
+def find_place(
+    checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: str, *, beside: int | None = None
+) -> EncoderPlace:
     """The GPU with most room, where the encoder fits into free memory; else the CPU.
 
     Args:
@@ -51,11 +53,11 @@ def find_place(checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: s
         device = max(room, key=room.get)
         need, found = needs(device), checkpoint.dtype(dtype, device)
         if need <= room[device]:
-            return Place(device, found, alongside=beside is not None and need + beside <= room[device])
+            return EncoderPlace(device, found, alongside=beside is not None and need + beside <= room[device])
         note = f"the text is encoded on the CPU: that needs {need / 2**30:.1f} GiB and {device} can give {room[device] / 2**30:.1f}"
-        return Place(CPU, on_cpu(checkpoint, dtype, device), alongside=beside is not None, note=note)
+        return EncoderPlace(CPU, on_cpu(checkpoint, dtype, device), alongside=beside is not None, note=note)
     left = usable_memory() * HEADROOM - needs(CPU)
-    return Place(CPU, on_cpu(checkpoint, dtype, CPU), alongside=beside is not None and beside * len(devices) <= left)
+    return EncoderPlace(CPU, on_cpu(checkpoint, dtype, CPU), alongside=beside is not None and beside * len(devices) <= left)
 
 
 def on_cpu(checkpoint: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
@@ -176,7 +178,7 @@ class TextEncoder:
             self._tokenizer = self._encoder = None
             self._files = files
 
-    def move(self, place: Place) -> None:
+    def move(self, place: EncoderPlace) -> None:
         """Encodes there from now on; in another dtype the weights are read again."""
         if place.dtype != self.dtype:
             self._encoder = None
