@@ -1,5 +1,5 @@
-"""What ``auto`` chooses, beside what was measured, and on more GPUs than there are here: ``python -m benchmarks.plans_table``
-writes it into docs/plans.md, between the marks.
+"""Compares what ``auto`` chooses with what was measured, and predicts larger machines: ``python -m benchmarks.plans_table``
+writes the tables into benchmarks/NOTES.md, between the marks.
 """
 
 import json
@@ -29,7 +29,7 @@ NEWEST = "h200-kernels.json"
 """Of a version with kernels of its own between products, and values in FP8 too (NOTES); before it they were in 16 bits."""
 CUDNN_FP16 = {"H100": 423e12, "H200": 436e12}
 """Its operations a second."""
-PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
+PAGE = Path(__file__).with_name("NOTES.md")
 MARKS = ("<!-- benchmarks/plans_table.py -->\n", "<!-- end -->\n")
 MODELS = {"5b, 49x480x720": assumed(48, True), "1.5-5B, 81x768x1360": replace(assumed(48, True), tokens=TOKENS_OF_1_5)}
 ETHERNET = Link(10e9 / 8, 60e-6)
