@@ -2,7 +2,7 @@
 
 H100 and H200 are measured (benchmarks/results/h100x2.json; FACTS). A100, L40, L40S, L20 and 4090 are from NVIDIA's data sheets:
 dense bf16 operations, of which a product reaches ``REACHED``, and the memory's bandwidth. NVLink is assumed to give two thirds of
-its data sheet. PCIe's 7 GB/s, while all GPUs send, is what xDiT's published L40 curves come to for 5b and 1.5-5B (docs/plans.md).
+its data sheet. PCIe's 7 GB/s, while all GPUs send, is what xDiT's published L40 curves come to for 5b and 1.5-5B (benchmarks/NOTES.md).
 """
 
 import logging
