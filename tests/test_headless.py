@@ -16,56 +16,19 @@ spec.loader.exec_module(headless)
 
 SEED = ["INT", {"default": 0, "min": 0, "max": 99, "control_after_generate": True}]
 INFO = {
-    "Source": {
-        "display_name": "Make Image",
-        "input": {
-            "required": {
-                "width": ["INT", {"default": 512, "min": 16}],
-                "kind": [["plain", "noisy"]],
-                "alpha": ["BOOLEAN", {"default": True}],
-            }
-        },
-    },
+    "Source": {"display_name": "Make Image", "input": {"required": {
+        "width": ["INT", {"default": 512, "min": 16}], "kind": [["plain", "noisy"]], "alpha": ["BOOLEAN", {"default": True}]}}},
     "Mask": {"input": {"required": {"value": ["FLOAT", {"default": 0.5}]}}},
-    "Sampler": {
-        "display_name": "Sampler",
-        "input": {
-            "required": {
-                "image": ["IMAGE"],
-                "seed": SEED,
-                "steps": ["INT", {"default": 20, "min": 1, "max": 100}],
-                "scheduler": ["COMBO", {"options": ["ddim", "dpm"], "control_after_generate": True}],
-                "noise_seed": ["INT", {"default": 3}],
-                "file": [["a.png", "b.png"], {"image_upload": True}],
-            },
-            "optional": {"forced": ["INT", {"forceInput": True}], "mask": ["MASK"], "text": ["STRING", {"multiline": True}]},
-        },
-    },
-    "Save": {
-        "display_name": "Save Video",
-        "output_node": True,
-        "input": {
-            "required": {
-                "image": ["IMAGE"],
-                "format": [
-                    "COMFY_DYNAMICCOMBO_V3",
-                    {
-                        "options": [
-                            {"key": "auto", "inputs": {"required": {}}},
-                            {
-                                "key": "mp4",
-                                "inputs": {
-                                    "required": {"codec": ["COMBO", {"options": ["h264", "av1"]}]},
-                                    "optional": {"crf": ["INT", {"default": 23}]},
-                                },
-                            },
-                        ]
-                    },
-                ],
-                "prefix": ["STRING", {"default": "video"}],
-            }
-        },
-    },
+    "Sampler": {"display_name": "Sampler", "input": {
+        "required": {"image": ["IMAGE"], "seed": SEED, "steps": ["INT", {"default": 20, "min": 1, "max": 100}],
+                     "scheduler": ["COMBO", {"options": ["ddim", "dpm"], "control_after_generate": True}],
+                     "noise_seed": ["INT", {"default": 3}], "file": [["a.png", "b.png"], {"image_upload": True}]},
+        "optional": {"forced": ["INT", {"forceInput": True}], "mask": ["MASK"], "text": ["STRING", {"multiline": True}]}}},
+    "Save": {"display_name": "Save Video", "output_node": True, "input": {
+        "required": {"image": ["IMAGE"], "format": ["COMFY_DYNAMICCOMBO_V3", {"options": [
+            {"key": "auto", "inputs": {"required": {}}},
+            {"key": "mp4", "inputs": {"required": {"codec": ["COMBO", {"options": ["h264", "av1"]}]}, "optional": {"crf": ["INT", {"default": 23}]}}},
+        ]}], "prefix": ["STRING", {"default": "video"}]}}},
     "Merge": {"input": {"required": {"mask": ["MASK"], "first": ["IMAGE"], "second": ["IMAGE"]}}},
     "Show": {"input": {"required": {"anything": ["*"]}}},
 }
@@ -78,14 +41,8 @@ class Workflow:
         self.nodes, self.links = [], []
 
     def add(self, type, values=None, inputs=(), outputs=("IMAGE",), **more) -> int:
-        node = {
-            "id": len(self.nodes) + 1,
-            "type": type,
-            "mode": 0,
-            "inputs": [],
-            **more,
-            "outputs": [{"name": kind, "type": kind, "links": []} for kind in outputs],
-        }
+        node = {"id": len(self.nodes) + 1, "type": type, "mode": 0, "inputs": [], **more,
+                "outputs": [{"name": kind, "type": kind, "links": []} for kind in outputs]}
         for name in inputs:
             name, _, kind = name.partition(":")
             node["inputs"].append({"name": name, "type": kind or "IMAGE", "link": None})
@@ -110,14 +67,8 @@ class Workflow:
 def through(kind: str, mode: int = 0, inputs=("image",), outputs=("IMAGE",)):
     """Source → a node of this kind → Save; the workflow and the ids of source and save."""
     flow = Workflow()
-    source, middle, save = (
-        flow.add("Source"),
-        flow.add(kind, mode=mode, inputs=inputs, outputs=outputs),
-        flow.add("Save", inputs=("image",)),
-    )
-    flow.link(
-        source, 0, middle, next(name.partition(":")[0] for name in inputs if name.partition(":")[2] in ("", "IMAGE", "*"))
-    )
+    source, middle, save = flow.add("Source"), flow.add(kind, mode=mode, inputs=inputs, outputs=outputs), flow.add("Save", inputs=("image",))
+    flow.link(source, 0, middle, next(name.partition(":")[0] for name in inputs if name.partition(":")[2] in ("", "IMAGE", "*")))
     flow.link(middle, 0, save, "image")
     return flow, source, save
 
@@ -141,32 +92,15 @@ def test_links_written_as_objects_mean_the_same():
 
 def test_widget_values_skip_the_controls_beside_seed_and_combo_and_the_upload_button():
     flow = Workflow()
-    node = flow.add(
-        "Sampler",
-        [7, "fixed", 30, "dpm", "randomize", "/filter/", 8, "increment", "b.png", "image", "a prompt"],
-        inputs=("image", "mask:MASK"),
-    )
-    assert flow.inputs(node) == {
-        "seed": 7,
-        "steps": 30,
-        "scheduler": "dpm",
-        "noise_seed": 8,
-        "file": "b.png",
-        "text": "a prompt",
-    }
+    node = flow.add("Sampler", [7, "fixed", 30, "dpm", "randomize", "/filter/", 8, "increment", "b.png", "image", "a prompt"],
+                    inputs=("image", "mask:MASK"))
+    assert flow.inputs(node) == {"seed": 7, "steps": 30, "scheduler": "dpm", "noise_seed": 8, "file": "b.png", "text": "a prompt"}
 
 
 def test_values_without_controls_are_read_too():
     flow = Workflow()
     node = flow.add("Sampler", [7, 30, "dpm", 8, "b.png", "a prompt"])
-    assert flow.inputs(node) == {
-        "seed": 7,
-        "steps": 30,
-        "scheduler": "dpm",
-        "noise_seed": 8,
-        "file": "b.png",
-        "text": "a prompt",
-    }
+    assert flow.inputs(node) == {"seed": 7, "steps": 30, "scheduler": "dpm", "noise_seed": 8, "file": "b.png", "text": "a prompt"}
 
 
 def test_what_the_file_lacks_gets_its_default():
@@ -197,10 +131,7 @@ def test_a_dynamic_combo_brings_the_inputs_of_its_choice():
 
 def test_a_link_overrides_the_widget_it_was_converted_from_and_the_later_widgets_keep_their_values():
     flow = Workflow()
-    number, node = (
-        flow.add("Mask", outputs=("INT",)),
-        flow.add("Sampler", [7, "fixed", 30, "dpm"], inputs=("steps:INT", "forced:INT")),
-    )
+    number, node = flow.add("Mask", outputs=("INT",)), flow.add("Sampler", [7, "fixed", 30, "dpm"], inputs=("steps:INT", "forced:INT"))
     flow.link(number, 0, node, "steps")
     assert flow.inputs(node)["steps"] == ["1", 0]
     assert flow.inputs(node)["scheduler"] == "dpm"
@@ -321,35 +252,19 @@ def test_a_setting_is_found_by_title_type_or_id_and_read_as_its_type(key):
     assert prompt["7"]["inputs"] == {"seed": 42, "text": "a=b", "steps": 3}
 
 
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        ("Sampler.nothing=1", "fits 0"),
-        ("Sampler.seed=1", "fits 2"),
-        ("1.seed", "NODE.input=value"),
-        ("1.seed=many", "'many' is no INT"),
-        ("9.alpha=perhaps", "is no BOOLEAN"),
-    ],
-)
+@pytest.mark.parametrize("setting, message", [
+    ("Sampler.nothing=1", "fits 0"), ("Sampler.seed=1", "fits 2"), ("1.seed", "NODE.input=value"), ("1.seed=many", "'many' is no INT"),
+    ("9.alpha=perhaps", "is no BOOLEAN")])
 def test_a_setting_that_fits_nothing_or_two_or_has_no_value_is_refused(setting, message):
-    prompt = {
-        name: {"class_type": kind, "inputs": {}, "_meta": {"title": kind}}
-        for name, kind in {"1": "Sampler", "2": "Sampler", "9": "Source"}.items()
-    }
+    prompt = {name: {"class_type": kind, "inputs": {}, "_meta": {"title": kind}} for name, kind in
+              {"1": "Sampler", "2": "Sampler", "9": "Source"}.items()}
     with pytest.raises(ValueError, match=message):
         headless.apply_settings(prompt, [setting], INFO)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"image": None}, "image is not connected"),
-        ({"steps": 0}, "steps 0 is not between 1 and 100"),
-        ({"scheduler": "euler"}, "'euler' is not one of"),
-        ({"file": "c.png"}, "'c.png' is not one of"),
-        ({}, None),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    ({"image": None}, "image is not connected"), ({"steps": 0}, "steps 0 is not between 1 and 100"),
+    ({"scheduler": "euler"}, "'euler' is not one of"), ({"file": "c.png"}, "'c.png' is not one of"), ({}, None)])
 def test_a_prompt_is_held_to_what_its_nodes_declare(change, message):
     inputs = {"image": ["1", 0], "seed": 1, "steps": ["5", 0], "scheduler": "dpm", "noise_seed": 1, "file": "a.png", **change}
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -361,7 +276,7 @@ def test_a_prompt_is_held_to_what_its_nodes_declare(change, message):
             headless.check(prompt, INFO)
 
 
-PACK = """
+PACK = '''
 import os
 import comfy.utils, folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
@@ -404,7 +319,7 @@ class Pack(ComfyExtension):
 
 async def comfy_entrypoint():
     return Pack()
-"""
+'''
 
 
 def test_nodes_look_at_their_inputs_before_anything_runs():
@@ -439,20 +354,12 @@ def command(tmp_path):
     encode = flow.add("CLIPTextEncode", ["a red panda"], inputs=("clip:CLIP",), outputs=("CONDITIONING",))
     flow.link(clip, 0, encode, "clip"), flow.link(encode, 0, write, "text"), flow.add("MarkdownNote", ["note"])
     (tmp_path / "flow.json").write_text(json.dumps({"nodes": flow.nodes, "links": flow.links}))
-    code = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import headless; headless.REPO = pathlib.Path('pack').resolve(); "
-        "sys.exit(headless.main(sys.argv[2:]))"
-    )
+    code = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); import headless; headless.REPO = pathlib.Path('pack').resolve(); "
+            "sys.exit(headless.main(sys.argv[2:]))")
 
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-c", code, str(SCRIPT.parent), "flow.json", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
+        return subprocess.run([sys.executable, "-c", code, str(SCRIPT.parent), "flow.json", *arguments], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=120)
     return run
 
 

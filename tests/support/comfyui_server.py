@@ -57,9 +57,9 @@ def read_message(message: str | bytes) -> dict:
         return json.loads(message)
     event, size = struct.unpack("!II", message[:8])
     if event == 4:  # image with metadata
-        return {"type": "preview", "data": {**json.loads(message[8 : 8 + size]), "image": message[8 + size :]}}
+        return {"type": "preview", "data": {**json.loads(message[8:8 + size]), "image": message[8 + size:]}}
     if event == 3:  # the length of a node's id, the id, and what the node shows
-        return {"type": "text", "data": {"node": message[8 : 8 + size].decode(), "text": message[8 + size :].decode()}}
+        return {"type": "text", "data": {"node": message[8:8 + size].decode(), "text": message[8 + size:].decode()}}
     return {"type": "preview" if event == 1 else f"binary {event}", "data": {"image": message[8:]}}
 
 
@@ -71,16 +71,8 @@ class ComfyUIServer:
     Raises RuntimeError with one line when it does not come up; the end of its log is logged.
     """
 
-    def __init__(
-        self,
-        base=None,
-        *,
-        pack: Path | None = REPO,
-        args=(),
-        env=None,
-        comfyui: Path | None = None,
-        start_timeout: float = 240.0,
-    ):
+    def __init__(self, base=None, *, pack: Path | None = REPO, args=(), env=None, comfyui: Path | None = None,
+                 start_timeout: float = 240.0):
         self.comfyui = comfyui or find_comfyui()
         if self.comfyui is None:
             raise RuntimeError("no ComfyUI found: set COMFYUI_PATH")
@@ -98,34 +90,14 @@ class ComfyUIServer:
         link = self.base / "custom_nodes" / PACK_NAME
         if self.pack and not link.exists():
             link.symlink_to(self.pack, target_is_directory=True)
-        command = [
-            find_python(self.comfyui),
-            str(self.comfyui / "main.py"),
-            "--cpu",
-            "--listen",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--base-directory",
-            str(self.base),
-            "--disable-auto-launch",
-            "--database-url",
-            f"sqlite:///{self.base}/user/comfyui.db",
-            "--disable-api-nodes",
-            "--dont-print-server",
-            *self.args,
-        ]
+        command = [find_python(self.comfyui), str(self.comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1",
+                   "--port", str(self.port), "--base-directory", str(self.base), "--disable-auto-launch",
+                   "--database-url", f"sqlite:///{self.base}/user/comfyui.db", "--disable-api-nodes", "--dont-print-server",
+                   *self.args]
         with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.base,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=heed_ctrl_c,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.env, MARKER: self.marker},
-            )
+            self.process = subprocess.Popen(command, cwd=self.base, stdout=log, stderr=subprocess.STDOUT,
+                                            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed_ctrl_c,
+                                            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.env, MARKER: self.marker})
         try:
             self._wait_until_up()
             address = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
@@ -211,10 +183,8 @@ class ComfyUIServer:
         last = list(self.events(prompt_id, timeout))[-1]
         if last["type"] != "execution_success":
             data = last["data"]
-            raise RuntimeError(
-                f"{last['type']} in node {data.get('node_id')} ({data.get('node_type')}): "
-                f"{data.get('exception_message', '')}\n{''.join(data.get('traceback', []))}{self.log_tail()}"
-            )
+            raise RuntimeError(f"{last['type']} in node {data.get('node_id')} ({data.get('node_type')}): "
+                               f"{data.get('exception_message', '')}\n{''.join(data.get('traceback', []))}{self.log_tail()}")
         return self.history(prompt_id)
 
     def history(self, prompt_id: str, timeout: float = 10.0) -> dict:
