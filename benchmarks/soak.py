@@ -27,7 +27,6 @@ from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.group import protocol
 from parallel_backend.group.codec import split_fields
 from parallel_backend.group.heartbeat import Board
-from parallel_backend.group.supervisor import BOARD
 from parallel_backend.jobs import DecodeJob, SampleJob, empty_latent
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
@@ -89,8 +88,7 @@ class Attack:
         """Sends it when the ranks say that they do something."""
 
         def wait() -> None:
-            path, _, ranks = processes(self.group)["rank 0"].environ()[BOARD].rpartition(":")
-            board = Board.open(path, int(ranks))
+            board = Board.of(processes(self.group)["rank 0"].environ())
             wait_for(lambda: (found := board.heartbeat(0)) is not None and doing in found.doing)
             self.strike()
 

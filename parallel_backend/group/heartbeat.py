@@ -6,11 +6,14 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 BEAT_BYTES, WORDS_BYTES = 1024, 63 * 1024
 CLOSE_ON_EXEC = 1
+VARIABLE = "XDIT_GROUP_BOARD"
+"""Says to the ranks where the board is, and how many of them it is for."""
 HEAD = struct.Struct("=QI")
 """Before what is written: a version, which is 0 before the first write and odd while one is under way, and the number of bytes."""
 
@@ -37,6 +40,7 @@ class Board:
     def __init__(self, descriptor: int, count: int):
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
         """By which the processes that this one starts open it."""
+        self.count = count
         self._memory = mmap.mmap(descriptor, count * (BEAT_BYTES + WORDS_BYTES))
 
     @classmethod
@@ -54,6 +58,16 @@ class Board:
     def open(cls, path: str, count: int) -> "Board":
         """The memory of another process, by its :attr:`path`."""
         return cls(os.open(path, os.O_RDWR), count)
+
+    def export(self, environment: MutableMapping[str, str]) -> None:
+        """Sets the variable by which :meth:`of` opens the board in another process."""
+        environment[VARIABLE] = f"{self.path}:{self.count}"
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> "Board":
+        """Opens the board that a process's environment names; see :meth:`export`."""
+        path, _, count = environment[VARIABLE].rpartition(":")
+        return cls.open(path, int(count))
 
     def beat(self, place: int, heartbeat: Heartbeat) -> None:
         """Writes the heartbeat of a rank, by its place among this machine's."""

@@ -25,8 +25,8 @@ from .heartbeat import Board, Heartbeat
 from .ownership import OwnerWatch
 from .registry import GroupAddress
 
-SUPERVISOR, BOARD = "XDIT_GROUP_SUPERVISOR", "XDIT_GROUP_BOARD"
-"""In the environment of the workers: this process's number, and the path and slots of the heartbeats' memory."""
+SUPERVISOR = "XDIT_GROUP_SUPERVISOR"
+"""In the environment of the workers: this process's number."""
 STOPPED_SECONDS = 5
 """A rank that is stopped (SIGSTOP) for so long is given up."""
 
@@ -103,7 +103,7 @@ class Supervisor:
         self.board = Board.create(self.count)
         self.hang: Hang | None = None
         os.environ[SUPERVISOR] = str(os.getpid())
-        os.environ[BOARD] = f"{self.board.path}:{self.count}"
+        self.board.export(os.environ)
 
     def watch_owner(self) -> None:
         """Ends the group with its owner, or when the owner asks for it by writing to standard input or closing it."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from .heartbeat import Board, HeartbeatWriter
-from .supervisor import BOARD, SUPERVISOR
+from .supervisor import SUPERVISOR
 
 START_SECONDS = 300.0
 """The ranks find each other within this."""
@@ -78,8 +78,7 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     folder, plan, kind = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {os.environ['RANK']} %(name)s: %(message)s", force=True)
-    path, _, count = os.environ[BOARD].rpartition(":")
-    heart = HeartbeatWriter(Board.open(path, int(count)), int(os.environ["LOCAL_RANK"]))
+    heart = HeartbeatWriter(Board.of(os.environ), int(os.environ["LOCAL_RANK"]))
     try:
         loop = join(Path(folder), plan, kind, heart)
     except Exception as error:
