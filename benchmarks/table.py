@@ -5,7 +5,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,16 +15,15 @@ from parallel_backend.cli.console import quiet_libraries, show
 from parallel_backend.cli.options import model_of, size_of
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.base import Executor
-from parallel_backend.executor.factory import open_executor, resolve
+from parallel_backend.executor.factory import open_executor
 from parallel_backend.executor.local import LocalExecutor
+from parallel_backend.executor.prepare import CheckedJob, check_job, prepare
 from parallel_backend.jobs import DecodeJob, Progress, SampleJob, empty_latent
 from parallel_backend.model import Model
 from parallel_backend.system.files import check_writable, whole_file
-from parallel_backend.workload import work_of_job
 
 from . import pipelines
 
@@ -117,7 +115,7 @@ def run(args: Namespace) -> int:
         scheduler=args.scheduler,
         pipefusion_warmup=args.pipefusion_warmup,
     )
-    validation.check(checkpoint, job)
+    checked = check_job(job)
     device = Devices.parse(args.devices).first
     peak, work = measured_peak(device), operations(checkpoint, job)
     about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {args.cfg}"
@@ -130,7 +128,7 @@ def run(args: Namespace) -> int:
         reference = load_file(kept)["latent"]
     common = {"model": checkpoint.path.name, "device": device_name(device), "cfg": args.cfg, **size}
     common |= {name: getattr(args, name) for name in ("dtype", "offload", "tiling")}
-    for row, latent in measured(args, job, checkpoint, *wanted):
+    for row, latent in measured(args, checked, *wanted):
         if reference is None and latent is not None:
             reference = latent
             if kept:
@@ -149,26 +147,17 @@ def run(args: Namespace) -> int:
 
 
 def measured(
-    args: Namespace, job: SampleJob, checkpoint: Checkpoint, precisions: list[str], diffusers: list[str], xdit: list[str]
+    args: Namespace, checked: CheckedJob, precisions: list[str], diffusers: list[str], xdit: list[str]
 ) -> Iterator[tuple[dict, torch.Tensor | None]]:
     """The rows, and the latent of each where it is known."""
-    exact = None
+    exact, job, checkpoint = None, checked.job, checked.checkpoint
     if args.float32:
         executor = LocalExecutor(Devices.parse(args.devices).first)
         exact = two_steps(executor, replace(job, model=replace(job.model, dtype="fp32", compile="off")), checkpoint)
         executor.close()
     for plan_text in args.plans.split(",") if args.plans != "none" else ():
-        plan, devices, _ = resolve(
-            plan_text,
-            args.devices,
-            heads=checkpoint.heads,
-            layers=checkpoint.layers,
-            guided=job.guided,
-            offload=args.offload,
-            work=partial(work_of_job, job, checkpoint),
-        )
-        if plan.world_size == 1:
-            devices = Devices(devices.kind, devices.indices[:1])
+        prepared = prepare(checked, plan_text, args.devices)
+        plan, devices = prepared.plan, prepared.devices.first_of(prepared.plan.world_size)
         executor = open_executor(plan, devices)
         try:
             for precision in precisions:

@@ -1,13 +1,75 @@
-"""What one step of a checkpoint computes and keeps, for the planner."""
+"""What a job computes and keeps, for the planner."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from .cogvideox.offload import block_parts
-from .cogvideox.pipeline.windows import forward_size
-from .jobs import SampleJob
+from .cogvideox.pipeline.windows import Layout, forward_size
+from .jobs import Job, SampleJob
 from .planner.cost_model import Work
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan is chosen and checked for. Make it with :meth:`of` or :meth:`of_job`."""
+
+    heads: int
+    """Attention heads of the model."""
+    layers: int | None = None
+    """Blocks of the model; None if unknown."""
+    guided: bool = True
+    """Whether each step runs the model on both prompts."""
+    offload: str = "auto"
+    """As in :class:`parallel_backend.model.Model`."""
+    work: Callable[[torch.device], Work] | None = None
+    """One step on a device; None assumes a published model at its own size."""
+    jobs: int = 1
+    """Jobs that run one after the other, or windows of one job."""
+    unit: str = "videos"
+    """What ``jobs`` counts, for the user."""
+    batch: int | None = None
+    """Videos in each job; None for a job that does not sample."""
+    can_share: bool = True
+    """Whether replicas may share the jobs and the videos of a batch."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *, can_share: bool = True) -> "Workload":
+        """Returns the workload of a checkpoint at its own size."""
+        return cls(checkpoint.heads, checkpoint.layers, work=partial(work_of, checkpoint), can_share=can_share)
+
+    @classmethod
+    def of_job(cls, job: Job, checkpoint: Checkpoint, *, jobs: int = 1) -> "Workload":
+        """Returns the workload of a job, or of several jobs of its size."""
+        if not isinstance(job, SampleJob):
+            return cls.of(checkpoint, can_share=False)
+        windows = windows_of(job, checkpoint) if jobs == 1 and has_windows_to_share(job, checkpoint) else 1
+        return cls(
+            heads=checkpoint.heads,
+            layers=checkpoint.layers,
+            guided=job.guided,
+            offload=job.model.offload,
+            work=partial(work_of_job, job, checkpoint),
+            jobs=max(jobs, windows),
+            unit="windows" if windows > 1 else "videos",
+            batch=len(job.latent),
+            can_share=jobs > 1
+            or not job.model.step_cache,  # with which a video of a batch differs a little from one made alone
+        )
+
+
+def has_windows_to_share(job: SampleJob, checkpoint: Checkpoint) -> bool:
+    """Whether a job is one video in several windows, each of which any replica can predict. A step cache stays where it was filled."""
+    return len(job.latent) == 1 and not job.model.step_cache and windows_of(job, checkpoint) > 1
+
+
+def windows_of(job: SampleJob, checkpoint: Checkpoint) -> int:
+    """Returns the number of windows in the first step."""
+    return len(Layout.of(job, checkpoint).at(0))
 
 
 def work_of(
@@ -21,15 +83,15 @@ def work_of(
     fp8: str = "off",
     compile: str = "auto",
 ) -> Work:
-    """One step.
+    """Returns what one step computes and keeps. Reads no weights.
 
     Args:
-        checkpoint: opened; no weight is read.
-        device: of the kind to compute on.
-        size: width and height in pixels and frames; the checkpoint's own where it is not known.
+        checkpoint: the model.
+        device: where it runs; decides what ``auto`` means for dtype.
+        size: width and height in pixels, and frames; None for the checkpoint's own.
         guided: whether cfg is above 1.
-        batch: videos at a time.
-        dtype, fp8, compile: as in :class:`parallel_backend.jobs.Model`.
+        batch: videos in the step.
+        dtype, fp8, compile: as in :class:`parallel_backend.model.Model`.
     """
     width, height, frames = size or checkpoint.default_size
     tokens = checkpoint.tokens((frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL) + checkpoint.text_tokens
@@ -54,7 +116,7 @@ def work_of(
 
 
 def work_of_job(job: SampleJob, checkpoint: Checkpoint, device: torch.device) -> Work:
-    """One forward of a job: of one window where it has several."""
+    """Returns the work of one step of a job; of one window, if it has several."""
     batch, frames, height, width = forward_size(job, checkpoint)
     size, model = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1), job.model
     about = {"dtype": model.dtype, "fp8": model.fp8, "compile": model.compile}

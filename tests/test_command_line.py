@@ -110,24 +110,24 @@ def test_a_video_that_cannot_be_written_ends_the_others(four, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "more, jobs, pieces",
+    "more, jobs, unit",
     [
-        ((), 1, None),
+        ((), 1, "videos"),
         (("--window", 17, "--overlap", 8), 4, "windows"),
-        (("--window", 17, "--overlap", 8, "--count", 2), 2, None),
+        (("--window", 17, "--overlap", 8, "--count", 2), 2, "videos"),
     ],
 )
-def test_the_planner_is_told_what_replicas_can_share(more, jobs, pieces, run, checkpoints, tmp_path, monkeypatch):
-    asked = {}
+def test_the_planner_knows_what_replicas_can_share(more, jobs, unit, run, checkpoints, tmp_path, monkeypatch):
+    asked = []
 
-    def resolve(plan, devices, **wants):
-        asked.update(wants)
+    def resolve(plan, devices, workload):
+        asked.append(workload)
         raise RequestError("that is enough")
 
-    monkeypatch.setattr(generating, "resolve", resolve)
+    monkeypatch.setattr("parallel_backend.executor.prepare.resolve", resolve)
     size = ("--width", 32, "--height", 32, "--frames", 49, "--output", tmp_path / "x.mp4")
     assert run("generate", "--model", checkpoints["5b"], "--prompt", "x", *size, *more).returncode == 2
-    assert (asked["jobs"], asked.get("pieces")) == (jobs, pieces)
+    assert [(workload.jobs, workload.unit) for workload in asked] == [(jobs, unit)]
 
 
 @pytest.mark.parametrize(
@@ -229,11 +229,11 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
 def test_a_plan_is_chosen_for_the_length_and_windows_that_are_sampled(run, checkpoints, files, tmp_path, monkeypatch):
     works = []
 
-    def resolve(*words, work, **wants):
-        works.append(work(torch.device("cpu")))
+    def resolve(plan, devices, workload):
+        works.append(workload.work(torch.device("cpu")))
         raise RequestError("enough")
 
-    monkeypatch.setattr(generating, "resolve", resolve)
+    monkeypatch.setattr("parallel_backend.executor.prepare.resolve", resolve)
     size = ("--width", 48, "--height", 32, "--steps", 4, "--output", tmp_path / "out.mp4", "--prompt", "x")
     lengths = (("--video", files["video.mp4"]), ("--frames", 9), ("--frames", 49, "--window", 9, "--overlap", 4), ())
     for more in lengths:  # the file has ten frames, the model's own length is 49

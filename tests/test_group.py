@@ -31,6 +31,7 @@ from parallel_backend.jobs import DecodeJob, SampleJob
 from parallel_backend.model import Model, Windows
 from parallel_backend.parallel.group_rank import slow_link
 from parallel_backend.plan import Plan
+from parallel_backend.workload import Workload
 
 from .conftest import REPO, TOLERANCE, wait_until, workers
 from .test_cancel import KINDS as VAE_KINDS
@@ -646,11 +647,11 @@ def test_a_group_that_another_keeps_is_waited_for_while_it_starts_and_let_go_of_
     shared.share()
     keeper, devices = ExecutorCache(), Devices("cpu", (0, 1))
     attached = keeper.get(shared.plan, devices)
-    assert attached.address == shared.address and keeper.on(devices, heads=4) is attached
+    assert attached.address == shared.address and keeper.on(devices, Workload(4)) is attached
     assert attached.status()["state"] == "starting"
     assert len(attached.sample(make_job("5b")).report.step_seconds) == 8
     shared.close()
-    assert keeper.on(devices, heads=4) is None
+    assert keeper.on(devices, Workload(4)) is None
     assert keeper.get(shared.plan, devices) is not attached
     keeper.close()
 
@@ -675,10 +676,10 @@ def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monke
 def test_a_group_is_kept_for_any_plan_but_not_for_a_model_whose_heads_do_not_fit():
     keeper, devices = ExecutorCache(), Devices("cpu", (0, 1, 2))
     kept = keeper.get(Plan(ulysses=3), devices)
-    assert keeper.on(devices, heads=30) is kept
-    assert keeper.on(devices, heads=4) is None
-    assert keeper.on(Devices("cpu", (0, 1)), heads=30) is None
+    assert keeper.on(devices, Workload(30)) is kept
+    assert keeper.on(devices, Workload(4)) is None
+    assert keeper.on(Devices("cpu", (0, 1)), Workload(30)) is None
     devices = Devices("cpu", (0, 1))
     kept = keeper.get(Plan(cfg=2, fsdp=2), devices)
-    assert keeper.on(devices, heads=30, offload="model") is kept
-    assert keeper.on(devices, heads=30, offload="group") is None
+    assert keeper.on(devices, Workload(30, offload="model")) is kept
+    assert keeper.on(devices, Workload(30, offload="group")) is None

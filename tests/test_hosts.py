@@ -17,8 +17,8 @@ import pytest
 from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, GroupUnavailable, RequestError
-from parallel_backend.executor.factory import resolve
 from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.executor.resolve import resolve
 from parallel_backend.group import hosts, job_loop, link, muster
 from parallel_backend.group.codec import split_fields
 from parallel_backend.group.exit_cause import ExitCause, first_of
@@ -28,6 +28,7 @@ from parallel_backend.group.muster import Leader, Member
 from parallel_backend.group.preflight import interface_of
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home
+from parallel_backend.workload import Workload
 
 from .conftest import PATIENCE, TOLERANCE, wait_until
 from .support.two_hosts import SILENT_SECONDS, TwoHosts
@@ -385,7 +386,7 @@ def served_elsewhere_too():
     ],
 )
 def test_a_group_over_hosts_is_found_by_its_plan_and_the_devices_here(plan, devices, expected, served_elsewhere_too):
-    found, here, reason = resolve(plan, devices, heads=48)
+    found, here, reason = resolve(plan, devices, Workload(48))
     assert (reason == "the group of 2 hosts that serve keeps") == (expected is not None)
     if expected:
         assert (str(found), str(here)) == (expected, "cpu:1")

@@ -27,6 +27,7 @@ from parallel_backend.planner.cost_model import HEADROOM, patches, predict
 from parallel_backend.planner.hardware import KNOWN
 from parallel_backend.planner.machine import Link
 from parallel_backend.planner.planner import approximations, assumed, choose
+from parallel_backend.workload import Workload
 
 from .conftest import TOLERANCE, MadeWhenAsked, demo_job, workers
 from .test_sharding import run_plans
@@ -308,5 +309,5 @@ def test_a_kept_group_of_a_pipeline_is_not_what_auto_means(monkeypatch):
     monkeypatch.setattr("parallel_backend.executor.factory.open_executor", GroupExecutor)  # starts nothing
     for plan, found in (("cfg2", True), ("pipefusion2", False)):
         keeper.get(Plan.parse(plan), devices)
-        assert (keeper.on(devices, heads=4) is not None) == found
+        assert (keeper.on(devices, Workload(4)) is not None) == found
     keeper.close()

@@ -27,7 +27,7 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.offload import transformer_bytes, working_bytes
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
-from parallel_backend.executor.factory import machine_of, resolve
+from parallel_backend.executor.resolve import machine_of, resolve
 from parallel_backend.group.worker import remember
 from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.model import Model
@@ -37,7 +37,7 @@ from parallel_backend.planner.cost_model import predict, weight_bytes
 from parallel_backend.planner.cost_model import working_bytes as planned_bytes
 from parallel_backend.planner.machine import CPU, Link
 from parallel_backend.planner.planner import approximations, assumed, choose, predictions
-from parallel_backend.workload import work_of, work_of_job
+from parallel_backend.workload import Workload, work_of, work_of_job
 
 H100, GIB = hardware.KNOWN["H100"], 2**30
 PCIE, L40 = replace(H100, link=hardware.LINKS["pcie"]), hardware.KNOWN["L40"]
@@ -140,11 +140,11 @@ def test_videos_are_shared_by_replicas_where_all_are_done_sooner(jobs, batch, ex
     work = assumed(48, True)
     plan, reason = choose(heads=48, world_size=4, machine=H100, work=replace(work, prompts=2 * batch), jobs=jobs)
     assert (str(plan), words in reason) == (expected, True), reason
-    assert choose(heads=48, world_size=4, machine=H100, work=work, jobs=jobs, spread=False)[0] == Plan(cfg=2, ulysses=2)
+    assert choose(heads=48, world_size=4, machine=H100, work=work, jobs=jobs, can_share=False)[0] == Plan(cfg=2, ulysses=2)
 
 
 def test_what_replicas_share_is_named():
-    words = choose(heads=48, world_size=4, machine=H100, jobs=4, pieces="windows")[1]
+    words = choose(heads=48, world_size=4, machine=H100, jobs=4, unit="windows")[1]
     assert words.startswith("replicas2-cfg2 is predicted at 1.13 s a step of all 4 windows, cfg2-ulysses2 at 1.20 s")
 
 
@@ -241,7 +241,7 @@ def test_resolve_predicts_for_the_work_it_is_given(checkpoints):
         seen.append(device.type)
         return work_of(checkpoint, device, guided=False)
 
-    plan, _, reason = resolve("auto", "cpu:2", heads=checkpoint.heads, guided=False, work=work)
+    plan, _, reason = resolve("auto", "cpu:2", Workload(checkpoint.heads, guided=False, work=work))
     assert (str(plan), seen) == ("ulysses2", ["cpu"]) and reason.startswith("ulysses2 is predicted to take least, ring2 ")
 
 
@@ -386,25 +386,25 @@ def test_unequal_gpus_are_planned_for_as_the_slowest_with_the_fast_ones_first_an
     found = hardware.here(devices)
     assert (found.matrix, found.first(1).matrix, found.first(2).matrix) == (1e14, 7e14, 1e14)
     assert (found.name, found.link) == ("NVIDIA H100 80GB HBM3 and NVIDIA L40", hardware.LINKS["pcie"])
-    plan, used, reason = resolve("auto", "auto", heads=48)
+    plan, used, reason = resolve("auto", "auto", Workload(48))
     assert (plan, used.indices) == (Plan(), (1,)) and "on 1 of 2 devices" in reason
     assert hardware.warnings(Devices("cuda", (0, 1))) == [
         "unequal GPUs (0 is NVIDIA L40, 1 is NVIDIA H100 80GB HBM3): what splits a step waits for the slowest in every step; "
         "replicasN does not"
     ]
-    plan, used, _ = resolve("auto", "auto", heads=48, jobs=2)
+    plan, used, _ = resolve("auto", "auto", Workload(48, jobs=2))
     assert (plan, used.indices) == (Plan(), (1,))  # 2 x 1/7 is less than 1
 
 
 def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatch):
     gpus("NVIDIA H100 PCIe")
     hardware_cache.keep_rates("NVIDIA H100 PCIe", torch.__version__, dict.fromkeys(hardware_cache.RATES, 5e14))
-    asked = {"heads": 48, "guided": False, "jobs": 4}
-    assert resolve("auto", "auto", **asked)[0].replicas == 2
-    assert resolve("auto", "auto", **asked, spread=False)[0].replicas == 1
+    asked = Workload(48, guided=False, jobs=4)
+    assert resolve("auto", "auto", asked)[0].replicas == 2
+    assert resolve("auto", "auto", replace(asked, can_share=False))[0].replicas == 1
     found = {"a group": {"devices": "0,1", "shared": True, "nodes": 1}}
-    monkeypatch.setattr("parallel_backend.executor.factory.running", lambda: found)
-    assert resolve("auto", "auto", **asked)[0].replicas == 1
+    monkeypatch.setattr("parallel_backend.executor.resolve.running", lambda: found)
+    assert resolve("auto", "auto", asked)[0].replicas == 1
 
 
 def test_one_gpu_is_not_measured(gpus, measure):
@@ -417,5 +417,5 @@ def test_a_running_group_of_ours_holds_memory_that_a_job_is_to_have(gpus, monkey
     gpus("NVIDIA H100 80GB HBM3", free=1 * GIB)
     two = Devices("cuda", (0, 1))
     assert machine_of(two).free == 6 * GIB
-    monkeypatch.setattr("parallel_backend.executor.factory.running", lambda: {"a group": {"devices": "0,1"}})
+    monkeypatch.setattr("parallel_backend.executor.resolve.running", lambda: {"a group": {"devices": "0,1"}})
     assert machine_of(two).free == 80 * GIB

@@ -15,11 +15,12 @@ from parallel_backend.cogvideox.checkpoint.shards import BLOCKS, Shard
 from parallel_backend.cogvideox.transformer import fp8_linear
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
-from parallel_backend.executor.factory import resolve
 from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.executor.resolve import resolve
 from parallel_backend.group.codec import split_fields
 from parallel_backend.group.protocol import Message, encode
 from parallel_backend.plan import Plan
+from parallel_backend.workload import Workload
 
 from .conftest import REPO, TOLERANCE
 
@@ -112,7 +113,7 @@ def test_what_a_plan_cannot_do_is_refused_before_processes_start(jobs):
             group.check(replace(jobs[0], model=replace(jobs[0].model, offload=mode)))
         assert "\n" not in str(error.value)
         with pytest.raises(RequestError, match="use plan 'cfg2', or"):
-            resolve("cfg2-fsdp2", "cpu:2", heads=4, offload=mode)
+            resolve("cfg2-fsdp2", "cpu:2", Workload(4, offload=mode))
 
 
 @pytest.mark.parametrize("tensor, fsdp", [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])

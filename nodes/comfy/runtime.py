@@ -4,7 +4,7 @@ import atexit
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from statistics import median
 
 import comfy.model_management as management
@@ -14,19 +14,17 @@ from comfy.cli_args import LatentPreviewMethod
 from comfy.cli_args import args as settings
 from PIL import Image
 
-from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.cogvideox.offload import working_bytes
-from ...parallel_backend.cogvideox.pipeline import validation
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ...parallel_backend.executor.base import Executor
-from ...parallel_backend.executor.batch import has_windows_to_share, windows_of
-from ...parallel_backend.executor.factory import AS_ASKED, ExecutorCache, resolve
+from ...parallel_backend.executor.factory import ExecutorCache
 from ...parallel_backend.executor.local import LocalExecutor
-from ...parallel_backend.jobs import DecodeJob, Job, Report, Result, SampleJob
-from ...parallel_backend.plan import AUTO, Plan
+from ...parallel_backend.executor.prepare import CheckedJob, PreparedJob, check_job, prepare
+from ...parallel_backend.executor.resolve import SET_BY_USER
+from ...parallel_backend.jobs import Job, Report, Result, SampleJob
+from ...parallel_backend.plan import AUTO
 from ...parallel_backend.planner.cost_model import HEADROOM
-from ...parallel_backend.workload import work_of, work_of_job
 from . import lines
 from .model_folders import find_lora, find_model, lora_files, model_names  # noqa: F401 - nodes ask the host for these
 from .model_patcher import HeldWeights
@@ -92,27 +90,28 @@ def counted_on(executor: Executor) -> torch.device:
 
 
 def run(job: Job, backend=None, node_id: str | None = None, device: torch.device | None = None) -> Result:
-    """Runs a job for a node: on its backend, or in this process where it has none or no group can start.
+    """Runs a job for a node: on its backend, or in this process if it has none or no group can start.
 
     Args:
         job: what to do.
         backend: a :class:`.types.BackendHandle`, or None for this process.
-        node_id: where to say what is done, and where progress is shown.
+        node_id: the node that shows progress and notes; None for the one that is executing.
         device: for this process; None for ComfyUI's.
     Raises:
-        RequestError: for what makes no sense; no group has been touched.
-        InterruptProcessingException: ComfyUI's own, when the person cancelled.
+        RequestError: when the job cannot be done. No group has been touched.
+        InterruptProcessingException: ComfyUI's own, when the user cancelled.
     """
-    checkpoint = Checkpoint.open(job.model.path)
-    validation.check(checkpoint, job)
+    if isinstance(job, SampleJob):
+        job = replace(job, preview=settings.preview_method != LatentPreviewMethod.NoPreviews)
+    checked = check_job(job)
     try:
-        executor = executor_for(backend, checkpoint, job, node_id) if backend else local(device)
-        return run_on(executor, job, node_id)
+        executor = executor_for(backend, checked, node_id) if backend else local(device)
+        return run_on(executor, checked, node_id)
     except GroupUnavailable as error:
         say(f"no group: {error.summary}; working in this process", node_id, level=logging.WARNING)
         if error.details:
             logger.info(error.details)
-    return run_on(local(device), job, node_id)
+    return run_on(local(device), checked, node_id)
 
 
 def has_group() -> bool:
@@ -121,66 +120,62 @@ def has_group() -> bool:
 
 
 def begin(handle, backend, latent: torch.Tensor | None, cfg: float, node_id: str | None) -> None:
-    """Has the group start that a sampling job is going to need, without waiting for it. To be asked only where :func:`has_group` says no:
-    what is kept would have to give way to a group that the job, once it is checked, may not get.
+    """Starts the group that a sampling job is going to need, without waiting for it.
+
+    Call it only if :func:`has_group` is False: a group that is kept would be replaced by one that the job, once it is checked,
+    may not need.
 
     Args:
         handle: a :class:`.types.ModelHandle`.
         backend, node_id: see :func:`run`.
-        latent: of the job; any will do with a plan that is not ``auto``.
-        cfg: of the job.
+        latent: the job's; None for an empty one, which is as good for any plan but ``auto``.
+        cfg: the job's.
     """
     checkpoint, blank = handle.checkpoint, handle.checkpoint.blank_text()
     try:
         latent = checkpoint.empty_latent() if latent is None else latent
         job = SampleJob(handle.model, blank, latent, blank, cfg=cfg, windows=handle.windows)
-        executor_for(backend, checkpoint, job, node_id)
+        executor_for(backend, CheckedJob(job, checkpoint), node_id)  # not checked: text and images are still missing
     except (GroupUnavailable, RequestError, ValueError) as error:
         logger.debug("no group is started yet; the job is going to say why: %s", error)
 
 
-def executor_for(backend, checkpoint: Checkpoint, job: Job, node_id: str | None) -> Executor:
-    """Who runs a job for a node. A group begins to start.
+def executor_for(backend, checked: CheckedJob, node_id: str | None) -> Executor:
+    """Returns the executor for a job of a node. A group starts, and is not waited for.
 
     Raises:
-        RequestError: when plan, devices and model do not fit.
+        RequestError: when plan, devices and job do not fit each other.
         GroupUnavailable: when the backend cannot start here.
     """
-    samples = isinstance(job, SampleJob)
-    wants = {"heads": checkpoint.heads, "offload": job.model.offload if samples else "auto"}
-    windows = windows_of(job) if samples and has_windows_to_share(job) else 1
-    among, videos = Devices.parse(backend.devices), max(job.latent.shape[0], windows) if samples else None
-    if backend.plan == AUTO and (warm := _groups.on(among, videos=videos, **wants)):
-        return warm  # even where cfg is 1 and another plan would be faster: a new group costs more than it saves
-    work = partial(work_of_job, job, checkpoint) if samples else partial(work_of, checkpoint)
-    guided = job.guided if samples else True
-    spread = samples and not job.model.step_cache  # with which a batch is not quite its videos made apart
-    wants |= {"jobs": windows, "pieces": "windows" if windows > 1 else "videos", "spread": spread, "layers": checkpoint.layers}
-    plan, devices, reason = resolve(backend.plan, backend.devices, guided=guided, work=work, **wants)
-    validation.check_plan(checkpoint, plan, job)
+    among = Devices.parse(backend.devices)
+    # A warm group is used even if another plan would be faster, as with cfg 1: a new group costs more than it saves.
+    if backend.plan == AUTO and (warm := _groups.on(among, checked.workload())):
+        return warm
+    prepared = prepare(checked, backend.plan, backend.devices)
+    plan, devices = prepared.plan, prepared.devices
     if plan.world_size == 1:
-        report_plan(plan, devices, reason, node_id)
+        report_plan(prepared, node_id)
         return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)
     executor = _groups.get(plan, devices, among=among if backend.plan == AUTO else None)
     executor.start()
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it
-    report_plan(plan, devices, reason, node_id)
+    report_plan(prepared, node_id)
     return executor
 
 
-def report_plan(plan: Plan, devices: Devices, reason: str, node_id: str | None) -> None:
+def report_plan(prepared: PreparedJob, node_id: str | None) -> None:
     """Says which plan is used and why; one that the user has set is only logged."""
-    line = f"plan {plan} on {devices}: {reason}"
-    if reason == AS_ASKED:
+    line = f"plan {prepared.plan} on {prepared.devices}: {prepared.reason}"
+    if prepared.reason == SET_BY_USER:
         logger.info(line)
     else:
         say(line, node_id)
 
 
-def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
+def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Result:
     """Runs a job with ComfyUI's progress bar and cancel button."""
-    bar = comfy.utils.ProgressBar(job.steps, node_id) if isinstance(job, SampleJob) else None
+    bar = comfy.utils.ProgressBar(checked.job.steps, node_id) if isinstance(checked.job, SampleJob) else None
 
     def on_step(step: int, steps: int) -> None:
         if not management.processing_interrupted():
@@ -190,34 +185,33 @@ def run_on(executor: Executor, job: Job, node_id: str | None) -> Result:
         if not management.processing_interrupted():
             bar.update_absolute(bar.current, bar.total, ("JPEG", Image.fromarray(picture.numpy()), settings.preview_size))
 
-    held = _held.setdefault(executor, HeldWeights(executor, counted_on(executor)))
-    held.recount()
-    held.expect(job)
-    checkpoint = Checkpoint.open(job.model.path)
-    dtype = checkpoint.dtype(job.model.dtype, held.load_device)
-    working = working_bytes(job, checkpoint, executor.plan, dtype)
-    pictures = isinstance(job, SampleJob) and settings.preview_method != LatentPreviewMethod.NoPreviews
-    if isinstance(job, SampleJob):  # which decides by the room for the VAE, too, where its weights are to wait
-        working += checkpoint.weight_bytes("vae", dtype)
-    if executor not in _local.values():
-        management.soft_empty_cache()  # what this process keeps, another one cannot take
-    management.load_models_gpu([held], memory_required=working / HEADROOM + SLACK * held.model_size())
-    stop = management.processing_interrupted
+    held = make_room_for(executor, checked)
     with interruptible():
         try:
-            if isinstance(job, SampleJob):
-                result = executor.sample(job, on_step=on_step, should_stop=stop, on_picture=on_picture if pictures else None)
-            elif isinstance(job, DecodeJob):
-                result = executor.decode(job, should_stop=stop)
-            else:
-                result = executor.encode(job, should_stop=stop)
+            result = executor.run_checked(checked, on_step, management.processing_interrupted, on_picture)
         except Exception:
             held.forget()
             raise
-    say(summary(job, result.report), node_id)
+    say(summary(checked.job, result.report), node_id)
     for note in result.report.notes:
         say(note, node_id, level=logging.WARNING)
     return result
+
+
+def make_room_for(executor: Executor, checked: CheckedJob) -> HeldWeights:
+    """Has ComfyUI unload other models until a job fits. Returns what the executor holds, as ComfyUI counts it."""
+    held = _held.setdefault(executor, HeldWeights(executor, counted_on(executor)))
+    held.recount()
+    held.expect(checked.job)
+    checkpoint, job = checked.checkpoint, checked.job
+    dtype = checkpoint.dtype(job.model.dtype, held.load_device)
+    working = working_bytes(job, checkpoint, executor.plan, dtype)
+    if isinstance(job, SampleJob):  # offload "auto" keeps weights on the device only if the VAE fits too
+        working += checkpoint.weight_bytes("vae", dtype)
+    if executor not in _local.values():
+        management.soft_empty_cache()  # another process cannot take what this process's allocator keeps
+    management.load_models_gpu([held], memory_required=working / HEADROOM + SLACK * held.model_size())
+    return held
 
 
 def summary(job: Job, report: Report) -> str:

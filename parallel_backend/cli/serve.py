@@ -2,14 +2,13 @@
 
 import signal
 from argparse import Namespace
-from functools import partial
 
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..devices import Devices
 from ..errors import GroupFailure, GroupUnavailable
-from ..executor.factory import resolve, share_of
 from ..executor.group import GroupExecutor
+from ..executor.resolve import resolve, share_of
 from ..group.hosts import Common, Place
 from ..group.launcher import Launcher
 from ..group.lending import lend
@@ -17,7 +16,7 @@ from ..group.muster import Leader, Member
 from ..group.preflight import check_possible
 from ..group.registry import running
 from ..plan import AUTO, Plan
-from ..workload import work_of
+from ..workload import Workload
 from .console import show, show_json
 
 
@@ -28,10 +27,8 @@ def serve(args: Namespace) -> int:
     if place and place.node:
         return lend_devices(args, place)
     checkpoint = Checkpoint.open(bundled.find(args.model))
-    work = partial(work_of, checkpoint)
     nodes = place.nodes if place else 1
-    about = {"heads": checkpoint.heads, "layers": checkpoint.layers, "work": work}
-    chosen, devices, reason = resolve(args.plan, args.devices, **about, nodes=nodes)
+    chosen, devices, reason = resolve(args.plan, args.devices, Workload.of(checkpoint), nodes=nodes)
     muster = None
     if place:
         common = Common.here(nodes=nodes, plan=str(chosen), kind=devices.kind, processes=devices.count)

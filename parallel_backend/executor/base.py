@@ -1,4 +1,4 @@
-"""Who runs a job for a caller. Nodes and the command line know only this."""
+"""The interface of executors: what runs jobs for nodes, command line and benchmarks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -7,46 +7,43 @@ from typing import Any
 
 import torch
 
-from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.pipeline import validation
 from ..cogvideox.vae.preview import PictureListener
 from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from ..plan import Plan
+from .prepare import CheckedJob, check_job
 
 StepListener = Callable[[int, int], None]
-"""Told after each step: steps done, steps to do."""
+"""Called after each step with the steps done and the steps to do."""
 StopSignal = Callable[[], bool]
-"""Asked often; True once the caller wants the job to stop."""
-
-
+"""Called often; True once the caller wants the job to stop."""
 DecodeOf = Callable[[int, Result], DecodeJob]
-"""What is to be decoded of a sampled video, by its place."""
+"""Returns the decoding job for a video's number and its sampled result."""
 VideoListener = Callable[[int, Result, Result], None]
-"""Told of a video that is done: its place, what was sampled, what was decoded."""
+"""Called with each finished video: its number, the sampled result, the decoded result."""
 
 
 def silent(step: int, steps: int) -> None:
-    """A listener that does nothing."""
+    """A step listener that does nothing."""
 
 
 def never() -> bool:
-    """A stop signal that is never given."""
+    """A stop signal that never stops."""
     return False
 
 
 def steps_of(jobs: Sequence[Job]) -> int:
-    """Steps that jobs run together."""
+    """Returns the number of steps of all jobs together."""
     return sum(job.steps_to_run for job in jobs if isinstance(job, SampleJob))
 
 
 def within(jobs: Sequence[SampleJob], place: int, on_step: StepListener) -> StepListener:
-    """A listener to one of several jobs, for one who hears of them all together."""
+    """Returns a step listener for one of several jobs that reports the steps of all jobs together."""
     before, total = steps_of(jobs[:place]), steps_of(jobs)
     return lambda step, _: on_step(before + step, total)
 
 
 class Executor(ABC):
-    """One interface for this process and for a group of them."""
+    """Runs jobs, in this process or in a group of processes."""
 
     plan = Plan()
 
@@ -63,15 +60,15 @@ class Executor(ABC):
         Args:
             job: what to sample.
             on_step: called after each step, in the caller's thread.
-            should_stop: asked between steps or more often.
-            on_picture: called now and then with a picture of what a step takes for the clean video, in the caller's thread.
+            should_stop: called at least once a step.
+            on_picture: called in the caller's thread with previews of the clean video, at most one a step.
         Returns:
-            The latent, as :class:`parallel_backend.jobs.SampleJob` says, and what it cost.
+            The latent, see :class:`parallel_backend.jobs.SampleJob`, and the report.
         Raises:
-            RequestError: before anything is loaded.
-            Cancelled: within a step of ``should_stop``.
-            GroupUnavailable: when the group's processes did not come up.
-            GroupError: when a worker failed.
+            RequestError: when the job cannot be done. Nothing has been loaded.
+            Cancelled: within one step after ``should_stop`` returned True.
+            GroupUnavailable: when the group did not start.
+            GroupError: when a rank failed.
         """
         return self.run(replace(job, preview=on_picture is not None), on_step, should_stop, on_picture)
 
@@ -84,13 +81,13 @@ class Executor(ABC):
         return self.run(job, should_stop=should_stop)
 
     def load(self, job: SampleJob, *, should_stop: StopSignal = never) -> Report:
-        """Reads the weights that a sampling job needs, for while its text is encoded; raises as :meth:`sample` does."""
+        """Loads the weights that a sampling job needs, while its text is being encoded; raises as :meth:`sample` does."""
         return self.run(LoadJob.of(job), should_stop=should_stop).report
 
     def sample_all(
         self, jobs: Sequence[SampleJob], *, on_step: StepListener = silent, should_stop: StopSignal = never
     ) -> list[Result]:
-        """Denoises several latents, and reports steps of all of them together; raises as :meth:`sample` does."""
+        """Denoises several latents and reports the steps of all together; raises as :meth:`sample` does."""
         for job in jobs:
             self.check(job)
         return self._sample_all(jobs, on_step, should_stop)
@@ -107,11 +104,11 @@ class Executor(ABC):
         """Samples and decodes videos; raises as :meth:`sample` does.
 
         Args:
-            jobs: of one video each.
-            decode: the decoding job for a place in ``jobs`` and what was sampled there.
-            on_video: called with a place, what was sampled and what was decoded, as soon as both are there. Maybe in another
-                thread, of several at once; the next video waits meanwhile, so that frames do not fill memory.
-            on_step, should_stop: see :meth:`sample`; steps are those of all videos together.
+            jobs: one video each.
+            decode: returns the decoding job of each sampled video.
+            on_video: called with each video once it is decoded, maybe in other threads and several at once. The thread makes no
+                other video meanwhile, so that frames do not fill memory.
+            on_step, should_stop: see :meth:`sample`; steps count all videos together.
         """
         for job in jobs:
             self.check(job)
@@ -119,9 +116,7 @@ class Executor(ABC):
 
     def check(self, job: Job) -> None:
         """Raises RequestError when the checkpoint or the plan cannot do the job."""
-        checkpoint = Checkpoint.open(job.model.path)
-        validation.check(checkpoint, job)
-        validation.check_plan(checkpoint, self.plan, job)
+        check_job(job).check_plan(self.plan)
 
     def run(
         self,
@@ -131,11 +126,21 @@ class Executor(ABC):
         on_picture: PictureListener | None = None,
     ) -> Result:
         """Runs a job of any kind; raises as :meth:`sample` does."""
-        self.check(job)
-        return self._run(job, on_step, should_stop, on_picture)
+        return self.run_checked(check_job(job), on_step, should_stop, on_picture)
+
+    def run_checked(
+        self,
+        checked: CheckedJob,
+        on_step: StepListener = silent,
+        should_stop: StopSignal = never,
+        on_picture: PictureListener | None = None,
+    ) -> Result:
+        """Runs a job that was checked against its checkpoint; raises as :meth:`sample` does."""
+        checked.check_plan(self.plan)
+        return self._run(checked.job, on_step, should_stop, on_picture)
 
     def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
-        """Runs jobs that were checked, one after the other."""
+        """Runs checked jobs one after the other."""
         return [self._run(job, within(jobs, place, on_step), should_stop) for place, job in enumerate(jobs)]
 
     def _make_all(
@@ -146,37 +151,37 @@ class Executor(ABC):
         on_step: StepListener,
         should_stop: StopSignal,
     ) -> None:
-        """Runs jobs that were checked and decodes what they give, one after the other."""
+        """Runs checked jobs and decodes their latents, one after the other."""
         for place, job in enumerate(jobs):
             sampled = self._run(job, within(jobs, place, on_step), should_stop)
             on_video(place, sampled, self.decode(decode(place, sampled), should_stop=should_stop))
 
     def start(self) -> None:
-        """Begins whatever takes time before the first job, without waiting for it."""
+        """Starts what the first job needs, without waiting for it."""
 
     def is_usable(self) -> bool:
-        """Whether another job may be asked of it; False once what it was attached to has ended."""
+        """Whether it can run another job; False once the group that it was attached to has ended."""
         return True
 
     @property
     @abstractmethod
     def torch_devices(self) -> tuple[torch.device, ...]:
-        """The devices that hold its weights, as this process numbers them."""
+        """The devices that hold its weights, by this process's numbers."""
 
     @abstractmethod
     def _run(
         self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
     ) -> Result:
-        """Runs a job that was checked."""
+        """Runs a checked job."""
 
     @abstractmethod
     def status(self) -> dict[str, Any]:
-        """State, plan, model, loads and memory, in plain values."""
+        """Returns state, plan, model, loads and memory as plain values."""
 
     @abstractmethod
     def free(self) -> None:
-        """Lets go of all weights; the next job loads again."""
+        """Frees all weights; the next job loads them again."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends what was started. Further calls do nothing."""
+        """Ends what was started. More calls do nothing."""

@@ -5,19 +5,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.pipeline.windows import Layout
 from ..jobs import DecodeJob, EncodeJob, Job, SampleJob
-
-
-def has_windows_to_share(job: SampleJob) -> bool:
-    """Whether a job is of one video in several windows. What a step cache keeps of a window is where that was predicted."""
-    return job.windows is not None and len(job.latent) == 1 and not job.model.step_cache and windows_of(job) > 1
-
-
-def windows_of(job: SampleJob) -> int:
-    """Windows that a job's first step has."""
-    return len(Layout.of(job, Checkpoint.open(job.model.path)).at(0))
 
 
 def cut(job: Job) -> list[Job]:

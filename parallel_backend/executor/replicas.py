@@ -18,8 +18,9 @@ from ..errors import GroupFailure, GroupUnavailable
 from ..jobs import Job, Progress, Report, Result, SampleJob, WindowJob
 from ..parallel.rank import RankContext
 from ..plan import Plan
+from ..workload import has_windows_to_share
 from .base import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
-from .batch import cut, has_windows_to_share, join
+from .batch import cut, join
 from .group import GroupExecutor
 from .scheduler import Made, Pool, ReplicaScheduler
 
@@ -72,8 +73,10 @@ class ReplicasExecutor(Executor):
         self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
     ) -> Result:
         # What a pipeline keeps of a window is where that was predicted.
-        if isinstance(job, SampleJob) and self.plan.pipefusion == 1 and has_windows_to_share(job):
-            return self._share_windows(job, on_step, should_stop)
+        if isinstance(job, SampleJob) and self.plan.pipefusion == 1:
+            checkpoint = Checkpoint.open(job.model.path)
+            if has_windows_to_share(job, checkpoint):
+                return self._share_windows(job, checkpoint, on_step, should_stop)
         return self._spread([job], on_step, should_stop, on_picture)[0]
 
     def load(self, job: SampleJob, *, should_stop: StopSignal = never) -> Report:
@@ -128,10 +131,10 @@ class ReplicasExecutor(Executor):
             results.append(Result(join([result.tensor for _, result in made]), report))
         return results
 
-    def _share_windows(self, job: SampleJob, on_step: StepListener, should_stop: StopSignal) -> Result:
+    def _share_windows(self, job: SampleJob, checkpoint: Checkpoint, on_step: StepListener, should_stop: StopSignal) -> Result:
         """Does the steps of a long video here, on the CPU, and has each step's windows predicted where a replica is free."""
         self._closed.clear()
-        checkpoint, spread = Checkpoint.open(job.model.path), None
+        spread = None
         made: list[Made] = []
         steps: list[float] = []
         started = began = time.perf_counter()

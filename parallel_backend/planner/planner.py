@@ -24,8 +24,8 @@ def choose(
     work: Work | None = None,
     machine: Machine | None = None,
     jobs: int = 1,
-    spread: bool = True,
-    pieces: str = "videos",
+    can_share: bool = True,
+    unit: str = "videos",
 ) -> tuple[Plan, str]:
     """The plan that is predicted to be the fastest of those that fit.
 
@@ -36,16 +36,16 @@ def choose(
         work: of one step; a 5b or 2b at its own size where it is not known.
         machine: the devices; processes on a CPU where they are not known.
         jobs: that are to be run one after the other, such as a list of prompts, or a long video's windows.
-        spread: whether replicas may share them and the videos of their batches.
-        pieces: what they share, for a person.
+        can_share: whether replicas may share them and the videos of their batches.
+        unit: what ``jobs`` counts, for the user.
     Returns:
         The plan, and the reason in one sentence.
     """
     work, machine = work or assumed(heads, guided), machine or CPU
-    found = predictions(work, machine, world_size, jobs=jobs, spread=spread)
+    found = predictions(work, machine, world_size, jobs=jobs, can_share=can_share)
     best = pick(found)
     many = jobs * work.videos
-    return best.plan, why(best, found, machine, world_size, f"all {many} {pieces}" if many > 1 else "")
+    return best.plan, why(best, found, machine, world_size, f"all {many} {unit}" if many > 1 else "")
 
 
 def assumed(heads: int, guided: bool) -> Work:
@@ -56,7 +56,7 @@ def assumed(heads: int, guided: bool) -> Work:
     return Work(layers, heads, 64, 17776, 2 if guided else 1, 2, matrices, vectors, rest, guided)
 
 
-def predictions(work: Work, machine: Machine, world_size: int, *, jobs: int = 1, spread: bool = True) -> list[Prediction]:
+def predictions(work: Work, machine: Machine, world_size: int, *, jobs: int = 1, can_share: bool = True) -> list[Prediction]:
     """What every exact plan of all devices costs, the best of each smaller number of them, and that in replicas. Fastest first.
 
     Where seconds are not known only the order of plans of one size is to be believed, so these are all there is.
@@ -68,7 +68,7 @@ def predictions(work: Work, machine: Machine, world_size: int, *, jobs: int = 1,
         for size in range(1, world_size):
             smaller = [replace(each, rounds=jobs) for each in best_of_size(work, machine.first(size), size)]
             found += [each for each in smaller if each.total <= most]
-        if spread:
+        if can_share:
             found += in_replicas(work, machine, world_size, jobs * work.videos)
     return sorted(found, key=lambda each: each.total)
 

@@ -1,0 +1,117 @@
+"""Resolves the user's plan and devices strings, ``auto`` included."""
+
+from dataclasses import replace
+from typing import Any
+
+from ..devices import Devices
+from ..errors import RequestError
+from ..group.registry import running
+from ..plan import AUTO, IN_PARTS, Plan
+from ..planner import hardware
+from ..planner.machine import Machine
+from ..planner.planner import choose
+from ..workload import Workload
+
+SET_BY_USER = "set by the user"
+"""The reason for a plan that is not ``auto``."""
+
+
+def resolve(plan: str, devices: str, workload: Workload, *, nodes: int | None = None) -> tuple[Plan, Devices, str]:
+    """Resolves the user's plan and devices strings.
+
+    ``auto`` devices are all GPUs, or as many as the plan needs. For an ``auto`` plan the planner predicts each plan's time and
+    memory, and may leave devices unused.
+
+    Args:
+        plan: such as ``cfg2``, or ``auto``.
+        devices: such as ``0,1``, ``cpu:2`` or ``auto``.
+        workload: what the plan is for.
+        nodes: hosts of a group to be served, each with such devices. None for a job, which uses a group that is served over
+            several hosts if these strings fit its plan and its devices here.
+    Returns:
+        Plan, devices of this host, and the reason in one sentence.
+    Raises:
+        RequestError: when plan, devices, model and offload do not fit each other.
+    """
+    found = Devices.parse(devices)
+    if nodes is None and (served := served_over_hosts(plan, AUTO if devices == AUTO else str(found), heads=workload.heads)):
+        served[0].check_offload(workload.offload)
+        return served
+    nodes = nodes or 1
+    if plan == AUTO:
+        return resolve_auto(found, workload, nodes)
+    chosen = Plan.parse(plan)
+    if devices == AUTO:
+        found = share_of(chosen, found, nodes)
+    chosen.check_world(found.count, nodes)
+    chosen.check_heads(workload.heads)
+    if workload.layers is not None:
+        chosen.check_layers(workload.layers)
+    chosen.check_offload(workload.offload)
+    return chosen, found, SET_BY_USER
+
+
+def resolve_auto(found: Devices, workload: Workload, nodes: int) -> tuple[Plan, Devices, str]:
+    """Returns the plan that is predicted to be the fastest, the devices that it uses, and the reason."""
+    found = hardware.fastest_first(found) if nodes == 1 else found
+    machine = machine_of(found, can_shard=workload.offload not in IN_PARTS)
+    if nodes > 1:  # the network is unknown, so only the order of plans is predicted, and every host takes part
+        machine = replace(machine, knows_seconds=False)
+    chosen, reason = choose(
+        heads=workload.heads,
+        world_size=found.count * nodes,
+        guided=workload.guided,
+        work=workload.work and workload.work(found.first),
+        machine=machine,
+        jobs=workload.jobs,
+        can_share=workload.can_share and not is_served(found),
+        unit=workload.unit,
+    )
+    used = found.first_of(chosen.world_size // nodes)
+    return chosen, used, "; ".join([reason, *hardware.warnings(used)])
+
+
+def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
+    """Returns the machine that the planner predicts for. Memory that a group of this pack holds counts as free: the job gets it."""
+    machine = hardware.here(devices)
+    machine = replace(
+        machine, can_shard=can_shard, together=tuple(replace(some, can_shard=can_shard) for some in machine.together)
+    )
+    return hardware.emptied(machine, devices) if machine.free is not None and groups_on_gpus() else machine
+
+
+def is_served(devices: Devices) -> bool:
+    """Whether ``serve`` keeps a group on GPUs of this machine. Replicas would need its memory."""
+    return devices.kind != "cpu" and any(group["shared"] for group in groups_on_gpus())
+
+
+def groups_on_gpus() -> list[dict[str, Any]]:
+    """Returns the descriptions of the user's groups on GPUs of this machine, whichever process owns them."""
+    return [description for description in running().values() if not description["devices"].startswith("cpu")]
+
+
+def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:
+    """Returns as many of the devices as a plan needs on each of ``nodes`` hosts.
+
+    Raises:
+        RequestError: when this machine has fewer GPUs.
+    """
+    count = plan.world_size // nodes
+    if plan.world_size % nodes or count == found.count:
+        return found  # the check of the plan names what does not fit
+    if found.kind == "cpu":
+        return Devices("cpu", tuple(range(count)))
+    if count > found.count:
+        raise RequestError(f"plan '{plan}' needs {count} GPUs here; this machine has {found.count}: use a smaller plan")
+    return found.first_of(count)
+
+
+def served_over_hosts(plan: str, devices: str, *, heads: int) -> tuple[Plan, Devices, str] | None:
+    """Returns plan, devices here and reason of a group that is served over several hosts, if the strings and the heads fit it."""
+    for description in running().values():
+        if not description["shared"] or description["nodes"] == 1:
+            continue
+        kept = Plan.parse(description["plan"])
+        if plan in (AUTO, str(kept)) and devices in (AUTO, description["devices"]) and kept.fits(heads):
+            return kept, Devices.parse(description["devices"]), f"the group of {description['nodes']} hosts that serve keeps"
+    return None
