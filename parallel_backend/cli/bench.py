@@ -4,7 +4,7 @@ from argparse import Namespace
 
 
 def bench(args: Namespace) -> int:
-    """Side by side with diffusers and xDiT's own pipeline."""
+    """Times plans, next to diffusers' and xDiT's own pipelines."""
     from benchmarks.table import run
 
     return run(args)

@@ -21,17 +21,17 @@ __all__ = ["frames_per_second", "pictures", "read"]
 def read(
     args: Namespace, size: dict[str, int], checkpoint: Checkpoint
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What the files that were given are, by the field of a SampleJob that they fill.
+    """Reads the user's files, for the fields of a SampleJob.
 
     Args:
         args: with ``image``, ``end_image``, ``control_video``, ``video``, ``mask``, ``denoise`` and ``frames``.
-        size: width and height of the video to make, and the most frames; they become those of a video that is given.
-        checkpoint: that they are for.
+        size: width, height and most frames of the video to make. ``frames`` is set to those of a video that is given.
+        checkpoint: the model that they are for.
     Returns:
-        Pixels ``[frames, height, width, 3]``, each to be encoded for its field, and the fields that need no encoding.
+        Pixels ``[frames, height, width, 3]`` to encode, by field, and the fields that need no encoding.
     Raises:
-        RequestError: for a size no CogVideoX makes, a file that cannot be read, too short a video, or files that do not go
-            together.
+        RequestError: for a size that no CogVideoX makes, a file that cannot be read, a video that is too short, or files that
+            exclude each other.
     """
     check_size(**size)
     if args.mask is not None and args.video is None:
@@ -62,7 +62,7 @@ def read(
 
 
 def read_videos(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The pixels of the videos that were given, of one length: as many frames as were asked for, or as fit."""
+    """Reads the videos that are given, cut to one length: ``--frames``, or as many as all have and the model takes."""
     edges = {"width": size["width"], "height": size["height"]}
     paths = {field: path for field, path in (("latent", args.video), ("control", args.control_video)) if path is not None}
     videos = {
@@ -75,13 +75,13 @@ def read_videos(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -
     for field, video in videos.items():
         if frames > len(video):
             raise RequestError(
-                f"{paths[field]} has {len(video)} frames and {frames} were asked for; use fewer or a longer video"
+                f"{paths[field]} has {len(video)} frames, and --frames is {frames}; use fewer frames or a longer video"
             )
     return {field: video[:frames] for field, video in videos.items()}
 
 
 def read_mask(path: str, frames: int) -> torch.Tensor:
-    """A mask ``[1 or frames, rows, columns]`` in 0..1 from an image or a video: white is replaced."""
+    """Reads a mask ``[1 or frames, rows, columns]`` in 0..1 from an image or a video. 1, white, is replaced."""
     guessed = mimetypes.guess_type(path)[0] or ""
     kind = "video" if guessed.startswith("video/") else "image"
     return torch.cat([picture.mean(dim=-1) for picture in islice(pictures(path, kind), frames)])

@@ -1,4 +1,4 @@
-"""What parsed options ask for: size, model, LoRAs, windows."""
+"""Turns parsed options into size, model, LoRAs and windows."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -9,33 +9,33 @@ from ..model import Lora, Model, Windows, two_thirds
 
 
 def size_of(args: Namespace, checkpoint: Checkpoint) -> dict[str, int]:
-    """Width, height and frames asked for, or the checkpoint's own."""
+    """Returns width, height and frames; the checkpoint's own if not given."""
     default = dict(zip(("width", "height", "frames"), checkpoint.default_size))
     asked = {name: getattr(args, name) for name in default}
     return {name: value if asked[name] is None else asked[name] for name, value in default.items()}
 
 
 def model_of(args: Namespace, checkpoint: Checkpoint) -> Model:
-    """The model that the options describe."""
+    """Returns the model that the options describe."""
     loras = tuple(lora_of(word) for word in args.lora)
     fast = {"compile": args.compile, "fp8": args.fp8, "step_cache": args.step_cache}
     return Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload, **fast, loras=loras)
 
 
 def lora_of(word: str) -> Lora:
-    """A LoRA from ``FILE`` or ``FILE:STRENGTH``; a file's own name may have a colon."""
+    """Parses ``FILE`` or ``FILE:STRENGTH``. A file's name may contain colons."""
     file, _, strength = word.rpartition(":")
     if not file or Path(word).expanduser().is_file():
         file, strength = word, "1"
     try:
         number = float(strength)
     except ValueError:
-        raise RequestError(f"--lora {word}: '{strength}' is no strength; write FILE:STRENGTH, such as {file}:0.8") from None
+        raise RequestError(f"--lora {word}: '{strength}' is not a number; write FILE:STRENGTH, such as {file}:0.8") from None
     return Lora(str(Path(file).expanduser().absolute()), number)
 
 
 def denoise_of(args: Namespace) -> float:
-    """The denoise asked for; by default everything, or what diffusers leaves of a video."""
+    """Returns the share of the steps to run; by default 1, or 0.8 of a video, as in diffusers."""
     if args.video is not None and args.mask is None and args.denoise == 1:
         raise RequestError("denoise 1 keeps nothing of the video; use less, such as 0.8, or leave the video out")
     if args.denoise is None:
@@ -44,12 +44,10 @@ def denoise_of(args: Namespace) -> float:
 
 
 def windows_of(args: Namespace) -> Windows | None:
-    """The context windows asked for, or None."""
+    """Returns the context windows, or None."""
     if args.window is None:
         if args.overlap is not None or args.window_schedule or args.no_noise_shuffle:
-            raise RequestError(
-                "--overlap, --window-schedule and --no-noise-shuffle are about context windows; give --window too"
-            )
+            raise RequestError("--overlap, --window-schedule and --no-noise-shuffle need context windows; give --window too")
         return None
     overlap = two_thirds(args.window) if args.overlap is None else args.overlap
     schedule = args.window_schedule or Windows.schedule

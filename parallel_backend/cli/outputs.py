@@ -1,4 +1,4 @@
-"""The videos that a command line asks for, and the files that they are written to."""
+"""The videos to make, and the files they are written to."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ..errors import RequestError
 
 @dataclass(frozen=True)
 class Video:
-    """One of the videos asked for."""
+    """One video to make."""
 
     prompt: str
     seed: int
@@ -18,12 +18,16 @@ class Video:
 
     @property
     def files(self) -> list[Path]:
-        """That it is written to."""
+        """The files it is written to."""
         return [path for path in (self.output, self.latents) if path]
 
 
 def videos_of(args: Namespace) -> list[Video]:
-    """The videos asked for; where they may be several, their files are numbered from 1."""
+    """Returns the videos to make. Files are numbered from 1 if the options can ask for several.
+
+    Raises:
+        RequestError: for a wrong count or a prompts file that cannot be read.
+    """
     if args.count < 1:
         raise RequestError(f"count is {args.count}; use 1 or more")
     prompts = [args.prompt] if args.prompts_file is None else read_prompts(Path(args.prompts_file))
@@ -40,7 +44,7 @@ def videos_of(args: Namespace) -> list[Video]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file, one a line; empty lines are none."""
+    """Reads the prompts in a file, one a line. Skips empty lines."""
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

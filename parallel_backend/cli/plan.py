@@ -1,4 +1,4 @@
-"""The command ``plan``: what every plan is predicted to cost."""
+"""The command ``plan``: predicts the cost of every plan."""
 
 import math
 from argparse import Namespace
@@ -21,7 +21,7 @@ from .options import size_of
 
 
 def plan(args: Namespace) -> int:
-    """What every plan is predicted to cost, which one ``auto`` would choose, and why."""
+    """Prints the predicted cost of every plan, the plan that ``auto`` would choose, and the reason."""
     checkpoint = Checkpoint.open(bundled.find(args.model))
     if args.gpus is not None and args.gpus < 1:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
@@ -67,7 +67,7 @@ def plan(args: Namespace) -> int:
 
 
 def figures(found: list[Prediction], machine: Machine) -> dict:
-    """What was predicted, and from what, in plain values."""
+    """Returns predictions, and the rates they are from, as plain values."""
     plans = [
         {
             "plan": str(each.plan),

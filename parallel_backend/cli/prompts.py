@@ -1,4 +1,4 @@
-"""The text states of the prompts that a command line asks for, encoded while the transformer is read where there is room for both."""
+"""Encodes prompts, and loads the transformer at the same time if both fit in memory."""
 
 import logging
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ logger = logging.getLogger(__name__)
 def encode_prompts(
     texts: Sequence[str], job: SampleJob, checkpoint: Checkpoint, executor: Executor
 ) -> tuple[dict[str, torch.Tensor], Report]:
-    """Text states of each prompt; the encoder's memory is free again.
+    """Encodes prompts and frees the text encoder.
 
     Args:
-        texts: the prompts; what is there twice is encoded once.
-        job: what they are for, with any text.
-        checkpoint: that the job names.
-        executor: that will run it; its devices may be used for the text.
+        texts: the prompts; duplicates are encoded once.
+        job: the job they are for; its own text does not matter.
+        checkpoint: the job's.
+        executor: will run the job; the text encoder may use its devices.
     Returns:
-        States by prompt, and what reading the transformer cost, if that was done meanwhile.
+        Text states by prompt, and the report of loading the transformer, if that was done at the same time.
     """
     devices = executor.torch_devices
-    place = find_place(checkpoint, devices, job.model.dtype, beside=beside(job, checkpoint, executor))
+    place = find_place(checkpoint, devices, job.model.dtype, beside=job_bytes(job, checkpoint, executor))
     if place.note:
         logger.warning(place.note)
     encoder = TextEncoder(checkpoint, device=place.device, dtype=place.dtype)
@@ -44,19 +44,19 @@ def encode_prompts(
         encoder.unload()
         return states, report_of(loaded) if loaded else Report()
     finally:
-        stop.set()  # where this ends early, by Ctrl-C, closing the executor would wait for the weights
+        stop.set()  # after Ctrl-C, closing the executor would otherwise wait for the weights
 
 
-def beside(job: SampleJob, checkpoint: Checkpoint, executor: Executor) -> int:
-    """Bytes that a rank needs for a job, the VAE, which stays there too, counted in."""
+def job_bytes(job: SampleJob, checkpoint: Checkpoint, executor: Executor) -> int:
+    """Returns the bytes that a rank needs for a job, the VAE included."""
     plan, dtype = executor.plan.replica, checkpoint.dtype(job.model.dtype, executor.torch_devices[0])
     transformer = offload.transformer_bytes(checkpoint, plan, dtype, fp8=job.model.fp8 != "off")
     return transformer + offload.working_bytes(job, checkpoint, plan, dtype) + checkpoint.weight_bytes("vae", dtype)
 
 
 def report_of(loaded: Future) -> Report:
-    """What reading cost, once it is done. Where it failed, the job that needs it says why."""
+    """Waits for loading and returns its report. An empty one if it failed: the job that needs the weights reports the error."""
     if error := loaded.exception():
-        logger.info("the transformer was not read while the text was encoded: %s", first_line(error))
+        logger.info("the transformer was not loaded while the text was encoded: %s", first_line(error))
         return Report()
     return loaded.result()

@@ -21,7 +21,7 @@ from .console import show, show_json
 
 
 def serve(args: Namespace) -> int:
-    """Keeps a group until it is stopped; alone, as node 0 of several hosts, or as another that lends it devices."""
+    """Keeps a group until it is stopped: on this host, as node 0 of several hosts, or as a host that lends devices to node 0."""
     place = Place.asked(args.nnodes, args.node_rank, args.rendezvous, args.wait)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if place and place.node:
@@ -50,10 +50,10 @@ def serve(args: Namespace) -> int:
 
 
 def come_up(executor: GroupExecutor) -> None:
-    """Starts a group and waits until it answers. One that is lost meanwhile is started once more, or whenever a host went.
+    """Starts a group and waits until it answers. A group that is lost while it starts is started once more, or again each time a host left.
 
     Raises:
-        GroupFailure: when it does not come up.
+        GroupFailure: when it does not start.
     """
     tried = 0
     while True:
@@ -69,7 +69,7 @@ def come_up(executor: GroupExecutor) -> None:
 
 
 def lend_devices(args: Namespace, place: Place) -> int:
-    """What ``serve`` does on a host that is not node 0."""
+    """Runs ``serve`` on a host that is not node 0."""
     chosen = None if args.plan == AUTO else Plan.parse(args.plan)
     devices = Devices.parse(args.devices)
     if chosen and args.devices == AUTO:
@@ -85,7 +85,7 @@ def lend_devices(args: Namespace, place: Place) -> int:
 
 
 def status(args: Namespace) -> int:
-    """The groups that are running."""
+    """Prints the groups that are running."""
     groups = []
     for address, description in running().items():
         try:
@@ -116,7 +116,7 @@ def status(args: Namespace) -> int:
 
 
 def show_hosts(group: dict) -> None:
-    """A line for each host of a group that has several, with its memory where that is known."""
+    """Prints a line for each host of a group, with its memory if known."""
     for host in group.get("hosts") or ():
         memory = group.get("memory", [])[host["first_rank"] : host["first_rank"] + host["processes"]]
         held = f", memory {'/'.join(f'{size / 2**30:.1f}' for size in memory)} GiB" if memory else ""

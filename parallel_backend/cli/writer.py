@@ -1,4 +1,4 @@
-"""Writes files in a thread of its own, while what comes next is made."""
+"""Writes files in another thread, while the next video is made."""
 
 import threading
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 class Writer:
-    """Calls what it is given, one after the other. Leaving it waits for all of that.
+    """Runs write calls one after the other in one thread. Leaving the context waits for all of them.
 
-    One waits at most while another is written: who brings a third waits too, so that what is to be written does not fill memory.
+    At most one call waits while another runs. :meth:`add` blocks before a third, so that videos do not fill memory.
 
     Raises:
-        Exception: from :meth:`add` or at the end, the first that a call raised; calls after it are left out.
+        Exception: the first that a call raised, from :meth:`add` or at the end. Later calls are skipped.
     """
 
     def __init__(self):
@@ -28,7 +28,7 @@ class Writer:
             raise self._error
 
     def add(self, write: Callable[[], None]) -> None:
-        """Has something written; may be called in any thread."""
+        """Queues a write call. Any thread may call this."""
         self._room.acquire()
         if self._error:
             self._room.release()
@@ -39,7 +39,7 @@ class Writer:
         try:
             if self._error is None:
                 write()
-        except Exception as error:  # raised again in the thread of whoever comes next
+        except Exception as error:  # raised again in the caller's thread
             self._error = error
         finally:
             self._room.release()
