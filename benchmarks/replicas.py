@@ -9,7 +9,6 @@ With `--kill` the slow replica's process gets SIGKILL half-way, and no group can
 """
 
 import argparse
-import os
 import time
 from dataclasses import replace
 from statistics import mean
@@ -20,6 +19,7 @@ from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.executor.replicas import ReplicasExecutor
+from parallel_backend.group import preflight
 from parallel_backend.jobs import SampleJob
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
@@ -52,7 +52,7 @@ def best_split(videos: int, first: float, second: float) -> float:
 
 def lose(replica) -> None:
     """Kills a replica's process for good."""
-    os.environ["XDIT_PYTHON"] = "/bin/false"
+    preflight.CONFIG = replace(preflight.CONFIG, python="/bin/false")
     for process in psutil.Process(replica._launcher.process.pid).children():
         process.kill()
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Before torch: threads that spin as long as they do by default make a test fifty times slower beside another program.
@@ -95,6 +95,16 @@ def private_folders(tmp_path_factory):
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def configure(monkeypatch) -> Callable[..., None]:
+    """Changes settings as one module of this process sees them: ``configure(launcher, hello_seconds=1.0)``."""
+
+    def change(module, **settings) -> None:
+        monkeypatch.setattr(module, "CONFIG", replace(module.CONFIG, **settings))
+
+    return change
 
 
 class MadeWhenAsked(Mapping):

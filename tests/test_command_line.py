@@ -20,6 +20,7 @@ from parallel_backend.cli import inputs
 from parallel_backend.cli.parser import build_parser, main
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
+from parallel_backend.group import preflight
 
 from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
 from .support.measures import look
@@ -344,9 +345,9 @@ def test_a_broken_checkpoint_ends_with_2_and_starts_no_group(run, checkpoints, t
 
 
 def test_where_the_group_cannot_start_auto_works_alone_and_a_plan_that_was_asked_for_fails(
-    run, checkpoints, tmp_path, monkeypatch
+    run, checkpoints, tmp_path, configure
 ):
-    monkeypatch.setenv("XDIT_PYTHON", "/bin/false")
+    configure(preflight, python="/bin/false")
     common = (run, checkpoints["5b"], tmp_path / "out.mp4", "--devices", "cpu:2")
     failed = generate(*common, "--plan", "cfg2")
     assert failed.returncode == 1 and "generate: the group did not start" in failed.stderr

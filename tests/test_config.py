@@ -1,6 +1,8 @@
 """Environment variables: a value that makes no sense is named and costs nothing else."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -11,15 +13,48 @@ from parallel_backend.system import folders
 
 from .conftest import REPO
 
-
-@pytest.mark.parametrize("text, expected", [("2.5", 2.5), ("0", 0.0), ("", 30.0), ("10s", 30.0), ("nan", 30.0), ("-1", 30.0)])
-def test_a_variable_is_a_number_or_named_and_its_default(text, expected, caplog):
-    assert Config.read({"XDIT_IDLE_MINUTES": text, "XDIT_KEEP_SECONDS": "3"}) == Config(expected, keep_seconds=3.0)
-    assert ("XDIT_IDLE_MINUTES is" in caplog.text) == (text in ("10s", "nan", "-1"))
+SETTINGS = {variable: field for field, variable in Config.settings()}
+TABLE = REPO / "docs" / "variables.md"
 
 
-def test_no_host_may_be_silent_for_no_time(caplog):
-    assert Config.read({"XDIT_SILENT_SECONDS": "0"}) == Config() and "XDIT_SILENT_SECONDS is '0'" in caplog.text
+@pytest.mark.parametrize("variable", SETTINGS)
+def test_a_variable_is_parsed_or_named_in_one_line_and_its_default_used(variable, caplog):
+    field = SETTINGS[variable]
+    if "python" in variable.lower():  # any text may be a path
+        assert Config.read({variable: "/a/python"}) == Config(python="/a/python")
+    else:
+        assert Config.read({variable: "2.5"}) == Config(**{field.name: 2.5})
+        assert not caplog.messages
+        for text in ("10s", "nan", "inf", "-1"):
+            read = Config.read({variable: text})
+            assert read == Config() and caplog.messages == [read.rejected[field.name]]
+            assert caplog.messages[0].startswith(f"{variable} is '{text}'; give ") and "\n" not in caplog.messages[0]
+            caplog.clear()
+    assert Config.read({variable: ""}) == Config() and not caplog.messages
+
+
+@pytest.mark.parametrize("variable", [variable for variable in SETTINGS if variable != "XDIT_PYTHON"])
+def test_only_the_idle_time_may_be_zero(variable, caplog):
+    may_be = variable == "XDIT_IDLE_MINUTES"
+    assert Config.read({variable: "0"}) == (Config(idle_minutes=0.0) if may_be else Config())
+    assert (f"{variable} is '0'" in caplog.text) != may_be
+
+
+def test_the_memory_limit_is_found_under_its_older_name_too(caplog):
+    assert Config.read({"XDIT_MEMORY_GB": "24"}) == Config(memory_gib=24.0)
+    assert Config.read({"XDIT_MEMORY_GB": "24", "XDIT_MEMORY_GIB": "16"}) == Config(memory_gib=16.0)
+    assert Config.read({"XDIT_MEMORY_GB": "much"}) == Config() and "XDIT_MEMORY_GB is 'much'; give GiB" in caplog.text
+
+
+def test_the_table_of_variables_has_every_one_with_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| [^|]+ \|$", TABLE.read_text(), re.MULTILINE)
+    defaults = {name: "" if field.default is None else f"{field.default:g}" for name, field in SETTINGS.items()}
+    assert dict(rows) == defaults and len(rows) == len(defaults)
+
+
+def test_the_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().idle_minutes = 1.0
 
 
 def test_the_command_line_starts_with_variables_that_make_no_sense():

@@ -139,19 +139,18 @@ def listener(address: GroupAddress):
         yield end
 
 
-def test_a_listener_that_says_nothing_is_given_up_and_cancel_is_heard_meanwhile(address, make_job, monkeypatch):
+def test_a_listener_that_says_nothing_is_given_up_and_cancel_is_heard_meanwhile(address, make_job, configure):
     with listener(address):
         attached = GroupExecutor.attach(address)
         with pytest.raises(Cancelled):
             attached.sample(make_job("5b"), should_stop=lambda: True)
-        monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.3)
+        configure(connection, handshake_seconds=0.3)
         for ask in (attached.status, attached.free, attached.stop, lambda: attached.sample(make_job("5b"))):
             with pytest.raises(GroupError, match="does not answer"):
                 ask()
 
 
-def test_a_listener_that_stops_in_the_middle_of_a_message_is_given_up(address, monkeypatch):
-    monkeypatch.setattr(connection, "STALL_SECONDS", 1.0)
+def test_a_listener_that_stops_in_the_middle_of_a_message_is_given_up(address):
     with listener(address) as end:
         ours = socket.socket(socket.AF_UNIX)
         connection.bounded(ours, sending=1.0, receiving=1.0)
@@ -197,8 +196,8 @@ def test_a_client_waits_whatever_its_program_has_set_for_sockets(address, serve,
         socket.setdefaulttimeout(None)
 
 
-def test_a_client_that_reads_nothing_keeps_nobody_waiting(address, serve, monkeypatch):
-    monkeypatch.setattr(server, "WRITE_SECONDS", 0.5)
+def test_a_client_that_reads_nothing_keeps_nobody_waiting(address, serve, configure):
+    configure(server, write_seconds=0.5)
     serving = serve(dict)
     with Client(address.socket, family="AF_UNIX", authkey=address.key) as mute:
         protocol.send(mute, Message("free"))

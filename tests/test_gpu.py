@@ -177,8 +177,8 @@ def test_gpu_equals_cpu(on_gpu, local, make_job, checkpoints):
 
 
 @one_gpu
-def test_previews_are_those_of_the_cpu_and_change_nothing(on_gpu, local, make_job, checkpoints, monkeypatch):
-    monkeypatch.setattr(preview, "SECONDS", 0.0)
+def test_previews_are_those_of_the_cpu_and_change_nothing(on_gpu, local, make_job, checkpoints, configure):
+    configure(preview, preview_seconds=0.0)
     job = make_job("5b", model=Model(str(checkpoints["5b"]), dtype="fp32"), steps=12)
     shown, expected = [], []
     assert torch.equal(on_gpu.sample(job, on_picture=shown.append).tensor, on_gpu.sample(job).tensor)

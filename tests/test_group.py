@@ -483,7 +483,7 @@ BROKEN_PYTHONS = {
 
 @pytest.mark.parametrize("cause", BROKEN_PYTHONS)
 def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_said(
-    cause, monkeypatch, start_group, make_job, tmp_path
+    cause, monkeypatch, configure, start_group, make_job, tmp_path
 ):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{BROKEN_PYTHONS[cause].format(python=sys.executable)}\n")
@@ -491,7 +491,7 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
     (tmp_path / "xfuser").mkdir()
     for module in ("__init__", "envs"):
         (tmp_path / "xfuser" / f"{module}.py").write_text("raise ImportError('the reason')")
-    monkeypatch.setenv("XDIT_PYTHON", str(python))
+    configure(preflight, python=str(python))
     before, started, group = running(), time.monotonic(), start_group("cfg2")
     with pytest.raises(GroupUnavailable, match=f"did not start: {cause}") as error:
         group.sample(make_job("5b"))
@@ -502,22 +502,22 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
         monkeypatch.setenv("TRITON_CACHE_DIR", "/set by the job that ran in this process instead")
         group.sample(make_job("5b"))
     assert time.monotonic() - again < 5 and again - started < 60
-    monkeypatch.setenv("XDIT_PYTHON", "/nowhere/python")
+    configure(preflight, python="/nowhere/python")
     with pytest.raises(GroupUnavailable, match="/nowhere/python cannot be started"):
         group.sample(make_job("5b"))
 
 
 @pytest.fixture
-def mute_python(tmp_path, monkeypatch):
+def mute_python(tmp_path, configure):
     """An interpreter that runs and says nothing."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 600\n")
     python.chmod(0o755)
-    monkeypatch.setenv("XDIT_PYTHON", str(python))
+    configure(preflight, python=str(python))
 
 
-def test_an_interpreter_that_does_not_run_the_pack_is_given_up_soon(mute_python, start_group, make_job, monkeypatch):
-    monkeypatch.setattr(launcher, "HELLO_SECONDS", 1.0)
+def test_an_interpreter_that_does_not_run_the_pack_is_given_up_soon(mute_python, start_group, make_job, configure):
+    configure(launcher, hello_seconds=1.0)
     with pytest.raises(GroupUnavailable, match="did not run this pack within .* s; correct XDIT_PYTHON"):
         start_group("cfg2").sample(make_job("5b"))
 
@@ -528,8 +528,8 @@ def test_a_job_is_cancelled_while_its_group_starts(mute_python, start_group, mak
         start_group("cfg2").sample(make_job("5b"), should_stop=lambda: asked.append(1) or len(asked) > 3)
 
 
-def test_serve_ends_in_one_line_when_its_processes_end_at_once(monkeypatch, run):
-    monkeypatch.setenv("XDIT_PYTHON", shutil.which("false"))
+def test_serve_ends_in_one_line_when_its_processes_end_at_once(configure, run):
+    configure(preflight, python=shutil.which("false"))
     for _ in range(4):
         ended = run("serve", "--model", "demo", "--plan", "cfg2", "--devices", "cpu:2")
         assert ended.returncode == 1 and "the group did not start: the launcher ended with status 1" in ended.stderr
@@ -583,12 +583,12 @@ def test_a_look_for_groups_makes_no_folder_and_never_fails(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_a_group_may_run_under_another_interpreter_and_close_leaves_nothing_of_it(
-    monkeypatch, start_group, make_job, local, tmp_path
+    monkeypatch, configure, start_group, make_job, local, tmp_path
 ):
     python = tmp_path / "other-python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    monkeypatch.setenv("XDIT_PYTHON", str(python))
+    configure(preflight, python=str(python))
     for name, value in {"PET_NNODES": "2", "MASTER_ADDR": "192.0.2.1", "WORLD_SIZE": "8", "NCCL_SOCKET_IFNAME": "no0"}.items():
         monkeypatch.setenv(name, value)  # as a cluster's prologue does
     job: SampleJob = make_job("2b")
@@ -634,9 +634,9 @@ def test_a_failed_decode_leaves_the_group_warm(group, make_job, tmp_path, monkey
     assert (group.status()["loads"], group.address.folder) == (before, folder)
 
 
-def test_an_interpreter_that_is_not_there_is_named_and_leaves_no_folder(monkeypatch, start_group, make_job):
+def test_an_interpreter_that_is_not_there_is_named_and_leaves_no_folder(configure, start_group, make_job):
     before = running()
-    monkeypatch.setenv("XDIT_PYTHON", "/nowhere/python")
+    configure(preflight, python="/nowhere/python")
     with pytest.raises(GroupUnavailable, match="/nowhere/python cannot be started.*correct XDIT_PYTHON"):
         start_group("cfg2").sample(make_job("5b"))
     assert running() == before

@@ -32,7 +32,7 @@ show(plans=[guided.plan, plain.plan], same=host._groups.executor.address.folder 
 )
 def test_a_backend_that_cannot_start_says_so_and_the_work_is_done_in_process(python, reason, in_comfyui):
     shown, log = in_comfyui(f"""
-os.environ["XDIT_PYTHON"] = {python!r}
+configure("parallel_backend.group.preflight", python={python!r})
 show(plan=host.run(sample(), Handle("cpu:2", "cfg2")).report.plan)
 """)
     assert shown["plan"] == "single"
@@ -184,7 +184,7 @@ show(windowed=first, plain=(asks_for("ulysses2", model=plain), host.has_group())
 @pytest.mark.parametrize("plan, python", [("ulysses3", ""), ("cfg2", "/nowhere/python")])
 def test_what_hinders_a_start_is_said_by_the_job_alone(plan, python, nodes):
     shown, log = nodes(f"""
-os.environ["XDIT_PYTHON"] = {python!r}
+configure("parallel_backend.group.preflight", python={python!r})
 show(asked=asks_for({plan!r}), there=host.has_group() and host._groups.executor.is_there())
 """)
     assert shown == {"asked": ["latent", "positive", "negative"], "there": False} and "cannot be started" not in log

@@ -259,9 +259,8 @@ def test_a_host_that_says_what_makes_no_sense_is_gone(met):
     assert leader.verdict(None).cause.endswith("is gone: it sends what is no message")
 
 
-def test_a_host_that_is_silent_ends_the_group_and_is_named(place, monkeypatch):
-    monkeypatch.setattr(link, "SILENT_SECONDS", 3.0)
-    monkeypatch.setattr(link, "BEAT_SECONDS", 0.1)
+def test_a_host_that_is_silent_ends_the_group_and_is_named(place, configure):
+    configure(link, silent_seconds=3.0, beat_seconds=0.1)
     leader, member = Leader(place, common(), "cpu:1"), Member(replace(place, node=1), common(), "cpu:1")
     with in_a_thread(member.meet):
         leader.meet()

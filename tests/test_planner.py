@@ -25,6 +25,7 @@ from benchmarks.plans_table import (
 from benchmarks.table import operations, text_states
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.offload import transformer_bytes, working_bytes
+from parallel_backend.config import Config
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.resolve import machine_of, resolve
@@ -213,7 +214,7 @@ def test_a_plan_fits_where_a_device_has_what_is_shown_that_it_needs(free):
 
 @pytest.mark.parametrize("said", ["24 GB", "0", "-1", "nan", "inf"])
 def test_a_limit_of_memory_that_makes_no_sense_is_refused(said, monkeypatch):
-    monkeypatch.setattr(hardware, "MEMORY_GIB", said)
+    monkeypatch.setattr(hardware, "CONFIG", Config.read({"XDIT_MEMORY_GIB": said}))
     with pytest.raises(RequestError, match=f"XDIT_MEMORY_GIB is '{said}'; give GiB of each GPU"):
         hardware.allowed(GIB)
 

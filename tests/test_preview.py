@@ -21,8 +21,8 @@ SIZE = (64, 48, 17)
 
 
 @pytest.fixture
-def at_every_step(monkeypatch):
-    monkeypatch.setattr(preview, "SECONDS", 0.0)
+def at_every_step(configure):
+    configure(preview, preview_seconds=0.0)
 
 
 @pytest.mark.parametrize("frames, expected", [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (5, [0, 1, 3, 4]), (13, [0, 4, 8, 12])])
@@ -58,9 +58,9 @@ def test_large_videos_are_shown_small_and_a_batch_by_its_first(make_job, local, 
     assert torch.equal(shown[0], shown[1])
 
 
-def test_pictures_come_now_and_then(make_job, local, monkeypatch):
+def test_pictures_come_now_and_then(make_job, local, monkeypatch, configure):
     job, shown, now = make_job("5b", size=SIZE, steps=8), [], iter(range(100))
-    monkeypatch.setattr(preview, "SECONDS", 5.0)
+    configure(preview, preview_seconds=5.0)
     monkeypatch.setattr(preview, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     local.sample(job, on_picture=shown.append)
     assert 1 < len(shown) < 8
@@ -116,7 +116,7 @@ def test_the_sampler_shows_them_where_comfyui_is_told_to(in_comfyui):
     shown, _ = in_comfyui("""
 import comfy.utils
 from comfy.cli_args import LatentPreviewMethod, args
-part("parallel_backend.cogvideox.vae.preview").SECONDS = 1e9
+configure("parallel_backend.cogvideox.vae.preview", preview_seconds=1e9)
 seen = []
 comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: seen.append((value, total, preview)))
 job, found = sample(), []

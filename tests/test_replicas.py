@@ -20,6 +20,7 @@ from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.paces import Paces
 from parallel_backend.executor.replicas import ReplicasExecutor
 from parallel_backend.executor.scheduler import Pool, ReplicaScheduler
+from parallel_backend.group import preflight
 from parallel_backend.group.codec import join_fields, split_fields
 from parallel_backend.jobs import DecodeJob, Result, SampleJob
 from parallel_backend.model import Model, Windows
@@ -264,12 +265,14 @@ def test_a_long_video_goes_on_when_a_replica_is_killed_on_the_way(replicas, make
     assert any("was killed by SIGKILL" in note for note in result.report.notes)
 
 
-def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(replicas, batch_of_three, make_job, local, monkeypatch):
+def test_what_a_lost_replica_leaves_is_done_by_the_others_and_said(
+    replicas, batch_of_three, make_job, local, monkeypatch, configure
+):
     job = batch_of_three(steps=25)  # on a busy machine this process hears of the fourth step some steps later
     replicas.sample(batch_of_three(steps=1))
     victim, survivor = replicas.replicas
     taken = counted(survivor, monkeypatch)
-    monkeypatch.setenv("XDIT_PYTHON", "/bin/false")  # no group comes back
+    configure(preflight, python="/bin/false")  # no group comes back
     hurt = []
 
     def kill(step: int, total: int) -> None:

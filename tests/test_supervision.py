@@ -13,6 +13,7 @@ import torch
 
 from parallel_backend.cogvideox.pipeline import denoise
 from parallel_backend.cogvideox.vae import codec
+from parallel_backend.config import CONFIG
 from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, OutOfMemory
 from parallel_backend.executor.group import GroupExecutor
@@ -223,10 +224,10 @@ def test_a_step_may_take_five_times_as_long_as_those_before_it(seconds, allowed,
 @pytest.mark.parametrize(
     "kind, rank, together, limit",
     [
-        ("decode", 0, False, job_loop.MEET_SECONDS),
+        ("decode", 0, False, CONFIG.exchange_seconds),
         ("decode", 1, False, None),  # rank 0 alone may take half an hour for tiles, and is watched itself
-        ("decode", 1, True, job_loop.MEET_SECONDS),
-        ("load", 1, True, job_loop.LOAD_SECONDS),  # the other's disk may be slower
+        ("decode", 1, True, CONFIG.exchange_seconds),
+        ("load", 1, True, CONFIG.load_seconds),  # the other's disk may be slower
     ],
 )
 def test_a_rank_that_waits_for_another_s_work_is_not_taken_for_hung(kind, rank, together, limit):

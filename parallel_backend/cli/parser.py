@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from ..config import CONFIG
 from ..errors import Cancelled, Failure, RequestError
 from ..jobs import IMAGE_SCALES, SCHEDULERS, TILINGS, SampleJob
 from ..model import COMPILES, DTYPES, FP8S, OFFLOADS, WINDOW_SCHEDULES
@@ -221,7 +222,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--rendezvous", metavar="HOST:PORT", help="address of node 0 on a private network, where the hosts meet"
     )
     parser.add_argument(
-        "--wait", type=float, default=300.0, metavar="SECONDS", help="timeout for the hosts to meet (default %(default)s)"
+        "--wait",
+        type=float,
+        default=CONFIG.wait_seconds,
+        metavar="SECONDS",
+        help="timeout for the hosts to meet (default %(default)s)",
     )
     parser.set_defaults(run=run_serve)
 

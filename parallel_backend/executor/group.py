@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..cogvideox.vae.preview import PictureListener
+from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..group import failures
@@ -29,8 +30,6 @@ from .group_connection import Keepsake, ask, open_connection
 
 logger = logging.getLogger(__name__)
 
-STATUS_SECONDS = 30.0
-"""Timeout for a group's status, which needs no idle rank."""
 ABSENT, STARTING, WAITING = "absent", "starting", "waiting for the other hosts"
 """States of a group that holds nothing."""
 
@@ -106,7 +105,7 @@ class GroupExecutor(Executor):
         if self._launcher is None and not Path(self.address.socket).exists():
             return {"state": self._what_it_waits_for(), **known}
         try:
-            return {**known, **self._ask(Message("status"), seconds=STATUS_SECONDS).plain}
+            return {**known, **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain}
         except GroupLost:
             return {"state": ABSENT, **known}
 
@@ -239,7 +238,7 @@ class GroupExecutor(Executor):
         """Returns the error for a group that has not answered for ``waited`` seconds, or None to wait longer."""
         if self._owner:
             # A group without a socket may still start, as long as its owner lives.
-            may_start = isinstance(error, FileNotFoundError) and address in running() and waited < lost_group.START_SECONDS
+            may_start = isinstance(error, FileNotFoundError) and address in running() and waited < CONFIG.start_seconds
             return None if may_start else self._owner.error_of_lost(address)
         has_ended = not self._launcher.is_running()
         cause = None

@@ -8,16 +8,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..cogvideox.vae.preview import PictureListener
+from ..config import CONFIG
 from ..errors import Cancelled, GroupError, GroupFailure, RequestError
 from ..group import protocol
-from ..group.connection import POLL_SECONDS, Stalled, connect, talking
+from ..group.connection import Stalled, connect, talking
 from ..group.protocol import Message
 from ..group.registry import GroupAddress
 from ..jobs import Progress
 from .base import StepListener, StopSignal
-
-CANCEL_SECONDS = 600.0
-"""Timeout for a cancelled job to finish its step."""
 
 GiveUp = Callable[[Exception, float], GroupFailure | RequestError | None]
 """Takes why the last attempt to connect failed and the seconds waited; returns the error to raise, or None to try again."""
@@ -57,7 +55,7 @@ def open_connection(address: GroupAddress, should_stop: StopSignal, give_up: Giv
                 raise Cancelled("stopped while the group was starting") from error
             if failure := give_up(error, time.monotonic() - began):
                 raise failure from error
-        time.sleep(POLL_SECONDS)
+        time.sleep(CONFIG.poll_seconds)
 
 
 def ask(
@@ -90,12 +88,12 @@ def ask(
         if not is_cancelled and should_stop():
             with talking():
                 connection.send_bytes(b"cancel")
-            is_cancelled, deadline = True, time.monotonic() + CANCEL_SECONDS
-            late = f"did not stop within {CANCEL_SECONDS:.0f} s of being asked"
+            is_cancelled, deadline = True, time.monotonic() + CONFIG.cancel_seconds
+            late = f"did not stop within {CONFIG.cancel_seconds:.0f} s of being asked"
         if deadline and time.monotonic() > deadline:
             raise GroupError(f"the group {late}")
         with talking():
-            if not connection.poll(POLL_SECONDS):
+            if not connection.poll(CONFIG.poll_seconds):
                 continue
             answer = protocol.receive(connection)
         if answer.kind == "step":

@@ -4,22 +4,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..config import CONFIG
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
-from ..group.connection import POLL_SECONDS
 from ..group.exit_cause import ExitCause
-from ..group.launcher import HELLO_SECONDS, Launcher
+from ..group.launcher import Launcher
 from ..group.ownership import OwnerWatch
 from ..group.preflight import group_python
 from ..group.registry import GroupAddress, running
 from .base import StopSignal
 from .group_connection import error_of
-
-START_SECONDS = 300.0
-"""Timeout for a group's first answer; a loaded machine imports torch slowly."""
-RECOVERY_SECONDS = 60.0
-"""Timeout after a broken connection for the group to end or to answer again."""
-SWEPT_SECONDS = 3.0
-"""Wait before a group is given up because its folder is gone: its processes may be ending, and remove it themselves."""
 
 
 def why_given_up(launcher: Launcher, address: GroupAddress, waited: float, *, had_answered: bool) -> ExitCause | None:
@@ -31,15 +24,15 @@ def why_given_up(launcher: Launcher, address: GroupAddress, waited: float, *, ha
         waited: seconds without an answer.
         had_answered: whether it answered earlier.
     """
-    if not address.folder.exists() and waited > SWEPT_SECONDS:
+    if not address.folder.exists() and waited > CONFIG.removed_seconds:
         return ExitCause(f"its folder {address.folder} was removed", by_itself=False)
     if launcher.is_mute():
-        what = f"{group_python()} did not run this pack within {HELLO_SECONDS:.0f} s; correct XDIT_PYTHON"
+        what = f"{group_python()} did not run this pack within {CONFIG.hello_seconds:.0f} s; correct XDIT_PYTHON"
         return ExitCause(what, details=launcher.details())
-    if had_answered and waited > RECOVERY_SECONDS:
-        return ExitCause(f"rank 0 has not listened for {RECOVERY_SECONDS:.0f} s", by_itself=False)
-    if waited > START_SECONDS:
-        return ExitCause(f"no answer within {START_SECONDS:.0f} s", details=launcher.details())
+    if had_answered and waited > CONFIG.recovery_seconds:
+        return ExitCause(f"rank 0 has not listened for {CONFIG.recovery_seconds:.0f} s", by_itself=False)
+    if waited > CONFIG.start_seconds:
+        return ExitCause(f"no answer within {CONFIG.start_seconds:.0f} s", details=launcher.details())
     return None
 
 
@@ -103,7 +96,7 @@ class Owner:
             GroupError: when none comes.
             Cancelled: when ``should_stop`` returns True.
         """
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + CONFIG.start_seconds
         while self._watch.is_alive() and time.monotonic() < deadline:
             if should_stop():
                 raise Cancelled("stopped while the group was started again")
@@ -111,7 +104,7 @@ class Owner:
                 is_same = description["shared"] and (description["plan"], description["devices"]) == (plan, devices)
                 if is_same and address != before:
                     return address, _why_restarted(description["lost"]) or lost
-            time.sleep(POLL_SECONDS)
+            time.sleep(CONFIG.poll_seconds)
         raise GroupError(f"{lost.summary}, and no other came; start it again with serve", details=lost.details) from lost
 
 

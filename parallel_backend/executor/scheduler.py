@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..cogvideox.vae.preview import PictureListener
+from ..config import CONFIG
 from ..errors import Cancelled, GroupFailure
 from ..jobs import Job, Result, SampleJob
 from .base import StepListener, StopSignal, steps_of
@@ -17,11 +18,6 @@ from .group import GroupExecutor
 from .paces import Paces
 
 logger = logging.getLogger(__name__)
-
-POLL_SECONDS = 0.05
-LEAVE_SECONDS = 30.0
-"""A caller that leaves waits so long for its pieces to stop; they go on stopping without it."""
-
 
 Made = tuple[GroupExecutor, Result]
 """What a replica made, and which."""
@@ -115,7 +111,7 @@ class ReplicaScheduler:
             self._listen(threads, on_step, should_stop, on_picture)
         finally:
             self._stop.set()
-            deadline = time.monotonic() + LEAVE_SECONDS
+            deadline = time.monotonic() + CONFIG.leave_seconds
             for thread in threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
         if self._error:
@@ -135,7 +131,7 @@ class ReplicaScheduler:
         while True:
             ended = not any(thread.is_alive() for thread in threads)  # before the look: what they said is heard then
             try:
-                number, said = self._heard.get(timeout=0 if ended else POLL_SECONDS)
+                number, said = self._heard.get(timeout=0 if ended else CONFIG.poll_seconds)
                 if isinstance(said, torch.Tensor):
                     # Of several, those of the first that has steps left; of the last one's last step none has.
                     if number == next((place for place in done if done[place] < self._steps[place]), number):
@@ -163,7 +159,7 @@ class ReplicaScheduler:
             if replica:
                 self._try(number, replica)
             else:
-                time.sleep(POLL_SECONDS)
+                time.sleep(CONFIG.poll_seconds)
 
     def _is_wanted(self, replica: GroupExecutor) -> bool:
         """Whether a replica is there, and no faster ones will have done before it what is left."""

@@ -8,13 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
+from ..config import CONFIG
 from ..errors import Cancelled
-
-HANDSHAKE_SECONDS = 30.0
-"""At most this long for both sides to prove that they know the key."""
-STALL_SECONDS = 30.0
-"""At most this long for the next bytes of a message that has begun."""
-POLL_SECONDS = 0.05
 
 
 class Stalled(ConnectionError):
@@ -57,7 +52,7 @@ class Patient:
             Stalled: when nothing comes in time.
             Cancelled: when the caller wants to stop.
         """
-        while not self._connection.poll(POLL_SECONDS):
+        while not self._connection.poll(CONFIG.poll_seconds):
             if self._should_stop():
                 raise Cancelled("stopped while the group was asked")
             if time.monotonic() > self._deadline:
@@ -65,7 +60,7 @@ class Patient:
         return self._connection.recv_bytes(most)
 
 
-def bounded(end: socket.socket, *, sending: float = STALL_SECONDS, receiving: float = STALL_SECONDS) -> None:
+def bounded(end: socket.socket, *, sending: float, receiving: float) -> None:
     """Has the kernel end a read or write of a socket that does not get on for so many seconds; 0 waits for ever."""
     end.setblocking(True)  # whatever another part of this program has set with socket.setdefaulttimeout
     for option, seconds in ((socket.SO_SNDTIMEO, sending), (socket.SO_RCVTIMEO, receiving)):
@@ -91,7 +86,7 @@ def connect(path: str, key: bytes, should_stop: Callable[[], bool]) -> Connectio
     """
     end = socket.socket(socket.AF_UNIX)
     try:
-        bounded(end)
+        bounded(end, sending=CONFIG.stall_seconds, receiving=CONFIG.stall_seconds)
         end.connect(path)
     except BlockingIOError as error:  # as many others wait as the listener lets
         end.close()
@@ -101,7 +96,7 @@ def connect(path: str, key: bytes, should_stop: Callable[[], bool]) -> Connectio
         raise
     connection = Connection(end.detach())
     try:
-        patient = Patient(connection, HANDSHAKE_SECONDS, should_stop)
+        patient = Patient(connection, CONFIG.handshake_seconds, should_stop)
         answer_challenge(patient, key)
         deliver_challenge(patient, key)
     except BaseException:

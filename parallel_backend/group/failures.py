@@ -10,12 +10,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..config import CONFIG
 from ..errors import GroupUnavailable
 from .exit_cause import ExitCause
 from .preflight import group_python
 
-FORGET_SECONDS = 600.0
-"""A failure is tried again after so long, as not every cause can be seen from here."""
 WATCHED = re.compile("XDIT_|XDG_RUNTIME_DIR|TMPDIR|PATH|PYTHON|LD_|CUDA_|NCCL_|GLOO_")
 """Variables that may change whether a group starts. Jobs in this process set others meanwhile, such as TRITON_CACHE_DIR."""
 
@@ -59,10 +58,10 @@ def check(plan: str, devices: str) -> None:
     if failure is None:
         return
     ago = time.monotonic() - failure.at
-    if ago < FORGET_SECONDS and failure.conditions == conditions():
+    if ago < CONFIG.failed_start_seconds and failure.conditions == conditions():
         raise GroupUnavailable(
             f"{failure.error.summary} ({ago:.0f} s ago; it is tried again once something changes, or after "
-            f"{FORGET_SECONDS / 60:.0f} minutes)",
+            f"{CONFIG.failed_start_seconds / 60:.0f} minutes)",
             details=failure.error.details,
         )
     forget(plan, devices)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..config import CONFIG
 from ..errors import RequestError
 from ..plan import AUTO
 
@@ -55,7 +56,7 @@ class Place:
     rendezvous: Rendezvous
     nodes: int
     node: int
-    wait: float = 300.0
+    wait: float = CONFIG.wait_seconds
     """Seconds that hosts wait for each other."""
 
     def __post_init__(self):

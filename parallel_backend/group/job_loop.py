@@ -17,6 +17,7 @@ from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result
 from ..parallel.group_rank import GroupRankContext, slow_link
 from ..planner.machine import Link
+from . import supervisor
 from .codec import join_fields, split_fields
 from .heartbeat import HeartbeatWriter
 from .protocol import Message, decode, encode
@@ -25,20 +26,8 @@ from .server import Request, Server
 
 logger = logging.getLogger(__name__)
 
-MEET_AFTER_FAILURE = 15.0
-"""Seconds that a failed rank waits for the others to fail too, before the group is given up."""
-MEET_SECONDS = 60.0
-"""The ranks exchange data for the first time, or end a job, within this."""
-LOAD_SECONDS = 1800.0
-"""Reading weights and the first step, or a whole decode, take at most this long."""
-STEP_SECONDS, STEP_FACTOR = 8.0, 5.0
-"""A later step takes at most the greater of this long and so many times the longest before it; the second by the first, loading and all."""
-IDLE_SECONDS = 60 * CONFIG.idle_minutes or None
-"""A group that had nothing to do for so long lets go of its weights; None never does."""
-HOST = os.environ.get("XDIT_HOST")
-"""This host's name for messages; set where a group has several."""
-KEEP_SECONDS = CONFIG.keep_seconds
-"""The caller gets a sampling job's state so often, to go on from when the group is lost."""
+HOST = os.environ.get(supervisor.HOST)
+"""This host's name for messages; None in a group of one host."""
 
 
 class Keeping:
@@ -59,7 +48,7 @@ class Keeping:
     def keep(self, progress: Progress) -> None:
         """Begins to send the state after a step that the device is done with, when it is time to."""
         now = time.monotonic()
-        if now - self._last >= KEEP_SECONDS:
+        if now - self._last >= CONFIG.keep_seconds:
             self._last = now
             self._sending = self._thread.submit(self._send, progress)
 
@@ -140,9 +129,9 @@ class JobLoop:
     def next_request(self) -> Request:
         """Rank 0's next request that is still wanted; one to free the memory when none came for long."""
         while True:
-            request = self.server.next(IDLE_SECONDS if self.engine.status()["held"] else None)
+            request = self.server.next(60 * CONFIG.idle_minutes or None if self.engine.status()["held"] else None)
             if request is None:
-                logger.info("idle for %.0f minutes; letting go of the weights", IDLE_SECONDS / 60)
+                logger.info("idle for %.0f minutes; letting go of the weights", CONFIG.idle_minutes)
                 return Request(encode(Message("free")), None)
             if request.begin():
                 return request
@@ -160,7 +149,7 @@ class JobLoop:
         if self.context.rank and not self.engine.together:
             self.heart.beat("waiting for rank 0, which works alone", None)  # and is watched itself
         else:
-            self.heart.beat("ending a job", LOAD_SECONDS if message.kind == "load" else MEET_SECONDS)
+            self.heart.beat("ending a job", CONFIG.load_seconds if message.kind == "load" else CONFIG.exchange_seconds)
         failures = self.compare(failure, together=self.engine.together)
         self.jobs += 1
         self.memory = self.context.collect(self.engine.status()["memory"])
@@ -181,7 +170,7 @@ class JobLoop:
     def run(self, message: Message, request: Request | None) -> Result | None:
         """This rank's part of a job."""
         self.engine.together = message.kind not in ("decode", "encode")  # until the engine knows better
-        self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", LOAD_SECONDS)
+        self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", CONFIG.load_seconds)
         job = self.opened(message)
 
         lasted, began = [], time.monotonic()
@@ -197,7 +186,7 @@ class JobLoop:
             began = now
             longest = max(lasted[1:] or lasted)  # the first loads and warms up
             doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
-            self.heart.beat(doing, max(STEP_SECONDS, STEP_FACTOR * longest))
+            self.heart.beat(doing, max(CONFIG.step_seconds, CONFIG.step_factor * longest))
             if keeping:
                 keeping.wait()
                 request.answer(Message("step", {"step": progress.step, "steps": steps}))
@@ -250,7 +239,7 @@ class JobLoop:
         try:
             if not self.context.is_in_step:
                 raise RuntimeError("what the ranks had under way would be taken for the next job's")
-            self.context.meet(MEET_AFTER_FAILURE)
+            self.context.meet(CONFIG.failure_seconds)
         except RuntimeError:
             waited = time.monotonic() - began
             self.heart.leave({**failure, "waited": waited})

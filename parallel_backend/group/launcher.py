@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import asdict, replace
 from typing import Any
 
+from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupUnavailable
 from ..plan import Plan
@@ -18,14 +19,9 @@ from .exit_cause import ExitCause, how_it_ended
 from .muster import Meeting, Muster
 from .preflight import check_possible, environment, group_python, loopback
 from .registry import GroupAddress, Home, remove_stale
+from .supervisor import HOST
 
 logger = logging.getLogger(__name__)
-
-STOP_SECONDS = 10.0
-MEET_SECONDS = 300
-"""At most this long for the launchers of several hosts to find each other."""
-HELLO_SECONDS = 20.0
-"""A Python that has not begun to run the supervisor by then never will; it imports nothing slow until then."""
 
 
 class Launcher:
@@ -129,9 +125,9 @@ class Launcher:
     def _spawn(self, meeting: Meeting | None) -> subprocess.Popen:
         if meeting:
             where = [f"--nnodes={self.nodes}", f"--node-rank={self.muster.place.node}", "--rdzv-backend=static"]
-            where += [f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-conf=timeout={MEET_SECONDS}"]
+            where += [f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-conf=timeout={CONFIG.rendezvous_seconds:.0f}"]
             variables = environment(self.devices, meeting.interface, is_forced=False)
-            variables["XDIT_HOST"] = str(meeting.hosts[self.muster.place.node])
+            variables[HOST] = str(meeting.hosts[self.muster.place.node])
         else:  # over the loopback by number, whatever this machine's name, resolver, networks and variables are
             address, interface = loopback()
             endpoint = f"[{address}]:0" if ":" in address else f"{address}:0"
@@ -186,7 +182,7 @@ class Launcher:
 
     def is_mute(self) -> bool:
         """Whether what was started is no Python that can run the pack: it runs, and has said nothing for long."""
-        return self.is_running() and not self._reports and time.monotonic() - self._started > HELLO_SECONDS
+        return self.is_running() and not self._reports and time.monotonic() - self._started > CONFIG.hello_seconds
 
     def stop(self) -> None:
         """Ends this host's processes, gently and then not, and removes the folder. Further calls do nothing."""
@@ -195,7 +191,7 @@ class Launcher:
         for ask in (self._ask_to_leave, self.process.terminate, self._kill):
             ask()
             try:
-                self.process.wait(STOP_SECONDS)
+                self.process.wait(CONFIG.stop_seconds)
                 break
             except subprocess.TimeoutExpired:
                 continue
@@ -233,10 +229,10 @@ class Launcher:
     def _own_cause(self) -> ExitCause | None:
         """Why this host's part ended; None when it was asked to, or ended because another's had."""
         try:
-            status = self.process.wait(STOP_SECONDS)
+            status = self.process.wait(CONFIG.stop_seconds)
         except subprocess.TimeoutExpired:
             return ExitCause("the launcher is still there; see the logs", details=self.details())
-        self._reader.join(STOP_SECONDS)
+        self._reader.join(CONFIG.stop_seconds)
         details = self.details()
         if found := self._reports.get("exit"):
             cause = replace(ExitCause(**found), details=details)

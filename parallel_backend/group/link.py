@@ -13,10 +13,6 @@ from typing import Any
 
 from ..config import CONFIG
 
-BEAT_SECONDS = 1.0
-SILENT_SECONDS = CONFIG.silent_seconds
-"""A host that says nothing for so long is gone."""
-PART_SECONDS = 2.0
 MAX_LINE = 2**17
 KINDS = ("hello", "welcome", "here", "refused", "begin", "beat", "end", "ended", "over")
 """A host that joins says ``hello`` and, when it is ``welcome``, that it is still ``here``; it is ``refused``, or asked to ``begin``
@@ -35,7 +31,7 @@ class HostLink:
     """
 
     def __init__(self, connection: socket.socket):
-        connection.settimeout(SILENT_SECONDS)
+        connection.settimeout(CONFIG.silent_seconds)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         self._lines = connection.makefile("rb")
@@ -68,7 +64,7 @@ class HostLink:
             try:
                 line = self._lines.readline(MAX_LINE)
             except TimeoutError:
-                raise LinkLost(f"no sign of life for {SILENT_SECONDS:.0f} s") from None
+                raise LinkLost(f"no sign of life for {CONFIG.silent_seconds:.0f} s") from None
             except (OSError, ValueError):
                 line = b""
             if not line:
@@ -88,7 +84,7 @@ class HostLink:
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     def _beat(self) -> None:
-        while not self._closed.wait(BEAT_SECONDS):
+        while not self._closed.wait(CONFIG.beat_seconds):
             self.send("beat")
 
     def finish(self) -> None:
@@ -101,9 +97,9 @@ class HostLink:
         """Sends a last message and hangs up when the other side has: closing with beats unread would take the message back."""
         self.send(kind, **plain)
         self.finish()
-        deadline = time.monotonic() + PART_SECONDS
+        deadline = time.monotonic() + CONFIG.part_seconds
         with suppress(OSError, ValueError):  # it was cut off, or closed here meanwhile
-            self._connection.settimeout(PART_SECONDS)
+            self._connection.settimeout(CONFIG.part_seconds)
             while self._lines.readline(MAX_LINE) and time.monotonic() < deadline:
                 pass
         self.close()

@@ -13,17 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from ..config import CONFIG
 from ..errors import GroupUnavailable, RequestError
 from .exit_cause import ExitCause, first_of
 from .hosts import Common, Host, Place, family_of, free_port, numbered, shown
-from .link import PART_SECONDS, SILENT_SECONDS, HostLink, LinkLost
+from .link import HostLink, LinkLost
 from .preflight import interface_of
 
 logger = logging.getLogger(__name__)
 
-TELL_SECONDS = SILENT_SECONDS + 20
-"""At most this long for another host to end its part of a group and say how; one that is silent is gone before."""
-RETRY_SECONDS = 0.5
 MAX_DETAILS = 8000
 """Characters of logs that go from host to host."""
 
@@ -145,7 +143,7 @@ class Muster(ABC):
         for link in links.values():
             link.finish()
         for reader in self._readers:
-            reader.join(PART_SECONDS)
+            reader.join(CONFIG.part_seconds)
         for link in links.values():
             link.close()
 
@@ -153,6 +151,11 @@ class Muster(ABC):
 def plain(cause: ExitCause | None) -> dict | None:
     """An exit cause as plain values that fit into a message."""
     return cause and asdict(replace(cause, details=cause.details[-MAX_DETAILS:]))
+
+
+def verdict_seconds() -> float:
+    """Returns how long another host may take to end its part of a group and report how; a silent one is lost before."""
+    return CONFIG.silent_seconds + CONFIG.verdict_seconds
 
 
 class Leader(Muster):
@@ -172,7 +175,7 @@ class Leader(Muster):
                 f"rendezvous {where}: cannot listen there ({error.strerror}); "
                 "node-rank 0 is the host that has this address, and the port must be free"
             ) from error
-        self._listener.settimeout(0.2)
+        self._listener.settimeout(CONFIG.poll_seconds)
         if interface_of(self._listener.getsockname()[0]) == "lo":
             logger.warning(
                 "rendezvous %s is %s here, which no other machine reaches; give this one's address on the network",
@@ -261,12 +264,12 @@ class Leader(Muster):
 
     def verdict(self, own: ExitCause | None) -> ExitCause:
         """See :meth:`Muster.verdict`."""
-        deadline = time.monotonic() + TELL_SECONDS
+        deadline = time.monotonic() + verdict_seconds()
         for link in self._links.values():
             link.send("end")
         with self._state:
             while len(self._ends) < len(self._links) and time.monotonic() < deadline:
-                self._state.wait(0.2)
+                self._state.wait(CONFIG.poll_seconds)
             causes = [cause for cause in self._ends.values() if cause]
             silent = [self.meeting.hosts[node] for node in self._links if node not in self._ends]
         causes += [ExitCause(f"{host} does not end its part of the group", by_itself=False, gone=True) for host in silent]
@@ -301,14 +304,16 @@ class Member(Muster):
         logger.info("waiting %.0f s for node 0 at %s", place.wait, place.rendezvous)
         while True:
             try:
-                connection = socket.create_connection((place.rendezvous.host, place.rendezvous.port), timeout=SILENT_SECONDS)
+                connection = socket.create_connection(
+                    (place.rendezvous.host, place.rendezvous.port), timeout=CONFIG.silent_seconds
+                )
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise GroupUnavailable(
                         f"node 0 was not at {place.rendezvous} within {place.wait:.0f} s ({error.strerror or error}); "
                         f"start serve there with --nnodes {place.nodes} --node-rank 0 --rendezvous {place.rendezvous}"
                     ) from error
-                time.sleep(RETRY_SECONDS)
+                time.sleep(CONFIG.retry_seconds)
                 continue
             link = HostLink(connection)
             try:
@@ -317,7 +322,7 @@ class Member(Muster):
                 link.close()
                 if time.monotonic() > deadline:
                     raise GroupUnavailable(f"node 0 at {place.rendezvous} is there but does not answer: {lost}") from lost
-                time.sleep(RETRY_SECONDS)
+                time.sleep(CONFIG.retry_seconds)
             except BaseException:
                 link.close()
                 raise
@@ -351,7 +356,7 @@ class Member(Muster):
         link = self._links[0]
         link.send("ended", cause=plain(own))
         with self._state:
-            self._state.wait_for(lambda: self._ends, 2 * TELL_SECONDS)  # node 0 waits for other hosts too
+            self._state.wait_for(lambda: self._ends, 2 * verdict_seconds())  # node 0 waits for other hosts too
             end = self._ends.get(0)
         if self._over:
             return self._over["cause"] or ExitCause(f"{self.leader} ended the group")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupUnavailable, RequestError
 from ..plan import Plan
@@ -25,7 +26,7 @@ LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 def group_python() -> str:
     """The interpreter that a group runs under: ``XDIT_PYTHON``, else this one."""
-    return os.environ.get("XDIT_PYTHON") or sys.executable
+    return CONFIG.python or sys.executable
 
 
 def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:
@@ -45,7 +46,7 @@ def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:
             raise RequestError(f"plan '{plan}': replicas are groups of their own; a single group takes plan '{plan.replica}'")
     if not sys.platform.startswith("linux"):
         raise GroupUnavailable(f"xDiT groups need Linux (this is {sys.platform}); on Windows use WSL2")
-    if not os.environ.get("XDIT_PYTHON") and find_spec("xfuser") is None:
+    if not CONFIG.python and find_spec("xfuser") is None:
         raise GroupUnavailable("xfuser is not installed: pip install xfuser, or set XDIT_PYTHON to a Python that has it")
     if nodes == 1:
         loopback()
@@ -61,7 +62,7 @@ def loopback() -> tuple[str, str]:
     for family, address in LOOPBACKS:
         try:
             with socket.create_server((address, 0), family=family) as server:
-                socket.create_connection(server.getsockname()[:2], timeout=2).close()
+                socket.create_connection(server.getsockname()[:2], timeout=CONFIG.loopback_seconds).close()
         except OSError as error:
             reasons.append(f"{address}: {error.strerror or error}")
             continue
@@ -92,7 +93,7 @@ def environment(devices: Devices, interface: str | None, *, is_forced: bool) -> 
     """
     kept = without_other_launchers()
     paths = [str(PACK)]
-    if os.environ.get("XDIT_PYTHON"):
+    if CONFIG.python:
         kept.pop("PYTHONHOME", None)  # it belongs to another interpreter, as its packages do
     elif os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any
 
+from ..config import CONFIG
 from . import protocol
-from .connection import HANDSHAKE_SECONDS, Patient, bounded, hang_up
+from .connection import Patient, bounded, hang_up
 from .protocol import Message, ProtocolError
 from .registry import GroupAddress
 
 logger = logging.getLogger(__name__)
 
 QUEUED = ("sample", "load", "window", "decode", "encode", "free", "stop")
-WRITE_SECONDS = 5.0
-"""A client that takes nothing for so long has its connection closed: the ranks wait for rank 0, which has a heartbeat to send."""
 CLIENTS = 64
 """Connections that may wait to be accepted."""
 
@@ -116,7 +115,7 @@ class Server:
                 if self._closed.is_set():
                     return
                 logger.warning("a client was not accepted: %s", error)
-                time.sleep(0.5)
+                time.sleep(CONFIG.retry_seconds)
                 continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
@@ -126,8 +125,8 @@ class Server:
         try:
             with connection:
                 with socket.socket(fileno=os.dup(connection.fileno())) as end:
-                    bounded(end, sending=WRITE_SECONDS, receiving=0)
-                patient = Patient(connection, HANDSHAKE_SECONDS)
+                    bounded(end, sending=CONFIG.write_seconds, receiving=0)
+                patient = Patient(connection, CONFIG.handshake_seconds)
                 deliver_challenge(patient, self._key)
                 answer_challenge(patient, self._key)
                 self._converse(connection)

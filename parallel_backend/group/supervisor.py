@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from ..config import CONFIG
 from .exit_cause import KILLED, ExitCause, how_it_ended
 from .heartbeat import Board, Heartbeat
 from .ownership import OwnerWatch
@@ -27,8 +28,8 @@ from .registry import GroupAddress
 
 SUPERVISOR = "XDIT_GROUP_SUPERVISOR"
 """In the environment of the workers: this process's number."""
-STOPPED_SECONDS = 5
-"""A rank that is stopped (SIGSTOP) for so long is given up."""
+HOST = "XDIT_HOST"
+"""In the environment of the workers: this host's name for messages, set where a group has several hosts."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class HangDetector:
             doing = heartbeat.doing if heartbeat else "starting"
             stopped = worker.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
             self._stopped[place] = self._stopped.get(place, 0) + 1 if stopped else 0
-            if self._stopped[place] >= STOPPED_SECONDS:
+            if self._stopped[place] >= CONFIG.stopped_seconds:
                 return self._hang([place], f"was stopped (SIGSTOP) while {doing}", 0)
             if heartbeat is None:
                 continue

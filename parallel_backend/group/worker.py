@@ -10,11 +10,9 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+from ..config import CONFIG
 from .heartbeat import Board, HeartbeatWriter
-from .supervisor import SUPERVISOR
-
-START_SECONDS = 300.0
-"""The ranks find each other within this."""
+from .supervisor import HOST, SUPERVISOR
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +35,18 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     from ..parallel.group_rank import GroupRankContext
     from ..plan import Plan
     from ..planner import hardware
-    from .job_loop import MEET_SECONDS, JobLoop
+    from .job_loop import JobLoop
     from .registry import GroupAddress
 
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
-    if hardware.MEMORY_GIB and device.type == "cuda":
+    if device.type == "cuda" and hardware.memory_limit() is not None:
         offload.allow(device, hardware.allowed(torch.cuda.get_device_properties(device).total_memory))
-    heart.beat("joining the group", START_SECONDS)
+    heart.beat("joining the group", CONFIG.join_seconds)
     context = GroupRankContext(Plan.parse(plan), device=device, rank=rank)
     heart.beat(
-        "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)", MEET_SECONDS
+        "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)",
+        CONFIG.exchange_seconds,
     )
     link = context.probe()
     logger.info("the ranks exchange %.2g GB/s, and a number in %.0f us", link.bandwidth / 1e9, link.latency * 1e6)
@@ -83,7 +82,7 @@ def main() -> None:
         loop = join(Path(folder), plan, kind, heart)
     except Exception as error:
         words = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-        heart.leave({**words, "host": os.environ.get("XDIT_HOST"), "waited": 0.0})
+        heart.leave({**words, "host": os.environ.get(HOST), "waited": 0.0})
         raise
     loop.run_forever()
     os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang

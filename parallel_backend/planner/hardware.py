@@ -6,13 +6,12 @@ its data sheet. PCIe's 7 GB/s, while all GPUs send, is what xDiT's published L40
 """
 
 import logging
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from ..config import CONFIG
 from ..devices import Devices
 from ..errors import RequestError, first_line
 from . import hardware_cache
@@ -179,30 +178,30 @@ def survey(devices: Devices) -> list[str]:
     return lines
 
 
-MEMORY_GIB = os.environ.get("XDIT_MEMORY_GIB") or os.environ.get("XDIT_MEMORY_GB")
-"""GiB of each GPU that a group's tensors may have; unset, all that is free. XDIT_MEMORY_GB is its older name."""
-
-
 def usable_bytes(device: torch.device) -> int:
     """Bytes that the driver has and that this process holds, which are given up before a job."""
     return allowed(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
 
 
-def allowed(nbytes: int) -> int:
-    """So many bytes, or what the user leaves a group where that is less.
+def memory_limit() -> int | None:
+    """Returns the bytes of each GPU that the user allows a group's tensors; None for all that is free.
 
     Raises:
-        RequestError: where XDIT_MEMORY_GIB is no number above 0.
+        RequestError: when the variable has an unusable value. The default would take memory that is meant for other programs.
     """
-    if not MEMORY_GIB:
-        return nbytes
-    try:
-        most = float(MEMORY_GIB)
-    except ValueError:
-        most = math.nan
-    if not 0 < most < math.inf:
-        raise RequestError(f"XDIT_MEMORY_GIB is '{MEMORY_GIB}'; give GiB of each GPU, such as 24")
-    return min(nbytes, int(most * GIB))
+    if message := CONFIG.rejected.get("memory_gib"):
+        raise RequestError(message)
+    return None if CONFIG.memory_gib is None else int(CONFIG.memory_gib * GIB)
+
+
+def allowed(nbytes: int) -> int:
+    """Returns ``nbytes``, or :func:`memory_limit` if that is less.
+
+    Raises:
+        RequestError: see :func:`memory_limit`.
+    """
+    limit = memory_limit()
+    return nbytes if limit is None else min(nbytes, limit)
 
 
 def emptied(machine: Machine, devices: Devices) -> Machine:

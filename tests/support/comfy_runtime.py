@@ -10,7 +10,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 SERVER = """
-import importlib, json, os, sys, types
+import dataclasses, importlib, json, os, sys, types
 from pathlib import Path
 import torch
 repo, folder, path = sys.argv[1:]
@@ -19,6 +19,8 @@ from workflows.headless import start_runtime
 start_runtime(*[Path(folder)] * 3)
 def part(name):
     return importlib.import_module(f"{Path(repo).name.replace('-', '_').replace('.', '_')}.{name}")
+def configure(name, **settings):
+    part(name).CONFIG = dataclasses.replace(part(name).CONFIG, **settings)
 host, memory, jobs, errors = (part(f) for f in ("nodes.comfy.runtime", "nodes.comfy.model_patcher", "parallel_backend.jobs", "parallel_backend.errors"))
 Handle, Checkpoint = part("nodes.comfy.types").BackendHandle, part("parallel_backend.cogvideox.checkpoint.checkpoint").Checkpoint
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel

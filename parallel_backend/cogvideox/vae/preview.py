@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from ...config import CONFIG
 from ...errors import Cancelled, first_line
 from ..stopping import GoOn, stoppable
 from .codec import brightness, stops
 
-SECONDS = 1.0
-"""At most one picture in so long."""
 MOMENTS = 4
 """Of a video, in two rows; those of fewer latent frames in one."""
 CELLS = 32
@@ -86,7 +85,7 @@ class Previews:
         if self._coming and self._coming[1].query():
             self._show(self._coming[0])
             self._coming = None
-        if self.note or self._coming or time.monotonic() - self._last < SECONDS:
+        if self.note or self._coming or time.monotonic() - self._last < CONFIG.preview_seconds:
             return
         self._last = time.monotonic()
         try:
