@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.table import distance, two_steps
-from parallel_backend.cogvideox import offload as memory
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import attention, attention_fp8, block
@@ -108,14 +108,14 @@ def test_half_precision_is_as_near_to_float32_in_every_plan_as_in_single(group, 
 def test_split_weights_leave_the_gpu_and_come_back_with_every_other_option(group, on_gpu, make_job, checkpoints):
     path, plan = str(checkpoints["5b"]), group.plan
     exact = on_gpu.sample(make_job("5b", model=Model(path, dtype="fp32"))).tensor
-    part = memory.transformer_bytes(Checkpoint.open(path), plan, torch.float32)
+    part = offload.transformer_bytes(Checkpoint.open(path), plan, torch.float32)
     modes = ("none", "model") if plan.fsdp > 1 else ("none", "model", "group", "sequential")
-    for offload, compile in [*((mode, "off") for mode in modes), ("none", "on"), ("model", "on")]:
-        job = make_job("5b", model=Model(path, dtype="fp32", offload=offload, compile=compile))
+    for mode, compile in [*((mode, "off") for mode in modes), ("none", "on"), ("model", "on")]:
+        job = make_job("5b", model=Model(path, dtype="fp32", offload=mode, compile=compile))
         for _ in range(2):
-            assert (group.sample(job).tensor - exact).abs().max() <= 10 * TOLERANCE, (offload, compile)
+            assert (group.sample(job).tensor - exact).abs().max() <= 10 * TOLERANCE, (mode, compile)
         on_device = group.status()["weights"]["transformer"]
-        assert on_device < 1.05 * part and (on_device > 0.95 * part) == (offload == "none"), (offload, compile)
+        assert on_device < 1.05 * part and (on_device > 0.95 * part) == (mode == "none"), (mode, compile)
         assert group.decode(DecodeJob(job.model, torch.rand(1, 16, 1, 8, 8))).tensor.isfinite().all()
         assert (group.sample(job).tensor - exact).abs().max() <= 10 * TOLERANCE
 
@@ -131,19 +131,19 @@ def test_fp8_is_as_near_in_every_plan_as_in_single(compile, group, on_gpu, make_
 
 @one_gpu
 @pytest.mark.parametrize("compile", ["off", "on"])
-@pytest.mark.parametrize("offload", ["none", "model", "group", "sequential"])
-def test_offload_changes_memory_and_not_the_video(offload, compile, on_gpu, make_job, checkpoints):
+@pytest.mark.parametrize("mode", ["none", "model", "group", "sequential"])
+def test_offload_changes_memory_and_not_the_video(mode, compile, on_gpu, make_job, checkpoints):
     path = str(checkpoints["5b"])
     expected = on_gpu.sample(make_job("5b", model=Model(path, dtype="fp32", offload="none"))).tensor
     executor = LocalExecutor(torch.device("cuda", 0))
-    job = make_job("5b", model=Model(path, dtype="fp32", offload=offload, compile=compile))
+    job = make_job("5b", model=Model(path, dtype="fp32", offload=mode, compile=compile))
     for _ in range(2):  # the second job finds the weights where the first left them
         result = executor.sample(job)
         assert (result.tensor - expected).abs().max() <= 10 * TOLERANCE
-        assert any("not compiled" in note for note in result.report.notes) == (offload == "sequential" and compile == "on")
+        assert any("not compiled" in note for note in result.report.notes) == (mode == "sequential" and compile == "on")
     held = sum(weight.numel() * 4 for weight in executor.engine.cache.held["transformer"][1].parameters() if weight.is_cuda)
     whole = Checkpoint.open(path).weight_bytes("transformer", torch.float32)
-    assert (held > 0.9 * whole) == (offload == "none")
+    assert (held > 0.9 * whole) == (mode == "none")
     executor.close()
 
 
@@ -153,17 +153,19 @@ def test_auto_places_the_weights_anew_when_another_program_takes_the_room(on_gpu
     job, checkpoint = make_job("5b", model=model), Checkpoint.open(checkpoints["5b"])
     expected = on_gpu.sample(job).tensor
     weights = checkpoint.weight_bytes("transformer", torch.float32)
-    work = memory.working_bytes(job, checkpoint, Plan(), torch.float32)
+    work = offload.working_bytes(job, checkpoint, Plan(), torch.float32)
     rooms = {"none": 2**40, "model": weights + work, "group": 2 * weights // checkpoint.layers + work, "sequential": 0}
     executor = LocalExecutor(torch.device("cuda", 0))
     engine = executor.engine
-    held = lambda: sum(memory.bytes_on(engine.device, module) for _, module in engine.cache.held.values())  # noqa: E731
+    held = lambda: sum(offload.bytes_on(engine.device, module) for _, module in engine.cache.held.values())  # noqa: E731
     executor.decode(DecodeJob(model, torch.rand(1, 16, 1, 4, 4)))
     for mode in ("none", "group", "none", "sequential", "group", "model", "none", "model", "sequential", "none"):
-        monkeypatch.setattr(memory, "free_bytes", lambda device, mode=mode: int(rooms[mode] / memory.HEADROOM) + 1000 - held())
+        monkeypatch.setattr(
+            offload, "free_bytes", lambda device, mode=mode: int(rooms[mode] / offload.HEADROOM) + 1000 - held()
+        )
         assert (executor.sample(job).tensor - expected).abs().max() <= TOLERANCE
         assert engine.cache.offload == mode
-        on_device = memory.bytes_on(engine.device, engine.cache.held["transformer"][1])
+        on_device = offload.bytes_on(engine.device, engine.cache.held["transformer"][1])
         assert (on_device > 0.9 * weights) == (mode == "none")
     monkeypatch.undo()
     assert executor.decode(DecodeJob(model, torch.rand(1, 16, 1, 4, 4))).tensor.isfinite().all()
@@ -204,7 +206,7 @@ def cap():
     total = torch.cuda.get_device_properties(0).total_memory
 
     def limit(size: int | None) -> None:
-        memory.release(torch.device("cuda"))
+        offload.release(torch.device("cuda"))
         torch.cuda.set_per_process_memory_fraction(1.0 if size is None else size / total)
 
     yield limit
@@ -217,7 +219,7 @@ def test_a_step_that_does_not_fit_says_what_helps_and_the_next_job_works(make_jo
     small, large = (make_job("5b", model=model, size=size, steps=2) for size in ((96, 64, 17), (480, 320, 49)))
     executor = LocalExecutor(torch.device("cuda", 0))
     expected = executor.sample(small).tensor
-    memory.release(torch.device("cuda"))
+    offload.release(torch.device("cuda"))
     cap(torch.cuda.memory_reserved() + 40 * 2**20)
     with pytest.raises(
         OutOfMemory, match="step 1 ran out of memory on cuda:0: it needs about .* use offload 'group' .now 'none'"

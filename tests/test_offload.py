@@ -27,7 +27,7 @@ ONE_RANK = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from parallel_backend.cogvideox import offload as memory
+from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
 from parallel_backend.model import Model
@@ -37,7 +37,7 @@ from parallel_backend.plan import Plan
 signal.alarm(100)
 path, folder = sys.argv[1:]
 rank, checkpoint = int(os.environ["RANK"]), Checkpoint.open(path)
-memory.free_bytes = lambda device: (2**40, 0)[rank]
+offload.free_bytes = lambda device: (2**40, 0)[rank]
 text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
 job = SampleJob(Model(path), text, empty_latent(width=64, height=48, frames=9), text, steps=1)
 engine = Engine(GroupRankContext(Plan(ulysses=2), device=torch.device("cpu"), rank=rank))

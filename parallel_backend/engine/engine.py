@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..cogvideox import offload as memory
+from ..cogvideox import offload
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.denoise import StepCallback, WindowCallback, denoise, predict_window
 from ..cogvideox.pipeline.windows import advice
@@ -85,7 +85,7 @@ class Engine:
         dtype = checkpoint.dtype(job.model.dtype, self.device)
         self.model, self._notes = job.model, []
         self.together = isinstance(job, SampleJob | WindowJob)
-        memory.reset_peak(self.device)
+        offload.reset_peak(self.device)
         run = {
             SampleJob: partial(self._sample, on_picture=on_picture),
             LoadJob: self._load_only,
@@ -102,7 +102,7 @@ class Engine:
             result.report,
             plan=str(self.context.plan),
             world_size=self.context.plan.world_size,
-            peak_memory=(memory.used_bytes(self.device) + self.context.outside_bytes,),
+            peak_memory=(offload.used_bytes(self.device) + self.context.outside_bytes,),
             notes=tuple(self._notes),
         )
         return replace(result, report=report)
@@ -118,14 +118,14 @@ class Engine:
 
         Any thread may ask. What is held is as it was when the last job ended.
         """
-        return {**self._status, "memory": memory.used_bytes(self.device)}
+        return {**self._status, "memory": offload.used_bytes(self.device)}
 
     def _describe(self) -> None:
         """Notes what is held, for other threads: they must not look at weights while this one changes them."""
         self._status = {
             "model": self.model.path if self.model else None,
             "held": sorted(self.cache.held),
-            "weights": {part: memory.bytes_on(self.device, module) for part, (_, module) in self.cache.held.items()},
+            "weights": {part: offload.bytes_on(self.device, module) for part, (_, module) in self.cache.held.items()},
             "loads": self.cache.loads,
         }
 
@@ -177,7 +177,7 @@ class Engine:
             "may_begin": lambda: ahead,
         }
         try:
-            with memory.one_kind_of_error():
+            with offload.one_kind_of_error():
                 latent = denoise(transformer, checkpoint, job, **place, **callbacks)
         except torch.OutOfMemoryError as error:
             where = f"a step after {len(steps)}" if steps else "step 1"
@@ -185,7 +185,7 @@ class Engine:
         finally:
             if self.cache.offload == "model":
                 transformer.to("cpu")
-                memory.release(self.device)
+                offload.release(self.device)
         self._note(caches.note)
         self._note(previews and previews.note)
         self._note(attention.note_of_twice(self.device))
@@ -231,7 +231,7 @@ class Engine:
         self.context.synchronize()
         loaded = time.perf_counter()
         try:
-            with memory.one_kind_of_error():
+            with offload.one_kind_of_error():
                 predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, context=self.context)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory("a window", job, checkpoint, dtype) from error
@@ -239,7 +239,7 @@ class Engine:
 
     def _out_of_memory(self, what: str, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> OutOfMemory:
         """The error for a forward that does not fit."""
-        free, need = memory.free_bytes(self.device), memory.working_bytes(job, checkpoint, self.context.plan, dtype)
+        free, need = offload.free_bytes(self.device), offload.working_bytes(job, checkpoint, self.context.plan, dtype)
         return OutOfMemory(
             f"{what} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the weights and "
             f"{free / 2**30:.1f} GiB are free; use {self._advice}, a smaller size, or a plan with more ulysses, ring or tensor"

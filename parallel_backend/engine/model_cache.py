@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..cogvideox import offload as memory
+from ..cogvideox import offload
 from ..cogvideox.checkpoint import weights
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.kernels import probe
@@ -55,8 +55,8 @@ class ModelCache:
         """Lets go of all weights."""
         self.held.clear()
         self.offload = None
-        memory.release(self.device)
-        memory.reset_peak(self.device)
+        offload.release(self.device)
+        offload.reset_peak(self.device)
 
     def transformer(
         self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, on_window: WindowCallback
@@ -86,13 +86,13 @@ class ModelCache:
         if not self.context.agree(not stopped)[0]:
             if self.loads > before:
                 del self.held["transformer"], transformer  # it still lacks its LoRAs and hooks
-            memory.release(self.device)
+            offload.release(self.device)
             raise Cancelled("stopped while weights were read")
         if self.loads > before:
             self.merged = ()
         self._merge(loras, transformer, checkpoint)
         if self.loads > before:
-            memory.place(transformer, mode, self.device)
+            offload.place(transformer, mode, self.device)
         elif hooks is None:
             transformer.to(self.device)
         attention.agree(self.device, dtype, checkpoint.head_dim, self.context.collect)
@@ -147,12 +147,12 @@ class ModelCache:
         features = checkpoint.heads * checkpoint.head_dim
         return block.why_not_compiled(self.device, dtype, features, checkpoint.head_dim, checkpoint.rotary)
 
-    def _hopes_compiled(self, model: Model, checkpoint: Checkpoint, dtype, offload: str) -> bool:
+    def _hopes_compiled(self, model: Model, checkpoint: Checkpoint, dtype, mode: str) -> bool:
         """Whether the blocks are to run compiled where that can be done; says why not where that was to be expected."""
         large = self.device.type == "cuda" and checkpoint.weight_bytes("transformer", dtype) >= block.WORTH_COMPILING
         if model.compile == "off" or (model.compile == "auto" and not large):
             return False
-        if offload == "sequential":
+        if mode == "sequential":
             self.note("not compiled: offload 'sequential' brings weights to layers alone, and kernels ask for some themselves")
             return False
         return True
@@ -174,16 +174,16 @@ class ModelCache:
         self.held["transformer"] = held
 
     def _choose_offload(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> str:
-        held = sum(memory.bytes_on(self.device, module) for _, module in self.held.values())
+        held = sum(offload.bytes_on(self.device, module) for _, module in self.held.values())
         if self.device.type == "mps" and job.model.offload == "auto":
             return "none"  # what waits on the CPU takes the same memory
-        mode, note = memory.choose_offload(
+        mode, note = offload.choose_offload(
             job.model.offload,
-            weights=memory.transformer_bytes(checkpoint, self.context.plan, dtype, fp8=job.model.fp8 != "off"),
-            working=memory.working_bytes(job, checkpoint, self.context.plan, dtype),
+            weights=offload.transformer_bytes(checkpoint, self.context.plan, dtype, fp8=job.model.fp8 != "off"),
+            working=offload.working_bytes(job, checkpoint, self.context.plan, dtype),
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,
-            free=min(self.context.collect(memory.free_bytes(self.device) + held)),  # one mode for all ranks
+            free=min(self.context.collect(offload.free_bytes(self.device) + held)),  # one mode for all ranks
             in_parts=self.context.plan.can_offload("group"),
         )
         self.note(note)
@@ -206,7 +206,7 @@ class ModelCache:
             return held[1]
         del held  # or the old weights would live until the new ones are read
         self.held.pop(part, None)
-        memory.release(self.device)
+        offload.release(self.device)
         module = read()
         self.loads += 1
         self.held[part] = (key, module)
@@ -220,4 +220,4 @@ class ModelCache:
         """Brings everything but the VAE off the device; a job that needs it brings it back."""
         if "transformer" in self.held and self.offload not in IN_PARTS:
             self.held["transformer"][1].to("cpu")
-        memory.release(self.device)
+        offload.release(self.device)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from ..cogvideox import offload as memory
+from ..cogvideox import offload
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.checkpoint.facts import SPATIAL
 from ..cogvideox.pipeline.denoise import WindowCallback
@@ -48,7 +48,7 @@ class VaeJobs:
         need = weights + codec.working_bytes(job, dtype) * max(strips.counts) / rows
 
         def enough() -> bool:
-            return all(self.context.collect(memory.free_bytes(self.device) * memory.HEADROOM >= STRIP_MARGIN * need))
+            return all(self.context.collect(offload.free_bytes(self.device) * offload.HEADROOM >= STRIP_MARGIN * need))
 
         if enough():
             return strips
@@ -87,28 +87,28 @@ class VaeJobs:
     def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
         codec.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
         try:
-            with shared(module.layers, strips), memory.one_kind_of_error():
+            with shared(module.layers, strips), offload.one_kind_of_error():
                 return use(strips)
         except torch.OutOfMemoryError as error:
-            free = memory.free_bytes(self.device)
+            free = offload.free_bytes(self.device)
             raise OutOfMemory(
                 f"the VAE ran out of memory in a strip on {self.device}: {free / 2**30:.1f} GiB are free; use tiling on"
             ) from error
 
     def _alone(self, job: DecodeJob | EncodeJob, dtype, module, use) -> torch.Tensor:
         """Whole where that fits, then in smaller and smaller tiles."""
-        need, free = codec.working_bytes(job, dtype), memory.free_bytes(self.device)
-        tiled = job.tiling == "on" or (job.tiling == "auto" and need > memory.HEADROOM * free)
+        need, free = codec.working_bytes(job, dtype), offload.free_bytes(self.device)
+        tiled = job.tiling == "on" or (job.tiling == "auto" and need > offload.HEADROOM * free)
         if tiled and job.tiling == "auto":
             self.note(f"VAE in tiles of {job.tile}: whole needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
         for tile in codec.ways_out(job, tiled=tiled):
             overlap = min(job.overlap, (tile or job.tile) // 2)
             codec.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
             try:
-                with memory.one_kind_of_error():
+                with offload.one_kind_of_error():
                     return use(None)
             except torch.OutOfMemoryError:
-                free = memory.free_bytes(self.device)
+                free = offload.free_bytes(self.device)
                 where = f"in tiles of {tile}" if tile else "whole"
                 self.note(f"VAE {where} ran out of memory ({free / 2**30:.1f} GiB free); the transformer made room")
             self.cache.make_room()
