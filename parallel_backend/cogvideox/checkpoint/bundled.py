@@ -1,8 +1,9 @@
 """Finds a model by what the user calls it: one that comes with the pack, a folder, or one in the Hugging Face cache."""
 
 import json
-import os
 from pathlib import Path
+
+from huggingface_hub import constants
 
 from ...errors import RequestError
 
@@ -22,11 +23,8 @@ def shipped() -> dict[str, Path]:
 
 
 def hub_cache() -> Path:
-    """The folder of the Hugging Face cache, by the variables that huggingface_hub reads; importing that takes longer."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    found = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(found)).expanduser()
+    """Returns the folder of the Hugging Face cache."""
+    return Path(constants.HF_HUB_CACHE)
 
 
 def hub_models() -> dict[str, Path]:
