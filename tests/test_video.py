@@ -69,7 +69,7 @@ def test_a_process_survives_a_full_disk_says_so_and_leaves_nothing_behind(tmp_pa
     assert left == ["whole.mp4"]
     assert len(said) == 5 + 5 + 3  # every attempt failed
     for kind, line in said.values():
-        assert kind == "WriteFailure" and "File too large; make room or choose another place" in line
+        assert kind == "WriteFailure" and "File too large; free space or choose another folder" in line
         assert line.startswith("cannot write ") and "/clip." in line and "\n" not in line
 
 

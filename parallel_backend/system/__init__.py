@@ -1,1 +1,1 @@
-"""The operating system: files, folders, and the limits of a container."""
+"""The operating system: files, folders, and container limits."""

@@ -1,4 +1,4 @@
-"""Where the pack keeps what it made on this machine: compiled kernels, measured rates."""
+"""The cache folder of the pack, for compiled kernels and measured rates."""
 
 import logging
 import os
@@ -12,26 +12,26 @@ NAME = "cogvideox-xdit"
 
 
 def preferred_cache() -> Path:
-    """The user's cache folder of this pack; in the system's temporary folder for a user without a home. Nothing is made."""
+    """Returns the pack's folder in the user's cache, or :func:`temporary_cache` for a user without a home. Does not create it."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / NAME if os.path.isabs(base) else temporary_cache()
 
 
 def temporary_cache() -> Path:
-    """The one for where the preferred one cannot be used."""
+    """Returns the fallback in the system's temporary folder."""
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
     return Path(tempfile.gettempdir()) / f"{NAME}-cache-{user}"
 
 
 @cache
 def writable_cache() -> Path:
-    """The first of both that a file can be written to; says so where it is not the preferred one."""
+    """Returns the first of the two that is writable, creating it. Logs a warning if that is not the preferred one."""
     preferred = preferred_cache()
     for folder in (preferred, temporary_cache()):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder != preferred and hasattr(os, "getuid") and folder.lstat().st_uid != os.getuid():
-                raise OSError(None, f"{folder} belongs to another user")  # whose kernels would run here
+                raise OSError(None, f"{folder} belongs to another user")  # whose kernels this process would run
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(2**16))
         except OSError as error:

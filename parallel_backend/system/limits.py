@@ -1,4 +1,4 @@
-"""CPU cores and memory that this process may use: of a container, not of the machine around it."""
+"""CPU cores and memory that this process may use, within the limits of its container."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use: the smallest of affinity and cgroup quotas, rounded up, at least 1."""
+    """Returns the CPU cores that this process may use: the least of affinity and cgroup quotas, rounded up, at least 1."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows have neither this nor cgroups
@@ -20,12 +20,12 @@ def usable_cores() -> int:
 
 
 def usable_memory() -> int:
-    """Bytes of main memory that this process can still get: what the machine has available, or less where a cgroup allows less."""
+    """Returns the bytes of main memory that this process can still allocate: the least of the machine's and its cgroups'."""
     return max(0, min([psutil.virtual_memory().available, *(allowed - used for allowed, used in memory_limits())]))
 
 
 def quotas() -> Iterator[tuple[int, int]]:
-    """Microseconds of CPU time in each period, of every cgroup that sets a limit."""
+    """Yields CPU time and period, in microseconds, of each cgroup that sets a limit."""
     for folder in folders("cpu"):
         words = read(folder / "cpu.max").split() or [read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
         if all(word.isdecimal() and int(word) for word in words):  # no limit is "max", or -1 in version 1
@@ -33,7 +33,7 @@ def quotas() -> Iterator[tuple[int, int]]:
 
 
 def memory_limits() -> Iterator[tuple[int, int]]:
-    """Bytes allowed and bytes used, of every cgroup that sets a limit. Cached files, which the kernel gives up, are not used."""
+    """Yields bytes allowed and used of each cgroup that sets a limit. Cached files do not count, as the kernel can drop them."""
     for folder in folders("memory"):
         for limit, usage, cached in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -46,9 +46,9 @@ def memory_limits() -> Iterator[tuple[int, int]]:
 
 
 def folders(controller: str) -> Iterator[Path]:
-    """The folders of this process's cgroup and of those that it is in, for version 2 and for one controller of version 1.
+    """Yields the folders of this process's cgroup and its ancestors, for version 2 and for one controller of version 1.
 
-    A container sees its own cgroup at the root, though its path may be that of the machine around it, so the root is always there.
+    The root is always included: a container sees its own cgroup there, even if its path is one of the host.
     """
     for line in read(PROC / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -60,7 +60,7 @@ def folders(controller: str) -> Iterator[Path]:
 
 
 def read(path: Path) -> str:
-    """A file's text, empty where it cannot be read."""
+    """Returns a file's text, or an empty string if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
