@@ -1,4 +1,4 @@
-"""Which devices a plan runs on."""
+"""The devices that a plan runs on."""
 
 import os
 import re
@@ -11,21 +11,24 @@ from .errors import RequestError
 from .system.limits import usable_cores
 
 RANKS = "XDIT_RANKS"
-"""In the environment of a group's processes: the GPU of each of this machine's ranks."""
+"""Environment variable of a group's processes: the GPU index of each rank on this machine, separated by commas."""
 BF16_CAPABILITY = (8, 0)
-"""Of the first GPUs that compute in bf16, and that cuDNN's attention is made for."""
+"""Lowest compute capability with bf16 and cuDNN attention (Ampere)."""
 MOST_THREADS = 8
-"""Of a process that works on a GPU: its CPU has memory to copy and little to compute."""
+"""CPU threads of a process that works on a GPU; its CPU mostly copies memory."""
 
 
 def visible_index(local_rank: int) -> int:
-    """The number of a rank's GPU among those that a group's processes see."""
+    """Returns the index of a rank's GPU among the GPUs that are visible to the group's processes."""
     return int(os.environ[RANKS].split(",")[local_rank])
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a GPU computes in bf16; a rank's says it for all that its group has on this machine, as they must agree. One that is not
-    here, which is only planned for, does."""
+    """Returns whether a device computes in bf16.
+
+    In a group's process the answer covers all of its GPUs on this machine, as ranks must agree. Without CUDA, as when planning for
+    GPUs of another machine, it is True.
+    """
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -35,33 +38,34 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def several_ranks_a_gpu() -> bool:
-    """Whether a GPU that is named twice holds two ranks. That is slower than one, and each takes all of its free memory for its own:
-    it is for trying groups where there is one GPU.
+    """Returns whether a GPU may be named twice, to hold two ranks.
+
+    This is for trying groups on one GPU. It is slower than one rank, and each rank counts all of the free memory as its own.
 
     Source:
-        NCCL 2.30 and newer allow it where this variable is set; what runs is shared out in slices of time.
+        NCCL 2.30 and newer allow it if this variable is set; the ranks run in time slices.
     """
     return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 
 @dataclass(frozen=True)
 class Devices:
-    """GPUs by number, or a number of processes on the CPU.
+    """GPUs by index, or a number of processes on the CPU.
 
     Raises:
-        RequestError: from :meth:`parse`, for what is not there.
+        RequestError: from :meth:`parse`, for devices that this machine does not have.
     """
 
     kind: str
     """``cuda`` or ``cpu``."""
     indices: tuple[int, ...] = (0,)
-    """GPU numbers, as this process sees them; on the CPU just 0, 1, …"""
-    beside: int = 0
-    """Processes of other groups that work at the same time, with whom the CPU's cores are shared."""
+    """GPU indices as this process sees them; on the CPU 0, 1, …"""
+    others: int = 0
+    """Processes of other groups that run at the same time and share the CPU cores."""
 
     @classmethod
     def parse(cls, text: str) -> "Devices":
-        """Reads ``auto``, ``cpu``, ``cpu:2`` (two processes), ``0,1`` or ``cuda:0,1``."""
+        """Parses ``auto``, ``cpu``, ``cpu:2`` (two processes), ``0,1`` or ``cuda:0,1``."""
         text = text.strip()
         gpus = torch.cuda.device_count()
         if text == "auto":
@@ -86,7 +90,7 @@ class Devices:
 
     @property
     def count(self) -> int:
-        """Processes that a group on these devices has."""
+        """Number of processes that a group on these devices has."""
         return len(self.indices)
 
     @property
@@ -101,17 +105,17 @@ class Devices:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The GPUs' numbers or names as the driver has them, whatever this process sees of them."""
+        """Entries for ``CUDA_VISIBLE_DEVICES``: the GPUs as the driver numbers or names them."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         given = visible.split(",") if visible else None
         return tuple(given[index] if given else str(index) for index in self.indices)
 
     def first_of(self, count: int) -> "Devices":
-        """The first so many of them."""
+        """Returns the first ``count`` devices."""
         return replace(self, indices=self.indices[:count])
 
     def shared_out(self, parts: int) -> tuple["Devices", ...]:
-        """The devices of each of so many groups of one size."""
+        """Divides the devices among ``parts`` groups of equal size."""
         size = self.count // parts
         shares = [self.indices[first : first + size] for first in range(0, self.count, size)]
         if self.kind == "cpu":
@@ -119,12 +123,12 @@ class Devices:
         return tuple(Devices(self.kind, share, self.count - size) for share in shares)
 
     def environment(self) -> dict[str, str]:
-        """What a group's processes must see: local rank r on the r-th of these devices."""
-        threads = max(1, usable_cores() // (self.count + self.beside))
+        """Returns the variables of a group's processes, by which local rank r gets the r-th of these devices."""
+        threads = max(1, usable_cores() // (self.count + self.others))
         if self.kind == "cpu":
-            # Threads that spin for long take the cores that others compute on: 2.5 s a step, 0.14 with a bound (measured).
+            # Spinning threads take cores from computing ones: a step took 2.5 s, and 0.14 s with this bound (measured).
             return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
-        # torch.distributed.run gives each process one thread; a video on its way from the GPU is copied faster by some.
+        # torch.distributed.run gives each process one thread; several copy a video from the GPU faster.
         threads = min(threads, MOST_THREADS)
         visible = list(dict.fromkeys(self.names))
         return {
@@ -135,5 +139,5 @@ class Devices:
 
 
 def current(device: torch.device):
-    """A context in which a GPU is the current one, on which Triton launches its kernels."""
+    """Returns a context that makes a GPU the current one, where Triton launches its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
