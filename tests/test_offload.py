@@ -117,7 +117,7 @@ def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_j
     assert decide(replace(job, tiling="on")) is None and not engine._notes
     monkeypatch.setattr(offload, "free_bytes", lambda device: int(0.999 * (need + weights)))
     assert decide(job) is None
-    assert engine._notes == ["rank 0 works the VAE alone: a strip on each rank does not fit"]
+    assert engine._notes == ["rank 0 runs the VAE alone: a strip on each rank does not fit into memory"]
     monkeypatch.setattr(offload, "free_bytes", lambda device: 2**50)
     context.other_agrees = False
     assert decide(job) is None

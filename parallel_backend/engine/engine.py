@@ -1,4 +1,4 @@
-"""What runs a job on one rank: the same code in the caller's process and in every worker of a group."""
+"""Runs jobs on one rank: the same code in the caller's process and in every worker of a group."""
 
 import time
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .vae_jobs import VaeJobs
 
 @contextmanager
 def exact_float32(dtype: torch.dtype):
-    """In float32 keeps convolutions from TF32, torch's default on GPUs: its 3e-4 would show between plans."""
+    """Disables TF32 in float32 convolutions. It is torch's default on GPUs, and its error of 3e-4 would show between plans."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before and dtype != torch.float32
     try:
@@ -36,26 +36,27 @@ def exact_float32(dtype: torch.dtype):
 
 
 def go_on(*progress: Progress | int) -> bool:
-    """The callback, of steps and of windows, of a job that nobody watches."""
+    """The default callback of steps and windows: never stops the job."""
     return True
 
 
 SHORT_SECONDS = 2.0
-"""After a step this short the next one begins before it is reported, so that the device does not wait; stopping then takes one step more."""
+"""After a step this short the next step starts before this one is reported, so that the device does not idle; cancelling then takes
+one step more."""
 
 
 class Engine:
-    """Runs jobs one after the other, with weights that stay between them.
+    """Runs jobs one after the other and keeps the weights between them.
 
     Args:
-        context: the rank's share of each forward, and its device.
+        context: the rank, its device and its share of each forward.
     """
 
     def __init__(self, context: RankContext):
         self.context = context
         self.device = context.device
         self.together = False
-        """Whether the ranks exchange data in this job, so that one that fails alone leaves the others waiting."""
+        """Whether the ranks exchange data in this job: if one fails alone, the others hang in a collective."""
         self.model: Model | None = None
         self.cache = ModelCache(context, self._note)
         self.vae_jobs = VaeJobs(context, self.cache, self._note)
@@ -73,13 +74,13 @@ class Engine:
         """Runs one job.
 
         Args:
-            job: checked against its checkpoint by the caller.
+            job: validated against its checkpoint by the caller.
             on_step, on_window: see :func:`parallel_backend.cogvideox.pipeline.denoise.denoise`.
-            on_picture: called with previews where a job asks for them, on rank 0.
+            on_picture: called on rank 0 with each preview, if the job asks for previews.
         Returns:
-            The job's tensor, on the CPU, and the report of this rank.
+            The job's tensor, on the CPU, and this rank's report.
         Raises:
-            Cancelled: when ``on_step`` or ``on_window`` asked to stop.
+            Cancelled: when ``on_step`` or ``on_window`` returned False.
         """
         checkpoint = Checkpoint.open(job.model.path)
         dtype = checkpoint.dtype(job.model.dtype, self.device)
@@ -114,14 +115,14 @@ class Engine:
         self._describe()
 
     def status(self) -> dict[str, Any]:
-        """What is held, its bytes on the device, how often weights were loaded, and memory in use, in plain values.
+        """Returns the held parts, their bytes on the device, the number of loads, and the memory in use, as plain values.
 
-        Any thread may ask. What is held is as it was when the last job ended.
+        Any thread may call it. The held parts are those at the end of the last job.
         """
         return {**self._status, "memory": offload.used_bytes(self.device)}
 
     def _describe(self) -> None:
-        """Notes what is held, for other threads: they must not look at weights while this one changes them."""
+        """Updates the status for other threads, which must not read weights while this thread changes them."""
         self._status = {
             "model": self.model.path if self.model else None,
             "held": sorted(self.cache.held),
@@ -131,7 +132,7 @@ class Engine:
 
     @property
     def _advice(self) -> str:
-        """What makes room for a job beside the weights."""
+        """What the user can change to free memory for a job."""
         if not self.context.plan.can_offload("group"):
             return f"fp8 'linears' or more {'fsdp' if self.context.plan.fsdp > 1 else 'pipefusion'}"
         return f"offload 'group' (now '{self.cache.offload}')"
@@ -163,7 +164,7 @@ class Engine:
                 previews.look(progress.clean)
                 go_on = on_window()
             go_on, ahead = self.context.agree(go_on, short)
-            began = ended if under_way else time.perf_counter()  # where the device waits for it, telling is no part of a step
+            began = ended if under_way else time.perf_counter()  # a report that the device waits for is not part of a step
             return go_on
 
         caches = self.context.caches(job)
@@ -197,18 +198,20 @@ class Engine:
     def _previews(
         self, job: SampleJob, checkpoint: Checkpoint, dtype, show: PictureListener | None, go_on: WindowCallback
     ) -> Previews | None:
-        """The pictures of a job, where its caller is to be shown some and this rank is to make them."""
+        """Returns what makes a job's previews; None if nobody wants them here, or with a note if they cannot be made."""
         if not job.preview or show is None:
             return None
         if "vae" not in checkpoint.elements:
             self._note("no previews: the model has no VAE of its own")
             return None
         if self.cache.offload != "none":
-            self._note(f"no previews: offload is '{self.cache.offload}', and they need the VAE beside the transformer")
+            self._note(
+                f"no previews: offload is '{self.cache.offload}', and they need the VAE and the transformer on the device"
+            )
             return None
         try:
             module = self.cache.vae(checkpoint, dtype)
-        except Exception as error:  # a job that needs no VAE must not fail for it, and on one rank alone
+        except Exception as error:  # sampling needs no VAE, so it must not fail because of one, least of all on one rank alone
             self.cache.held.pop("vae", None)
             self._note(why_none(error))
             return None
@@ -218,7 +221,7 @@ class Engine:
         return Previews(module, scaling=checkpoint.scaling_factor, skipped=skipped, show=show, go_on=go_on)
 
     def _load_only(self, job: LoadJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
-        """What a sampling job begins with; that one says what there is to say of it."""
+        """Loads what a sampling job needs. Notes are left to that job."""
         started = time.perf_counter()
         self.cache.transformer(job, checkpoint, dtype, on_window)
         self.context.synchronize()
@@ -238,17 +241,17 @@ class Engine:
         return Result(predicted, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))
 
     def _out_of_memory(self, what: str, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> OutOfMemory:
-        """The error for a forward that does not fit."""
+        """Returns the error for a forward pass that does not fit."""
         free, need = offload.free_bytes(self.device), offload.working_bytes(job, checkpoint, self.context.plan, dtype)
         return OutOfMemory(
-            f"{what} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB beside the weights and "
+            f"{what} ran out of memory on {self.device}: it needs about {need / 2**30:.1f} GiB in addition to the weights, and "
             f"{free / 2**30:.1f} GiB are free; use {self._advice}, a smaller size, or a plan with more ulysses, ring or tensor"
             + (", or turn previews off" if isinstance(job, SampleJob) and job.preview else "")
         )
 
     def _may_go_on(self, on_window: WindowCallback) -> bool:
-        """Whether the job is still wanted; in one that the ranks do together, what rank 0 says."""
-        self.context.synchronize()  # or the device would be given all of the work before the first part has run
+        """Returns whether the job is still wanted; rank 0 decides if the ranks work together."""
+        self.context.synchronize()  # else all of the work would be queued before the first window has run
         return self.context.agree(on_window())[0] if self.together else on_window()
 
     def _use_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:

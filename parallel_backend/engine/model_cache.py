@@ -1,4 +1,4 @@
-"""The weights that a rank holds: read, kept where there is room, brought to the device, and let go of."""
+"""Loads a rank's weights, keeps them between jobs, moves them to and from the device, and frees them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,22 +20,28 @@ from ..parallel.rank import RankContext
 from ..plan import IN_PARTS
 
 Note = Callable[[str | None], None]
-"""Takes a line for the report of the job that runs; None is no line."""
+"""Adds a line to the report of the running job; None adds nothing."""
 
 
 def can_compile(note: Note, otherwise: str, reasons: list[str | None]) -> bool:
-    """Whether no rank has a reason against; says the first, and what is the case for it."""
+    """Returns whether kernels can be compiled on all ranks, and notes the first reason why not.
+
+    Args:
+        note: receives ``otherwise`` with the reason.
+        otherwise: what is the case without compiled kernels, such as "not compiled".
+        reasons: of each rank; None where it can compile.
+    """
     against = [reason for reason in reasons if reason]
     note(f"{otherwise}, so slower: {against[0]}" if against else None)
     return not against
 
 
 class ModelCache:
-    """Holds at most one transformer and one VAE, and reads one again only when another is asked for.
+    """Holds at most one transformer and one VAE, and loads one again only when a job needs another.
 
     Args:
-        context: the rank's share of each forward, and its device.
-        note: gets a line for each fallback.
+        context: the rank, its device and its share of each forward.
+        note: receives a line for each fallback.
     """
 
     def __init__(self, context: RankContext, note: Note):
@@ -43,16 +49,16 @@ class ModelCache:
         self.device = context.device
         self.note = note
         self.loads = 0
-        """Times that weights were read from disk."""
+        """How often weights were read from disk."""
         self.held: dict[str, tuple[Any, torch.nn.Module]] = {}
-        """The module of each part, with what it was made for."""
+        """The key and the module of each part; see :meth:`_load`."""
         self.offload: str | None = None
-        """The mode of the last sampling job."""
+        """The offload mode of the last sampling job."""
         self.merged: tuple[lora.LoraFile, ...] = ()
-        """The LoRAs in the transformer's weights."""
+        """The LoRAs merged into the transformer's weights."""
 
     def free(self) -> None:
-        """Lets go of all weights."""
+        """Frees all weights."""
         self.held.clear()
         self.offload = None
         offload.release(self.device)
@@ -61,10 +67,10 @@ class ModelCache:
     def transformer(
         self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, on_window: WindowCallback
     ) -> torch.nn.Module:
-        """The transformer, its weights where this job can afford them.
+        """Returns the transformer, with the offload mode that fits this job.
 
         Raises:
-            Cancelled: when ``on_window`` asked to stop before rank 0 had read its weights.
+            Cancelled: when ``on_window`` returned False before rank 0 had read its weights.
         """
         mode = self._choose_offload(job, checkpoint, dtype)
         before, stopped = self.loads, False
@@ -72,13 +78,13 @@ class ModelCache:
         loras = self._open_loras(job.model, checkpoint)
         self._check_fp8(job.model)
         if mode != "none" and "vae" in self.held:
-            self.held["vae"][1].to("cpu")  # its own job brings it back
+            self.held["vae"][1].to("cpu")  # the next VAE job moves it back
         hoped = self._hopes_compiled(job.model, checkpoint, dtype, mode)
 
         def read() -> torch.nn.Module:
             return self._read_transformer(job, checkpoint, dtype, on_window, in_parts=hooks is not None, hoped=hoped)
 
-        made = (job.model.fp8, hooks, loras if hooks else None)  # LoRAs cannot be merged into weights that hooks hold
+        made = (job.model.fp8, hooks, loras if hooks else None)  # LoRAs cannot be merged into weights that offload hooks manage
         try:
             transformer = self._load("transformer", checkpoint, dtype, read, made)
         except Cancelled:
@@ -107,7 +113,7 @@ class ModelCache:
         return transformer
 
     def _check_fp8(self, model: Model) -> None:
-        """Raises RequestError, on all ranks, where FP8 is asked for and the device of one has none."""
+        """Raises RequestError on all ranks if the job asks for FP8 and a rank's device does not support it."""
         if model.fp8 != "off" and (
             reasons := [reason for reason in self.context.collect(fp8_linear.missing(self.device)) if reason]
         ):
@@ -123,14 +129,19 @@ class ModelCache:
         in_parts: bool,
         hoped: bool,
     ) -> torch.nn.Module:
-        """The transformer with this rank's weights, on the device, or on the CPU where they come in parts; its kernels are made meanwhile
-        where that is ``hoped`` for."""
+        """Loads the transformer with this rank's weights.
+
+        Args:
+            job, checkpoint, dtype, on_window: see :meth:`transformer`.
+            in_parts: loads to the CPU, from where offload hooks move parts to the device.
+            hoped: compiles kernels while weights are read; see :meth:`_hopes_compiled`.
+        """
 
         def prepare(skeleton: torch.nn.Module) -> None:
             if job.model.fp8 != "off":
                 fp8_linear.convert(skeleton)
             self.context.attach(skeleton, fp8_attention=job.model.fp8 == "all")
-            if hoped:  # not sooner: what this thread imports until here, another one must not be in the middle of importing
+            if hoped:  # not earlier: two threads must not import the same modules at the same time
                 probe.beside(
                     partial(self._why_not_compiled, checkpoint, dtype),
                     partial(attention.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
@@ -148,27 +159,27 @@ class ModelCache:
         return block.why_not_compiled(self.device, dtype, features, checkpoint.head_dim, checkpoint.rotary)
 
     def _hopes_compiled(self, model: Model, checkpoint: Checkpoint, dtype, mode: str) -> bool:
-        """Whether the blocks are to run compiled where that can be done; says why not where that was to be expected."""
+        """Returns whether to compile the blocks if that is possible. Notes why not if the user could expect it."""
         large = self.device.type == "cuda" and checkpoint.weight_bytes("transformer", dtype) >= block.WORTH_COMPILING
         if model.compile == "off" or (model.compile == "auto" and not large):
             return False
         if mode == "sequential":
-            self.note("not compiled: offload 'sequential' brings weights to layers alone, and kernels ask for some themselves")
+            self.note("not compiled: offload 'sequential' moves the weights of one layer at a time, and some kernels read more")
             return False
         return True
 
     def _open_loras(self, model: Model, checkpoint: Checkpoint) -> tuple[lora.LoraFile, ...]:
-        """The LoRAs that change something."""
+        """Opens the LoRAs of a model; those with strength 0 are left out."""
         opened = lora.open_all(model.loras, checkpoint)
         for file in opened:
             self.note(file.note)
         return tuple(file for file in opened if file.strength)
 
     def _merge(self, loras: tuple[lora.LoraFile, ...], transformer, checkpoint: Checkpoint) -> None:
-        """Makes these the LoRAs in the transformer's weights."""
+        """Replaces the LoRAs merged into the transformer's weights."""
         if loras == self.merged:
             return
-        held = self.held.pop("transformer")  # when this fails half-way it is nobody's
+        held = self.held.pop("transformer")  # a merge that fails half-way must not leave it in the cache
         lora.merge(transformer, checkpoint, loras, device=self.device, before=self.merged, shard=self.context.shard)
         self.merged = loras
         self.held["transformer"] = held
@@ -176,7 +187,7 @@ class ModelCache:
     def _choose_offload(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> str:
         held = sum(offload.bytes_on(self.device, module) for _, module in self.held.values())
         if self.device.type == "mps" and job.model.offload == "auto":
-            return "none"  # what waits on the CPU takes the same memory
+            return "none"  # the CPU shares the GPU's memory
         mode, note = offload.choose_offload(
             job.model.offload,
             weights=offload.transformer_bytes(checkpoint, self.context.plan, dtype, fp8=job.model.fp8 != "off"),
@@ -194,17 +205,20 @@ class ModelCache:
     def _load(
         self, part: str, checkpoint: Checkpoint, dtype, read: Callable[[], torch.nn.Module], made: tuple = ()
     ) -> torch.nn.Module:
-        """The part from the cache, or newly ``read``.
+        """Returns a part from the cache, or loads it.
 
         Args:
-            made: settings that ``read`` puts into the module, so that other ones need another module. All other settings of a
-                model are applied to the module that is there.
+            part: ``transformer`` or ``vae``.
+            checkpoint, dtype: of the part.
+            read: loads the module.
+            made: settings that are fixed when the module is loaded, so a change of them loads it again. All other settings are
+                applied to the cached module.
         """
         key = (checkpoint.path, dtype, made, weights.fingerprint(checkpoint.files(part)))
         held = self.held.get(part)
         if held and held[0] == key:
             return held[1]
-        del held  # or the old weights would live until the new ones are read
+        del held  # else the old weights would stay in memory until the new ones are read
         self.held.pop(part, None)
         offload.release(self.device)
         module = read()
@@ -213,11 +227,11 @@ class ModelCache:
         return module
 
     def vae(self, checkpoint: Checkpoint, dtype) -> torch.nn.Module:
-        """The VAE, on this rank's device."""
+        """Returns the VAE on this rank's device."""
         return self._load("vae", checkpoint, dtype, lambda: checkpoint.load_vae(dtype)).to(self.device)
 
     def make_room(self) -> None:
-        """Brings everything but the VAE off the device; a job that needs it brings it back."""
+        """Moves the transformer off the device, to free memory for the VAE; the next job that needs it moves it back."""
         if "transformer" in self.held and self.offload not in IN_PARTS:
             self.held["transformer"][1].to("cpu")
         offload.release(self.device)

@@ -1,4 +1,4 @@
-"""Decode and encode jobs: whole, in tiles, or in strips of rows that the ranks share."""
+"""Runs decode and encode jobs: whole, in tiles, or in strips of rows, one strip a rank."""
 
 from functools import partial
 
@@ -17,16 +17,16 @@ from ..parallel.vae_rows import Strips, shared
 from .model_cache import ModelCache, Note, can_compile
 
 STRIP_MARGIN = 1.2
-"""What the estimate of a strip's memory is multiplied by: a rank that runs out there takes the group with it."""
+"""Safety factor on the estimated memory of a strip: a rank that runs out of memory there ends the group."""
 
 
 class VaeJobs:
     """Runs decode and encode jobs on one rank.
 
     Args:
-        context: the rank's share of a picture's rows, and its device.
-        cache: has the VAE, and makes room for it.
-        note: gets a line for each fallback.
+        context: the rank, its device and its share of a frame's rows.
+        cache: holds the VAE and frees memory for it.
+        note: receives a line for each fallback.
     """
 
     def __init__(self, context: RankContext, cache: ModelCache, note: Note):
@@ -36,9 +36,11 @@ class VaeJobs:
         self.note = note
 
     def rows_shared(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype) -> Strips | None:
-        """How the ranks share the picture's rows, or None: one rank alone, in tiles asked for, or too little memory on one.
+        """Divides a frame's rows among the ranks.
 
-        In tiles a rank that runs out of memory can try smaller ones; in a strip all the others would wait for it.
+        Returns:
+            None if rank 0 works alone: with one rank, with tiling on, or if a strip does not fit on every rank. A rank that runs
+            out of memory alone can try smaller tiles; in a strip it would leave the others hanging.
         """
         rows = job.latent.shape[3] if isinstance(job, DecodeJob) else job.pixels.shape[1] // SPATIAL
         strips = self.context.strips(rows)
@@ -54,13 +56,19 @@ class VaeJobs:
             return strips
         self.cache.make_room()
         if enough():
-            self.note("the transformer made room for the VAE")
+            self.note("the transformer was moved to the CPU to free memory for the VAE")
             return strips
-        self.note("rank 0 works the VAE alone: a strip on each rank does not fit")
+        self.note("rank 0 runs the VAE alone: a strip on each rank does not fit into memory")
         return None
 
     def module(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, *, shared: bool) -> torch.nn.Module:
-        """The VAE, its layers with the kernels that the job runs with."""
+        """Returns the VAE with the kernels for a job.
+
+        Args:
+            job: decode or encode.
+            checkpoint, dtype: of the VAE.
+            shared: whether the ranks work on strips.
+        """
         module = self.cache.vae(checkpoint, dtype)
         layers.use(module, compiled=self._wants_compiled(job, dtype, shared=shared))
         return module
@@ -68,14 +76,14 @@ class VaeJobs:
     def compute(
         self, job: DecodeJob | EncodeJob, dtype, module: torch.nn.Module, strips: Strips | None, go_on: WindowCallback
     ) -> torch.Tensor:
-        """What a job's tensor becomes: frames, or a latent.
+        """Decodes a latent to frames, or encodes frames to a latent.
 
         Args:
             job: decode or encode.
             dtype: of the VAE.
             module: from :meth:`module`.
             strips: from :meth:`rows_shared`.
-            go_on: asked between layers whether the job is still wanted.
+            go_on: called between layers; False cancels the job.
         """
         if isinstance(job, DecodeJob):
             use = partial(codec.decode, module, job.latent)
@@ -96,7 +104,7 @@ class VaeJobs:
             ) from error
 
     def _alone(self, job: DecodeJob | EncodeJob, dtype, module, use) -> torch.Tensor:
-        """Whole where that fits, then in smaller and smaller tiles."""
+        """Tries it whole if that should fit, then in smaller and smaller tiles."""
         need, free = codec.working_bytes(job, dtype), offload.free_bytes(self.device)
         tiled = job.tiling == "on" or (job.tiling == "auto" and need > offload.HEADROOM * free)
         if tiled and job.tiling == "auto":
@@ -110,14 +118,16 @@ class VaeJobs:
             except torch.OutOfMemoryError:
                 free = offload.free_bytes(self.device)
                 where = f"in tiles of {tile}" if tile else "whole"
-                self.note(f"VAE {where} ran out of memory ({free / 2**30:.1f} GiB free); the transformer made room")
+                self.note(
+                    f"VAE {where} ran out of memory ({free / 2**30:.1f} GiB free); other weights were moved off the device"
+                )
             self.cache.make_room()
         raise OutOfMemory(
             f"the VAE ran out of memory {where}: {free / 2**30:.1f} GiB are free; use tiling auto, or unload models"
         )
 
     def _wants_compiled(self, job: DecodeJob | EncodeJob, dtype, *, shared: bool) -> bool:
-        """Whether the VAE's layers are to run compiled, the same on all ranks that are in it."""
+        """Returns whether to compile the VAE's layers, the same on all ranks that take part."""
         large = self.device.type == "cuda" and codec.working_bytes(job, dtype) >= layers.WORTH_COMPILING
         if job.model.compile == "off" or (job.model.compile == "auto" and not large):
             return False
