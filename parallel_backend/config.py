@@ -51,7 +51,7 @@ class Config:
     step_seconds: float = 8.0
     """After this long in a later step a rank is killed as hung, or later where ``step_factor`` allows more."""
     step_factor: float = 5.0
-    """A later step may take this many times the longest step before it; the second is compared with the first, loading included."""
+    """A later step may take this many times the longest step before it; the first counts with its loading, and only for the second."""
     stopped_seconds: float = 5.0
     """After this long a rank that was stopped with SIGSTOP is killed."""
     failure_seconds: float = 15.0
@@ -74,7 +74,7 @@ class Config:
     recovery_seconds: float = 60.0
     """After this long a group whose connection broke is given up, if it neither ended nor answers again."""
     removed_seconds: float = 3.0
-    """After this long a group whose folder is gone is given up; before, its processes may be ending and remove it themselves."""
+    """After this long a group whose folder is gone is given up; processes that are ending remove it themselves."""
     stop_seconds: float = 10.0
     """After this long processes that were asked to end get SIGTERM, and after as long again SIGKILL."""
 

@@ -12,7 +12,7 @@ NAME = "cogvideox-xdit"
 
 
 def preferred_cache() -> Path:
-    """Returns the pack's folder in the user's cache, or :func:`temporary_cache` for a user without a home. Does not create it."""
+    """Returns the pack's folder in the user's cache, or :func:`temporary_cache` for a user without a home. Not created."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / NAME if os.path.isabs(base) else temporary_cache()
 

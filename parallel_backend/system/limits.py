@@ -11,7 +11,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Returns the CPU cores that this process may use: the least of affinity and cgroup quotas, rounded up, at least 1."""
+    """Returns the number of usable CPU cores: the least of affinity and cgroup quotas, rounded up, at least 1."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows have neither this nor cgroups
@@ -33,7 +33,7 @@ def quotas() -> Iterator[tuple[int, int]]:
 
 
 def memory_limits() -> Iterator[tuple[int, int]]:
-    """Yields bytes allowed and used of each cgroup that sets a limit. Cached files do not count, as the kernel can drop them."""
+    """Yields bytes allowed and used of each cgroup that sets a limit. Cached files do not count: the kernel can drop them."""
     for folder in folders("memory"):
         for limit, usage, cached in (
             ("memory.max", "memory.current", "inactive_file"),
