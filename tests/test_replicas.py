@@ -334,7 +334,7 @@ def test_a_gpu_holds_several_ranks_only_where_nccl_is_told_to_allow_it(monkeypat
 
 
 def test_a_single_group_has_no_replicas():
-    with pytest.raises(RequestError, match="replicas are groups of their own; a single group takes plan 'cfg2'"):
+    with pytest.raises(RequestError, match="each replica is a separate group; one group takes plan 'cfg2'"):
         GroupExecutor(Plan.parse("replicas2-cfg2"), Devices("cpu", (0, 1, 2, 3)))
 
 

@@ -1,1 +1,1 @@
-"""The persistent processes: a launcher starts them, rank 0 listens, every rank works."""
+"""The persistent processes of a group: a launcher starts them, rank 0 takes requests, every rank works."""

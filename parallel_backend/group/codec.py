@@ -1,4 +1,4 @@
-"""Jobs as plain JSON values and tensors, for the socket."""
+"""Converts jobs to plain JSON values and tensors, and back, for the socket."""
 
 from dataclasses import asdict, fields
 from typing import Any
@@ -11,7 +11,7 @@ from ..model import Lora, Model, Windows
 
 
 def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A request as plain JSON values and tensors, for the wire."""
+    """Splits a request, or a part of one, into plain JSON values and tensors. Fields with their default are left out."""
     plain: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for item in fields(record):
@@ -25,26 +25,26 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors |= {f"{item.name}.{name}": tensor for name, tensor in inner.items()}
         elif isinstance(value, Windows):
             plain[item.name] = asdict(value)
-        elif value != item.default:  # a side that does not know the field yet need not see its default
+        elif value != item.default:  # so an older version that lacks the field understands the message
             plain[item.name] = value
     return plain, tensors
 
 
 def split_model(model: Model) -> dict[str, Any]:
-    """A model as plain JSON values; a side that does not know a field yet need not see its default."""
+    """Converts a model to plain JSON values. Fields with their default are left out."""
     defaults = {item.name: item.default for item in fields(model)}
     return {name: value for name, value in asdict(model).items() if value != defaults[name]}
 
 
 def join_model(plain: dict[str, Any]) -> Model:
-    """The model that :func:`split_model` took apart, checked again."""
+    """Rebuilds and validates the model that :func:`split_model` converted."""
     if not isinstance(plain, dict):
         raise TypeError(f"a model is not {plain!r}")
     return Model(**{**plain, "loras": tuple(Lora(**lora) for lora in plain.get("loras", ()))})
 
 
 def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Job:
-    """The request that :func:`split_fields` took apart, checked again.
+    """Rebuilds and validates the request that :func:`split_fields` split.
 
     Raises:
         RequestError: for an unknown kind or unknown fields.

@@ -1,4 +1,4 @@
-"""A connection to a group, or to one of its clients, on which no wait is without a deadline."""
+"""A connection between a group and a client, with a timeout for every wait."""
 
 import os
 import socket
@@ -13,17 +13,19 @@ from ..errors import Cancelled
 
 
 class Stalled(ConnectionError):
-    """The other side is there and says nothing."""
+    """The other side is there but does not answer."""
 
 
 class Broken(Exception):
-    """A connection broke, in a message or between two."""
+    """A connection broke."""
 
 
 @contextmanager
 def talking() -> Iterator[None]:
-    """Turns whatever a broken connection raises into :class:`Broken`. A peer that is killed in the middle of a message makes it a
-    plain OSError, which must not be taken for one of the caller's own."""
+    """Raises :class:`Broken` for any error of a broken connection.
+
+    A peer that is killed in the middle of a message causes a plain OSError, which the caller could not tell from its own.
+    """
     try:
         yield
     except (EOFError, OSError) as error:
@@ -31,12 +33,12 @@ def talking() -> Iterator[None]:
 
 
 class Patient:
-    """A connection whose next message comes before a deadline, or is no longer wanted.
+    """A connection whose messages must arrive before a deadline.
 
     Args:
-        connection: of both sides.
-        seconds: for all that is received.
-        should_stop: asked while nothing comes.
+        connection: to wrap.
+        seconds: timeout for all messages together.
+        should_stop: called while waiting; True cancels.
     """
 
     def __init__(self, connection: Connection, seconds: float, should_stop: Callable[[], bool] = lambda: False):
@@ -46,49 +48,54 @@ class Patient:
         self.send_bytes = connection.send_bytes
 
     def recv_bytes(self, most: int | None = None) -> bytes:
-        """See :meth:`multiprocessing.connection.Connection.recv_bytes`.
+        """Receives bytes; see :meth:`multiprocessing.connection.Connection.recv_bytes`.
 
         Raises:
-            Stalled: when nothing comes in time.
-            Cancelled: when the caller wants to stop.
+            Stalled: after the timeout.
+            Cancelled: when ``should_stop`` returns True.
         """
         while not self._connection.poll(CONFIG.poll_seconds):
             if self._should_stop():
-                raise Cancelled("stopped while the group was asked")
+                raise Cancelled("stopped while waiting for the group to answer")
             if time.monotonic() > self._deadline:
                 raise Stalled("it does not answer")
         return self._connection.recv_bytes(most)
 
 
 def bounded(end: socket.socket, *, sending: float, receiving: float) -> None:
-    """Has the kernel end a read or write of a socket that does not get on for so many seconds; 0 waits for ever."""
-    end.setblocking(True)  # whatever another part of this program has set with socket.setdefaulttimeout
+    """Sets the timeouts of a socket in the kernel, in seconds without progress; 0 waits forever."""
+    end.setblocking(True)  # in spite of socket.setdefaulttimeout, which other code may have called
     for option, seconds in ((socket.SO_SNDTIMEO, sending), (socket.SO_RCVTIMEO, receiving)):
         end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
 
 
 def hang_up(connection: Connection) -> None:
-    """Ends a connection for both sides, also where another thread waits in it: closing its descriptor would not."""
+    """Shuts a connection down for both sides. Unlike closing it, this also wakes a thread that is blocked in it."""
     try:
         with socket.socket(fileno=os.dup(connection.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)
-    except OSError:  # the other side, or this one, was first
+    except OSError:  # already closed
         return
 
 
 def connect(path: str, key: bytes, should_stop: Callable[[], bool]) -> Connection:
-    """A connection to a group's socket.
+    """Connects to a group's socket.
 
+    Args:
+        path: of the socket.
+        key: that both sides must prove to know.
+        should_stop: called while waiting; True cancels.
     Raises:
-        OSError: when nobody listens there; :class:`Stalled` when whoever does says nothing.
+        OSError: when no process listens there.
+        Stalled: when a process listens but does not answer.
         multiprocessing.AuthenticationError: for a wrong key.
-        Cancelled: when the caller wants to stop.
+        Cancelled: when ``should_stop`` returns True.
     """
     end = socket.socket(socket.AF_UNIX)
     try:
         bounded(end, sending=CONFIG.stall_seconds, receiving=CONFIG.stall_seconds)
         end.connect(path)
-    except BlockingIOError as error:  # as many others wait as the listener lets
+    except BlockingIOError as error:  # the listener's backlog is full
         end.close()
         raise Stalled("it accepts no connection") from error
     except BaseException:

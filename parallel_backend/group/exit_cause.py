@@ -1,4 +1,4 @@
-"""Why a group ended, and which of several causes the others follow from."""
+"""Why a group ended, and which of several causes came first."""
 
 import signal
 from collections.abc import Sequence
@@ -7,36 +7,36 @@ from typing import Any
 
 KILLS = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
 KILLED = [-getattr(signal, name) for name in KILLS if hasattr(signal, name)]  # Windows, which has no groups, lacks some
-"""Exit codes of a process that another, the kernel or a fault of its own has ended; SIGTERM is the launcher's own."""
+"""Exit codes of a process that was killed or crashed. SIGTERM is not among them: the launcher sends it."""
 
 
 @dataclass(frozen=True)
 class ExitCause:
-    """Why a group, or the part of it on one host, ended."""
+    """Why a group, or its part on one host, ended."""
 
     cause: str
     by_itself: bool = True
-    """False when it was killed, or hung: the job may succeed when it is tried again."""
+    """False if it was killed or hung: the job may succeed if it is tried again."""
     gone: bool = False
-    """Whether a whole host went, so that the group comes again only when somebody starts it there."""
+    """Whether a whole host was lost: the group restarts only after the user starts ``serve`` there."""
     behind: int = 0
-    """Of ranks that hung: how many heartbeats they had sent. Of several, the ones with the fewest are the cause."""
+    """For ranks that hung, the number of heartbeats they had sent. The ranks with the fewest are the cause."""
     failure: dict[str, Any] | None = None
-    """The last words of the rank that failed: ``rank``, ``error``, ``message``, ``traceback`` and ``waited``."""
+    """The failure report of the rank: ``rank``, ``error``, ``message``, ``traceback``, ``host`` and ``waited`` (seconds)."""
     details: str = ""
-    """What the processes wrote last."""
+    """The last lines of the processes' logs."""
 
     @classmethod
     def read(cls, plain: dict[str, Any]) -> "ExitCause":
-        """Reads what :func:`dataclasses.asdict` made of one, from a pipe or a network.
+        """Parses the result of :func:`dataclasses.asdict`, received over a pipe or a network.
 
         Raises:
-            KeyError, TypeError, ValueError: when they are none.
+            KeyError, TypeError, ValueError: if it is not an exit cause.
         """
         failure = plain["failure"] and {
             "rank": int(plain["failure"]["rank"]),
             "waited": float(plain["failure"]["waited"]),
-            **{word: str(plain["failure"][word]) for word in ("error", "message", "traceback", "host")},
+            **{name: str(plain["failure"][name]) for name in ("error", "message", "traceback", "host")},
         }
         known = {"by_itself": bool(plain["by_itself"]), "gone": bool(plain["gone"]), "behind": int(plain["behind"])}
         return cls(str(plain["cause"]), **known, failure=failure, details=str(plain["details"]))
@@ -50,10 +50,10 @@ def how_it_ended(who: str, code: int) -> ExitCause:
 
 
 def first_of(causes: Sequence[ExitCause]) -> ExitCause:
-    """The one that the others follow from, among what several hosts report of one end.
+    """Returns the first cause among the reports of several hosts; the others follow from it.
 
-    A host that went takes the others along, and so does a rank that was killed or hung. Of ranks that failed it is the one
-    that waited longest for the others to fail too: those met with broken connections at once.
+    A lost host comes first, then a rank that was killed or hung. Of ranks that failed, it is the one that waited longest for
+    the others: their connections broke when it left.
     """
 
     def order(cause: ExitCause) -> tuple:

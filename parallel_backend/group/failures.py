@@ -1,4 +1,4 @@
-"""Groups that could not start, remembered until something has changed, so that the next prompt does not wait for the same failure."""
+"""Remembers groups that failed to start, so that the next prompt does not wait for the same failure."""
 
 import glob
 import os
@@ -16,7 +16,7 @@ from .exit_cause import ExitCause
 from .preflight import group_python
 
 WATCHED = re.compile("XDIT_|XDG_RUNTIME_DIR|TMPDIR|PATH|PYTHON|LD_|CUDA_|NCCL_|GLOO_")
-"""Variables that may change whether a group starts. Jobs in this process set others meanwhile, such as TRITON_CACHE_DIR."""
+"""Variables that may decide whether a group starts. Jobs in this process set others, such as TRITON_CACHE_DIR."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ _failures: dict[tuple[str, str], FailedStart] = {}
 
 
 def conditions() -> tuple:
-    """What a group's start depends on, as far as this process can see it: another value is a reason to try again."""
+    """Returns what a start depends on, as far as this process can see. If it changes, the start is tried again."""
     python = Path(group_python())
     packages = glob.glob(str(python.parent.parent / "lib" / "python*" / "site-packages"))
     changed = []
@@ -47,13 +47,17 @@ def conditions() -> tuple:
 
 
 def remember(plan: str, devices: str, error: GroupUnavailable, cause: ExitCause) -> None:
-    """Keeps a failure, unless it may be gone at the next try: a rank that was killed, or a GPU that was full."""
+    """Remembers a failure, unless the next try may succeed: a rank was killed, or a GPU ran out of memory."""
     if cause.by_itself and "OutOfMemory" not in (cause.failure or {}).get("error", ""):
         _failures[plan, devices] = FailedStart(error, conditions(), time.monotonic())
 
 
 def check(plan: str, devices: str) -> None:
-    """Raises GroupUnavailable, with the reason of the last try, where nothing that can be seen has changed since."""
+    """Checks whether a start may be tried.
+
+    Raises:
+        GroupUnavailable: with the last failure, if nothing has changed since.
+    """
     failure = _failures.get((plan, devices))
     if failure is None:
         return
@@ -68,5 +72,5 @@ def check(plan: str, devices: str) -> None:
 
 
 def forget(plan: str, devices: str) -> None:
-    """Forgets a failure: the group has started."""
+    """Forgets a failure, after the group has started."""
     _failures.pop((plan, devices), None)

@@ -1,4 +1,4 @@
-"""The machines of a group: where they meet, who they are, and what they must have in common."""
+"""The hosts of a group: their rendezvous, their ranks, and what they must have in common."""
 
 import hashlib
 import socket
@@ -19,14 +19,14 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The address of node 0 that the others come to."""
+    """The address of node 0 to which the other hosts connect."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> "Rendezvous":
-        """Reads ``HOST:PORT``.
+        """Parses ``HOST:PORT``.
 
         Raises:
             RequestError: for anything else.
@@ -41,23 +41,23 @@ class Rendezvous:
         return self.at(self.port)
 
     def at(self, port: int) -> str:
-        """Another port of the same host."""
+        """Formats the address with another port."""
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which of how many hosts this one is, and where they meet.
+    """This host's number among the hosts of a group, and their rendezvous.
 
     Raises:
-        RequestError: for a number that no host has.
+        RequestError: for a number out of range.
     """
 
     rendezvous: Rendezvous
     nodes: int
     node: int
     wait: float = CONFIG.wait_seconds
-    """Seconds that hosts wait for each other."""
+    """Timeout for the hosts to meet, in seconds."""
 
     def __post_init__(self):
         if self.nodes < 2:
@@ -69,10 +69,10 @@ class Place:
 
     @classmethod
     def asked(cls, nodes: int, node: int, rendezvous: str | None, wait: float) -> "Place | None":
-        """The place that options of the command line describe; None for a group of one host.
+        """Builds the place from options of the command line; None for a group of one host.
 
         Raises:
-            RequestError: for options that do not go together.
+            RequestError: for options that contradict each other.
         """
         if rendezvous is None:
             if nodes != 1 or node != 0:
@@ -85,7 +85,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Host:
-    """One machine of a group, as messages name it."""
+    """One host of a group."""
 
     node: int
     name: str
@@ -96,7 +96,7 @@ class Host:
 
     @property
     def ranks(self) -> str:
-        """Its ranks."""
+        """Its ranks in words."""
         last = self.first_rank + self.processes - 1
         return f"rank {last}" if self.processes == 1 else f"ranks {self.first_rank}-{last}"
 
@@ -106,23 +106,28 @@ class Host:
 
 @dataclass(frozen=True)
 class Common:
-    """What hosts must have in common; a message names the fields that differ."""
+    """What hosts must have in common."""
 
     version: str
     torch: str
     nnodes: int
     plan: str
-    """``auto`` on a host that takes what node 0 has."""
+    """``auto`` on a host that uses the plan of node 0."""
     kind: str
     processes: int
 
     @classmethod
     def here(cls, *, nodes: int, plan: str, kind: str, processes: int) -> "Common":
-        """What this host has."""
+        """Returns the values of this host."""
         return cls(code_version(), torch.__version__.partition("+")[0], nodes, plan, kind, processes)
 
     def difference(self, other: Any, *, here: str, there: str) -> str | None:
-        """What ``other``, another host's as plain values, has otherwise; None where they go together."""
+        """Returns a message that names the fields in which another host differs, or None.
+
+        Args:
+            other: the other host's values, as received.
+            here, there: names of the two hosts.
+        """
         other = other if isinstance(other, dict) else {}
         differ = [field.name for field in fields(self) if other.get(field.name) != getattr(self, field.name)]
         if "plan" in differ and other.get("plan") == AUTO:
@@ -146,7 +151,7 @@ WORDS = {
 
 @cache
 def code_version() -> str:
-    """A digest of this package's code: hosts whose code differs would compute, or wait for, different things."""
+    """Returns a digest of this package's code. Hosts with different code would compute or wait for different things."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
@@ -154,21 +159,26 @@ def code_version() -> str:
 
 
 def shown(value: Any) -> str:
-    """What another host says, shortened and without control characters."""
+    """Formats a value from another host: shortened, without control characters."""
     return "".join(character for character in str(value)[:100] if character.isprintable())
 
 
 def free_port(host: str) -> int:
-    """A port of this host that nobody has."""
+    """Returns a free port of this host."""
     with socket.create_server((host, 0), family=family_of(host)) as probe:
         return probe.getsockname()[1]
 
 
 def family_of(host: str) -> socket.AddressFamily:
-    """IPv4 or IPv6, by what a name resolves to first."""
+    """Returns IPv4 or IPv6, whichever a name resolves to first."""
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
 
 
 def numbered(hellos: Sequence[tuple[str, str, str]], processes: int) -> list[Host]:
-    """The hosts by name, address and devices, in the order of their nodes, with their ranks."""
+    """Numbers the hosts' nodes and ranks.
+
+    Args:
+        hellos: name, address and devices of each host, in the order of their nodes.
+        processes: of each host.
+    """
     return [Host(node, *about, node * processes, processes) for node, about in enumerate(hellos)]

@@ -1,4 +1,4 @@
-"""The loop that every rank runs: it takes jobs, runs its share of each, and rank 0 answers."""
+"""The loop that every rank runs: it receives jobs and runs its share of each; rank 0 also answers."""
 
 import logging
 import os
@@ -31,11 +31,11 @@ HOST = os.environ.get(supervisor.HOST)
 
 
 class Keeping:
-    """Sends a job's state to its caller while the next step is computed. Whoever sends something else waits for it first.
+    """Sends a job's state to its caller while the next step is computed. Call :meth:`wait` before sending anything else.
 
     Args:
-        request: of the caller.
-        device: that the state is on.
+        request: the caller's.
+        device: of the state.
     """
 
     def __init__(self, request: Request, device: torch.device):
@@ -46,24 +46,24 @@ class Keeping:
         self._last = time.monotonic()
 
     def keep(self, progress: Progress) -> None:
-        """Begins to send the state after a step that the device is done with, when it is time to."""
+        """Starts sending the state after a finished step, if ``keep_seconds`` have passed since the last time."""
         now = time.monotonic()
         if now - self._last >= CONFIG.keep_seconds:
             self._last = now
             self._sending = self._thread.submit(self._send, progress)
 
     def _send(self, progress: Progress) -> None:
-        with torch.cuda.stream(self._stream):  # on the step's own a copy would wait until it has ended
+        with torch.cuda.stream(self._stream):  # on the main stream the copy would wait for the next step
             self._request.answer(Message("kept", *split_fields(progress)))
 
     def wait(self) -> None:
-        """Waits until what was begun is sent."""
+        """Waits until the state is sent."""
         if self._sending:
             self._sending.result()
             self._sending = None
 
     def close(self) -> None:
-        """Waits for the thread's end."""
+        """Waits for the thread to end."""
         self._thread.shutdown()
 
 
@@ -71,10 +71,10 @@ class JobLoop:
     """The loop that every rank runs; rank 0 also answers.
 
     Args:
-        context: the rank's share.
-        address: the group's.
-        heart: the rank's heartbeat.
-        link: between the ranks, as it was measured.
+        context: the rank, its device and its share of each forward.
+        address: of the group.
+        heart: writes the rank's heartbeats.
+        link: the measured link between the ranks.
     """
 
     def __init__(self, context: GroupRankContext, address: GroupAddress, heart: HeartbeatWriter, link: Link):
@@ -92,7 +92,7 @@ class JobLoop:
         self.server = Server(address, self.status) if context.rank == 0 else None
 
     def status(self) -> dict:
-        """What a ``status`` request is answered with, in plain values."""
+        """Returns the answer to a ``status`` request, as plain values."""
         return {
             "state": self.state,
             "plan": str(self.context.plan),
@@ -107,7 +107,7 @@ class JobLoop:
         }
 
     def run_forever(self) -> None:
-        """Takes requests until one says stop."""
+        """Takes requests until one is ``stop``."""
         while True:
             self.heart.beat("waiting for a job", None)
             request = self.next_request() if self.server else None
@@ -127,17 +127,17 @@ class JobLoop:
             self.state = "ready"
 
     def next_request(self) -> Request:
-        """Rank 0's next request that is still wanted; one to free the memory when none came for long."""
+        """Returns rank 0's next request that is not cancelled, or a request to free the weights after the idle time."""
         while True:
             request = self.server.next(60 * CONFIG.idle_minutes or None if self.engine.status()["held"] else None)
             if request is None:
-                logger.info("idle for %.0f minutes; letting go of the weights", CONFIG.idle_minutes)
+                logger.info("idle for %.0f minutes; freeing the weights", CONFIG.idle_minutes)
                 return Request(encode(Message("free")), None)
             if request.begin():
                 return request
 
     def do_job(self, message: Message, request: Request | None) -> None:
-        """Runs one job with the other ranks; rank 0 answers with its end."""
+        """Runs one job with the other ranks. Rank 0 answers with the result or the failure."""
         failure: dict | None = None
         result: Result | None = None
         try:
@@ -147,7 +147,7 @@ class JobLoop:
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
         if self.context.rank and not self.engine.together:
-            self.heart.beat("waiting for rank 0, which works alone", None)  # and is watched itself
+            self.heart.beat("waiting for rank 0, which works alone", None)  # rank 0 has its own heartbeat
         else:
             self.heart.beat("ending a job", CONFIG.load_seconds if message.kind == "load" else CONFIG.exchange_seconds)
         failures = self.compare(failure, together=self.engine.together)
@@ -168,8 +168,8 @@ class JobLoop:
         request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
 
     def run(self, message: Message, request: Request | None) -> Result | None:
-        """This rank's part of a job."""
-        self.engine.together = message.kind not in ("decode", "encode")  # until the engine knows better
+        """Runs this rank's share of a job."""
+        self.engine.together = message.kind not in ("decode", "encode")  # until the engine decides
         self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", CONFIG.load_seconds)
         job = self.opened(message)
 
@@ -184,7 +184,7 @@ class JobLoop:
             now = time.monotonic()
             lasted.append(now - began)
             began = now
-            longest = max(lasted[1:] or lasted)  # the first loads and warms up
+            longest = max(lasted[1:] or lasted)  # the first step includes loading and warm-up
             doing = f"on step {progress.step + 1} of {steps}" if progress.step < steps else "ending a job"
             self.heart.beat(doing, max(CONFIG.step_seconds, CONFIG.step_factor * longest))
             if keeping:
@@ -205,10 +205,10 @@ class JobLoop:
                 keeping.close()
 
     def opened(self, message: Message) -> Job:
-        """The job of a message, checked against this rank's files; with several hosts, against those of every rank.
+        """Returns the job of a message, validated against this rank's files and, with several hosts, those of every rank.
 
         Raises:
-            RequestError: naming a host whose files do not do, on all ranks alike.
+            RequestError: on all ranks, naming the host whose files are missing or different.
         """
         job, refused, files = join_fields(message.kind, message.plain, message.tensors), None, None
         try:
@@ -228,17 +228,17 @@ class JobLoop:
         return job
 
     def compare(self, failure: dict | None, *, together: bool) -> list[dict | None]:
-        """Every rank's failure or None.
+        """Collects every rank's failure, None for ranks without one.
 
-        In a job that the ranks do ``together``, one that fails alone ends the group: the others hang in a
-        collective. In a job of rank 0's alone the others wait here already.
+        If the ranks work ``together`` and this one fails alone, it exits, which ends the group, as the others hang in a
+        collective. If rank 0 works alone, the others already wait here.
         """
         if failure is None or not together:
             return self.context.collect(failure)
         began = time.monotonic()
         try:
             if not self.context.is_in_step:
-                raise RuntimeError("what the ranks had under way would be taken for the next job's")
+                raise RuntimeError("messages in flight between the ranks would be received by the next job")
             self.context.meet(CONFIG.failure_seconds)
         except RuntimeError:
             waited = time.monotonic() - began
@@ -248,7 +248,7 @@ class JobLoop:
         return self.context.collect(failure)
 
     def log_line(self, kind: str, report, waited: float) -> None:
-        """One line a job."""
+        """Logs one line for a job."""
         steps = sorted(report.step_seconds)
         each = f", {len(steps)} steps of {steps[len(steps) // 2]:.3f} s" if steps else ""
         peak = "/".join(f"{size / 2**30:.2f}" for size in report.peak_memory)

@@ -1,4 +1,4 @@
-"""Starts the processes of a group, and ends them."""
+"""Starts and stops the processes of a group."""
 
 import json
 import logging
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 class Launcher:
     """The processes of one group on this host, from :meth:`start` to :meth:`stop`.
 
-    ``torch.distributed.run`` starts one worker a device, inside :mod:`.supervisor`, which ends with the lock that this process holds.
+    ``torch.distributed.run`` starts one worker per device, inside :mod:`.supervisor`, which ends when this process does.
 
     Args:
         plan: None on a host that gets it from node 0.
-        devices: this host's.
-        muster: where the group has other hosts, the way to them; it is closed with :meth:`leave`.
+        devices: of this host.
+        muster: meets the group's other hosts, if there are any; :meth:`leave` closes it.
     """
 
     def __init__(self, plan: Plan | None, devices: Devices, muster: Muster | None = None):
@@ -40,11 +40,11 @@ class Launcher:
         self.devices = devices
         self.muster = muster
         self.is_shared = False
-        """Whether the user's other processes may use the group too; ``serve`` sets it."""
+        """Whether the user's other processes may use the group; ``serve`` sets it."""
         self.address: GroupAddress | None = None
         self.process: subprocess.Popen | None = None
         self.lost: ExitCause | None = None
-        """Why the life before ended, until there is another."""
+        """Why the group ended last time, until it is started again."""
         self._home: Home | None = None
         self._reports: dict[str, Any] = {}
         self._printed: deque[str] = deque()
@@ -53,16 +53,16 @@ class Launcher:
 
     @property
     def nodes(self) -> int:
-        """Hosts of the group."""
+        """Number of the group's hosts."""
         return self.muster.place.nodes if self.muster else 1
 
     @property
     def note(self) -> str | None:
-        """One line where the group's files are not where they belong."""
+        """A line for the user if the group's files are not in the preferred folder."""
         return self._home and self._home.note
 
     def start(self) -> GroupAddress:
-        """Starts the processes and returns at once, or when all hosts have met; they answer some seconds later.
+        """Starts the processes. Returns at once, or once all hosts have met; the processes answer some seconds later.
 
         Raises:
             RequestError, GroupUnavailable: see :func:`.preflight.check_possible` and :meth:`.muster.Muster.meet`.
@@ -95,7 +95,7 @@ class Launcher:
         return self.address
 
     def _create(self, known: dict[str, Any]) -> GroupAddress:
-        """The group's folder, where this process's lock is, or where there is room for both."""
+        """Creates the group's folder next to this process's lock, which is created or moved if necessary."""
         if self._home and not self._home.is_usable():
             self._give_home_up()
         if self._home is None:
@@ -107,7 +107,9 @@ class Launcher:
         except OSError as error:
             root = self._home.root
             self._give_home_up()
-            raise GroupUnavailable(f"no room for the group's files in {root}: {error.strerror or error}; make some") from error
+            raise GroupUnavailable(
+                f"cannot write the group's files in {root}: {error.strerror or error}; free space"
+            ) from error
 
     def _give_home_up(self) -> None:
         home, self._home = self._home, None
@@ -115,7 +117,7 @@ class Launcher:
             home.lock.close()
 
     def _meet(self) -> Meeting:
-        """Meets the other hosts, after leave of them for the life before."""
+        """Meets the other hosts, after closing the connections of the group's last start."""
         self.muster.part(again=True, cause=self.lost)
         meeting = self.muster.meet()
         self.plan = Plan.parse(meeting.plan)
@@ -128,7 +130,7 @@ class Launcher:
             where += [f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-conf=timeout={CONFIG.rendezvous_seconds:.0f}"]
             variables = environment(self.devices, meeting.interface, is_forced=False)
             variables[HOST] = str(meeting.hosts[self.muster.place.node])
-        else:  # over the loopback by number, whatever this machine's name, resolver, networks and variables are
+        else:  # loopback by number, which needs no name resolution, network or variables
             address, interface = loopback()
             endpoint = f"[{address}]:0" if ":" in address else f"{address}:0"
             where = [
@@ -148,7 +150,7 @@ class Launcher:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     env=variables,
-                    start_new_session=True,  # Ctrl-C is for the caller, who then stops the group
+                    start_new_session=True,  # Ctrl-C must reach only the caller, which then stops the group
                 )
         except OSError as error:
             raise GroupUnavailable(f"{group_python()} cannot be started: {error.strerror}; correct XDIT_PYTHON") from error
@@ -170,22 +172,22 @@ class Launcher:
                 for line in process.stdout:
                     try:
                         reports.update(json.loads(line))
-                    except (ValueError, TypeError):  # printed by what stands in for Python
+                    except (ValueError, TypeError):  # printed by an interpreter that is not Python
                         printed.append(line.decode(errors="replace").rstrip())
 
         self._reader = threading.Thread(target=read, name="group reports", daemon=True)
         self._reader.start()
 
     def is_running(self) -> bool:
-        """Whether the processes are there."""
+        """Whether the processes are running."""
         return self.process is not None and self.process.poll() is None
 
     def is_mute(self) -> bool:
-        """Whether what was started is no Python that can run the pack: it runs, and has said nothing for long."""
+        """Whether the interpreter runs but has not reported within ``hello_seconds``, so it cannot run the pack."""
         return self.is_running() and not self._reports and time.monotonic() - self._started > CONFIG.hello_seconds
 
     def stop(self) -> None:
-        """Ends this host's processes, gently and then not, and removes the folder. Further calls do nothing."""
+        """Stops this host's processes, by request, SIGTERM and SIGKILL in turn, and removes the folder. Idempotent."""
         if self.process is None:
             return
         for ask in (self._ask_to_leave, self.process.terminate, self._kill):
@@ -200,15 +202,15 @@ class Launcher:
         self.address.remove()
 
     def _ask_to_leave(self) -> None:
-        """Asks the supervisor to leave. Closing the pipe is not enough: a forked child of this process may hold it open."""
+        """Asks the supervisor to end. Closing the pipe is not enough: a forked child of this process may hold it open."""
         try:
             self.process.stdin.write(b"leave\n")
             self.process.stdin.close()
-        except OSError:  # it has left
+        except OSError:  # it has ended
             return
 
     def leave(self) -> None:
-        """Takes leave of the other hosts, and gives the lock up, for good."""
+        """Closes the connections to the other hosts and releases the lock. The launcher cannot be started again."""
         if self.muster:
             self.muster.part(again=False, cause=self.lost)
         self._give_home_up()
@@ -220,18 +222,18 @@ class Launcher:
             return
 
     def exit_cause(self) -> ExitCause:
-        """Why the group ended: which rank first and how, and on which host."""
+        """Returns why the group ended: which rank ended first, how, and on which host."""
         if self.lost is None:
             own = self._own_cause()
             self.lost = self.muster.verdict(own) if self.muster else own
         return self.lost
 
     def _own_cause(self) -> ExitCause | None:
-        """Why this host's part ended; None when it was asked to, or ended because another's had."""
+        """Returns why this host's part ended; None if it was asked to end, or ended because another host's part had."""
         try:
             status = self.process.wait(CONFIG.stop_seconds)
         except subprocess.TimeoutExpired:
-            return ExitCause("the launcher is still there; see the logs", details=self.details())
+            return ExitCause("the launcher does not end; see the logs", details=self.details())
         self._reader.join(CONFIG.stop_seconds)
         details = self.details()
         if found := self._reports.get("exit"):
@@ -243,5 +245,5 @@ class Launcher:
         return replace(how_it_ended("the launcher", status), details=details)
 
     def details(self) -> str:
-        """What the processes wrote last."""
+        """Returns the last lines of the processes' logs."""
         return "\n".join([self.address.last_lines(), *self._printed]).strip()

@@ -1,4 +1,4 @@
-"""What ``serve`` does on a host that lends its devices to a group of another: it works along until that one ends it."""
+"""Runs ``serve`` on a host that lends its devices to a group led by node 0."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,14 @@ from .muster import Member
 
 
 def lend(launcher: Launcher, muster: Member, show: Callable[[str], None]) -> None:
-    """Takes part in a group each time that it is started. Returns when node 0 has ended it in good order.
+    """Takes part in a group each time that node 0 starts it. Returns when node 0 ends it without a failure.
 
     Args:
         launcher: of this host's processes.
         muster: the launcher's.
         show: called with each line for the user.
     Raises:
-        GroupUnavailable: when node 0 does not come, or ended the group because it failed.
+        GroupUnavailable: when node 0 does not come, or ends the group because it failed.
         RequestError: when node 0 refuses this host.
     """
     try:
@@ -24,7 +24,7 @@ def lend(launcher: Launcher, muster: Member, show: Callable[[str], None]) -> Non
             mine = muster.meeting.hosts[muster.place.node]
             show(
                 f"lending {mine.devices} as {mine.ranks} of plan {muster.meeting.plan} to {muster.leader}; "
-                f"logs {address.logs}; leaves when that ends the group, or with Ctrl-C"
+                f"logs {address.logs}; stops when node 0 ends the group, or with Ctrl-C"
             )
             launcher.process.wait()
             cause = launcher.exit_cause()

@@ -1,7 +1,7 @@
-"""A connection between two hosts of a group: lines of JSON, and a beat every second, so that silence is noticed.
+"""A connection between two hosts of a group: lines of JSON, and a heartbeat every second, so that a lost host is noticed.
 
-Nothing but plain values crosses it, in lines of bounded length; whoever can reach the port can speak, as with torch's own
-rendezvous. So it belongs on a private network.
+It carries only plain values, in lines of bounded length. Anybody who can reach the port can connect, as with torch's own
+rendezvous, so it must be on a private network.
 """
 
 import json
@@ -15,16 +15,16 @@ from ..config import CONFIG
 
 MAX_LINE = 2**17
 KINDS = ("hello", "welcome", "here", "refused", "begin", "beat", "end", "ended", "over")
-"""A host that joins says ``hello`` and, when it is ``welcome``, that it is still ``here``; it is ``refused``, or asked to ``begin``
-when all have come. When a part of the group has ``ended`` node 0 asks the others to ``end`` theirs, and says when all is ``over``."""
+"""A host that joins sends ``hello``, gets ``welcome`` and confirms with ``here``. Then it is ``refused``, or gets ``begin``
+when all hosts have come. When a host's part has ``ended``, node 0 asks the others to ``end`` theirs, and then sends ``over``."""
 
 
 class LinkLost(ConnectionError):
-    """The other host hung up, is silent, or is none of ours; the message says which."""
+    """The other host closed the connection, is silent, or does not speak this protocol; the message says which."""
 
 
 class HostLink:
-    """One end of a connection.
+    """This host's end of a connection.
 
     Args:
         connection: to the other host; closed with the link.
@@ -40,25 +40,25 @@ class HostLink:
 
     @property
     def here(self) -> str:
-        """This end's address."""
+        """This host's address."""
         return self._connection.getsockname()[0]
 
     @property
     def there(self) -> str:
-        """The other end's address."""
+        """The other host's address."""
         return self._connection.getpeername()[0]
 
     def send(self, kind: str, **plain: Any) -> None:
-        """Sends a message. That the other host has gone is noticed by who receives."""
+        """Sends a message. A lost host is noticed by :meth:`receive`, not here."""
         line = json.dumps({"kind": kind, **plain}).encode() + b"\n"
         with self._sending, suppress(OSError):
             self._connection.sendall(line)
 
     def receive(self) -> dict[str, Any]:
-        """The next message that is more than a beat.
+        """Returns the next message, skipping heartbeats.
 
         Raises:
-            LinkLost: when none comes.
+            LinkLost: when none can come.
         """
         while True:
             try:
@@ -80,7 +80,7 @@ class HostLink:
                 return message
 
     def start_beating(self) -> None:
-        """Gives a sign of life every second from now on."""
+        """Starts sending heartbeats."""
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     def _beat(self) -> None:
@@ -88,24 +88,24 @@ class HostLink:
             self.send("beat")
 
     def finish(self) -> None:
-        """Says that nothing more comes. What has been sent still arrives, and the other side's end can be received."""
+        """Closes this side for sending. Messages sent before still arrive, and the other host's can be received."""
         self._closed.set()
-        with suppress(OSError):  # the other side has hung up first
+        with suppress(OSError):  # the other host has closed it
             self._connection.shutdown(socket.SHUT_WR)
 
     def part(self, kind: str, **plain: Any) -> None:
-        """Sends a last message and hangs up when the other side has: closing with beats unread would take the message back."""
+        """Sends a last message and waits until the other host closes: closing with unread heartbeats would discard it."""
         self.send(kind, **plain)
         self.finish()
         deadline = time.monotonic() + CONFIG.part_seconds
-        with suppress(OSError, ValueError):  # it was cut off, or closed here meanwhile
+        with suppress(OSError, ValueError):  # the connection broke, or another thread closed it
             self._connection.settimeout(CONFIG.part_seconds)
             while self._lines.readline(MAX_LINE) and time.monotonic() < deadline:
                 pass
         self.close()
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connection."""
         self.finish()
         self._lines.close()
         self._connection.close()

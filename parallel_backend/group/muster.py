@@ -1,7 +1,7 @@
-"""Hosts of one group meet at node 0, watch each other while it lives, and agree on why it ended.
+"""The hosts of a group meet at node 0, watch each other while the group runs, and agree on why it ended.
 
-Every life of a group has connections of its own, between node 0 and each of the others. The processes that ``serve`` runs in
-hold them: when one goes, in whatever way, the others see it.
+Each start of a group opens new connections between node 0 and the other hosts. The ``serve`` processes hold them: however one
+ends, the others notice.
 """
 
 import logging
@@ -23,28 +23,28 @@ from .preflight import interface_of
 logger = logging.getLogger(__name__)
 
 MAX_DETAILS = 8000
-"""Characters of logs that go from host to host."""
+"""Longest excerpt of logs sent to another host, in characters."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """What hosts know when all have come."""
+    """What every host knows when all have come."""
 
     hosts: tuple[Host, ...]
     plan: str
     endpoint: str
-    """Where torch's own rendezvous is, on node 0."""
+    """Address of torch's own rendezvous on node 0."""
     interface: str | None
-    """The network interface by which this host reached the others."""
+    """This host's network interface to the others."""
 
 
 class Muster(ABC):
-    """This host's side of a group of several.
+    """This host's part in a group of several hosts.
 
     Args:
-        place: which host this is, and where all meet.
-        common: what it has that all must have.
-        devices: its own, for messages.
+        place: this host's number, and the rendezvous.
+        common: what all hosts must have in common.
+        devices: of this host, for messages.
     """
 
     def __init__(self, place: Place, common: Common, devices: str):
@@ -57,12 +57,12 @@ class Muster(ABC):
         self._on_trouble: Callable[[], None] = lambda: None
         self._state = threading.Condition()
         self._ends: dict[int, ExitCause | None] = {}
-        """How other hosts' parts ended; None is well."""
+        """How other hosts' parts ended; None is without a failure."""
         self._has_trouble = False
 
     @property
     def name(self) -> str:
-        """What this host is called."""
+        """This host's name."""
         return socket.gethostname()
 
     @abstractmethod
@@ -70,27 +70,36 @@ class Muster(ABC):
         """Waits for the other hosts.
 
         Raises:
-            GroupUnavailable: naming the host that did not come, after the time that ``place`` says.
-            RequestError: when this host does not go together with node 0.
+            GroupUnavailable: after the timeout of ``place``, naming the missing hosts.
+            RequestError: when this host differs from node 0.
         """
 
     @abstractmethod
     def verdict(self, own: ExitCause | None) -> ExitCause:
-        """Has the group end on all hosts and says why it did; ``own`` is how this host's part ended, None when another's did first."""
+        """Ends the group on all hosts and returns why it ended.
+
+        Args:
+            own: how this host's part ended; None if another's ended first.
+        """
 
     @abstractmethod
     def part(self, *, again: bool, cause: ExitCause | None = None) -> None:
-        """Takes leave of the others; ``again`` when this host will meet them for another life of the group."""
+        """Closes the connections.
+
+        Args:
+            again: whether this host will meet the others for another start of the group.
+            cause: why the group ended.
+        """
 
     def watch(self, on_trouble: Callable[[], None]) -> bool:
-        """Has ``on_trouble`` called, in a thread, when the group ends elsewhere. Returns False when it has already."""
+        """Has ``on_trouble`` called in a thread when the group ends on another host. Returns False if it already has."""
         with self._state:
             self._on_trouble = on_trouble
             return not self._has_trouble
 
     @property
     def has_trouble(self) -> bool:
-        """Whether the group has ended elsewhere, for which this host's part was ended too."""
+        """Whether the group ended on another host, so that this host's part was ended too."""
         return self._has_trouble
 
     def _begin(self, meeting: Meeting, links: dict[int, HostLink]) -> Meeting:
@@ -102,23 +111,23 @@ class Muster(ABC):
         return meeting
 
     def _read(self, node: int, link: HostLink) -> None:
-        """Hears one host until it hangs up."""
+        """Receives messages of one host until its connection closes."""
         try:
             while True:
                 self._hear(node, link.receive())
         except (LinkLost, KeyError, TypeError, ValueError) as error:
             lost = error if isinstance(error, LinkLost) else "it sends what is no message"
-            if self._links.get(node) is link:  # else it is from a life that is over
+            if self._links.get(node) is link:  # else it is from an earlier start
                 self._ended(node, ExitCause(f"is gone: {lost}", by_itself=False, gone=True))
         finally:
             link.close()
 
     @abstractmethod
     def _hear(self, node: int, message: dict) -> None:
-        """One message of another host."""
+        """Handles a message of another host."""
 
     def _ended(self, node: int, cause: ExitCause | None) -> None:
-        """Keeps how another host's part ended, the first that is said of it, and ends this host's."""
+        """Stores how another host's part ended, unless it is already known, and ends this host's."""
         with self._state:
             if node in self._ends:
                 return
@@ -128,7 +137,7 @@ class Muster(ABC):
             self._trouble()
 
     def _at(self, node: int, cause: ExitCause) -> ExitCause:
-        """An exit cause with the host that it was on."""
+        """Adds the host to an exit cause."""
         return replace(cause, cause=f"{self.meeting.hosts[node]}{' ' if cause.gone else ': '}{cause.cause}")
 
     def _trouble(self) -> None:
@@ -149,7 +158,7 @@ class Muster(ABC):
 
 
 def plain(cause: ExitCause | None) -> dict | None:
-    """An exit cause as plain values that fit into a message."""
+    """Converts an exit cause to plain values, short enough for a message."""
     return cause and asdict(replace(cause, details=cause.details[-MAX_DETAILS:]))
 
 
@@ -159,7 +168,7 @@ def verdict_seconds() -> float:
 
 
 class Leader(Muster):
-    """Node 0, which the others come to.
+    """Node 0, to which the other hosts connect.
 
     Raises:
         RequestError: when this machine cannot listen at the rendezvous.
@@ -178,12 +187,12 @@ class Leader(Muster):
         self._listener.settimeout(CONFIG.poll_seconds)
         if interface_of(self._listener.getsockname()[0]) == "lo":
             logger.warning(
-                "rendezvous %s is %s here, which no other machine reaches; give this one's address on the network",
+                "rendezvous %s is %s here, which no other machine can reach; give this machine's address on the network",
                 where, self._listener.getsockname()[0],
             )  # fmt: skip
 
     def meet(self) -> Meeting:
-        """See :meth:`Muster.meet`. A host that is refused may come again, put right, while the others wait."""
+        """See :meth:`Muster.meet`. A refused host may try again while the others wait."""
         place, began = self.place, time.monotonic()
         others = ", ".join(map(str, range(1, place.nodes)))
         logger.info("waiting %.0f s at %s for node%s %s", place.wait, place.rendezvous, "s"[: place.nodes - 2], others)
@@ -196,7 +205,7 @@ class Leader(Muster):
                 self._accept(arrivals)
                 while not arrivals.empty():
                     self._admit(*arrivals.get(), came)
-        except BaseException as error:  # Ctrl-C too: those that have come wait for a word
+        except BaseException as error:  # Ctrl-C too: the hosts that have come must not wait in vain
             for link, _ in came.values():
                 link.part("over", again=False, cause=plain(ExitCause(str(error) or "its serve was ended there")))
             raise
@@ -208,12 +217,12 @@ class Leader(Muster):
         except TimeoutError:
             return
 
-        def greet() -> None:  # in a thread, so that one who says nothing keeps nobody waiting
+        def greet() -> None:  # in a thread, so that a silent host does not block the others
             link = HostLink(connection)
             try:
                 hello = link.receive()
                 link.send("welcome")
-                link.receive()  # from one that has not given up while nobody listened
+                link.receive()  # a host that gave up before it was accepted does not answer
                 arrivals.put((link, hello))
             except LinkLost:
                 link.close()
@@ -221,7 +230,7 @@ class Leader(Muster):
         threading.Thread(target=greet, daemon=True).start()
 
     def _admit(self, link: HostLink, hello: dict, came: dict[int, tuple[HostLink, dict]]) -> None:
-        """Lets a host join, or says why not, here and there."""
+        """Admits a host, or refuses it with the reason."""
         node, name = hello.get("node"), shown(hello.get("name"))
         there, here = f"host {name} ({link.there})", f"host {self.name} ({self.place.rendezvous.host})"
         taken = came.get(node) if isinstance(node, int) else None
@@ -234,14 +243,14 @@ class Leader(Muster):
             logger.warning("refused a host: %s", reason)
             threading.Thread(target=link.part, args=("refused",), kwargs={"reason": reason}, daemon=True).start()
             return
-        if taken:  # the same host came again
+        if taken:  # the same host again
             taken[0].close()
         came[node] = link, {**hello, "name": name}
         link.start_beating()
         logger.info("%s came as node %d", there, node)
 
     def _missing(self, came: dict[int, tuple[HostLink, dict]]) -> str:
-        """Who did not come, and what to do."""
+        """Returns the message about missing hosts."""
         missing = [str(node) for node in range(1, self.place.nodes) if node not in came]
         return (
             f"no host came as node {' and '.join(missing)} to {self.place.rendezvous} within {self.place.wait:.0f} s; "
@@ -275,7 +284,7 @@ class Leader(Muster):
         causes += [ExitCause(f"{host} does not end its part of the group", by_itself=False, gone=True) for host in silent]
         if own:
             causes.append(self._at(0, own))
-        return first_of(causes) if causes else ExitCause("no host says why")
+        return first_of(causes) if causes else ExitCause("no host reported why")
 
     def part(self, *, again: bool, cause: ExitCause | None = None) -> None:
         """See :meth:`Muster.part`."""
@@ -287,7 +296,7 @@ class Leader(Muster):
 
 
 class Member(Muster):
-    """Any other host, which comes to node 0."""
+    """Any other host, which connects to node 0."""
 
     def __init__(self, place: Place, common: Common, devices: str):
         super().__init__(place, common, devices)
@@ -295,7 +304,7 @@ class Member(Muster):
 
     @property
     def leader(self) -> str:
-        """Node 0, for messages. Its rendezvous address before they have met."""
+        """Name of node 0 for messages; its address before they have met."""
         return str(self.meeting.hosts[0]) if self.meeting else f"node 0 at {self.place.rendezvous}"
 
     def meet(self) -> Meeting:
@@ -321,7 +330,9 @@ class Member(Muster):
             except LinkLost as lost:
                 link.close()
                 if time.monotonic() > deadline:
-                    raise GroupUnavailable(f"node 0 at {place.rendezvous} is there but does not answer: {lost}") from lost
+                    raise GroupUnavailable(
+                        f"node 0 at {place.rendezvous} accepts connections but does not answer: {lost}"
+                    ) from lost
                 time.sleep(CONFIG.retry_seconds)
             except BaseException:
                 link.close()
@@ -329,7 +340,7 @@ class Member(Muster):
 
     def _join(self, link: HostLink) -> Meeting:
         link.send("hello", node=self.place.node, name=self.name, devices=self.devices, common=asdict(self.common))
-        link.receive()  # we are welcome
+        link.receive()  # welcome
         link.send("here")
         link.start_beating()
         answer = link.receive()
@@ -352,7 +363,7 @@ class Member(Muster):
             self._ended(node, ExitCause("ended the group"))
 
     def verdict(self, own: ExitCause | None) -> ExitCause:
-        """See :meth:`Muster.verdict`. Node 0 says it; where it has gone that is why."""
+        """See :meth:`Muster.verdict`. Node 0 decides; if it was lost, that is the cause."""
         link = self._links[0]
         link.send("ended", cause=plain(own))
         with self._state:
@@ -360,16 +371,16 @@ class Member(Muster):
             end = self._ends.get(0)
         if self._over:
             return self._over["cause"] or ExitCause(f"{self.leader} ended the group")
-        return end or ExitCause(f"{self.leader} does not say why the group ended", by_itself=False)
+        return end or ExitCause(f"{self.leader} did not report why the group ended", by_itself=False)
 
     @property
     def comes_again(self) -> bool:
-        """Whether to wait for another life of the group: unless node 0 has said that there is none."""
+        """Whether to wait for node 0 to start the group again: yes, unless it has ended it."""
         return self._over is None or self._over["again"]
 
     @property
     def failed(self) -> bool:
-        """Whether node 0 ended the group for a reason, and not because somebody wanted it."""
+        """Whether node 0 ended the group because of a failure, not because the user stopped it."""
         return bool(self._over and self._over["cause"])
 
     def part(self, *, again: bool, cause: ExitCause | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Proof that the process which keeps a group is alive: a file lock that the kernel drops with its holder.
+"""Proof that the owner of a group is alive: a file lock that the kernel releases when the process ends.
 
-A process number proves nothing: numbers are used again after a restart, and differ between containers. A POSIX record lock belongs to
-a process, not to a descriptor, so a forked child that inherits the file does not hold its parent's lock.
+A process ID proves nothing: IDs are reused after a restart and differ between containers. A POSIX record lock belongs to a
+process, not to a descriptor, so a forked child that inherits the file does not hold its parent's lock.
 """
 
 import os
@@ -16,16 +16,16 @@ except ImportError:  # Windows, where no group can start
 
 
 class OwnerLock:
-    """A locked file in a folder, for as long as this process lives or until :meth:`close`.
+    """A locked file in a folder, until :meth:`close` or the end of this process.
 
-    Closing any descriptor of a file drops the process's locks on it, so this process must never open the file a second time.
+    Closing any descriptor of a file releases the process's locks on it, so this process must never open the file a second time.
 
     Raises:
-        OSError: where the folder, or its file system, has no room for it or no locks.
+        OSError: when the file cannot be created, or the file system has no locks.
     """
 
     def __init__(self, folder: Path):
-        # Whoever sweeps the folder looks at names without a dot, and finds this one already locked.
+        # Processes that remove stale files skip names with a dot, so they see the file only once it is locked.
         self._descriptor, hidden = tempfile.mkstemp(prefix=".owner-", dir=folder)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,21 +37,21 @@ class OwnerLock:
             raise
 
     def is_in_place(self) -> bool:
-        """Whether others still find the file: nothing has swept it away."""
+        """Whether the file is still there for other processes."""
         return is_own(self.path)
 
     def close(self) -> None:
-        """Gives the lock up."""
-        with suppress(OSError):  # it was swept away, or its folder is read-only now
+        """Releases the lock."""
+        with suppress(OSError):  # it was removed, or its folder is read-only now
             self.path.unlink()
         os.close(self._descriptor)
 
 
 def is_own(path: Path) -> bool:
-    """Whether this very process holds the lock of that path. A forked child has the parent's descriptor but another number."""
+    """Whether this process holds the lock of a path. A forked child has the parent's descriptor but another process ID."""
     if path.name.split("-")[1:2] != [str(os.getpid())]:
         return False
-    place = os.path.realpath(path)  # a folder on the way to it may be a link
+    place = os.path.realpath(path)  # the path may contain a link
     for descriptor in os.listdir("/proc/self/fd"):
         try:
             if os.readlink(f"/proc/self/fd/{descriptor}") == place:
@@ -62,12 +62,12 @@ def is_own(path: Path) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a living process holds the lock of that path."""
+    """Whether any process holds the lock of a path."""
     return OwnerWatch(path).is_alive()
 
 
 class OwnerWatch:
-    """Looks at an owner's lock, even after its file was swept away.
+    """Watches an owner's lock, even after its file was removed.
 
     Args:
         path: of the lock.
@@ -79,17 +79,17 @@ class OwnerWatch:
         self._file = None
         if not self._is_own:
             try:
-                self._file = open(path, "rb")  # noqa: SIM115 - open as long as this object is
+                self._file = open(path, "rb")  # noqa: SIM115 - open as long as this object lives
             except OSError:
                 pass
 
     def is_alive(self) -> bool:
-        """Whether the owner lives."""
+        """Whether the owner is alive."""
         if self._is_own:
             return is_own(self._path)
         if self._file is None:
             return False
-        try:  # others that look take a shared lock too, so they do not see each other
+        try:  # a shared lock, so that watchers do not take each other for the owner
             fcntl.lockf(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return True

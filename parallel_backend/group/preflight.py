@@ -1,4 +1,4 @@
-"""Whether a group can start here, found out before anything is started, and the environment that its processes get."""
+"""Checks whether a group can start here before anything is started, and builds the environment of its processes."""
 
 import os
 import re
@@ -20,30 +20,30 @@ OTHER_LAUNCHERS = re.compile(
     "(PET|TORCHELASTIC|OMPI|PMI|PMIX|PRTE|HYDRA|MPI|MPIR|SLURM|FLUX|PALS|JSM|LSB)_.*|MASTER_(ADDR|PORT)|NNODES|ROLE_NAME"
     "|((LOCAL|GROUP|ROLE|NODE)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE"
 )
-"""Variables in which torchrun, MPI and cluster schedulers give a program ranks that are not this group's."""
+"""Variables by which torchrun, MPI and cluster schedulers assign ranks; they are not this group's."""
 LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
 def group_python() -> str:
-    """The interpreter that a group runs under: ``XDIT_PYTHON``, else this one."""
+    """Returns the interpreter for a group's processes: ``XDIT_PYTHON``, or else this process's."""
     return CONFIG.python or sys.executable
 
 
 def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:
-    """Says why no group can start here, if none can.
+    """Checks that a group can start here.
 
     Args:
-        plan: None on a host that gets it from another.
+        plan: None on a host that gets it from node 0.
         devices: of each host.
-        nodes: hosts.
+        nodes: number of hosts.
     Raises:
-        RequestError: when plan and devices do not fit.
-        GroupUnavailable: one line with the reason and what to do.
+        RequestError: when plan and devices do not match.
+        GroupUnavailable: when no group can start here, with the reason and what to do.
     """
     if plan:
         plan.check_world(devices.count, nodes)
         if plan.replicas > 1:
-            raise RequestError(f"plan '{plan}': replicas are groups of their own; a single group takes plan '{plan.replica}'")
+            raise RequestError(f"plan '{plan}': each replica is a separate group; one group takes plan '{plan.replica}'")
     if not sys.platform.startswith("linux"):
         raise GroupUnavailable(f"xDiT groups need Linux (this is {sys.platform}); on Windows use WSL2")
     if not CONFIG.python and find_spec("xfuser") is None:
@@ -53,10 +53,10 @@ def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:
 
 
 def loopback() -> tuple[str, str]:
-    """This machine's address for itself, by number, and its interface. It needs no name to resolve and no network.
+    """Returns the numeric loopback address and its interface. Needs no name resolution and no network.
 
     Raises:
-        GroupUnavailable: where there is none.
+        GroupUnavailable: when no loopback address works.
     """
     reasons = []
     for family, address in LOOPBACKS:
@@ -71,7 +71,7 @@ def loopback() -> tuple[str, str]:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an address of this machine, which gloo and NCCL use."""
+    """Returns the network interface with an address of this machine, for gloo and NCCL."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == address for each in addresses):
             return name
@@ -79,25 +79,25 @@ def interface_of(address: str) -> str | None:
 
 
 def without_other_launchers() -> dict[str, str]:
-    """This process's environment, less what torchrun, MPI or a scheduler has set in it."""
+    """Returns this process's environment without the variables of torchrun, MPI and schedulers."""
     return {name: value for name, value in os.environ.items() if not OTHER_LAUNCHERS.fullmatch(name)}
 
 
 def environment(devices: Devices, interface: str | None, *, is_forced: bool) -> dict[str, str]:
-    """The variables of a group's processes: the user's, less what other launchers have set.
+    """Returns the environment of a group's processes: the user's, without the variables of other launchers.
 
     Args:
-        devices: this machine's.
-        interface: that the ranks talk over.
-        is_forced: whether that is so whatever the user's variables say.
+        devices: of this host.
+        interface: network interface between the ranks.
+        is_forced: whether it overrides the user's variables.
     """
     kept = without_other_launchers()
     paths = [str(PACK)]
     if CONFIG.python:
-        kept.pop("PYTHONHOME", None)  # it belongs to another interpreter, as its packages do
+        kept.pop("PYTHONHOME", None)  # it belongs to this interpreter, as do the packages of PYTHONPATH
     elif os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])
-    # By a host's name gloo often finds an address that the others cannot reach.
+    # From the host's name gloo often gets an address that other hosts cannot reach.
     network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"} if interface else {}
     return {
         **kept,

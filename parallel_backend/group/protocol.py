@@ -1,7 +1,7 @@
-"""Messages of the group's socket as bytes: safetensors, with everything that is no tensor as JSON in the metadata.
+"""Messages of the group's socket as bytes: safetensors, with all that is not a tensor as JSON in the metadata.
 
-A message goes in parts, the header and then the tensors' bytes a few MiB at a time: so the other side can refuse them before it
-takes memory for them, and a video is copied from the sender's tensor to the receiver's without others in between.
+A message is sent in parts: the header, then the tensors' bytes, a few MiB at a time. So the receiver can refuse them before it
+allocates memory, and a video is copied from the sender's tensor to the receiver's without copies in between.
 """
 
 import json
@@ -17,10 +17,10 @@ from safetensors.torch import load
 
 VERSION = 4
 PART = 4 * 2**20
-"""Bytes of a tensor that are sent at a time."""
+"""Largest part of a tensor, in bytes."""
 MAX_HEADER = 2**20
 PICTURE, LATENTS, PIXELS = 2**24, 2**30, 8 * 2**30
-"""Bytes; a preview has under 1 MB, a video of 161 frames at 1360x768 is 43 MB as latents and 2 GB as float32 pixels."""
+"""Limits in bytes. A preview has under 1 MB; 161 frames at 1360x768 are 43 MB as latents and 2 GB as float32 pixels."""
 MAX_TENSORS = {
     "sample": LATENTS,
     "load": LATENTS,
@@ -31,14 +31,14 @@ MAX_TENSORS = {
     "picture": PICTURE,
     "done": PIXELS,
 }
-"""Bytes of tensors in a message of each kind; the others have none."""
+"""Limit of a message's tensors in bytes, by its kind; other kinds have no tensors."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
-"""By the name that safetensors has for them."""
+"""Allowed dtypes, by their name in safetensors."""
 MAX_DIMENSIONS = 6
 
 
 class ProtocolError(ValueError):
-    """Bytes that are no message of this version."""
+    """The bytes are not a message of this version."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Message:
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of a message."""
+    """Encodes a message as bytes."""
     return b"".join(split(message))
 
 
 def split(message: Message) -> list[bytes | memoryview]:
-    """The header of a message, and the memory of each of its tensors.
+    """Returns the header of a message, and the memory of each of its tensors.
 
     Raises:
-        ProtocolError: for a tensor of a dtype that no message has.
+        ProtocolError: for a tensor of another dtype than those of ``DTYPES``.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     head = {"version": VERSION, "kind": message.kind, "plain": message.plain}
@@ -76,30 +76,30 @@ def split(message: Message) -> list[bytes | memoryview]:
         begin, end = end, end + len(views[-1])
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that what follows lies as numbers want to
+    text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
     return [len(text).to_bytes(8, "little") + text, *views]
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's memory; a copy's where it is not on the CPU or not in order."""
+    """Returns a tensor's memory, copied if it is not contiguous on the CPU."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a message says before its tensors."""
+    """The header of a message."""
 
     kind: str
     plain: dict[str, Any]
     tensors: dict[str, tuple[torch.dtype, list[int], int]]
-    """Dtype, shape and bytes of each, as they follow."""
+    """Dtype, shape and size in bytes of each tensor, in their order."""
 
 
 def read_head(data: bytes) -> Head:
-    """The first part of some bytes, checked: length, version, and number, dtypes and shapes of the tensors.
+    """Parses and checks the header: its length, the version, and the dtypes, shapes and sizes of the tensors.
 
     Raises:
-        ProtocolError: when they are no message, of another version, or larger than a message of their kind can be.
+        ProtocolError: when the bytes are not a message, are of another version, or exceed the limit of their kind.
     """
     try:
         length = int.from_bytes(data[:8], "little")
@@ -123,7 +123,11 @@ def read_head(data: bytes) -> Head:
 
 
 def checked(tensors: dict[str, dict[str, Any]]) -> dict[str, tuple[torch.dtype, list[int], int]]:
-    """The tensors of a header in the order of their bytes; ValueError where these do not add up."""
+    """Returns the tensors of a header in the order of their bytes.
+
+    Raises:
+        ValueError: when dtypes, shapes and offsets do not match.
+    """
     found, before = {}, 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
         shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
@@ -139,10 +143,10 @@ def checked(tensors: dict[str, dict[str, Any]]) -> dict[str, tuple[torch.dtype, 
 
 
 def decode(data: bytes) -> Message:
-    """The message of some bytes.
+    """Decodes a message.
 
     Raises:
-        ProtocolError: when they are none, or of another version.
+        ProtocolError: when the bytes are not a message, or are of another version.
     """
     head = read_head(data)
     try:
@@ -155,8 +159,8 @@ def send(connection: Connection, message: Message) -> None:
     """Sends a message.
 
     Raises:
-        ProtocolError: when it is larger than the other side would take.
-        OSError: when the other side has gone.
+        ProtocolError: when it exceeds the limit of its kind.
+        OSError: when the connection is closed.
     """
     header, *views = split(message)
     read_head(header)
@@ -167,16 +171,16 @@ def send(connection: Connection, message: Message) -> None:
 
 
 def parts(size: int) -> Iterator[slice]:
-    """In which so many bytes are sent."""
+    """Divides ``size`` bytes into the parts that are sent."""
     return (slice(start, min(start + PART, size)) for start in range(0, size, PART))
 
 
 def receive(connection: Connection) -> Message:
-    """The next message, whose header has been checked before the rest is read.
+    """Receives the next message. Its header is checked before the rest is read.
 
     Raises:
-        ProtocolError: when it is none; the connection can still be written to.
-        EOFError, OSError: when the other side has gone.
+        ProtocolError: when it is not a message; the connection can still be written to.
+        EOFError, OSError: when the connection is closed.
     """
     _, head = receive_head(connection)
     tensors = {}
@@ -190,29 +194,33 @@ def receive(connection: Connection) -> Message:
 
 
 def receive_bytes(connection: Connection) -> bytes:
-    """The bytes of the next message, to be handed on; raises as :func:`receive` does."""
+    """Receives the bytes of the next message without decoding it; raises as :func:`receive` does."""
     header, head = receive_head(connection)
     sizes = (part.stop - part.start for _, _, size in head.tensors.values() for part in parts(size))
     return b"".join([header, *(receive_part(connection, size) for size in sizes)])
 
 
 def receive_head(connection: Connection) -> tuple[bytes, Head]:
-    """The first part of the next message."""
+    """Receives the header of the next message."""
     data = receive_part(connection, 8 + MAX_HEADER, exactly=False)
     head = read_head(data)
     if len(data) != 8 + int.from_bytes(data[:8], "little"):
-        raise ProtocolError("a first part that is more than a header")
+        raise ProtocolError("the first part is longer than its header")
     return data, head
 
 
 def receive_part(connection: Connection, most: int, *, exactly: bool = True) -> bytes:
-    """The next bytes, unless there are more than ``most``, or fewer where it must be ``exactly`` so many."""
+    """Receives one part of at most ``most`` bytes, or of ``exactly`` that many.
+
+    Raises:
+        ProtocolError: for a part of another size.
+    """
     try:
         part = connection.recv_bytes(most)
     except OSError as error:
-        if connection.closed or connection.readable:  # it has gone; a part that is too long is what ends only the reading
+        if connection.closed or connection.readable:  # closed; a part that is too long ends only reading
             raise
         raise ProtocolError(f"a part of a message is longer than {most} bytes; is it from another version?") from error
     if exactly and len(part) != most:
-        raise ProtocolError(f"a part of a message is {len(part)} bytes; {most} were to come")
+        raise ProtocolError(f"a part of a message is {len(part)} bytes; {most} were expected")
     return part

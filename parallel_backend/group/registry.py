@@ -1,4 +1,4 @@
-"""Where groups are found: a private folder for each, with its socket, key, logs and a description."""
+"""The registry of groups: a private folder for each, with its socket, key, logs and a description."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from .ownership import OwnerLock, is_held
 
 NAME = "cogvideox-xdit"
 LONGEST_SOCKET = 107
-"""Bytes of a Unix socket's path; the kernel has room for one more."""
+"""Longest path of a Unix socket, in bytes."""
 
 
 def roots() -> list[Path]:
-    """The folders that may hold the user's groups, the preferred one first. None is made."""
+    """Returns the folders that may hold the user's groups, the preferred one first. None is created."""
     private, own = os.environ.get("XDG_RUNTIME_DIR"), f"{NAME}-{os.getuid()}"
     found = [Path(private).absolute() / NAME] if private else []
     for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm"):
@@ -32,10 +32,10 @@ def roots() -> list[Path]:
 
 
 def make_root(root: Path) -> None:
-    """Makes a folder of groups, which only its user can enter.
+    """Creates a folder for groups that only this user can enter.
 
     Raises:
-        OSError: saying why it cannot be used.
+        OSError: with the reason why it cannot be used.
     """
     if len(os.fsencode(root / "group-12345678" / "socket")) > LONGEST_SOCKET:
         raise OSError(None, "its path is too long for a Unix socket")
@@ -46,7 +46,7 @@ def make_root(root: Path) -> None:
 
 
 def is_own(root: Path) -> bool:
-    """Whether this user has made a folder of groups. In a folder that all may write to, another user may have made one of that name."""
+    """Whether a folder belongs to this user. In a shared folder such as /tmp another user may have created one of that name."""
     try:
         found = root.lstat()
     except OSError:
@@ -55,7 +55,7 @@ def is_own(root: Path) -> bool:
 
 
 def entries(prefix: str) -> list[Path]:
-    """What is in the user's folders of groups under names that begin so, oldest first. An entry may go at any moment."""
+    """Returns the entries of the user's folders whose names start with ``prefix``, oldest first. Any may vanish."""
     found = []
     for root in filter(is_own, roots()):
         with suppress(OSError):
@@ -73,13 +73,13 @@ class GroupAddress:
 
     @classmethod
     def create(cls, root: Path, description: dict[str, Any]) -> "GroupAddress":
-        """Makes a folder with a new key.
+        """Creates a folder with a new key.
 
         Args:
-            root: that :func:`make_root` has made.
-            description: what :meth:`describe` returns.
+            root: from :func:`make_root`.
+            description: for :meth:`describe`.
         Raises:
-            OSError: where there is no room for it.
+            OSError: when the folder cannot be written.
         """
         address = cls(Path(tempfile.mkdtemp(prefix="group-", dir=root)))
         try:
@@ -92,13 +92,13 @@ class GroupAddress:
         return address
 
     def add(self, **description: Any) -> None:
-        """Adds to the description, or replaces some of it."""
+        """Adds fields to the description, or replaces them."""
         self._write({**self.describe(), **description})
 
     def _write(self, description: dict[str, Any]) -> None:
         written = self.folder / "group.json.partial"
         written.write_text(json.dumps(description))
-        written.rename(self.folder / "group.json")  # others read it at any moment
+        written.rename(self.folder / "group.json")  # atomic, as other processes may read it at any moment
 
     @property
     def socket(self) -> str:
@@ -107,33 +107,32 @@ class GroupAddress:
 
     @property
     def key_file(self) -> Path:
-        """File of the key that both sides prove to know; readable by its user alone."""
+        """File of the key that both sides must prove to know; only its user can read it."""
         return self.folder / "key"
 
     @property
     def key(self) -> bytes:
-        """The key."""
         return self.key_file.read_bytes()
 
     @property
     def logs(self) -> Path:
-        """Folder of every rank's output."""
+        """Folder of the ranks' logs."""
         return self.folder / "logs"
 
     def describe(self) -> dict[str, Any]:
-        """Returns what :meth:`create` and :meth:`add` were given, and ``owner``: the number of the process that keeps the group.
+        """Returns the fields from :meth:`create` and :meth:`add`, and ``owner``, the process ID of the group's owner.
 
         Raises:
-            OSError, ValueError: when the folder is gone, or no group's.
+            OSError, ValueError: when the folder is gone, or not that of a group.
         """
         return dict(json.loads((self.folder / "group.json").read_text()))
 
     def remove(self) -> None:
-        """Removes the folder with all that is in it."""
+        """Removes the folder and its contents."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def last_lines(self, count: int = 20) -> str:
-        """The end of every log that is still there, one after the other."""
+        """Returns the last ``count`` lines of each log."""
         parts: list[str] = []
         try:
             first_rank = self.describe()["first_rank"]
@@ -141,26 +140,26 @@ class GroupAddress:
             for name, path in [*sorted(logs), ("launcher", self.folder / "launcher.log")]:
                 lines = path.read_text(errors="replace").splitlines()[-count:]
                 parts += [f"--- {name}", *lines] if lines else []
-        except (OSError, ValueError):  # swept away, maybe while it was read
+        except (OSError, ValueError):  # removed, maybe while they were read
             parts.append(f"(logs in {self.folder} were removed)")
         return "\n".join(parts)
 
 
 @dataclass(frozen=True)
 class Home:
-    """The folder that an owner keeps its groups in, and the lock that proves it alive."""
+    """The folder in which an owner keeps its groups, and the lock that proves that it is alive."""
 
     root: Path
     lock: OwnerLock
     note: str | None
-    """One line where a preferred folder could not be used."""
+    """A line for the user if a preferred folder could not be used."""
 
     @classmethod
     def open(cls) -> "Home":
-        """Takes the first folder that can be used.
+        """Opens the first usable folder.
 
         Raises:
-            GroupUnavailable: naming all that were tried.
+            GroupUnavailable: when there is none, naming all that were tried.
         """
         failed: list[str] = []
         for root in roots():
@@ -176,12 +175,12 @@ class Home:
         )
 
     def is_usable(self) -> bool:
-        """Whether it is still there, and still the one that :meth:`open` would take."""
+        """Whether it still exists, and :meth:`open` could still choose it."""
         return self.lock.is_in_place() and self.root in roots()
 
 
 def described() -> Iterator[tuple[GroupAddress, dict[str, Any]]]:
-    """All folders of groups with what they say, oldest first. A folder may go at any moment, and is left out then."""
+    """Yields all groups' folders with their descriptions, oldest first. Folders that vanish meanwhile are left out."""
     if sys.platform == "win32":
         return
     for path in entries("group"):
@@ -192,27 +191,27 @@ def described() -> Iterator[tuple[GroupAddress, dict[str, Any]]]:
 
 
 def is_owned(description: dict[str, Any]) -> bool:
-    """Whether the owner of a described group lives. A group of a version without locks has none."""
+    """Whether the owner of a group is alive. A group of a version without locks has none."""
     return "lock" in description and is_held(Path(description["lock"]))
 
 
 def running() -> dict[GroupAddress, dict[str, Any]]:
-    """The user's groups whose owner lives, oldest first, and their descriptions."""
+    """Returns the user's groups whose owner is alive, oldest first, with their descriptions."""
     return {address: description for address, description in described() if is_owned(description)}
 
 
 def shared(plan: str, devices: str) -> list[GroupAddress]:
-    """The running groups that ``serve`` keeps for a plan on these devices."""
+    """Returns the running groups that ``serve`` keeps for a plan on these devices."""
     wanted = {"shared": True, "plan": plan, "devices": devices}
     return [address for address, description in running().items() if wanted.items() <= description.items()]
 
 
 def remove_stale() -> None:
-    """Removes folders and locks that a crash left behind."""
+    """Removes folders and locks that a crash has left."""
     for address, description in described():
         if "lock" in description and not is_owned(description):
             address.remove()
     for lock in entries("owner"):
         if not is_held(lock):
-            with suppress(OSError):  # gone, or in a folder that is read-only now
+            with suppress(OSError):  # already gone, or its folder is read-only now
                 lock.unlink()

@@ -1,4 +1,4 @@
-"""Rank 0's side of the socket: takes requests from any number of clients and hands them on in order."""
+"""Rank 0's side of the socket: queues the requests of any number of clients."""
 
 import logging
 import os
@@ -20,20 +20,20 @@ logger = logging.getLogger(__name__)
 
 QUEUED = ("sample", "load", "window", "decode", "encode", "free", "stop")
 CLIENTS = 64
-"""Connections that may wait to be accepted."""
+"""Backlog of the listener: connections that may wait to be accepted."""
 
 
 def refusal(error: Exception) -> Message:
-    """The answer to a request that cannot be taken."""
+    """Returns the answer to a request that fails with an error."""
     return Message("failed", {"error": type(error).__name__, "message": str(error)})
 
 
 class Request:
-    """One queued request and the connection to answer it on.
+    """One queued request and the connection for its answers.
 
     Args:
-        data: the message's bytes, as every rank will get them.
-        connection: the client's; None when nobody waits for an answer.
+        data: the message's bytes, which rank 0 sends to every rank.
+        connection: of the client; None when no client waits for an answer.
     """
 
     def __init__(self, data: bytes, connection: Connection | None):
@@ -41,20 +41,20 @@ class Request:
         self.connection = connection
         self.cancelled = threading.Event()
         self.waited = 0.0
-        """Seconds in the queue, once it has begun."""
+        """Seconds in the queue; set by :meth:`begin`."""
         self._arrived = time.monotonic()
         self._begun = False
         self._lock = threading.Lock()
 
     def begin(self) -> bool:
-        """Marks the request as taken from the queue; False when it was cancelled while it waited there."""
+        """Marks the request as running. Returns False if it was cancelled in the queue."""
         with self._lock:
             self._begun = not self.cancelled.is_set()
             self.waited = time.monotonic() - self._arrived
             return self._begun
 
     def cancel(self) -> None:
-        """Asks for the request to stop. One that has not begun is answered at once, since no job will."""
+        """Cancels the request. One that is still in the queue is answered at once, as no job will answer it."""
         with self._lock:
             waiting = not self._begun and not self.cancelled.is_set()
             self.cancelled.set()
@@ -62,14 +62,14 @@ class Request:
             self.answer(Message("cancelled", {"message": "stopped while waiting in the queue"}))
 
     def answer(self, message: Message) -> None:
-        """Sends a message back; a client that has gone cancels its request instead."""
+        """Sends a message to the client. If the client has gone, the request is cancelled."""
         if self.connection is None:
             return
         try:
             protocol.send(self.connection, message)
         except ProtocolError as error:
             self.answer(refusal(error))
-        except OSError:  # it has gone, or hangs; half a message may be on its way, so it must connect again
+        except OSError:  # it has gone, or does not read; after half a message the connection is unusable
             self.cancelled.set()
             hang_up(self.connection)
 
@@ -78,8 +78,8 @@ class Server:
     """Listens on a group's socket.
 
     Args:
-        address: the group's.
-        status: called in a connection's thread for a ``status`` request; gives plain values.
+        address: of the group.
+        status: called in a connection's thread for a ``status`` request; returns plain values.
     """
 
     def __init__(self, address: GroupAddress, status: Callable[[], dict[str, Any]]):
@@ -91,7 +91,7 @@ class Server:
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
     def next(self, seconds: float | None = None) -> Request | None:
-        """The next queued request; None when there was none for so long. Without a time it waits as long as it takes."""
+        """Returns the next queued request, or None after a timeout of ``seconds``, if any."""
         try:
             return self._requests.get(timeout=seconds)
         except queue.Empty:
@@ -99,11 +99,11 @@ class Server:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of requests in the queue."""
         return self._requests.qsize()
 
     def close(self) -> None:
-        """Listens no more."""
+        """Stops listening."""
         self._closed.set()
         self._listener.close()
 
@@ -111,7 +111,7 @@ class Server:
         while not self._closed.is_set():
             try:
                 connection = self._listener.accept()
-            except OSError as error:  # no descriptor is left, say
+            except OSError as error:  # such as no free file descriptor
                 if self._closed.is_set():
                     return
                 logger.warning("a client was not accepted: %s", error)
@@ -120,8 +120,8 @@ class Server:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
-        """One client: proves who it is, asks one thing, and may cancel it."""
-        # Authentication is here, not in the listener, so that a client that says nothing blocks nobody.
+        """Serves one client, which authenticates, sends one request, and may cancel it."""
+        # Authentication is here, not in the listener, so that a silent client does not block the others.
         try:
             with connection:
                 with socket.socket(fileno=os.dup(connection.fileno())) as end:
@@ -132,14 +132,14 @@ class Server:
                 self._converse(connection)
         except (EOFError, OSError):
             logger.debug("a client hung up")
-        except Exception as error:  # whatever a client sends, the others must not notice
+        except Exception as error:  # whatever one client sends must not affect the others
             logger.warning("dropped a client: %s: %s", type(error).__name__, error)
 
     def _answer_status(self) -> Message:
         try:
             return Message("done", {**self._status(), "queue": self.waiting})
-        except Exception as error:  # an OSError too, which would pass for one of the connection
-            logger.exception("the status is not known")
+        except Exception as error:  # including an OSError, which would look like one of the connection
+            logger.exception("cannot determine the status")
             return refusal(error)
 
     def _converse(self, connection: Connection) -> None:
@@ -156,7 +156,7 @@ class Server:
             return
         request = Request(data, connection)
         self._requests.put(request)
-        # The client says "cancel" and waits for the end, or hangs up: either way nobody wants the rest.
+        # The client sends "cancel" and waits for the last answer, or disconnects: either way the request is cancelled.
         try:
             while True:
                 connection.recv_bytes(1024)

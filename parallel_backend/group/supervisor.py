@@ -1,8 +1,8 @@
-"""The parent of a group's workers: ``python -m parallel_backend.group.supervisor FOLDER ARGUMENTS`` of ``torch.distributed.run``.
+"""The parent process of a group's workers: ``python -m parallel_backend.group.supervisor FOLDER ARGUMENTS``.
 
-That one starts the workers and notices when one ends. Two threads watch meanwhile: one for the end of the owner, one for ranks that
-hang. The kernel kills the workers when this process ends, in whatever way it does. Standard output is the way back to the owner: a
-line when this process is there, and one that says why the group ended.
+The arguments are those of ``torch.distributed.run``, which starts the workers and notices when one ends. Two threads watch the
+owner and look for ranks that hang. However this process ends, the kernel kills the workers. It reports to the owner on standard
+output: one line when it starts, and one that says why the group ended.
 """
 
 import json
@@ -27,25 +27,27 @@ from .ownership import OwnerWatch
 from .registry import GroupAddress
 
 SUPERVISOR = "XDIT_GROUP_SUPERVISOR"
-"""In the environment of the workers: this process's number."""
+"""Environment variable of the workers: this process's ID."""
 HOST = "XDIT_HOST"
-"""In the environment of the workers: this host's name for messages, set where a group has several hosts."""
+"""Environment variable of the workers: this host's name for messages; set if the group has several hosts."""
 
 
 @dataclass(frozen=True)
 class Hang:
-    """Ranks that hang, by their place on this machine."""
+    """The local ranks that hang, and why."""
 
     places: list[int]
     cause: ExitCause
 
 
 class HangDetector:
-    """Finds ranks that hang. Time is counted in looks, one a second, so that a suspended machine does not count.
+    """Finds ranks that hang.
+
+    Time is counted in calls of :meth:`look`, one a second, so that the time in which the machine is suspended does not count.
 
     Args:
         board: with the heartbeats.
-        first_rank: of this machine.
+        first_rank: first rank on this machine.
     """
 
     def __init__(self, board: Board, first_rank: int = 0):
@@ -55,10 +57,10 @@ class HangDetector:
         self._last: dict[int, tuple[Heartbeat, int]] = {}
 
     def look(self, workers: dict[int, psutil.Process]) -> Hang | None:
-        """The ranks to give up and why; None while all go on.
+        """Returns the ranks to kill and why; None if all are alive.
 
         Args:
-            workers: by place.
+            workers: by local rank.
         """
         late = {}
         for place, worker in workers.items():
@@ -76,7 +78,7 @@ class HangDetector:
                 late[place] = heartbeat
         if not late:
             return None
-        behind = min(heartbeat.count for heartbeat in late.values())  # the others may only wait for it
+        behind = min(heartbeat.count for heartbeat in late.values())  # the others may only be waiting for these
         places = [place for place, heartbeat in late.items() if heartbeat.count == behind]
         last = late[places[0]]
         return self._hang(places, f"hung: no sign of life for {last.seconds:.0f} s while {last.doing}", behind)
@@ -88,11 +90,11 @@ class HangDetector:
 
 
 class Supervisor:
-    """One life of a group's processes on this machine.
+    """Runs and watches a group's processes on this machine.
 
     Args:
-        address: the group's.
-        report: writes one JSON object to the owner.
+        address: of the group.
+        report: sends one JSON object to the owner.
     """
 
     def __init__(self, address: GroupAddress, report: Callable[[dict[str, Any]], None]):
@@ -107,7 +109,7 @@ class Supervisor:
         self.board.export(os.environ)
 
     def watch_owner(self) -> None:
-        """Ends the group with its owner, or when the owner asks for it by writing to standard input or closing it."""
+        """Ends the group when its owner ends, or writes to standard input or closes it."""
         while self.owner.is_alive():
             if select.select([0], [], [], 1.0)[0]:
                 break
@@ -115,7 +117,7 @@ class Supervisor:
         os._exit(0)
 
     def watch_ranks(self) -> None:
-        """Ends the group when a rank hangs: kills it, and ``torch.distributed.run`` ends the others."""
+        """Kills ranks that hang; ``torch.distributed.run`` then ends the others."""
         detector, workers = HangDetector(self.board, self.first_rank), {}
         while True:
             time.sleep(1)
@@ -123,30 +125,30 @@ class Supervisor:
                 workers = self.workers()
             try:
                 self.hang = detector.look(workers)
-            except psutil.Error:  # a worker ended between two lines; torch.distributed.run sees to it
+            except psutil.Error:  # a worker has just ended; torch.distributed.run handles it
                 continue
             if self.hang is None:
                 continue
             for place, worker in workers.items():
                 if self.board.heartbeat(place):
-                    worker.send_signal(signal.SIGUSR1)  # every thread's stack goes to the rank's log
+                    worker.send_signal(signal.SIGUSR1)  # writes every thread's stack to the rank's log
             time.sleep(0.5)
             for place in self.hang.places:
                 workers[place].kill()
             return
 
     def workers(self) -> dict[int, psutil.Process]:
-        """The workers that have started, by place."""
+        """Returns the workers that have started, by local rank."""
         found = {}
         for child in psutil.Process().children():
             try:
                 found[int(child.environ()["LOCAL_RANK"])] = child
-            except (psutil.Error, OSError, KeyError):  # it has just ended, or is no worker
+            except (psutil.Error, OSError, KeyError):  # it has just ended, or is not a worker
                 continue
         return found
 
     def run(self, arguments: list[str]) -> int:
-        """Starts the workers and waits for their end. Returns the exit status."""
+        """Starts the workers and waits until they end. Returns the exit status."""
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import parse_args, run
 
@@ -159,15 +161,15 @@ class Supervisor:
         return 0
 
     def exit_cause(self, error) -> ExitCause:
-        """Which rank ended first and how, from a ``ChildFailedError``."""
+        """Returns which rank ended first and how, from a ``ChildFailedError``."""
         if self.hang:
             return self.hang.cause
-        # Of those that ended within a second any may be first, and a killed one takes the others along.
+        # The order within a second is unreliable; a rank that was killed makes the others end.
         ends = sorted(error.failures.items(), key=lambda end: end[1].timestamp)
         rank, failure = min(ends, key=lambda end: end[1].exitcode not in KILLED)
         words = [(self.first_rank + place, self.board.last_words(place)) for place in range(self.count)]
         failures = [{**said, "rank": rank} for rank, said in words if said]
-        # The rank that waited longest for the others to fail too is the one that failed.
+        # The rank that waited longest for the others failed first.
         last = max(failures, key=lambda failure: failure["waited"], default=None)
         return replace(how_it_ended(f"rank {rank}", failure.exitcode), failure=last)
 
@@ -175,7 +177,7 @@ class Supervisor:
 def main() -> None:
     """Runs the group until it ends."""
     to_owner = os.dup(1)
-    os.dup2(2, 1)  # whatever else is printed goes to the log
+    os.dup2(2, 1)  # all other output goes to the log
 
     def report(plain: dict[str, Any]) -> None:
         os.write(to_owner, json.dumps(plain).encode() + b"\n")
@@ -184,7 +186,7 @@ def main() -> None:
     supervisor = Supervisor(GroupAddress(Path(sys.argv[1])), report)
     for watch in (supervisor.watch_owner, supervisor.watch_ranks):
         threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
-    # torch asks for this machine's full name for its event log alone, which takes minutes where no resolver answers.
+    # torch looks up the full host name for its event log, which takes minutes if no resolver answers.
     socket.getfqdn = lambda name="": name or socket.gethostname()
     sys.exit(supervisor.run(sys.argv[2:]))
 

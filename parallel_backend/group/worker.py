@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def die_with_supervisor() -> None:
-    """Has the kernel kill this process with its parent, in whatever way that ends."""
+    """Has the kernel kill this process when its parent ends, however that happens."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[SUPERVISOR]):  # it has ended before
+    if os.getppid() != int(os.environ[SUPERVISOR]):  # it has already ended
         os._exit(1)
 
 
 def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
-    """Joins the group and returns the loop to run. It imports torch and xDiT, which takes seconds, and any of it may fail."""
+    """Joins the group and returns its loop. Imports torch and xDiT here, which takes seconds and may fail."""
     import torch
 
     from ..cogvideox import offload
@@ -45,20 +45,20 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     heart.beat("joining the group", CONFIG.join_seconds)
     context = GroupRankContext(Plan.parse(plan), device=device, rank=rank)
     heart.beat(
-        "exchanging data for the first time (where links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)",
+        "exchanging data for the first time (if links between GPUs are broken, NCCL_P2P_DISABLE=1 helps)",
         CONFIG.exchange_seconds,
     )
     link = context.probe()
     logger.info("the ranks exchange %.2g GB/s, and a number in %.0f us", link.bandwidth / 1e9, link.latency * 1e6)
     if rank == 0:
         remember(link, device)
-    if device.type == "cuda":  # xDiT has imported what jobs need, so no two threads are going to import the same
+    if device.type == "cuda":  # only now, as two threads must not import the same modules
         probe.beside(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
     return JobLoop(context, GroupAddress(folder), heart, link)
 
 
 def remember(link, device) -> None:
-    """Keeps the link of a group of GPUs of one machine for the planner. Processes on a CPU share it with whatever else runs."""
+    """Stores the measured link between all GPUs of one machine for the planner. Links on a CPU depend on its load."""
     import torch
 
     from ..devices import Devices
@@ -72,7 +72,7 @@ def remember(link, device) -> None:
 
 
 def main() -> None:
-    """Joins the group and works until a request says stop."""
+    """Joins the group and runs jobs until a request stops it."""
     die_with_supervisor()
     faulthandler.register(signal.SIGUSR1)
     folder, plan, kind = sys.argv[1:]
@@ -85,7 +85,7 @@ def main() -> None:
         heart.leave({**words, "host": os.environ.get(HOST), "waited": 0.0})
         raise
     loop.run_forever()
-    os._exit(0)  # process groups have nothing to say to each other any more, and their threads may hang
+    os._exit(0)  # skips the shutdown of process groups, whose threads may hang
 
 
 if __name__ == "__main__":
