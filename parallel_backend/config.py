@@ -51,7 +51,7 @@ class Config:
     step_seconds: float = 8.0
     """After this long in a later step a rank is killed as hung, or later where ``step_factor`` allows more."""
     step_factor: float = 5.0
-    """A later step may take this many times the longest step before it; the first counts with its loading, and only for the second."""
+    """A later step may take this many times the longest before it; the first, which includes loading, counts for the second."""
     stopped_seconds: float = 5.0
     """After this long a rank that was stopped with SIGSTOP is killed."""
     failure_seconds: float = 15.0

@@ -26,8 +26,8 @@ def visible_index(local_rank: int) -> int:
 def has_bf16(device: torch.device) -> bool:
     """Returns whether a device computes in bf16.
 
-    In a group's process the answer covers all of its GPUs on this machine, as ranks must agree. It is True without CUDA, as in plans
-    for another machine.
+    In a group's process the answer covers all of its GPUs on this machine, as ranks must agree. Without CUDA, as in plans for
+    another machine, it is True.
     """
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)

@@ -71,7 +71,7 @@ def test_a_job_whose_caller_wants_none_or_whose_model_cannot_loads_no_vae(make_j
     job = make_job("5b", size=SIZE, steps=2)
     assert not executor.sample(job).report.notes and executor.status()["held"] == ["transformer"]
     monkeypatch.delitem(Checkpoint.open(job.model.path).elements, "vae")
-    assert executor.sample(job, on_picture=shown.append).report.notes == ("no previews: the model has no VAE of its own",)
+    assert executor.sample(job, on_picture=shown.append).report.notes == ("no previews: the model has no VAE",)
     assert not shown and executor.status()["held"] == ["transformer"]
 
 

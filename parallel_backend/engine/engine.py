@@ -41,8 +41,8 @@ def go_on(*progress: Progress | int) -> bool:
 
 
 SHORT_SECONDS = 2.0
-"""After a step this short the next step starts before this one is reported, so that the device does not idle; cancelling then takes
-one step more."""
+"""After a step this short the next step starts before this one is reported, so that the device does not idle. Then
+cancelling takes one step more."""
 
 
 class Engine:
@@ -198,11 +198,11 @@ class Engine:
     def _previews(
         self, job: SampleJob, checkpoint: Checkpoint, dtype, show: PictureListener | None, go_on: WindowCallback
     ) -> Previews | None:
-        """Returns what makes a job's previews; None if nobody wants them here, or with a note if they cannot be made."""
+        """Returns what makes a job's previews; None if they are not wanted here, or cannot be made."""
         if not job.preview or show is None:
             return None
         if "vae" not in checkpoint.elements:
-            self._note("no previews: the model has no VAE of its own")
+            self._note("no previews: the model has no VAE")
             return None
         if self.cache.offload != "none":
             self._note(

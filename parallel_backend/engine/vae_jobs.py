@@ -39,8 +39,8 @@ class VaeJobs:
         """Divides a frame's rows among the ranks.
 
         Returns:
-            None if rank 0 works alone: with one rank, with tiling on, or if a strip does not fit on every rank. A rank that runs
-            out of memory alone can try smaller tiles; in a strip it would leave the others hanging.
+            None if rank 0 works alone: with one rank, with tiling on, or if a strip does not fit on every rank. A rank that
+            runs out of memory alone can try smaller tiles; in a strip it would leave the others hanging.
         """
         rows = job.latent.shape[3] if isinstance(job, DecodeJob) else job.pixels.shape[1] // SPATIAL
         strips = self.context.strips(rows)
