@@ -65,7 +65,7 @@ def check(plan: str, devices: str) -> None:
     if ago < CONFIG.failed_start_seconds and failure.conditions == conditions():
         raise GroupUnavailable(
             f"{failure.error.summary} ({ago:.0f} s ago; it is tried again once something changes, or after "
-            f"{CONFIG.failed_start_seconds / 60:.0f} minutes)",
+            f"{CONFIG.failed_start_seconds / 60:g} minutes)",
             details=failure.error.details,
         )
     forget(plan, devices)

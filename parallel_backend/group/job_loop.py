@@ -131,7 +131,7 @@ class JobLoop:
         while True:
             request = self.server.next(60 * CONFIG.idle_minutes or None if self.engine.status()["held"] else None)
             if request is None:
-                logger.info("idle for %.0f minutes; freeing the weights", CONFIG.idle_minutes)
+                logger.info("idle for %g minutes; freeing the weights", CONFIG.idle_minutes)
                 return Request(encode(Message("free")), None)
             if request.begin():
                 return request

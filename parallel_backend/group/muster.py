@@ -162,7 +162,7 @@ def plain(cause: ExitCause | None) -> dict | None:
     return cause and asdict(replace(cause, details=cause.details[-MAX_DETAILS:]))
 
 
-def verdict_seconds() -> float:
+def verdict_timeout() -> float:
     """Returns how long another host may take to end its part of a group and report how; a silent one is lost before."""
     return CONFIG.silent_seconds + CONFIG.verdict_seconds
 
@@ -273,7 +273,7 @@ class Leader(Muster):
 
     def verdict(self, own: ExitCause | None) -> ExitCause:
         """See :meth:`Muster.verdict`."""
-        deadline = time.monotonic() + verdict_seconds()
+        deadline = time.monotonic() + verdict_timeout()
         for link in self._links.values():
             link.send("end")
         with self._state:
@@ -367,7 +367,7 @@ class Member(Muster):
         link = self._links[0]
         link.send("ended", cause=plain(own))
         with self._state:
-            self._state.wait_for(lambda: self._ends, 2 * verdict_seconds())  # node 0 waits for other hosts too
+            self._state.wait_for(lambda: self._ends, 2 * verdict_timeout())  # node 0 waits for other hosts too
             end = self._ends.get(0)
         if self._over:
             return self._over["cause"] or ExitCause(f"{self.leader} ended the group")
