@@ -1,6 +1,6 @@
 """What a group survives: ``make soak`` prints three tables.
 
-Every rank and the launcher killed or stopped at every moment of a job; thousands of messages that are none; hundreds of
+Every rank, the supervisor and the fork server killed or stopped at every moment of a job; thousands of messages that are none; hundreds of
 jobs in a row with cancels among them. On CPU processes and a small model with random weights.
 """
 
@@ -47,13 +47,11 @@ def job_of(checkpoint: Checkpoint, *, size=(240, 160, 17), steps: int = STEPS, s
 
 
 def processes(group: GroupExecutor) -> dict[str, psutil.Process]:
-    """The launcher and the workers by name."""
-    launcher = psutil.Process(group._launcher.process.pid)
-    found = {"launcher": launcher}
-    for child in launcher.children():
-        if rank := child.environ().get("RANK"):
-            found[f"rank {rank}"] = child
-    return found
+    """Returns the fork server, the supervisor and the ranks that run, by name."""
+    process, ranks = group._launcher.process, group.address.describe().get("ranks", ())
+    found = {"fork server": process.server.process.pid, "supervisor": process.pid}
+    found |= {f"rank {rank}": pid for rank, pid in enumerate(ranks)}
+    return {name: psutil.Process(pid) for name, pid in found.items() if pid and psutil.pid_exists(pid)}
 
 
 def wait_for(condition, seconds: float = 120) -> None:
@@ -70,7 +68,7 @@ class Attack:
 
     Args:
         group: whose process it is.
-        victim: ``launcher`` or ``rank N``.
+        victim: ``fork server``, ``supervisor`` or ``rank N``.
         how: the signal.
     """
 
@@ -88,7 +86,8 @@ class Attack:
         """Sends it when the ranks say that they do something."""
 
         def wait() -> None:
-            board = Board.of(processes(self.group)["rank 0"].environ())
+            description = self.group.address.describe()
+            board = Board.open(description["board"], description["processes"])
             wait_for(lambda: (found := board.heartbeat(0)) is not None and doing in found.doing)
             self.strike()
 
@@ -138,13 +137,13 @@ def kills(checkpoint: Checkpoint, plan: str) -> None:
     expected = {"latent": latent, "frames": local.decode(DecodeJob(Model(str(checkpoint.path)), latent)).tensor}
     print(f"\n| plan {plan}: hit | signal | moment | what became of the job |\n|---|---|---|---|", flush=True)
     group = GroupExecutor(parsed, Devices("cpu", tuple(range(parsed.world_size))))
-    victims = [*(f"rank {rank}" for rank in range(parsed.world_size)), "launcher"]
+    victims = [*(f"rank {rank}" for rank in range(parsed.world_size)), "supervisor", "fork server"]
     try:
         for moment in MOMENTS:
             for victim in victims:
                 for how in (signal.SIGKILL, signal.SIGSTOP):
-                    if victim == "launcher" and how == signal.SIGSTOP:
-                        continue  # it does nothing while a job runs
+                    if not victim.startswith("rank") and how == signal.SIGSTOP:
+                        continue  # they do nothing while a job runs
                     before = set(processes(group).values()) if group._launcher.process else set()
                     said = survive(moment, victim, how, group, checkpoint, expected)
                     now = set(processes(group).values())

@@ -39,8 +39,6 @@ class Config:
     """After this long a failed start is tried again even if nothing has changed, as not every cause can be seen."""
     wait_seconds: float = 300.0
     """After this long ``serve`` stops waiting for the other hosts; default of its ``--wait``."""
-    rendezvous_seconds: float = 300.0
-    """After this long torch's own rendezvous of several hosts fails."""
     loopback_seconds: float = 2.0
     """After this long the loopback network counts as broken."""
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -304,16 +305,13 @@ def run(capsys) -> Callable[..., Done]:
 
 
 def workers() -> list[int]:
-    """Process numbers of every worker that belongs to this test run."""
+    """Process IDs of every rank that belongs to this test run."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        mine = os.environ["XDG_RUNTIME_DIR"].encode()
-        if b"parallel_backend.group.worker" in words and any(word.startswith(mine) for word in words):
-            found.append(int(path.parent.name))
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            is_rank = process.name().startswith("xdit rank")
+            if is_rank and process.environ().get("XDG_RUNTIME_DIR") == os.environ["XDG_RUNTIME_DIR"]:
+                found.append(process.pid)
     return found
 
 
@@ -327,8 +325,8 @@ def is_alive(pid: int) -> bool:
 
 def rank_processes(address: GroupAddress) -> dict[int, int]:
     """Process numbers of a group's workers, by rank."""
-    mine = [process for process in map(psutil.Process, workers()) if str(address.folder) in process.cmdline()]
-    return {int(rank): process.pid for process in mine if (rank := process.environ().get("RANK"))}
+    description = address.describe()
+    return dict(enumerate(description["ranks"], description["first_rank"]))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:

@@ -15,6 +15,7 @@ from itertools import count
 from multiprocessing.connection import Client, Pipe
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load, save_file
@@ -23,7 +24,7 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from parallel_backend.executor.factory import ExecutorCache
 from parallel_backend.executor.group import GroupExecutor
-from parallel_backend.group import launcher, ownership, preflight, protocol, registry
+from parallel_backend.group import forking, ownership, preflight, protocol, registry
 from parallel_backend.group.ownership import OwnerWatch, is_held
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
@@ -33,7 +34,7 @@ from parallel_backend.parallel.group_rank import slow_link
 from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 
-from .conftest import REPO, TOLERANCE, wait_until, workers
+from .conftest import REPO, TOLERANCE, is_alive, rank_processes, wait_until
 from .test_cancel import KINDS as VAE_KINDS
 from .test_cancel import vae_job
 
@@ -292,15 +293,6 @@ def test_a_part_of_another_size_than_was_said_is_refused(size):
         protocol.receive(here)
 
 
-def command_line(pid: int) -> str:
-    """Of a process; empty once it is gone."""
-    try:
-        with open(f"/proc/{pid}/cmdline") as file:
-            return file.read()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
 @pytest.mark.slow
 def test_the_group_goes_when_its_owner_is_killed():
     code = (
@@ -316,10 +308,12 @@ def test_the_group_goes_when_its_owner_is_killed():
     try:
         for owner, how in zip(owners, signals):
             folder = owner.stdout.readline().strip()
-            assert len([pid for pid in workers() if folder in command_line(pid)]) >= 2
+            started = psutil.Process(owner.pid).children(recursive=True)
+            assert {"xdit forkserver", "xdit supervisor", "xdit rank 0", "xdit rank 1"} <= {each.name() for each in started}
+            started = [each.pid for each in started if each.name().startswith("xdit")]
             owner.send_signal(how)
             owner.wait(30)
-            assert wait_until(lambda: not any(folder in command_line(pid) for pid in workers()))  # noqa: B023
+            assert wait_until(lambda: not any(map(is_alive, started)))  # noqa: B023
             assert wait_until(lambda: not os.path.exists(folder))  # noqa: B023
     finally:
         for owner in owners:
@@ -476,7 +470,7 @@ def test_where_no_group_can_start_the_reason_is_one_line(start_group, monkeypatc
 
 
 BROKEN_PYTHONS = {
-    "the launcher ended with status 3": "echo the reason; exit 3",
+    "the fork server ended with status 3": "echo the reason; exit 3",
     "rank [01] ended with status 1": 'export PYTHONPATH="$(dirname "$0"):$PYTHONPATH"; exec "{python}" "$@"',
 }
 
@@ -501,7 +495,7 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
     with pytest.raises(GroupUnavailable, match=f"did not start: {cause}.* s ago; it is tried again once something changes"):
         monkeypatch.setenv("TRITON_CACHE_DIR", "/set by the job that ran in this process instead")
         group.sample(make_job("5b"))
-    assert time.monotonic() - again < 5 and again - started < 60
+    assert time.monotonic() - again < 5 and again - started < 150
     configure(preflight, python="/nowhere/python")
     with pytest.raises(GroupUnavailable, match="/nowhere/python cannot be started"):
         group.sample(make_job("5b"))
@@ -517,7 +511,7 @@ def mute_python(tmp_path, configure):
 
 
 def test_an_interpreter_that_does_not_run_the_pack_is_given_up_soon(mute_python, start_group, make_job, configure):
-    configure(launcher, hello_seconds=1.0)
+    configure(forking, hello_seconds=1.0)
     with pytest.raises(GroupUnavailable, match="did not run this pack within .* s; correct XDIT_PYTHON"):
         start_group("cfg2").sample(make_job("5b"))
 
@@ -532,7 +526,7 @@ def test_serve_ends_in_one_line_when_its_processes_end_at_once(configure, run):
     configure(preflight, python=shutil.which("false"))
     for _ in range(4):
         ended = run("serve", "--model", "demo", "--plan", "cfg2", "--devices", "cpu:2")
-        assert ended.returncode == 1 and "the group did not start: the launcher ended with status 1" in ended.stderr
+        assert ended.returncode == 1 and "the group did not start: the fork server ended with status 1" in ended.stderr
 
 
 def test_a_machine_without_loopback_says_so_before_anything_starts(monkeypatch):
@@ -546,7 +540,7 @@ def test_what_other_launchers_set_does_not_reach_the_group(monkeypatch):
     others |= {"SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "x", "ROLE_RANK": "1", "GLOO_SOCKET_IFNAME": "nowhere0"}
     for name, value in {**others, "LOCAL_SETTING": "mine", "RANKS": "mine"}.items():
         monkeypatch.setenv(name, value)
-    found = preflight.environment(Devices("cpu", (0, 1)), "lo", is_forced=True)
+    found = preflight.rank_environment(Devices("cpu", (0, 1)), "lo", is_forced=True)
     assert {name: found[name] for name in others if name in found} == {"GLOO_SOCKET_IFNAME": "lo"}
     assert found["LOCAL_SETTING"] == found["RANKS"] == "mine"
 
@@ -594,11 +588,11 @@ def test_a_group_may_run_under_another_interpreter_and_close_leaves_nothing_of_i
     job: SampleJob = make_job("2b")
     group = start_group("cfg2")
     assert (group.sample(job).tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
-    folder = group.address.folder
+    folder, ranks = group.address.folder, rank_processes(group.address)
     group.close()
     group.close()
     assert not folder.exists()
-    assert wait_until(lambda: not any(str(folder) in command_line(pid) for pid in workers()), 10)
+    assert wait_until(lambda: not any(map(is_alive, ranks.values())), 10)
 
 
 def test_a_job_cancelled_while_it_waits_is_answered_at_once(group, make_job):

@@ -104,7 +104,7 @@ def test_a_host_that_is_cut_off_in_a_job_is_named_in_time_and_no_process_is_left
 def test_another_node_0_is_joined_and_a_job_goes_on_when_a_launcher_was_killed_until_stop_ends_both(
     two, serve, make_job, local
 ):
-    job, hurt = make_job("5b", steps=60), []  # many: the last step must not be done before the launcher is gone
+    job, hurt = make_job("5b", steps=60), []  # many: the last step must not be done before the supervisor is gone
     group = serve("ulysses2")
 
     def kill_once(step: int, steps: int) -> None:
@@ -115,7 +115,7 @@ def test_another_node_0_is_joined_and_a_job_goes_on_when_a_launcher_was_killed_u
     result = group.sample(job, on_step=kill_once)
     assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
     (note,) = result.report.notes
-    assert re.search(r"host \S+ \(\S+, node 1, rank 1\): the launcher was killed by SIGKILL; .*went on after step", note)
+    assert re.search(r"host \S+ \(\S+, node 1, rank 1\): the supervisor was killed by SIGKILL; .*went on after step", note)
     assert main(["stop"]) == 0
     assert [process.wait(PATIENCE) for process in two.served] == [0, 0], two.said(0) + two.said(1)
     assert not two.processes(0) and not two.processes(1)

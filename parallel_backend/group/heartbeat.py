@@ -6,14 +6,11 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 BEAT_BYTES, WORDS_BYTES = 1024, 63 * 1024
 CLOSE_ON_EXEC = 1
-VARIABLE = "XDIT_GROUP_BOARD"
-"""Environment variable of the workers: path of the board and number of its slots."""
 HEAD = struct.Struct("=QI")
 """Header of a slot: a version, which is 0 before the first write and odd during a write, and the number of bytes."""
 
@@ -39,8 +36,7 @@ class Board:
 
     def __init__(self, descriptor: int, count: int):
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        """Path by which child processes open it."""
-        self.count = count
+        """Path by which other processes of the user open it."""
         self._memory = mmap.mmap(descriptor, count * (BEAT_BYTES + WORDS_BYTES))
 
     @classmethod
@@ -58,16 +54,6 @@ class Board:
     def open(cls, path: str, count: int) -> "Board":
         """Opens the memory of another process by its :attr:`path`."""
         return cls(os.open(path, os.O_RDWR), count)
-
-    def export(self, environment: MutableMapping[str, str]) -> None:
-        """Sets the variable by which :meth:`of` opens the board in another process."""
-        environment[VARIABLE] = f"{self.path}:{self.count}"
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> "Board":
-        """Opens the board that a process's environment names; see :meth:`export`."""
-        path, _, count = environment[VARIABLE].rpartition(":")
-        return cls.open(path, int(count))
 
     def beat(self, place: int, heartbeat: Heartbeat) -> None:
         """Writes the heartbeat of a rank; ``place`` is its local rank."""

@@ -38,11 +38,7 @@ class Rendezvous:
         return cls(host, int(port))
 
     def __str__(self) -> str:
-        return self.at(self.port)
-
-    def at(self, port: int) -> str:
-        """Formats the address with another port."""
-        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True)

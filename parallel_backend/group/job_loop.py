@@ -17,17 +17,14 @@ from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result
 from ..parallel.group_rank import GroupRankContext, slow_link
 from ..planner.machine import Link
-from . import supervisor
 from .codec import join_fields, split_fields
 from .heartbeat import HeartbeatWriter
 from .protocol import Message, decode, encode
 from .registry import GroupAddress
 from .server import Request, Server
+from .supervisor import HOST
 
 logger = logging.getLogger(__name__)
-
-HOST = os.environ.get(supervisor.HOST)
-"""This host's name for messages; None in a group of one host."""
 
 
 class Keeping:
@@ -91,6 +88,11 @@ class JobLoop:
         self.heart = heart
         self.server = Server(address, self.status) if context.rank == 0 else None
 
+    @property
+    def host(self) -> str | None:
+        """This host's name for messages; None in a group of one host."""
+        return os.environ.get(HOST)
+
     def status(self) -> dict:
         """Returns the answer to a ``status`` request, as plain values."""
         return {
@@ -143,7 +145,12 @@ class JobLoop:
         try:
             result = self.run(message, request)
         except Exception as error:
-            failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc(), "host": HOST}
+            failure = {
+                "error": type(error).__name__,
+                "message": str(error),
+                "traceback": traceback.format_exc(),
+                "host": self.host,
+            }
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
         if self.context.rank and not self.engine.together:
@@ -214,10 +221,10 @@ class JobLoop:
         try:
             checkpoint = Checkpoint.open(job.model.path)
             validation.check(checkpoint, job)
-            files = HOST and checkpoint.likeness()
+            files = self.host and checkpoint.likeness()
         except RequestError as error:
             refused = error
-        said = self.context.collect((HOST, refused and str(refused), files)) if HOST else []
+        said = self.context.collect((self.host, refused and str(refused), files)) if self.host else []
         if refused and all(words for _, words, _ in said):
             raise refused
         for host, words, its in said:

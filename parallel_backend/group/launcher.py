@@ -1,13 +1,6 @@
 """Starts and stops the processes of a group."""
 
-import json
 import logging
-import os
-import signal
-import subprocess
-import threading
-import time
-from collections import deque
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,10 +9,11 @@ from ..devices import Devices
 from ..errors import GroupUnavailable
 from ..plan import Plan
 from .exit_cause import ExitCause, how_it_ended
+from .forking import ForkServerProcess, SupervisorProcess
 from .muster import Meeting, Muster
-from .preflight import check_possible, environment, group_python, loopback
+from .preflight import check_possible, loopback, rank_environment
 from .registry import GroupAddress, Home, remove_stale
-from .supervisor import HOST
+from .supervisor import HOST, Request
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Launcher:
     """The processes of one group on this host, from :meth:`start` to :meth:`stop`.
 
-    ``torch.distributed.run`` starts one worker per device, inside :mod:`.supervisor`, which ends when this process does.
+    The :mod:`.fork_server` forks a :mod:`.supervisor`, which forks one rank per device. All end when this process does.
 
     Args:
         plan: None on a host that gets it from node 0.
@@ -42,14 +36,10 @@ class Launcher:
         self.is_shared = False
         """Whether the user's other processes may use the group; ``serve`` sets it."""
         self.address: GroupAddress | None = None
-        self.process: subprocess.Popen | None = None
+        self.process: SupervisorProcess | None = None
         self.lost: ExitCause | None = None
         """Why the group ended last time, until it is started again."""
         self._home: Home | None = None
-        self._reports: dict[str, Any] = {}
-        self._printed: deque[str] = deque()
-        self._reader: threading.Thread | None = None
-        self._started = 0.0
 
     @property
     def nodes(self) -> int:
@@ -87,7 +77,6 @@ class Launcher:
         except BaseException:
             self.address.remove()
             raise
-        self._listen()
         if self.muster and not self.muster.watch(self.process.kill):
             self.process.kill()
         self.lost = None
@@ -124,59 +113,16 @@ class Launcher:
         self.address.add(plan=meeting.plan, hosts=[{**asdict(host), "ranks": host.ranks} for host in meeting.hosts])
         return meeting
 
-    def _spawn(self, meeting: Meeting | None) -> subprocess.Popen:
+    def _spawn(self, meeting: Meeting | None) -> SupervisorProcess:
         if meeting:
-            where = [f"--nnodes={self.nodes}", f"--node-rank={self.muster.place.node}", "--rdzv-backend=static"]
-            where += [f"--rdzv-endpoint={meeting.endpoint}", f"--rdzv-conf=timeout={CONFIG.rendezvous_seconds:.0f}"]
-            variables = environment(self.devices, meeting.interface, is_forced=False)
+            host, port = meeting.store
+            variables = rank_environment(self.devices, meeting.interface, is_forced=False)
             variables[HOST] = str(meeting.hosts[self.muster.place.node])
         else:  # loopback by number, which needs no name resolution, network or variables
-            address, interface = loopback()
-            endpoint = f"[{address}]:0" if ":" in address else f"{address}:0"
-            where = [
-                "--nnodes=1",
-                "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={endpoint}",
-                f"--rdzv-id={self.address.folder.name}",
-            ]
-            where += [f"--local-addr={address}"]
-            variables = environment(self.devices, interface, is_forced=True)
-        try:
-            with (self.address.folder / "launcher.log").open("wb") as log:
-                self._started = time.monotonic()
-                return subprocess.Popen(
-                    self._command(where),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    env=variables,
-                    start_new_session=True,  # Ctrl-C must reach only the caller, which then stops the group
-                )
-        except OSError as error:
-            raise GroupUnavailable(f"{group_python()} cannot be started: {error.strerror}; correct XDIT_PYTHON") from error
-
-    def _command(self, where: list[str]) -> list[str]:
-        return [
-            group_python(), "-m", "parallel_backend.group.supervisor", str(self.address.folder), *where, "--max-restarts=0",
-            f"--nproc-per-node={self.devices.count}", f"--log-dir={self.address.logs}", "--redirects=3",
-            "-m", "parallel_backend.group.worker", str(self.address.folder), str(self.plan), self.devices.kind,
-        ]  # fmt: skip
-
-    def _listen(self) -> None:
-        """Reads the supervisor's reports in a thread until it ends."""
-        process, self._reports, self._printed = self.process, {}, deque(maxlen=20)
-        reports, printed = self._reports, self._printed
-
-        def read() -> None:
-            with process.stdout:
-                for line in process.stdout:
-                    try:
-                        reports.update(json.loads(line))
-                    except (ValueError, TypeError):  # printed by an interpreter that is not Python
-                        printed.append(line.decode(errors="replace").rstrip())
-
-        self._reader = threading.Thread(target=read, name="group reports", daemon=True)
-        self._reader.start()
+            (host, interface), port = loopback(), 0
+            variables = rank_environment(self.devices, interface, is_forced=True)
+        request = Request(str(self.address.folder), str(self.plan), self.devices.kind, variables, (host, port))
+        return ForkServerProcess.get(self.devices.kind).fork(request, self.address.folder / "launcher.log")
 
     def is_running(self) -> bool:
         """Whether the processes are running."""
@@ -184,42 +130,29 @@ class Launcher:
 
     def is_mute(self) -> bool:
         """Whether the interpreter runs but has not reported within ``hello_seconds``, so it cannot run the pack."""
-        return self.is_running() and not self._reports and time.monotonic() - self._started > CONFIG.hello_seconds
+        return self.is_running() and self.process.server.is_mute()
 
     def stop(self) -> None:
         """Stops this host's processes, by request, SIGTERM and SIGKILL in turn, and removes the folder. Idempotent."""
         if self.process is None:
             return
-        for ask in (self._ask_to_leave, self.process.terminate, self._kill):
+        for ask in (self.process.ask_to_leave, self.process.terminate, self.process.kill):
             ask()
+            if self.process.pid is None:  # it has not been forked yet, and ends once it is
+                break
             try:
                 self.process.wait(CONFIG.stop_seconds)
                 break
-            except subprocess.TimeoutExpired:
+            except TimeoutError:
                 continue
-        self._kill()
         self.process = None
         self.address.remove()
-
-    def _ask_to_leave(self) -> None:
-        """Asks the supervisor to end. Closing the pipe is not enough: a forked child of this process may hold it open."""
-        try:
-            self.process.stdin.write(b"leave\n")
-            self.process.stdin.close()
-        except OSError:  # it has ended
-            return
 
     def leave(self) -> None:
         """Closes the connections to the other hosts and releases the lock. The launcher cannot be started again."""
         if self.muster:
             self.muster.part(again=False, cause=self.lost)
         self._give_home_up()
-
-    def _kill(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
 
     def exit_cause(self) -> ExitCause:
         """Returns why the group ended: which rank ended first, how, and on which host."""
@@ -232,18 +165,18 @@ class Launcher:
         """Returns why this host's part ended; None if it was asked to end, or ended because another host's part had."""
         try:
             status = self.process.wait(CONFIG.stop_seconds)
-        except subprocess.TimeoutExpired:
-            return ExitCause("the launcher does not end; see the logs", details=self.details())
-        self._reader.join(CONFIG.stop_seconds)
-        details = self.details()
-        if found := self._reports.get("exit"):
+        except TimeoutError:
+            return ExitCause("the supervisor does not end; see the logs", details=self.details())
+        details, reports = self.details(), self.process.reports
+        if found := reports.get("exit"):
             cause = replace(ExitCause(**found), details=details)
             if not (self.muster and cause.by_itself and self.muster.has_trouble):
                 return cause
         if self.muster and (status == 0 or self.muster.has_trouble):
             return None
-        return replace(how_it_ended("the launcher", status), details=details)
+        return replace(how_it_ended("the supervisor" if "status" in reports else "the fork server", status), details=details)
 
     def details(self) -> str:
         """Returns the last lines of the processes' logs."""
-        return "\n".join([self.address.last_lines(), *self._printed]).strip()
+        is_forked = self.process is None or self.process.pid is not None
+        return "\n".join([self.address.last_lines(), "" if is_forked else self.process.server.last_lines()]).strip()

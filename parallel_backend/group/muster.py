@@ -32,8 +32,8 @@ class Meeting:
 
     hosts: tuple[Host, ...]
     plan: str
-    endpoint: str
-    """Address of torch's own rendezvous on node 0."""
+    store: tuple[str, int]
+    """Host and port of the store where the ranks meet, on node 0."""
     interface: str | None
     """This host's network interface to the others."""
 
@@ -265,7 +265,7 @@ class Leader(Muster):
         for link in links.values():
             link.send("begin", hosts=[asdict(host) for host in hosts], plan=self.common.plan, port=port)
         interface = interface_of(next(iter(links.values())).here)
-        return self._begin(Meeting(tuple(hosts), self.common.plan, where.at(port), interface), links)
+        return self._begin(Meeting(tuple(hosts), self.common.plan, (where.host, port), interface), links)
 
     def _hear(self, node: int, message: dict) -> None:
         if message["kind"] == "ended":
@@ -352,8 +352,8 @@ class Member(Muster):
             raise LinkLost(f"it says '{answer['kind']}'")
         hosts = tuple(Host(**host) for host in answer["hosts"])
         self._over = None
-        endpoint = self.place.rendezvous.at(answer["port"])
-        return self._begin(Meeting(hosts, answer["plan"], endpoint, interface_of(link.here)), {0: link})
+        store = (self.place.rendezvous.host, answer["port"])
+        return self._begin(Meeting(hosts, answer["plan"], store, interface_of(link.here)), {0: link})
 
     def _hear(self, node: int, message: dict) -> None:
         if message["kind"] == "end":

@@ -83,13 +83,11 @@ def without_other_launchers() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not OTHER_LAUNCHERS.fullmatch(name)}
 
 
-def environment(devices: Devices, interface: str | None, *, is_forced: bool) -> dict[str, str]:
-    """Returns the environment of a group's processes: the user's, without the variables of other launchers.
+def group_environment(kind: str) -> dict[str, str]:
+    """Returns the environment of a fork server: the user's, without the variables of other launchers.
 
     Args:
-        devices: of this host.
-        interface: network interface between the ranks.
-        is_forced: whether it overrides the user's variables.
+        kind: of the group's devices, ``cuda`` or ``cpu``.
     """
     kept = without_other_launchers()
     paths = [str(PACK)]
@@ -97,14 +95,31 @@ def environment(devices: Devices, interface: str | None, *, is_forced: bool) -> 
         kept.pop("PYTHONHOME", None)  # it belongs to this interpreter, as do the packages of PYTHONPATH
     elif os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])
+    # Spinning threads take cores from computing ones: a step took 2.5 s, and 0.14 s with this bound (measured).
+    spinning = {"GOMP_SPINCOUNT": "10000"} if kind == "cpu" else {}
+    return {
+        **kept,
+        **spinning,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "XDIT_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def rank_environment(devices: Devices, interface: str | None, *, is_forced: bool) -> dict[str, str]:
+    """Returns the environment of a group's ranks.
+
+    Args:
+        devices: of this host.
+        interface: network interface between the ranks.
+        is_forced: whether it overrides the user's variables.
+    """
+    kept = group_environment(devices.kind)
     # From the host's name gloo often gets an address that other hosts cannot reach.
     network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"} if interface else {}
     return {
         **kept,
         **devices.environment(),
         **{name: value for name, value in network.items() if is_forced or name not in kept},
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "XDIT_LOGGING_LEVEL": "WARNING",
     }

@@ -1,8 +1,7 @@
-"""The parent process of a group's workers: ``python -m parallel_backend.group.supervisor FOLDER ARGUMENTS``.
+"""The parent process of a group's ranks on one machine, forked from the :mod:`.fork_server`.
 
-The arguments are those of ``torch.distributed.run``, which starts the workers and notices when one ends. Two threads watch the
-owner and look for ranks that hang. However this process ends, the kernel kills the workers. It reports to the owner on standard
-output: one line when it starts, and one that says why the group ended.
+It forks the ranks and notices when one ends. Two threads watch the owner and look for ranks that hang. However this process ends, the
+kernel kills the ranks. It reports to the owner over a socket: its process ID when it starts, and why the group ended.
 """
 
 import json
@@ -13,23 +12,39 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
 from ..config import CONFIG
+from ..system.processes import end_with, set_name
 from .exit_cause import KILLED, ExitCause, how_it_ended
 from .heartbeat import Board, Heartbeat
 from .ownership import OwnerWatch
 from .registry import GroupAddress
 
-SUPERVISOR = "XDIT_GROUP_SUPERVISOR"
-"""Environment variable of the workers: this process's ID."""
 HOST = "XDIT_HOST"
-"""Environment variable of the workers: this host's name for messages; set if the group has several hosts."""
+"""Environment variable of the ranks: this host's name for messages; set if the group has several hosts."""
+SETTLE_SECONDS = 1.0
+"""After a rank has failed, another that was killed before it is looked for during this time."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the owner asks a supervisor for. It travels as JSON."""
+
+    folder: str
+    """Of the group."""
+    plan: str
+    kind: str
+    """Of the devices, ``cuda`` or ``cpu``."""
+    environment: dict[str, str]
+    """Variables of the ranks."""
+    store: tuple[str, int]
+    """Host and port of the store where the ranks of all hosts meet. Port 0 is any free one, for a group on one host."""
 
 
 @dataclass(frozen=True)
@@ -90,42 +105,145 @@ class HangDetector:
 
 
 class Supervisor:
-    """Runs and watches a group's processes on this machine.
+    """Runs and watches a group's ranks on this machine.
 
     Args:
-        address: of the group.
-        report: sends one JSON object to the owner.
+        request: of the owner.
+        connection: to the owner.
     """
 
-    def __init__(self, address: GroupAddress, report: Callable[[dict[str, Any]], None]):
-        description = address.describe()
-        self.address = address
-        self.report = report
+    def __init__(self, request: Request, connection: socket.socket):
+        self.request = request
+        self.connection = connection
+        self.address = GroupAddress(Path(request.folder))
+        description = self.address.describe()
         self.first_rank, self.count = description["first_rank"], description["processes"]
+        self.nodes, self.node = description["nodes"], description["node"]
         self.owner = OwnerWatch(Path(description["lock"]))
         self.board = Board.create(self.count)
+        self.ranks: dict[int, int] = {}
+        """Local rank of each running process, by its process ID."""
         self.hang: Hang | None = None
-        os.environ[SUPERVISOR] = str(os.getpid())
-        self.board.export(os.environ)
+
+    def run(self) -> int:
+        """Forks the ranks and waits until they end. Returns the exit status."""
+        from torch.distributed import TCPStore
+
+        self.report(supervisor=os.getpid())
+        host, port = self.request.store
+        if self.node == 0:  # the store must live as long as the ranks
+            store = TCPStore(host, port, is_master=True, wait_for_workers=False)
+            port = store.port
+        for place in range(self.count):
+            self.ranks[self._fork_rank(place, host, port)] = place
+        self.address.add(supervisor=os.getpid(), ranks=list(self.ranks), board=self.board.path)
+        for watch in (self.watch_owner, self.watch_ranks):
+            threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
+        ends = self._wait()
+        if not ends:
+            return 0
+        self.report(exit=asdict(self.exit_cause(ends)))
+        return 1
+
+    def report(self, **plain: Any) -> None:
+        """Sends one JSON object to the owner."""
+        try:
+            self.connection.sendall(json.dumps(plain).encode() + b"\n")
+        except OSError:  # it has ended, which the watch sees
+            return
+
+    def _fork_rank(self, place: int, host: str, port: int) -> int:
+        """Forks one rank. Returns its process ID."""
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            end_with(parent)
+            set_name(f"xdit rank {self.first_rank + place}")
+            self.connection.close()
+            self._redirect(place)
+            os.environ.update(
+                RANK=str(self.first_rank + place),
+                LOCAL_RANK=str(place),
+                WORLD_SIZE=str(self.count * self.nodes),
+                LOCAL_WORLD_SIZE=str(self.count),
+                MASTER_ADDR=host,
+                MASTER_PORT=str(port),
+                TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 makes no store of its own
+                TORCHELASTIC_RESTART_COUNT="0",
+            )
+            from . import worker
+
+            worker.run(self.address, self.request.plan, self.request.kind, self.board)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        self._exit(status)
+
+    def _redirect(self, place: int) -> None:
+        """Sends a rank's output to its own logs."""
+        folder = self.address.logs / str(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(log, descriptor)
+            os.close(log)
+
+    @staticmethod
+    def _exit(status: int) -> NoReturn:
+        """Ends a rank without the shutdown of process groups, whose threads may hang."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def _wait(self) -> dict[int, int]:
+        """Waits until all ranks have ended, and kills the others once one has failed.
+
+        Returns:
+            Exit code of each rank that failed, by its number; empty if none did.
+        """
+        ends: dict[int, int] = {}
+        while self.ranks and not ends:
+            self._collect(ends, *os.waitpid(-1, 0))
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self.ranks and time.monotonic() < deadline and not any(code in KILLED for code in ends.values()):
+            if not self._collect(ends, *os.waitpid(-1, os.WNOHANG)):
+                time.sleep(CONFIG.poll_seconds)
+        for pid in self.ranks:
+            os.kill(pid, signal.SIGKILL)
+        while self.ranks:
+            self._collect({}, *os.waitpid(-1, 0))
+        return ends
+
+    def _collect(self, ends: dict[int, int], pid: int, status: int) -> bool:
+        """Notes the end of a process. Returns whether one has ended."""
+        if pid == 0:
+            return False
+        place, code = self.ranks.pop(pid), os.waitstatus_to_exitcode(status)
+        if code:
+            print(f"rank {self.first_rank + place} ended with {code}", file=sys.stderr, flush=True)
+            ends[self.first_rank + place] = code
+        return True
 
     def watch_owner(self) -> None:
-        """Ends the group when its owner ends, or writes to standard input or closes it."""
+        """Ends the group when its owner ends, or shuts the connection down."""
         while self.owner.is_alive():
-            if select.select([0], [], [], 1.0)[0]:
+            if select.select([self.connection], [], [], 1.0)[0]:
                 break
         self.address.remove()
         os._exit(0)
 
     def watch_ranks(self) -> None:
-        """Kills ranks that hang; ``torch.distributed.run`` then ends the others."""
-        detector, workers = HangDetector(self.board, self.first_rank), {}
+        """Kills ranks that hang; :meth:`run` then ends the others."""
+        detector = HangDetector(self.board, self.first_rank)
+        workers = {place: psutil.Process(pid) for pid, place in self.ranks.copy().items()}
         while True:
             time.sleep(1)
-            if len(workers) < self.count:
-                workers = self.workers()
             try:
                 self.hang = detector.look(workers)
-            except psutil.Error:  # a worker has just ended; torch.distributed.run handles it
+            except psutil.Error:  # a rank has just ended
                 continue
             if self.hang is None:
                 continue
@@ -137,59 +255,23 @@ class Supervisor:
                 workers[place].kill()
             return
 
-    def workers(self) -> dict[int, psutil.Process]:
-        """Returns the workers that have started, by local rank."""
-        found = {}
-        for child in psutil.Process().children():
-            try:
-                found[int(child.environ()["LOCAL_RANK"])] = child
-            except (psutil.Error, OSError, KeyError):  # it has just ended, or is not a worker
-                continue
-        return found
+    def exit_cause(self, ends: dict[int, int]) -> ExitCause:
+        """Returns which rank failed first and how.
 
-    def run(self, arguments: list[str]) -> int:
-        """Starts the workers and waits until they end. Returns the exit status."""
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.run import parse_args, run
-
-        try:
-            run(parse_args(arguments))
-        except ChildFailedError as error:
-            print(error, file=sys.stderr)
-            self.report({"exit": asdict(self.exit_cause(error))})
-            return 1
-        return 0
-
-    def exit_cause(self, error) -> ExitCause:
-        """Returns which rank ended first and how, from a ``ChildFailedError``."""
+        Args:
+            ends: exit codes by rank, of those that failed within :data:`SETTLE_SECONDS`, in any order.
+        """
         if self.hang:
             return self.hang.cause
-        # The order within a second is unreliable; a rank that was killed makes the others end.
-        ends = sorted(error.failures.items(), key=lambda end: end[1].timestamp)
-        rank, failure = min(ends, key=lambda end: end[1].exitcode not in KILLED)
+        # A rank that was killed makes the others fail.
+        rank, code = min(ends.items(), key=lambda end: end[1] not in KILLED)
         words = [(self.first_rank + place, self.board.last_words(place)) for place in range(self.count)]
         failures = [{**said, "rank": rank} for rank, said in words if said]
         # The rank that waited longest for the others failed first.
         last = max(failures, key=lambda failure: failure["waited"], default=None)
-        return replace(how_it_ended(f"rank {rank}", failure.exitcode), failure=last)
+        return replace(how_it_ended(f"rank {rank}", code), failure=last)
 
 
-def main() -> None:
-    """Runs the group until it ends."""
-    to_owner = os.dup(1)
-    os.dup2(2, 1)  # all other output goes to the log
-
-    def report(plain: dict[str, Any]) -> None:
-        os.write(to_owner, json.dumps(plain).encode() + b"\n")
-
-    report({"supervisor": os.getpid()})
-    supervisor = Supervisor(GroupAddress(Path(sys.argv[1])), report)
-    for watch in (supervisor.watch_owner, supervisor.watch_ranks):
-        threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
-    # torch looks up the full host name for its event log, which takes minutes if no resolver answers.
-    socket.getfqdn = lambda name="": name or socket.gethostname()
-    sys.exit(supervisor.run(sys.argv[2:]))
-
-
-if __name__ == "__main__":
-    main()
+def run(request: Request, connection: socket.socket) -> int:
+    """Runs a group's ranks on this machine until they end. Returns the exit status."""
+    return Supervisor(request, connection).run()

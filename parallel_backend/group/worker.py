@@ -1,31 +1,22 @@
-"""One rank of a group: ``python -m parallel_backend.group.worker FOLDER PLAN KIND`` under ``torch.distributed.run``."""
+"""One rank of a group, in a process that the :mod:`.supervisor` has forked."""
 
-import ctypes
 import faulthandler
 import logging
 import os
 import signal
-import sys
 import traceback
 from functools import partial
-from pathlib import Path
 
 from ..config import CONFIG
 from .heartbeat import Board, HeartbeatWriter
-from .supervisor import HOST, SUPERVISOR
+from .registry import GroupAddress
+from .supervisor import HOST
 
 logger = logging.getLogger(__name__)
 
 
-def die_with_supervisor() -> None:
-    """Has the kernel kill this process when its parent ends, however that happens."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[SUPERVISOR]):  # it has already ended
-        os._exit(1)
-
-
-def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
-    """Joins the group and returns its loop. Imports torch and xDiT here, which takes seconds and may fail."""
+def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
+    """Joins the group and returns its loop. The imports have been done by the fork server; one that failed there fails here."""
     import torch
 
     from ..cogvideox import offload
@@ -36,8 +27,8 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
     from ..plan import Plan
     from ..planner import hardware
     from .job_loop import JobLoop
-    from .registry import GroupAddress
 
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the variable was read when torch was imported
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
     if device.type == "cuda" and hardware.memory_limit() is not None:
@@ -54,7 +45,7 @@ def join(folder: Path, plan: str, kind: str, heart: HeartbeatWriter):
         remember(link, device)
     if device.type == "cuda":  # only now, as two threads must not import the same modules
         probe.beside(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
-    return JobLoop(context, GroupAddress(folder), heart, link)
+    return JobLoop(context, address, heart, link)
 
 
 def remember(link, device) -> None:
@@ -71,22 +62,22 @@ def remember(link, device) -> None:
     hardware_cache.keep_link(kind, Devices("cuda", tuple(range(count))).names, link)
 
 
-def main() -> None:
-    """Joins the group and runs jobs until a request stops it."""
-    die_with_supervisor()
+def run(address: GroupAddress, plan: str, kind: str, board: Board) -> None:
+    """Joins the group and runs jobs until a request stops it.
+
+    Args:
+        address: of the group.
+        plan: of the group.
+        kind: of the devices, ``cuda`` or ``cpu``.
+        board: for the heartbeats of this machine's ranks.
+    """
     faulthandler.register(signal.SIGUSR1)
-    folder, plan, kind = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {os.environ['RANK']} %(name)s: %(message)s", force=True)
-    heart = HeartbeatWriter(Board.of(os.environ), int(os.environ["LOCAL_RANK"]))
+    heart = HeartbeatWriter(board, int(os.environ["LOCAL_RANK"]))
     try:
-        loop = join(Path(folder), plan, kind, heart)
+        loop = join(address, plan, kind, heart)
     except Exception as error:
         words = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
         heart.leave({**words, "host": os.environ.get(HOST), "waited": 0.0})
         raise
     loop.run_forever()
-    os._exit(0)  # skips the shutdown of process groups, whose threads may hang
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ..cogvideox.transformer import attention
 from ..devices import BF16_CAPABILITY
-from . import symmetric_memory
+from . import symmetric_memory, xdit
 
 ARRIVALS, RESULTS = 0, 1
 """Kinds of flags: for queries, keys and values, and for what became of them."""
@@ -226,11 +226,7 @@ class RingAttention:
     """
 
     def __init__(self, *, ring: int, rank: int, fp8: bool):
-        from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
-        from xfuser.model_executor.layers.usp import USP
-
-        ATTENTION_FUNCTION_REGISTRY[BACKEND] = attend_in_ring
-        self.usp = USP
+        self.usp = xdit.usp({BACKEND: attend_in_ring})
         self.ring, self.rank = ring, rank
         self.fp8 = fp8
         self.padding, self.base_two = 0, False

@@ -51,7 +51,7 @@ class GroupRankContext(RankContext):
     Args:
         plan: whose degrees multiply to the world size.
         device: the rank's own.
-        rank: as ``torch.distributed.run`` numbers it.
+        rank: of this process in the world.
     """
 
     def __init__(self, plan: Plan, *, device: torch.device, rank: int):

@@ -1,40 +1,58 @@
-"""The one door to xfuser: brought up on GPUs, or on CPUs with gloo where xfuser expects a GPU.
+"""The only module that touches xfuser. On CPUs it uses gloo, although xfuser expects a GPU.
 
-Checked with xfuser 0.7.0. xfuser keeps its groups in module globals; nothing outside this package sees them.
+Checked with xfuser 0.7.0. xfuser keeps its groups in module globals; nothing outside this module sees them.
 """
 
 import sys
 import types
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 
 from ..plan import Plan
 
+PACKAGES = ("xfuser", "xfuser.model_executor", "xfuser.model_executor.layers")
+"""Packages of xfuser that import all of its pipelines and layers."""
 
-def import_without_gpu() -> None:
-    """Imports xfuser where there is no accelerator.
 
-    xfuser asks for the accelerator's version and decides which groups to build while its package is
-    imported, so ``xfuser.envs`` is imported first, under a stand-in for the package, and told.
+def import_parts(device: torch.device) -> None:
+    """Imports the parts of xfuser that ranks need.
+
+    Stand-ins take the place of :data:`PACKAGES`, whose own imports take 11 s on a machine with an H100. Parts of xfuser ask for the
+    GPU and decide which groups to build while they are imported, so without a GPU ``xfuser.envs`` comes first and is changed.
     """
-    spec = find_spec("xfuser")
-    stand_in = types.ModuleType("xfuser")
-    stand_in.__path__ = list(spec.submodule_search_locations)
-    stand_in.__spec__ = spec
-    sys.modules["xfuser"] = stand_in
+    if "xfuser" in sys.modules:
+        return
+    for name in PACKAGES:
+        spec = find_spec(name)
+        package = types.ModuleType(name)
+        package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
+        sys.modules[name] = package
     import xfuser.envs as envs
 
-    envs.get_device_version = lambda: None
-    envs._is_cuda = lambda: False
-    envs.get_device = lambda local_rank: torch.device("cpu")
-    envs.get_torch_distributed_backend = lambda: "gloo"
-    envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
-    del sys.modules["xfuser"]
-    import xfuser.model_executor.layers.usp as usp
+    if device.type == "cpu":
+        envs.get_device_version = lambda: None
+        envs._is_cuda = lambda: False
+        envs.get_device = lambda local_rank: torch.device("cpu")
+        envs.get_torch_distributed_backend = lambda: "gloo"
+        envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
+    import xfuser.core.distributed  # noqa: F401 - before USP, which imports it in a circle
+
+
+def usp(functions: dict[str, Callable]) -> Callable:
+    """Returns xfuser's attention over a ring, USP. Other plans do not need the modules that it imports.
+
+    Args:
+        functions: attention functions for it to choose from, by the name of their backend.
+    """
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
+    from xfuser.model_executor.layers import usp as found
     from yunchang.globals import PROCESS_GROUP
 
-    usp.PROCESS_GROUP = PROCESS_GROUP
+    found.PROCESS_GROUP = PROCESS_GROUP  # without a GPU xfuser leaves it out
+    ATTENTION_FUNCTION_REGISTRY.update(functions)
+    return found.USP
 
 
 def initialise(plan: Plan, *, rank: int, device: torch.device) -> None:
@@ -45,8 +63,7 @@ def initialise(plan: Plan, *, rank: int, device: torch.device) -> None:
         rank: of this process in the world.
         device: ``cpu`` or the rank's GPU.
     """
-    if device.type == "cpu" and "xfuser" not in sys.modules:
-        import_without_gpu()
+    import_parts(device)
     from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel, runtime_state
 
     backend = "gloo" if device.type == "cpu" else "nccl"

@@ -121,14 +121,14 @@ class TwoHosts:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                words = process.cmdline()
-                if "parallel_backend.group.worker" in words and any(str(self.folders[host]) in word for word in words):
+                is_part = process.name().startswith(("xdit rank", "xdit supervisor"))
+                if is_part and process.environ().get("XDG_RUNTIME_DIR") == str(self.folders[host]):
                     found.append(process)
         return found
 
     def supervisor(self, host: int) -> psutil.Process:
         """The parent of a host's workers."""
-        (found,) = (process for process in self.processes(host) if "parallel_backend.group.supervisor" in process.cmdline())
+        (found,) = (process for process in self.processes(host) if process.name() == "xdit supervisor")
         return found
 
     def address(self) -> GroupAddress:

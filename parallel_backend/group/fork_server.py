@@ -1,0 +1,165 @@
+"""The fork server: imports once what every rank needs, and forks supervisors: ``python -m parallel_backend.group.fork_server``.
+
+The owner is its parent. It asks for a supervisor over standard input, a Unix socket, with one byte and two file descriptors: the
+supervisor's connection to the owner, and its log. The supervisor reads its :class:`.supervisor.Request` from the connection. When it
+ends, the fork server writes its exit status to the connection.
+
+CUDA must stay untouched here: a process that is forked from one that has started CUDA cannot use it.
+"""
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from typing import NoReturn
+
+from ..system.processes import end_with, set_name
+
+HELLO = b"."
+"""Sent to the owner before the imports: the interpreter can run the pack."""
+WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Has ``torch.cuda.is_available`` ask NVML, which leaves CUDA untouched."""
+MODULES = (
+    "torch",
+    "torch.distributed.fsdp",
+    "parallel_backend.group.supervisor",
+    "parallel_backend.group.worker",
+    "parallel_backend.group.job_loop",
+    "parallel_backend.parallel.group_rank",
+    "diffusers.pipelines.pipeline_utils",
+    "diffusers.models.transformers.cogvideox_transformer_3d",
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox",
+    "diffusers.schedulers.scheduling_ddim_cogvideox",
+    "diffusers.schedulers.scheduling_dpm_cogvideox",
+)
+"""What a rank imports before its first step, xfuser aside: parts of xfuser touch CUDA while they are imported."""
+
+
+def preload() -> None:
+    """Imports the modules. An error is only logged: the rank that needs the module meets it again and reports it."""
+    os.environ.update(WITHOUT_CUDA)
+    for name in MODULES:
+        try:
+            importlib.import_module(name)
+        except Exception:
+            traceback.print_exc()
+    for name in WITHOUT_CUDA:
+        del os.environ[name]
+    gc.collect()
+    gc.freeze()  # a collection in a rank would otherwise copy the pages of all these objects
+
+
+class ForkServer:
+    """Forks supervisors on request, and reports their exit status.
+
+    Args:
+        control: the socket to the owner.
+        inherited: names of the environment variables that were set before the imports.
+    """
+
+    def __init__(self, control: socket.socket, inherited: frozenset[str]):
+        self._control = control
+        self._inherited = inherited
+        self._owner = os.getppid()
+        self._connections: dict[int, socket.socket] = {}
+        """Of the supervisors that run, by process ID."""
+        self._woken, wakes = os.pipe()
+        for descriptor in (self._woken, wakes):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wakes)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def run(self) -> None:
+        """Serves the owner until it closes the socket or ends, and then waits for the last supervisor."""
+        is_open = True
+        while is_open or self._connections:
+            ready, _, _ = select.select([self._woken, *([self._control] if is_open else [])], [], [], 1.0)
+            if self._woken in ready:
+                os.read(self._woken, 4096)
+            self._reap()
+            if self._control in ready:
+                is_open = self._take_request()
+            is_open = is_open and os.getppid() == self._owner
+
+    def _take_request(self) -> bool:
+        """Forks a supervisor. Returns whether the owner still has its end of the socket open."""
+        byte, descriptors, _, _ = socket.recv_fds(self._control, 1, 2)
+        if not byte:
+            return False
+        connection, log = socket.socket(fileno=descriptors[0]), descriptors[1]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_supervisor(parent, connection, log)
+        os.close(log)
+        self._connections[pid] = connection
+        return True
+
+    def _become_supervisor(self, parent: int, connection: socket.socket, log: int) -> NoReturn:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        status = 1
+        try:
+            os.setsid()  # Ctrl-C must reach only the owner, which then stops the group
+            for descriptor in (1, 2):
+                os.dup2(log, descriptor)
+            for each in (self._control, *self._connections.values()):
+                each.close()
+            os.close(log)
+            added = {name: value for name, value in os.environ.items() if name not in self._inherited}
+            status = self._supervise(parent, connection, added)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _supervise(self, parent: int, connection: socket.socket, added: dict[str, str]) -> int:
+        from .supervisor import Request, run
+
+        end_with(parent)
+        set_name("xdit supervisor")
+        line = connection.makefile("rb").readline()
+        if not line:  # the owner no longer wants it
+            return 0
+        request = Request(**json.loads(line))
+        os.environ.clear()
+        os.environ.update({**added, **request.environment})
+        return run(request, connection)
+
+    def _reap(self) -> None:
+        """Reports the exit status of supervisors that have ended."""
+        while self._connections:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            with self._connections.pop(pid) as connection:
+                try:
+                    connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+                except OSError:  # the owner has closed its end
+                    continue
+
+
+def main() -> None:
+    """Imports the modules and serves the owner."""
+    control = socket.socket(fileno=os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    control.sendall(HELLO)
+    set_name("xdit forkserver")
+    inherited = frozenset(os.environ)
+    preload()
+    ForkServer(control, inherited).run()
+
+
+if __name__ == "__main__":
+    main()
