@@ -402,7 +402,7 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
     done = run("plan", "--model", checkpoints["5b"], "--gpus", 8)
     assert done.returncode == 0
     assert "-> cfg2-ulysses4 " in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted to take least, ")
+    assert done.stdout.splitlines()[-1].startswith("8 GPUs (unknown): cfg2-ulysses4 is predicted to be the fastest, ")
     (marked, *_) = (line for line in done.stdout.splitlines() if "cfg2-ulysses2-pipefusion2" in line)
     assert marked.endswith("not exact: auto leaves it to you")
     short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gib", 0.0001)

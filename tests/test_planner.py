@@ -118,7 +118,7 @@ def test_auto_takes_the_fastest_by_link_and_guidance(machine, world, guided, exp
         (replace(PCIE, knows_link=True), 48, 8, "cfg2", "cfg2 on 2 of 8 devices is predicted at 0.57 s a step, cfg2-ulysses4 on all"),
         (replace(H100, knows_link=True), 30, 8, "cfg2-ulysses3", "cfg2-ulysses3 on 6 of 8 devices is predicted at "),
         (replace(PCIE, link=replace(PCIE.link, bandwidth=2e8)), 48, 8, "cfg2", "cfg2 on 2 of 8 devices is predicted at "),
-        (replace(PCIE, knows_seconds=False), 48, 3, "ulysses3", "ulysses3 is predicted to take least, "),
+        (replace(PCIE, knows_seconds=False), 48, 3, "ulysses3", "ulysses3 is predicted to be the fastest, "),
     ],
 )  # fmt: skip
 def test_fewer_devices_are_chosen_where_more_would_be_slower_and_the_reason_says_so(machine, heads, world, expected, words):
@@ -184,13 +184,15 @@ def test_xdit_s_published_curves_have_the_shape_that_is_predicted():
 
 def test_the_reason_says_what_was_predicted():
     plan, reason = choose(heads=48, world_size=2, machine=H100)
-    assert reason == "cfg2 is predicted at 0.56 s a step, ulysses2 at 0.60 s; it exchanges least"
+    assert reason == "cfg2 is predicted at 0.56 s a step, ulysses2 at 0.60 s; cfg2 sends the least"
 
 
 def test_where_rates_are_made_up_the_reason_states_no_seconds():
     assert choose(heads=48, world_size=1)[1] == "one device: nothing to split"
     _, reason = choose(heads=48, world_size=2)
-    assert reason.startswith("cfg2 is predicted to take least, ulysses2 ") and reason.endswith("; it exchanges least")
+    assert reason.startswith("cfg2 is predicted to be the fastest, ulysses2 takes ") and reason.endswith(
+        "; cfg2 sends the least"
+    )
 
 
 def test_what_does_not_fit_is_not_chosen():
@@ -199,7 +201,7 @@ def test_what_does_not_fit_is_not_chosen():
     assert {str(each.plan) for each in found if not each.fits} >= {"cfg2", "ulysses2", "ring2"}
     plan, reason = choose(heads=48, world_size=2, machine=small)
     assert str(plan) == "cfg2-fsdp2"
-    assert reason.endswith("whole, the model would need 13.3 GiB and 10.0 are free")
+    assert reason.endswith("unsplit weights would need 13.3 GiB, 10.0 GiB are free")
 
 
 @pytest.mark.parametrize("free", [0.1, 3, 9, 12.5, 14, 20, 80])
@@ -222,7 +224,7 @@ def test_a_limit_of_memory_that_makes_no_sense_is_refused(said, monkeypatch):
 def test_where_nothing_fits_weights_stay_whole_for_offload_to_move():
     plan, reason = choose(heads=48, world_size=2, machine=replace(H100, free=2 * GIB))
     assert str(plan) == "cfg2"
-    assert reason.endswith("no plan fits into 2 GiB, so offload lets weights wait on the CPU")
+    assert reason.endswith("no plan fits into 2 GiB, so weights are offloaded to the CPU")
 
 
 def test_no_fsdp_is_chosen_for_weights_that_wait_on_the_cpu():
@@ -243,7 +245,9 @@ def test_resolve_predicts_for_the_work_it_is_given(checkpoints):
         return work_of(checkpoint, device, guided=False)
 
     plan, _, reason = resolve("auto", "cpu:2", Workload(checkpoint.heads, guided=False, work=work))
-    assert (str(plan), seen) == ("ulysses2", ["cpu"]) and reason.startswith("ulysses2 is predicted to take least, ring2 ")
+    assert (str(plan), seen) == ("ulysses2", ["cpu"]) and reason.startswith(
+        "ulysses2 is predicted to be the fastest, ring2 takes "
+    )
 
 
 @pytest.fixture
@@ -269,9 +273,9 @@ OF_H100 = {"matrix": 1e12, "attention": 1e12, "bandwidth": 1e12, "measured": "20
 @pytest.mark.parametrize(
     "broken, said",
     [
-        ("", "cannot be read and is measured again"), ("{", "cannot be read"), ("[]", "is of another version"),
-        (json.dumps({"H100, torch 2.13": OF_H100}), "is of another version"), (json.dumps(KEPT | {"links": 3}), "is broken"),
-        (json.dumps(KEPT | {"links": {"H100": 3}}), "is broken"),
+        ("", "cannot be read and are made again"), ("{", "cannot be read"), ("[]", "are from another version"),
+        (json.dumps({"H100, torch 2.13": OF_H100}), "are from another version"), (json.dumps(KEPT | {"links": 3}), "are broken"),
+        (json.dumps(KEPT | {"links": {"H100": 3}}), "are broken"),
         (json.dumps(KEPT | {"rates": {"H100, torch 2.13": OF_H100 | {"matrix": -1}}}), None),
         (json.dumps(KEPT | {"rates": {"H100, torch 2.13": 3}}), None),
     ],
@@ -374,7 +378,7 @@ def test_the_link_that_a_group_measured_is_predicted_with_and_said(gpus, monkeyp
     assert hardware.here(Devices("cuda", (0, 1))).knows_link
     assert json.loads(hardware_cache.FILE.read_text())["links"][name].keys() == {"4,5"}
     asked = run(*plan, "--link", "pcie", "--gpu", "L40", "--gpus", 2).stdout
-    assert "(its data sheet)" in asked and "7 GB/s, 30 us (assumed for PCIe, as asked)" in asked and "GPU 1" not in asked
+    assert "(its data sheet)" in asked and "7 GB/s, 30 us (assumed for PCIe, set by the user)" in asked and "GPU 1" not in asked
 
 
 def test_unequal_gpus_are_planned_for_as_the_slowest_with_the_fast_ones_first_and_a_warning(gpus, monkeypatch):
@@ -390,8 +394,8 @@ def test_unequal_gpus_are_planned_for_as_the_slowest_with_the_fast_ones_first_an
     plan, used, reason = resolve("auto", "auto", Workload(48))
     assert (plan, used.indices) == (Plan(), (1,)) and "on 1 of 2 devices" in reason
     assert hardware.warnings(Devices("cuda", (0, 1))) == [
-        "unequal GPUs (0 is NVIDIA L40, 1 is NVIDIA H100 80GB HBM3): what splits a step waits for the slowest in every step; "
-        "replicasN does not"
+        "unequal GPUs (0 is NVIDIA L40, 1 is NVIDIA H100 80GB HBM3): plans that split a step wait for the slowest GPU in every "
+        "step; replicasN does not"
     ]
     plan, used, _ = resolve("auto", "auto", Workload(48, jobs=2))
     assert (plan, used.indices) == (Plan(), (1,))  # 2 x 1/7 is less than 1

@@ -1,1 +1,1 @@
-"""The planner: which plan is predicted to be the fastest, from a cost model of the hardware."""
+"""The planner: predicts what each plan costs on the hardware, and chooses the fastest."""

@@ -1,8 +1,8 @@
-"""Rates of devices: of known GPUs, and of the ones that are here by a short measurement that is kept on disk.
+"""Rates of devices: a table of known GPUs, and a short measurement of the GPUs of this machine that is saved on disk.
 
 H100 and H200 are measured (benchmarks/results/h100x2.json; FACTS). A100, L40, L40S, L20 and 4090 are from NVIDIA's data sheets:
-dense bf16 operations, of which a product reaches ``REACHED``, and the memory's bandwidth. NVLink is assumed to give two thirds of
-its data sheet. PCIe's 7 GB/s, while all GPUs send, is what xDiT's published L40 curves come to for 5b and 1.5-5B (benchmarks/NOTES.md).
+dense bf16 operations, of which a product reaches ``REACHED``, and the memory bandwidth. NVLink is assumed to reach two thirds of
+its data sheet. PCIe's 7 GB/s, while all GPUs send, follows from xDiT's published L40 curves for 5b and 1.5-5B (benchmarks/NOTES.md).
 """
 
 import logging
@@ -21,23 +21,22 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 REACHED = 0.8
-"""Of a data sheet's operations, what a large product reaches: 767 of 989 on an H100 (h100x2.json)."""
+"""Share of a data sheet's operations that a large product reaches: 767 of 989 on an H100 (h100x2.json)."""
 ATTENDED = 0.7
-"""Of a product's rate, what FlashAttention-2 reaches on GPUs before Hopper: assumed."""
+"""Share of a product's rate that FlashAttention-2 reaches on GPUs before Hopper: assumed."""
 LINKS = {"nvlink": Link(300e9, 20e-6), "pcie": Link(7e9, 30e-6), "network": Link(5e9, 60e-6)}
-"""By the word of ``--link``. ``network`` is one rank's share of a machine's adapters: assumed."""
-SHOWN = {"nvlink": "NVLink", "pcie": "PCIe", "network": "the network"}
+"""Links by their names in ``--link``. ``network`` is one rank's share of a host's network adapters: assumed."""
+LINK_NAMES = {"nvlink": "NVLink", "pcie": "PCIe", "network": "the network"}
 ALIKE = 0.8
-"""Share of the largest free memory that the smallest has where devices count as equal."""
+"""Devices count as equal if the smallest free memory is at least this share of the largest."""
 
 
 def data_sheet(name: str, teraflops: float, bandwidth: float, gib: int | None, link: str, *, fp8: bool) -> Machine:
-    """A GPU by its data sheet: dense bf16 TFLOP/s, bytes a second, memory."""
-    rate, between = teraflops * 1e12 * REACHED, LINKS[link]
-    products = 1.75 if fp8 else 1.0
+    """Returns a GPU by its data sheet: dense bf16 TFLOP/s, memory bandwidth in bytes per second, memory in GiB."""
+    rate, matrix_fp8 = teraflops * 1e12 * REACHED, 1.75 if fp8 else 1.0
     return Machine(
-        name, rate, rate * ATTENDED, bandwidth, between, LINKS["network"], matrix_fp8=products, free=gib and gib * GIB,
-        rates_from="its data sheet", link_from=f"assumed for {SHOWN[link]}",
+        name, rate, rate * ATTENDED, bandwidth, LINKS[link], LINKS["network"], matrix_fp8=matrix_fp8, free=gib and gib * GIB,
+        rates_from="its data sheet", link_from=f"assumed for {LINK_NAMES[link]}",
     )  # fmt: skip
 
 
@@ -45,8 +44,8 @@ HOPPER = {
     "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": 1.75, "attention_fp8": 1.36,
     "rates_from": "the table of known GPUs, measured", "link_from": "assumed for NVLink",
 }  # fmt: skip
-"""FP8: products from ``fp8`` of h100x2.json (0.1 s of a half less), attention from ``fp8`` and ``fp8-all`` of h200-kernels.json, where it
-took 0.56 s of a step in bf16 (NOTES)."""
+"""Fields that all Hopper GPUs share. FP8: products from ``fp8`` of h100x2.json (0.1 s less for each half of guidance), attention from
+``fp8`` and ``fp8-all`` of h200-kernels.json, where it took 0.56 s of a step in bf16 (NOTES)."""
 KNOWN = {
     "H200": Machine("H200", 787e12, 640e12, 4.8e12, attention_fp16=567e12, free=140 * GIB, **HOPPER),
     "H100": Machine("H100", 767e12, 651e12, 3.35e12, attention_fp16=567e12, free=79 * GIB, **HOPPER),
@@ -56,19 +55,24 @@ KNOWN = {
     "L20": data_sheet("L20", 119.5, 0.864e12, 44, "pcie", fp8=True),
     "4090": data_sheet("4090", 165, 1.008e12, 23, "pcie", fp8=True),
 }
-"""By a part of torch's name for it; the first that is in it. Attention is this pack's own, of 48 x 17776 x 64 (NOTES)."""
+"""GPUs by a part of torch's name for them; the first match counts. Attention is this pack's own, of 48 x 17776 x 64 (NOTES)."""
 UNKNOWN = replace(data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False), knows_seconds=False, rates_from="assumed")
-"""A GPU that is not in ``KNOWN`` and cannot be measured."""
+"""A GPU that is not in ``KNOWN`` and was not measured."""
 
 
 def known(name: str) -> Machine:
-    """The GPU that a name is of."""
+    """Returns the GPU with a name; ``UNKNOWN`` with that name if it is not in the table."""
     return next((machine for part, machine in KNOWN.items() if part.lower() in name.lower()), replace(UNKNOWN, name=name))
 
 
 def asked(name: str | None, *, count: int, link: str | None, memory_gib: float | None) -> Machine:
-    """Devices that the user describes, which need not be here; GPUs of this machine where no name is given.
+    """Returns devices that the user describes, which this machine need not have.
 
+    Args:
+        name: a GPU of ``KNOWN``; None for the GPUs of this machine.
+        count: devices in one host.
+        link: a name in ``LINKS``; None for the GPU's own.
+        memory_gib: free memory of each device in GiB; None for the GPU's own.
     Raises:
         RequestError: for a GPU that is not known.
     """
@@ -78,18 +82,18 @@ def asked(name: str | None, *, count: int, link: str | None, memory_gib: float |
         found = Devices.parse("auto")
         machine = here(found) if found.kind == "cuda" else UNKNOWN
     if link is not None:
-        machine = replace(machine, link=LINKS[link], link_from=f"assumed for {SHOWN[link]}, as asked")
+        machine = replace(machine, link=LINKS[link], link_from=f"assumed for {LINK_NAMES[link]}, set by the user")
     if memory_gib is not None:
         machine = replace(machine, free=int(memory_gib * GIB))
-    described = link is not None or memory_gib is not None or count != len(machine.together)
-    return replace(machine, per_machine=count, together=() if described else machine.together)
+    is_changed = link is not None or memory_gib is not None or count != len(machine.together)
+    return replace(machine, per_machine=count, together=() if is_changed else machine.together)
 
 
 def here(devices: Devices) -> Machine:
-    """The devices of this machine: known or assumed rates, replaced by measured ones, their link and free memory.
+    """Returns devices of this machine with their rates, link and free memory.
 
-    Unequal devices are as slow as the slowest and as small as the smallest of them; see :func:`fastest_first`. One device
-    needs no measurement: there is nothing to choose.
+    Rates are measured if possible, else known or assumed. Unequal devices count as the slowest and the smallest of them; see
+    :func:`fastest_first`. One device is not measured, as there is nothing to choose.
     """
     if devices.kind == "cpu":
         return CPU
@@ -101,7 +105,7 @@ def here(devices: Devices) -> Machine:
 
 
 def fastest_first(devices: Devices) -> Devices:
-    """The devices with the fast ones before the slow ones and the free before the full, so that the last can be left out."""
+    """Returns the devices sorted by speed and then by free memory, so that the planner can leave out the last ones."""
     if devices.kind == "cpu" or devices.count == 1:
         return devices
     each = {index: alone(device) for index, device in zip(devices.indices, devices.torch_devices)}
@@ -112,7 +116,7 @@ def fastest_first(devices: Devices) -> Devices:
 
 
 def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
-    """One GPU: its rates, by measurement where that is wanted and possible, and what it has free."""
+    """Returns one GPU with its rates, measured if ``is_measured`` and possible, and its free memory."""
     name = torch.cuda.get_device_name(device)
     found = replace(known(name), name=name, free=usable_bytes(device))
     rates = calibrated(name, torch.__version__, device) if is_measured else None
@@ -122,7 +126,7 @@ def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
 
 
 def as_slow_as(each: Sequence[Machine], devices: Devices) -> Machine:
-    """Devices that wait for each other in every step."""
+    """Returns the machine that devices form when they wait for each other in every step."""
     slowest = min(each, key=lambda machine: machine.matrix)
     rates = {name: min(getattr(machine, name) for machine in each) for name in hardware_cache.RATES}
     sources = dict.fromkeys(machine.rates_from for machine in each)
@@ -133,7 +137,7 @@ def as_slow_as(each: Sequence[Machine], devices: Devices) -> Machine:
         name=" and ".join(names),
         rates_from="; ".join(sources),
         link=link,
-        link_from=f"measured here by a group on {measured_on}" if measured_on else f"assumed for {shown(link)}",
+        link_from=f"measured here by a group on {measured_on}" if measured_on else f"assumed for {link_name(link)}",
         knows_link=measured_on is not None,
         knows_seconds=all(machine.knows_seconds for machine in each),
         free=min(machine.free for machine in each),
@@ -143,30 +147,32 @@ def as_slow_as(each: Sequence[Machine], devices: Devices) -> Machine:
 
 
 def are_unequal(each: Sequence[Machine]) -> bool:
-    """Whether some of the devices would hold up others, or leave them less room."""
+    """Whether devices differ in speed or in free memory."""
     free = [machine.free for machine in each]
     return len({machine.name for machine in each}) > 1 or min(free) < ALIKE * max(free)
 
 
 def warnings(devices: Devices) -> list[str]:
-    """One line for what makes devices work together badly."""
+    """Returns a line for each reason why the devices work together badly."""
     if devices.kind == "cpu" or devices.count == 1:
         return []
     names = {index: torch.cuda.get_device_name(device) for index, device in zip(devices.indices, devices.torch_devices)}
     found = []
     if len(set(names.values())) > 1:
         each = ", ".join(f"{index} is {name}" for index, name in names.items())
-        found.append(f"unequal GPUs ({each}): what splits a step waits for the slowest in every step; replicasN does not")
+        found.append(
+            f"unequal GPUs ({each}): plans that split a step wait for the slowest GPU in every step; replicasN does not"
+        )
     link, measured_on = link_of(devices, [replace(known(name), name=name) for name in names.values()])
     if measured_on and link.bandwidth < SLOW_LINK:
         found.append(
-            f"these GPUs exchange only {link.bandwidth / 1e9:.2g} GB/s (measured {measured_on}): what sends least is fastest"
+            f"these GPUs exchange only {link.bandwidth / 1e9:.2g} GB/s (measured {measured_on}): the plan that sends the least is the fastest"
         )
     return found
 
 
 def survey(devices: Devices) -> list[str]:
-    """One line for each GPU: what it is, its memory, and what it can do."""
+    """Returns a line for each GPU: its name, memory and compute capability."""
     lines = []
     for index, device in zip(devices.indices, devices.torch_devices):
         if device.type != "cuda":
@@ -179,7 +185,7 @@ def survey(devices: Devices) -> list[str]:
 
 
 def usable_bytes(device: torch.device) -> int:
-    """Bytes that the driver has and that this process holds, which are given up before a job."""
+    """Returns the bytes of a GPU that a job can use. They include what this process has reserved, as it releases that before a job."""
     return allowed(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
 
 
@@ -205,35 +211,42 @@ def allowed(nbytes: int) -> int:
 
 
 def emptied(machine: Machine, devices: Devices) -> Machine:
-    """The devices with all of their memory free."""
+    """Returns the machine as it is when all memory of its devices is free."""
     sizes = [allowed(torch.cuda.mem_get_info(device)[1]) for device in devices.torch_devices]
     together = tuple(replace(some, free=min(sizes[:count])) for count, some in enumerate(machine.together, 1))
     return replace(machine, free=min(sizes), together=together)
 
 
 def link_of(devices: Devices, each: Sequence[Machine]) -> tuple[Link, str | None]:
-    """What a group of these GPUs measured, and when; else NVLink where all have it and reach each other's memory, else PCIe."""
+    """Returns the link between GPUs, and the day when a group measured it.
+
+    A link that was not measured is assumed: NVLink if all GPUs have it and can access each other's memory, else PCIe. The day is
+    None then.
+    """
     if kept := hardware_cache.link_of(kind_of([machine.name for machine in each]), devices.names):
         return kept
     first, *others = devices.indices
     reached = all(torch.cuda.can_device_access_peer(first, other) for other in others)
-    is_card = any("pcie" in machine.name.lower() for machine in each)  # the H100 and A100 for a slot
+    is_card = any("pcie" in machine.name.lower() for machine in each)  # H100 and A100 are also sold as PCIe cards
     has_nvlink = reached and not is_card and all(machine.link == LINKS["nvlink"] for machine in each)
     return LINKS["nvlink" if has_nvlink else "pcie"], None
 
 
-def shown(link: Link) -> str:
-    """The name of a link in ``LINKS``."""
-    return next(SHOWN[word] for word, known in LINKS.items() if known == link)
+def link_name(link: Link) -> str:
+    """Returns the user's name of a link in ``LINKS``."""
+    return next(LINK_NAMES[key] for key, known in LINKS.items() if known == link)
 
 
 def kind_of(names: Sequence[str]) -> str:
-    """What a link is kept under: the kinds of GPUs that it is between."""
+    """Returns the key under which a link is saved: the models of its GPUs."""
     return " and ".join(sorted(set(names)))
 
 
 def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dict[str, float], str] | None:
-    """Rates of a GPU, and when they were measured: from disk, or now. None where that fails, as when its memory is full."""
+    """Returns the rates of a GPU, and the day of the measurement. They are read from disk, or measured now.
+
+    None if the measurement fails, for example because the GPU's memory is full.
+    """
     if kept := hardware_cache.rates_of(name, torch_version):
         return kept
     try:
@@ -242,13 +255,16 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dic
         logger.info("the rates of %s are assumed: %s", name, first_line(error))
         return None
     finally:
-        torch.cuda.empty_cache()  # ComfyUI's process keeps none of it
+        torch.cuda.empty_cache()  # release the memory that ComfyUI's process has used for it
     hardware_cache.keep_rates(name, torch_version, rates)
     return rates, hardware_cache.today()
 
 
 def measure(device: torch.device) -> dict[str, float]:
-    """Rates of a GPU in bf16, in less than a second beside making kernels: one product, one attention, one copy."""
+    """Measures the rates of a GPU in bf16: one matrix product, one attention, one copy.
+
+    It takes less than a second, without the time to build kernels.
+    """
     from ..cogvideox.transformer.attention import attention_of
 
     def median_seconds(run) -> float:

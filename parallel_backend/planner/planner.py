@@ -1,4 +1,4 @@
-"""``auto``: the plan for a model and devices that is predicted to be the fastest, and why. Importable without torch."""
+"""``auto``: chooses the plan that is predicted to be the fastest, and gives the reason. Importable without torch."""
 
 import math
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from .cost_model import Prediction, Work, predict
 from .machine import CPU, Machine
 
 TIE = 0.02
-"""Share by which a plan must be faster than one that sends less: predictions are not better than that."""
+"""Plans within this share of the fastest count as equally fast, as predictions are no better than that."""
 DOUBT = 1.5
-"""Times as long as all devices must take before fewer are used over a link that nobody measured: a group on all of them measures
-it, and then it is known; a group on fewer never would."""
+"""Over a link that was not measured, fewer devices are used only if they are this many times as fast. A group on all devices measures
+the link; a group on fewer devices never would."""
 GIB = 2**30
 
 
@@ -27,16 +27,16 @@ def choose(
     can_share: bool = True,
     unit: str = "videos",
 ) -> tuple[Plan, str]:
-    """The plan that is predicted to be the fastest of those that fit.
+    """Chooses the plan that is predicted to be the fastest of those that fit.
 
     Args:
         heads: attention heads of the model.
-        world_size: devices to use, or fewer where more would not be faster.
-        guided: whether cfg is above 1, so that there are two halves to share.
-        work: of one step; a 5b or 2b at its own size where it is not known.
-        machine: the devices; processes on a CPU where they are not known.
-        jobs: that are to be run one after the other, such as a list of prompts, or a long video's windows.
-        can_share: whether replicas may share them and the videos of their batches.
+        world_size: number of devices. Fewer are used if all of them are not faster.
+        guided: whether each step runs the model on both prompts.
+        work: one step; None assumes a 5b or 2b at its own size.
+        machine: the devices; None assumes processes on a CPU.
+        jobs: jobs that run one after the other, such as a list of prompts, or the windows of a long video.
+        can_share: whether replicas may share the jobs and the videos of their batches.
         unit: what ``jobs`` counts, for the user.
     Returns:
         The plan, and the reason in one sentence.
@@ -45,11 +45,11 @@ def choose(
     found = predictions(work, machine, world_size, jobs=jobs, can_share=can_share)
     best = pick(found)
     many = jobs * work.videos
-    return best.plan, why(best, found, machine, world_size, f"all {many} {unit}" if many > 1 else "")
+    return best.plan, reason_for(best, found, machine, world_size, f"all {many} {unit}" if many > 1 else "")
 
 
 def assumed(heads: int, guided: bool) -> Work:
-    """A step of a published model with so many heads, at 49 x 480 x 720."""
+    """Returns a step of the published model with this number of heads, at 49 x 480 x 720."""
     layers, features = (42 if heads == 48 else 30), heads * 64
     matrices = layers * (12 * features**2 + 12 * 512 * features) * 2
     vectors, rest = layers * 40 * features * 2, (4096 + 700) * features * 2
@@ -57,9 +57,9 @@ def assumed(heads: int, guided: bool) -> Work:
 
 
 def predictions(work: Work, machine: Machine, world_size: int, *, jobs: int = 1, can_share: bool = True) -> list[Prediction]:
-    """What every exact plan of all devices costs, the best of each smaller number of them, and that in replicas. Fastest first.
+    """Predicts every exact plan on all devices, the best plan on each smaller number of devices, and replicas. Fastest first.
 
-    Where seconds are not known only the order of plans of one size is to be believed, so these are all there is.
+    If the machine's seconds are unknown, only plans on all devices are returned, as plans of different sizes cannot be compared.
     """
     found = [replace(each, rounds=jobs) for each in of_size(work, machine.first(world_size), world_size)]
     if machine.knows_seconds:
@@ -74,24 +74,24 @@ def predictions(work: Work, machine: Machine, world_size: int, *, jobs: int = 1,
 
 
 def of_size(work: Work, machine: Machine, size: int) -> list[Prediction]:
-    """What every exact plan of exactly so many devices costs; those that split weights only where none of the others fits."""
+    """Predicts every exact plan of ``size`` devices. Plans that split weights are included only if no other plan fits."""
     found = []
     for whole in (True, False):
         plans = candidates(heads=work.heads, world_size=size, whole_fits=whole)
-        found += [predict(plan, work, machine) for plan in plans if may(plan, work, machine)]
+        found += [predict(plan, work, machine) for plan in plans if can_run(plan, work, machine)]
         if any(each.fits for each in found):
             break
     return found
 
 
 def best_of_size(work: Work, machine: Machine, size: int) -> list[Prediction]:
-    """The fastest plan of so many devices that fits; nothing where none does."""
+    """Returns the fastest plan of ``size`` devices that fits, in a list; an empty list if none fits."""
     fitting = [each for each in of_size(work, machine, size) if each.fits]
     return [pick(fitting)] if fitting else []
 
 
 def in_replicas(work: Work, machine: Machine, world_size: int, videos: int) -> list[Prediction]:
-    """For each size that two groups can have, the fastest plan in as many as keep all of them busy to the end."""
+    """Predicts replicas: for each size of a replica its fastest plan, with as many replicas as stay busy until the end."""
     one = replace(work, prompts=work.prompts // work.videos)
     found = []
     for size in range(1, world_size // 2 + 1):
@@ -104,22 +104,21 @@ def in_replicas(work: Work, machine: Machine, world_size: int, videos: int) -> l
 
 
 def approximations(work: Work, machine: Machine, world_size: int) -> list[Prediction]:
-    """What the plans cost that are not exact, fastest first: for a person to choose, as ``auto`` gives the video of ``single``."""
+    """Predicts the plans that are not exact, fastest first. Only the user can choose them: ``auto`` keeps the video of ``single``."""
     plans = pipelines(heads=work.heads, layers=work.layers, world_size=world_size)
-    found = [predict(plan, work, machine) for plan in plans if may(plan, work, machine)]
+    found = [predict(plan, work, machine) for plan in plans if can_run(plan, work, machine)]
     return sorted(found, key=lambda each: each.seconds)
 
 
-def may(plan: Plan, work: Work, machine: Machine) -> bool:
-    """Whether a plan is one for this step: guidance alone has halves to share, and some offload refuses ``fsdp`` and
-    ``pipefusion``."""
+def can_run(plan: Plan, work: Work, machine: Machine) -> bool:
+    """Whether a plan can run this step: ``cfg2`` needs guidance, and offload by parts excludes ``fsdp`` and ``pipefusion``."""
     return (work.guided or plan.cfg == 1) and (machine.can_shard or plan.can_offload("group"))
 
 
 def pick(found: list[Prediction]) -> Prediction:
-    """The fastest that fits; of those that are as good as equal one that makes a video at a time, and sends least.
+    """Returns the fastest plan that fits. Among equally fast plans, fewer replicas and then fewer sent bytes are preferred.
 
-    Where none fits it is one that keeps weights whole, as those can wait on the CPU.
+    If none fits, it is a plan that keeps weights whole, as these can be offloaded to the CPU.
     """
     able = [each for each in found if each.fits] or [each for each in found if not splits_weights(each.plan)]
     fastest = min(each.total for each in able)
@@ -132,8 +131,16 @@ def splits_weights(plan: Plan) -> bool:
     return plan.tensor > 1 or plan.fsdp > 1
 
 
-def why(best: Prediction, found: list[Prediction], machine: Machine, world_size: int, several: str = "") -> str:
-    """The reason in one sentence; ``several`` are what a step is of, where that is not one video."""
+def reason_for(best: Prediction, found: list[Prediction], machine: Machine, world_size: int, several: str = "") -> str:
+    """Returns the reason for the best plan in one sentence.
+
+    Args:
+        best: the plan.
+        found: all predictions, fastest first.
+        machine: the devices.
+        world_size: number of devices.
+        several: what a step is of, if it is not one video, such as ``all 3 videos``.
+    """
     fitting = [each for each in found if each.fits]
     others = [each for each in fitting or found if each is not best and fits_alike(each, best)]
     alike = [each for each in others if (each.plan.replicas, each.plan.world_size) == (best.plan.replicas, world_size)]
@@ -149,22 +156,22 @@ def why(best: Prediction, found: list[Prediction], machine: Machine, world_size:
     else:
         others = alike or others
     if machine.knows_seconds:
-        said = f"{best.plan}{where} is predicted at {seconds(best)} {step}"
-        said += f", {others[0].plan}{' on all' if fewer else ''} at {seconds(others[0])}" if others else ""
+        reason = f"{best.plan}{where} is predicted at {seconds(best)} {step}"
+        reason += f", {others[0].plan}{' on all' if fewer else ''} at {seconds(others[0])}" if others else ""
     else:
-        said = f"{best.plan} is predicted to take least"
-        said += f", {others[0].plan} {others[0].total / best.total:.3g} times as long" if others else ""
+        reason = f"{best.plan} is predicted to be the fastest"
+        reason += f", {others[0].plan} takes {others[0].total / best.total:.3g} times as long" if others else ""
     if alike and not fewer and best.sent <= min(each.sent for each in alike):
-        said += "; it exchanges least"
+        reason += f"; {best.plan} sends the least"
     if fewer:
-        said += "; more devices do not make it faster" if others else "; nothing fits that uses more of them"
+        reason += "; more devices do not make it faster" if others else "; no similar plan fits on all devices"
     if not fitting:
-        return f"{said}; no plan fits into {machine.free / GIB:.3g} GiB, so offload lets weights wait on the CPU"
+        return f"{reason}; no plan fits into {machine.free / GIB:.3g} GiB, so weights are offloaded to the CPU"
     whole = [each for each in found if not splits_weights(each.plan)]
     if splits_weights(best.plan) and whole:
         least = min(whole, key=lambda each: each.needed)
-        said += f"; whole, the model would need {least.needed / GIB:.1f} GiB and {machine.free / GIB:.1f} are free"
-    return said
+        reason += f"; unsplit weights would need {least.needed / GIB:.1f} GiB, {machine.free / GIB:.1f} GiB are free"
+    return reason
 
 
 def fits_alike(each: Prediction, best: Prediction) -> bool:
@@ -173,18 +180,18 @@ def fits_alike(each: Prediction, best: Prediction) -> bool:
 
 
 def seconds(prediction: Prediction) -> str:
-    """Of a step of all videos, for a person: two digits after the point, or two that say something."""
+    """Formats the seconds of a step of all videos, for the user: two decimals, or two significant digits if it is short."""
     return f"{prediction.total:.2f} s" if prediction.total >= 0.1 else f"{prediction.total:.2g} s"
 
 
 def candidates(*, heads: int, world_size: int, whole_fits: bool = True) -> list[Plan]:
-    """Every exact plan of exactly ``world_size`` devices that the heads allow.
+    """Returns every exact plan of ``world_size`` devices that the heads allow.
 
     Args:
         heads: attention heads of the model.
-        world_size: devices to use, all of them.
-        whole_fits: whether a device has room for all of the model. Where it has, splitting weights only costs time, so no
-            such plan is listed; where it has not, only those are, with ``fsdp`` over all ranks that it can be over.
+        world_size: number of devices.
+        whole_fits: whether the whole model fits on a device. If it does, plans that split weights are left out, as they are
+            slower. If not, only these are returned, with ``fsdp`` over all ranks where it is possible.
     """
     plans = [plan for plan in products(world_size) if plan.fits(heads)]
     if whole_fits:
@@ -194,7 +201,7 @@ def candidates(*, heads: int, world_size: int, whole_fits: bool = True) -> list[
 
 
 def pipelines(*, heads: int, layers: int, world_size: int) -> list[Plan]:
-    """Every plan of exactly ``world_size`` devices with ``pipefusion`` that the heads and blocks allow."""
+    """Returns every plan of ``world_size`` devices with ``pipefusion`` that the heads and layers allow."""
     found = []
     for cfg in (1, 2):
         for stages in range(2, min(layers, world_size) + 1):
@@ -205,7 +212,7 @@ def pipelines(*, heads: int, layers: int, world_size: int) -> list[Plan]:
 
 
 def products(world_size: int) -> Iterator[Plan]:
-    """Exact plans of exactly so many devices, without ``fsdp``."""
+    """Yields every exact plan of ``world_size`` devices without ``fsdp``."""
     for cfg in (1, 2):
         for tensor in range(1, world_size + 1):
             for ulysses in range(1, world_size + 1):
