@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from ..cogvideox.transformer.attention import attention_of
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import RequestError, first_line
@@ -265,7 +266,6 @@ def measure(device: torch.device) -> dict[str, float]:
 
     It takes less than a second, without the time to build kernels.
     """
-    from ..cogvideox.transformer.attention import attention_of
 
     def median_seconds(run) -> float:
         run()
