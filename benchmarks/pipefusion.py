@@ -23,7 +23,7 @@ from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, SampleJob, empty_latent
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
-from parallel_backend.planner.cost_model import patches
+from parallel_backend.planner.work import patches
 from tests.support.measures import Verdict, judge
 from training.scenes import Scene
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import median
 
 from parallel_backend.plan import Plan
-from parallel_backend.planner.cost_model import Work, predict
+from parallel_backend.planner.cost_model import predict
 from parallel_backend.planner.hardware import KNOWN
 from parallel_backend.planner.machine import Link, Machine
 from parallel_backend.planner.planner import assumed, pick, predictions
+from parallel_backend.planner.work import Work
 
 TOKENS_OF_1_5, TOKENS_OF_LONG = (frames // 2 * 48 * 85 + 226 for frames in (22, 42))
 """Of 1.5-5B at 81 and 161x768x1360: so many latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""

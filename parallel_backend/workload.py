@@ -11,7 +11,7 @@ from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from .cogvideox.offload import block_parts
 from .cogvideox.pipeline.windows import Layout, forward_size
 from .jobs import Job, SampleJob
-from .planner.cost_model import Work
+from .planner.work import Work
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from parallel_backend.model import Model, Windows
 from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe, Stage
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
-from parallel_backend.planner.cost_model import HEADROOM, patches, predict
+from parallel_backend.planner.cost_model import HEADROOM, predict
 from parallel_backend.planner.hardware import KNOWN
 from parallel_backend.planner.machine import Link
 from parallel_backend.planner.planner import approximations, assumed, choose
+from parallel_backend.planner.work import patches
 from parallel_backend.workload import Workload
 
 from .conftest import TOLERANCE, MadeWhenAsked, demo_job, workers

@@ -11,7 +11,8 @@ import torch
 
 from ..jobs import Job, SampleJob, WindowJob
 from ..plan import Plan
-from ..planner.cost_model import GATHERED, HEADROOM, kept_factor, stage_layers, working_factor
+from ..planner.cost_model import GATHERED, HEADROOM, kept_factor, working_factor
+from ..planner.work import stage_layers
 from .checkpoint import shards
 from .checkpoint.checkpoint import Checkpoint
 from .pipeline.windows import Layout, forward_size

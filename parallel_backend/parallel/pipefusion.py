@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..cogvideox.transformer import attention
 from ..cogvideox.transformer import block as blocks
-from ..planner.cost_model import patches
+from ..planner.work import patches
 from .attention import UlyssesAttention
 from .sequence import Chunk
 

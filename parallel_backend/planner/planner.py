@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..plan import Plan
-from .cost_model import Prediction, Work, predict
+from .cost_model import Prediction, predict
 from .machine import CPU, Machine
+from .work import Work
 
 TIE = 0.02
 """Plans within this share of the fastest count as equally fast, as predictions are no better than that."""

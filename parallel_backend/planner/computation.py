@@ -1,0 +1,66 @@
+"""Predicts the seconds that a rank computes in a step. Importable without torch.
+
+Each constant names the measurement that it comes from: NOTES is benchmarks/NOTES.md, FACTS is the project's table of speed (one H200),
+``h100x2*.json`` are in benchmarks/results.
+"""
+
+from ..plan import Plan
+from .machine import Machine
+from .work import Work, bubble_factor, plan_patches, stage_layers, states_bytes
+
+MATRIX_SHARE = 0.94
+"""Share of a large product's rate that products reach in a step: 745 of 790 TFLOP/s (NOTES: where a half goes; FACTS)."""
+ATTENTION_SHARE = 0.88
+"""Share of one attention's rate that attention reaches in a step: 572 of 651 TFLOP/s on an H100 (NOTES), 503 of 571 with
+FlashAttention-3."""
+BANDWIDTH_SHARE = 0.78
+"""Share of the memory's bandwidth that kernels reach: 32 ms where moving the bytes once takes 25 (NOTES: where a half goes)."""
+PASSES = 26
+"""How often compiled kernels other than products and attention read or write tokens x features in a block: these are the 25 ms."""
+EAGER_PASSES = 176
+"""``PASSES`` without compilation: 0.19 s more for each half of guidance (NOTES: 0.774 and 0.581 s)."""
+ULYSSES_PASSES = 10
+"""Additional passes with Ulysses: packing, copying the rank's own part, unpacking; counted in ``parallel/attention.py``."""
+MERGE_PASSES, MERGE_SECONDS = 24, 1.1e-3
+"""Additional passes for each rank's keys in a ring, as results are merged in float32, uncompiled; counted in xDiT's code. And the
+additional seconds of each in a block: ``ring2`` of 2b in h100x2.json, and of 5b in h100x2-waiting.json."""
+PATCH_SECONDS = 0.65e-3
+"""Additional seconds of each patch of a pipeline in each block, as its kernels are small: between ``pipefusion2`` of 2b in h100x2.json
+(0.55 ms) and of 5b in h100x2-flash3.json (0.9)."""
+LAUNCH_SECONDS = 1.1e-3
+"""Seconds in which the host launches a block's kernels; they count only where the device takes less: 0.8 to 1.4 ms (NOTES). The same is
+assumed for each exchange in a block; with two GPUs the device never took less."""
+KEPT_PASSES = 4
+"""Additional passes under ``pipefusion``: keys and values are kept, so they are read and written once more."""
+
+
+def computation(plan: Plan, work: Work, machine: Machine) -> float:
+    """Returns the seconds that the slowest rank computes in a step, the pipeline's bubble included."""
+    matrix, attention = machine.matrix * MATRIX_SHARE, machine.attention * ATTENTION_SHARE
+    if work.dtype == "fp16" and work.fp8 == "off" and machine.attention_fp16:  # products in FP8 return bf16
+        attention = machine.attention_fp16 * ATTENTION_SHARE
+    if work.fp8 != "off":
+        matrix *= machine.matrix_fp8
+    if work.fp8 == "all":
+        attention *= machine.attention_fp8
+    is_compiled, patches = work.is_compiled(machine), plan_patches(plan, work)
+    passes = PASSES if is_compiled else EAGER_PASSES
+    passes *= (1 + 1 / plan.tensor) / 2  # tensor parallelism splits about half of the passes: heads and hidden features
+    passes += ULYSSES_PASSES * (plan.ulysses > 1) + MERGE_PASSES * (plan.ring - 1) + KEPT_PASSES * (plan.pipefusion > 1)
+    others = MERGE_SECONDS * plan.ring if plan.ring > 1 else 0.0
+    others += PATCH_SECONDS * patches if plan.pipefusion > 1 and is_compiled else 0.0
+    layers = stage_layers(plan, work.layers)
+    share = layers / work.layers / (plan.world_size // plan.pipefusion)  # the largest stage is the slowest
+    device = (
+        work.products * share / matrix
+        + work.attention * share / attention
+        + layers * passes * states_bytes(plan, work) / (machine.bandwidth * BANDWIDTH_SHARE)
+        + layers * others
+    )
+    host = layers * (1 + exchanges_per_block(plan)) * patches * LAUNCH_SECONDS if is_compiled else 0.0
+    return bubble_factor(plan, work) * max(device, host)
+
+
+def exchanges_per_block(plan: Plan) -> int:
+    """Returns how often ranks exchange data in a block."""
+    return 2 * (plan.tensor > 1) + (plan.ring if plan.ring > 1 else plan.ulysses > 1 or plan.pipefusion > 1)
