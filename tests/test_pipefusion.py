@@ -298,7 +298,7 @@ def test_the_planner_counts_what_is_kept_and_knows_what_pipelines_are_for():
     slow = replace(KNOWN["H100"], link=Link(1e9, 1e-4))
     found = {str(each.plan): each.seconds for each in approximations(half, slow, 2)}
     assert found["pipefusion2"] < min(predict(Plan.parse(plan), half, slow).seconds for plan in ("ulysses2", "ring2", "single"))
-    plan, _ = choose(heads=48, world_size=2, guided=False, work=half, machine=slow)
+    plan, _ = choose(half, slow, 2)
     assert plan.is_exact  # auto keeps the video, whatever is faster
 
 

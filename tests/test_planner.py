@@ -102,7 +102,7 @@ def test_predictions_are_within_15_percent_of_measured_seconds_and_10_of_memory(
     ],
 )  # fmt: skip
 def test_auto_takes_the_fastest_by_link_and_guidance(machine, world, guided, expected):
-    plan, reason = choose(heads=48, world_size=world, guided=guided, machine=machine)
+    plan, reason = choose(assumed(48, guided), machine, world)
     assert str(plan) == expected
     assert "\n" not in reason and "predicted " in reason
 
@@ -122,7 +122,7 @@ def test_auto_takes_the_fastest_by_link_and_guidance(machine, world, guided, exp
     ],
 )  # fmt: skip
 def test_fewer_devices_are_chosen_where_more_would_be_slower_and_the_reason_says_so(machine, heads, world, expected, words):
-    plan, reason = choose(heads=heads, world_size=world, machine=machine)
+    plan, reason = choose(assumed(heads, True), machine, world)
     assert (str(plan), reason.startswith(words)) == (expected, True), reason
     assert ("more devices do not make it faster" in reason) == (plan.world_size < world)
 
@@ -139,13 +139,13 @@ def test_fewer_devices_are_chosen_where_more_would_be_slower_and_the_reason_says
 )
 def test_videos_are_shared_by_replicas_where_all_are_done_sooner(jobs, batch, expected, words):
     work = assumed(48, True)
-    plan, reason = choose(heads=48, world_size=4, machine=H100, work=replace(work, prompts=2 * batch), jobs=jobs)
+    plan, reason = choose(replace(work, prompts=2 * batch), H100, 4, jobs=jobs)
     assert (str(plan), words in reason) == (expected, True), reason
-    assert choose(heads=48, world_size=4, machine=H100, work=work, jobs=jobs, can_share=False)[0] == Plan(cfg=2, ulysses=2)
+    assert choose(work, H100, 4, jobs=jobs, can_share=False)[0] == Plan(cfg=2, ulysses=2)
 
 
 def test_what_replicas_share_is_named():
-    words = choose(heads=48, world_size=4, machine=H100, jobs=4, unit="windows")[1]
+    words = choose(assumed(48, True), H100, 4, jobs=4, unit="windows")[1]
     assert words.startswith("replicas2-cfg2 is predicted at 1.13 s a step of all 4 windows, cfg2-ulysses2 at 1.20 s")
 
 
@@ -164,10 +164,10 @@ def test_a_slow_or_full_device_is_left_out_where_it_holds_the_others_up():
     slow = replace(L40, free=40 * GIB, per_machine=2)
     fast = replace(H100, free=70 * GIB, per_machine=1)
     machine = replace(slow, together=(fast, slow), link=H100.link)
-    plan, reason = choose(heads=48, world_size=2, machine=machine)
+    plan, reason = choose(assumed(48, True), machine, 2)
     assert plan == Plan() and reason.startswith("single on 1 of 2 devices is predicted at 1.13 s a step, cfg2 on all at 3.25 s")
     full = replace(H100, free=10 * GIB)
-    plan, _ = choose(heads=48, world_size=2, machine=replace(full, together=(H100, full)))
+    plan, _ = choose(assumed(48, True), replace(full, together=(H100, full)), 2)
     assert plan == Plan(cfg=2, fsdp=2)  # which fits where a whole model does not, and is faster than the free one alone
 
 
@@ -183,13 +183,13 @@ def test_xdit_s_published_curves_have_the_shape_that_is_predicted():
 
 
 def test_the_reason_says_what_was_predicted():
-    plan, reason = choose(heads=48, world_size=2, machine=H100)
+    plan, reason = choose(assumed(48, True), H100, 2)
     assert reason == "cfg2 is predicted at 0.56 s a step, ulysses2 at 0.60 s; cfg2 sends the least"
 
 
 def test_where_rates_are_made_up_the_reason_states_no_seconds():
-    assert choose(heads=48, world_size=1)[1] == "one device: nothing to split"
-    _, reason = choose(heads=48, world_size=2)
+    assert choose(assumed(48, True), CPU, 1)[1] == "one device: nothing to split"
+    _, reason = choose(assumed(48, True), CPU, 2)
     assert reason.startswith("cfg2 is predicted to be the fastest, ulysses2 takes ") and reason.endswith(
         "; cfg2 sends the least"
     )
@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_not_chosen():
     small = replace(H100, free=10 * GIB)
     found = predictions(assumed(48, True), small, 2)
     assert {str(each.plan) for each in found if not each.fits} >= {"cfg2", "ulysses2", "ring2"}
-    plan, reason = choose(heads=48, world_size=2, machine=small)
+    plan, reason = choose(assumed(48, True), small, 2)
     assert str(plan) == "cfg2-fsdp2"
     assert reason.endswith("unsplit weights would need 13.3 GiB, 10.0 GiB are free")
 
@@ -222,13 +222,13 @@ def test_a_limit_of_memory_that_makes_no_sense_is_refused(said, monkeypatch):
 
 
 def test_where_nothing_fits_weights_stay_whole_for_offload_to_move():
-    plan, reason = choose(heads=48, world_size=2, machine=replace(H100, free=2 * GIB))
+    plan, reason = choose(assumed(48, True), replace(H100, free=2 * GIB), 2)
     assert str(plan) == "cfg2"
     assert reason.endswith("no plan fits into 2 GiB, so weights are offloaded to the CPU")
 
 
 def test_no_fsdp_is_chosen_for_weights_that_wait_on_the_cpu():
-    plan, _ = choose(heads=48, world_size=2, machine=replace(H100, free=10 * GIB, can_shard=False))
+    plan, _ = choose(assumed(48, True), replace(H100, free=10 * GIB, can_shard=False), 2)
     assert plan.fsdp == 1
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from parallel_backend.errors import RequestError
 from parallel_backend.plan import Plan
-from parallel_backend.planner.planner import candidates, choose
+from parallel_backend.planner.machine import CPU
+from parallel_backend.planner.planner import assumed, candidates, choose
 
 from .conftest import REPO
 
@@ -114,7 +115,7 @@ def test_degrees_must_multiply_to_the_devices_and_the_error_names_each():
     ],
 )  # fmt: skip
 def test_auto_uses_every_device_and_communicates_least(heads, world, guided, expected):
-    plan, reason = choose(heads=heads, world_size=world, guided=guided)
+    plan, reason = choose(assumed(heads, guided), CPU, world)
     assert str(plan) == expected
     assert plan.world_size == world
     assert reason
@@ -126,7 +127,7 @@ def test_every_candidate_fits_and_auto_is_one_of_them(heads, world):
     for plan in found:
         plan.check_world(world)
         plan.check_heads(heads)
-    assert choose(heads=heads, world_size=world)[0] in found
+    assert choose(assumed(heads, True), CPU, world)[0] in found
 
 
 @pytest.mark.parametrize("heads, world", [(30, 2), (48, 8), (30, 7), (48, 1)])

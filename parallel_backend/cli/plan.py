@@ -41,7 +41,7 @@ def plan(args: Namespace) -> int:
     found = predictions(work, machine, count, jobs=args.count)
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
     found.sort(key=lambda each: each.total)
-    chosen, reason = choose(heads=checkpoint.heads, world_size=count, work=work, machine=machine, jobs=args.count)
+    chosen, reason = choose(work, machine, count, jobs=args.count)
     if args.json:
         show_json({**figures(found, machine), "model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason})
         return 0

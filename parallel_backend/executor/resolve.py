@@ -9,7 +9,7 @@ from ..group.registry import running
 from ..plan import AUTO, IN_PARTS, Plan
 from ..planner import hardware
 from ..planner.machine import Machine
-from ..planner.planner import choose
+from ..planner.planner import assumed, choose
 from ..workload import Workload
 
 SET_BY_USER = "set by the user"
@@ -58,11 +58,9 @@ def resolve_auto(found: Devices, workload: Workload, nodes: int) -> tuple[Plan, 
     if nodes > 1:  # the network is unknown, so only the order of plans is predicted, and every host takes part
         machine = replace(machine, knows_seconds=False)
     chosen, reason = choose(
-        heads=workload.heads,
-        world_size=found.count * nodes,
-        guided=workload.guided,
-        work=workload.work and workload.work(found.first),
-        machine=machine,
+        workload.work(found.first) if workload.work else assumed(workload.heads, workload.guided),
+        machine,
+        found.count * nodes,
         jobs=workload.jobs,
         can_share=workload.can_share and not is_served(found),
         unit=workload.unit,

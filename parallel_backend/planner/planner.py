@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..plan import Plan
 from .cost_model import Prediction, predict
-from .machine import CPU, Machine
+from .machine import Machine
 from .work import Work
 
 TIE = 0.02
@@ -18,12 +18,10 @@ GIB = 2**30
 
 
 def choose(
-    *,
-    heads: int,
+    work: Work,
+    machine: Machine,
     world_size: int,
-    guided: bool = True,
-    work: Work | None = None,
-    machine: Machine | None = None,
+    *,
     jobs: int = 1,
     can_share: bool = True,
     unit: str = "videos",
@@ -31,18 +29,15 @@ def choose(
     """Chooses the plan that is predicted to be the fastest of those that fit.
 
     Args:
-        heads: attention heads of the model.
+        work: one step; see :func:`assumed` if it is unknown.
+        machine: the devices.
         world_size: number of devices. Fewer are used if all of them are not faster.
-        guided: whether each step runs the model on both prompts.
-        work: one step; None assumes a 5b or 2b at its own size.
-        machine: the devices; None assumes processes on a CPU.
         jobs: jobs that run one after the other, such as a list of prompts, or the windows of a long video.
         can_share: whether replicas may share the jobs and the videos of their batches.
         unit: what ``jobs`` counts, for the user.
     Returns:
         The plan, and the reason in one sentence.
     """
-    work, machine = work or assumed(heads, guided), machine or CPU
     found = predictions(work, machine, world_size, jobs=jobs, can_share=can_share)
     best = pick(found)
     many = jobs * work.videos
