@@ -226,11 +226,11 @@ def test_a_video_whose_replica_is_lost_while_decoding_is_not_sampled_again(make_
         return DecodeJob(job.model, made[0][1].tensor)
 
     names = {frail: "replica 1", strong: "replica 2"}
-    spread = ReplicaScheduler(Pool([frail, strong]), names, [job], lambda: False, follow)
-    spread.run(lambda *step: None, lambda: False)
+    scheduler = ReplicaScheduler(Pool([frail, strong]), names, [job], lambda: False, follow)
+    scheduler.run(lambda *step: None, lambda: False)
     assert done == [(0, [frail, strong])]
     assert (frail.ran, strong.ran) == ([SampleJob, DecodeJob], [DecodeJob])
-    assert spread.notes == ["replica 1 was lost, and the others do its work: it was killed"]
+    assert scheduler.notes == ["replica 1 was lost, and the others do its work: it was killed"]
 
 
 def test_decoding_is_spread_and_state_and_memory_are_of_all(replicas, make_job, local):
@@ -364,7 +364,7 @@ def test_a_slow_worker_leaves_what_faster_ones_will_have_done_before_it(busy_for
     for worker, seconds in (("fast", 1.0), ("slow", 3.0)):
         found.begin(worker)
         clock.now += seconds
-        found.end(worker, besides=0.0)
+        found.end(worker, overhead=0.0)
     found.begin("fast")
     clock.now += busy_for
     assert found.should_begin("slow", ["fast"], left=left) == begins

@@ -1,1 +1,1 @@
-"""Executors: they run a caller's jobs in this process, in a group, or over several groups."""
+"""Executors: run jobs in this process, in a group of processes, or in several groups."""

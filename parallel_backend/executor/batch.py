@@ -1,4 +1,4 @@
-"""A batch cut into its videos, each a job that can be run apart, and put together again."""
+"""Splits a batch into one job per video, and joins the results."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -9,20 +9,20 @@ from ..jobs import DecodeJob, EncodeJob, Job, SampleJob
 
 
 def cut(job: Job) -> list[Job]:
-    """A job for each video of the batch.
+    """Returns a job for each video of the batch.
 
-    One that goes on from some step is left whole, for the state that it goes on from is of the whole batch.
+    A job that resumes from a step is not split, as its state is that of the whole batch.
     """
     if isinstance(job, EncodeJob) or (isinstance(job, SampleJob) and job.progress is not None):
         return [job]
     batch = job.latent.shape[0]
     if batch == 1:
         return [job]
-    return [piece(job, index, batch) for index in range(batch)]
+    return [one_video(job, index, batch) for index in range(batch)]
 
 
-def piece(job: SampleJob | DecodeJob, index: int, batch: int) -> Job:
-    """One video's job; of what is there once for all videos it has all."""
+def one_video(job: SampleJob | DecodeJob, index: int, batch: int) -> Job:
+    """Returns the job of one video of a batch. Tensors that all videos share are kept whole."""
     tensors = {item.name: getattr(job, item.name) for item in fields(job)}
     own = {
         name: tensor[index : index + 1].contiguous()
@@ -34,5 +34,5 @@ def piece(job: SampleJob | DecodeJob, index: int, batch: int) -> Job:
 
 
 def join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The batch of the videos' tensors."""
+    """Joins the videos' tensors to a batch."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

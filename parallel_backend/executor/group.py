@@ -78,7 +78,6 @@ class GroupExecutor(Executor):
 
     @property
     def torch_devices(self) -> tuple[torch.device, ...]:
-        """See :meth:`Executor.torch_devices`."""
         return Devices.parse(self.devices).torch_devices
 
     def start(self) -> None:

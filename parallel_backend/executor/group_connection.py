@@ -36,7 +36,7 @@ def open_connection(address: GroupAddress, should_stop: StopSignal, give_up: Giv
 
     Args:
         address: of the group.
-        should_stop: asked between attempts.
+        should_stop: called between attempts.
         give_up: called after each failed attempt.
     Raises:
         Cancelled: when ``should_stop`` returns True.
@@ -72,7 +72,7 @@ def ask(
         connection: from :func:`open_connection`.
         message: the request.
         on_step: called after each step of a job.
-        should_stop: asked while no answer comes.
+        should_stop: called while no answer comes.
         kept: receives previews and progress.
         seconds: timeout for the last answer; None waits for as long as the job takes.
     Raises:

@@ -1,4 +1,4 @@
-"""Jobs in this process, on one device."""
+"""The executor that runs jobs in this process, on one device."""
 
 import threading
 from typing import Any
@@ -24,7 +24,6 @@ class LocalExecutor(Executor):
 
     @property
     def torch_devices(self) -> tuple[torch.device, ...]:
-        """See :meth:`Executor.torch_devices`."""
         return (self.engine.device,)
 
     def _run(self, job, on_step, should_stop, on_picture=None) -> Result:
@@ -36,15 +35,12 @@ class LocalExecutor(Executor):
             return self.engine.run(job, after_step, lambda: not should_stop(), on_picture)
 
     def status(self) -> dict[str, Any]:
-        """See :meth:`Executor.status`."""
         state = "busy" if self._lock.locked() else "ready"
         return {"state": state, "plan": str(self.plan), "devices": str(self.engine.device), **self.engine.status()}
 
     def free(self) -> None:
-        """See :meth:`Executor.free`."""
         with self._lock:
             self.engine.free()
 
     def close(self) -> None:
-        """See :meth:`Executor.close`."""
         self.free()

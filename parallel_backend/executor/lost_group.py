@@ -51,13 +51,13 @@ def bury(launcher: Launcher, cause: ExitCause, *, came_up: bool) -> GroupFailure
     if not cause.by_itself:  # what failed on the other ranks only followed from it
         return GroupLost(f"the group was lost: {cause.cause}", details=details, came_up=came_up)
     if not came_up:
-        return GroupUnavailable(f"the group did not start: {cause.cause}{_words_of(cause)}", details=details)
+        return GroupUnavailable(f"the group did not start: {cause.cause}{_reported_error(cause)}", details=details)
     if cause.failure:
         return error_of(cause.failure)
     return GroupError(f"the group's processes ended: {cause.cause}", details=details)
 
 
-def _words_of(cause: ExitCause) -> str:
+def _reported_error(cause: ExitCause) -> str:
     """Returns the error of the rank that failed, if it reported one."""
     failure = cause.failure
     return f": {failure['error']}: {failure['message'].strip().partition(chr(10))[0]}" if failure else ""
@@ -89,7 +89,7 @@ class Owner:
             lost: the error for the lost group.
             before: the address of the lost group.
             plan, devices: of both groups.
-            should_stop: asked while waiting.
+            should_stop: called while waiting.
         Returns:
             The new group's address, and why the lost one ended: GroupError when the new one waits for serve on another host.
         Raises:

@@ -1,4 +1,4 @@
-"""How fast unequal workers are, and whether one should begin with what is left."""
+"""Measures how fast unequal workers are, and keeps slow ones from delaying the end."""
 
 import heapq
 import time
@@ -6,27 +6,35 @@ from collections.abc import Hashable, Iterable
 
 
 class Paces:
-    """What is known of each worker: seconds of its last piece, and since when it is at one. Pieces are of one size, about."""
+    """The duration of each worker's last task, and the start of its running one. Tasks are assumed to be of about the same size."""
 
     def __init__(self):
         self._seconds: dict[Hashable, float] = {}
         self._since: dict[Hashable, float] = {}
 
     def begin(self, worker: Hashable) -> None:
-        """Notes that a worker is at a piece."""
+        """Records that a worker begins a task."""
         self._since[worker] = time.monotonic()
 
-    def end(self, worker: Hashable, *, besides: float | None) -> None:
-        """Notes that a worker is free: after a piece, ``besides`` which were seconds of no work; after none where that is None."""
+    def end(self, worker: Hashable, *, overhead: float | None) -> None:
+        """Records that a worker is free.
+
+        Args:
+            worker: that had begun a task.
+            overhead: seconds of the task that were spent loading, which do not count; None if it did not finish the task.
+        """
         since = self._since.pop(worker)
-        if besides is not None:
-            self._seconds[worker] = max(time.monotonic() - since - besides, 0.0)
+        if overhead is not None:
+            self._seconds[worker] = max(time.monotonic() - since - overhead, 0.0)
 
     def should_begin(self, worker: Hashable, others: Iterable[Hashable], *, left: int) -> bool:
-        """Whether a free worker would be done with one of the pieces left before the others were done with all of them.
+        """Whether a free worker would finish a task before the others finish all that are left. If not, it would delay the end.
 
-        Else a slow one would hold up the end. The others are those that can take pieces; of one that has done none yet nothing
-        is expected, and one that takes longer than it did is as slow as it now looks.
+        Args:
+            worker: the free worker. It should begin if its speed is unknown.
+            others: the workers that can also take tasks. Those whose speed is unknown do not count; one whose running task takes
+                longer than its last one counts as that slow.
+            left: tasks that no worker has begun.
         """
         now = time.monotonic()
         if worker not in self._seconds:
@@ -34,14 +42,14 @@ class Paces:
         free_at = []
         for other in set(others) & self._seconds.keys():
             since = self._since.get(other)
-            pace = max(self._seconds[other], now - since if since is not None else 0.0)
-            free_at.append((max(now, since + self._seconds[other]) if since is not None else now, pace, id(other)))
+            seconds = max(self._seconds[other], now - since if since is not None else 0.0)
+            free_at.append((max(now, since + self._seconds[other]) if since is not None else now, seconds, id(other)))
         if not free_at:
             return True
         heapq.heapify(free_at)
         end = now
         for _ in range(left):
-            free, pace, name = free_at[0]
-            end = max(end, free + pace)
-            heapq.heapreplace(free_at, (free + pace, pace, name))
+            free, seconds, name = free_at[0]
+            end = max(end, free + seconds)
+            heapq.heapreplace(free_at, (free + seconds, seconds, name))
         return now + self._seconds[worker] <= end

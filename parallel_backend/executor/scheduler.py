@@ -1,4 +1,4 @@
-"""The pieces of one call, taken by replicas as they get free."""
+"""Distributes the jobs of one call over replicas as they become free."""
 
 import logging
 import queue
@@ -19,17 +19,17 @@ from .paces import Paces
 
 logger = logging.getLogger(__name__)
 
-Made = tuple[GroupExecutor, Result]
-"""What a replica made, and which."""
-Follow = Callable[[int, list[Made]], Job | None]
-"""What follows from a piece's jobs so far: the next one, or None. Asked in the thread of the replica that made the last."""
+ReplicaResult = tuple[GroupExecutor, Result]
+"""A result, after the replica that it is from."""
+NextJob = Callable[[int, list[ReplicaResult]], Job | None]
+"""Takes a task's number and its results so far, and returns its next job, or None. Called in the thread that ran the last job."""
 
 
 class Pool:
-    """Which replicas are free, over all calls.
+    """The free replicas, shared by all calls.
 
     Args:
-        replicas: those that are taken first come first.
+        replicas: in the order of preference.
     """
 
     def __init__(self, replicas: Sequence[GroupExecutor]):
@@ -38,7 +38,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def take(self, is_wanted: Callable[[GroupExecutor], bool]) -> GroupExecutor | None:
-        """The first free replica that is wanted, or None."""
+        """Takes the first free replica that is wanted; None if there is none."""
         with self._lock:
             for replica in self._order:
                 if replica not in self._busy and is_wanted(replica):
@@ -47,7 +47,7 @@ class Pool:
         return None
 
     def give_back(self, replica: GroupExecutor, *, lost: bool) -> None:
-        """Makes a replica free; one that was lost will be taken last, in case it comes back."""
+        """Makes a replica free. A lost one is taken last from now on, in case it comes back."""
         with self._lock:
             self._busy.discard(replica)
             if lost:
@@ -56,17 +56,18 @@ class Pool:
 
 
 class ReplicaScheduler:
-    """The pieces of one call, and who runs them.
+    """Runs the tasks of one call on replicas.
 
-    Threads, as many as can have a replica at once, take pieces; the caller's own thread hears of their steps.
+    A task is a job, and the jobs that follow from its result. Threads, at most one for each replica, take tasks. Steps are
+    reported in the caller's thread.
 
     Args:
-        pool: of all replicas.
-        names: of each replica, for a person.
-        jobs: to run, a piece each.
+        pool: all replicas.
+        names: the name of each replica, for the user.
+        jobs: the first job of each task.
         has_closed: whether the executor was closed meanwhile.
-        after: an earlier call of the same work, whose losses and paces count for this one too.
-        follow: what the same replica does next for a piece; what a piece that is followed up has made is not kept.
+        next_job: returns a task's next job for the same replica, and results are not kept. None if each task is one job.
+        after: an earlier scheduler of the same work, whose lost replicas and measured speeds count for this one too.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ReplicaScheduler:
         names: dict[GroupExecutor, str],
         jobs: Sequence[Job],
         has_closed: StopSignal,
-        follow: Follow | None = None,
+        next_job: NextJob | None = None,
         *,
         after: "ReplicaScheduler | None" = None,
     ):
@@ -83,16 +84,16 @@ class ReplicaScheduler:
         self.names = names
         self.jobs = list(jobs)
         self.has_closed = has_closed
-        self.follow = follow
-        self.results: dict[int, list[Made]] = {}
-        """Of each piece that is done."""
-        self._made: list[list[Made]] = [[] for _ in jobs]
-        """Of each piece that is not; one that a replica was lost with goes on from there."""
+        self.next_job = next_job
+        self.results: dict[int, list[ReplicaResult]] = {}
+        """Results of each finished task."""
+        self._unfinished: list[list[ReplicaResult]] = [[] for _ in jobs]
+        """Results of each unfinished task. If its replica is lost, another one continues from there."""
         self.notes: list[str] = after.notes if after else []
         self._steps = [steps_of([job]) for job in self.jobs]
         self._waiting = deque(range(len(jobs)))
-        self._heard: queue.SimpleQueue[tuple[int, int | torch.Tensor]] = queue.SimpleQueue()
-        """Of each piece how many steps are done, or a picture."""
+        self._events: queue.SimpleQueue[tuple[int, int | torch.Tensor]] = queue.SimpleQueue()
+        """Pairs of a task's number and either its steps done or a preview."""
         self._lost: set[GroupExecutor] = after._lost if after else set()
         self._paces = after._paces if after else Paces()
         self._stop = threading.Event()
@@ -100,7 +101,7 @@ class ReplicaScheduler:
         self._lock = threading.Lock()
 
     def run(self, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None) -> None:
-        """Runs all pieces; raises the error of the first that failed, or Cancelled."""
+        """Runs all tasks. Raises the error of the first that failed, or Cancelled."""
         threads = [
             threading.Thread(target=self._work, name=f"replica {place}", daemon=True)
             for place in range(min(len(self.jobs), len(self.names)))
@@ -117,7 +118,7 @@ class ReplicaScheduler:
         if self._error:
             raise self._error
         if len(self.results) < len(self.jobs):
-            raise Cancelled(f"stopped with {len(self.results)} of {len(self.jobs)} pieces done")
+            raise Cancelled(f"stopped with {len(self.results)} of {len(self.jobs)} jobs done")
 
     def _listen(
         self,
@@ -126,18 +127,18 @@ class ReplicaScheduler:
         should_stop: StopSignal,
         on_picture: PictureListener | None,
     ) -> None:
-        """Tells steps of all pieces together, and shows their pictures, until the threads have ended."""
+        """Reports the steps of all tasks together, and previews, until the threads have ended."""
         done = dict.fromkeys(range(len(self.jobs)), 0)
         while True:
-            ended = not any(thread.is_alive() for thread in threads)  # before the look: what they said is heard then
+            ended = not any(thread.is_alive() for thread in threads)  # checked before the queue, so that no event is missed
             try:
-                number, said = self._heard.get(timeout=0 if ended else CONFIG.poll_seconds)
-                if isinstance(said, torch.Tensor):
-                    # Of several, those of the first that has steps left; of the last one's last step none has.
-                    if number == next((place for place in done if done[place] < self._steps[place]), number):
-                        on_picture(said)
+                number, event = self._events.get(timeout=0 if ended else CONFIG.poll_seconds)
+                if isinstance(event, torch.Tensor):
+                    # Only the first task with steps left is previewed. At the very last step no task has steps left.
+                    if number == next((task for task in done if done[task] < self._steps[task]), number):
+                        on_picture(event)
                 else:
-                    done[number] = said
+                    done[number] = event
                     on_step(sum(done.values()), sum(self._steps))
             except queue.Empty:
                 if ended:
@@ -149,7 +150,7 @@ class ReplicaScheduler:
         return self._stop.is_set() or self.has_closed()
 
     def _work(self) -> None:
-        """Takes pieces until all are done. While it finds none, or no replica, it looks again for what others give back."""
+        """Takes tasks until all are done. If no task or no replica is free it polls, as another thread may return one."""
         while not self._is_stopping() and len(self.results) < len(self.jobs):
             with self._lock:
                 replica = self.pool.take(self._is_wanted) if self._waiting else None
@@ -162,18 +163,19 @@ class ReplicaScheduler:
                 time.sleep(CONFIG.poll_seconds)
 
     def _is_wanted(self, replica: GroupExecutor) -> bool:
-        """Whether a replica is there, and no faster ones will have done before it what is left."""
+        """Whether a replica should take a task: it is not lost, and faster ones would not finish all tasks before it."""
         others = self.names.keys() - self._lost - {replica}
         return replica not in self._lost and self._paces.should_begin(replica, others, left=len(self._waiting))
 
     def _try(self, number: int, replica: GroupExecutor) -> None:
+        """Runs a task on a replica, handles its errors, and returns the replica to the pool."""
         lost, loading = False, None
         try:
             loading = self._run(number, replica)
         except GroupFailure as error:
-            lost = not replica.is_there()  # else the job is what fails, and would fail anywhere
+            lost = not replica.is_there()  # if not, the job is at fault and would fail on any replica
             if lost:
-                self._give_up(number, replica, error)
+                self._drop(number, replica, error)
             else:
                 self._fail(error)
         except Cancelled:
@@ -182,29 +184,29 @@ class ReplicaScheduler:
             self._fail(error)
         finally:
             with self._lock:
-                self._paces.end(replica, besides=loading)
+                self._paces.end(replica, overhead=loading)
             if self.has_closed():
                 replica.close()  # it may just have been started again
             self.pool.give_back(replica, lost=lost)
 
     def _run(self, number: int, replica: GroupExecutor) -> float:
-        """Runs a piece, and what follows from it. Returns the seconds that were spent on loading."""
-        loading, job, made = 0.0, self.jobs[number], self._made[number]
+        """Runs all jobs of a task. Returns the seconds that were spent loading."""
+        loading, job, results = 0.0, self.jobs[number], self._unfinished[number]
 
-        def hear(said: int | torch.Tensor) -> None:
-            self._heard.put((number, said))
+        def report(event: int | torch.Tensor) -> None:
+            self._events.put((number, event))
 
         while job is not None:
-            result = replica.run(job, lambda step, _: hear(step), self._is_stopping, hear)
+            result = replica.run(job, lambda step, _: report(step), self._is_stopping, report)
             loading += result.report.load_seconds
-            made.append((replica, result))
-            job = self.jobs[number] = self.follow(number, made) if self.follow else None
-        self.results[number] = made if self.follow is None else []
-        self._made[number] = []
+            results.append((replica, result))
+            job = self.jobs[number] = self.next_job(number, results) if self.next_job else None
+        self.results[number] = results if self.next_job is None else []
+        self._unfinished[number] = []
         return loading
 
-    def _give_up(self, number: int, replica: GroupExecutor, error: GroupFailure) -> None:
-        """Goes on without a replica."""
+    def _drop(self, number: int, replica: GroupExecutor, error: GroupFailure) -> None:
+        """Continues without a lost replica; the others run its task."""
         with self._lock:
             self._lost.add(replica)
             self._waiting.appendleft(number)
@@ -215,7 +217,7 @@ class ReplicaScheduler:
         self.notes.append(f"{self.names[replica]} was lost, and the others do its work: {error.summary}")
         logger.warning(self.notes[-1])
         if isinstance(self.jobs[number], SampleJob):
-            self._heard.put((number, 0))
+            self._events.put((number, 0))
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
