@@ -239,12 +239,11 @@ class GroupExecutor(Executor):
             # A group without a socket may still start, as long as its owner lives.
             may_start = isinstance(error, FileNotFoundError) and address in running() and waited < CONFIG.start_seconds
             return None if may_start else self._owner.error_of_lost(address)
-        has_ended = not self._launcher.is_running()
         cause = None
-        if not has_ended:
+        if self._launcher.is_running():
             cause = lost_group.why_given_up(self._launcher, address, waited, had_answered=self._answered == address)
-        if not (has_ended or cause):
-            return None
+            if cause is None:
+                return None
         with self._lock:
             if self.address != address or self._launcher.process is None:  # another thread has handled it
                 return GroupLost("the group was lost in another job")
