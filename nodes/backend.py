@@ -21,7 +21,6 @@ class XDiTBackend(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTBackend",
             display_name="xDiT Backend",

@@ -44,7 +44,6 @@ class EmptyCogVideoXLatent(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTEmptyCogVideoXLatent",
             display_name="Empty CogVideoX Latent",

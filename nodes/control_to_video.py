@@ -14,7 +14,6 @@ class CogVideoXControlToVideo(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return io.Schema(
             node_id="XDiTCogVideoXControlToVideo",

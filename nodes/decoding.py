@@ -16,7 +16,6 @@ class CogVideoXDecode(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTCogVideoXVAEDecode",
             display_name="CogVideoX VAE Decode",

@@ -20,7 +20,6 @@ class CogVideoXImageToVideo(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTCogVideoXImageToVideo",
             display_name="CogVideoX Image To Video",

@@ -15,7 +15,6 @@ class CogVideoXInpaint(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTCogVideoXInpaint",
             display_name="CogVideoX Inpaint",

@@ -17,7 +17,6 @@ class LoadCogVideoX(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTLoadCogVideoX",
             display_name="Load CogVideoX",

@@ -16,7 +16,6 @@ class LoadCogVideoXLora(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTCogVideoXLoRA",
             display_name="Load CogVideoX LoRA",

@@ -18,7 +18,6 @@ class CogVideoXSampler(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTCogVideoXSampler",
             display_name="CogVideoX Sampler",

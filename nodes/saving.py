@@ -79,7 +79,6 @@ class SaveVideo(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTSaveVideo",
             display_name="Save Video (MP4)",

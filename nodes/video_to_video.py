@@ -13,7 +13,6 @@ class CogVideoXVideoToVideo(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTCogVideoXVideoToVideo",
             display_name="CogVideoX Video To Video",

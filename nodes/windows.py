@@ -14,7 +14,6 @@ class CogVideoXContextWindows(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See ComfyUI's V3 nodes."""
         return io.Schema(
             node_id="XDiTCogVideoXContextWindows",
             display_name="CogVideoX Context Windows",
