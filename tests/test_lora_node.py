@@ -41,6 +41,8 @@ show(listed=listed, loras=[[lora.path, lora.strength] for lora in both.model.lor
     assert shown["loras"] == [[str(one), 0.5], [str(two), -1.0]]
     assert shown["kept"] and shown["same"] and min(shown["apart"]) > 0.01
     gone, broken, senseless = shown["refused"]
-    assert gone == ("there is no LoRA 'gone.safetensors' in models/loras or models/CogVideo/loras; put its .safetensors there")
+    assert gone == (
+        "there is no LoRA 'gone.safetensors' in models/loras or models/CogVideo/loras; put its .safetensors file there"
+    )
     assert "no safetensors file" in broken and senseless == "strength is nan; use -10.0 to 10.0"
     assert shown["changes"] == [(comfy_runtime.folder / "loras/large.safetensors").stat().st_mtime, None]

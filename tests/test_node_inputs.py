@@ -232,6 +232,6 @@ show(asked=[asked(of, "get_sd") for of in (clip, vae, vae.patcher)], has=[hasatt
     assert shown["used"] == ["cpu:1", "cpu", "cpu:1"] and shown["same"] == [True] * 3
     assert shown["said"] == [
         "t5xxl_min_length is not used: every prompt has 32 tokens with CogVideoX",
-        "not used: images; CogVideoX reads the prompt alone",
+        "not used: images; CogVideoX uses only the prompt",
     ]
     assert shown["tokens"] == ["t5xxl"] and shown["empty"] and shown["batch"]

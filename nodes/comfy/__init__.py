@@ -1,1 +1,1 @@
-"""All that touches ComfyUI."""
+"""The adapter to ComfyUI: running jobs, model folders, memory management, sockets, CLIP and VAE."""

@@ -1,4 +1,4 @@
-"""What this pack's objects under the core's ``CLIP`` and ``VAE`` have in common."""
+"""Base classes of the pack's ``CLIP`` and ``VAE`` objects."""
 
 from copy import copy
 from types import SimpleNamespace
@@ -9,19 +9,19 @@ from ...parallel_backend.errors import RequestError
 
 
 class NotHere(RequestError, AttributeError):
-    """An attribute of the core's ``CLIP`` or ``VAE`` that this pack's has not. ``hasattr`` is False for it."""
+    """The core's ``CLIP`` or ``VAE`` has this attribute and the pack's does not. ``hasattr`` returns False for it."""
 
 
 class Handle:
-    """Refuses in one sentence what a core object has and this pack's has not."""
+    """Refuses attributes that only the core's object has, with one sentence that names an alternative."""
 
     kind: str
-    """The core's name of it."""
+    """The core's name for the object."""
     loader: str
-    """The core's node that gives the core's own."""
+    """The core's node that loads the core's own object."""
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):  # Python asks for these, not a node
+        if name.startswith("__"):  # Python looks these up itself, as copy() does
             raise AttributeError(name)
         raise NotHere(
             f"this node needs '{name}', which the {self.kind} of Load CogVideoX does not have; use the core's {self.loader} here"
@@ -29,24 +29,24 @@ class Handle:
 
 
 class Placement(Handle):
-    """Where a model runs, as the core's Select CLIP Device and Select VAE Device read and set it on a model patcher."""
+    """The device of a model, where the core's Select CLIP Device and Select VAE Device read and set it on a model patcher."""
 
     def __init__(self, of: Handle, device: torch.device):
         self.kind, self.loader = of.kind, of.loader
         self.load_device, self.offload_device = device, torch.device("cpu")
         self.model = SimpleNamespace()
-        """The core's nodes note here where it ran at first."""
+        """The core's nodes store the original device here."""
 
     def is_dynamic(self) -> bool:
-        """No part of the model is loaded on demand."""
+        """Returns False: no part of the model is loaded on demand."""
         return False
 
     def clone(self, disable_dynamic: bool = False) -> "Placement":
-        """Returns another that can be set apart."""
+        """Returns a copy whose device can be set separately."""
         return copy(self)
 
     def deepclone_multigpu(self, new_load_device: torch.device) -> "Placement":
-        """Returns another for a device."""
+        """Returns a copy for another device."""
         clone = self.clone()
         clone.load_device = new_load_device
         return clone

@@ -1,20 +1,20 @@
-"""The lines that a node shows of its execution: they stay together, where ComfyUI would replace each by the next."""
+"""The status lines of a node. They accumulate while a prompt runs; ComfyUI alone would replace each line with the next."""
 
 import logging
 
 
 class Lines:
-    """The lines of each node of the prompt that runs."""
+    """The lines of each node in the current prompt."""
 
     def __init__(self):
         self._prompt_id: str | None = None
         self._lines: dict[str, dict[str, int]] = {}
-        """By node: each line's level."""
+        """The logging level of each line, by node."""
 
     def add(self, line: str, level: int, node_id: str, prompt_id: str | None) -> str:
-        """Adds a line to a node. Returns all of the node's lines, warnings first.
+        """Adds a line to a node. Returns all lines of the node, warnings first.
 
-        Lines of an earlier prompt are dropped; without a prompt a line stands alone.
+        A new prompt drops the lines of the previous one. Without a prompt id only the new line is kept.
         """
         if prompt_id is None or prompt_id != self._prompt_id:
             self._prompt_id, self._lines = prompt_id, {}
@@ -24,7 +24,7 @@ class Lines:
 
 
 def executing() -> tuple[str | None, str | None]:
-    """The prompt and the node that ComfyUI executes; None where there is none."""
+    """Returns the ids of the prompt and the node that ComfyUI executes, or None if there is none."""
     try:
         from comfy_execution.utils import get_executing_context
 
@@ -44,7 +44,7 @@ _lines = Lines()
 
 
 def show(line: str, level: int = logging.INFO, node_id: str | None = None) -> None:
-    """Shows a line in a node, by default the one that is executing, with the lines that it shows already."""
+    """Adds a line to those that a node shows, by default the node that is executing."""
     prompt_id, current = executing()
     node_id = node_id or current
     if node_id is None:

@@ -1,7 +1,7 @@
 """The models and LoRAs in ComfyUI's folders and in the Hugging Face cache, by the names that nodes show.
 
-A name is the kind of folder and the path in it; saved workflows carry it. Where two folders of a kind have the same name, the
-first keeps it, and the other's is followed by its folder.
+A name is the kind of folder and the path inside it. Saved workflows contain it. If two folders of a kind contain the same name,
+the first one keeps it, and the second name is followed by its folder.
 """
 
 import os
@@ -17,19 +17,19 @@ from ...parallel_backend.errors import RequestError
 MODEL_FOLDERS = ("CogVideo", "diffusers")
 FILES = "diffusion_models"
 LORA_FOLDERS = {"loras": "", "cogvideox_loras": "CogVideo/loras/"}
-"""ComfyUI's name of each folder, the second being the CogVideoX wrapper's, and what its files are shown with."""
+"""ComfyUI's name of each kind of folder, and the prefix of the names shown. The second kind is the CogVideoX wrapper's."""
 INSIDE = {"cogvideox_loras": "CogVideo/loras"}
-"""Where a kind is in ComfyUI's models folder, if not under its own name."""
+"""The path inside ComfyUI's models folder, for a kind whose folder is not named after it."""
 HUB = "huggingface"
 LEVELS = 3
-"""Folders within each other that are looked into for checkpoints, such as ``CogVideo/ORG/NAME``."""
+"""The depth to which folders are searched for checkpoints, such as ``CogVideo/ORG/NAME``."""
 
 
 def roots_of(kind: str) -> list[Path]:
-    """ComfyUI's folders for a kind of models.
+    """Returns ComfyUI's folders for a kind of model.
 
-    That in its own models folder is always one of them: of a kind that the core does not know, ComfyUI has only what
-    ``extra_model_paths.yaml`` names.
+    The one in ComfyUI's own models folder is always included: for a kind that the core does not know, ComfyUI has only the
+    folders of ``extra_model_paths.yaml``.
     """
     default = Path(folder_paths.models_dir) / INSIDE.get(kind, kind)
     try:
@@ -40,7 +40,7 @@ def roots_of(kind: str) -> list[Path]:
 
 
 def add(found: dict[str, Path], name: str, path: Path, root: Path) -> None:
-    """Adds what a folder has under a name; with the folder, where another folder's has the name. What is there by a link is not added."""
+    """Adds a path under a name, or under the name and its root if the name is taken. A link to the same path is skipped."""
     if name in found:
         if found[name].resolve() == path.resolve():
             return
@@ -49,7 +49,10 @@ def add(found: dict[str, Path], name: str, path: Path, root: Path) -> None:
 
 
 def folders_below(root: Path, levels: int = LEVELS) -> Iterator[Path]:
-    """Folders of checkpoints. It looks no further into one, nor deeper than so many levels: disks may be slow, and links go in circles."""
+    """Yields the checkpoint folders below a root.
+
+    It does not search inside a checkpoint or deeper than ``levels``: disks may be slow, and links may form loops.
+    """
     try:
         with os.scandir(root) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -63,7 +66,7 @@ def folders_below(root: Path, levels: int = LEVELS) -> Iterator[Path]:
 
 
 def model_folders() -> dict[str, Path]:
-    """The checkpoint folders that can be loaded, by the name shown; other models in the same folders are left out."""
+    """Returns the checkpoint folders that can be loaded, by the name shown. Other models in the same folders are left out."""
     found: dict[str, Path] = {}
     for kind in MODEL_FOLDERS:
         for root in roots_of(kind):
@@ -75,7 +78,7 @@ def model_folders() -> dict[str, Path]:
 
 
 def model_files() -> dict[str, Path]:
-    """The single files of CogVideoX transformers, by the name shown; other models in the same folders are left out."""
+    """Returns the single files of CogVideoX transformers, by the name shown. Other models in the same folders are left out."""
     found: dict[str, Path] = {}
     places = [("CogVideo", root, path.name) for root in roots_of("CogVideo") for path in sorted(root.glob("*.safetensors"))]
     places += [(FILES, root, name) for name in folder_paths.get_filename_list(FILES) for root in roots_of(FILES)]
@@ -86,12 +89,12 @@ def model_files() -> dict[str, Path]:
 
 
 def model_names() -> list[str]:
-    """The names of all models: those that come with the pack first, then folders, then files."""
+    """Returns the names of all models: first those that are part of the pack, then folders, then files."""
     return [*bundled.shipped(), *model_folders(), *model_files()]
 
 
 def find_model(name: str) -> Path:
-    """The folder or file of a name.
+    """Returns the folder or file of a model.
 
     Raises:
         RequestError: for a name that is not in the list.
@@ -108,7 +111,7 @@ def find_model(name: str) -> Path:
 
 
 def lora_files() -> dict[str, Path]:
-    """The LoRA files that can be loaded, by the name shown."""
+    """Returns the LoRA files that can be loaded, by the name shown."""
     found: dict[str, Path] = {}
     for kind, shown in LORA_FOLDERS.items():
         roots = roots_of(kind)
@@ -123,12 +126,14 @@ def lora_files() -> dict[str, Path]:
 
 
 def find_lora(name: str) -> Path:
-    """The file of a name.
+    """Returns the file of a LoRA.
 
     Raises:
         RequestError: for a name that is not in the list.
     """
     files = lora_files()
     if name not in files:
-        raise RequestError(f"there is no LoRA '{name}' in models/loras or models/CogVideo/loras; put its .safetensors there")
+        raise RequestError(
+            f"there is no LoRA '{name}' in models/loras or models/CogVideo/loras; put its .safetensors file there"
+        )
     return files[name]

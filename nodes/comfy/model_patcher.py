@@ -1,7 +1,7 @@
 """The weights that an executor holds, as one model in ComfyUI's memory management.
 
-ComfyUI frees memory by asking the models it knows. This object stands for the weights in the group's
-processes, or in this one: "unload models", and a core model that needs the room, make the executor let go.
+ComfyUI frees memory by unloading models that it knows. This object stands for the weights in the group's processes or in this
+one. The executor frees them on "Unload models", or if a model of the core needs the memory.
 """
 
 import logging
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 class CogVideoX:
-    """Named in ComfyUI's log."""
+    """The name that ComfyUI's log shows."""
 
 
 class HeldWeights:
-    """What ComfyUI's model management asks of a model patcher, and no more (ComfyUI 0.3.64 to 0.33).
+    """The part of a model patcher's interface that ComfyUI's model management uses (ComfyUI 0.3.64 to 0.33).
 
     Args:
-        executor: that holds the weights.
-        device: whose memory they count against.
+        executor: holds the weights.
+        device: the weights count against its memory.
     """
 
     parent = None
@@ -37,12 +37,12 @@ class HeldWeights:
         self.load_device = device
         self.offload_device = torch.device("cpu")
         self._wanted: dict[str, int] = {}
-        """Bytes of the part that the job at hand needs."""
+        """Bytes of the part that the current job needs."""
         self._loaded: dict[str, int] = {}
-        """Bytes of each part, transformer or vae, that is loaded."""
+        """Bytes of each loaded part, transformer or vae."""
 
     def expect(self, job: Job) -> None:
-        """Notes which part a job will load, so that room is made for it."""
+        """Records which part a job will load, so that ComfyUI frees memory for it."""
         checkpoint = Checkpoint.open(job.model.path)
         part = "transformer" if isinstance(job, SampleJob) else "vae"
         dtype = checkpoint.dtype(job.model.dtype, self.load_device)
@@ -54,7 +54,7 @@ class HeldWeights:
             self._loaded.pop(part, None)
 
     def recount(self) -> None:
-        """Counts no longer what has left the device: with offload after a job, or when a group had nothing to do for long."""
+        """Stops counting parts that have left the device: by offload after a job, or because an idle group freed them."""
         if not self._loaded:
             return
         try:
@@ -63,67 +63,67 @@ class HeldWeights:
             self.forget()
             return
         there = {} if said["state"] == "absent" else said.get("weights")
-        if there is not None:  # replicas have each its own
+        if there is not None:  # the status of replicas has no weights
             self._loaded = {part: size for part, size in self._loaded.items() if there.get(part, 0) > size / 2}
 
     def forget(self) -> None:
-        """Counts nothing: after a job that failed its part may not be loaded, and a group may be gone with all of them.
+        """Counts nothing as loaded: after a failed job its part may be missing, and a lost group holds nothing.
 
-        Counted too little only makes ComfyUI make room again; counted too much would keep it from doing so.
+        If too little is counted, ComfyUI only frees memory again. If too much is counted, ComfyUI does not free what is needed.
         """
         self._wanted, self._loaded = {}, {}
 
     def model_size(self) -> int:
-        """Bytes once the job at hand is loaded."""
+        """Returns the bytes in use once the current job's part is loaded."""
         return sum({**self._loaded, **self._wanted}.values())
 
     def loaded_size(self) -> int:
-        """Bytes that are loaded."""
+        """Returns the bytes in use now."""
         return sum(self._loaded.values())
 
     def current_loaded_device(self) -> torch.device:
-        """Where the weights are."""
+        """Returns the device of the weights."""
         return self.load_device if self._loaded else self.offload_device
 
     def partially_load(self, device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Marks the wanted part as loaded; the executor reads it when the job runs."""
+        """Marks the wanted part as loaded. The executor reads it when the job runs."""
         self._loaded |= self._wanted
         return self.loaded_size()
 
     def partially_unload(self, device, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        """Lets go of everything: weights in other processes are kept whole or not at all."""
+        """Frees everything: weights in other processes cannot be freed in part."""
         freed = self.loaded_size()
         self.detach()
         return freed
 
     def detach(self, unpatch_all: bool = True) -> CogVideoX:
-        """Lets go of the weights, unless ComfyUI only sorts its list anew."""
+        """Frees the weights, unless ComfyUI only reorders its list of models."""
         if unpatch_all:
             self.forget()
             try:
                 self.executor.free()
-            except (GroupFailure, OSError, EOFError) as error:  # a lost group holds nothing; ComfyUI must not trip over it
-                logger.warning("the group is gone, and its memory with it: %s", error)
+            except (GroupFailure, OSError, EOFError) as error:  # a lost group holds nothing, and ComfyUI must go on
+                logger.warning("the group is lost, so its memory is free: %s", error)
         return self.model
 
     def is_dynamic(self) -> bool:
-        """No part of it is loaded on demand."""
+        """Returns False: no part is loaded on demand."""
         return False
 
     def is_clone(self, other) -> bool:
-        """It has no clones."""
+        """Returns whether it is the same object: there are no clones."""
         return other is self
 
     def model_dtype(self) -> None:
-        """Nothing that ComfyUI could cast."""
+        """Returns None: there is no model for ComfyUI to cast."""
 
     def model_patches_models(self) -> list:
-        """It brings no other models."""
+        """Returns an empty list: no patch brings a model."""
         return []
 
     def model_patches_to(self, device) -> None:
-        """It has no patches."""
+        """Does nothing: there are no patches."""
 
     def lowvram_patch_counter(self) -> int:
-        """It has no patches."""
+        """Returns 0: there are no patches."""
         return 0

@@ -1,4 +1,4 @@
-"""The pack's own sockets and what they carry."""
+"""The pack's own sockets and their values."""
 
 from dataclasses import dataclass
 
@@ -16,17 +16,17 @@ BackendSocket = io.Custom("XDIT_BACKEND")
 
 @dataclass(frozen=True)
 class ModelHandle:
-    """What a model socket carries."""
+    """The value of a model socket."""
 
     model: Model
     checkpoint: Checkpoint
     windows: Windows | None = None
-    """How the sampler cuts a long video; None where it does not."""
+    """How the sampler splits a long video; None samples all frames at once."""
 
 
 @dataclass(frozen=True)
 class BackendHandle:
-    """What a backend socket carries: the user's devices and plan strings."""
+    """The value of a backend socket: the user's devices and plan strings."""
 
     devices: str
     plan: str

@@ -1,4 +1,4 @@
-"""The object under the core's ``VAE``."""
+"""The ``VAE`` of Load CogVideoX: the checkpoint's VAE behind the core's interface."""
 
 import logging
 from typing import Any
@@ -16,10 +16,10 @@ from .handle import Handle, Placement
 
 
 class VaeHandle(Handle):
-    """The checkpoint's VAE, answering what core nodes ask of a ``VAE``. Works in this process.
+    """The checkpoint's VAE with the interface of the core's ``VAE``. It runs in this process.
 
     Args:
-        model: the description that also the transformer has.
+        model: the same description as the transformer's.
     """
 
     kind, loader = "VAE", "VAELoader"
@@ -33,25 +33,31 @@ class VaeHandle(Handle):
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint that the VAE is of."""
+        """The checkpoint that contains the VAE."""
         return Checkpoint.open(self.model.path)
 
     def decode(self, samples: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
-        """Latent to ``[batch, frames, height, width, 3]`` in 0..1; in tiles where the whole would not fit."""
+        """Decodes a latent to ``[batch, frames, height, width, 3]`` in 0..1, in tiles if the whole does not fit in memory."""
         return self._run(DecodeJob(self.model, checked_latent(samples, "samples")))
 
     def decode_tiled(self, samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None) -> torch.Tensor:
-        """As :meth:`decode`, in tiles; sizes in latent units. Frames are never cut: they are decoded a few at a time."""
+        """Decodes like :meth:`decode`, in tiles. Sizes are in latent units.
+
+        ``tile_t`` and ``overlap_t`` have no effect: frames are always decoded a few at a time.
+        """
         tile = SPATIAL * (tile_x or 32)
         overlap = min(SPATIAL * (8 if overlap is None else overlap), tile // 2)
         return self._run(DecodeJob(self.model, checked_latent(samples, "samples"), "on", tile, overlap))
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
-        """``[frames, height, width, 3]``, or a batch of these, to a latent, cropped to what the VAE takes."""
+        """Encodes ``[frames, height, width, 3]``, or a batch of these, to a latent.
+
+        The video is cropped to a size that the VAE takes; see :func:`fitting`.
+        """
         return self._encode(pixel_samples)
 
     def encode_tiled(self, pixel_samples, tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None):
-        """As :meth:`encode`, in tiles; sizes in pixels."""
+        """Encodes like :meth:`encode`, in tiles. Sizes are in pixels. ``tile_t`` and ``overlap_t`` have no effect."""
         tile = tile_x or 256
         return self._encode(pixel_samples, tiling="on", tile=tile, overlap=min(64 if overlap is None else overlap, tile // 2))
 
@@ -64,23 +70,27 @@ class VaeHandle(Handle):
         return runtime.run(job, device=self.device).tensor
 
     def spacial_compression_decode(self) -> int:
-        """Pixels of one latent column."""
+        """Returns the pixels per latent column."""
         return SPATIAL
 
     def spacial_compression_encode(self) -> int:
-        """Pixels of one latent column."""
+        """Returns the pixels per latent column."""
         return SPATIAL
 
     def temporal_compression_decode(self) -> int:
-        """Frames of one latent frame."""
+        """Returns the frames per latent frame."""
         return TEMPORAL
 
     def throw_exception_if_invalid(self) -> None:
-        """Nothing to say: the checkpoint was checked when it was loaded."""
+        """Does nothing: the checkpoint was checked when it was opened."""
 
 
 def fitting(pixels: torch.Tensor) -> torch.Tensor:
-    """The middle of a video whose size is a multiple of 16, and its first 4k+1 frames; says so when it crops."""
+    """Crops a video at its centre to sides that are multiples of 16, and to its first 4k+1 frames. Warns if it crops.
+
+    Raises:
+        RequestError: for a video smaller than 16x16.
+    """
     frames, height, width = pixels.shape[0], pixels.shape[1], pixels.shape[2]
     if min(height, width) < 16:
         raise RequestError(f"the video is {width}x{height}; it must be at least 16x16")

@@ -100,7 +100,7 @@ REFUSED = {
     "CLIPMergeSubtract": "'get_key_patches'",
     "CLIPSave": "'load_model'",
     "CLIPSetLastLayer": "stop_at_clip_layer is -2; CogVideoX was trained on the text encoder's last layer: use -1",
-    "CLIPTextEncodeHiDream": "a text encoder 'l', and CogVideoX has T5-XXL alone; use CLIP Text Encode (Prompt)",
+    "CLIPTextEncodeHiDream": "a text encoder 'l', but CogVideoX has only T5-XXL; use CLIP Text Encode (Prompt)",
     "CLIPTextEncodeHunyuanDiT": "a text encoder 'mt5xl'",
     "CLIPTextEncodeKandinsky5": "a text encoder 'qwen25_7b'",
     "CLIPTextEncodeSDXL": "a text encoder 'l'",
