@@ -1,10 +1,10 @@
-"""ComfyUI's door to the pack. Nothing slow is imported before a node runs."""
+"""ComfyUI's entry point of the pack. Nothing slow is imported before a node runs."""
 
 WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():
-    """The pack's extension, as ComfyUI asks for it."""
+    """Returns the pack's extension. ComfyUI looks for this name."""
     from .nodes import CogVideoXExtension
 
     return CogVideoXExtension()

@@ -1,4 +1,4 @@
-"""What a person sees in ComfyUI. Thin: no tensor arithmetic, no sockets, no processes."""
+"""The pack's nodes. They are thin: inputs become a job, and :mod:`.comfy.runtime` runs it."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -32,8 +32,6 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class CogVideoXExtension(ComfyExtension):
-    """The pack."""
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """The pack's nodes, in the order of their menu."""
+        """Returns the pack's nodes in the order of the menu."""
         return NODES

@@ -1,4 +1,4 @@
-"""xDiT Backend."""
+"""The node xDiT Backend."""
 
 from comfy_api.latest import io
 
@@ -11,13 +11,13 @@ from .comfy.types import CATEGORY, BackendHandle, BackendSocket
 
 
 def advanced(widget: io.WidgetInput) -> io.WidgetInput:
-    """The widget among those that a node shows on demand. The argument of that name is younger than the oldest ComfyUI that will do."""
+    """Hides a widget among the node's advanced ones. The oldest supported ComfyUI lacks the argument ``advanced``."""
     widget.extra_dict["advanced"] = True
     return widget
 
 
 class XDiTBackend(CogVideoXNode):
-    """Which devices work together, and how each step is split over them."""
+    """Sets which devices work together and how each step is split over them."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,23 +25,24 @@ class XDiTBackend(CogVideoXNode):
             node_id="XDiTBackend",
             display_name="xDiT Backend",
             category=CATEGORY,
-            description="A group of processes, one per GPU, that is started once and stays warm. "
-            "Where none can start, the work is done in this process and the node says so.",
+            description="Splits each step over several GPUs. A group of processes, one per GPU, starts once and stays warm. "
+            "If none can start, the work is done in ComfyUI's own process and the node says so.",
             inputs=[
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="auto: every GPU. Or GPU numbers such as 0,1; or cpu:2 for two processes on the CPU.",
+                    tooltip="auto: every GPU. Or GPU numbers such as 0,1; or cpu:2 for two processes on the CPU. More GPUs "
+                    "make steps faster. The memory per GPU stays about the same, except with tensorN or fsdpN in the plan.",
                 ),
                 io.String.Input(
                     "plan",
                     default=AUTO,
-                    tooltip="auto (the fastest, on fewer devices where more would be slower), single, or degrees that multiply to the number "
-                    "of devices: cfg2 (both halves of "
-                    "guidance), ulyssesN (must divide the model's heads), ringN; such as cfg2-ulysses2. For a model that does "
-                    "not fit on each GPU: tensorN, or fsdpN, which multiplies nothing: cfg2-fsdp2 is two GPUs. "
-                    "For a batch: replicasN, N groups that share its videos; such as replicas2-cfg2. For slow links: pipefusionN, "
-                    "which makes another video, near the same; such as cfg2-pipefusion2.",
+                    tooltip="How each step is split. auto: the plan that is predicted to be fastest, on fewer devices if "
+                    "more would be slower. single: one device. Or degrees that multiply to the number of devices, such as "
+                    "cfg2-ulysses2: cfg2 splits the two halves of guidance, ulyssesN the heads (N must divide them), ringN "
+                    "the tokens. For less memory per GPU: tensorN, or fsdpN, which does not multiply (cfg2-fsdp2 is two "
+                    "GPUs). For a batch: replicasN, N groups that share its videos (replicas2-cfg2 is four GPUs). For slow "
+                    "links: pipefusionN, which changes the video slightly. All other plans make the same video.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -50,8 +51,9 @@ class XDiTBackend(CogVideoXNode):
                         min=1,
                         max=1000,
                         optional=True,
-                        tooltip="With pipefusionN in the plan: so many steps are exact at first, as slow as on one GPU. The others use "
-                        "what other GPUs have made in the step before.",
+                        tooltip="Only with pipefusionN in the plan: the number of first steps that are exact, and as slow as "
+                        "on one GPU. Later steps are faster, but use some data of the previous step. More exact steps bring "
+                        "the video closer to that of other plans.",
                     )
                 ),
             ],
@@ -60,7 +62,7 @@ class XDiTBackend(CogVideoXNode):
 
     @classmethod
     def validate_inputs(cls, devices: str, plan: str):
-        """Refuses what can be refused before anything runs."""
+        """Refuses a wrong plan and devices that do not exist before the workflow runs."""
         try:
             if devices is not None:
                 runtime.devices_exist(devices)
@@ -72,5 +74,5 @@ class XDiTBackend(CogVideoXNode):
 
     @classmethod
     def execute(cls, devices: str, plan: str, pipefusion_warmup: int = SampleJob.pipefusion_warmup) -> io.NodeOutput:
-        """Hands the words on; sampler and decoder start the group."""
+        """Passes the settings on. The sampler or the decoder starts the group."""
         return io.NodeOutput(BackendHandle(devices, plan, pipefusion_warmup))

@@ -1,4 +1,4 @@
-"""What all nodes of the pack have in common: their inputs are checked before they run."""
+"""The base class of the pack's nodes. It checks their inputs before they run."""
 
 import inspect
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from .inputs import checked
 
 
 class CogVideoXNode(io.ComfyNode):
-    """A node whose inputs are checked and converted as its schema declares them, whether ComfyUI or a script calls it."""
+    """A node that checks and converts its inputs as its schema declares, whether ComfyUI or a script calls it."""
 
     hidden = SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)
-    """For scripts; ComfyUI sets its own."""
+    """Used if a script calls the node. ComfyUI sets its own values."""
 
     own_checks: frozenset[str] = frozenset()
     """Inputs that the node checks itself."""
@@ -24,14 +24,14 @@ class CogVideoXNode(io.ComfyNode):
         super().__init_subclass__(**options)
         for name in ("execute", "check_lazy_status"):
             method = cls.__dict__.get(name)
-            if method and not hasattr(method.__func__, "__wrapped__"):  # ComfyUI clones the class for each call
+            if method and not hasattr(method.__func__, "__wrapped__"):  # ComfyUI's clone of a class has the checks already
                 setattr(cls, name, classmethod(with_checks(method.__func__)))
 
 
 def with_checks(method: Callable) -> Callable:
-    """Returns a node's method with its inputs checked first.
+    """Returns a node's method that checks its inputs first.
 
-    None stays None: it is an optional input without a link or, in ``check_lazy_status``, one that is not there yet.
+    For an optional input None means the default. In ``check_lazy_status`` it means an input that is not computed yet.
     """
     signature = inspect.signature(method)
     lazy = method.__name__ == "check_lazy_status"
@@ -45,7 +45,7 @@ def with_checks(method: Callable) -> Callable:
             if declared.id not in given or declared.id in cls.own_checks:
                 continue
             if value is None and declared.optional:
-                del given[declared.id]  # the default holds
+                del given[declared.id]  # use the default
             elif value is not None or not lazy:
                 given[declared.id] = checked(value, declared)
         return method(*bound.args, **bound.kwargs)

@@ -1,4 +1,4 @@
-"""Latents to start from, and the core's conditioning as this pack's text states and conditions."""
+"""Empty latents, and the core's conditioning as the text states and conditions of a job."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,34 +13,42 @@ from .base import CogVideoXNode
 from .comfy.types import CATEGORY
 
 CONCAT, CONCAT_MASK = "concat_latent_image", "concat_mask"
-"""The core's own names in a conditioning for a latent that is concatenated to the noise, and for where it is made anew."""
+"""The core's keys in a conditioning for a latent that is concatenated to the noise, and for the mask of what is replaced."""
 IMAGE_SCALE, CONTROL = "cogvideox_image_scale", "cogvideox_control"
-"""This pack's: a name of ``jobs.IMAGE_SCALES``, and the fields of a job that a control video sets."""
+"""This pack's keys for a name of ``jobs.IMAGE_SCALES``, and for the fields of a job that a control video sets."""
 START, END = "start_percent", "end_percent"
-"""The core's: the shares of the steps between which a prompt holds."""
+"""The core's keys for the range of steps of a prompt, as shares of all steps."""
 USED = {"pooled_output", CONCAT, CONCAT_MASK, IMAGE_SCALE, CONTROL, START, END}
-"""All that the sampler reads; T5 has no pooled output."""
+"""Keys without a warning: all that the sampler reads, and the pooled output, which T5 does not have."""
 
 
 def size_inputs() -> list:
-    """Width, height, length and batch size of a video."""
+    """Returns inputs for the width, height, length and batch size of a video."""
+    larger = "in pixels, a multiple of 16. Larger videos take more time and memory."
     return [
-        io.Int.Input("width", default=720, min=16, max=4096, step=16, tooltip="A multiple of 16."),
-        io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="A multiple of 16."),
+        io.Int.Input("width", default=720, min=16, max=4096, step=16, tooltip=f"Width of the video {larger}"),
+        io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip=f"Height of the video {larger}"),
         io.Int.Input(
             "length",
             default=49,
             min=1,
             max=1025,
             step=4,
-            tooltip="Frames, 4k+1. CogVideoX 1.0 was trained with 49 (8 fps), 1.5 with 81 or 161 (16 fps).",
+            tooltip="Frames of the video, 4k+1. CogVideoX 1.0 was trained with 49 (8 fps), 1.5 with 81 or 161 (16 fps). More "
+            "frames take more time and memory.",
         ),
-        io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos at once."),
+        io.Int.Input(
+            "batch_size",
+            default=1,
+            min=1,
+            max=64,
+            tooltip="Number of videos that are made together. Time and memory grow with it; replicasN in the plan shares them.",
+        ),
     ]
 
 
 class EmptyCogVideoXLatent(CogVideoXNode):
-    """A latent of zeros: its size is the video's."""
+    """Makes a latent of zeros, which sets the size of a video."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -48,24 +56,23 @@ class EmptyCogVideoXLatent(CogVideoXNode):
             node_id="XDiTEmptyCogVideoXLatent",
             display_name="Empty CogVideoX Latent",
             category=CATEGORY,
-            description="An empty latent for text to video.",
+            description="Sets the size of a video that is made from text alone.",
             inputs=size_inputs(),
             outputs=[io.Latent.Output(display_name="latent")],
         )
 
     @classmethod
     def execute(cls, width: int, height: int, length: int, batch_size: int) -> io.NodeOutput:
-        """Makes the zeros."""
         return io.NodeOutput({"samples": empty_latent(width=width, height=height, frames=length, batch=batch_size)})
 
 
 def with_values(positive, negative, values: dict) -> tuple:
-    """Both prompts with values of a conditioning."""
+    """Adds values to the conditioning of both prompts."""
     return tuple(node_helpers.conditioning_set_values(prompt, values) for prompt in (positive, negative))
 
 
 def conditions_of(conditioning, name: str, say: Callable[[str], None]) -> dict:
-    """The conditions that a conditioning carries, as fields of a sampling job; see :func:`text_fields`."""
+    """Returns the images and videos of a conditioning as fields of a sampling job; see :func:`text_fields`."""
     carried = [options for _, options in conditioning if CONCAT in options or CONTROL in options]
     if not carried:
         return {}
@@ -81,16 +88,16 @@ def conditions_of(conditioning, name: str, say: Callable[[str], None]) -> dict:
 
 
 def text_fields(conditioning, name: str, *, limit: int, say: Callable[[str], None]) -> dict:
-    """The text states of a conditioning as fields of a sampling job: one prompt, or several in turn.
+    """Returns the text states of a conditioning as fields of a sampling job: one prompt, or several in turn.
 
     Args:
-        conditioning: the core's, ``[[states, options], …]``; options may have the range of steps of Conditioning Set Timestep
-            Range.
+        conditioning: the core's, ``[[states, options], …]``. The options may contain the steps' range of a prompt, as set by
+            Conditioning Set Timestep Range.
         name: of the input and of the field.
-        limit: tokens the model takes.
-        say: called with a line for each thing that is not used.
+        limit: number of tokens that the model takes.
+        say: called with a warning for everything that is not used.
     Raises:
-        RequestError: for prompts that do not go together.
+        RequestError: for prompts of different shapes.
     """
     turns, lines = turns_of([(options.get(START, 0.0), options.get(END, 1.0)) for _, options in conditioning])
     for line in lines:
@@ -106,17 +113,20 @@ def text_fields(conditioning, name: str, *, limit: int, say: Callable[[str], Non
         return {name: prompts[0]}
     if len({prompt.shape[1:] for prompt in prompts}) > 1 or len({len(prompt) for prompt in prompts} - {1}) > 1:
         shapes = ", ".join(str(tuple(prompt.shape)) for prompt in prompts)
-        raise RequestError(f"the prompts of {name} are {shapes}; they must be alike: encode all of them with the model's CLIP")
+        raise RequestError(
+            f"the prompts of {name} have shapes {shapes}; they must be equal: encode all of them with the model's CLIP"
+        )
     return {name: torch.stack(torch.broadcast_tensors(*prompts), dim=1), f"{name}_starts": tuple(turns)}
 
 
 def turns_of(ranges: list[tuple[float, float]]) -> tuple[dict[float, int], list[str]]:
-    """Which prompt is used when, one at a time.
+    """Decides which prompt each part of the steps uses.
 
     Args:
-        ranges: of each prompt, the shares of the steps at which it begins and ends.
+        ranges: start and end of each prompt, as shares of the steps.
     Returns:
-        By the share of the steps at which it begins, each prompt's number; and what differs from the ranges, in lines.
+        The number of the prompt, by the share of the steps at which it starts; and a warning for each deviation from the
+        ranges.
     """
     edges = sorted({0.0, *(edge for both in ranges for edge in both if 0 < edge < 1)})
     spans = list(pairwise((*edges, 1.0)))
@@ -131,16 +141,18 @@ def turns_of(ranges: list[tuple[float, float]]) -> tuple[dict[float, int], list[
             turns[start] = number
     lines = []
     if several := [span for span, numbers in zip(spans, holding) if len(numbers) > 1]:
-        lines.append(f"several prompts hold for {shown(several)} of the steps; the first of them is used")
+        lines.append(f"several prompts are set for {shown(several)} of the steps; the first of them is used")
     if none := [span for span, numbers in zip(spans, holding) if not numbers]:
-        lines.append(f"no prompt holds for {shown(none)} of the steps; the one before goes on, or the first begins sooner")
+        lines.append(
+            f"no prompt is set for {shown(none)} of the steps; the previous one continues, or the first one starts earlier"
+        )
     if unused := sorted(set(range(len(ranges))) - set(turns.values())):
         lines.append(f"prompt {', '.join(str(number + 1) for number in unused)} of {len(ranges)} is not used")
     return turns, lines
 
 
 def shown(spans: list[tuple[float, float]]) -> str:
-    """Spans in percent, joined where one begins at the other's end."""
+    """Returns spans as text in percent. Adjacent spans are joined."""
     joined: list[list[float]] = []
     for start, end in spans:
         if joined and joined[-1][1] == start:

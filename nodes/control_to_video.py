@@ -1,4 +1,4 @@
-"""CogVideoX Control To Video."""
+"""The node CogVideoX Control To Video."""
 
 from comfy_api.latest import io
 
@@ -6,11 +6,11 @@ from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode
 from .comfy.types import CATEGORY
 from .conditioning import CONTROL, with_values
-from .videos import COVERED, conditioned_inputs, conditioned_outputs, fit_video
+from .videos import FITTED, conditioned_inputs, conditioned_outputs, fit_video
 
 
 class CogVideoXControlToVideo(CogVideoXNode):
-    """A control video into the conditioning, and an empty latent of its size."""
+    """Adds a control video to the conditioning and returns an empty latent of the video's size."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -23,10 +23,24 @@ class CogVideoXControlToVideo(CogVideoXNode):
             "CogVideoX-Fun-V1.1-5b-Control or CogVideoX-Fun-V1.1-5b-Pose.",
             inputs=[
                 *conditioned_inputs(),
-                io.Image.Input("control_video", tooltip=f"Its first frames are used, as many as length. {COVERED}"),
-                io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="1 is as trained; 0 is none."),
-                io.Float.Input("start_percent", default=0.0, tooltip="Share of the steps without control at first.", **share),
-                io.Float.Input("end_percent", default=1.0, tooltip="Share of the steps after which there is none.", **share),
+                io.Image.Input("control_video", tooltip=f"The poses, edges or depth that the video follows. {FITTED}"),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How strongly the video follows the control video: 1 is as trained, 0 is no control.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, tooltip="Share of the steps after which control starts. 0: at once.", **share
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    tooltip="Share of the steps after which control ends. With 0.5 the prompt alone decides the details.",
+                    **share,
+                ),
             ],
             outputs=conditioned_outputs(),
             hidden=[io.Hidden.unique_id],

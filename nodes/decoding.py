@@ -1,4 +1,4 @@
-"""CogVideoX VAE Decode."""
+"""The node CogVideoX VAE Decode."""
 
 from comfy_api.latest import io
 
@@ -7,12 +7,12 @@ from ..parallel_backend.jobs import TILINGS, DecodeJob
 from ..parallel_backend.validation import check_latent
 from .base import CogVideoXNode
 from .comfy import runtime
-from .comfy.types import CATEGORY, BackendSocket
+from .comfy.types import BACKEND, CATEGORY, BackendSocket
 from .comfy.vae import VaeHandle
 
 
 class CogVideoXDecode(CogVideoXNode):
-    """Latent to frames, exactly as many as were asked for."""
+    """Decodes a latent to exactly the requested number of frames."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -20,7 +20,7 @@ class CogVideoXDecode(CogVideoXNode):
             node_id="XDiTCogVideoXVAEDecode",
             display_name="CogVideoX VAE Decode",
             category=CATEGORY,
-            description="Decodes a latent, whole where it fits in memory and in blended tiles where it does not.",
+            description="Decodes a latent to frames: as a whole if it fits in memory, otherwise in blended tiles.",
             inputs=[
                 io.Latent.Input("samples"),
                 io.Vae.Input("vae"),
@@ -28,11 +28,25 @@ class CogVideoXDecode(CogVideoXNode):
                     "tiling",
                     options=list(TILINGS),
                     default="auto",
-                    tooltip="auto: in tiles only where the whole would not fit.",
+                    tooltip="Tiles need less memory and more time. auto: only if the whole does not fit in free memory.",
                 ),
-                io.Int.Input("tile_size", default=256, min=64, max=4096, step=32, tooltip="Edge of a tile in pixels."),
-                io.Int.Input("overlap", default=64, min=0, max=1024, step=8, tooltip="Pixels that tiles share and blend."),
-                BackendSocket.Input("backend", optional=True, tooltip="Without it the work is done in this process."),
+                io.Int.Input(
+                    "tile_size",
+                    default=256,
+                    min=64,
+                    max=4096,
+                    step=32,
+                    tooltip="Edge of a tile in pixels. Smaller tiles need less memory and more time.",
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=64,
+                    min=0,
+                    max=1024,
+                    step=8,
+                    tooltip="Pixels that neighbouring tiles share and blend. More takes more time and hides seams better.",
+                ),
+                BackendSocket.Input("backend", optional=True, tooltip=BACKEND),
             ],
             outputs=[io.Image.Output(display_name="images")],
             hidden=[io.Hidden.unique_id],
@@ -40,7 +54,7 @@ class CogVideoXDecode(CogVideoXNode):
 
     @classmethod
     def execute(cls, samples, vae, tiling, tile_size, overlap, backend=None) -> io.NodeOutput:
-        """Decodes with the checkpoint's VAE, or with a core VAE in its own way."""
+        """Decodes with the checkpoint's VAE, or calls a core VAE."""
         latent = samples["samples"]
         check_latent(latent)
         if not isinstance(vae, VaeHandle):
@@ -49,13 +63,20 @@ class CogVideoXDecode(CogVideoXNode):
         node_id = cls.hidden.unique_id
         videos = runtime.run(job, backend, node_id, vae.device).tensor
         if len(videos) > 1:
-            line = f"{len(videos)} videos of {videos.shape[1]} frames follow one another"
-            runtime.say(f"{line}: set videos of Save Video (MP4) to {len(videos)} for a file each", node_id)
+            line = f"{len(videos)} videos of {videos.shape[1]} frames, one after the other"
+            runtime.say(f"{line}: set videos of Save Video (MP4) to {len(videos)} to get one file for each", node_id)
         return io.NodeOutput(videos.flatten(0, 1))
 
 
 def decode_with_core(vae, latent, tiling: str, tile: int, overlap: int):
-    """Frames ``[batch * frames, height, width, 3]`` from a VAE of the core's loaders."""
+    """Decodes to frames ``[batch * frames, height, width, 3]`` with a VAE of the core's loaders.
+
+    Args:
+        vae: the core's VAE.
+        latent: ``[batch, channels, latent frames, height/8, width/8]``.
+        tiling: tiles only if it is ``on``; otherwise the core decides.
+        tile, overlap: in pixels.
+    """
     if tiling == "on":
         video = vae.decode_tiled(latent, tile_x=tile // SPATIAL, tile_y=tile // SPATIAL, overlap=overlap // SPATIAL)
     else:

@@ -1,4 +1,4 @@
-"""CogVideoX Image To Video."""
+"""The node CogVideoX Image To Video."""
 
 import logging
 
@@ -16,7 +16,7 @@ from .videos import COVERED, conditioned_inputs, conditioned_outputs, inpaint_va
 
 
 class CogVideoXImageToVideo(CogVideoXNode):
-    """A start image, an end image, or both into the conditioning, and an empty latent of the video's size."""
+    """Adds a start image, an end image or both to the conditioning and returns an empty latent of the video's size."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -31,21 +31,22 @@ class CogVideoXImageToVideo(CogVideoXNode):
                 io.Image.Input(
                     "start_image",
                     optional=True,
-                    tooltip=f"The video's first frame. {COVERED} Of several images an image-to-video model gets the first; "
-                    "for an inpaint model they are the first frames.",
+                    tooltip=f"The video's first frame. {COVERED} If there are several images, an image-to-video model gets the "
+                    "first one, and an inpaint model gets all of them as its first frames.",
                 ),
                 io.Image.Input(
                     "end_image",
                     optional=True,
-                    tooltip=f"The video's last frame, or several; for inpaint models alone. {COVERED}",
+                    tooltip=f"The video's last frame, or several. For inpaint models only. {COVERED}",
                 ),
                 io.Combo.Input(
                     "image_scale",
                     options=list(IMAGE_SCALES),
                     default="auto",
                     optional=True,
-                    tooltip="What an image-to-video model's start image is multiplied by. auto: as the checkpoint says. "
-                    "Others, for CogVideoX1.5-5B-I2V: inverse (diffusers), raw (the wrapper), scaled (ComfyUI).",
+                    tooltip="The factor for the latent of an image-to-video model's start image. auto follows the "
+                    "checkpoint. If videos of CogVideoX1.5-5B-I2V are dim or blurred, try another one: inverse (diffusers), "
+                    "raw (the CogVideoX wrapper), scaled (ComfyUI).",
                 ),
             ],
             outputs=conditioned_outputs(),
@@ -68,7 +69,7 @@ class CogVideoXImageToVideo(CogVideoXNode):
     ) -> io.NodeOutput:
         """Encodes the images once, for both prompts and every video of the batch.
 
-        The checkpoint of the VAE says for which kind of model; a core VAE has none, and then an end image does.
+        The VAE's checkpoint determines the kind of model. A core VAE has none: then an end image means an inpaint model.
         """
         latent = {"samples": empty_latent(width=width, height=height, frames=length, batch=batch_size)}
         if start_image is None and end_image is None:

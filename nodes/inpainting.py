@@ -1,4 +1,4 @@
-"""CogVideoX Inpaint."""
+"""The node CogVideoX Inpaint."""
 
 from comfy_api.latest import io
 
@@ -7,11 +7,11 @@ from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode
 from .comfy.types import CATEGORY
 from .conditioning import with_values
-from .videos import COVERED, conditioned_inputs, conditioned_outputs, fit_video, inpaint_values
+from .videos import FITTED, conditioned_inputs, conditioned_outputs, fit_video, inpaint_values
 
 
 class CogVideoXInpaint(CogVideoXNode):
-    """A video and what of it is to be made anew into the conditioning, and an empty latent of its size."""
+    """Adds a video and a mask of what to replace to the conditioning and returns an empty latent of the video's size."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,12 +19,12 @@ class CogVideoXInpaint(CogVideoXNode):
             node_id="XDiTCogVideoXInpaint",
             display_name="CogVideoX Inpaint",
             category=CATEGORY,
-            description="Encodes a video without what the mask covers, for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP "
-            "or CogVideoX-Fun-V1.5-5b-InP, which makes that anew.",
+            description="Encodes a video without the masked part, for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP or "
+            "CogVideoX-Fun-V1.5-5b-InP, which replaces that part.",
             inputs=[
                 *conditioned_inputs(),
-                io.Image.Input("video", tooltip=f"Its first frames are used, as many as length. {COVERED}"),
-                io.Mask.Input("mask", tooltip="White is made anew. One for every frame, or one for all."),
+                io.Image.Input("video", tooltip=f"The video to change. {FITTED}"),
+                io.Mask.Input("mask", tooltip="White is replaced, black is kept. One mask for every frame, or one for all."),
             ],
             outputs=conditioned_outputs(),
             hidden=[io.Hidden.unique_id],

@@ -1,4 +1,4 @@
-"""Checks of what other nodes and scripts pass to a node's inputs."""
+"""Checks of the values that other nodes and scripts pass to a node's inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,13 @@ from .comfy.types import BackendHandle, BackendSocket, ModelHandle, ModelSocket
 
 
 def checked(value: Any, declared: io.Input) -> Any:
-    """Returns a value as its input takes it: what has an obvious meaning is converted.
+    """Checks a value against its input, and converts it if its meaning is clear.
 
     Args:
-        value: what was passed.
-        declared: the input of the node's schema.
+        value: as it was passed.
+        declared: the input in the node's schema.
+    Returns:
+        The value for the node.
     Raises:
         RequestError: naming the input, what was given and what is allowed.
     """
@@ -26,11 +28,11 @@ def checked(value: Any, declared: io.Input) -> Any:
 
 
 def number(value: Any, declared: io.Input) -> int | float:
-    """A number within the input's limits. Text of a number, and a tensor or array of one number, are taken as well."""
+    """Checks a number against the input's limits. Also accepts a number as text, and a tensor or array with one element."""
     try:
         value = value.item() if hasattr(value, "item") else value
         whole = isinstance(value, int) or isinstance(value, str) and value.strip().isdigit()
-        found = int(value) if whole else float(value)  # which does not hold a seed of 64 bits
+        found = int(value) if whole else float(value)  # a float would round a seed of 64 bits
     except (TypeError, ValueError, RuntimeError):
         raise RequestError(f"{declared.id} is {shown(value)}; it must be a number") from None
     between(declared.id, found, declared.min, declared.max)
@@ -38,7 +40,7 @@ def number(value: Any, declared: io.Input) -> int | float:
 
 
 def whole_number(value: Any, declared: io.Input) -> int:
-    """A whole number within the input's limits. A float without a fraction is taken as well."""
+    """Checks a whole number against the input's limits. Also accepts a float without a fraction."""
     found = number(value, declared)
     if found != int(found):
         raise RequestError(f"{declared.id} is {found}; it must be a whole number, such as {round(found)}")
@@ -46,28 +48,28 @@ def whole_number(value: Any, declared: io.Input) -> int:
 
 
 def text(value: Any, declared: io.Input) -> str:
-    """Text, or a number as text."""
+    """Checks text. Also accepts a number."""
     if isinstance(value, str | int | float):
         return str(value)
     raise RequestError(f"{declared.id} is {shown(value)}; it must be text")
 
 
 def switch(value: Any, declared: io.Input) -> bool:
-    """True or False, or 1 or 0."""
+    """Checks True or False. Also accepts 1 and 0."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     raise RequestError(f"{declared.id} is {shown(value)}; it must be True or False")
 
 
 def latent(value: Any, declared: io.Input) -> dict:
-    """The core's latent."""
+    """Checks the core's latent."""
     if not isinstance(value, dict) or "samples" not in value:
-        raise RequestError(f"{declared.id} is {shown(value)}; connect a latent, such as Empty CogVideoX Latent makes")
+        raise RequestError(f"{declared.id} is {shown(value)}; connect a latent, such as that of Empty CogVideoX Latent")
     return {**value, "samples": checked_latent(value["samples"], declared.id)}
 
 
 def conditioning(value: Any, declared: io.Input) -> list:
-    """The core's conditioning; the CogVideoX wrapper's has the same socket name."""
+    """Checks the core's conditioning. Refuses the CogVideoX wrapper's, which has the same socket name."""
     name = declared.id
     if isinstance(value, torch.Tensor):
         raise RequestError(
@@ -84,7 +86,7 @@ def conditioning(value: Any, declared: io.Input) -> list:
 
 
 def is_entry(entry: Any) -> bool:
-    """Whether it is text states and a dictionary of options."""
+    """Returns whether it is a pair of text states and a dictionary of options."""
     return (
         isinstance(entry, list | tuple)
         and len(entry) == 2
@@ -94,14 +96,14 @@ def is_entry(entry: Any) -> bool:
 
 
 def checked_vae(value: Any, declared: io.Input) -> Any:
-    """This pack's or the core's VAE; the CogVideoX wrapper's has the same socket name."""
+    """Checks for this pack's or the core's VAE. Refuses the CogVideoX wrapper's, which has the same socket name."""
     if not hasattr(value, "decode_tiled"):
         raise RequestError("this VAE comes from the CogVideoX wrapper; use Load CogVideoX or the core's VAELoader")
     return value
 
 
 def handle(kind: type, source: str) -> Callable[[Any, io.Input], Any]:
-    """Returns the check of one of the pack's own sockets."""
+    """Returns the check for one of the pack's own sockets."""
 
     def check(value: Any, declared: io.Input) -> Any:
         if not isinstance(value, kind):
@@ -112,7 +114,7 @@ def handle(kind: type, source: str) -> Callable[[Any, io.Input], Any]:
 
 
 def shown(value: Any) -> str:
-    """A value, in a few words."""
+    """Describes a value briefly."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {list(value.shape)}"
     if value is None or isinstance(value, str | int | float):
@@ -134,4 +136,4 @@ CHECKS: dict[str, Callable[[Any, Any], Any]] = {
     ModelSocket.io_type: handle(ModelHandle, "Load CogVideoX"),
     BackendSocket.io_type: handle(BackendHandle, "xDiT Backend"),
 }
-"""By the type of an input."""
+"""The check for each type of input."""

@@ -1,4 +1,4 @@
-"""Load CogVideoX."""
+"""The node Load CogVideoX."""
 
 from comfy_api.latest import io
 
@@ -12,8 +12,43 @@ from .comfy.types import CATEGORY, ModelHandle, ModelSocket
 from .comfy.vae import VaeHandle
 
 
+def speed_inputs() -> list:
+    """Returns inputs for what makes steps faster: compiled kernels, FP8 and the step cache."""
+    return [
+        io.Combo.Input(
+            "compile",
+            options=list(COMPILES),
+            default="auto",
+            optional=True,
+            tooltip="Kernels compiled for this GPU make steps about a third shorter without loss of quality. The "
+            "first time takes some seconds more. auto uses them if blocks of a large model run on a GPU.",
+        ),
+        io.Combo.Input(
+            "fp8",
+            options=list(FP8S),
+            default="off",
+            optional=True,
+            tooltip="Faster and with less memory. Changes the video slightly, by about 6 % after 50 steps. linears "
+            "rounds the blocks' linear layers to FP8 and needs an Ada, Hopper or newer GPU. all rounds attention too "
+            "and needs a Hopper GPU, and bf16 or fp16.",
+        ),
+        io.Float.Input(
+            "step_cache",
+            default=0.0,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            optional=True,
+            tooltip="Faster, but changes the video. If the first block's residual has changed by less than this "
+            "share since the last full step, the residual of the other blocks is extrapolated from the last two full "
+            "steps, for at most three steps in a row. With the demo in 50 steps of DPM, 0.1 skips a quarter of the "
+            "steps and changes the video by 3 %, 0.2 skips half and changes it by 6 %. 0 is off.",
+        ),
+    ]
+
+
 class LoadCogVideoX(CogVideoXNode):
-    """A checkpoint folder, or a transformer's file, to model, CLIP and VAE. Reads no weights: they are read where they run."""
+    """Opens a checkpoint folder, or a transformer's file, as model, CLIP and VAE. Weights are read later, where they run."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -21,58 +56,33 @@ class LoadCogVideoX(CogVideoXNode):
             node_id="XDiTLoadCogVideoX",
             display_name="Load CogVideoX",
             category=CATEGORY,
-            description="Loads a CogVideoX in diffusers layout from models/CogVideo or models/diffusers, or its transformer alone "
-            "from a file in models/diffusion_models.",
+            description="Opens a CogVideoX model in diffusers layout from models/CogVideo or models/diffusers, or a "
+            "transformer alone from a file in models/diffusion_models.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=runtime.model_names(),
-                    tooltip="A folder in models/CogVideo or models/diffusers, or a .safetensors file in models/diffusion_models "
-                    "or models/CogVideo: for that take the core's CLIPLoader (type cogvideox) and VAELoader. 'demo' is small "
-                    "and always there.",
+                    tooltip="A folder in models/CogVideo or models/diffusers, a model in the Hugging Face cache, or a "
+                    ".safetensors file in models/diffusion_models or models/CogVideo. A file has no text encoder and no VAE: "
+                    "use the core's CLIPLoader (type cogvideox) and VAELoader. 'demo' is a small model that is part of the "
+                    "pack.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=["auto", *DTYPES],
                     default="auto",
-                    tooltip="auto: the checkpoint's own on a GPU, fp32 on the CPU.",
+                    tooltip="Precision of the weights. auto: the checkpoint's own on a GPU, fp32 on the CPU. fp32 needs "
+                    "twice the memory of bf16 and fp16, and is slower on a GPU.",
                 ),
                 io.Combo.Input(
                     "offload",
                     options=list(OFFLOADS),
                     default="auto",
-                    tooltip="Where weights wait: none keeps them on the GPU; model moves them off after each job; "
-                    "group brings them block by block; sequential layer by layer. auto decides by free memory.",
+                    tooltip="Where weights wait. none: on the GPU. model: on the CPU between jobs. group: on the CPU, loaded "
+                    "block by block. sequential: on the CPU, loaded layer by layer, with least memory and most time. auto "
+                    "decides by free memory for each job.",
                 ),
-                io.Combo.Input(
-                    "compile",
-                    options=list(COMPILES),
-                    default="auto",
-                    optional=True,
-                    tooltip="Kernels compiled for this GPU make steps about a third shorter and the video no worse. The first time "
-                    "takes some seconds more. auto uses them where blocks of a large model run on a GPU.",
-                ),
-                io.Combo.Input(
-                    "fp8",
-                    options=list(FP8S),
-                    default="off",
-                    optional=True,
-                    tooltip="Faster and smaller, and another video: linears rounds the blocks' linear layers to FP8 (18 % from lossless "
-                    "after four steps of a 5b with random weights), all attention too (18 % as well, 6 % after 50). Needs an "
-                    "Ada, Hopper or newer GPU; attention a Hopper one and bf16 or fp16.",
-                ),
-                io.Float.Input(
-                    "step_cache",
-                    default=0.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Faster, and another video: while the first block's work has changed by less than this share since "
-                    "a whole step, what the other blocks would add is told from the last two whole steps, for three steps in a row "
-                    "at most. With the demo in 50 steps of DPM, 0.1 spares a quarter of the steps and ends 3 % from the video "
-                    "without, 0.2 half and 6 %. 0 is off.",
-                ),
+                *speed_inputs(),
             ],
             outputs=[
                 ModelSocket.Output(display_name="model"),
@@ -84,10 +94,10 @@ class LoadCogVideoX(CogVideoXNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **kwargs) -> str | None:
-        """Has ComfyUI run the node, and the nodes after it, again when a file of the model was replaced."""
+        """Makes ComfyUI run the node and those after it again if a file of the model was replaced."""
         try:
             return Checkpoint.fingerprint(runtime.find_model(model_name))
-        except RequestError:  # which running the node says
+        except RequestError:  # execute() raises it again, and ComfyUI shows it
             return None
 
     @classmethod

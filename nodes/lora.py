@@ -1,4 +1,4 @@
-"""Load CogVideoX LoRA."""
+"""The node Load CogVideoX LoRA."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from .comfy.types import CATEGORY, ModelSocket
 
 
 class LoadCogVideoXLora(CogVideoXNode):
-    """A model with one more LoRA. Reads no weights: they are merged where the model runs."""
+    """Adds a LoRA to a model. Its weights are read and merged later, where the model runs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -20,13 +20,15 @@ class LoadCogVideoXLora(CogVideoXNode):
             node_id="XDiTCogVideoXLoRA",
             display_name="Load CogVideoX LoRA",
             category=CATEGORY,
-            description="Adds a LoRA to a model, in the layout of diffusers, CogVideoX-Fun or ComfyUI. Chain it for several.",
+            description="Adds a LoRA to a model, in the layout of diffusers, CogVideoX-Fun or ComfyUI. Chain the node for "
+            "several.",
             inputs=[
                 ModelSocket.Input("model"),
                 io.Combo.Input(
                     "lora_name",
                     options=list(runtime.lora_files()),
-                    tooltip="A .safetensors file in models/loras or models/CogVideo/loras.",
+                    tooltip="A .safetensors file in models/loras or models/CogVideo/loras. It is merged into the weights, so "
+                    "steps take no longer.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -35,7 +37,7 @@ class LoadCogVideoXLora(CogVideoXNode):
                     max=MAX_STRENGTH,
                     step=0.01,
                     round=0.0001,
-                    tooltip="How much it changes the model; 0 leaves the model as it is.",
+                    tooltip="How much the LoRA changes the model; 0 leaves the model as it is.",
                 ),
             ],
             outputs=[ModelSocket.Output(display_name="model")],
@@ -44,13 +46,13 @@ class LoadCogVideoXLora(CogVideoXNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **kwargs) -> float | None:
-        """Has ComfyUI run the node again when the file was written anew."""
+        """Makes ComfyUI run the node again if the file was replaced."""
         path = runtime.lora_files().get(lora_name)
         return path and path.stat().st_mtime
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
-        """Checks that the file fits the checkpoint."""
+        """Checks that the file fits the checkpoint, and adds it to the model."""
         lora = Lora(str(runtime.find_lora(lora_name).resolve()), strength)
         opened = LoraFile.open(lora, model.checkpoint)
         runtime.say(opened.note or opened.describe, cls.hidden.unique_id)

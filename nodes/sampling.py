@@ -1,4 +1,4 @@
-"""CogVideoX Sampler."""
+"""The node CogVideoX Sampler."""
 
 import logging
 from functools import partial
@@ -9,7 +9,7 @@ from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
 from ..parallel_backend.plan import AUTO
 from .base import CogVideoXNode
 from .comfy import runtime
-from .comfy.types import CATEGORY, BackendSocket, ModelSocket
+from .comfy.types import BACKEND, CATEGORY, BackendSocket, ModelSocket
 from .conditioning import conditions_of, text_fields
 
 
@@ -22,27 +22,44 @@ class CogVideoXSampler(CogVideoXNode):
             node_id="XDiTCogVideoXSampler",
             display_name="CogVideoX Sampler",
             category=CATEGORY,
-            description="Samples a video. With an xDiT Backend every step is split over its devices; "
-            "the same seed gives the same video with every plan but pipefusion, which comes near.",
+            description="Samples a video. With an xDiT Backend every step is split over its devices. The same seed gives the "
+            "same video with every plan except pipefusion, whose video is close to it.",
             inputs=[
                 ModelSocket.Input("model"),
                 io.Conditioning.Input("positive", lazy=True),
                 io.Conditioning.Input("negative", lazy=True),
                 io.Latent.Input("latent", lazy=True),
                 io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True),
-                io.Int.Input("steps", default=50, min=1, max=1000),
-                io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1, tooltip="1 turns guidance off."),
-                io.Combo.Input("scheduler", options=list(SCHEDULERS), default="auto", tooltip="auto: the checkpoint's own."),
-                io.Boolean.Input("dynamic_cfg", default=False, tooltip="Let the guidance scale follow a cosine."),
+                io.Int.Input(
+                    "steps", default=50, min=1, max=1000, tooltip="Denoising steps. Time grows with them; memory does not."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=6.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance scale: how strongly the video follows the prompt. 1 turns the negative prompt off and "
+                    "halves the work of a step.",
+                ),
+                io.Combo.Input(
+                    "scheduler", options=list(SCHEDULERS), default="auto", tooltip="auto: the checkpoint's own, ddim or dpm."
+                ),
+                io.Boolean.Input(
+                    "dynamic_cfg",
+                    default=False,
+                    tooltip="The guidance scale follows a cosine over the steps, as in diffusers. This changes the video.",
+                ),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 starts from noise; 0.6 runs the last 60 % of the steps on the latent given.",
+                    tooltip="How much of the latent is replaced. 1 starts from noise. 0.6 runs only the last 60 % of the "
+                    "steps on the latent, in 60 % of the time.",
                 ),
-                BackendSocket.Input("backend", optional=True, tooltip="Without it the work is done in this process."),
+                BackendSocket.Input("backend", optional=True, tooltip=BACKEND),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
             hidden=[io.Hidden.unique_id],
@@ -50,13 +67,13 @@ class CogVideoXSampler(CogVideoXNode):
 
     @classmethod
     def check_lazy_status(cls, model, positive, negative, latent, cfg, backend=None, **others) -> list[str]:
-        """Has a backend's group start before the text is encoded, which takes as long; then asks for all that is not there yet."""
+        """Starts the backend's group, so that it comes up while the text is encoded. Returns the inputs that are missing."""
         given = {"latent": latent, "positive": positive, "negative": negative}
         missing = [name for name, value in given.items() if value is None]
         if not missing or backend is None or runtime.has_group():
             return missing
         if latent is None and (backend.plan == AUTO or model.windows):
-            return ["latent"]  # by whose size and batch the plan is chosen
+            return ["latent"]  # its size and batch decide the plan
         runtime.begin(model, backend, latent and latent["samples"], cfg, cls.hidden.unique_id)
         return missing
 
@@ -64,7 +81,7 @@ class CogVideoXSampler(CogVideoXNode):
     def execute(
         cls, model, positive, negative, latent, seed, steps, cfg, scheduler, dynamic_cfg, denoise, backend=None
     ) -> io.NodeOutput:
-        """Builds the job and has it run."""
+        """Makes a sampling job of the inputs and runs it."""
         node_id = cls.hidden.unique_id
         say = partial(runtime.say, node_id=node_id, level=logging.WARNING)
         text = {"limit": model.checkpoint.text_tokens, "say": say}
@@ -84,5 +101,5 @@ class CogVideoXSampler(CogVideoXNode):
             **conditions_of(positive, "positive", say),
         )
         if "noise_mask" in latent:
-            say("the latent's mask is not used; CogVideoX Inpaint gives one to an inpaint model")
+            say("the latent's mask is not used; use CogVideoX Inpaint with an inpaint model")
         return io.NodeOutput({"samples": runtime.run(job, backend, node_id).tensor})

@@ -1,4 +1,4 @@
-"""Save Video."""
+"""The node Save Video (MP4)."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ DATE_FIELDS = re.compile("yyyy|yy|MM?|dd?|hh?|mm?|ss?")
 
 
 def with_dates(name: str, now: datetime) -> str:
-    """A name with its ``%date:yyyy-MM-dd%`` filled in, which the front end does for nodes of the core alone."""
+    """Fills in ``%date:yyyy-MM-dd%`` in a name. The front end does this only for nodes of the core."""
     values = {"y": now.year, "M": now.month, "d": now.day, "h": now.hour, "m": now.minute, "s": now.second}
 
     def digits(field: re.Match) -> str:
@@ -35,45 +35,52 @@ def with_dates(name: str, now: datetime) -> str:
 
 
 def place(filename_prefix: str, *, width: int = 0, height: int = 0) -> tuple[Path, str, int, str]:
-    """Returns a prefix's folder, name, first free number and subfolder, once a file could be written there.
+    """Returns a prefix's folder, name, first free number and subfolder, and checks that a file can be written there.
 
     Raises:
-        RequestError: when no such file can be made.
-        WriteFailure: when the disk is full.
+        RequestError: if the prefix cannot be used or the folder cannot be written to.
+        WriteFailure: if the disk is full.
     """
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             with_dates(str(filename_prefix), datetime.now()), folder_paths.get_output_directory(), width, height
         )
-    except Exception as error:  # of several kinds: the core raises a plain Exception where a prefix leads out of the folder
+    except Exception as error:  # the core raises a plain Exception if a prefix leads out of the folder
         raise RequestError(f"filename_prefix {filename_prefix!r} cannot be used: {first_line(error)}; use another") from error
     check_writable(numbered(Path(folder), name, counter))
     return Path(folder), name, counter, subfolder
 
 
 def numbered(folder: Path, name: str, counter: int) -> Path:
-    """The core's way to number files."""
+    """Returns the path of a numbered file, in the core's format."""
     return folder / f"{name}_{counter:05}_.mp4"
 
 
 def clips(images: torch.Tensor, videos: int) -> list[torch.Tensor]:
-    """Cuts images into videos of one length, ``[frames, height, width, 3]`` each. A batch of videos is one already.
+    """Splits images into videos of equal length.
 
+    Args:
+        images: ``[frames, height, width, channels]``, or a batch of videos with one more dimension.
+        videos: how many videos the images are; for a batch of videos, 1 means all of them.
+    Returns:
+        The videos, ``[frames, height, width, 3]`` each.
     Raises:
-        RequestError: for images that cannot be cut so, or that :func:`.pictures.checked_pictures` refuses.
+        RequestError: for a number of images that is not a multiple of ``videos``, or images that
+            :func:`.pictures.checked_pictures` refuses.
     """
     if isinstance(images, torch.Tensor) and images.ndim == 5 and videos == 1:
         videos = max(1, len(images))
     frames = checked_pictures(images, "images")
     if videos < 1 or len(frames) % videos:
         raise RequestError(
-            f"{len(frames)} images are not {videos} videos of one length; set videos to the latent's batch_size, or to 1"
+            f"{len(frames)} images cannot be split into {videos} videos of equal length; "
+            "set videos to the latent's batch_size, or to 1"
         )
     return list(frames.chunk(int(videos)))
 
 
 class SaveVideo(CogVideoXNode):
-    """Frames to MP4s in the output folder, shown in the node, with the workflow inside it."""
+    """Writes frames to MP4 files in the output folder, with the workflow inside, and shows them in the node."""
 
     own_checks = frozenset({"images"})
 
@@ -83,20 +90,31 @@ class SaveVideo(CogVideoXNode):
             node_id="XDiTSaveVideo",
             display_name="Save Video (MP4)",
             category=CATEGORY,
-            description="Writes H.264 in MP4. Drag the file into ComfyUI to get its workflow back.",
+            description="Writes H.264 in MP4 to the output folder. Drag the file into ComfyUI to get its workflow back.",
             inputs=[
                 io.Image.Input("images"),
                 io.Float.Input(
-                    "fps", default=8.0, min=1.0, max=120.0, step=1.0, tooltip="CogVideoX 1.0 makes 8, 1.5 makes 16."
+                    "fps",
+                    default=8.0,
+                    min=1.0,
+                    max=120.0,
+                    step=1.0,
+                    tooltip="Frames per second of the file. CogVideoX 1.0 makes 8, 1.5 makes 16; others play too slow or too "
+                    "fast.",
                 ),
-                io.String.Input("filename_prefix", default="video/CogVideoX"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/CogVideoX",
+                    tooltip="Subfolder of the output folder and start of the file name. %date:yyyy-MM-dd% becomes the date.",
+                ),
                 io.Int.Input(
                     "videos",
                     default=1,
                     min=1,
                     max=64,
                     optional=True,
-                    tooltip="How many videos the images are, one after the other: the latent's batch_size. Each gets a file.",
+                    tooltip="How many videos the images are, one after the other: the latent's batch_size. Each gets its own "
+                    "file.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
@@ -105,9 +123,9 @@ class SaveVideo(CogVideoXNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix=None) -> bool | str:
-        """Finds a place that cannot be written to before the workflow runs."""
+        """Refuses a place that cannot be written to before the workflow runs."""
         try:
-            if isinstance(filename_prefix, str):  # it is None where another node gives it
+            if isinstance(filename_prefix, str):  # it is None if it comes from another node
                 place(filename_prefix)
         except (RequestError, WriteFailure) as error:
             return str(error)
@@ -115,7 +133,7 @@ class SaveVideo(CogVideoXNode):
 
     @classmethod
     def execute(cls, images, fps: float, filename_prefix: str, videos: int = 1) -> io.NodeOutput:
-        """Writes the files and hands them to the node's preview."""
+        """Writes the files and passes them to the node's preview."""
         found = clips(images, videos)
         rows, columns = found[0].shape[1:3]
         folder, name, counter, subfolder = place(filename_prefix, width=columns, height=rows)
@@ -128,7 +146,7 @@ class SaveVideo(CogVideoXNode):
 
     @classmethod
     def metadata(cls) -> dict[str, str]:
-        """The prompt and the workflow, unless ComfyUI was told to leave them out."""
+        """Returns the prompt and the workflow, unless ComfyUI runs with ``--disable-metadata``."""
         if getattr(args, "disable_metadata", False):
             return {}
         found = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}

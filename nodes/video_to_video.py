@@ -1,15 +1,15 @@
-"""CogVideoX Video To Video."""
+"""The node CogVideoX Video To Video."""
 
 from comfy_api.latest import io
 
 from .base import CogVideoXNode
 from .comfy.types import CATEGORY
 from .conditioning import size_inputs
-from .videos import COVERED, fit_video
+from .videos import FITTED, fit_video
 
 
 class CogVideoXVideoToVideo(CogVideoXNode):
-    """A video to the latent that the sampler starts from."""
+    """Encodes a video to the latent that the sampler starts from."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -17,11 +17,11 @@ class CogVideoXVideoToVideo(CogVideoXNode):
             node_id="XDiTCogVideoXVideoToVideo",
             display_name="CogVideoX Video To Video",
             category=CATEGORY,
-            description="Resizes, shortens and encodes a video for the sampler; denoise below 1 says how much is made anew.",
+            description="Resizes, shortens and encodes a video for the sampler, whose denoise sets how much is replaced.",
             inputs=[
                 io.Vae.Input("vae"),
                 *size_inputs(),
-                io.Image.Input("video", tooltip=f"Its first frames are used, as many as length. {COVERED}"),
+                io.Image.Input("video", tooltip=f"The video to change. {FITTED}"),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
             hidden=[io.Hidden.unique_id],

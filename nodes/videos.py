@@ -1,4 +1,4 @@
-"""Videos and masks brought to what a model takes, and encoded."""
+"""Videos and masks, fitted to what a model takes and encoded."""
 
 import logging
 
@@ -13,16 +13,17 @@ from .comfy import runtime
 from .comfy.vae import VaeHandle
 from .conditioning import CONCAT, CONCAT_MASK, size_inputs
 
-COVERED = "Resized to cover the video's size, its shape kept, and cropped at the centre."
+COVERED = "It is resized to cover the video's size, keeps its aspect ratio, and is cropped at the centre."
+FITTED = f"At most the first length frames are used. {COVERED}"
 
 
 def conditioned_inputs() -> list:
-    """Both prompts, a VAE and the video's size."""
+    """Returns inputs for both prompts, a VAE and the video's size."""
     return [io.Conditioning.Input("positive"), io.Conditioning.Input("negative"), io.Vae.Input("vae"), *size_inputs()]
 
 
 def conditioned_outputs() -> list:
-    """Both prompts and a latent."""
+    """Returns outputs for both prompts and a latent."""
     return [
         io.Conditioning.Output(display_name="positive"),
         io.Conditioning.Output(display_name="negative"),
@@ -31,28 +32,32 @@ def conditioned_outputs() -> list:
 
 
 def fit_video(video: torch.Tensor, vae, *, width: int, height: int, length: int, node_id: str | None) -> torch.Tensor:
-    """A video's first frames at a size; says so where they are fewer than were asked for.
+    """Resizes the first frames of a video. Warns if there are fewer than requested.
 
     Args:
-        video: ``[frames, rows, columns, colours]`` in 0..1.
-        vae: whose checkpoint, where it is this pack's, says how many frames make whole tokens.
-        width, height, length: of the result at most: as many frames as are there, 4k+1.
-        node_id: where to say it.
+        video: ``[frames, height, width, channels]`` in 0..1.
+        vae: if it is this pack's, its checkpoint determines how many latent frames make a whole token.
+        width, height: of the result, in pixels.
+        length: frames of the result at most; it has 4k+1, or 8k+5 with tokens of two latent frames.
+        node_id: the node that shows the warning.
     Raises:
-        RequestError: for a size no CogVideoX makes.
+        RequestError: for a size that no CogVideoX makes.
     """
     check_size(width, height, length)
     together = isinstance(vae, VaeHandle) and vae.checkpoint.patch_size_t or 1
     frames = whole_frames(min(length, len(video)), together)
     if frames < length:
         rule = f"{TEMPORAL * together}k+{TEMPORAL * (together - 1) + 1}"
-        line = f"{frames} of the video's {len(video)} frames are used, not {length}: a model of this kind takes {rule}"
+        line = f"{frames} of the video's {len(video)} frames are used, not {length}: this kind of model takes {rule}"
         runtime.say(line, node_id, level=logging.WARNING)
     return cover(video[:frames], width=width, height=height)
 
 
 def inpaint_values(vae, video: torch.Tensor, mask: torch.Tensor) -> dict:
-    """What an inpaint model is given, as values of a conditioning: the video encoded where it is known, and the mask."""
+    """Returns an inpaint model's inputs as values of a conditioning: the encoded video without the masked part, and the mask.
+
+    Empty if the mask covers the whole video.
+    """
     if conditions.shows_nothing(mask):
         return {}
     noise = vae.checkpoint.reference_noise if isinstance(vae, VaeHandle) else 0.0

@@ -1,4 +1,4 @@
-"""CogVideoX Context Windows."""
+"""The node CogVideoX Context Windows."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from .comfy.types import CATEGORY, ModelSocket
 
 
 class CogVideoXContextWindows(CogVideoXNode):
-    """A model that samples long videos in overlapping windows."""
+    """Makes a model sample long videos in overlapping windows."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -18,8 +18,9 @@ class CogVideoXContextWindows(CogVideoXNode):
             node_id="XDiTCogVideoXContextWindows",
             display_name="CogVideoX Context Windows",
             category=CATEGORY,
-            description="For videos longer than the model was trained for: every step runs the model on overlapping windows of "
-            "frames and blends what it says. Goes between Load CogVideoX and the sampler.",
+            description="For videos longer than the model was trained for: every step runs the model on overlapping windows "
+            "of frames and blends the results. A step takes as many times longer as there are windows, and needs the memory "
+            "of one window. Connect it between Load CogVideoX and the sampler.",
             inputs=[
                 ModelSocket.Input("model"),
                 io.Int.Input(
@@ -28,7 +29,8 @@ class CogVideoXContextWindows(CogVideoXNode):
                     min=5,
                     max=1025,
                     step=4,
-                    tooltip="Frames of one window, 4k+1: what the model was trained for, 49 for CogVideoX 1.0, 81 for 1.5.",
+                    tooltip="Frames of one window, 4k+1. The model's training length works best: 49 for CogVideoX 1.0, 81 "
+                    "for 1.5. Longer windows need more memory.",
                 ),
                 io.Int.Input(
                     "overlap",
@@ -36,19 +38,21 @@ class CogVideoXContextWindows(CogVideoXNode):
                     min=0,
                     max=1024,
                     step=4,
-                    tooltip="Frames by which neighbours overlap and are blended: two thirds of a window are a good start. "
-                    "Less is faster, and things may jump from one window to the next.",
+                    tooltip="Frames that neighbouring windows share and blend. Start with two thirds of a window. Less is "
+                    "faster, but things may jump from one window to the next.",
                 ),
                 io.Combo.Input(
                     "schedule",
                     options=list(WINDOW_SCHEDULES),
                     default=Windows.schedule,
-                    tooltip="static: the windows stay where they are. uniform: they are shifted from step to step.",
+                    tooltip="static: windows stay in place. uniform: windows shift from step to step, so that no seam stays "
+                    "in one place.",
                 ),
                 io.Boolean.Input(
                     "shuffle_noise",
                     default=Windows.shuffle_noise,
-                    tooltip="Later windows start from the first one's noise in another order (FreeNoise), not from their own.",
+                    tooltip="Later windows start from the noise of the first one in another order (FreeNoise), so that they "
+                    "show similar things. If off, every frame has its own noise.",
                 ),
             ],
             outputs=[ModelSocket.Output(display_name="model")],
@@ -56,5 +60,5 @@ class CogVideoXContextWindows(CogVideoXNode):
 
     @classmethod
     def execute(cls, model, window: int, overlap: int, schedule: str, shuffle_noise: bool) -> io.NodeOutput:
-        """Notes the windows beside the model."""
+        """Adds the windows to the model."""
         return io.NodeOutput(replace(model, windows=Windows(window, overlap, schedule, shuffle_noise)))

@@ -275,7 +275,7 @@ def test_prompts_take_turns_and_what_is_not_used_stays_in_the_node(server, promp
     assert [line.split(";")[0].split(",")[1] for line in shown["30"]] == [" 32 are used"] and "31" not in shown
     *warnings, cost = shown[sampler]
     assert warnings == [
-        "positive: several prompts hold for 40 to 50 % of the steps; the first of them is used",
+        "positive: several prompts are set for 40 to 50 % of the steps; the first of them is used",
         "positive carries strength, which CogVideoX does not use",
     ]
     assert cost.startswith("sample: plan single, 2 steps")

@@ -94,8 +94,8 @@ show(equal=equal, keys=keys, all_new=all_new, shapes={name: list(shape) for name
     assert shown["mask"] == [1, 1, 1]  # VideoX-Fun's mask looks at the middle two of every four frames
     short, whole, one = [1, 16, 2, 4, 6], [1, 16, 3, 4, 6], [1, 16, 1, 4, 6]
     assert shown["shapes"] == {"short": short, "short core": whole, "end": whole, "start": one}
-    assert "5 of the video's 11 frames are used, not 13: a model of this kind takes 8k+5" in log
-    assert "9 of the video's 11 frames are used, not 13: a model of this kind takes 4k+1" in log
+    assert "5 of the video's 11 frames are used, not 13: this kind of model takes 8k+5" in log
+    assert "9 of the video's 11 frames are used, not 13: this kind of model takes 4k+1" in log
     assert "image_scale is for image-to-video models" in log
     assert "does not use" not in log
 
@@ -188,15 +188,15 @@ show(
 )
 """
     )
-    assert "they must be alike" in shown.pop("unlike") and "has no prompt" in shown.pop("empty")
+    assert "they must be equal" in shown.pop("unlike") and "has no prompt" in shown.pop("empty")
     assert {name: same for name, (same, _) in shown.items()} == dict.fromkeys(shown, True)
     first = "of the steps; the first of them is used"
-    sooner = "of the steps; the one before goes on, or the first begins sooner"
+    earlier = "of the steps; the previous one continues, or the first one starts earlier"
     assert {name: lines for name, (_, lines) in shown.items() if lines} == {
-        "half": [f"positive: several prompts hold for 0 to 50 % {first}"],
-        "gap": [f"positive: no prompt holds for 0 to 25 %, 40 to 50 %, 75 to 100 % {sooner}"],
-        "alone": [f"positive: no prompt holds for 30 to 100 % {sooner}"],
-        "combined": [f"positive: several prompts hold for 0 to 100 % {first}", "positive: prompt 2 of 2 is not used"],
+        "half": [f"positive: several prompts are set for 0 to 50 % {first}"],
+        "gap": [f"positive: no prompt is set for 0 to 25 %, 40 to 50 %, 75 to 100 % {earlier}"],
+        "alone": [f"positive: no prompt is set for 30 to 100 % {earlier}"],
+        "combined": [f"positive: several prompts are set for 0 to 100 % {first}", "positive: prompt 2 of 2 is not used"],
         "never": ["positive: prompt 2 of 2 is not used"],
         "concat": ["positive has 64 tokens; the model takes 32, the rest is cut off"],
         "area": ["positive carries area, set_area_to_bounds, strength, which CogVideoX does not use"],

@@ -9,6 +9,8 @@ from ...parallel_backend.jobs import SampleJob
 from ...parallel_backend.model import Model, Windows
 
 CATEGORY = "CogVideoX xDiT"
+BACKEND = "The devices that share the work. Without it the work is done in ComfyUI's own process."
+"""The tooltip of every backend input."""
 
 ModelSocket = io.Custom("COGVIDEOX_XDIT_MODEL")
 BackendSocket = io.Custom("XDIT_BACKEND")
