@@ -226,14 +226,15 @@ def test_core_nodes_fit_in_between(server, prompt_of, object_info):
 
 def test_save_video_takes_what_core_nodes_give_and_finds_a_bad_name_before_anything_runs(server):
     prompt = {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 6, "color": 0xFF0000}},
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 1, "color": 0xFF0000}},
         "2": {"class_type": "SolidMask", "inputs": {"value": 0.5, "width": 64, "height": 48}},
         "3": {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["1", 0], "alpha": ["2", 0]}},
+        "7": {"class_type": "RepeatImageBatch", "inputs": {"image": ["3", 0], "amount": 6}},
         "4": {"class_type": "PrimitiveFloat", "inputs": {"value": 12.0}},
         "5": {"class_type": "PrimitiveInt", "inputs": {"value": 3}},
         "6": {
             "class_type": "XDiTSaveVideo",
-            "inputs": {"images": ["3", 0], "fps": ["4", 0], "filename_prefix": "alpha", "videos": ["5", 0]},
+            "inputs": {"images": ["7", 0], "fps": ["4", 0], "filename_prefix": "alpha", "videos": ["5", 0]},
         },
     }
     shown = server.run(prompt)["outputs"]["6"]["images"]
