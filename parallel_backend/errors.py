@@ -1,20 +1,20 @@
-"""What can go wrong, by who can mend it."""
+"""The exceptions: wrong requests, failures of devices, files and groups, and cancellation."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
+    """Returns the first line of an error's message, or the name of its type if there is no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class RequestError(ValueError):
-    """A request that makes no sense. The message is one line: what was given, what is allowed, what to do.
+    """A request that cannot be fulfilled as it is. The message is one line: what was given, what is allowed, what to do.
 
-    The command line ends with exit status 2; nothing has been loaded and no group touched.
+    It is raised before anything is loaded or a group is touched. The command line ends with exit status 2.
     """
 
 
 class Failure(RuntimeError):
-    """A request that made sense could not be done. The command line shows the message and ends with exit status 1."""
+    """A valid request failed. The command line shows the message and ends with exit status 1."""
 
 
 class OutOfMemory(Failure):
@@ -22,19 +22,19 @@ class OutOfMemory(Failure):
 
 
 class NotFinite(Failure, FloatingPointError):
-    """A job's numbers became NaN or infinite. The message is one line: in which step, and which setting helps."""
+    """Values of a job became NaN or infinite. The message is one line: in which step, and which setting helps."""
 
 
 class WriteFailure(Failure):
-    """A file cannot be written: the disk is full, or its folder has gone. The message is one line."""
+    """A file cannot be written: the disk is full, or the folder was removed. The message is one line."""
 
 
 class Cancelled(Exception):
-    """The caller asked for the job to stop; the engine or group is warm and takes the next one."""
+    """The caller cancelled the job. The engine or group stays warm and takes the next one."""
 
 
 class GroupFailure(Failure):
-    """A group is not there, or a job in it failed.
+    """A group could not start, was lost, or failed in a job.
 
     Args:
         message: one line.
@@ -48,19 +48,19 @@ class GroupFailure(Failure):
 
 
 class GroupUnavailable(GroupFailure):
-    """No group can start here (platform, missing package, processes that end before they answer); nothing was lost."""
+    """No group can start here (platform, missing package, processes that exit early). No work was lost."""
 
 
 class GroupLost(GroupFailure):
-    """A group was killed, or hung, or the connection to it broke: nothing is wrong with the job.
+    """A group was killed, or hung, or its connection broke. The job is not the cause.
 
-    :class:`parallel_backend.executor.group.GroupExecutor` starts the group again and goes on with the job; it raises
-    :class:`GroupError` when that does not help, or :class:`GroupUnavailable` where it had not come up.
+    :class:`parallel_backend.executor.group.GroupExecutor` restarts the group and resumes the job. If that fails too, it raises
+    :class:`GroupError`, or :class:`GroupUnavailable` if the group had never come up.
 
     Args:
         message, details: see :class:`GroupFailure`.
-        came_up: whether the group had answered.
-        is_there: whether it answers again, and only the connection was lost.
+        came_up: whether the group had answered before.
+        is_there: whether the group still answers, so that only the connection was lost.
     """
 
     def __init__(self, message: str, *, details: str = "", came_up: bool = True, is_there: bool = False):
@@ -70,11 +70,11 @@ class GroupLost(GroupFailure):
 
 
 class GroupError(GroupFailure):
-    """A job failed inside a group, or a group that had answered was lost.
+    """A job failed inside a group, or a group was lost after it had come up.
 
     Args:
-        message: one line, naming the rank where it is known.
-        rank: the rank that failed first, or None when the group itself was lost.
+        message: one line, with the rank if it is known.
+        rank: the rank that failed first, or None if the group was lost.
         details: the remote traceback or the last log lines.
     """
 

@@ -1,8 +1,8 @@
-"""What is asked for: frozen requests with their tensors, checked when they are made.
+"""Jobs: frozen requests with their tensors, checked when they are made.
 
-Tensors are in ComfyUI's layouts: latents ``[batch, channels, latent frames, height/8, width/8]``, unscaled
-VAE latents; images ``[frames, height, width, 3]`` in 0..1. What a request means for one checkpoint
-(channels, text tokens) is checked by :func:`parallel_backend.cogvideox.pipeline.validation.check`.
+Tensors have ComfyUI's layouts: latents are unscaled VAE latents ``[batch, channels, latent frames, height/8, width/8]``; images
+are ``[frames, height, width, 3]`` in 0..1. Whether a job fits a checkpoint (channels, text tokens) is checked by
+:func:`parallel_backend.cogvideox.pipeline.validation.check`.
 """
 
 from bisect import bisect_right
@@ -18,17 +18,17 @@ from .validation import CHANNELS, between, check_condition, check_image, check_l
 SCHEDULERS = ("auto", "ddim", "dpm")
 TILINGS = ("auto", "on", "off")
 IMAGE_SCALES = ("auto", "inverse", "raw", "scaled")
-"""What a start image's latent is multiplied by; see ``Checkpoint.image_scale``."""
+"""Factors for a start image's latent; see ``Checkpoint.image_scale``."""
 MAX_SEED = 2**64 - 1
 ROUNDING = 1e-6
-"""By which a share of the steps may be off."""
+"""Tolerance for a share of the steps."""
 
 
 def empty_latent(*, width: int, height: int, frames: int, batch: int = 1, channels: int = CHANNELS) -> torch.Tensor:
-    """Zeros of shape ``[batch, channels, (frames-1)/4+1, height/8, width/8]``.
+    """Returns zeros of shape ``[batch, channels, (frames-1)/4+1, height/8, width/8]``.
 
     Raises:
-        RequestError: for a size no CogVideoX can make.
+        RequestError: for a size that no CogVideoX can make.
     """
     check_size(width, height, frames, batch)
     return torch.zeros(batch, channels, (frames - 1) // 4 + 1, height // 8, width // 8)
@@ -36,21 +36,21 @@ def empty_latent(*, width: int, height: int, frames: int, batch: int = 1, channe
 
 @dataclass(frozen=True)
 class Progress:
-    """A sampling job after some of its steps: all that is needed to go on from there."""
+    """The state of a sampling job after some of its steps: all that is needed to resume it."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     latents: torch.Tensor
     """Noisy, scaled, in the model's dtype: ``[batch, latent frames with padding, channels, height/8, width/8]``."""
     generator: torch.Tensor
-    """State of the noise generator, bytes."""
+    """State of the noise generator, as bytes."""
     clean: torch.Tensor | None = None
-    """The clean latents that the last step predicted, float32, shaped like ``latents``; what the DPM scheduler carries from step to step."""
+    """The clean latents that the last step predicted, float32, shaped like ``latents``. The next step of DPM needs them."""
 
 
 @dataclass(frozen=True)
 class SampleJob:
-    """Denoise a latent. The result is a latent of the same shape, float32."""
+    """Denoises a latent. The result is a latent of the same shape, float32."""
 
     kind = "sample"
     model: Model
@@ -59,46 +59,47 @@ class SampleJob:
     latent: torch.Tensor
     """``[batch, channels, latent frames, height/8, width/8]``; all zeros means empty."""
     negative: torch.Tensor | None = None
-    """Like ``positive``; needed where ``cfg`` is above 1."""
+    """Like ``positive``; required if ``cfg`` is above 1."""
     seed: int = 0
     steps: int = 50
     cfg: float = 6.0
     scheduler: str = "auto"
     """``auto`` is the checkpoint's own."""
     dynamic_cfg: bool = False
+    """Whether the guidance scale follows a cosine over the steps, as in diffusers."""
     denoise: float = 1.0
-    """1 starts from noise; 0.6 runs the last 60 % of the steps on the latent given, as diffusers does."""
+    """1 starts from noise; 0.6 runs the last 60 % of the steps on the latent, as in diffusers."""
     image: torch.Tensor | None = None
     """The start image as an unscaled VAE latent ``[1 or batch, channels, 1, height/8, width/8]``; None for text to video."""
     progress: Progress | None = None
-    """Where to go on from, as a lost group has reported it; None starts at the first step."""
+    """The state to resume from, as a lost group reported it; None starts at the first step."""
     windows: Windows | None = None
-    """For a video longer than the model's own; None runs all frames at once."""
+    """For a video longer than the model was trained for; None runs all frames at once."""
     image_scale: str = "auto"
-    """What the start image's latent is multiplied by: one of ``IMAGE_SCALES``; ``auto`` is the checkpoint's own."""
+    """The factor for the start image's latent: one of ``IMAGE_SCALES``; ``auto`` is the checkpoint's own."""
     control: torch.Tensor | None = None
     """A control video as an unscaled VAE latent ``[1 or batch, channels, latent frames, height/8, width/8]``."""
     control_strength: float = 1.0
-    """The control video's latent is multiplied by this."""
+    """The factor for the control video's latent."""
     control_start: float = 0.0
-    """Share of the steps before which there is no control."""
+    """Share of the steps at which control starts."""
     control_end: float = 1.0
-    """Share of the steps after which there is no control."""
+    """Share of the steps at which control ends."""
     masked_video: torch.Tensor | None = None
     """For inpaint models: the video as an unscaled VAE latent like ``control``, black where it is replaced."""
     mask: torch.Tensor | None = None
-    """Beside ``masked_video``: ``[1 or batch, 1, latent frames, height/8, width/8]``, 1 where the video is replaced."""
+    """Goes with ``masked_video``: ``[1 or batch, 1, latent frames, height/8, width/8]``, 1 where the video is replaced."""
     batch_size: int = 0
-    """For one video of a batch that is made apart from the others: how many they are together; 0 where the job is whole."""
+    """If the job is one video of a batch, the size of the batch; 0 for a whole job."""
     batch_index: int = 0
-    """Which of them it is. It gets the noise that it would have had among them."""
+    """The video's index in that batch. It gets the noise that it would get there."""
     pipefusion_warmup: int = 4
-    """Steps that a plan with ``pipefusion`` computes whole and exactly, at first; where all are, the video is ``single``'s, and
-    with more of them it is nearer to that (benchmarks/results/pipefusion.md)."""
+    """Number of first steps that a plan with ``pipefusion`` computes exactly. With more of them the video is closer to that of
+    ``single``; with all of them it is the same (benchmarks/results/pipefusion.md)."""
     preview: bool = False
-    """Whether the caller is shown pictures of what steps take for the clean video."""
+    """Whether steps report pictures of the predicted clean video to the caller."""
     positive_starts: tuple[float, ...] = ()
-    """For several prompts one after the other: the share of the steps at which each begins, ascending from 0."""
+    """For several prompts in turn: the share of the steps at which each starts, ascending from 0."""
     negative_starts: tuple[float, ...] = ()
     """Likewise for ``negative``."""
 
@@ -114,22 +115,22 @@ class SampleJob:
         between("cfg", self.cfg, 0.0, 100.0)
         between("denoise", self.denoise, 0.0, 1.0)
         if self.steps_to_run < 1:
-            raise RequestError(f"denoise {self.denoise} of {self.steps} steps leaves no step; raise either")
+            raise RequestError(f"denoise {self.denoise} of {self.steps} steps leaves no step; increase one of them")
         if self.batch_size and not (self.latent.shape[0] == 1 and 0 <= self.batch_index < self.batch_size):
             raise RequestError(
-                f"the latent has {self.latent.shape[0]} videos, as number {self.batch_index} of a batch of {self.batch_size}; "
-                "such a job is of one video of the batch"
+                f"the latent has {self.latent.shape[0]} videos, at index {self.batch_index} of a batch of {self.batch_size}; "
+                "a job for one video of a batch has a latent of one video and an index below the batch size"
             )
         if self.denoise < 1 and not self.batch_size and not self.latent.any():
             raise RequestError(f"denoise is {self.denoise} but the latent is empty; encode a video, or use denoise 1")
         if self.guided and self.negative is None:
-            raise RequestError(f"cfg is {self.cfg} but there is no negative conditioning; give one, or use cfg 1")
+            raise RequestError(f"cfg is {self.cfg} but there is no negative conditioning; add one, or use cfg 1")
         self.check_text("positive", self.positive, self.positive_starts)
         if self.negative is not None:
             self.check_text("negative", self.negative, self.negative_starts)
 
     def check_text(self, name: str, text: torch.Tensor, starts: tuple[float, ...]) -> None:
-        """Raises RequestError unless text states fit the batch, and several prompts their starts."""
+        """Raises RequestError unless text states fit the batch, and the number of prompts fits ``starts``."""
         batch = self.latent.shape[0]
         if text.ndim != (4 if starts else 3) or text.shape[0] not in (1, batch):
             layout = f"[1 or {batch}, {'prompts, ' if starts else ''}tokens, features]"
@@ -139,7 +140,7 @@ class SampleJob:
             raise RequestError(f"{name}_starts is {starts}; it must be {text.shape[1]} ascending shares from 0 to below 1")
 
     def check_conditions(self) -> None:
-        """Raises RequestError unless what is concatenated to the noise fits the latent."""
+        """Raises RequestError unless the control video, the masked video and the mask fit the latent."""
         choice("image_scale", self.image_scale, IMAGE_SCALES)
         between("control_strength", self.control_strength, 0.0, 10.0)
         between("control_start", self.control_start, 0.0, 1.0)
@@ -157,22 +158,22 @@ class SampleJob:
 
     @property
     def guided(self) -> bool:
-        """Whether each step runs the model on both prompts."""
+        """Whether each step runs the model on both prompts (classifier-free guidance)."""
         return self.cfg > 1
 
     @property
     def steps_to_run(self) -> int:
-        """Of the steps, those that ``denoise`` leaves."""
+        """Number of steps that ``denoise`` leaves."""
         return int(self.steps * self.denoise)
 
     def prompts_of(self, step: int) -> tuple[int, int]:
-        """The numbers of the negative and the positive prompt of a step, counted from the first that is run."""
+        """Returns the indices of the negative and the positive prompt of a step, counted from the first step that is run."""
         share = (self.steps - self.steps_to_run + step) / self.steps + ROUNDING
         return tuple(max(bisect_right(starts, share) - 1, 0) for starts in (self.negative_starts, self.positive_starts))
 
     @property
     def drawn(self) -> tuple[int, slice]:
-        """For how many videos noise is drawn, and which of them are this job's."""
+        """The number of videos to draw noise for, and the slice of it that this job uses."""
         if self.batch_size:
             return self.batch_size, slice(self.batch_index, self.batch_index + 1)
         return self.latent.shape[0], slice(None)
@@ -180,35 +181,36 @@ class SampleJob:
 
 @dataclass(frozen=True)
 class LoadJob(SampleJob):
-    """Read the weights that a sampling job needs, whose text is not known yet. The result is an empty tensor."""
+    """Loads the weights for a sampling job whose text is not known yet. The result is an empty tensor."""
 
     kind = "load"
 
     @classmethod
     def of(cls, job: SampleJob) -> "LoadJob":
-        """For one sampling job."""
+        """Makes the load job for a sampling job."""
         return cls(**{item.name: getattr(job, item.name) for item in fields(job)})
 
 
 @dataclass(frozen=True)
 class WindowJob:
-    """Predict the frames of one window of a step. The result is ``[batch, frames, channels, height/8, width/8]``, float32."""
+    """Predicts the frames of a window in one step. The result is ``[batch, frames, channels, height/8, width/8]``, float32."""
 
     kind = "window"
     model: Model
     seen: torch.Tensor
-    """Noisy, scaled latents of whole tokens with what is concatenated to them, in the model's dtype, shaped like the result."""
+    """The model's input ``[batch, frames, channels, height/8, width/8]`` in its dtype: noisy, scaled latents of whole tokens,
+    concatenated with the condition if there is one."""
     positive: torch.Tensor
-    """As in :class:`SampleJob`."""
+    """Text states ``[1 or batch, tokens, features]``."""
     timestep: int
     scale: float
-    """Of the guidance; not used without ``negative``."""
+    """Guidance scale; not used without ``negative``."""
     negative: torch.Tensor | None = None
-    """None where the step is not guided."""
+    """None if the step is not guided."""
 
     @property
     def guided(self) -> bool:
-        """Whether the model runs on both prompts."""
+        """Whether the model runs on both prompts (classifier-free guidance)."""
         return self.negative is not None
 
     def __post_init__(self):
@@ -218,17 +220,17 @@ class WindowJob:
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """Decode a latent. The result is ``[batch, frames, height, width, 3]``, float32 in 0..1."""
+    """Decodes a latent. The result is ``[batch, frames, height, width, 3]``, float32 in 0..1."""
 
     kind = "decode"
     model: Model
     latent: torch.Tensor
     tiling: str = "auto"
-    """``auto`` decodes in tiles where a whole decode would not fit in free memory."""
+    """``auto`` uses tiles if the whole does not fit in free memory."""
     tile: int = 256
-    """Tile edge in pixels."""
+    """Edge of a tile in pixels."""
     overlap: int = 64
-    """Pixels by which tiles overlap and are blended."""
+    """Pixels that neighbouring tiles share and blend."""
 
     def __post_init__(self):
         check_latent(self.latent)
@@ -239,13 +241,14 @@ class DecodeJob:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Encode a video. The result is a latent ``[1, channels, latent frames, height/8, width/8]``, float32."""
+    """Encodes a video. The result is a latent ``[1, channels, latent frames, height/8, width/8]``, float32."""
 
     kind = "encode"
     model: Model
     pixels: torch.Tensor
-    """``[frames, height, width, 3]`` in 0..1; frames 4k+1."""
+    """``[frames, height, width, 3]`` in 0..1, with 4k+1 frames."""
     tiling: str = "auto"
+    """This and the next two fields as in :class:`DecodeJob`."""
     tile: int = 256
     overlap: int = 64
 
@@ -270,20 +273,20 @@ class Report:
     plan: str = "single"
     world_size: int = 1
     load_seconds: float = 0.0
-    """Spent reading and moving weights; 0 when they were there."""
+    """Time to read and move weights; 0 if they were loaded already."""
     run_seconds: float = 0.0
-    """From the first step's start to the result, loading not counted."""
+    """Time from the start of the first step to the result, without loading."""
     step_seconds: tuple[float, ...] = ()
-    """The work of each step, reporting it to the caller not counted."""
+    """Time of each step, without reporting it to the caller."""
     peak_memory: tuple[int, ...] = ()
-    """Bytes by rank: the GPU's peak in the job, or the process's resident peak on the CPU."""
+    """Bytes by rank: the GPU's peak during the job, or on the CPU the peak resident size of the process."""
     notes: tuple[str, ...] = ()
-    """One line for each fallback or degraded mode the job ran under."""
+    """One line for each fallback or degraded mode of the job."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A job's tensor and what it cost."""
+    """A job's tensor and its report."""
 
     tensor: torch.Tensor
     report: Report = field(default_factory=Report)

@@ -1,4 +1,4 @@
-"""Which model a job runs, and how: its files, precision, offload and LoRAs."""
+"""The model of a job: its files, precision, offload, LoRAs and windows."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,12 @@ MAX_STRENGTH = 10.0
 
 @dataclass(frozen=True)
 class Lora:
-    """A change of the transformer's weights."""
+    """A LoRA: a low-rank change of the transformer's weights."""
 
     path: str
     """A ``.safetensors`` file; see :mod:`parallel_backend.cogvideox.transformer.lora`."""
     strength: float = 1.0
-    """What the change is multiplied by; 0 leaves the model as it is."""
+    """Factor for the change; 0 leaves the model as it is."""
 
     def __post_init__(self):
         between("LoRA strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
@@ -30,23 +30,24 @@ class Lora:
 
 @dataclass(frozen=True)
 class Model:
-    """What to compute. Holds no weights: they are loaded where they run."""
+    """Describes a model. Holds no weights: they are loaded where they run."""
 
     path: str
-    """Checkpoint folder in diffusers layout, or a transformer's ``.safetensors`` file."""
+    """A checkpoint folder in diffusers layout, or a transformer's ``.safetensors`` file."""
     dtype: str = "auto"
     """``auto`` is the checkpoint's own on a GPU and fp32 on the CPU."""
     offload: str = "auto"
     """Where weights wait between uses; ``auto`` decides by free memory."""
     compile: str = "auto"
-    """Whether blocks and the VAE have kernels that are compiled for the device; ``auto`` on a GPU, for all but small models and pictures."""
+    """Whether blocks and the VAE use kernels that are compiled for the device; ``auto``: on a GPU, except for small models and
+    small videos."""
     fp8: str = "off"
-    """What runs in FP8: nothing, the blocks' linear layers, or these and attention."""
+    """What is rounded to FP8: nothing, the blocks' linear layers, or these and attention."""
     step_cache: float = 0.0
-    """Change of the first block's work below which the other blocks are predicted from earlier steps; 0 never. See
+    """Relative change of the first block's residual below which the other blocks' residual is extrapolated; 0 disables. See
     :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`."""
     loras: tuple[Lora, ...] = ()
-    """All are added to the weights; their order changes nothing but rounding."""
+    """All are added to the weights. Their order affects only rounding."""
 
     def __post_init__(self):
         choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -57,22 +58,22 @@ class Model:
 
 
 def two_thirds(frames: int) -> int:
-    """The overlap that suits a window of so many frames, a multiple of 4: with half, the demo's pictures jump at times."""
+    """Returns two thirds of a window's frames as a multiple of 4. With half, the demo's videos sometimes jumped."""
     return round((frames - 1) / 6) * 4
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How a long video is sampled in parts. Lengths are frames of the video; the model rounds them up to whole tokens."""
+    """Overlapping windows for sampling a long video. Lengths are frames of the video, rounded up to whole tokens when used."""
 
     frames: int = 49
-    """Of one window, 4k+1: what the model was trained for. A video that is no longer has no windows."""
+    """Length of one window, 4k+1: what the model was trained for. A video that is not longer is sampled whole."""
     overlap: int = two_thirds(49)
-    """By which neighbours overlap at least and are blended; a multiple of 4."""
+    """Least overlap of neighbouring windows, which is blended; a multiple of 4."""
     schedule: str = "static"
-    """``static`` windows stay where they are; ``uniform`` ones are shifted from step to step."""
+    """``static`` windows stay in place; ``uniform`` windows shift from step to step."""
     shuffle_noise: bool = True
-    """Whether later windows start from the first one's noise in another order, not from noise of their own."""
+    """Whether later windows start from the first one's noise in another order (FreeNoise), not from noise of their own."""
 
     def __post_init__(self):
         if self.frames < 5 or self.frames % 4 != 1:

@@ -1,4 +1,4 @@
-"""How one forward pass is split: checked arithmetic, importable without torch."""
+"""Plans: how a forward pass is split over ranks. Importable without torch."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -8,61 +8,65 @@ from .errors import RequestError
 SINGLE = "single"
 AUTO = "auto"
 IN_PARTS = ("group", "sequential")
-"""Offload modes that bring weights from the CPU a part at a time, by hooks that stay: to leave one, weights are read again."""
+"""Offload modes that load weights from the CPU in parts, by hooks. The hooks stay: leaving a mode means reading the weights."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Degrees that multiply to the number of processes, ``fsdp`` aside.
+    """Degrees that multiply to the number of ranks, except ``fsdp``.
 
     Raises:
-        RequestError: for a degree that no forward pass can be split by, or that does not go with the others.
+        RequestError: for a degree that is not possible, alone or together with the others.
     """
 
     cfg: int = 1
     """1, or 2 to compute the negative and the positive prompt on different ranks."""
     tensor: int = 1
-    """Ranks that share the weights of attention heads and feed-forward, and the work with them; must divide the heads."""
+    """Tensor parallelism: ranks that split attention heads and feed-forward with their weights. Must divide the heads."""
     ulysses: int = 1
-    """Ranks that share the attention heads of their tokens; must divide those that ``tensor`` leaves a rank."""
+    """Ulysses: ranks that split the sequence and exchange it for heads by all-to-all. Must divide the heads that ``tensor``
+    leaves a rank."""
     ring: int = 1
-    """Ranks that pass keys and values around; takes any number."""
+    """Ring attention: ranks that split the sequence and pass keys and values around. Any number."""
     pipefusion: int = 1
-    """Ranks, or rows of ``ulysses`` ranks, that have some blocks each and pass patches of the tokens on; not exact."""
+    """PipeFusion: stages of consecutive blocks that pass patches of the sequence on. A stage is a rank, or ``ulysses`` ranks.
+    Not exact."""
     fsdp: int = 1
-    """Ranks, of those that the other degrees make, that keep a part of each block's weights and gather it when it runs."""
+    """Fully sharded data parallelism: ranks, among those of the other degrees, that hold a shard of each block's weights and
+    gather the block when it runs."""
     replicas: int = 1
-    """Groups of their own, each with the rest of the plan; they share videos, not a forward pass."""
+    """Groups with the rest of the plan each. They share the videos of a batch, not a forward pass."""
 
     def __post_init__(self):
         for field in fields(self):
             degree = getattr(self, field.name)
             if not isinstance(degree, int) or degree < 1:
-                raise RequestError(f"plan: {field.name} is {degree}; a degree is a whole number from 1")
+                raise RequestError(f"plan: {field.name} is {degree}; use a whole number from 1")
         if self.cfg > 2:
-            raise RequestError(f"plan: cfg is {self.cfg}; there are two halves to share, so it is 1 or 2")
+            raise RequestError(f"plan: cfg is {self.cfg}; guidance has two halves, so use 1 or 2")
         self._check_pipefusion()
         self._check_fsdp()
 
     def _check_pipefusion(self) -> None:
-        """Stages keep whole tokens' keys and values, and whole blocks."""
+        """Refuses degrees that split what a stage keeps: the keys and values of a token, and the weights of a block."""
         if self.pipefusion == 1:
             return
         if self.ring > 1:
             other = replace(self, ulysses=self.sequence, ring=1)
             why = (
-                f"a ring passes keys and values around that pipefusion keeps; use '{other}', or '{replace(self, pipefusion=1)}'"
+                "ring passes keys and values around and pipefusion keeps them; "
+                f"use '{other}', or '{replace(self, pipefusion=1)}'"
             )
         elif self.tensor > 1:
             other = replace(self, pipefusion=self.pipefusion * self.tensor, tensor=1)
             why = (
-                "tensor adds up over ranks in every block, which pipefusion is there to avoid; "
+                "tensor has all-reduces in every block, which pipefusion avoids; "
                 f"use '{other}', or '{replace(self, pipefusion=1)}'"
             )
         elif self.fsdp > 1:
             why = (
-                "pipefusion keeps its blocks' weights on a rank already and would gather them for every patch; "
-                f"use '{replace(self, fsdp=1)}', or more pipefusion"
+                "pipefusion splits the weights already, and fsdp would gather them for every patch; "
+                f"use '{replace(self, fsdp=1)}', or a higher pipefusion degree"
             )
         else:
             return
@@ -74,12 +78,12 @@ class Plan:
             return
         if holders == 1:
             raise RequestError(
-                f"plan '{self}': fsdp shares weights over ranks that other degrees use, and there is one with the same weights; "
+                f"plan '{self}': fsdp shards weights over ranks that have the same weights, and here there is only one; "
                 f"use '{replace(self, cfg=2, fsdp=2)}', or '{replace(self, ulysses=2, fsdp=2)}'"
             )
         legal = ", ".join(str(n) for n in range(2, holders + 1) if holders % n == 0)
         raise RequestError(
-            f"plan '{self}': fsdp{self.fsdp} does not divide the {holders} ranks that would have the same weights; use fsdp {legal}"
+            f"plan '{self}': fsdp{self.fsdp} does not divide the {holders} ranks that have the same weights; use fsdp {legal}"
         )
 
     @classmethod
@@ -87,7 +91,7 @@ class Plan:
         """Reads ``single`` or degrees such as ``cfg2-ulysses4``.
 
         Raises:
-            RequestError: for anything else, naming the part that is not understood.
+            RequestError: for other text, with the part that is not understood.
         """
         known = [field.name for field in fields(cls)]
         degrees: dict[str, int] = {}
@@ -109,43 +113,43 @@ class Plan:
 
     @property
     def sequence(self) -> int:
-        """Ranks that share one sequence of tokens."""
+        """Ranks that split one sequence of tokens."""
         return self.ulysses * self.ring
 
     @property
     def world_size(self) -> int:
-        """Processes the plan needs."""
+        """Number of processes of the plan."""
         return self.replicas * self.replica_size
 
     @property
     def replica_size(self) -> int:
-        """Processes that split one forward pass."""
+        """Number of processes that split one forward pass."""
         return self.cfg * self.tensor * self.sequence * self.pipefusion
 
     @property
     def replica(self) -> "Plan":
-        """How each replica splits its forward passes."""
+        """The plan of one replica."""
         return replace(self, replicas=1)
 
     @property
     def talks_much(self) -> bool:
-        """Whether ranks exchange tokens or weights in every block, and not once in a step."""
+        """Whether ranks exchange tokens or weights in every block, not only once in a step."""
         return self.replica_size > self.cfg * self.pipefusion or self.fsdp > 1
 
     @property
     def is_exact(self) -> bool:
-        """Whether it gives the video of ``single``, to rounding."""
+        """Whether the video is that of ``single``, except for rounding."""
         return self.pipefusion == 1
 
     def fits(self, heads: int) -> bool:
-        """Whether a model of so many heads can be split so. Its feed-forward is a multiple of the heads."""
+        """Returns whether the heads of a model can be split. The width of its feed-forward is a multiple of the heads."""
         return heads % (self.tensor * self.ulysses) == 0
 
     def check_heads(self, heads: int) -> None:
-        """Refuses degrees that the model's heads do not divide by.
+        """Refuses degrees that do not divide the model's heads.
 
         Raises:
-            RequestError: naming the legal degrees.
+            RequestError: with the possible degrees.
         """
         if self.fits(heads):
             return
@@ -164,7 +168,7 @@ class Plan:
         """Refuses more stages than the model has blocks.
 
         Raises:
-            RequestError: naming the most that there can be.
+            RequestError: with the highest possible degree.
         """
         if self.pipefusion > layers:
             raise RequestError(
@@ -174,33 +178,39 @@ class Plan:
 
     @property
     def without_pipefusion(self) -> "Plan":
-        """The nearest that is exact, of as many devices."""
+        """The nearest exact plan with the same number of devices."""
         return replace(self, ulysses=self.ulysses * self.pipefusion, pipefusion=1)
 
     def can_offload(self, mode: str) -> bool:
-        """Whether weights can wait as a mode says: ``fsdp`` brings them in parts itself, and ``pipefusion`` uses all of its own
-        for every patch."""
+        """Returns whether the plan works with an offload mode.
+
+        With ``fsdp`` or ``pipefusion`` weights cannot be loaded in parts: ``fsdp`` gathers them in parts itself, and
+        ``pipefusion`` uses all blocks of its rank for every patch.
+        """
         return (self.fsdp == 1 and self.pipefusion == 1) or mode not in IN_PARTS
 
     def check_offload(self, mode: str) -> None:
-        """Refuses to move weights in parts that are gathered in parts, or needed for every patch.
+        """Refuses an offload mode that does not work with the plan; see :meth:`can_offload`.
 
         Raises:
-            RequestError: naming the nearest plan and modes that work.
+            RequestError: with the nearest plan and the modes that work.
         """
         if self.can_offload(mode):
             return
         if self.fsdp > 1:
             why, other = "keeps weights on the CPU and fsdp keeps them on the devices", replace(self, fsdp=1)
         else:
-            why, other = "would bring a rank's blocks anew for every patch", self.without_pipefusion
+            why, other = "would load all blocks of a rank again for every patch", self.without_pipefusion
         raise RequestError(f"plan '{self}': offload '{mode}' {why}; use plan '{other}', or offload 'auto', 'none' or 'model'")
 
     def check_world(self, devices: int, nodes: int = 1) -> None:
-        """Refuses a plan whose degrees do not multiply to the devices given: so many on each of so many hosts.
+        """Refuses a plan whose degrees do not multiply to the number of devices.
 
+        Args:
+            devices: on each host.
+            nodes: number of hosts.
         Raises:
-            RequestError: printing every factor.
+            RequestError: with every degree.
         """
         if self.world_size != devices * nodes:
             given = f"{devices * nodes} were given" + (f", {devices} on each of {nodes} hosts" if nodes > 1 else "")
@@ -211,5 +221,5 @@ class Plan:
 
 
 def divisors(heads: int) -> str:
-    """Degrees up to 16 that divide so many heads, for a person."""
+    """Returns the degrees up to 16 that divide a number of heads, as text."""
     return ", ".join(str(n) for n in range(1, min(heads, 16) + 1) if heads % n == 0)

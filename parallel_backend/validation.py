@@ -1,4 +1,4 @@
-"""Checks of values, sizes and latents when a job is made. Each raises RequestError with what is allowed."""
+"""Checks of values, sizes and latents when a job is made. Each raises RequestError, which says what is allowed."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from .errors import RequestError
 
 CHANNELS = 16
-"""Of a latent."""
+"""Channels of a latent."""
 
 
 def choice(name: str, value: Any, allowed) -> None:
@@ -17,21 +17,21 @@ def choice(name: str, value: Any, allowed) -> None:
 
 
 def between(name: str, value: float, low: float, high: float) -> None:
-    """Raises RequestError unless ``low <= value <= high``; NaN never is."""
+    """Raises RequestError unless ``low <= value <= high``, also for NaN."""
     if not low <= value <= high:
         raise RequestError(f"{name} is {value}; use {low} to {high}")
 
 
 def check_latent(latent: torch.Tensor) -> None:
-    """Checks the layout and size of a latent in ComfyUI's layout.
+    """Checks the shape of a latent, ``[batch, channels, latent frames, height/8, width/8]``.
 
     Raises:
-        RequestError: naming what another pack's latent looks like, where it is recognised.
+        RequestError: for another shape. It names the origin if the shape is that of a known pack or model.
     """
     shape = tuple(latent.shape)
     if latent.ndim == 5 and shape[2] == 16 and shape[1] != 16:
         raise RequestError(
-            f"the latent is {shape}: frames before channels, as the CogVideoX wrapper's nodes make it; "
+            f"the latent is {shape}: frames before channels, as in the CogVideoX wrapper's nodes; "
             "use this pack's or the core's nodes for the latent"
         )
     if latent.ndim != 5:
@@ -43,7 +43,7 @@ def check_latent(latent: torch.Tensor) -> None:
         raise RequestError(f"the latent is {shape}; every dimension must be at least 1")
     if shape[1] != CHANNELS:
         raise RequestError(
-            f"the latent has {shape[1]} channels, as another model's nodes make it; CogVideoX takes {CHANNELS}: "
+            f"the latent has {shape[1]} channels, so it is for another model; CogVideoX takes {CHANNELS}: "
             "use Empty CogVideoX Latent or VAE Encode"
         )
     if shape[3] % 2 or shape[4] % 2:
@@ -61,19 +61,19 @@ def check_image(image: torch.Tensor, latent: torch.Tensor) -> None:
     if tuple(image.shape[3:]) != (height, width):
         raise RequestError(
             f"the start image is encoded for {image.shape[4] * 8}x{image.shape[3] * 8} and the video is "
-            f"{width * 8}x{height * 8}; use one size for both"
+            f"{width * 8}x{height * 8}; use the same size for both"
         )
 
 
 def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *, channels: int, node: str) -> None:
-    """Raises RequestError unless a condition has every frame of the video, at its size.
+    """Raises RequestError unless a condition has the frames and the size of the video.
 
     Args:
         name: of the condition, for the message.
-        condition: to check.
-        latent: of the video.
-        channels: that the condition must have.
-        node: that makes one which fits.
+        condition: ``[1 or batch, channels, latent frames, height/8, width/8]``.
+        latent: of the video, in the same layout.
+        channels: number of channels that the condition must have.
+        node: a node that makes a fitting condition, for the message.
     """
     batch, _, frames, height, width = latent.shape
     if condition.ndim != 5 or condition.shape[0] not in (1, batch) or condition.shape[1] != channels:
@@ -84,16 +84,16 @@ def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *,
     if tuple(condition.shape[2:]) != (frames, height, width):
         _, _, own_frames, own_height, own_width = condition.shape
         raise RequestError(
-            f"the {name} is made for {own_width * 8}x{own_height * 8} and {own_frames} latent frames and the video has "
-            f"{width * 8}x{height * 8} and {frames}; use the latent that {node} gives"
+            f"the {name} is {own_width * 8}x{own_height * 8} with {own_frames} latent frames and the video is "
+            f"{width * 8}x{height * 8} with {frames}; use the latent output of {node}"
         )
 
 
 def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
-    """Checks a size in pixels and frames, before any tensor of it is made.
+    """Checks a size in pixels and frames before any tensor is made.
 
     Raises:
-        RequestError: naming the nearest allowed value.
+        RequestError: naming the nearest value that is allowed.
     """
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:

@@ -255,7 +255,7 @@ def test_conditioning_of_another_model_is_named(make_job, checkpoints, text, wor
 
 
 def test_a_latent_of_another_model_is_named(checkpoints):
-    with pytest.raises(RequestError, match="4 channels, as another model's nodes make it; CogVideoX takes 16"):
+    with pytest.raises(RequestError, match="4 channels, so it is for another model; CogVideoX takes 16"):
         DecodeJob(Model(str(checkpoints["5b"])), torch.ones(1, 4, 2, 4, 4))
 
 

@@ -174,12 +174,12 @@ show(sampler={name: result(Sampler, model=model, **prompts, latent={"samples": f
 """)
     assert shown.pop("loads") == 0
     words = {
-        "ltxv": "the latent has 128 channels, as another model's nodes make it; CogVideoX takes 16",
+        "ltxv": "the latent has 128 channels, so it is for another model; CogVideoX takes 16",
         "image": "a video latent is [batch, 16, frames, height/8, width/8]",
         "nan": "has values that are NaN or infinite",
         "both": "holds a NestedTensor; it must be one tensor of floats",
         "whole": "holds a torch.int64; it must be one tensor of floats",
-        "wrapper": "frames before channels, as the CogVideoX wrapper's nodes make it",
+        "wrapper": "frames before channels, as in the CogVideoX wrapper's nodes",
         "odd": "the size is 32x24; width and height must be multiples of 16",
         "none": "every dimension must be at least 1",
     }

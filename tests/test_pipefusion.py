@@ -235,7 +235,7 @@ def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_th
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"offload": "group"}, "offload 'group' would bring .*; use plan 'ulysses2', or offload 'auto', 'none' or 'model'"),
+        ({"offload": "group"}, "offload 'group' would load .*; use plan 'ulysses2', or offload 'auto', 'none' or 'model'"),
         ({"step_cache": 0.1}, "a step cache decides after the first block, .*; use step_cache 0, or plan 'ulysses2'"),
         (
             {"windows": Windows(13, 4, "uniform")},

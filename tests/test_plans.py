@@ -60,10 +60,10 @@ def test_tensor_takes_heads_first_and_ulysses_of_what_is_left(text, heads, words
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("fsdp2", "there is one with the same weights; use 'cfg2-fsdp2', or 'ulysses2-fsdp2'"),
-        ("replicas2-fsdp2", "there is one with the same weights; use 'replicas2-cfg2-fsdp2', or 'replicas2-ulysses2-fsdp2'"),
-        ("tensor2-fsdp2", "there is one with the same weights; use 'cfg2-tensor2-fsdp2', or 'tensor2-ulysses2-fsdp2'"),
-        ("cfg2-ring2-fsdp3", "fsdp3 does not divide the 4 ranks that would have the same weights; use fsdp 2, 4"),
+        ("fsdp2", "have the same weights, and here there is only one; use 'cfg2-fsdp2', or 'ulysses2-fsdp2'"),
+        ("replicas2-fsdp2", "and here there is only one; use 'replicas2-cfg2-fsdp2', or 'replicas2-ulysses2-fsdp2'"),
+        ("tensor2-fsdp2", "and here there is only one; use 'cfg2-tensor2-fsdp2', or 'tensor2-ulysses2-fsdp2'"),
+        ("cfg2-ring2-fsdp3", "fsdp3 does not divide the 4 ranks that have the same weights; use fsdp 2, 4"),
     ],
 )
 def test_fsdp_is_over_ranks_that_would_have_the_same_weights(text, words):
@@ -75,14 +75,14 @@ def test_fsdp_is_over_ranks_that_would_have_the_same_weights(text, words):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("ring2-pipefusion2", "a ring passes keys and values around .*; use 'ulysses2-pipefusion2', or 'ring2'$"),
+        ("ring2-pipefusion2", "ring passes keys and values around .*; use 'ulysses2-pipefusion2', or 'ring2'$"),
         (
             "cfg2-tensor2-pipefusion2",
-            "tensor adds up over ranks in every block, .*; use 'cfg2-pipefusion4', or 'cfg2-tensor2'$",
+            "tensor has all-reduces in every block, .*; use 'cfg2-pipefusion4', or 'cfg2-tensor2'$",
         ),
         (
             "cfg2-pipefusion2-fsdp2",
-            "keeps its blocks' weights on a rank already .*; use 'cfg2-pipefusion2', or more pipefusion$",
+            "pipefusion splits the weights already, .*; use 'cfg2-pipefusion2', or a higher pipefusion degree$",
         ),
     ],
 )
