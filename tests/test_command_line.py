@@ -1,6 +1,7 @@
 """The command line: what it makes, what it prints, and with which status it ends."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from parallel_backend.cli import inputs
 from parallel_backend.cli.parser import build_parser, main
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
-from parallel_backend.group import preflight
+from parallel_backend.group import launcher, preflight
 
 from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
 from .support.measures import look
@@ -506,6 +507,17 @@ def test_bench_states_ours_beside_diffusers_and_xdit(run, checkpoints, loras, tm
         assert ("step cache 0.9" in "".join(row["notes"])) == row["precision"].endswith("+cache0.9")
     bad = run("bench", "--model", checkpoints["5b"], "--precisions", "fast")
     assert bad.returncode == 2 and "'fast' is not understood; use some of lossless, eager, fp8" in bad.stderr
+
+
+def test_info_lines_of_the_whole_package_go_to_standard_error_and_those_of_libraries_do_not(run, monkeypatch, capsys):
+    """The command line derives the name of the package's logger from its own, which changes if the folder moves."""
+    logging.getLogger("parallel_backend").setLevel(logging.NOTSET)  # an earlier command in this process has set it
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.root, "handlers", [])  # basicConfig adds none if pytest's are there
+        assert run("status").returncode == 0
+        launcher.logger.info("starting 2 processes")
+        logging.getLogger("some_library").info("loading")
+    assert capsys.readouterr().err == "starting 2 processes\n"
 
 
 def test_the_options_are_frozen_so_that_scripts_go_on_working():
