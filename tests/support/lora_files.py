@@ -1,4 +1,4 @@
-"""LoRA files with random weights, in the layouts that trainers write."""
+"""LoRA files with random weights, in the layouts of common trainers."""
 
 import re
 from pathlib import Path
@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 
 Change = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Down and up of each layer, by diffusers' name."""
+"""The down and up matrices of each layer, by diffusers' name."""
 ATTENTION = r"attn1\.to_(q|k|v|out\.0)"
 
 
 def random_change(folder: Path, *, layers: str = ATTENTION, rank: int = 4, seed: int = 0, size: float = 1.0) -> Change:
-    """A change of the layers whose names end in a pattern, large enough to be seen in the latents."""
+    """Returns a change of the layers whose names end in a pattern, large enough to be visible in the latents."""
     generator = torch.Generator().manual_seed(seed)
     change = {}
     for layer, (rows, *columns) in sorted(Checkpoint.open(folder).layer_shapes.items()):
@@ -27,12 +27,12 @@ def random_change(folder: Path, *, layers: str = ATTENTION, rank: int = 4, seed:
 
 
 def down_size(columns: list[int]) -> float:
-    """What keeps the size of a layer's output."""
+    """Returns the standard deviation of weights that keeps the scale of a layer's output."""
     return torch.Size(columns).numel() ** -0.5
 
 
 def diffusers_layout(change: Change, prefix: str = "transformer.", adapter: str = "") -> dict[str, torch.Tensor]:
-    """As diffusers and PEFT name it."""
+    """Returns the tensors with the names of diffusers and PEFT."""
     tensors = {}
     for layer, (down, up) in change.items():
         tensors |= {f"{prefix}{layer}.lora_A{adapter}.weight": down, f"{prefix}{layer}.lora_B{adapter}.weight": up}
@@ -40,7 +40,7 @@ def diffusers_layout(change: Change, prefix: str = "transformer.", adapter: str 
 
 
 def fun_layout(change: Change, alpha: float | None = None) -> dict[str, torch.Tensor]:
-    """As CogVideoX-Fun's kohya-style trainer names it."""
+    """Returns the tensors with the names of CogVideoX-Fun's kohya-style trainer."""
     tensors = {}
     for layer, (down, up) in change.items():
         name = "lora_unet__" + layer.replace(".", "_")
@@ -51,7 +51,7 @@ def fun_layout(change: Change, alpha: float | None = None) -> dict[str, torch.Te
 
 
 def core_layout(change: Change) -> dict[str, torch.Tensor]:
-    """As ComfyUI's own CogVideoX names its layers."""
+    """Returns the tensors with the layer names of ComfyUI's own CogVideoX."""
     names = {"attn1.to_out.0": "attn_out", "attn1.to_": "", "ff.net.0.proj": "ff_proj", "ff.net.2": "ff_out",
              "transformer_blocks": "blocks", "time_embedding.": "time_embedding_"}  # fmt: skip
     tensors = {}
@@ -63,6 +63,6 @@ def core_layout(change: Change) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
-    """Saves a file and gives its name."""
+    """Saves a file. Returns its path."""
     save_file(tensors, path, metadata)
     return str(path)

@@ -1,4 +1,4 @@
-"""What a clip shows, by plain image measurements: colour masks, fill ratios, centroids. No model looks at it."""
+"""Recognizes what a clip shows by image measurements: colour masks, fill ratios, centroids. No model is used."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ import torch
 from training.scenes import BACKGROUNDS, COLOURS, Scene
 
 LEAST_PIXELS = 20
-"""A colour in fewer pixels than this, in the middle frame, is the edge of something else."""
+"""A colour with fewer pixels (median over the frames) is the edge of something else."""
 FILL_RATIOS = {"star": 0.38, "triangle": 0.52, "circle": 0.785, "square": 1.0}
-"""Pixels of a shape over those of its bounding box."""
+"""The share of its bounding box that a shape fills."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing as measured."""
+    """One thing in a clip, as measured."""
 
     shape: str
     colour: str
@@ -23,7 +23,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a clip shows what its scene says; of two things, whether both do."""
+    """Whether a clip agrees with its scene; for two things, whether both do."""
 
     background: bool
     colour: bool
@@ -32,19 +32,19 @@ class Verdict:
 
 
 def nearest(pixels: torch.Tensor, palette: list[tuple[int, int, int]]) -> torch.Tensor:
-    """Index of the nearest palette colour for pixels ``[..., 3]`` in 0..1."""
+    """Returns the index of the nearest palette colour for pixels ``[..., 3]`` in 0..1."""
     colours = torch.tensor(palette, dtype=torch.float32) / 255
     return (pixels[..., None, :] - colours).square().sum(-1).argmin(-1)
 
 
 def background_of(clip: torch.Tensor) -> str:
-    """The background that most pixels of ``[frames, height, width, 3]`` are nearest to."""
+    """Returns the background that most pixels of ``[frames, height, width, 3]`` are nearest to."""
     names = list(BACKGROUNDS)
     return names[nearest(clip, list(BACKGROUNDS.values())).flatten().bincount(minlength=len(names)).argmax()]
 
 
 def colours_of(clip: torch.Tensor, *, most: int) -> list[str]:
-    """Up to ``most`` colours that things in the clip have, the largest first."""
+    """Returns up to ``most`` colours of things in the clip, the largest first."""
     names = list(COLOURS)
     palette = [*COLOURS.values(), *BACKGROUNDS.values()]
     found = nearest(clip, palette).flatten(1)
@@ -54,7 +54,7 @@ def colours_of(clip: torch.Tensor, *, most: int) -> list[str]:
 
 
 def shape_of(mask: torch.Tensor) -> str:
-    """The shape whose fill ratio is nearest, median over the frames of a mask ``[frames, height, width]``."""
+    """Returns the shape whose fill ratio is nearest to a mask's ``[frames, height, width]``, the median over the frames."""
     ratios = []
     for frame in mask:
         rows, columns = frame.any(1).nonzero(), frame.any(0).nonzero()
@@ -66,7 +66,7 @@ def shape_of(mask: torch.Tensor) -> str:
 
 
 def near_its_middle(mask: torch.Tensor) -> torch.Tensor:
-    """A mask ``[frames, height, width]`` without the far pixels, which are edges of something else in like colours."""
+    """Returns a mask ``[frames, height, width]`` without far pixels, which are edges of something else of a similar colour."""
     kept = torch.zeros_like(mask)
     for index, frame in enumerate(mask):
         points = frame.nonzero().float()
@@ -79,14 +79,14 @@ def near_its_middle(mask: torch.Tensor) -> torch.Tensor:
 
 
 def turned_back(track: list[float]) -> float:
-    """The smaller of the longest ways that a track goes forward and back: nothing, unless it turns."""
+    """Returns the smaller of the longest distances that a track goes forward and back: about 0 unless it turns."""
     forward = max(later - earlier for index, earlier in enumerate(track) for later in track[index:])
     back = max(earlier - later for index, earlier in enumerate(track) for later in track[index:])
     return min(forward, back)
 
 
 def motion_of(mask: torch.Tensor) -> str:
-    """The name of a motion (:data:`training.scenes.MOTIONS`) from the track and the area of a mask."""
+    """Returns the name of a motion (:data:`training.scenes.MOTIONS`) from the track and the area of a mask."""
     area = mask.flatten(1).sum(1).float()
     if (area < 1).all():
         return "gone"
@@ -109,7 +109,7 @@ def motion_of(mask: torch.Tensor) -> str:
 
 
 def look(clip: torch.Tensor, *, things: int) -> tuple[str, list[Seen]]:
-    """Background and up to ``things`` things of a clip ``[frames, height, width, 3]`` in 0..1."""
+    """Returns the background and up to ``things`` things of a clip ``[frames, height, width, 3]`` in 0..1."""
     background = background_of(clip)
     colours = colours_of(clip, most=things)
     classes = nearest(clip, [BACKGROUNDS[background], *(COLOURS[colour] for colour in colours)])
@@ -118,11 +118,11 @@ def look(clip: torch.Tensor, *, things: int) -> tuple[str, list[Seen]]:
 
 
 def judge(clip: torch.Tensor, scene: Scene) -> Verdict:
-    """Compares what a clip shows with its scene. A thing is looked for by its colour."""
+    """Compares a clip with its scene. Things are matched by colour."""
     background, seen = look(clip, things=len(scene.things))
     by_colour = {one.colour: one for one in seen}
     matched = [(by_colour.get(thing.colour), thing) for thing in scene.things]
-    # A thing of the wrong colour still has a shape and a motion, where there is only one.
+    # A single thing of the wrong colour still has a shape and a motion to compare.
     if len(scene.things) == 1 and seen:
         matched = [(seen[0], scene.things[0])]
     return Verdict(

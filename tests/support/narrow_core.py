@@ -1,7 +1,8 @@
-"""Makes ComfyUI's CogVideoX VAE and T5-XXL as narrow as the tests' weights: their code is the core's, their sizes are not.
+"""Makes ComfyUI's CogVideoX VAE and T5-XXL as narrow as the tests' weights. Their code remains the core's.
 
-A custom node of the tests' ComfyUI. The core fixes both sizes in its code; a real T5-XXL and VAE are 10 GB. Layers (24)
-and the feed-forward width (10240), by which the core knows a T5-XXL, stay as they are.
+This is a custom node of the tests' ComfyUI. The core has both sizes in its code, and a real T5-XXL and VAE are 10 GB. The
+number of layers (24) and the feed-forward width (10240) are unchanged, because the core recognizes a T5-XXL by them. A ComfyUI
+without CogVideoX (0.3.64) cannot import this file; the tests that need it are skipped there.
 """
 
 from functools import partial

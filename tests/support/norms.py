@@ -1,10 +1,10 @@
-"""Group norms off, for ComfyUI's VAE and for diffusers': read in both interpreters, so only torch is imported."""
+"""Turns group norms off in ComfyUI's VAE and in diffusers'. Both interpreters import it, so it needs only torch."""
 
 import torch
 
 
 def without_norms(module: torch.nn.Module) -> None:
-    """Lets every group norm of a module hand on what it is given."""
+    """Makes every group norm of a module return its input."""
     for part in module.modules():
         if isinstance(part, torch.nn.GroupNorm):
             part.forward = lambda values: values

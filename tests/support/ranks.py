@@ -1,7 +1,8 @@
-"""One rank that runs the same jobs under several plans of as many processes, since starting a group takes longer than its jobs.
+"""A rank that runs the same jobs under several plans of one world size, because starting a group takes longer than its jobs.
 
-``python -m torch.distributed.run --standalone --nproc-per-node=N tests/support/ranks.py FOLDER PLAN …`` reads ``FOLDER/*.job`` and writes
-``FOLDER/PLAN.pt``: what rank 0 made of each, and the bytes of weights that each rank held then.
+``python -m torch.distributed.run --standalone --nproc-per-node=N tests/support/ranks.py FOLDER PLAN …`` reads
+``FOLDER/*.job`` and writes ``FOLDER/PLAN.pt``: the result of each job on rank 0, and the bytes of weights that each rank held
+after it.
 """
 
 import os
@@ -18,7 +19,7 @@ from parallel_backend.plan import Plan
 
 
 def main() -> None:
-    """The command of the module's docstring."""
+    """Runs the command of the module's docstring."""
     folder, plans = Path(sys.argv[1]), sys.argv[2:]
     rank = int(os.environ["RANK"])
     messages = [decode(path.read_bytes()) for path in sorted(folder.glob("*.job"))]

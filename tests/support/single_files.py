@@ -1,4 +1,4 @@
-"""Small models saved as the single files that ComfyUI keeps, in each layout there is."""
+"""Small models as single files, in each layout that ComfyUI users have."""
 
 import json
 import re
@@ -21,12 +21,12 @@ TO_CORE = (
     (r"\.ff\.net\.2\.", ".ff_out."),
     (r"^(time|ofs)_embedding\.linear_([12])\.", r"\1_embedding_linear_\2."),
 )
-"""From diffusers' names to those of ComfyUI's own CogVideoX; tests/test_core_parts.py holds them against it."""
+"""From diffusers' names to those of ComfyUI's own CogVideoX; tests/test_core_parts.py compares them with it."""
 LAYOUTS = ("diffusers", "core", "prefixed")
 
 
 def core_name(name: str) -> str:
-    """What the core calls a weight."""
+    """Returns the core's name of a weight."""
     for pattern, replacement in TO_CORE:
         name = re.sub(pattern, replacement, name)
     return name
@@ -36,10 +36,12 @@ def save_as(folder: Path, path: Path, layout: str, dtype: torch.dtype | None = N
     """Saves the transformer of a checkpoint folder as one file.
 
     Args:
-        folder: in diffusers layout.
-        path: of the file to make.
-        layout: ``diffusers`` (the wrapper's files), ``core``, or ``prefixed`` (the core's, in a whole checkpoint).
-        dtype: of matrices, as the wrapper stores FP8; None leaves them.
+        folder: the checkpoint, in diffusers layout.
+        path: the file to write.
+        layout: the names: ``diffusers`` (the wrapper's files), ``core``, or ``prefixed`` (the core's, in a whole checkpoint).
+        dtype: for the blocks' matrices, as in the wrapper's FP8 files; None keeps theirs.
+    Returns:
+        The path of the file.
     """
     state = load_file(folder / WEIGHTS)
     if dtype is not None:
@@ -58,7 +60,7 @@ def save_as(folder: Path, path: Path, layout: str, dtype: torch.dtype | None = N
 
 
 def republish(folder: Path, output: Path, **changes) -> Path:
-    """A copy of a checkpoint with another transformer: its configuration changed, its weights drawn anew."""
+    """Copies a checkpoint, with a transformer of a changed configuration and new random weights. Returns the copy's folder."""
     shutil.copytree(folder, output)
     config = json.loads((folder / "transformer" / "config.json").read_text())
     model = CogVideoXTransformer3DModel.from_config(config | changes)

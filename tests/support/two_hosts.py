@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a cable between them, or two loopback addresses where none can be made."""
+"""Two hosts on one machine: network namespaces with a cable between them, or two loopback addresses without permission."""
 
 import os
 import signal
@@ -16,25 +16,23 @@ from parallel_backend.group.registry import GroupAddress, running
 from ..conftest import PATIENCE, REPO, wait_until
 
 SILENT_SECONDS = 10.0
-"""In which the tests' hosts notice that another is silent. On a loaded machine a process stands still for seconds."""
+"""The timeout after which a host counts as gone in the tests. On a loaded machine a process may hang for seconds."""
 
 
 class Network:
-    """Namespaces named after this process, so that two test runs do not meet; :meth:`close` leaves nothing of them."""
+    """Namespaces named after this process, so that test runs do not collide. :meth:`close` removes them."""
 
     def __init__(self):
         self.names = [f"xdit{os.getpid()}{letter}" for letter in "ab"]
         self.addresses = ["10.213.77.1", "10.213.77.2"]
         self.is_real = True
-        """Whether they are namespaces."""
+        """Whether the hosts are namespaces."""
         try:
             self._lay()
         except (OSError, subprocess.CalledProcessError) as error:
             self.close()
-            self.is_real, self.addresses = (
-                False,
-                ["127.0.0.2", "127.0.0.1"],
-            )  # who connects to the first does so from the second
+            self.is_real = False
+            self.addresses = ["127.0.0.2", "127.0.0.1"]  # a connection to the first comes from the second
             reason = getattr(error, "stderr", "") or str(error)
             warnings.warn(f"no network namespaces here ({reason.strip()}): two hosts are two loopback addresses", stacklevel=2)
 
@@ -50,18 +48,18 @@ class Network:
                 ip("-n", name, "link", "set", device, "up")
 
     def inside(self, host: int) -> list[str]:
-        """What a command begins with that is to run on a host."""
+        """Returns the start of a command that runs on a host."""
         return ["ip", "netns", "exec", self.names[host]] if self.is_real else []
 
     def free_port(self) -> int:
-        """A port of the first host; in a namespace all are free."""
+        """Returns a free port of the first host. In a namespace all are free."""
         if self.is_real:
             return 29500
         with socket.create_server((self.addresses[0], 0)) as probe:
             return probe.getsockname()[1]
 
     def cut(self, other: psutil.Process) -> None:
-        """Takes the cable out; where there is none, has the process that holds the other host's connection say nothing."""
+        """Unplugs the cable. Without namespaces it stops the process that holds the other host's connection."""
         if self.is_real:
             ip("-n", self.names[1], "link", "set", "cable", "down")
         else:
@@ -82,15 +80,15 @@ class Network:
 
 
 def ip(*words: str) -> None:
-    """Runs ``ip``."""
+    """Runs the command ``ip``."""
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=60)
 
 
 class TwoHosts:
-    """``serve`` on two hosts, each with folders of its own, as two people would start it.
+    """``serve`` on two hosts, each with its own folders, as a user of two machines starts it.
 
     Args:
-        root: where the hosts' folders are made.
+        root: for the hosts' folders.
     """
 
     def __init__(self, root: Path):
@@ -102,7 +100,7 @@ class TwoHosts:
         self.served: list[subprocess.Popen | None] = [None, None]
 
     def serve(self, host: int, *options: str) -> subprocess.Popen:
-        """Starts ``serve`` on a host; what it says goes to ``serve.log`` in the host's folder."""
+        """Starts ``serve`` on a host. Its output goes to ``serve.log`` in the host's folder."""
         words = ["serve", "--devices", "cpu", "--nnodes", "2", "--node-rank", str(host), "--rendezvous", self.rendezvous]
         environment = {"XDG_RUNTIME_DIR": str(self.folders[host]), "XDIT_SILENT_SECONDS": str(SILENT_SECONDS)}
         with (self.folders[host] / "serve.log").open("ab") as log:
@@ -113,11 +111,11 @@ class TwoHosts:
         return self.served[host]
 
     def said(self, host: int) -> str:
-        """What ``serve`` has said on a host."""
+        """Returns the output of ``serve`` on a host."""
         return (self.folders[host] / "serve.log").read_text()
 
     def processes(self, host: int) -> list[psutil.Process]:
-        """A host's workers, and their parent, the supervisor."""
+        """Returns a host's workers and their parent, the supervisor."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -127,17 +125,17 @@ class TwoHosts:
         return found
 
     def supervisor(self, host: int) -> psutil.Process:
-        """The parent of a host's workers."""
+        """Returns the parent of a host's ranks."""
         (found,) = (process for process in self.processes(host) if process.name() == "xdit supervisor")
         return found
 
     def address(self) -> GroupAddress:
-        """The group, once the first host's ``serve`` has made its folder."""
+        """Waits for the folder that the first host's ``serve`` makes. Returns the group's address."""
         assert wait_until(lambda: running() or self.served[0].poll() is not None, PATIENCE) and running(), self.said(0)
         return next(iter(running()))
 
     def close(self) -> None:
-        """Ends everything, and says nothing of it."""
+        """Kills all processes and removes the network."""
         for process in filter(None, self.served):
             process.kill()
             process.wait()
