@@ -43,7 +43,10 @@ class CogVideoXSampler(CogVideoXNode):
                     "halves the work of a step.",
                 ),
                 io.Combo.Input(
-                    "scheduler", options=list(SCHEDULERS), default="auto", tooltip="auto: the checkpoint's own, ddim or dpm."
+                    "scheduler",
+                    options=list(SCHEDULERS),
+                    default="auto",
+                    tooltip="auto is the checkpoint's own. ddim and dpm make different videos.",
                 ),
                 io.Boolean.Input(
                     "dynamic_cfg",

@@ -99,8 +99,8 @@ class SaveVideo(CogVideoXNode):
                     min=1.0,
                     max=120.0,
                     step=1.0,
-                    tooltip="Frames per second of the file. CogVideoX 1.0 makes 8, 1.5 makes 16; others play too slow or too "
-                    "fast.",
+                    tooltip="Frames per second of the file. CogVideoX 1.0 makes 8, 1.5 makes 16. With another value the motion "
+                    "is slower or faster.",
                 ),
                 io.String.Input(
                     "filename_prefix",

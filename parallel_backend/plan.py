@@ -8,7 +8,7 @@ from .errors import RequestError
 SINGLE = "single"
 AUTO = "auto"
 IN_PARTS = ("group", "sequential")
-"""Offload modes that load weights from the CPU in parts, by hooks. The hooks stay: leaving a mode means reading the weights."""
+"""Offload modes that load weights from the CPU in parts, by hooks. The hooks stay: to leave a mode, weights are read again."""
 
 
 @dataclass(frozen=True)
