@@ -236,7 +236,7 @@ def test_a_file_that_is_no_lora_is_refused_in_one_line(checkpoints, tmp_path):
     assert "there is no LoRA file" in refusal(tmp_path / "none.safetensors", checkpoint)
     assert "there is no LoRA file" in refusal(tmp_path, checkpoint)
     for name, words in (
-        ("good.pt", "only safetensors are read: convert it"),
+        ("good.pt", "only safetensors are supported: convert it"),
         ("cut.safetensors", "cut off; download it again"),
     ):
         shutil.copy(file, tmp_path / name)
@@ -244,7 +244,7 @@ def test_a_file_that_is_no_lora_is_refused_in_one_line(checkpoints, tmp_path):
             os.truncate(tmp_path / name, os.path.getsize(file) - 5)
         assert words in refusal(tmp_path / name, checkpoint)
     (tmp_path / "text.safetensors").write_text("<html>not found</html>")
-    assert "no safetensors file" in refusal(tmp_path / "text.safetensors", checkpoint)
+    assert "not a safetensors file" in refusal(tmp_path / "text.safetensors", checkpoint)
     bad = {"lora_adapter_metadata": '["transformer"]'}
     assert "bad.safetensors cannot be read" in refusal(write(tmp_path / "bad.safetensors", good, bad), checkpoint)
 

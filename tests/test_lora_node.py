@@ -44,5 +44,5 @@ show(listed=listed, loras=[[lora.path, lora.strength] for lora in both.model.lor
     assert gone == (
         "there is no LoRA 'gone.safetensors' in models/loras or models/CogVideo/loras; put its .safetensors file there"
     )
-    assert "no safetensors file" in broken and senseless == "strength is nan; use -10.0 to 10.0"
+    assert "not a safetensors file" in broken and senseless == "strength is nan; use -10.0 to 10.0"
     assert shown["changes"] == [(comfy_runtime.folder / "loras/large.safetensors").stat().st_mtime, None]

@@ -148,12 +148,12 @@ def refusal(path) -> str:
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("transformer_blocks.0.attn1.to_q.lora_A.weight", "is no CogVideoX transformer but a LoRA"),
+        ("transformer_blocks.0.attn1.to_q.lora_A.weight", "is not a CogVideoX transformer but a LoRA"),
         ("decoder.conv_in.conv.weight", "but a VAE: load it with the core's VAELoader"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "but a T5 text encoder: load it with the core's CLIPLoader"),
         ("model.diffusion_model.blocks.0.self_attn.q.weight", "but a Wan"),
         ("double_blocks.0.img_attn.qkv.weight", "but a Flux or HunyuanVideo"),
-        ("something.else", "is no CogVideoX transformer; choose another file"),
+        ("something.else", "is not a CogVideoX transformer; choose another file"),
     ],
 )
 def test_another_model_is_named(name, words, tmp_path):
@@ -192,7 +192,7 @@ def test_a_cut_off_file_and_other_kinds_of_files_are_named(files, tmp_path):
         assert "download it again" in refusal(path)
     for name in ("model.gguf", "model.pt"):
         (tmp_path / name).write_bytes(data)
-        assert "is no .safetensors file; GGUF and pickled files are not read" in refusal(tmp_path / name)
+        assert "is not a .safetensors file; GGUF and pickled files are not supported" in refusal(tmp_path / name)
 
 
 def test_text_and_vae_come_from_the_loaders_of_the_core(files, local):
@@ -211,4 +211,4 @@ def test_the_command_line_plans_for_a_file_and_asks_for_a_folder_to_generate(fil
     assert "-> cfg2-ulysses2" in capsys.readouterr().out
     assert main(["generate", "--model", path, "--prompt", "a ball", "--output", str(tmp_path / "ball.mp4")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "has no text encoder and no vae" in line and "give a whole folder in diffusers layout" in line
+    assert "has no text encoder and no vae" in line and "give a complete folder in diffusers layout" in line

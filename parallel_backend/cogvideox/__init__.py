@@ -1,1 +1,1 @@
-"""The model: what is computed. Knows nothing of how a forward is split or who asked."""
+"""The CogVideoX model: checkpoints, transformer, VAE and sampling. Independent of how a forward pass is split over ranks."""

@@ -1,1 +1,1 @@
-"""A checkpoint: what its files hold, where they are found, and its parts as they are loaded."""
+"""Checkpoints: how they are found, what their files say, and how their parts are loaded."""

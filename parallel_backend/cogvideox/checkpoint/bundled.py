@@ -1,4 +1,4 @@
-"""Finds a model by what the user calls it: one that comes with the pack, a folder, or one in the Hugging Face cache."""
+"""Finds a checkpoint by the user's name for it: a bundled model, a path, or a model in the Hugging Face cache."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,17 @@ from huggingface_hub import constants
 from ...errors import RequestError
 
 DEMO, DEMO_I2V = "demo", "demo-i2v"
-"""The small trained models that come with the pack: text to video, and image to video, which borrows VAE and text from it."""
+"""The small trained models that come with the pack. The image-to-video one shares VAE and text encoder with the other."""
 SHIPPED = Path(__file__).parents[2] / "checkpoints"
-"""Where they are; how they were made is in ``training/``."""
+"""The bundled models' folder; ``training/`` has the scripts that made them."""
 TRANSFORMER = Path("transformer", "config.json")
-"""In every folder in diffusers layout."""
+"""A file that every folder in diffusers layout has."""
 CACHED = "models--"
-"""How the names of the Hugging Face cache's folders of models begin; ``models--ORG--NAME`` is ORG/NAME."""
+"""Prefix of model folders in the Hugging Face cache: ``models--ORG--NAME`` is ORG/NAME."""
 
 
 def shipped() -> dict[str, Path]:
-    """The models that come with the pack, by name."""
+    """Returns the bundled models' folders by name."""
     return {name: SHIPPED / name for name in (DEMO, DEMO_I2V)}
 
 
@@ -28,7 +28,7 @@ def hub_cache() -> Path:
 
 
 def hub_models() -> dict[str, Path]:
-    """The CogVideoX checkpoints in the Hugging Face cache, by ``ORG/NAME``."""
+    """Returns the CogVideoX checkpoints in the Hugging Face cache by ``ORG/NAME``."""
     found = ((folder, checkpoint_in(folder)) for folder in sorted(hub_cache().glob(f"{CACHED}*")))
     return {
         name_in_cache(folder): checkpoint for folder, checkpoint in found if checkpoint is not None and is_cogvideox(checkpoint)
@@ -36,14 +36,14 @@ def hub_models() -> dict[str, Path]:
 
 
 def name_in_cache(folder: Path) -> str:
-    """What a model is called whose folder in the Hugging Face cache this is."""
+    """Returns the ``ORG/NAME`` of a model's folder in the Hugging Face cache."""
     return folder.name.removeprefix(CACHED).replace("--", "/")
 
 
 def checkpoint_in(folder: Path) -> Path | None:
-    """The folder in diffusers layout that a folder is, or that it holds as one of the Hugging Face cache; None for another.
+    """Returns the folder in diffusers layout: ``folder`` itself, or its snapshot if it is a model in the Hugging Face cache.
 
-    Of several downloaded versions it is the one that ``main`` names, or the newest.
+    If several snapshots were downloaded, it is the one that ``main`` points to, or else the newest. None if there is none.
     """
     if (folder / TRANSFORMER).is_file():
         return folder
@@ -58,7 +58,10 @@ def checkpoint_in(folder: Path) -> Path | None:
 
 
 def is_cogvideox(folder: Path) -> bool:
-    """Whether a folder in diffusers layout holds a CogVideoX. One whose configuration cannot be read may: opening it says more."""
+    """Returns whether a folder in diffusers layout holds a CogVideoX model.
+
+    True if the configuration cannot be read: opening the checkpoint then reports why.
+    """
     try:
         return "CogVideoX" in json.loads((folder / TRANSFORMER).read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -66,11 +69,13 @@ def is_cogvideox(folder: Path) -> bool:
 
 
 def find(name: str) -> Path:
-    """The checkpoint for the name of a model that comes with the pack, for a path, which may be a transformer's single file, or for
-    ``ORG/NAME`` of a model in the Hugging Face cache.
+    """Returns the checkpoint's path.
 
+    Args:
+        name: of a bundled model; or a path to a folder or to a transformer's single file; or ``ORG/NAME`` of a model in the
+            Hugging Face cache.
     Raises:
-        RequestError: when there is none.
+        RequestError: if there is no such checkpoint.
     """
     if name in shipped():
         return shipped()[name]

@@ -1,4 +1,4 @@
-"""One checkpoint, a folder or a single file: what it holds, what it can do, and its parts, loaded where they run."""
+"""A checkpoint, a folder or a single file, and the loading of its parts."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,17 +22,19 @@ VAE_CLASS = "AutoencoderKLCogVideoX"
 
 @dataclass(frozen=True)
 class Checkpoint(CheckpointFacts):
-    """A folder in diffusers layout, or a transformer in one file, opened without reading weights. Make it with :meth:`open`."""
+    """A folder in diffusers layout, or a transformer in one file, opened without reading weights. Create it with
+    :meth:`open`.
+    """
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """Reads the configurations and checks that every weight file is there, whole, and safetensors.
+        """Reads the configurations and checks that every weight file is present, complete, and safetensors.
 
-        A folder in which nothing changed is not read again: one decode opens it several times. A single file's
-        configurations follow from its header; see :mod:`.single_file`.
+        An unchanged folder is not read again, since one decode opens it several times. For a single file the configurations
+        are derived from its header; see :mod:`.single_file`.
 
         Raises:
-            RequestError: one line for what is missing, cut off, or of the wrong kind.
+            RequestError: if a file is missing, truncated, or of the wrong kind.
         """
         path = Path(path)
         if path.is_file():
@@ -43,19 +45,21 @@ class Checkpoint(CheckpointFacts):
 
     @staticmethod
     def fingerprint(path: Path) -> str:
-        """A digest that changes when a file of a checkpoint does, by names, sizes and times of change."""
+        """Returns a digest of the names, sizes and modification times of a checkpoint's files."""
         found = weights.fingerprint([path]) if path.is_file() else state(path)
         return hashlib.sha256(repr(found).encode()).hexdigest()
 
     @property
     def name(self) -> str:
-        """For the user: the folder's or file's, or ORG/NAME for one in the Hugging Face cache, whose own name is a hash."""
+        """The name shown to the user: of the folder or file, or ORG/NAME in the Hugging Face cache, where the folder's name
+        is a hash.
+        """
         versions = self.path.parent
         return bundled.name_in_cache(versions.parent) if versions.name == "snapshots" else self.path.name
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a transformer in one file, whose VAE and text encoder come from the core's loaders."""
+        """Whether it is a transformer in one file. ComfyUI's own loaders then provide VAE and text encoder."""
         return self.path.is_file()
 
     @property
@@ -72,27 +76,27 @@ class Checkpoint(CheckpointFacts):
 
     @cached_property
     def stored_dtype(self) -> str:
-        """What most of the transformer's weights are stored in, as safetensors calls it."""
+        """The dtype that most of the transformer's weights are stored in, by its safetensors name."""
         return single_file.stored_dtype(self.path) if self.is_file else weights.stored_dtype(self.folder("transformer"))
 
     @property
     def native_dtype(self) -> str:
-        """``fp32``, ``bf16`` or ``fp16``: what the transformer is computed in unless asked otherwise."""
+        """The transformer's default compute dtype: ``fp32``, ``bf16`` or ``fp16``."""
         return weights.DTYPE_NAMES.get(self.stored_dtype, "bf16")
 
     @property
     def stored_otherwise(self) -> str:
-        """Said where weights are not stored in what they are computed in, as FP8 is."""
+        """A remark for :attr:`describe` if the stored dtype is not the compute dtype, as with FP8."""
         return "" if self.stored_dtype in weights.DTYPE_NAMES else f" (stored in {self.stored_dtype})"
 
     @cached_property
     def stored(self) -> dict[str, weights.Stored]:
-        """Where each weight of the transformer is stored, by diffusers' name."""
+        """The location of each of the transformer's weights, by diffusers' name."""
         return single_file.stored(self.path) if self.is_file else weights.stored(self.folder("transformer"))
 
     @property
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The weight of each linear or convolutional layer of the transformer, by the layer's name."""
+        """The weight shape of each linear or convolutional layer of the transformer, by the layer's name."""
         return {
             name.removesuffix(".weight"): where.shape
             for name, where in self.stored.items()
@@ -100,7 +104,13 @@ class Checkpoint(CheckpointFacts):
         }
 
     def dtype(self, asked: str, device: torch.device) -> torch.dtype:
-        """The dtype to compute in; ``auto`` is the checkpoint's own on a GPU, fp16 for bf16 on an old one, and float32 on the CPU."""
+        """Returns the dtype to compute in.
+
+        Args:
+            asked: ``fp32``, ``bf16``, ``fp16`` or ``auto``. ``auto`` is float32 on the CPU and the checkpoint's own dtype on a
+                GPU, but fp16 if that GPU does not support bf16.
+            device: to compute on.
+        """
         if asked == "auto":
             asked = "fp32" if device.type == "cpu" else self.native_dtype
             if asked == "bf16" and not has_bf16(device):
@@ -108,15 +118,17 @@ class Checkpoint(CheckpointFacts):
         return DTYPES[asked]
 
     def folder(self, part: str) -> Path:
-        """The folder of a part."""
+        """Returns the folder of a part, such as ``vae``."""
         return folder_of(self.path, part, self.lender)
 
     def files(self, part: str) -> list[Path]:
-        """The files of a part's weights."""
+        """Returns the weight files of a part."""
         return [self.path] if self.is_file else weights.files(self.folder(part))
 
     def likeness(self) -> str:
-        """What is the same for two copies of a model on two machines: a digest of its weight files' names, sizes and middles."""
+        """Returns a digest that is equal for copies of a model on different machines: of its weight files' names, sizes and
+        middles.
+        """
         digest = hashlib.sha256()
         for path in dict.fromkeys(
             path for part in ("transformer", "vae") if part in self.elements for path in self.files(part)
@@ -128,7 +140,7 @@ class Checkpoint(CheckpointFacts):
         return digest.hexdigest()
 
     def make_scheduler(self, name: str):
-        """A new scheduler from the checkpoint's configuration; ``auto`` is its own class."""
+        """Creates a scheduler from the checkpoint's configuration; ``auto`` is the class that it names."""
         import diffusers
 
         wanted = SCHEDULER_CLASSES[self.default_scheduler if name == "auto" else name]
@@ -144,15 +156,15 @@ class Checkpoint(CheckpointFacts):
         prepare: Callable[[torch.nn.Module], None] = lambda skeleton: None,
         look: Callable[[], None] = lambda: None,
     ):
-        """The transformer, in evaluation mode.
+        """Loads the transformer, in evaluation mode.
 
         Args:
-            dtype: to compute in.
+            dtype: compute dtype.
             device: where weights are converted.
-            home: where they stay; ``device`` unless said otherwise.
-            shard: what of them this rank keeps, and reads.
-            prepare: changes the model before its weights are read.
-            look: called before each weight; may raise, to stop.
+            home: where weights are stored; ``device`` by default.
+            shard: the part of the weights that this rank reads and keeps.
+            prepare: modifies the model before its weights are read.
+            look: called before each weight; may raise to cancel.
         """
         model = shards.skeleton(self.transformer, dtype)
         wanted = shards.find(model, self.stored)
@@ -161,16 +173,16 @@ class Checkpoint(CheckpointFacts):
         return model
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        """The VAE, in evaluation mode."""
+        """Loads the VAE, in evaluation mode."""
         from diffusers import AutoencoderKLCogVideoX
 
         return self._load(AutoencoderKLCogVideoX, "vae", dtype, device)
 
     def load_text_encoder(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        """The T5 encoder, in evaluation mode.
+        """Loads the T5 encoder, in evaluation mode.
 
         Raises:
-            RequestError: when the folder has none.
+            RequestError: if the checkpoint has none.
         """
         from transformers import T5EncoderModel
 
@@ -178,29 +190,29 @@ class Checkpoint(CheckpointFacts):
         return self._load(T5EncoderModel, "text_encoder", dtype, device)
 
     def check_text(self) -> None:
-        """Raises RequestError when there is no text encoder, saying where text comes from then."""
+        """Raises RequestError if the checkpoint has no text encoder."""
         if not self.has_text:
             raise RequestError(f"{self.name} has no text encoder; use the core's CLIPLoader (type cogvideox) for the text")
 
     def check_vae(self) -> None:
-        """Raises RequestError when there is no VAE, saying what is used then."""
+        """Raises RequestError if the checkpoint has no VAE."""
         if "vae" not in self.elements:
             raise RequestError(f"{self.name} has no VAE; use the core's VAELoader with CogVideoX's VAE")
 
     def check_whole(self) -> None:
-        """Raises RequestError unless text encoder and VAE are there, for where no ComfyUI can lend them."""
+        """Raises RequestError if text encoder or VAE is missing: outside ComfyUI there are no other loaders for them."""
         lacking = [part.replace("_", " ") for part in ("text_encoder", "vae") if part not in self.elements]
         if lacking:
             raise RequestError(
-                f"{self.name} has no {' and no '.join(lacking)}, which come from ComfyUI's loaders there; "
-                "here give a whole folder in diffusers layout"
+                f"{self.name} has no {' and no '.join(lacking)}, which only ComfyUI's own loaders provide; "
+                "outside ComfyUI give a complete folder in diffusers layout"
             )
 
     def load_tokenizer(self):
-        """The tokenizer of the text encoder.
+        """Loads the text encoder's tokenizer.
 
         Raises:
-            RequestError: when the folder has none, or a package to read it is missing.
+            RequestError: if the checkpoint has none, or a package that it needs is not installed.
         """
         self.check_text()
         if not (self.folder("tokenizer") / "tokenizer.json").exists():
@@ -219,13 +231,13 @@ class Checkpoint(CheckpointFacts):
 
 
 def ready(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
-    """A model to be used and not trained, on a device."""
+    """Moves a model to a device, for inference only."""
     return model.requires_grad_(False).eval().to(device)
 
 
 @lru_cache(maxsize=8)
 def read(path: Path, state: tuple) -> Checkpoint:
-    """The checkpoint of a folder in one state; what is refused is not remembered."""
+    """Opens a checkpoint folder; cached by its fingerprint ``state``. Errors are not cached."""
     if not any(path.iterdir()):
         raise RequestError(f"the checkpoint folder {path} is empty; put a CogVideoX in diffusers layout there")
     index = read_index(path)
@@ -250,12 +262,12 @@ def read(path: Path, state: tuple) -> Checkpoint:
 
 @lru_cache(maxsize=8)
 def read_file(path: Path, state: tuple) -> Checkpoint:
-    """The checkpoint of a single file in one state."""
+    """Opens a single file; cached by its fingerprint ``state``."""
     return Checkpoint(path, *single_file.read(path))
 
 
 def has_module(name: str) -> bool:
-    """Whether a module can be imported, without importing more than its parent package."""
+    """Returns whether a module can be imported, importing at most its parent package."""
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:
@@ -263,7 +275,7 @@ def has_module(name: str) -> bool:
 
 
 def dtype_argument(cls) -> str:
-    """What ``from_pretrained`` of a class calls the dtype: both libraries renamed it, at these versions."""
+    """Returns the name of the dtype argument of ``cls.from_pretrained``: diffusers and transformers both renamed it."""
     from importlib.metadata import version
 
     from packaging.version import Version

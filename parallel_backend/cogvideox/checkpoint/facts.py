@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration says about it: task, sizes, positions, scheduler."""
+"""What a checkpoint's configuration says: task, sizes, position embeddings, scheduler."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from ...jobs import empty_latent
 
 SPATIAL, TEMPORAL = 8, 4
-"""Pixels in a latent row or column, and frames in a latent frame after the first."""
+"""The VAE's compression: pixels per latent row or column, and frames per latent frame after the first."""
 SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 TASKS = {
     "text": "text to video",
@@ -17,14 +17,15 @@ TASKS = {
     "control": "control video to video",
     "inpaint": "inpainting, first and last frame",
 }
-"""What a checkpoint makes a video from, and how messages name it."""
+"""What a checkpoint makes a video from, and its name in messages."""
 IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
-"""Tells a start image from a control video where a transformer of 32 channels does not."""
+"""Distinguishes image to video from control if the transformer of 32 channels does not."""
 REFERENCE_NOISE = 0.0563
-"""Standard deviation, of pixels in -1..1, of the noise on what an inpaint model is shown, where it was trained with noise
+"""Standard deviation, for pixels in -1..1, of the noise on an inpaint model's masked video, if it was trained with noise
 (``noise_aug_strength`` of VideoX-Fun's CogVideoXFunInpaintPipeline)."""
 TRAINED_AT = (1360, 768)
-"""CogVideoX 1.5's own size: its published configurations say 300x300 latents, which is how far its positions reach."""
+"""Width and height that CogVideoX 1.5 was trained for. Its published configurations say 300x300 latents, the reach of its
+positions."""
 
 
 @dataclass(frozen=True)
@@ -36,50 +37,49 @@ class CheckpointFacts:
     vae: dict[str, Any]
     scheduler: dict[str, Any]
     elements: dict[str, int] = field(default_factory=dict)
-    """Numbers in the weights of each part."""
+    """Number of weight elements of each part."""
     pipeline: str | None = None
-    """The class that ``model_index.json`` names; None where there is no such file."""
+    """The pipeline class in ``model_index.json``; None without that file."""
     lender: Path | None = None
-    """The folder beside it that has the parts it lacks; ``model_index.json`` names it (``LENDER``)."""
+    """The sibling folder that provides missing parts, named in ``model_index.json`` (see ``LENDER``)."""
 
     @property
     def has_text(self) -> bool:
-        """Whether the folder has a text encoder; the CogVideoX wrapper's folders have none."""
+        """Whether the checkpoint has a text encoder; the CogVideoX wrapper's folders have none."""
         return "text_encoder" in self.elements
 
     @property
     def heads(self) -> int:
-        """Attention heads."""
         return self.transformer.get("num_attention_heads", 30)
 
     @property
     def head_dim(self) -> int:
-        """Features of one head."""
         return self.transformer.get("attention_head_dim", 64)
 
     @property
     def layers(self) -> int:
-        """Transformer blocks."""
+        """Number of transformer blocks."""
         return self.transformer.get("num_layers", 30)
 
     @property
     def channels(self) -> int:
-        """Latent channels of noise and result."""
+        """Latent channels of the noise and of the result."""
         return self.transformer.get("out_channels") or 16
 
     @property
     def in_channels(self) -> int:
-        """Latent channels the transformer takes: the noise's, and after them what it is conditioned on."""
+        """Input channels of the transformer: those of the noise, then those of the condition."""
         return self.transformer.get("in_channels", 16)
 
     @property
     def task(self) -> str | None:
-        """One of ``TASKS``, by the checkpoint's own configuration; None for channels this pack does not know.
+        """A key of ``TASKS``, inferred from the configuration; None if the number of channels is unknown.
 
-        Published models: noise alone is 16 channels. 33 are VideoX-Fun's InP (noise, mask, masked video). 32 are noise and
-        either a start image (5b-I2V has learned positions, 1.5-5B-I2V an ``ofs`` embedding) or a control video (Fun Control
-        and Pose, which have neither: VideoX-Fun's issue 176). What is left, such as a start-image finetune of 2b, is known
-        by the pipeline in ``model_index.json``; a folder without one, as the CogVideoX wrapper's, is taken for control.
+        Published models: 16 channels are noise only. 33 are VideoX-Fun's InP (noise, mask, masked video). 32 are noise and
+        either a start image (5b-I2V has learned positions, 1.5-5B-I2V an ``ofs`` embedding) or a control video (Fun Control and
+        Pose, which have neither: VideoX-Fun's issue 176). Other models of 32 channels, such as a start-image finetune of 2b,
+        are identified by the pipeline in ``model_index.json``. A folder without that file, such as the CogVideoX wrapper's,
+        is taken for a control model.
         """
         if self.in_channels == self.channels:
             return "text"
@@ -92,61 +92,64 @@ class CheckpointFacts:
 
     @property
     def takes_image(self) -> bool:
-        """Whether it makes a video from a start image alone."""
+        """Whether it makes a video from a start image only."""
         return self.task == "image"
 
     @property
     def is_fun(self) -> bool:
-        """Whether it is of VideoX-Fun's family, which was trained on whole tokens and at 8 frames per second."""
+        """Whether it belongs to VideoX-Fun's family, which was trained without padding frames and at 8 frames per second."""
         return self.task in ("control", "inpaint")
 
     @property
     def reference_noise(self) -> float:
-        """Standard deviation of the noise on the pixels an inpaint model is shown: only V1.1-5b was trained with it."""
+        """Standard deviation of the noise on an inpaint model's masked video, for pixels in -1..1; only V1.1-5b was trained
+        with noise.
+        """
         return REFERENCE_NOISE if self.transformer.get("add_noise_in_inpaint_model") else 0.0
 
     @property
     def text_tokens(self) -> int:
-        """Tokens a prompt is padded or cut to."""
+        """Number of tokens that a prompt is padded or truncated to."""
         return self.transformer.get("max_text_seq_length", 226)
 
     @property
     def text_features(self) -> int:
-        """Features of one text token."""
+        """Features of a text token."""
         return self.transformer.get("text_embed_dim", 4096)
 
     @property
     def patch_size_t(self) -> int | None:
-        """Latent frames in one token; None in CogVideoX 1.0, where it is one."""
+        """Latent frames per token; None for CogVideoX 1.0, where it is one."""
         return self.transformer.get("patch_size_t")
 
     @property
     def rotary(self) -> bool:
-        """Whether positions are rotary (5b, 1.5) or added sines (2b)."""
+        """Whether positions are rotary (5b, 1.5) or sinusoidal and added (2b)."""
         return bool(self.transformer.get("use_rotary_positional_embeddings", False))
 
     @property
     def learned_positions(self) -> bool:
-        """Whether learned positions are added too (5b-I2V): they hold for one width and height."""
+        """Whether learned positions are added as well (5b-I2V). They are valid for one width and height only."""
         return bool(self.transformer.get("use_learned_positional_embeddings", False))
 
     @property
     def ofs(self) -> float | None:
-        """The constant that CogVideoX1.5-5B-I2V takes along with the timestep; None where there is none."""
+        """The constant that CogVideoX1.5-5B-I2V takes in addition to the timestep; None for other models."""
         return 2.0 if self.transformer.get("ofs_embed_dim") else None
 
     @property
     def scaling_factor(self) -> float:
-        """What a VAE latent is multiplied by for the transformer."""
+        """Factor from VAE latents to the transformer's latents."""
         return self.vae.get("scaling_factor", 1.15258426)
 
     def image_scale(self, name: str = "auto") -> float:
-        """What a start image's latent is multiplied by.
+        """Returns the factor of a start image's latent.
 
-        One of ``jobs.IMAGE_SCALES``, the conventions that there are for CogVideoX1.5-5B-I2V: ``auto`` is diffusers', which
-        follows the VAE's ``invert_scale_latents`` (the inverse of the factor there, the factor elsewhere); ``inverse`` is
-        always the inverse; ``raw`` is 1, as in the CogVideoX wrapper and zai-org/CogVideo#761; ``scaled`` is always the
-        factor, as in ComfyUI's own model.
+        Args:
+            name: one of ``jobs.IMAGE_SCALES``, the conventions in use for CogVideoX1.5-5B-I2V. ``auto`` is diffusers', which
+                follows the VAE's ``invert_scale_latents``: the inverse of the scaling factor if set, else the factor.
+                ``inverse`` is always the inverse. ``raw`` is 1, as in the CogVideoX wrapper and zai-org/CogVideo#761.
+                ``scaled`` is always the factor, as in ComfyUI's own model.
         """
         if name == "auto":
             name = "inverse" if self.vae.get("invert_scale_latents") else "scaled"
@@ -154,7 +157,7 @@ class CheckpointFacts:
 
     @property
     def default_scheduler(self) -> str:
-        """``ddim`` or ``dpm``, as the checkpoint's own configuration says."""
+        """``ddim`` or ``dpm``, from the checkpoint's configuration."""
         named = {value: key for key, value in SCHEDULER_CLASSES.items()}
         return named.get(self.scheduler.get("_class_name"), "ddim")
 
@@ -165,50 +168,55 @@ class CheckpointFacts:
 
     @property
     def default_size(self) -> tuple[int, int, int]:
-        """Width and height in pixels and frames that the model was trained for."""
+        """Width in pixels, height in pixels, and number of frames that the model was trained for."""
         size = self.positions_size
         if self.patch_size_t is not None:
             size = tuple(map(min, size, TRAINED_AT))
         frames = self.transformer.get("sample_frames", 49)
-        if self.is_fun:  # which pads nothing: 85 frames for a configuration's 81
+        if self.is_fun:  # trained without padding: 85 frames for a configuration's 81
             frames += self.padding_frames((frames - 1) // TEMPORAL + 1) * TEMPORAL
         return *size, frames
 
     def empty_latent(self) -> torch.Tensor:
-        """An empty latent of the size that the model was trained for."""
+        """Returns an empty latent of the default size."""
         return empty_latent(**dict(zip(("width", "height", "frames"), self.default_size)), channels=self.channels)
 
     def blank_text(self) -> torch.Tensor:
-        """Text states ``[1, tokens, features]`` for a job whose text is not known yet."""
+        """Returns zeros as text states ``[1, tokens, features]``, for a job whose text is not known yet."""
         return torch.zeros(1, self.text_tokens, self.text_features)
 
     @property
     def most_frames(self) -> int:
-        """Frames of the longest videos it was trained for; CogVideoX 1.5 also saw twice its own 81 (161)."""
+        """Number of frames of the longest training videos. CogVideoX 1.5 was also trained at twice its default of 81 (161)."""
         frames = self.default_size[2]
         return frames if self.patch_size_t is None else 2 * frames - 1
 
     @property
     def default_fps(self) -> int:
-        """Frames per second: 8 in CogVideoX 1.0 and in all of VideoX-Fun's models, 16 in 1.5."""
+        """Frames per second: 16 for CogVideoX 1.5, 8 for CogVideoX 1.0 and all of VideoX-Fun's models."""
         return 8 if self.patch_size_t is None or self.is_fun else 16
 
     def weight_bytes(self, part: str, dtype: torch.dtype) -> int:
-        """Bytes of a part's weights once loaded in ``dtype``; 0 for one that is not there."""
+        """Returns the bytes of a part's weights once loaded in ``dtype``; 0 if the checkpoint does not have that part."""
         return self.elements.get(part, 0) * dtype.itemsize
 
     def padding_frames(self, latent_frames: int) -> int:
-        """Latent frames put in front so that they divide into tokens, dropped after the loop."""
+        """Returns the number of latent frames to prepend so that they divide into tokens. They are dropped after sampling."""
         return -latent_frames % (self.patch_size_t or 1)
 
     def tokens(self, latent_frames: int, height: int, width: int) -> int:
-        """Video tokens of a latent of this size; height and width in latent rows and columns."""
+        """Returns the number of video tokens of a latent; height and width in latent rows and columns."""
         patch = self.transformer.get("patch_size", 2)
         frames = (latent_frames + self.padding_frames(latent_frames)) // (self.patch_size_t or 1)
         return frames * (height // patch) * (width // patch)
 
 
 def whole_frames(frames: int, together: int = 1) -> int:
-    """The most frames, 4k+1, that a video of so many gives without padding; ``together`` latent frames are one token."""
+    """Returns the largest number of frames, 4k+1 and at most ``frames``, that needs no padding.
+
+    Args:
+        frames: of the video.
+        together: latent frames per token.
+    """
     latent = (frames - 1) // TEMPORAL + 1
     return (max(latent // together * together, 1) - 1) * TEMPORAL + 1

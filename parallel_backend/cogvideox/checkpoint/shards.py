@@ -1,7 +1,7 @@
-"""Which part of a transformer's weights one rank keeps, and a model that is filled with exactly that part.
+"""Sharded loading: which part of the transformer's weights a rank keeps, and how that part is read.
 
-Weights come from the disk one by one, each straight to where it stays: a rank reads its own rows or columns of what is split,
-and never holds a whole copy on the CPU on the way.
+Weights are read one at a time, each directly to its final device. A rank reads only its own rows or columns of a split weight
+and never holds a full copy on the CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,16 +16,17 @@ from . import weights
 
 BLOCKS = "transformer_blocks."
 BY_ROWS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.0.proj")
-"""Layers of a block whose outputs, heads or hidden features, are split by ``tensor``."""
+"""A block's layers that tensor parallelism splits by output: heads or hidden features."""
 BY_COLUMNS = ("attn1.to_out.0", "ff.net.2")
-"""Those whose inputs are: the products of all ranks are to be added."""
+"""A block's layers that it splits by input; their outputs are summed over ranks."""
 MODULATION = ("norm1.linear", "norm2.linear")
-"""What makes scales, shifts and gates of the timestep: a seventh of a block. A rank has some rows, and their few outputs are joined."""
+"""The layers that compute shifts, scales and gates from the timestep: a seventh of a block's weights. They are split by output,
+and the small outputs are gathered."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part: its heads and hidden features of every block, and of what that leaves its rows."""
+    """One rank's part of the weights: tensor parallelism splits heads and hidden features, FSDP splits the rest by rows."""
 
     tensor: int = 1
     tensor_rank: int = 0
@@ -33,7 +34,12 @@ class Shard:
     fsdp_rank: int = 0
 
     def of_tensor(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
-        """What ``tensor`` leaves this rank of a weight of the whole model, by its name there."""
+        """Returns the slices of a weight that tensor parallelism assigns to this rank.
+
+        Args:
+            name: of the weight in the full model.
+            shape: of the full weight.
+        """
         layer, _, kind = name.removeprefix(BLOCKS).partition(".")[2].rpartition(".")
         parts = [slice(0, length) for length in shape]
         split = 0 if layer in (*BY_ROWS, *MODULATION) else 1 if layer in BY_COLUMNS and kind == "weight" else None
@@ -43,7 +49,10 @@ class Shard:
         return tuple(parts)
 
     def of(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
-        """What this rank keeps of a weight: rows are dealt out as :func:`torch.chunk` does, so the last may get fewer or none."""
+        """Returns the slices of a weight that this rank keeps.
+
+        FSDP splits rows as :func:`torch.chunk` does, so the last rank may have fewer or none.
+        """
         first, *others = self.of_tensor(name, shape)
         if name.startswith(BLOCKS):
             length = -(-(first.stop - first.start) // self.fsdp)
@@ -52,16 +61,18 @@ class Shard:
         return first, *others
 
     def is_added_elsewhere(self, name: str) -> bool:
-        """Whether this is the bias of products that are added over ranks, of which the first alone brings it."""
+        """Returns whether this is a bias that another rank adds: outputs are summed over ranks, so only the first one adds
+        the bias.
+        """
         return self.tensor_rank > 0 and name.endswith(tuple(f".{layer}.bias" for layer in BY_COLUMNS))
 
     def read(self, wanted: dict[str, weights.Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's part of stored weights, one by one, on the CPU and as they are stored."""
+        """Yields this rank's part of the weights one at a time, on the CPU and in their stored dtype."""
         for name, piece in weights.tensors(wanted, self.of):
             yield name, torch.zeros_like(piece) if self.is_added_elsewhere(name) else piece
 
     def cut(self, model) -> None:
-        """Gives a model without weights this rank's heads and hidden features."""
+        """Reduces a model without weights to this rank's heads and hidden features."""
         if self.tensor == 1:
             return
         for name, weight in list(model.named_parameters()):
@@ -76,9 +87,9 @@ WHOLE = Shard()
 
 
 def skeleton(config: dict[str, Any], dtype: torch.dtype):
-    """diffusers' transformer of a configuration, ready but for its weights, which have no memory yet.
+    """Creates diffusers' transformer with its parameters on the meta device.
 
-    Buffers that are computed and not stored, such as 2b's positions, are there, in float32.
+    Computed buffers that are not stored, such as 2b's positions, are allocated, in float32.
     """
     from accelerate import init_empty_weights
     from diffusers import CogVideoXTransformer3DModel
@@ -92,10 +103,10 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype):
 
 
 def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
-    """Where each weight of a skeleton lies.
+    """Returns the location of each of a skeleton's weights.
 
     Raises:
-        RequestError: naming one that the checkpoint lacks, or has in another shape.
+        RequestError: if the checkpoint lacks a weight, or has it in another shape.
     """
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if missing := sorted(shapes.keys() - stored.keys()):
@@ -113,16 +124,16 @@ def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
 def fill(
     model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch.dtype, device, home, look: Callable[[], None]
 ) -> None:
-    """Reads a skeleton's weights, those of blocks that are another rank's left out.
+    """Reads the weights that a skeleton has on this rank.
 
     Args:
-        model: of :func:`skeleton`, cut and wrapped since.
-        wanted: where the checkpoint has each.
+        model: from :func:`skeleton`; it may have been cut and sharded since.
+        wanted: location of each weight in the checkpoint.
         shard: this rank's part.
-        dtype: to compute in.
+        dtype: compute dtype.
         device: where weights are converted.
-        home: where they stay.
-        look: called before each weight; may raise, to stop.
+        home: where weights are stored.
+        look: called before each weight; may raise to cancel.
     """
     for name, piece in shard.read({name: wanted[name] for name in held(model) & wanted.keys()}):
         look()
@@ -133,16 +144,21 @@ def fill(
             module.set_weight(piece, home)
         else:
             put(module, kind, piece.to(home))
-    model.to(home)  # buffers that were computed
+    model.to(home)  # computed buffers
 
 
 def held(model) -> set[str]:
-    """The names of the weights that a model has here; those of stored ones, and maybe more."""
+    """Returns the names of the parameters and buffers that a model has on this rank, some of which may not be in the
+    checkpoint.
+    """
     return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
 def put(module: nn.Module, name: str, piece: torch.Tensor) -> None:
-    """Makes a rank's piece the weight of a module: in place where there is one, which ``fsdp`` may know the address of."""
+    """Sets a module's weight to this rank's part.
+
+    An allocated weight is overwritten in place, as FSDP may hold its address.
+    """
     weight = getattr(module, name)
     if name in module._buffers:
         module._buffers[name] = piece
@@ -159,10 +175,10 @@ def put(module: nn.Module, name: str, piece: torch.Tensor) -> None:
 
 
 def is_spread(weight: torch.Tensor) -> bool:
-    """Whether a weight is one of ``fsdp``'s, of which this rank has some rows: a ``DTensor``, which not every torch has."""
+    """Returns whether FSDP shards this weight. It is then a ``DTensor``, a class that older versions of torch lack."""
     return hasattr(weight, "to_local")
 
 
 def local(weight: torch.Tensor) -> torch.Tensor:
-    """What of a weight lies on this rank."""
+    """Returns the part of a weight that is on this rank."""
     return weight.to_local() if is_spread(weight) else weight

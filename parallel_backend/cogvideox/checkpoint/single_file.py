@@ -1,9 +1,9 @@
-"""A transformer in one ``.safetensors`` file, as ComfyUI keeps them: which CogVideoX it is, and its weights.
+"""A transformer in one ``.safetensors`` file, as ComfyUI stores them: its configuration and its weights.
 
-Two layouts are read: diffusers' names (what the CogVideoX wrapper's files have) and those of ComfyUI's own
-CogVideoX (``blocks.0.q.weight``), either behind a prefix such as ``model.diffusion_model.``. A file says nothing
-of its configuration; that follows from names and shapes in its header, never from the file's name, and what no
-weight tells (positions' size, scheduler, VAE scale) is what was published with the models of those shapes.
+Two layouts are supported: diffusers' names, which the CogVideoX wrapper's files use, and those of ComfyUI's own CogVideoX
+(``blocks.0.q.weight``). Either may have a prefix such as ``model.diffusion_model.``. The file has no configuration. It is
+derived from the names and shapes in the header, never from the file's name. What they do not determine (size of positions,
+scheduler, VAE scale) is taken from the published models with those shapes.
 """
 
 import math
@@ -16,7 +16,7 @@ from . import weights
 
 SUFFIXES = (".safetensors", ".sft")
 ANCHOR = "patch_embed.text_proj.weight"
-"""A weight that every CogVideoX has, under this name in both layouts, and no other model."""
+"""A weight that every CogVideoX model has under this name, in both layouts, and no other model has."""
 CORE_TO_DIFFUSERS = {
     "blocks": "transformer_blocks",
     "q": "attn1.to_q",
@@ -32,7 +32,7 @@ CORE_TO_DIFFUSERS = {
     "ofs_embedding_linear_1": "ofs_embedding.linear_1",
     "ofs_embedding_linear_2": "ofs_embedding.linear_2",
 }
-"""What the core calls a part of a name (ComfyUI 0.33, comfy/ldm/cogvideo/model.py), and what diffusers does."""
+"""Parts of weight names: ComfyUI's (0.33, comfy/ldm/cogvideo/model.py) to diffusers'."""
 BLOCK = (
     "norm1.linear", "norm1.norm", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.norm_q", "attn1.norm_k", "attn1.to_out.0",
     "norm2.linear", "norm2.norm", "ff.net.0.proj", "ff.net.2",
@@ -43,7 +43,7 @@ ENDS = (
 )  # fmt: skip
 OFS = ("ofs_embedding.linear_1", "ofs_embedding.linear_2")
 PLAIN_DTYPES = {*weights.DTYPE_NAMES, "F64", "F8_E4M3", "F8_E5M2"}
-"""What a weight can be stored in; FP8 is for the disk alone, it is computed in 16 bits or more."""
+"""Supported storage dtypes. FP8 is for storage only; computation is in 16 bits or more."""
 OTHERS = {
     "lora": "a LoRA, which goes on top of a model",
     "encoder.block.0.layer.0.selfattention": "a T5 text encoder: load it with the core's CLIPLoader (type cogvideox)",
@@ -54,25 +54,26 @@ OTHERS = {
     "joint_blocks.0.": "a Stable Diffusion 3",
     "input_blocks.0.": "a Stable Diffusion",
 }
-"""Part of a weight's name, and what a file with such a name is."""
+"""Parts of weight names that identify other kinds of files, with a description for the message."""
 
 HEADS_OF_2B = 30
-"""Tells the 2b family, whose positions are sines and whose noise is shifted, from the 5b family."""
+"""Identifies the 2b family, which has sinusoidal positions and a shifted noise schedule. Models of the 5b family have more
+heads."""
 TEXT_TOKENS = 226
 SAMPLE_SIZES = {False: (90, 60, 49), True: (300, 300, 81)}
-"""Latent columns and rows, and frames, in the published configurations of CogVideoX 1.0, and of 1.5."""
+"""Latent columns, latent rows and frames in the published configurations: of CogVideoX 1.0 (False) and of 1.5 (True)."""
 SCHEDULER = {
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
     "num_train_timesteps": 1000, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
     "set_alpha_to_one": True, "timestep_spacing": "trailing",
 }  # fmt: skip
-"""Common to all published scheduler configurations."""
+"""Settings that all published scheduler configurations share."""
 
 Entries = dict[str, dict[str, Any]]
 
 
 def is_cogvideox(path: Path) -> bool:
-    """Whether a file's header names a CogVideoX transformer's weights; quick, for lists of files that are asked for often."""
+    """Returns whether a file is a CogVideoX transformer, by its header. Fast, as lists of files are refreshed often."""
     try:
         return has_anchor(path, weights.fingerprint([path]))
     except OSError:
@@ -81,17 +82,19 @@ def is_cogvideox(path: Path) -> bool:
 
 @lru_cache(maxsize=4096)
 def has_anchor(path: Path, state: tuple) -> bool:
-    """Whether the header of a file in one state holds :data:`ANCHOR`."""
+    """Returns whether a file's header has :data:`ANCHOR`; cached by the fingerprint ``state``."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return path.suffix in SUFFIXES and length <= weights.MAX_HEADER and f'{ANCHOR}"'.encode() in file.read(length)
 
 
 def read(path: Path) -> tuple[dict, dict, dict, dict[str, int]]:
-    """The configurations of transformer, VAE and scheduler, and the numbers in the transformer's weights.
+    """Derives a file's configurations from its header.
 
+    Returns:
+        The configurations of transformer, VAE and scheduler, and the number of weight elements of each part.
     Raises:
-        RequestError: in one line, when the file is cut off, quantised, or no CogVideoX transformer.
+        RequestError: if the file is truncated, quantised, or not a CogVideoX transformer.
     """
     found = {name: entry for name, (_, entry) in entries(path).items()}
     config = transformer_config(path, found)
@@ -107,17 +110,19 @@ def read(path: Path) -> tuple[dict, dict, dict, dict[str, int]]:
 
 
 def entries(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The transformer's weights by diffusers' names: their names in the file, and their dtypes and shapes.
+    """Returns the transformer's weights by diffusers' name: their name in the file, and their header entry (dtype and shape).
 
     Raises:
-        RequestError: for a file that is not safetensors, not whole, or holds another model.
+        RequestError: if the file is not safetensors, truncated, or another model.
     """
     if path.suffix not in SUFFIXES:
-        raise RequestError(f"{path.name} is no .safetensors file; GGUF and pickled files are not read: use one in bf16 or fp16")
+        raise RequestError(
+            f"{path.name} is not a .safetensors file; GGUF and pickled files are not supported: use one in bf16 or fp16"
+        )
     stored = weights.header(path)
     anchors = [name for name in stored if name.endswith(ANCHOR)]
     if len(anchors) != 1:
-        raise RequestError(f"{path.name} is no CogVideoX transformer{looks_like(stored)}; choose another file")
+        raise RequestError(f"{path.name} is not a CogVideoX transformer{looks_like(stored)}; choose another file")
     prefix = anchors[0].removesuffix(ANCHOR)
     from_core = f"{prefix}blocks.0.q.weight" in stored
     return {
@@ -128,27 +133,30 @@ def entries(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def stored(path: Path) -> dict[str, weights.Stored]:
-    """Where each of the transformer's weights lies, by diffusers' name."""
+    """Returns the location of each of the transformer's weights, by diffusers' name."""
     found = entries(path).items()
     return {name: weights.Stored(path, inside, tuple(entry["shape"])) for name, (inside, entry) in found}
 
 
 def diffusers_name(name: str) -> str:
-    """What diffusers calls a weight of the core's CogVideoX."""
+    """Returns diffusers' name for a weight of ComfyUI's own CogVideoX."""
     return ".".join(CORE_TO_DIFFUSERS.get(part, part) for part in name.split("."))
 
 
 def looks_like(names) -> str:
-    """What a file with these weights is, as far as it is known."""
+    """Returns what kind of file has these weights, as the rest of a message; empty if unknown."""
     joined = "\n".join(names).lower()
     return next((f" but {what}" for part, what in OTHERS.items() if part in joined), "")
 
 
 def transformer_config(path: Path, found: Entries) -> dict[str, Any]:
-    """Arguments of diffusers' transformer for weights of these shapes.
+    """Derives the arguments of diffusers' transformer from the shapes of its weights.
 
+    Args:
+        path: of the file, for messages.
+        found: header entries by diffusers' name.
     Raises:
-        RequestError: when a weight that tells one is missing, or learned positions are for an unknown size.
+        RequestError: if a required weight is missing, or learned positions are for an unknown size.
     """
 
     def shape(name: str) -> list[int]:
@@ -192,7 +200,7 @@ def transformer_config(path: Path, found: Entries) -> dict[str, Any]:
 
 
 def check_names(path: Path, names: set[str], config: dict[str, Any]) -> None:
-    """Raises RequestError unless these are the weights of a CogVideoX with this configuration, all and no others."""
+    """Raises RequestError unless these are exactly the weights of a CogVideoX with this configuration."""
     layers = [*ENDS, *(OFS if config["ofs_embed_dim"] else ())]
     layers += [f"transformer_blocks.{index}.{layer}" for index in range(config["num_layers"]) for layer in BLOCK]
     expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
@@ -204,13 +212,12 @@ def check_names(path: Path, names: set[str], config: dict[str, Any]) -> None:
         scaled = any("scale" in name or "quant" in name for name in unknown)
         what = "it is quantised with scales" if scaled else "it is a CogVideoX with additions"
         raise RequestError(
-            f"{path.name} holds {len(unknown)} weights that are not known, such as {min(unknown)}: {what}; "
-            "use the plain bf16 or fp16 file"
+            f"{path.name} holds {len(unknown)} unknown weights, such as {min(unknown)}: {what}; use the plain bf16 or fp16 file"
         )
 
 
 def check_dtypes(path: Path, found: Entries) -> None:
-    """Raises RequestError for quantised weights."""
+    """Raises RequestError if a weight is quantised."""
     for name, entry in found.items():
         if entry["dtype"] not in PLAIN_DTYPES:
             raise RequestError(
@@ -219,5 +226,5 @@ def check_dtypes(path: Path, found: Entries) -> None:
 
 
 def stored_dtype(path: Path) -> str:
-    """The dtype that most of the transformer's numbers are stored in, as safetensors calls it."""
+    """Returns the dtype that most of the transformer's elements are stored in, by its safetensors name."""
     return weights.most_common_dtype(entry for _, entry in entries(path).values())

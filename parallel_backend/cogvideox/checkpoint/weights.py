@@ -1,4 +1,4 @@
-"""Safetensors files of one component: checked and measured by their headers, weights unread."""
+"""The safetensors files of one component, checked and measured by their headers only."""
 
 import json
 import math
@@ -16,22 +16,22 @@ DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
 def header(path: Path) -> dict:
-    """The header of a safetensors file: name to dtype, shape and offsets.
+    """Reads the header of a safetensors file: dtype, shape and offsets by name.
 
     Raises:
-        RequestError: when the file is missing, cut off, or not safetensors.
+        RequestError: if the file is missing, truncated, or not safetensors.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise RequestError(f"{path} is cut off or no safetensors file; download it again")
+                raise RequestError(f"{path} is truncated or not a safetensors file; download it again")
             entries = json.loads(file.read(length))
     except FileNotFoundError:
-        raise RequestError(f"the checkpoint lacks {path}; download the folder whole") from None
+        raise RequestError(f"the checkpoint lacks {path}; download the complete folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} is no safetensors file ({error}); download it again") from error
+        raise RequestError(f"{path} is not a safetensors file ({error}); download it again") from error
     entries.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end != size:
@@ -40,10 +40,10 @@ def header(path: Path) -> dict:
 
 
 def files(folder: Path) -> list[Path]:
-    """The safetensors files of a component, by its index where it is sharded.
+    """Returns the safetensors files of a component; if it is sharded, those of its index.
 
     Raises:
-        RequestError: when there are none, or only pickled ones.
+        RequestError: if there are none, or only pickled ones.
     """
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
@@ -54,23 +54,23 @@ def files(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise RequestError(f"{folder} holds pickled weights (.bin or .pt); only safetensors are read: convert them")
-        raise RequestError(f"the checkpoint has no weights in {folder}; download the folder whole")
+            raise RequestError(f"{folder} holds pickled weights (.bin or .pt); only safetensors are supported: convert them")
+        raise RequestError(f"the checkpoint has no weights in {folder}; download the complete folder")
     return found
 
 
 def elements(folder: Path) -> int:
-    """Numbers in all weights of a component, once every file of it is there and whole.
+    """Counts the weight elements of a component, after checking that all of its files are complete.
 
     Raises:
-        RequestError: naming the first that is not.
+        RequestError: if a file is missing or truncated.
     """
     return sum(math.prod(entry["shape"]) for path in files(folder) for entry in header(path).values())
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a weight lies."""
+    """The location of a weight on disk."""
 
     path: Path
     name: str
@@ -79,18 +79,18 @@ class Stored:
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Where each weight of a component lies, by name."""
+    """Returns the location of each weight of a component, by name."""
     return {name: Stored(path, name, tuple(entry["shape"])) for path in files(folder) for name, entry in header(path).items()}
 
 
 Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
-"""What is wanted of a weight, by its name and shape."""
+"""Returns the slices to read of a weight, given its name and shape."""
 
 
 def tensors(wanted: dict[str, Stored], cut: Cut = lambda name, shape: ()) -> Iterator[tuple[str, torch.Tensor]]:
-    """These weights, or what ``cut`` says of each, one by one, as they are stored; no more than that is read.
+    """Yields weights one at a time, in their stored dtype. Reads only the slices that ``cut`` returns.
 
-    Whole ones lie in the file's mapping, which the processes of a machine share, until they are moved or converted.
+    A full weight stays in the file's memory mapping, which the machine's processes share, until it is moved or converted.
     """
     for path in sorted({where.path for where in wanted.values()}):
         with safe_open(path, "pt") as file:
@@ -105,12 +105,12 @@ def tensors(wanted: dict[str, Stored], cut: Cut = lambda name, shape: ()) -> Ite
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype that most numbers of a component are stored in, as safetensors calls it."""
+    """Returns the dtype that most elements of a component are stored in, by its safetensors name."""
     return most_common_dtype(entry for path in files(folder) for entry in header(path).values())
 
 
 def most_common_dtype(entries: Iterable[dict]) -> str:
-    """The dtype that most numbers of these weights are stored in, as safetensors calls it."""
+    """Returns the dtype that most elements of these header entries have, by its safetensors name."""
     counts: dict[str, int] = {}
     for entry in entries:
         counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
@@ -118,5 +118,5 @@ def most_common_dtype(entries: Iterable[dict]) -> str:
 
 
 def fingerprint(paths: Iterable[Path]) -> tuple:
-    """Changes when one of these files does: their names, sizes and times of change."""
+    """Returns the paths, sizes and modification times of files, which change when a file does."""
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)

@@ -82,7 +82,7 @@ class LoraFile:
         if not path.is_file():
             raise RequestError(f"there is no LoRA file {path}; give a .safetensors file")
         if path.suffix not in SUFFIXES:
-            raise RequestError(f"the LoRA {path.name} is no .safetensors file; only safetensors are read: convert it")
+            raise RequestError(f"the LoRA {path.name} is not a .safetensors file; only safetensors are supported: convert it")
         shapes = {name: tuple(entry["shape"]) for name, entry in weights.header(path).items()}
         for name in shapes:
             if kind := next((kind for word, kind in OTHER_KINDS.items() if word in name), None):
