@@ -125,7 +125,7 @@ def test_the_published_1_5_says_how_far_its_positions_reach_and_not_its_size(che
         ("5b-inp", {}, {"image": IMAGE}, "takes a start image as a masked video.*the VAE of this checkpoint"),
         ("1.5-5b-inp", {}, {}, "needs a multiple of 2 latent frames and the video has 3: use 13 frames"),
         ("1.5-5b-control", {}, {"control": VIDEO}, "needs a multiple of 2 latent frames and the video has 3: use 13 frames"),
-        ("5b-i2v", {}, {"size": (80, 48, 9), "image": IMAGE[..., :6, :10]}, "positions for 96x64 alone .* 80x48; use 96x64"),
+        ("5b-i2v", {}, {"size": (80, 48, 9), "image": IMAGE[..., :6, :10]}, "positions for 96x64 only .* 80x48; use 96x64"),
     ],
 )
 def test_a_model_given_what_it_cannot_take_says_which_can(like, changes, settings, words, checkpoints, make_job, tmp_path):

@@ -302,7 +302,7 @@ def test_images_and_control_videos_become_a_video(like, more, checkpoints, files
         ("5b", ("--denoise", "0.5"), "the latent is empty; encode a video"),
         ("5b", ("--image", "image.png"), "makes videos from text alone; .* such as CogVideoX-5b-I2V"),
         ("5b-i2v", (), "needs a start image .* such as CogVideoX-2b"),
-        ("5b-i2v", ("--image", "image.png", "--width", "80"), "learned positions for 96x64 alone .* 80x64; use 96x64"),
+        ("5b-i2v", ("--image", "image.png", "--width", "80"), "learned positions for 96x64 only .* 80x64; use 96x64"),
         ("5b-i2v", ("--image", "image.png", "--width", "81"), "width is 81"),
         (
             "5b-i2v",

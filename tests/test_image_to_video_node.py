@@ -59,7 +59,7 @@ show(
         "text_model": "makes videos from text alone; for a start image use",
         "image_model": "needs a start image (CogVideoX Image To Video, or --image)",
         "sizes": "encoded for 80x48 and the video is 96x64",
-        "learned": "has learned positions for 96x64 alone",
+        "learned": "has learned positions for 96x64 only",
         "wrapper_vae": "this VAE comes from the CogVideoX wrapper",
         "wrapper_prompt": "positive comes from the CogVideoX wrapper",
         "width": "width is 100; it must be a multiple of 16",

@@ -149,7 +149,8 @@ show(differ=differ, lines=lines, masks=masks)
     name = {"CogVideoXImageToVideo": "start_image", "CogVideoXControlToVideo": "control_video"}
     for node, lines in shown["lines"].items():
         assert (
-            lines.pop("thin") == "a picture of 9999x1 cannot be brought to 16x16 without losing nearly all of it; crop it first"
+            lines.pop("thin")
+            == "an image of 9999x1 cannot be resized to 16x16 without cropping nearly all of it; crop it first"
         )
         for line in lines.values():
             assert line.startswith(f"{name.get(node, 'video')} ") and "\n" not in line

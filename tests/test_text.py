@@ -101,7 +101,7 @@ def test_syntax_that_has_no_effect_is_named(encoder):
     assert said == [
         "embedding:easynegative is not used: CogVideoX's text encoder takes no embeddings",
         "embedding:bad is not used: CogVideoX's text encoder takes no embeddings",
-        "[red:0.5], BREAK, <lora:x> in the prompt has no effect of its own: it is read as words",
+        "[red:0.5], BREAK, <lora:x> in the prompt has no special effect: it is read as plain words",
     ]
 
 

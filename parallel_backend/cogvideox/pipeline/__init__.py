@@ -1,1 +1,1 @@
-"""From a request to a latent: text, conditions, windows and the denoise loop."""
+"""From a sampling job to a latent: text states, conditions, context windows and the denoise loop."""

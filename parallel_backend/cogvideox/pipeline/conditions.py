@@ -1,21 +1,22 @@
-"""What is concatenated to the noise: a start image, a control video, or a masked video and its mask.
+"""Conditions that are concatenated to the noise: a start image, a control video, or a masked video and its mask.
 
-The order of channels is that of the published models: noise 16 and a start image 16, or a control video 16, or a mask 1
-and a masked video 16. The first two are diffusers' pipelines; inpainting is VideoX-Fun's (aigc-apps/VideoX-Fun 804a425,
-``pipeline_cogvideox_fun_inpaint.py``, and ``scripts/cogvideox_fun/train.py``, which trained the models so):
+The channel order is that of the published models: 16 channels of noise, then 16 of a start image, 16 of a control video, or 1
+of a mask and 16 of a masked video. The first two follow diffusers' pipelines. Inpainting follows VideoX-Fun
+(aigc-apps/VideoX-Fun 804a425, ``pipeline_cogvideox_fun_inpaint.py``, and ``scripts/cogvideox_fun/train.py``, which trained the
+models):
 
-- a mask is 0 or 1, cut at a half, 1 where the video is made anew; there the video is black (-1), and the VAE encodes it
-  whole, by its mean;
-- the transformer sees ``1 - mask``, so 1 is what is known, as large as the latent: the first frame by itself, the others
-  together, both trilinear. Mask and masked video are multiplied by the VAE's scaling factor, never its inverse;
-- first and last frame are such a video of which only those frames are known. Of every four frames that resizing looks at the
-  middle two, so that the mask never shows a last frame: the model sees it in the masked video alone, as in its training;
-- where nothing is known there are zeros throughout, and the model makes a video from text alone (nine of ten of its training
-  examples without an image were so);
-- V1.1-5b saw its images with noise (``add_noise_in_inpaint_model``); black stays black.
+- The mask is thresholded at 0.5 to 0 or 1; 1 is to be replaced. The video is black (-1) there, and the VAE encodes all of it to
+  the posterior's mean.
+- The transformer sees ``1 - mask``, so 1 is known, resized to the latent's size: the first frame separately, the others
+  together, both trilinear. Mask and masked video are multiplied by the VAE's scaling factor, never by its inverse.
+- A first and a last frame are a video in which only those frames are known. Of every four frames, resizing averages the middle
+  two, so the resized mask never shows a last frame. The model sees it only in the masked video, as in its training.
+- If nothing is known, mask and masked video are zeros, and the model makes a video from text only (as for nine of ten training
+  examples without an image).
+- V1.1-5b was trained with noise on the images (``add_noise_in_inpaint_model``). Black pixels get no noise.
 
-One thing is diffusers' and not VideoX-Fun's: at another size than 720x480 the 2b models get sines computed for it, where
-VideoX-Fun stretches those of 720x480 (its ``reports/cogvideox_fun/report_v1.md``).
+One thing follows diffusers and not VideoX-Fun: at sizes other than 720x480, sinusoidal positions of the 2b models are computed
+for that size. VideoX-Fun interpolates those of 720x480 (its ``reports/cogvideox_fun/report_v1.md``).
 """
 
 from collections.abc import Callable
@@ -32,16 +33,16 @@ from .image import cover
 
 COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
 Condition = Callable[[float], torch.Tensor | None]
-"""Gives, for the share of the steps that is done, ``[batch, frames, channels, height, width]`` to concatenate, or None."""
+"""Returns the condition ``[batch, frames, channels, height, width]``, or None, given the completed fraction of the steps."""
 
 
 def make(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> Condition:
-    """The condition of a job that :func:`parallel_backend.cogvideox.pipeline.validation.check` has passed.
+    """Creates the condition of a job.
 
     Args:
-        job: with what its checkpoint takes.
-        checkpoint: whose task decides.
-        latents: ``[batch, frames, channels, height, width]``, padding frames in front; gives shape, device and dtype.
+        job: checked by :func:`parallel_backend.cogvideox.pipeline.validation.check`.
+        checkpoint: its task determines the condition.
+        latents: ``[batch, frames, channels, height, width]`` with padding frames in front; for shape, device and dtype.
     """
     if checkpoint.task == "text":
         return lambda done: None
@@ -54,20 +55,20 @@ def make(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> Condi
 
 
 def fit(condition: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """A condition in ComfyUI's layout in that of the latents, once for each video of the batch."""
+    """Converts a condition from ComfyUI's layout to the latents' layout, device and dtype, expanded to the batch."""
     condition = rearrange(condition, COMFYUI_TO_DIFFUSERS).to(device=latents.device, dtype=latents.dtype)
     return condition.expand(len(latents), -1, -1, -1, -1)
 
 
 def image_condition(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torch.Tensor:
-    """The start image in the first frame, padding frames counted, then zeros."""
+    """Returns the start image in the first frame, which may be a padding frame, and zeros in the others."""
     condition = torch.zeros_like(latents)
     condition[:, :1] = fit(job.image, latents) * checkpoint.image_scale(job.image_scale)
     return condition
 
 
 def known(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torch.Tensor:
-    """Where the video is known, and the video there; zeros where nothing is known."""
+    """Returns the inverted mask and the masked video; zeros if nothing is known."""
     if job.mask is None:
         return torch.zeros_like(latents[:, :, :1]).repeat(1, 1, 1 + latents.shape[2], 1, 1)
     seen = torch.cat([fit(1 - job.mask, latents), fit(job.masked_video, latents)], dim=2)
@@ -75,13 +76,13 @@ def known(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torc
 
 
 def between_images(start: torch.Tensor | None, end: torch.Tensor | None, *, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A video of which the first frames, the last frames, or both are known.
+    """Returns a masked video in which only the first frames, the last frames, or both are known.
 
     Args:
-        start, end: ``[frames, height, width, 3]`` in 0..1, of the video's size; at least one of them.
-        frames: of the video.
+        start, end: ``[frames, height, width, 3]`` in 0..1, of the video's size; at least one must be given.
+        frames: number of frames of the video.
     Returns:
-        The video, black where it is not known, and its mask ``[frames, height, width]``, 1 there.
+        The video, black where it is not known, and its mask ``[frames, height, width]``, 1 where it is not known.
     """
     like = end if start is None else start
     video = torch.zeros(frames, *like.shape[1:])
@@ -96,10 +97,13 @@ def between_images(start: torch.Tensor | None, end: torch.Tensor | None, *, fram
 
 
 def fit_mask(mask: torch.Tensor, *, frames: int, width: int, height: int) -> torch.Tensor:
-    """A mask ``[frames, rows, columns]`` brought to the video's size as the video is; a single one serves every frame.
+    """Resizes and crops a mask ``[frames, rows, columns]`` as the video is resized. A single mask is used for every frame.
 
+    Args:
+        mask: may also be ``[rows, columns]``.
+        frames, width, height: of the video.
     Raises:
-        RequestError: when there are several, and fewer than the video has frames.
+        RequestError: if there are several masks, but fewer than frames.
     """
     if mask.ndim == 2:
         mask = mask[None]
@@ -109,23 +113,23 @@ def fit_mask(mask: torch.Tensor, *, frames: int, width: int, height: int) -> tor
 
 
 def shows_nothing(mask: torch.Tensor) -> bool:
-    """Whether all of a video is made anew: then an inpaint model is given nothing, see above."""
+    """Returns whether the mask covers the entire video. An inpaint model then gets zeros; see the module's docstring."""
     return bool((mask >= 0.5).all())
 
 
 def shown(video: torch.Tensor, mask: torch.Tensor, *, noise: float = 0.0) -> torch.Tensor:
-    """What an inpaint model is shown of a video: ``[frames, height, width, 3]`` in 0..1, ready to be encoded.
+    """Returns the masked video to encode for an inpaint model, ``[frames, height, width, 3]`` in 0..1.
 
     Args:
-        video: of the same shape.
-        mask: ``[frames, height, width]``; where it is at least a half the result is black.
-        noise: on what is not black; see ``Checkpoint.reference_noise``.
+        video: of that shape.
+        mask: ``[frames, height, width]``; the result is black where it is 0.5 or more.
+        noise: standard deviation of the noise on other pixels; see ``Checkpoint.reference_noise``.
     """
     return add_noise(torch.where(mask[..., None] < 0.5, video, 0.0), noise)
 
 
 def latent_mask(mask: torch.Tensor) -> torch.Tensor:
-    """A mask ``[frames, height, width]``, cut at a half, as ``[1, 1, latent frames, height/8, width/8]``."""
+    """Thresholds a mask ``[frames, height, width]`` at 0.5 and resizes it to ``[1, 1, latent frames, height/8, width/8]``."""
     cut = (mask >= 0.5).float()[None, None]
     frames, height, width = mask.shape
     size = (height // SPATIAL, width // SPATIAL)
@@ -136,7 +140,13 @@ def latent_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def add_noise(video: torch.Tensor, strength: float, *, seed: int = 0) -> torch.Tensor:
-    """Pixels in 0..1 with noise of a standard deviation that counts for -1..1; what is black stays black."""
+    """Adds noise to pixels in 0..1, except black ones.
+
+    Args:
+        video: in 0..1.
+        strength: standard deviation, for pixels in -1..1.
+        seed: of the noise.
+    """
     if not strength:
         return video
     noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(seed)) * (strength / 2)

@@ -1,4 +1,4 @@
-"""Pictures of any size to the size of a video."""
+"""Resizes images to the size of a video."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,17 @@ import torch.nn.functional as F
 from ...errors import RequestError
 
 MOST_LOST = 256
-"""How many times a picture may be larger than the size that it is cropped to: each pixel takes memory first."""
+"""Largest allowed ratio of the resized image's area to the cropped area; the resized image takes memory first."""
 
 
 def cover(pixels: torch.Tensor, *, width: int, height: int) -> torch.Tensor:
-    """Resizes ``[frames, rows, columns, colours]`` in 0..1 to cover a size, its shape kept, and crops it at the centre.
+    """Resizes ``[frames, rows, columns, channels]`` in 0..1 to cover a size, keeping the aspect ratio, and crops at the centre.
 
+    Args:
+        pixels: channels after the third are dropped.
+        width, height: in pixels.
     Raises:
-        RequestError: for a picture so narrow or flat that nearly all of it would be lost.
+        RequestError: if the aspect ratios differ so much that nearly all of the image would be cropped.
     """
     rows, columns = pixels.shape[1:3]
     if (columns, rows) == (width, height):
@@ -22,7 +25,7 @@ def cover(pixels: torch.Tensor, *, width: int, height: int) -> torch.Tensor:
     size = max(height, round(rows * scale)), max(width, round(columns * scale))
     if size[0] * size[1] > MOST_LOST * width * height:
         raise RequestError(
-            f"a picture of {columns}x{rows} cannot be brought to {width}x{height} without losing nearly all of it; crop it first"
+            f"an image of {columns}x{rows} cannot be resized to {width}x{height} without cropping nearly all of it; crop it first"
         )
     video = pixels[..., :3].movedim(-1, 1).float()
     video = F.interpolate(video, size, mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,21 +1,21 @@
-"""ComfyUI's prompt syntax: ``(words:1.3)`` weighs words, ``(words)`` means 1.1, ``\\(`` and ``\\)`` are brackets."""
+"""ComfyUI's prompt syntax: ``(words:1.3)`` sets a weight, ``(words)`` means 1.1, ``\\(`` and ``\\)`` are literal brackets."""
 
 import math
 import re
 
 EMPHASIS = 1.1
-"""The weight of brackets without a number; nested brackets multiply it."""
+"""Factor of brackets without a number; nested brackets multiply."""
 ESCAPES = {"\\(": "\x0e", "\\)": "\x0f"}
-"""Each escaped bracket, and the control character that stands for it while brackets are counted."""
+"""Escaped brackets, and the control characters that replace them during parsing."""
 EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:[^\s,<\[]+")
 FOREIGN = re.compile(r"\bBREAK\b|<(?:lora|lyco|hypernet):[^<>]*>|\[[^\[\]]*\]")
-"""Syntax of other programs, which the core reads as words too."""
+"""Syntax of other programs. ComfyUI's own encoder reads it as plain words, too."""
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
-    """The parts of a prompt and their weights, as ComfyUI's core reads them.
+    """Splits a prompt into parts with weights, as ComfyUI does.
 
-    A number replaces the weight of the brackets around it. Brackets that do not match are text.
+    A number replaces the weight of the surrounding brackets. Unbalanced brackets are plain text.
     """
     for escaped, stand_in in ESCAPES.items():
         prompt = prompt.replace(escaped, stand_in)
@@ -33,7 +33,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
 
 
 def split(text: str) -> list[str]:
-    """Text cut before and after each outermost pair of brackets; the pieces joined are the text."""
+    """Splits text before and after each outermost pair of brackets. The parts concatenate to the text."""
     pieces, start, depth = [], 0, 0
     for place, character in enumerate(text):
         if character == "(":
@@ -50,7 +50,12 @@ def split(text: str) -> list[str]:
 
 
 def weigh(inside: str, weight: float) -> tuple[str, float]:
-    """The words between two brackets and their weight, given the weight of the text around them."""
+    """Returns the text inside a pair of brackets without its number, and its weight.
+
+    Args:
+        inside: the text between the brackets.
+        weight: of the text around them.
+    """
     words, colon, number = inside.rpartition(":")
     try:
         if colon and words and math.isfinite(float(number)):
@@ -61,10 +66,10 @@ def weigh(inside: str, weight: float) -> tuple[str, float]:
 
 
 def without_embeddings(text: str) -> tuple[str, list[str]]:
-    """Text without textual inversions, ``embedding:name``, and those that were in it."""
+    """Removes textual inversions, ``embedding:name``, from a text. Returns the text and the removed names."""
     return EMBEDDING.sub("", text), EMBEDDING.findall(text)
 
 
 def foreign(prompt: str) -> list[str]:
-    """What other programs would take for an instruction."""
+    """Returns the parts of a prompt that other programs would interpret as syntax."""
     return list(dict.fromkeys(FOREIGN.findall(prompt)))

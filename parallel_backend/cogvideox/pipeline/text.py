@@ -1,4 +1,4 @@
-"""Prompt to text states: the checkpoint's own T5, padded or cut to its token limit, on a GPU that has room or on the CPU."""
+"""Encodes prompts with the checkpoint's own T5, on a GPU with enough free memory or on the CPU."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,32 +17,32 @@ from . import prompt_weights
 logger = logging.getLogger(__name__)
 
 WORKING_BYTES = 2**28
-"""Beside the weights, for one prompt: T5-XXL's hidden features of 226 tokens and its scores of 64 heads, several times; counted."""
+"""Activations for one prompt: T5-XXL's hidden features of 226 tokens and the scores of 64 heads, several times each."""
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class EncoderPlace:
-    """Where text is encoded."""
+    """The device and dtype that text is encoded with."""
 
     device: torch.device
     dtype: torch.dtype
     alongside: bool
-    """Whether there is room for the transformer meanwhile."""
+    """Whether the transformer fits into memory at the same time."""
     note: str | None = None
-    """A line for the user where no GPU has room for it."""
+    """A note for the user if the encoder does not fit on any GPU."""
 
 
 def find_place(
     checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: str, *, beside: int | None = None
 ) -> EncoderPlace:
-    """The GPU with most room, where the encoder fits into free memory; else the CPU.
+    """Chooses the GPU with the most free memory if the encoder fits there, else the CPU.
 
     Args:
-        checkpoint: with a text encoder.
-        devices: that may be used.
-        dtype: as :class:`parallel_backend.jobs.Model` has it.
-        beside: bytes that the transformer will need on each device, or None where it is not to be loaded meanwhile.
+        checkpoint: must have a text encoder.
+        devices: candidates.
+        dtype: see :class:`parallel_backend.jobs.Model`.
+        beside: bytes that the transformer will need on each device; None if it is not loaded at the same time.
     """
 
     def needs(device: torch.device) -> int:
@@ -61,25 +61,26 @@ def find_place(
 
 
 def on_cpu(checkpoint: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
-    """What to encode in on the CPU: ``auto`` is float32 where memory allows, else what a device would."""
+    """Returns the encoder's dtype on the CPU: float32 for ``auto`` if it fits into memory, else what ``device`` would use."""
     found = checkpoint.dtype(dtype, CPU)
     fits = checkpoint.weight_bytes("text_encoder", found) <= usable_memory() * HEADROOM
     return found if fits else checkpoint.dtype(dtype, device)
 
 
 class TextEncoder:
-    """T5 and its tokenizer, loaded at the first prompt, and again when their files have changed.
+    """T5 and its tokenizer. They are loaded at the first prompt, and again when their files change.
+
+    If the device runs out of memory, the text is encoded on the CPU and a note is reported.
 
     Args:
-        checkpoint: with a text encoder.
-        device: where to encode; the weights go back to the CPU with :meth:`unload`. Where it runs out of memory, the CPU
-            encodes, and a line says so.
+        checkpoint: must have a text encoder.
+        device: to encode on; :meth:`unload` moves the weights back to the CPU.
         dtype: of the weights and of the result.
-        say: called with a line for the user: what of a prompt is not used, and where it is encoded instead.
+        say: called with each note for the user: which part of a prompt is ignored, or that the CPU encodes it.
     """
 
     go_on: GoOn = staticmethod(always)
-    """Asked before each block of the encoder whether the text is still wanted."""
+    """Called before each of the encoder's blocks; False cancels."""
 
     def __init__(
         self,
@@ -100,13 +101,13 @@ class TextEncoder:
         """Fingerprint of the files that tokenizer and encoder were read from."""
 
     def tokenize(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, as many as the transformer takes."""
+        """Returns the token ids of a prompt, padded or truncated to the transformer's number of text tokens."""
         return [token for token, _ in self.weigh(prompt)]
 
     def weigh(self, prompt: str) -> list[tuple[int, float]]:
-        """Token ids of a prompt with their weights, padded or cut to as many as the transformer takes.
+        """Returns token ids with their weights, padded or truncated to the transformer's number of text tokens.
 
-        The parts of a prompt that differ in weight are tokenized one by one, as ComfyUI's core does.
+        Parts of the prompt with different weights are tokenized separately, as ComfyUI does.
         """
         self._forget_changed()
         if self._tokenizer is None:
@@ -119,7 +120,7 @@ class TextEncoder:
             ids = self._tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids
             found += [(token, weight) for token in ids]
         if words := prompt_weights.foreign(prompt):
-            self.say(f"{', '.join(words)} in the prompt has no effect of its own: it is read as words")
+            self.say(f"{', '.join(words)} in the prompt has no special effect: it is read as plain words")
         if len(found) >= limit:
             lost = self._tokenizer.decode([token for token, _ in found[limit - 1 :]])
             self.say(f"the prompt has {len(found) + 1} tokens, {limit} are used; cut off: '{lost}'")
@@ -129,12 +130,12 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, token_ids: list[list[int]], token_weights: list[list[float]] | None = None) -> torch.Tensor:
-        """Text states ``[prompts, tokens, features]`` on the CPU. No mask, as the model was trained.
+        """Encodes prompts to text states ``[prompts, tokens, features]`` on the CPU, without an attention mask, as in training.
 
         Args:
             token_ids: of each prompt.
-            token_weights: of each token; None means 1. A token's states move away from those of the empty prompt by its
-                weight.
+            token_weights: of each token; None means 1. A weight scales the difference of a token's states from those of the
+                empty prompt.
         """
         self.read()
         try:
@@ -146,7 +147,7 @@ class TextEncoder:
             return self._encode(token_ids, token_weights)
 
     def encode_prompt(self, prompt: str) -> torch.Tensor:
-        """Text states ``[1, tokens, features]`` of a prompt."""
+        """Encodes a prompt to text states ``[1, tokens, features]``."""
         token_ids, token_weights = zip(*self.weigh(prompt))
         return self.encode([list(token_ids)], [list(token_weights)])
 
@@ -162,7 +163,10 @@ class TextEncoder:
         return states.to(device="cpu", dtype=self.dtype)
 
     def read(self) -> None:
-        """Reads the weights, if they are not there. Changes torch's defaults meanwhile, so no other thread may make a model."""
+        """Reads the weights if they are not loaded.
+
+        It temporarily changes torch's defaults, so no other thread may create a model at the same time.
+        """
         self._forget_changed()
         if self._encoder is None:
             check(self.go_on, "the text was encoded")
@@ -171,7 +175,7 @@ class TextEncoder:
                 block.register_forward_pre_hook(lambda *_: check(self.go_on, "the text was encoded"))
 
     def _forget_changed(self) -> None:
-        """Drops tokenizer and encoder when their files are no longer those that were read."""
+        """Drops tokenizer and encoder if their files have changed."""
         folders = [self.checkpoint.folder(part) for part in ("text_encoder", "tokenizer")]
         files = weights.fingerprint(path for folder in folders for path in sorted(folder.iterdir()) if path.is_file())
         if files != self._files:
@@ -179,7 +183,7 @@ class TextEncoder:
             self._files = files
 
     def move(self, place: EncoderPlace) -> None:
-        """Encodes there from now on; in another dtype the weights are read again."""
+        """Changes device and dtype; with another dtype the weights are read again."""
         if place.dtype != self.dtype:
             self._encoder = None
         self.device, self.dtype = place.device, place.dtype

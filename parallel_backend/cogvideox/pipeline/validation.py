@@ -1,4 +1,4 @@
-"""What a checkpoint cannot do, said in one line before anything is loaded."""
+"""Refuses jobs that a checkpoint cannot do, with a one-line message, before anything is loaded."""
 
 from ...errors import RequestError
 from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
@@ -18,20 +18,20 @@ MAKES = {
     "control": "makes videos from a control video",
     "inpaint": "makes what is missing of a video",
 }
-"""What a checkpoint of each task does, after its name."""
+"""What a checkpoint of each task does; messages put its name in front."""
 CONDITIONS = {
     "image": ("image", f"for a start image use an image-to-video model, such as {IMAGE_MODELS}"),
     "control": ("control", f"for a control video use a control model, such as {CONTROL_MODELS}"),
     "inpaint": ("mask", f"for an end image or a mask use an inpaint model, such as {INPAINT_MODELS}"),
 }
-"""By task: the job's field that only its models take, and which those are."""
+"""By task: the job's field that only its models take, and advice naming those models."""
 
 
 def check(checkpoint: Checkpoint, job: Job) -> None:
-    """Refuses what a checkpoint cannot do, before anything is loaded.
+    """Checks a job against a checkpoint.
 
     Raises:
-        RequestError: naming what was given and what fits.
+        RequestError: if the checkpoint cannot do the job; the message says what was given and what is supported.
     """
     if isinstance(job, WindowJob):
         check_window(checkpoint, job)
@@ -51,10 +51,10 @@ def check(checkpoint: Checkpoint, job: Job) -> None:
 
 
 def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
-    """Refuses a plan that cannot do a job of a checkpoint.
+    """Checks that a plan can do a checkpoint's job.
 
     Raises:
-        RequestError: naming the nearest that works.
+        RequestError: if it cannot; the message names the nearest plan or setting that works.
     """
     plan.check_heads(checkpoint.heads)
     plan.check_layers(checkpoint.layers)
@@ -66,18 +66,18 @@ def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
     other = plan.without_pipefusion
     if job.model.step_cache:
         raise RequestError(
-            f"plan '{plan}': a step cache decides after the first block, when other stages are at work already; "
+            f"plan '{plan}': a step cache decides after the first block, when other stages are running already; "
             f"use step_cache 0, or plan '{other}'"
         )
     if job.windows is not None and job.windows.schedule == "uniform" and not Layout.of(job, checkpoint).is_whole:
         raise RequestError(
-            f"plan '{plan}': windows of the schedule 'uniform' move, so that there is no step before to take keys and values "
-            f"from; use the schedule 'static', or plan '{other}'"
+            f"plan '{plan}': windows of the schedule 'uniform' move, so there are no keys and values of the previous step to "
+            f"reuse; use the schedule 'static', or plan '{other}'"
         )
 
 
 def check_window(checkpoint: Checkpoint, job: WindowJob) -> None:
-    """A window of a job that was checked: that it is this checkpoint's."""
+    """Raises RequestError if a window of another rank's job is for a different checkpoint."""
     _, frames, channels, _, _ = job.seen.shape
     if channels != checkpoint.in_channels or checkpoint.padding_frames(frames):
         raise RequestError(
@@ -87,7 +87,7 @@ def check_window(checkpoint: Checkpoint, job: WindowJob) -> None:
 
 
 def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
-    """Task, LoRAs, size, frames and text."""
+    """Checks a job's task, LoRAs, size, frames and text states."""
     name = checkpoint.name
     check_task(checkpoint, job)
     open_all(job.model.loras, checkpoint)
@@ -111,13 +111,13 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
 
 
 def check_end_image(checkpoint: Checkpoint) -> None:
-    """Raises RequestError unless the model takes an end image, naming those that do."""
+    """Raises RequestError unless the model takes an end image."""
     if checkpoint.task != "inpaint":
         raise RequestError(f"{checkpoint.name} takes no end image; {CONDITIONS['inpaint'][1]}")
 
 
 def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
-    """Whether what is given fits what the model makes videos from."""
+    """Raises RequestError unless the job's conditions are those that the model takes."""
     name = checkpoint.name
     if checkpoint.task is None:
         raise RequestError(
@@ -145,10 +145,10 @@ def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
 
 
 def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
-    """Whether the frames are whole tokens, where padding cannot stand in front of them.
+    """Raises RequestError if the frames need padding where none is possible.
 
-    A latent that is given has no padding. Nor have conditions that go with every frame: diffusers' control pipeline refuses
-    them too, and VideoX-Fun, which has trained with none, shortens the video.
+    An input latent cannot be padded, nor can conditions for every frame: diffusers' control pipeline refuses them as well, and
+    VideoX-Fun, which was trained without padding, shortens the video.
     """
     frames, name = job.latent.shape[2], checkpoint.name
     padding = checkpoint.padding_frames(frames)
@@ -162,12 +162,19 @@ def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
 
 
 def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:
-    """CogVideoX 1.5 cuts its positions from a table; 1.0 stretches them, but those that 5b-I2V has learned."""
+    """Raises RequestError if the size exceeds the model's positions.
+
+    CogVideoX 1.5 cuts its positions from a table. CogVideoX 1.0 interpolates them, except the learned ones of 5b-I2V.
+
+    Args:
+        checkpoint: of the model.
+        height, width: in latent rows and columns.
+    """
     name, (most_width, most_height) = checkpoint.name, checkpoint.positions_size
     width, height = width * SPATIAL, height * SPATIAL
     if checkpoint.learned_positions and (width, height) != (most_width, most_height):
         raise RequestError(
-            f"{name} has learned positions for {most_width}x{most_height} alone and the video is "
+            f"{name} has learned positions for {most_width}x{most_height} only and the video is "
             f"{width}x{height}; use {most_width}x{most_height}"
         )
     if checkpoint.patch_size_t and (width > most_width or height > most_height):
@@ -177,7 +184,7 @@ def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:
 
 
 def check_windows(checkpoint: Checkpoint, job: SampleJob) -> None:
-    """Whether a video's windows advance in this model's tokens, and whether each of them can be told what the first is."""
+    """Raises RequestError if windows do not advance by whole tokens, or if only the first window would see the start image."""
     layout = Layout.of(job, checkpoint)
     if layout.is_whole:
         return

@@ -1,8 +1,8 @@
-"""Which frames the model sees at a time: all of them, or windows whose predictions are blended.
+"""Context windows: the frames that the model sees at a time. They overlap, and their predictions are blended.
 
-The ideas are MultiDiffusion's (arXiv 2302.08113: overlapping parts are blended at every step) and FreeNoise's (arXiv
-2310.15169: the noise of the first window, in another order, is that of the later ones). All numbers of frames here are
-latent frames, with the padding that makes them whole tokens.
+Blending at every step is from MultiDiffusion (arXiv 2302.08113). Reusing the first window's noise in another order for later
+frames is from FreeNoise (arXiv 2310.15169). All numbers of frames here are latent frames, including the padding to whole
+tokens.
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.facts import TEMPORAL
 
 GOLDEN_RATIO = 0.618034
-"""The fractions of its multiples spread evenly, however many are taken."""
+"""The fractional parts of its multiples are evenly distributed, for any number of them."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """The frames of one forward. No window of a step needs another of the same step: any rank could run any of them."""
+    """The frames of one forward pass. Windows of a step are independent of each other, so any rank can run any of them."""
 
     start: int
     weights: tuple[float, ...]
-    """Of each frame's prediction; those of all windows of a step sum to 1 in every frame."""
+    """Blending weight of each frame's prediction; over all windows of a step they sum to 1 in every frame."""
 
     @property
     def frames(self) -> slice:
-        """The window's place in the video."""
+        """The window's position in the video."""
         return slice(self.start, self.start + len(self.weights))
 
     def weigh(self, prediction: torch.Tensor) -> torch.Tensor:
-        """A prediction ``[batch, frames, channels, height, width]`` times the weights."""
-        if all(weight == 1 for weight in self.weights):  # and no device is waited for
+        """Multiplies a prediction ``[batch, frames, channels, height, width]`` by the weights."""
+        if all(weight == 1 for weight in self.weights):  # avoids a copy from the host
             return prediction
         return prediction * prediction.new_tensor(self.weights)[:, None, None, None]
 
@@ -44,11 +44,11 @@ class Layout:
     frames: int
     """Of the video."""
     length: int
-    """Of each window; all frames where there is one window."""
+    """Of each window; equals ``frames`` if there is one window."""
     overlap: int = 0
-    """By which neighbours overlap at least."""
+    """Minimum overlap of neighbouring windows."""
     token: int = 1
-    """Frames of one token; the other numbers are multiples of it."""
+    """Frames per token; the other numbers are multiples of it."""
     shifted: bool = False
     """Whether windows move from step to step."""
     shuffled: bool = False
@@ -56,7 +56,7 @@ class Layout:
 
     @classmethod
     def of(cls, job: SampleJob, checkpoint: Checkpoint) -> "Layout":
-        """A job's. What is no whole token is rounded up."""
+        """Returns the layout of a job, with lengths rounded up to whole tokens."""
 
         def whole(frames: int) -> int:
             return frames + checkpoint.padding_frames(frames)
@@ -75,18 +75,19 @@ class Layout:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the only window is the video."""
+        """Whether one window covers the entire video."""
         return self.length == self.frames
 
     @property
     def stride(self) -> int:
-        """Frames from one window's start to the next one's, at most."""
+        """Maximum distance from one window's start to the next one's."""
         return self.length - self.overlap
 
     def at(self, step: int) -> tuple[Window, ...]:
-        """The windows of a step, in order; all of one length, so the first and the last may overlap their neighbour more.
+        """Returns the windows of a step, in order.
 
-        Weights rise and fall linearly over the overlap, so that a prediction counts least where it knows only one side.
+        All have the same length, so the first and the last may overlap their neighbour by more. Weights are linear ramps over
+        the overlap, so a prediction counts least where it has context on one side only.
         """
         if self.is_whole:
             return (Window(0, (1.0,) * self.frames),)
@@ -102,14 +103,14 @@ class Layout:
         )
 
     def starts(self, steps: int) -> set[int]:
-        """Where windows begin in any of so many steps."""
+        """Returns the start frames of all windows in a number of steps."""
         return {window.start for step in range(steps) for window in self.at(step)}
 
     def noise_order(self, generator: torch.Generator) -> list[int]:
-        """For each frame the one whose noise it gets.
+        """Returns for each frame the index of the frame whose noise it gets.
 
-        Where a window moves on, the frames that it takes in get the noise of those that it leaves, in a new order: so all
-        windows that do not shift see the noise of the first.
+        When a window advances, its new frames get the noise of the frames that it leaves, shuffled. All windows that do not
+        shift thus see the noise of the first one.
         """
         order = list(range(self.length))
         while len(order) < self.frames:
@@ -119,7 +120,7 @@ class Layout:
 
 
 def forward_size(job: SampleJob | WindowJob, checkpoint: Checkpoint) -> tuple[int, int, int, int]:
-    """Videos, frames, height and width of a forward: of one window where a job has several."""
+    """Returns batch size, frames, height and width of a forward pass; of one window if a job has several."""
     if isinstance(job, WindowJob):
         batch, frames, _, height, width = job.seen.shape
         return batch, frames, height, width
@@ -127,7 +128,7 @@ def forward_size(job: SampleJob | WindowJob, checkpoint: Checkpoint) -> tuple[in
 
 
 def advice(job: SampleJob, checkpoint: Checkpoint) -> str | None:
-    """A line for the user whose windows change nothing, or whose video needs some."""
+    """Returns a note for the user if the windows have no effect or the video would need some; else None."""
     name, most, frames = checkpoint.name, checkpoint.most_frames, (job.latent.shape[2] - 1) * TEMPORAL + 1
     if job.windows is not None and Layout.of(job, checkpoint).is_whole:
         return f"the video of {frames} frames fits in one window of {job.windows.frames}: it is sampled whole"
