@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.pipeline.denoise import rotary_tables
+from parallel_backend.cogvideox.pipeline.forward import rotary_tables
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob, empty_latent

@@ -5,7 +5,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.pipeline.scheduler_step import dpm_step
+from parallel_backend.cogvideox.pipeline.scheduler_step import Noise, dpm_step
 from parallel_backend.cogvideox.vae.codec import encode
 from parallel_backend.jobs import DecodeJob, EncodeJob
 from parallel_backend.model import Model
@@ -70,7 +70,7 @@ def test_every_dpm_step_is_that_of_diffusers_to_the_last_bit(dtype, drawn):
         before = scheduler.timesteps[index - 1] if index else None
         whole = latents.expand(shape)
         expected, remembered = scheduler.step(velocity, history, timestep, before, whole, generator=theirs, return_dict=False)
-        latents, history = dpm_step(scheduler, velocity, history, timestep, before, latents, generator=ours, drawn=drawn)
+        latents, history = dpm_step(scheduler, velocity, history, timestep, before, latents, Noise(ours, drawn))
         assert torch.equal(latents, expected[own])
         assert torch.equal(history, remembered[own])
         latents = latents.to(dtype)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from parallel_backend.cogvideox.pipeline import denoise
+from parallel_backend.cogvideox.pipeline import sampling
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.config import CONFIG
 from parallel_backend.devices import Devices
@@ -295,7 +295,7 @@ def test_a_step_that_runs_out_of_memory_says_what_helps_and_the_next_job_works(m
     def advance(*_):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(denoise, "advance", advance)
+    monkeypatch.setattr(sampling, "advance", advance)
     with pytest.raises(OutOfMemory, match="step 1 ran out of memory on cpu: it needs about .* use offload 'group' .now 'none'"):
         executor.sample(job)
     monkeypatch.undo()

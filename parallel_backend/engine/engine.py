@@ -10,7 +10,8 @@ import torch
 
 from ..cogvideox import offload
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.pipeline.denoise import StepCallback, WindowCallback, denoise, predict_window
+from ..cogvideox.pipeline.denoise import Callbacks, StepCallback, WindowCallback, denoise
+from ..cogvideox.pipeline.forward import Runtime, predict_window
 from ..cogvideox.pipeline.windows import advice
 from ..cogvideox.transformer import attention
 from ..cogvideox.vae import layers
@@ -170,16 +171,11 @@ class Engine:
         caches = self.context.caches(job)
         if job.progress is not None and caches.restarted:
             self._note(f"{caches.restarted}, so this is not quite the video of an undisturbed run")
-        place = {"device": self.device, "dtype": dtype, "context": self.context}
-        callbacks = {
-            "caches": caches,
-            "on_step": mark,
-            "on_window": partial(self._may_go_on, on_window),
-            "may_begin": lambda: ahead,
-        }
+        runtime = Runtime(self.device, dtype, self.context)
+        callbacks = Callbacks(mark, partial(self._may_go_on, on_window), may_begin=lambda: ahead)
         try:
             with offload.one_kind_of_error():
-                latent = denoise(transformer, checkpoint, job, **place, **callbacks)
+                latent = denoise(transformer, checkpoint, job, runtime, callbacks, caches=caches)
         except torch.OutOfMemoryError as error:
             where = f"a step after {len(steps)}" if steps else "step 1"
             raise self._out_of_memory(where, job, checkpoint, dtype) from error
@@ -235,7 +231,7 @@ class Engine:
         loaded = time.perf_counter()
         try:
             with offload.one_kind_of_error():
-                predicted = predict_window(transformer, checkpoint, job, device=self.device, dtype=dtype, context=self.context)
+                predicted = predict_window(transformer, checkpoint, job, Runtime(self.device, dtype, self.context))
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory("a window", job, checkpoint, dtype) from error
         return Result(predicted, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))

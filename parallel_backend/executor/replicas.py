@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.pipeline.denoise import denoise
+from ..cogvideox.pipeline.denoise import Callbacks, denoise
+from ..cogvideox.pipeline.forward import Runtime
 from ..cogvideox.transformer.step_cache import StepCaches
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
@@ -159,10 +160,10 @@ class ReplicasExecutor(Executor):
             began = time.perf_counter()
             return not should_stop()
 
-        place = {"device": torch.device("cpu"), "dtype": checkpoint.dtype(job.model.dtype, self.devices.first)}
-        callbacks = {"on_step": mark, "on_window": lambda: not should_stop(), "elsewhere": elsewhere}
-        caches, context = StepCaches(0.0, lambda change: change), RankContext(place["device"])
-        latent = denoise(None, checkpoint, job, **place, context=context, caches=caches, **callbacks)
+        cpu, dtype = torch.device("cpu"), checkpoint.dtype(job.model.dtype, self.devices.first)
+        runtime, callbacks = Runtime(cpu, dtype, RankContext(cpu)), Callbacks(mark, lambda: not should_stop())
+        caches = StepCaches(0.0, lambda change: change)
+        latent = denoise(None, checkpoint, job, runtime, callbacks, caches=caches, elsewhere=elsewhere)
         if job.preview:
             scheduler.notes.append("no previews: replicas share the windows of each step")
         report = self._report(predicted, scheduler.notes, time.perf_counter() - started)

@@ -1,10 +1,42 @@
-"""One step of a scheduler, on a device that does not wait for the CPU's noise."""
+"""One step of a scheduler, without making the device wait for noise from the CPU."""
+
+from dataclasses import dataclass
 
 import torch
 
 
-def advance(scheduler, velocity, clean, timesteps, index, latents, generator, drawn):
-    """One step of either scheduler. Returns the latents, and the clean ones that are predicted, as the step before gave them."""
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a job's video or videos."""
+
+    generator: torch.Generator
+    """On the CPU."""
+    drawn: tuple[int, slice]
+    """Number of videos that noise is drawn for, and those of this job; see :attr:`parallel_backend.jobs.SampleJob.drawn`."""
+
+    def draw(self, like: torch.Tensor) -> torch.Tensor:
+        """Draws noise for latents on the CPU, in pinned memory if they are on a GPU."""
+        batch, own = self.drawn
+        noise = torch.randn((batch, *like.shape[1:]), generator=self.generator, dtype=like.dtype)[own]
+        return noise.pin_memory() if like.is_cuda else noise
+
+
+def advance(
+    scheduler, velocity, clean, timesteps: torch.Tensor, index: int, latents: torch.Tensor, noise: Noise
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs one step of either scheduler.
+
+    Args:
+        scheduler: predicting velocities.
+        velocity: at the step's timestep.
+        clean: the clean latents that the previous step predicted; None in the first step.
+        timesteps: of all steps.
+        index: of the step.
+        latents: at the step's timestep.
+        noise: for schedulers that add some.
+    Returns:
+        The next latents, and the predicted clean latents.
+    """
     from diffusers import CogVideoXDPMScheduler
 
     timestep = timesteps[index]
@@ -12,24 +44,27 @@ def advance(scheduler, velocity, clean, timesteps, index, latents, generator, dr
         made = scheduler.step(velocity, timestep, latents)
         return made.prev_sample, made.pred_original_sample
     before = timesteps[index - 1] if index > 0 else None
-    return dpm_step(scheduler, velocity, clean, timestep, before, latents, generator=generator, drawn=drawn)
+    return dpm_step(scheduler, velocity, clean, timestep, before, latents, noise)
 
 
 def dpm_step(
-    scheduler, velocity, history, timestep, before, latents, *, generator: torch.Generator, drawn: tuple[int, slice]
+    scheduler, velocity, history, timestep, before, latents: torch.Tensor, noise: Noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``CogVideoXDPMScheduler.step`` computes, by that scheduler's own factors. Its own step draws noise on the CPU and sends it while
-    the device, done with the forward, waits for it (benchmarks/NOTES.md); here it is drawn while the device is busy.
+    """Computes ``CogVideoXDPMScheduler.step`` from that scheduler's own coefficients.
+
+    The original draws noise on the CPU and copies it after the forward pass, while the device waits (benchmarks/NOTES.md). Here
+    noise is drawn while the device is busy.
 
     Args:
-        scheduler: that predicts velocities.
+        scheduler: predicting velocities.
         velocity: at ``timestep``.
-        history: the clean latents that the step before predicted at the timestep ``before``, or None.
+        history: the clean latents that the previous step predicted, at timestep ``before``; None in the first step.
+        timestep: of this step.
+        before: timestep of the previous step, or None.
         latents: at ``timestep``.
-        generator: on the CPU.
-        drawn: see :attr:`parallel_backend.jobs.SampleJob.drawn`.
+        noise: of the job.
     Returns:
-        The next latents, and the clean ones that are predicted.
+        The next latents, and the predicted clean latents.
     """
     after = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alpha = scheduler.alphas_cumprod[timestep]
@@ -39,17 +74,9 @@ def dpm_step(
     step, ratio, *_ = scheduler.get_variables(alpha, alpha_after, alpha_before)
     of_latents, of_clean, *of_both = scheduler.get_mult(step, ratio, alpha, alpha_after, alpha_before)
     of_noise = (1 - alpha_after) ** 0.5 * (1 - (-2 * step).exp()) ** 0.5
-    noise, towards = draw(latents, generator, drawn), clean
+    drawn, towards = noise.draw(latents), clean
     if history is not None and after >= 0:
-        noise = draw(latents, generator, drawn)  # that scheduler draws again, so the first is passed over
+        drawn = noise.draw(latents)  # the original draws twice here and discards the first
         towards = of_both[0] * clean - of_both[1] * history
-    return of_latents * latents - of_clean * towards + of_noise * noise.to(
-        latents.device, non_blocking=noise.is_pinned()
-    ), clean
-
-
-def draw(like: torch.Tensor, generator: torch.Generator, drawn: tuple[int, slice]) -> torch.Tensor:
-    """Noise for latents, on the CPU, ready to be sent to their device while it is busy."""
-    batch, own = drawn
-    noise = torch.randn((batch, *like.shape[1:]), generator=generator, dtype=like.dtype)[own]
-    return noise.pin_memory() if like.is_cuda else noise
+    drawn = drawn.to(latents.device, non_blocking=drawn.is_pinned())
+    return of_latents * latents - of_clean * towards + of_noise * drawn, clean

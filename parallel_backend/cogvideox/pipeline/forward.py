@@ -1,0 +1,129 @@
+"""Forward passes of the transformer: the inputs that all steps of a job share, and the prediction for one window."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...jobs import SampleJob, WindowJob
+from ..checkpoint.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a rank computes with."""
+
+    device: torch.device
+    """Where latents are stored."""
+    dtype: torch.dtype
+    """Of latents and text states."""
+    context: Any
+    """How ranks share the work; a :class:`parallel_backend.parallel.rank.RankContext`."""
+
+
+def rotary_tables(checkpoint: Checkpoint, frames: int, height: int, width: int, device: torch.device):
+    """Returns cosines and sines ``[video tokens, head_dim]``, or None for models with sinusoidal positions.
+
+    Args:
+        checkpoint: of the model.
+        frames, height, width: of the latent, including padding frames.
+        device: where the tables are created.
+    """
+    if not checkpoint.rotary:
+        return None
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    config = checkpoint.transformer
+    patch = config.get("patch_size", 2)
+    grid = (height // patch, width // patch)
+    base_width, base_height = config.get("sample_width", 90) // patch, config.get("sample_height", 60) // patch
+    common = {"embed_dim": checkpoint.head_dim, "grid_size": grid, "device": device}
+    if checkpoint.patch_size_t is None:
+        crops = get_resize_crop_region_for_grid(grid, base_width, base_height)
+        return get_3d_rotary_pos_embed(crops_coords=crops, temporal_size=frames, **common)
+    return get_3d_rotary_pos_embed(
+        crops_coords=None,
+        temporal_size=frames // checkpoint.patch_size_t,
+        grid_type="slice",
+        max_size=(base_height, base_width),
+        **common,
+    )
+
+
+def prompts_of(job: SampleJob | WindowJob, numbers: tuple[int, int] = (0, 0)) -> list[torch.Tensor]:
+    """Returns the text states that a step runs the model on: negative and positive if it is guided, else positive only.
+
+    Args:
+        job: with text states.
+        numbers: indices of the negative and the positive prompt, if the job has several; see :meth:`SampleJob.prompts_of`.
+    """
+    sides = list(zip((job.negative, job.positive), numbers))
+    return [text if text.ndim == 3 else text[:, number] for text, number in (sides if job.guided else sides[1:])]
+
+
+def text_of(prompts: Sequence[torch.Tensor], videos: int) -> torch.Tensor:
+    """Returns each prompt's states for each video, ``[prompts * videos, tokens, features]``."""
+    return torch.cat([prompt.expand(videos, -1, -1) for prompt in prompts])
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The transformer with the inputs that all forward passes of a job share. Create it with :meth:`of`."""
+
+    transformer: Any
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    """Position tables for the window's length."""
+    ofs: torch.Tensor | None
+    """See ``Checkpoint.ofs``."""
+    context: Any
+    """See :class:`Runtime`."""
+    prompts: int
+    """Number of prompts that all ranks together run: 2 if guided, else 1."""
+
+    @classmethod
+    def of(cls, transformer, checkpoint: Checkpoint, latents: torch.Tensor, runtime: Runtime, *, prompts: int) -> "Forward":
+        """Prepares forward passes for ``latents`` ``[batch, frames, channels, height, width]`` of one window."""
+        _, frames, _, height, width = latents.shape
+        rotary = rotary_tables(checkpoint, frames, height, width, runtime.device)
+        ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
+        return cls(transformer, rotary, ofs, runtime.context, prompts)
+
+    def predict(
+        self, seen: torch.Tensor, timestep: torch.Tensor, scale: float, *, text: torch.Tensor, cache=None
+    ) -> torch.Tensor:
+        """Predicts the guided velocity of one window, float32. The result depends on the arguments only.
+
+        Args:
+            seen: noisy latents concatenated with the condition, ``[batch, frames, channels, height, width]``.
+            timestep: of all frames; a tensor on the device, as copying it there would synchronize.
+            scale: guidance scale; ignored with one prompt.
+            text: states of this rank's prompts, ``[prompts * batch, tokens, features]``.
+            cache: of this window, or None.
+        """
+        mine = len(text) // len(seen)
+        predicted = self.transformer(
+            hidden_states=torch.cat([seen] * mine),
+            encoder_hidden_states=text,
+            timestep=timestep.expand(len(text)).to(seen.device),
+            ofs=self.ofs,
+            image_rotary_emb=self.rotary,
+            attention_kwargs={"cache": cache},
+            return_dict=False,
+        )[0]
+        predicted = [half.float() for half in self.context.gather(predicted.chunk(mine), of=self.prompts)]
+        if self.prompts == 1:
+            return predicted[0]
+        negative, positive = predicted
+        return negative + scale * (positive - negative)
+
+
+@torch.inference_mode()
+def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, runtime: Runtime) -> torch.Tensor:
+    """Runs one window's forward pass for a denoise loop in another process; see :meth:`Forward.predict`."""
+    seen = job.seen.to(device=runtime.device, dtype=runtime.dtype)
+    prompts = prompts_of(job)
+    text = text_of(runtime.context.share(prompts), len(seen)).to(device=runtime.device, dtype=runtime.dtype)
+    forward = Forward.of(transformer, checkpoint, seen, runtime, prompts=len(prompts))
+    return forward.predict(seen, torch.tensor(job.timestep), job.scale, text=text).cpu()

@@ -1,0 +1,120 @@
+"""The state of a sampling job between steps: latents, random generator, scheduler and condition."""
+
+import math
+
+import torch
+from einops import rearrange
+
+from ...jobs import Progress, SampleJob
+from ..checkpoint.checkpoint import Checkpoint
+from . import conditions
+from .conditions import COMFYUI_TO_DIFFUSERS
+from .forward import Runtime
+from .scheduler_step import Noise, advance
+from .windows import Layout
+
+DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
+
+
+def guidance(job: SampleJob, timestep: int, steps: int) -> float:
+    """Returns the guidance scale at a timestep; with ``dynamic_cfg`` it is diffusers' cosine schedule.
+
+    Args:
+        job: with its ``cfg``.
+        timestep: of the scheduler.
+        steps: number of steps that are run.
+    """
+    if not job.dynamic_cfg:
+        return job.cfg
+    progress = (steps - timestep) / steps
+    return 1 + job.cfg * (1 - math.cos(math.pi * progress**5.0)) / 2
+
+
+def starting_point(
+    job: SampleJob, checkpoint: Checkpoint, layout: Layout, scheduler, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the noisy latent ``[batch, frames, channels, height, width]`` and the timesteps to run, on the CPU.
+
+    Noise is drawn on the CPU in the model's dtype, as diffusers' pipelines do with a CPU generator. If the job is one video of a
+    batch, noise is drawn for the entire batch, so the video is the same as in the batch.
+    """
+    _, channels, frames, height, width = job.latent.shape
+    batch, own = job.drawn
+    padding = checkpoint.padding_frames(frames)
+    scheduler.set_timesteps(job.steps)
+    for encoded in (job.image, job.latent if job.denoise < 1 else None):
+        if encoded is not None:
+            # diffusers samples the VAE's posterior with this generator before it draws the noise. ComfyUI and this pack use the
+            # posterior's mean. The numbers are drawn and discarded, so that a seed gives the same noise.
+            torch.randn((batch, *encoded.shape[1:]), generator=generator, dtype=dtype)
+    skipped = job.steps - job.steps_to_run
+    timesteps = scheduler.timesteps[skipped:]
+    noise = torch.randn((batch, frames + padding, channels, height, width), generator=generator, dtype=dtype)[own]
+    if layout.shuffled:
+        noise = noise[:, layout.noise_order(generator)]
+    if job.denoise == 1:
+        return noise * scheduler.init_noise_sigma, timesteps
+    clean = rearrange(job.latent * checkpoint.scaling_factor, COMFYUI_TO_DIFFUSERS).to(dtype)
+    return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
+
+
+class Sampling:
+    """The state of a job between steps. A resumed job starts from its ``progress``.
+
+    Args:
+        job: to sample.
+        checkpoint: of the model.
+        runtime: what this rank computes with.
+    """
+
+    def __init__(self, job: SampleJob, checkpoint: Checkpoint, runtime: Runtime):
+        self.job, self.checkpoint, self.runtime = job, checkpoint, runtime
+        self.layout = Layout.of(job, checkpoint)
+        self._scheduler = checkpoint.make_scheduler(job.scheduler)
+        generator = torch.Generator("cpu").manual_seed(job.seed)
+        latents, self.timesteps = starting_point(job, checkpoint, self.layout, self._scheduler, generator, runtime.dtype)
+        self.latents = latents.to(runtime.device)
+        """Noisy latents ``[batch, frames, channels, height, width]``."""
+        self._noise = Noise(generator, job.drawn)
+        self._condition_at = conditions.make(job, checkpoint, self.latents)
+        self.numbers = [job.prompts_of(step) for step in range(self.total)]
+        """For each step the indices of its negative and positive prompts."""
+        self.done = 0
+        """Number of completed steps."""
+        self._clean: torch.Tensor | None = None
+        if job.progress is not None:
+            self._resume(job.progress)
+
+    def _resume(self, progress: Progress) -> None:
+        self.done, self.latents = progress.step, progress.latents.to(self.latents)
+        self._clean = None if progress.clean is None else progress.clean.to(self.runtime.device)
+        self._noise.generator.set_state(progress.generator)
+
+    @property
+    def total(self) -> int:
+        """Number of steps to run, including completed ones."""
+        return len(self.timesteps)
+
+    def model_input(self) -> torch.Tensor:
+        """Returns the latents of the next step, concatenated with the condition, if any."""
+        condition = self._condition_at(self.done / self.total)
+        return self.latents if condition is None else torch.cat([self.latents, condition], dim=2)
+
+    def guidance_scale(self) -> float:
+        """Returns the guidance scale of the next step."""
+        return guidance(self.job, self.timesteps[self.done].item(), self.total)
+
+    def advance(self, velocity: torch.Tensor) -> Progress:
+        """Completes the next step with the velocity that was predicted for it."""
+        self.latents, self._clean = advance(
+            self._scheduler, velocity, self._clean, self.timesteps, self.done, self.latents, self._noise
+        )
+        self.latents = self.latents.to(self.runtime.dtype)
+        self.done += 1
+        return Progress(self.done, self.latents, self._noise.generator.get_state(), self._clean)
+
+    def result(self) -> torch.Tensor:
+        """Returns the unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU."""
+        padding = self.checkpoint.padding_frames(self.job.latent.shape[2])
+        result = rearrange(self.latents[:, padding:], DIFFUSERS_TO_COMFYUI).float() / self.checkpoint.scaling_factor
+        return result.cpu().contiguous()
