@@ -1,4 +1,4 @@
-"""Latents to frames and back, whole or in tiles, in ComfyUI's layouts."""
+"""Decodes latents to frames and encodes frames to latents, with or without tiling, in ComfyUI's layouts."""
 
 import torch
 from einops import rearrange
@@ -7,15 +7,16 @@ from ...jobs import DecodeJob, EncodeJob
 from ..checkpoint.facts import SPATIAL, TEMPORAL
 
 BYTES_PER_PIXEL = 4_000
-"""Peak of a whole decode beside the weights, per output pixel and frame in flight, 16-bit. Measured at 480x720, where eight frames are in
-flight: 20.1 GiB with 10.8 of weights, 3600 (h200-kernels.json); a tenth for other GPUs' convolutions. Diffusers' own layers need 5800."""
+"""Peak memory of a decode without tiling, excluding weights, per output pixel and frame in flight, 16-bit. Measured at 480x720
+with eight frames in flight: 20.1 GiB including 10.8 of weights, 3600 (h200-kernels.json); plus a tenth for the convolutions of
+other GPUs. Diffusers' own layers need 5800."""
 FRAMES_IN_FLIGHT = 8
 STAGED_BYTES = 2**25
-"""Of a video on its way from a GPU."""
+"""Size of the buffer for copying a video from a GPU."""
 
 
 def decode_bytes(latent_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Peak bytes of decoding one latent of this shape whole, weights not counted."""
+    """Returns the peak memory in bytes of decoding one latent of this shape without tiling, excluding weights."""
     _, _, frames, height, width = latent_shape
     pixels = height * width * SPATIAL**2
     working = min(FRAMES_IN_FLIGHT, frames * TEMPORAL) * pixels * BYTES_PER_PIXEL * dtype.itemsize // 2
@@ -23,7 +24,7 @@ def decode_bytes(latent_shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def working_bytes(job: DecodeJob | EncodeJob, dtype: torch.dtype) -> int:
-    """Estimated bytes of a job beside the weights: whole, or in a tile where tiles are asked for."""
+    """Estimates the memory in bytes of a job, excluding weights; of one tile if tiling is on."""
     if isinstance(job, DecodeJob):
         frames, height, width = job.latent.shape[2:]
     else:
@@ -34,7 +35,7 @@ def working_bytes(job: DecodeJob | EncodeJob, dtype: torch.dtype) -> int:
 
 
 def ways_out(job: DecodeJob | EncodeJob, *, tiled: bool) -> list[int | None]:
-    """Tile edges in pixels to try one after the other as memory runs out; None is the whole frame."""
+    """Returns the tile edges in pixels to try, in order, when memory runs out; None is no tiling."""
     if job.tiling == "off":
         return [None]
     smaller = [tile for tile in (256, 128, 64) if tile < job.tile]
@@ -42,20 +43,20 @@ def ways_out(job: DecodeJob | EncodeJob, *, tiled: bool) -> list[int | None]:
 
 
 def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:
-    """Turns tiling on with square tiles, or off; ``tile`` and ``overlap`` in pixels."""
+    """Enables tiling with square tiles, or disables it; ``tile`` and ``overlap`` are in pixels."""
     if not tiled:
         vae.disable_tiling()
         return
     vae.enable_tiling(tile_sample_min_height=tile, tile_sample_min_width=tile)
-    # Set here because enable_tiling takes an overlap of 0 for "as before".
+    # Set here, as enable_tiling ignores an overlap of 0.
     vae.tile_overlap_factor_height = vae.tile_overlap_factor_width = overlap / tile
 
 
 def stops(vae) -> list[torch.nn.Module]:
-    """The modules before whose work decoding and encoding can be stopped.
+    """Returns the modules before which decoding and encoding can be cancelled.
 
-    On a GPU that is before each batch of frames of each tile, which takes it a second at most. Elsewhere a batch may take half a
-    minute, so there it is before each residual block.
+    On a GPU that is before each batch of frames of a tile, at most a second apart. On other devices a batch may take half a
+    minute, so it is before each residual block.
     """
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXResnetBlock3D
 
@@ -68,8 +69,13 @@ def stops(vae) -> list[torch.nn.Module]:
 def decode(vae, latent: torch.Tensor, strips=None) -> torch.Tensor:
     """Decodes ``[batch, 16, T, h, w]`` to ``[batch, 4T-3, 8h, 8w, 3]``, float32 in 0..1 on the CPU.
 
-    An even T decodes to 4T frames, the first latent to four instead of one; the first three are dropped. With ``strips``, see
-    :mod:`parallel_backend.parallel.vae_rows`, this rank decodes its own and rank 0 has them all.
+    An even T decodes to 4T frames, as the first latent frame gives four instead of one; the first three are dropped.
+
+    Args:
+        vae: on its device.
+        latent: unscaled.
+        strips: this rank's rows, if several ranks decode together; rank 0 gets the result. See
+            :mod:`parallel_backend.parallel.vae_rows`.
     """
     frames = (latent.shape[2] - 1) * TEMPORAL + 1
     videos = []
@@ -82,14 +88,14 @@ def decode(vae, latent: torch.Tensor, strips=None) -> torch.Tensor:
 
 
 def brightness(video: torch.Tensor) -> torch.Tensor:
-    """Numbers in -1..1 as float32 in 0..1."""
+    """Converts values in -1..1 to float32 in 0..1."""
     return (video.float() / 2 + 0.5).clamp_(0, 1)
 
 
 def to_pixels(video: torch.Tensor) -> torch.Tensor:
-    """Numbers in -1..1 as float32 in 0..1 on the CPU.
+    """Converts values in -1..1 to float32 in 0..1 on the CPU.
 
-    From a GPU a few frames at a time, on CUDA through memory that the driver can write to, which torch keeps for the next video.
+    From a GPU it copies a few frames at a time, on CUDA through pinned memory, which torch caches for the next video.
     """
     if video.device.type == "cpu":
         return brightness(video)
@@ -103,7 +109,13 @@ def to_pixels(video: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def encode(vae, pixels: torch.Tensor, strips=None) -> torch.Tensor:
-    """Encodes ``[frames, height, width, 3]`` in 0..1 to the mean latent ``[1, 16, T, h, w]``, float32 on the CPU."""
+    """Encodes ``[frames, height, width, 3]`` in 0..1 to the mean latent ``[1, 16, T, h, w]``, float32 on the CPU.
+
+    Args:
+        vae: on its device.
+        pixels: 4k+1 frames.
+        strips: see :func:`decode`.
+    """
     pixels = pixels if strips is None else strips.mine(pixels, dim=1)
     video = (pixels.to(vae.device) * 2 - 1).to(vae.dtype)
     latent = vae.encode(rearrange(video, "frames height width colours -> 1 colours frames height width")).latent_dist.mode()

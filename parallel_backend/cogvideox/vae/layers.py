@@ -1,12 +1,12 @@
-"""diffusers' VAE, its layers computed with fewer passes over memory; whole, or in one rank's strip of rows.
+"""diffusers' VAE with fewer passes over memory, on the full image or on one rank's strip of rows.
 
-Modules and weights stay diffusers', and so do the loops over blocks and frames. What differs:
+Modules, weights and the loops over blocks and frames are diffusers'. The differences:
 
-- A norm, its condition on the latent and SiLU are one pass, which writes to where the next convolution reads: beside the frames
-  that it keeps from before and, in a strip, the neighbours' rows.
-- The condition is two 1x1 convolutions of the latent enlarged to the picture. They are made of the latent as it is, and what they
-  give is enlarged: the same numbers for a hundredth of the work.
-- Frames are doubled in time after an upsampling convolution of each, not before.
+- A norm, its condition on the latent, and SiLU are one pass. It writes into the next convolution's padded input, after the
+  cached previous frames and, in a strip, between the neighbours' rows.
+- The condition is two 1x1 convolutions of the latent, upsampled to the image. They are computed before upsampling: the same
+  values for a hundredth of the work.
+- Frames are duplicated in time after the upsampling convolution of each, not before.
 """
 
 from collections.abc import Iterator
@@ -22,17 +22,17 @@ from ..kernels.probe import once
 from ..kernels.vae_torch import TorchVaeOps, convolve
 
 CHANNELS_LAST = True
-"""Whether a GPU's numbers lie with a pixel's channels together: so cuDNN's 16-bit convolutions read them, and the kernels."""
+"""Whether GPUs use the channels-last memory format, which cuDNN's 16-bit convolutions and the kernels prefer."""
 SEARCH = False
-"""Whether cuDNN tries its convolutions on a GPU when it first sees a size, instead of guessing the fastest."""
+"""Whether cuDNN benchmarks its convolutions for each new size on a GPU, instead of choosing by heuristics."""
 
 WORTH_COMPILING = 2**30
-"""Bytes that a job works in, from which on the second or two that compiling takes the first time are worth it."""
+"""Working memory of a job in bytes, from which on the one or two seconds of the first compilation are worth it."""
 
 
 @contextmanager
 def searching() -> Iterator[None]:
-    """Within, cuDNN chooses convolutions as ``SEARCH`` says."""
+    """Within the context, cuDNN chooses convolutions as ``SEARCH`` says."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = SEARCH
     try:
@@ -42,23 +42,30 @@ def searching() -> Iterator[None]:
 
 
 class Whole:
-    """The rows of a picture that is all on one rank; :class:`parallel_backend.parallel.vae_rows.Strips` has those of several."""
+    """The rows of an image that one rank has entirely; see :class:`parallel_backend.parallel.vae_rows.Strips` for several
+    ranks.
+    """
 
     border = 0
-    """Rows above and below that a convolution is given, instead of padding with zeros itself."""
+    """Rows above and below that are part of a convolution's input, instead of its zero padding."""
 
     def fill(self, states: torch.Tensor, *, above: int, below: int) -> None:
-        """Sets so many (0 or 1) rows at either end of ``[…, height, width]`` to what is next to the others."""
+        """Fills the border rows of ``[…, height, width]`` in place: zeros, or the neighbours' rows.
+
+        Args:
+            states: with border rows.
+            above, below: number of border rows, 0 or 1.
+        """
         for row in [0] * above + [-1] * below:
             states[..., row, :] = 0
 
     def moments(self, mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the picture, ``[batch, groups]``, from those of the rows that are here."""
+        """Returns mean and variance ``[batch, groups]`` of the full image, given those of this rank's rows."""
         return mean, variance
 
 
 class Layers:
-    """How the layers of one ``AutoencoderKLCogVideoX`` are computed; made for it once, by :func:`use`."""
+    """The layers of one ``AutoencoderKLCogVideoX``, whose forwards they replace. Created once per VAE by :func:`use`."""
 
     def __init__(self, vae):
         from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d, CogVideoXResnetBlock3D
@@ -78,36 +85,45 @@ class Layers:
             if type(module) in forwards:
                 module.forward = partial(forwards[type(module)], module)
         for coder in (vae.encoder, vae.decoder):
-            coder.conv_act.forward = lambda states: states  # part of the norm
+            coder.conv_act.forward = lambda states: states  # fused into the norm
         vae.encoder.norm_out.forward = lambda states: self.norm(vae.encoder.norm_out, states)
         vae.decoder.norm_out.forward = lambda states, zq, conv_cache=None: (self.norm(vae.decoder.norm_out, states, zq), None)
 
     def empty(self, states: torch.Tensor, *sizes: int) -> torch.Tensor:
-        """A tensor ``[batch, …]`` like the states but of other sizes."""
+        """Returns an uninitialised tensor ``[batch, *sizes]`` with the dtype and device of ``states``."""
         size = (states.shape[0], *sizes)
         return torch.empty(size, dtype=states.dtype, device=states.device, memory_format=self.memory_format)
 
     def room(self, states: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A convolution's input with ``depth`` frames before and border rows around, and the part that has the states' sizes."""
+        """Allocates a convolution's input, with ``depth`` frames in front and border rows. Also returns the view without
+        them.
+        """
         _, channels, frames, rows, columns = states.shape
         room = self.empty(states, channels, frames + depth, rows + 2 * self.rows.border, columns)
         return room, room[:, :, depth:].narrow(3, self.rows.border, rows)
 
     def through(self, layer, room: torch.Tensor, kept: torch.Tensor | None, bias: torch.Tensor | None = None):
-        """A causal convolution of what is in a room: its result, and the frames that the next ones need to see."""
+        """Runs a causal convolution on an input from :meth:`room`. Returns its output and the last frames, for the next call.
+
+        Args:
+            layer: a ``CogVideoXCausalConv3d``.
+            room: input ``[batch, channels, frames, height, width]``.
+            kept: last frames of the previous call; None repeats the first frame.
+            bias: added by the convolution; None leaves it to the next operation.
+        """
         depth = layer.time_kernel_size - 1
         self.rows.fill(room[:, :, depth:], above=self.rows.border, below=self.rows.border)
         room[:, :, :depth] = room[:, :, depth : depth + 1] if kept is None else kept
         return convolve(layer.conv, room, self.rows.border, bias), room[:, :, -depth:].clone()
 
     def causal(self, layer, inputs: torch.Tensor, conv_cache: torch.Tensor | None = None):
-        """The forward of a ``CogVideoXCausalConv3d``, of three frames deep."""
+        """The forward of a ``CogVideoXCausalConv3d`` with a temporal kernel size of three."""
         room, inside = self.room(inputs, layer.time_kernel_size - 1)
         inside.copy_(inputs)
         return self.through(layer, room, conv_cache, layer.conv.bias)
 
     def norm(self, norm, states, zq=None, *, bias=None, out=None) -> torch.Tensor:
-        """A norm, with its condition on the latent ``zq`` if it has one, and SiLU."""
+        """Normalises, applies the condition on the latent ``zq``, if any, and SiLU."""
         group_norm = norm if zq is None else norm.norm_layer
         mean, variance = self.rows.moments(*self.kernels.moments(states, bias, group_norm.num_groups))
         gain, offset = (None, None) if zq is None else (self.pointwise(layer.conv, zq) for layer in (norm.conv_y, norm.conv_b))
@@ -117,12 +133,14 @@ class Layers:
 
     @staticmethod
     def pointwise(convolution: nn.Conv3d, latent: torch.Tensor) -> torch.Tensor:
-        """A 1x1x1 convolution, in float32: at the latent's size it costs nothing, and a fifth of the rounding in 16 bit is gone."""
+        """Runs a 1x1x1 convolution in float32: it is cheap at the latent's size, and avoids a fifth of the rounding error of
+        16 bits.
+        """
         weight, bias = convolution.weight.flatten(1).float(), convolution.bias.float()
         return F.linear(latent.movedim(1, -1).float(), weight, bias).movedim(-1, 1)
 
     def resnet(self, block, inputs: torch.Tensor, temb=None, zq: torch.Tensor | None = None, conv_cache: dict | None = None):
-        """The forward of a ``CogVideoXResnetBlock3D``, which in this VAE has no ``temb``."""
+        """The forward of a ``CogVideoXResnetBlock3D``; this VAE has no ``temb``."""
         conv_cache, new_cache, states, bias = conv_cache or {}, {}, inputs, None
         for norm, name in ((block.norm1, "conv1"), (block.norm2, "conv2")):
             layer = getattr(block, name)
@@ -130,13 +148,13 @@ class Layers:
             self.norm(norm, states, zq, bias=bias, out=inside)
             states, new_cache[name] = self.through(layer, room, conv_cache.get(name))
             bias = layer.conv.bias
-            del room, inside  # or two would be held at a time
+            del room, inside  # frees memory before the next allocation
         if block.in_channels != block.out_channels:
             inputs = block.conv_shortcut(inputs)
         return self.kernels.add(states, bias, inputs), new_cache
 
     def frame_by_frame(self, convolution: nn.Conv2d, states: torch.Tensor, padding: tuple[int, int]) -> torch.Tensor:
-        """A 2D convolution of each frame of ``[batch, channels, frames, height, width]``."""
+        """Runs a 2D convolution on each frame of ``[batch, channels, frames, height, width]``."""
         flat = states.transpose(1, 2).flatten(0, 1)
         flat = F.conv2d(flat, convolution.weight, convolution.bias, convolution.stride, padding)
         return flat.unflatten(0, (states.shape[0], -1)).transpose(1, 2)
@@ -173,7 +191,7 @@ class Layers:
 
 
 def triton_kernels():
-    """Kernels in one pass each; Triton is not everywhere."""
+    """Returns the fused kernels. Imports Triton, which is not available everywhere."""
     from ..kernels.vae_triton import TritonVaeOps
 
     return TritonVaeOps()
@@ -181,7 +199,7 @@ def triton_kernels():
 
 @once
 def why_not_compiled(device: torch.device) -> str | None:
-    """Why a VAE's kernels cannot be compiled for a device here, in one line, or None: tried once with the smallest."""
+    """Returns why a VAE's kernels cannot be compiled for a device, in one line, or None. Tested once with the smallest one."""
     if device.type != "cuda":
         return "its kernels are for GPUs"
     keep_kernels()
@@ -190,7 +208,9 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 def use(vae, *, compiled: bool = False) -> Layers:
-    """Gives a VAE, where it will be used, this module's layers; with compiled kernels or torch's own."""
+    """Attaches this module's layers to a VAE, with compiled kernels or torch's. Call it on the device where the VAE will
+    run.
+    """
     if not hasattr(vae, "layers"):
         vae.layers = Layers(vae)
     vae.layers.kernels = triton_kernels() if compiled else TorchVaeOps()
@@ -199,10 +219,10 @@ def use(vae, *, compiled: bool = False) -> Layers:
 
 
 def set_memory_format(vae, *, last: bool) -> None:
-    """Has a VAE with :class:`Layers` work with channels last, or first."""
+    """Sets the memory format of a VAE with :class:`Layers` to channels last or contiguous."""
     formats = {5: torch.channels_last_3d, 4: torch.channels_last} if last else {}
     vae.layers.memory_format = formats.get(5, torch.contiguous_format)
     for weight in vae.parameters():
         if weight.ndim >= 4:
-            with torch.inference_mode(weight.is_inference()):  # ComfyUI's thread is in it, weights may be from outside
+            with torch.inference_mode(weight.is_inference()):  # ComfyUI's thread is in inference mode; weights may not be
                 weight.data = weight.data.contiguous(memory_format=formats.get(weight.ndim, torch.contiguous_format))

@@ -1,6 +1,6 @@
-"""Small pictures of what a step takes for the clean video, made by the VAE between steps, for who waits.
+"""Previews: small images of the predicted clean video, decoded by the VAE between steps.
 
-A VAE makes of few latents, each by itself, what it makes of them in a video, smaller: so colours are right whatever the VAE is.
+A few latent frames, each decoded separately and at a smaller size, look as in the video. So colours are right for any VAE.
 """
 
 import time
@@ -16,31 +16,31 @@ from ..stopping import GoOn, stoppable
 from .codec import brightness, stops
 
 MOMENTS = 4
-"""Of a video, in two rows; those of fewer latent frames in one."""
+"""Maximum number of frames in a preview, in two rows; fewer frames are in one row."""
 CELLS = 32
-"""Rows and columns of a moment's latent at most; of a larger one so many are put together as are needed."""
+"""Maximum rows and columns of each latent frame in a preview; larger latents are average-pooled."""
 PictureListener = Callable[[torch.Tensor], None]
-"""Told of a picture: ``[height, width, 3]``, uint8, on the CPU."""
+"""Receives a preview ``[height, width, 3]``, uint8, on the CPU."""
 
 
 def why_none(error: Exception) -> str:
-    """The note where no picture could be made."""
-    reason = "there is no memory for them" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
+    """Returns the note for a preview that failed."""
+    reason = "there is not enough memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
     return f"no previews: {reason}"
 
 
 def moments(frames: int) -> list[int]:
-    """Places of some frames, the first and the last among them."""
+    """Returns evenly spaced frame indices, including the first and the last."""
     count = min(frames, MOMENTS)
     return [round(place * (frames - 1) / max(count - 1, 1)) for place in range(count)]
 
 
 @torch.inference_mode()
 def picture(vae, latent: torch.Tensor) -> torch.Tensor:
-    """Some moments of a video side by side.
+    """Decodes some frames of a video into one image.
 
     Args:
-        vae: that does not tile.
+        vae: without tiling.
         latent: unscaled, ``[frames, channels, height/8, width/8]``.
     Returns:
         ``[height, width, 3]``, uint8, on the latent's device.
@@ -48,7 +48,7 @@ def picture(vae, latent: torch.Tensor) -> torch.Tensor:
     places = moments(len(latent))
     together = -(-max(latent.shape[-2:]) // CELLS)
     small = F.avg_pool2d(torch.stack([latent[place] for place in places]).float(), together)
-    # One after the other, as all at once need more memory.
+    # One frame at a time takes less memory.
     pixels = torch.cat([vae.decode(one[:, :, None].to(vae.dtype)).sample[:, :, -1] for one in small.split(1)])
     rows = 2 if len(places) == MOMENTS else 1
     joined = rearrange(pixels, "(rows columns) colours height width -> (rows height) (columns width) colours", rows=rows)
@@ -56,17 +56,16 @@ def picture(vae, latent: torch.Tensor) -> torch.Tensor:
 
 
 class Previews:
-    """The pictures of one job.
+    """The previews of one job.
 
-    On a GPU the next step runs already when one is told of, so a picture is shown with a later step than it was asked for: nobody
-    waits for the device.
+    On a GPU, a preview is shown at a later step than the one that it was decoded from, so that nothing waits for the device.
 
     Args:
         vae: see :func:`picture`.
-        scaling: that latents were multiplied by.
-        skipped: latent frames of padding at the beginning.
-        show: called with each picture.
-        go_on: asked while a picture is made; when it says no, that picture is left.
+        scaling: factor that latents were multiplied by.
+        skipped: number of padding frames at the start of the latent.
+        show: called with each preview.
+        go_on: called while a preview is decoded; False cancels it.
     """
 
     def __init__(self, vae, *, scaling: float, skipped: int, show: PictureListener, go_on: GoOn):
@@ -74,13 +73,13 @@ class Previews:
         self._last = float("-inf")
         self._coming: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self.note: str | None = None
-        """Why there are no more."""
+        """Why there are no more previews; None if there are."""
 
     def look(self, clean: torch.Tensor) -> None:
-        """Shows what is ready, and has another picture made when it is time.
+        """Shows a completed preview and, if it is time, starts another one.
 
         Args:
-            clean: what a step predicts, scaled: ``[batch, frames, channels, height/8, width/8]``. The first video is shown.
+            clean: predicted by a step, scaled: ``[batch, frames, channels, height/8, width/8]``. The first video is shown.
         """
         if self._coming and self._coming[1].query():
             self._show(self._coming[0])
@@ -94,9 +93,9 @@ class Previews:
             if made.is_cuda:
                 there = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made, non_blocking=True)
                 self._coming = there, torch.cuda.current_stream(made.device).record_event()
-        except Cancelled:  # the caller, too, asks whether to go on
+        except Cancelled:  # the caller checks for cancellation as well
             return
-        except Exception as error:  # whatever it is, the video can do without
+        except Exception as error:  # a failed preview must not fail the job
             self.note = why_none(error)
             self._vae.to("cpu")
             return
