@@ -1,4 +1,4 @@
-"""Where weights wait between uses: on the device, or on the CPU, whole or in parts."""
+"""Offloading: whether weights stay on the device or on the CPU between uses, and how much memory jobs need."""
 
 import gc
 import math
@@ -21,14 +21,14 @@ from .transformer import step_cache
 from .vae import codec
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"
-"""What torch says of a Mac's GPU, and of the CPU."""
+"""Messages of torch's plain RuntimeErrors on Apple's GPUs and on the CPU."""
 
 _allowed: int | None = None
-"""Bytes that :func:`allow` leaves this process."""
+"""The limit in bytes that :func:`allow` set for this process."""
 
 
 def allow(device: torch.device, nbytes: int) -> None:
-    """Lets this process's tensors have no more of a GPU than so many bytes."""
+    """Limits the GPU memory of this process's tensors to ``nbytes``."""
     global _allowed
     _allowed = nbytes
     total = torch.cuda.get_device_properties(device).total_memory
@@ -36,14 +36,14 @@ def allow(device: torch.device, nbytes: int) -> None:
 
 
 def api_of(device: torch.device):
-    """torch's module for a GPU of this kind, such as ``torch.xpu``; None for the CPU, and for a kind that has none."""
+    """Returns torch's module for a kind of GPU, such as ``torch.xpu``; None for the CPU and for kinds without one."""
     return None if device.type == "cpu" else getattr(torch, device.type, None)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes the device can still give: what the driver has and what torch holds unused, or what is allowed where that is less.
+    """Returns the bytes available on a device: free memory and torch's unused cache, at most what :func:`allow` leaves.
 
-    Endless on the CPU, as weights have nowhere else to wait, and on a device that does not say.
+    Practically infinite on the CPU, as weights cannot be offloaded further, and on devices that do not report it.
     """
     api = api_of(device)
     if device.type == "mps":  # shares the CPU's memory, up to what macOS lets a GPU have
@@ -57,7 +57,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Peak bytes since :func:`reset_peak`. A Mac's GPU and the CPU know no peak: what is held now."""
+    """Returns the peak memory in bytes since :func:`reset_peak`; current memory on Apple's GPUs and on the CPU, which track
+    no peak.
+    """
     api = api_of(device)
     if device.type == "mps":
         return api.driver_allocated_memory()
@@ -65,14 +67,14 @@ def used_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts a new peak for :func:`used_bytes`."""
+    """Resets the peak of :func:`used_bytes`."""
     api = api_of(device)
     if hasattr(api, "reset_peak_memory_stats"):
         api.reset_peak_memory_stats(device)
 
 
 def release(device: torch.device) -> None:
-    """Gives what is held unused back to the driver; offload hooks are reference cycles, so those are collected."""
+    """Frees unused cached memory; collects garbage first, as offload hooks are reference cycles."""
     gc.collect()
     api = api_of(device)
     if hasattr(api, "empty_cache"):
@@ -80,17 +82,20 @@ def release(device: torch.device) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what was asked of it."""
+    """Waits until the device has completed all submitted work."""
     api = api_of(device)
     if device.type == "mps":
-        api.synchronize()  # there is but one
+        api.synchronize()  # takes no device
     elif hasattr(api, "synchronize"):
         api.synchronize(device)
 
 
 @contextmanager
 def one_kind_of_error() -> Iterator[None]:
-    """Within, memory that runs out is a torch.OutOfMemoryError on every device; a Mac's GPU and the CPU raise a plain RuntimeError."""
+    """Within the context, running out of memory raises torch.OutOfMemoryError on every device.
+
+    Apple's GPUs and the CPU raise a plain RuntimeError otherwise.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -100,26 +105,26 @@ def one_kind_of_error() -> Iterator[None]:
 
 
 def bytes_on(device: torch.device, module: torch.nn.Module) -> int:
-    """Bytes of a module's weights that lie on a device now."""
+    """Returns the bytes of a module's weights that are on a device."""
     weights = map(shards.local, (*module.parameters(), *module.buffers()))
     return sum(weight.nbytes for weight in weights if weight.device.type == device.type)
 
 
 def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
-    """Bytes of the transformer's weights that each rank of a plan keeps."""
+    """Returns the bytes of the transformer's weights that each rank of a plan keeps."""
     blocks = block_bytes(checkpoint, plan, dtype, fp8=fp8)
     rest = checkpoint.weight_bytes("transformer", dtype) - block_bytes(checkpoint, Plan(), dtype)
     return rest + blocks * stage_layers(plan, checkpoint.layers) // checkpoint.layers // plan.fsdp
 
 
 def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
-    """Bytes of all blocks' weights on a rank of a plan, whole blocks as ``fsdp`` gathers them."""
+    """Returns the bytes of all blocks' weights on a rank, with whole blocks as FSDP gathers them."""
     vectors, matrices = block_parts(checkpoint, dtype, fp8=fp8)
     return vectors + matrices // plan.tensor
 
 
 def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, fp8: bool = False) -> tuple[int, int]:
-    """Bytes of all blocks' vectors, and of their matrices, which ``tensor`` splits, all of them."""
+    """Returns the bytes of all blocks' vectors, and of their matrices before tensor parallelism splits them."""
     inside = {name: where.shape for name, where in checkpoint.stored.items() if name.startswith(shards.BLOCKS)}
     matrices = sum(math.prod(shape) for shape in inside.values() if len(shape) > 1)
     vectors = sum(map(math.prod, inside.values())) - matrices
@@ -128,7 +133,7 @@ def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, fp8: bool = False
 
 
 def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
-    """Estimated bytes that a job needs beside the weights, on each rank of a plan."""
+    """Estimates the memory in bytes that a job needs on each rank of a plan, excluding weights."""
     if not isinstance(job, SampleJob | WindowJob):
         return codec.working_bytes(job, dtype)
     batch, frames, height, width = forward_size(job, checkpoint)
@@ -148,18 +153,19 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
 def choose_offload(
     asked: str, *, weights: int, working: int, others: int, layers: int, free: int, in_parts: bool = True
 ) -> tuple[str, str | None]:
-    """How the transformer's weights are kept.
+    """Chooses the offload mode of the transformer's weights.
 
     Args:
-        asked: ``auto`` or a mode, which is then taken as it is.
+        asked: ``auto``, or a mode, which is returned as is.
         weights: bytes of the transformer.
-        working: bytes of one forward beside them.
-        others: bytes of what else wants to stay on the device between jobs (the VAE).
-        layers: blocks of the transformer.
-        free: bytes the device can give when neither is on it.
-        in_parts: whether they can come in parts at all, which ``fsdp`` does by itself and ``pipefusion`` cannot wait for.
+        working: bytes that a forward pass needs in addition.
+        others: bytes of what else should stay on the device between jobs (the VAE).
+        layers: number of blocks.
+        free: bytes available on the device without either.
+        in_parts: whether weights can be moved in parts; False with FSDP, which does so itself, and PipeFusion, which cannot
+            wait.
     Returns:
-        The mode, and a line for the user where ``auto`` had to give up speed.
+        The mode, and a note for the user if ``auto`` chose a slower one.
     """
     if asked != "auto":
         return asked, None
@@ -180,7 +186,7 @@ def choose_offload(
 
 
 def place(module: torch.nn.Module, mode: str, device: torch.device) -> None:
-    """Puts a transformer where its mode wants it, or hooks it to come in parts.
+    """Moves a transformer to the device, or adds hooks that move it in parts.
 
     ``none`` and ``model`` move it to the device; ``group`` and ``sequential`` leave it on the CPU.
     """
@@ -192,7 +198,7 @@ def place(module: torch.nn.Module, mode: str, device: torch.device) -> None:
             offload_device=torch.device("cpu"),
             offload_type="block_level",
             num_blocks_per_group=1,
-            use_stream=device.type in ("cuda", "xpu"),  # diffusers knows those of no other device
+            use_stream=device.type in ("cuda", "xpu"),  # diffusers supports streams on no other device
             low_cpu_mem_usage=True,
         )
     else:
