@@ -116,7 +116,7 @@ def test_a_job_that_goes_on_says_that_its_cache_began_again(job, local):
     kept = []
     local.engine.run(cached(job, 0.3), lambda progress, steps: kept.append(progress) or True)
     notes = local.sample(replace(cached(job, 0.3), progress=kept[3])).report.notes
-    assert any("began again on the way" in note for note in notes)
+    assert any("was reset on the way" in note for note in notes)
 
 
 def run(cache: StepCache, change: torch.Tensor, added: torch.Tensor, real: int | None = None) -> torch.Tensor | None:

@@ -1,1 +1,1 @@
-"""The transformer: its blocks, attention, FP8 layers, LoRA and step cache."""
+"""The transformer: blocks, attention, FP8 layers, LoRA and step cache."""

@@ -1,6 +1,7 @@
-"""Attention of a whole sequence: this pack's own kernels on Hopper GPUs, FlashAttention-3 where those cannot be made, else torch's own.
+"""Attention of a full sequence: this pack's kernels on Hopper GPUs, FlashAttention-3 if those cannot be compiled, else torch's.
 
-Tensors are ``[batch, tokens, heads, head_dim]``, as the projections give them. torch's own is cuDNN's on a Hopper GPU.
+Tensors are ``[batch, tokens, heads, head_dim]``, the layout of the projections' outputs. torch's attention on a Hopper GPU
+is cuDNN's.
 """
 
 import math
@@ -16,21 +17,21 @@ from ..kernels.probe import is_near, once
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
-"""Modules with FlashAttention-3: PyPI's ``fa3-fwd``, and what its authors' repository builds. The first has no fp16."""
+"""Modules of FlashAttention-3: PyPI's ``fa3-fwd``, and the build from its authors' repository. The first has no fp16."""
 HEAD_DIM = 64
-"""Of CogVideoX's heads."""
+"""CogVideoX's head dimension."""
 HEAD_DIMS = (32, HEAD_DIM)
-"""Of heads that the kernels attend with; small models for tests have the former."""
+"""Head dimensions that the kernels support; small test models have the first."""
 NEAR = 0.02
-"""How far the kernels may be from float32, relative, to be used; bf16 is about 0.004 from it."""
+"""Largest relative error, compared with float32, at which the kernels are used; that of bf16 is about 0.004."""
 TOO_OFTEN = 0.05
-"""Share of the work that may be done twice, more slowly: it costs as much then as a running maximum (7.6 ms to 6.85, NOTES), and a person
-hears of it."""
+"""Fraction of the work that may be recomputed. At this fraction, a running maximum is as fast (7.6 ms to 6.85, NOTES), and
+the user is notified."""
 
 
 @cache
 def flash_3():
-    """FlashAttention-3's function, or None."""
+    """Returns FlashAttention-3's function, or None."""
     for name in FLASH_3:
         try:
             return import_module(name).flash_attn_func
@@ -41,35 +42,35 @@ def flash_3():
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether this is the kind of GPU that FlashAttention-3 and the kernels are made for."""
+    """Returns whether this is a GPU that FlashAttention-3 and the kernels are written for."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def uses_flash_3(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention of such tensors can be FlashAttention-3's."""
+    """Returns whether FlashAttention-3 supports such tensors here."""
     return dtype == torch.bfloat16 and is_hopper(device) and flash_3() is not None
 
 
 def is_for_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether such tensors are what the kernels are made for."""
+    """Returns whether the kernels are written for such tensors."""
     return dtype in (torch.bfloat16, torch.float16) and head_dim in HEAD_DIMS and is_hopper(device)
 
 
 def is_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether attention of such tensors is the kernels', which take their scores in base two; see :func:`factors`."""
+    """Returns whether the kernels compute attention of such tensors. They take scores in base two; see :func:`factors`."""
     return is_for_own(device, dtype, head_dim) and _declined is None and why_not_own(device, dtype) is None
 
 
 _declined: str | None = None
-"""Why this process does without the kernels though they work here."""
+"""Why this process does not use the kernels although they work here."""
 
 
 def agree(device: torch.device, dtype: torch.dtype, head_dim: int, collect: Callable[[bool], list[bool]]) -> None:
-    """Has all ranks use the kernels or none: queries that one has scaled for them, another attends to.
+    """Makes all ranks use the kernels, or none: queries that one rank scales for the kernels may be attended to on another.
 
     Args:
         device, dtype, head_dim: of this rank's tensors.
-        collect: gives every rank's answer; all of them must ask.
+        collect: gathers a value from every rank; a collective.
     """
     global _declined
     mine = is_own(device, dtype, head_dim)
@@ -78,27 +79,30 @@ def agree(device: torch.device, dtype: torch.dtype, head_dim: int, collect: Call
 
 
 def factors(head_dim: int, *, base_two: bool, fp8: bool) -> tuple[float, float]:
-    """What queries and keys are multiplied by before they are rounded, so that nothing is left to do with scores.
+    """Returns the factors of queries and keys, applied before they are rounded so that scores need no scaling.
 
-    FP8 has its precision where numbers of normalised heads then lie: 1 becomes 0.42, and below 0.037 it begins to lose bits.
+    In FP8 the factor is split between both: for normalised heads, 1 becomes 0.42, within FP8's most precise range. Below 0.037,
+    FP8 starts to lose bits.
     """
     whole = math.log2(math.e) / math.sqrt(head_dim) if base_two else 1.0
     return (math.sqrt(whole), math.sqrt(whole)) if fp8 else (whole, 1.0)
 
 
 def flash_attention_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in bfloat16 and its log-sum-exp ``[batch, heads, tokens]``."""
+    """Returns attention in bfloat16, and the log-sum-exp ``[batch, heads, tokens]``."""
     return flash_3()(query, key, value, return_attn_probs=True)[:2]
 
 
 def in_fp8(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of scores in base two, in e4m3 with the factors for that."""
+    """Converts queries and keys, scaled for scores in base two, to e4m3 with the factors for FP8."""
     _, root = factors(query.shape[-1], base_two=True, fp8=True)
     return quantize(query / root), quantize(key * root)
 
 
 def rows_between(states: torch.Tensor) -> int | None:
-    """Rows ``[heads * head_dim]`` from one sample to the next, or None where memory is laid out so that there is no saying."""
+    """Returns the distance between samples in rows of ``[heads * head_dim]``; None if a TMA descriptor cannot address the
+    memory layout.
+    """
     batch, tokens, heads, features = states.shape
     aligned = 16 // states.itemsize
     if states.stride()[2:] != (features, 1) or states.stride(1) % aligned or states.storage_offset() % aligned:
@@ -110,7 +114,13 @@ def rows_between(states: torch.Tensor) -> int | None:
 
 
 def in_tiles(states: torch.Tensor, between: int, rows: int):
-    """What the copy engine needs to know to bring tiles of so many rows."""
+    """Returns a TMA descriptor that loads tiles of ``rows`` tokens.
+
+    Args:
+        states: ``[batch, tokens, heads, head_dim]``.
+        between: see :func:`rows_between`.
+        rows: tokens per tile.
+    """
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -121,7 +131,7 @@ def in_tiles(states: torch.Tensor, between: int, rows: int):
 
 
 class Pieces:
-    """Pieces of 64 queries of a head that the kernels attended to on one device, since they were last counted."""
+    """Counts the tiles of 64 queries of a head that the kernels computed on a device, and how many of them were recomputed."""
 
     def __init__(self, device: torch.device):
         on_gpu = device.type == "cuda"
@@ -131,10 +141,10 @@ class Pieces:
         self.all = self._asked = 0
         self._copied = torch.cuda.Event() if on_gpu else None
         self.needs_maximum = False
-        """Whether so many had to be attended to twice that a kernel with a running maximum is faster; for good."""
+        """Whether recomputation was so frequent that a kernel with a running maximum is faster. It stays set."""
 
     def look(self) -> None:
-        """Finds out, without waiting for the device, how it was a while ago."""
+        """Updates :attr:`needs_maximum` from an earlier count, without synchronizing with the device."""
         if self._copied and not self._copied.query():
             return
         self.needs_maximum |= self._seen.item() > TOO_OFTEN * self._asked
@@ -144,7 +154,7 @@ class Pieces:
             self._copied.record()
 
     def share_of_twice(self) -> float:
-        """How many had to be attended to twice, of all; begins anew."""
+        """Returns the fraction of tiles that were recomputed, and resets the counts."""
         share = self.twice.item() / max(self.all, 1)
         self.twice.zero_()
         self._seen.zero_()
@@ -157,20 +167,20 @@ pieces_on = cache(Pieces)
 
 
 def note_of_twice(device: torch.device) -> str | None:
-    """For a person: how much the kernels had to do twice since this was last asked, where that is worth a line."""
+    """Returns a note for the user if the kernels recomputed much since the last call, else None."""
     share = pieces_on(device).share_of_twice() if is_hopper(device) else 0.0
     if share <= TOO_OFTEN:
         return None
-    then = ", until one that can do with them took over" if pieces_on(device).needs_maximum else ""
-    return f"{share:.0%} of attention was computed twice, as its scores are not what the fast kernel expects{then}: slower, no worse"
+    then = ", until the kernel for such scores took over" if pieces_on(device).needs_maximum else ""
+    return f"{share:.0%} of attention was computed twice, as its scores are out of the fast kernel's range{then}: slower, but as accurate"
 
 
 def attend_anew(query, key, value, result, log_sums, failed: torch.Tensor) -> None:
-    """Attends again to the pieces of which some rows ``failed``, and counts them.
+    """Recomputes the tiles that have ``failed`` rows with a running maximum, and counts them.
 
     Args:
-        query, key, value, result, log_sums: of the first kernel, whichever that was.
-        failed: rows of each piece, ``[batch * heads * pieces]``.
+        query, key, value, result, log_sums: of the first kernel.
+        failed: number of failed rows of each tile, ``[batch * heads * tiles]``.
     """
     from ..kernels import attention_hopper as own
 
@@ -185,13 +195,13 @@ def attend_anew(query, key, value, result, log_sums, failed: torch.Tensor) -> No
 
 
 def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by :mod:`parallel_backend.cogvideox.kernels.attention_hopper`.
+    """Computes attention with :mod:`parallel_backend.cogvideox.kernels.attention_hopper`.
 
     Args:
-        query, key: in the dtype of ``value`` or e4m3, such that their product is a score in base two: see :func:`factors`.
+        query, key: in the dtype of ``value`` or e4m3, scaled for scores in base two; see :func:`factors`.
         value: in bfloat16 or float16.
     Returns:
-        In the dtype of ``value``, and the natural log-sum-exp ``[batch, heads, tokens]``.
+        Attention in the dtype of ``value``, and the natural log-sum-exp ``[batch, heads, tokens]``.
     """
     import triton
 
@@ -228,7 +238,9 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 @once
 def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a Hopper GPU cannot attend with the kernels in bfloat16 or float16, in one line, or None: tried once with few tokens."""
+    """Returns why the kernels do not work on a Hopper GPU in this dtype, in one line, or None. Tested once with a few
+    tokens.
+    """
     keep_kernels()
     generator = torch.Generator(device).manual_seed(0)
     states = [torch.randn(1, tokens, 2, HEAD_DIM, device=device, generator=generator) for tokens in (200, 300, 300)]
@@ -244,43 +256,47 @@ def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def prepare(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool = False) -> None:
-    """Tries, where such tensors are what the kernels are made for, whether they can be made: a few seconds that are better spent beside
-    something else."""
+    """Compiles and tests the kernels if they support such tensors. It takes a few seconds, best spent while something else
+    runs.
+    """
     note(device, dtype, head_dim, fp8=fp8)
 
 
 def attend_own(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The kernels' attention of every query to all keys, in FP8 where these are."""
+    """Computes attention with the kernels, in FP8 if queries and keys are."""
     return own_attention(query, key, value)[0]
 
 
 def attend_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """FlashAttention-3 of every query to all keys."""
+    """Computes attention with FlashAttention-3."""
     return flash_attention_3(query, key, value)[0]
 
 
 def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """torch's own attention."""
+    """Computes attention with torch."""
     heads_first = (states.transpose(1, 2) for states in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
 def alone(attend: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The attention of one rank, which heads of ``[batch, 1, tokens, heads, head_dim]`` were spread to."""
+    """Computes attention on one rank, for tensors ``[batch, 1, tokens, heads, head_dim]`` in the layout for several ranks."""
     return attend(*(states.squeeze(1) for states in (query, key, value))).unsqueeze(1)
 
 
 def attention_of(device: torch.device, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> Attention:
-    """The attention for such tensors."""
+    """Returns the attention function for such tensors."""
     if is_own(device, dtype, head_dim):
         return attend_own
     return attend_flash if uses_flash_3(device, dtype) else attend_torch
 
 
 def for_blocks(states: torch.Tensor, head_dim: int, *, fp8: bool) -> tuple[Attention, dict[str, bool]]:
-    """The attention for the heads of a forward's ``states``, and what blocks are to know of it; see :func:`.block.forward`.
+    """Returns the attention function of a forward pass, and the related arguments of :func:`.block.forward`.
 
-    ``fp8`` says whether to attend in FP8 where that can be done.
+    Args:
+        states: of the forward pass, for device and dtype.
+        head_dim: of the model.
+        fp8: whether to use FP8 if it is supported.
     """
     kind = states.device, states.dtype, head_dim
     own = is_own(*kind)
@@ -290,7 +306,7 @@ def for_blocks(states: torch.Tensor, head_dim: int, *, fp8: bool) -> tuple[Atten
 
 
 def note_of_values(device: torch.device) -> str | None:
-    """For a person: why attention in FP8 has values in 16 bits, or None."""
+    """Returns a note for the user if FP8 attention keeps values in 16 bits, else None."""
     from . import attention_fp8
 
     reason = attention_fp8.why_not(device)
@@ -298,7 +314,7 @@ def note_of_values(device: torch.device) -> str | None:
 
 
 def note(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool) -> str | None:
-    """For a person: what else attends where the kernels cannot, or None."""
+    """Returns a note for the user if another attention replaces the kernels or FP8, else None."""
     if is_own(device, dtype, head_dim):
         return note_of_values(device) if fp8 else None
     reason = (_declined or why_not_own(device, dtype)) if is_for_own(device, dtype, head_dim) else None

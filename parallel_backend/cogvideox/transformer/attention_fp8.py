@@ -1,4 +1,4 @@
-"""Attention whose two products are both e4m3, by :mod:`parallel_backend.cogvideox.kernels.attention_hopper_fp8`."""
+"""Attention with both matrix products in e4m3, by :mod:`parallel_backend.cogvideox.kernels.attention_hopper_fp8`."""
 
 import torch
 
@@ -7,17 +7,18 @@ from ..kernels.probe import is_near, once
 from .attention import HEAD_DIM, NEAR, attend_anew, attend_torch, factors, in_fp8, in_tiles, rows_between
 
 ROWS, STEPS = 64, 8
-"""Tokens that a program surveys at a time, and how many times."""
+"""Tokens per iteration of the survey kernel, and iterations per program."""
 
 
 def in_places(value: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values for the second product.
+    """Quantises and transposes values for the second product.
 
     Args:
-        value: ``[batch, tokens, heads, head_dim]``; features of a head and heads of a token follow each other.
-        keys: of a tile.
+        value: ``[batch, tokens, heads, head_dim]``; heads and features must be contiguous.
+        keys: tokens per tile.
     Returns:
-        Of ``[batch, heads, head_dim]`` each: places of whole tiles in e4m3 (a last dimension), what to multiply those by, and what to add.
+        Values in e4m3, ``[batch, heads, head_dim, tokens padded to tiles]``; their scales and their offsets, both
+        ``[batch, heads, head_dim]``.
     """
     import triton
 
@@ -43,7 +44,7 @@ def in_places(value: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def in_tiles_of(places: torch.Tensor, keys: int):
-    """What the copy engine needs to know to bring tiles of :func:`in_places`."""
+    """Returns a TMA descriptor that loads tiles of values from :func:`in_places`."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -55,12 +56,12 @@ def in_tiles_of(places: torch.Tensor, keys: int):
 def attend_in_fp8(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, raises: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention, and its log-sum-exp: see :func:`.attention.own_attention`.
+    """Computes attention and its log-sum-exp; see :func:`.attention.own_attention`.
 
     Args:
         query, key: in e4m3.
         value: in bfloat16 or float16.
-        raises: whether references are raised, where they are often too low otherwise.
+        raises: whether the softmax's reference may rise during the loop; for inputs where a fixed one is often too low.
     """
     import triton
 
@@ -91,7 +92,9 @@ def attend_in_fp8(
 
 @once
 def why_not(device: torch.device) -> str | None:
-    """Why a Hopper GPU cannot attend to values in e4m3, in one line, or None: tried once with few tokens."""
+    """Returns why a Hopper GPU cannot compute attention with values in e4m3, in one line, or None. Tested once with a few
+    tokens.
+    """
     keep_kernels()
     generator = torch.Generator(device).manual_seed(0)
     states = [torch.randn(1, tokens, 2, HEAD_DIM, device=device, generator=generator) for tokens in (200, 700, 700)]

@@ -1,8 +1,8 @@
-"""CogVideoX's blocks on the joint sequence of text and video tokens, all of it or one rank's chunk.
+"""CogVideoX's blocks on the joint sequence of text and video tokens, or on one rank's chunk of it.
 
-diffusers' block keeps text and video apart and joins them anew for every layer. Here they stay joined, with diffusers' modules
-and weights: one tensor in, one out, whatever a chunk holds of each. What is between the matrix products is torch's or, on GPUs, a
-few kernels that read and write tokens once.
+diffusers' block keeps text and video separate and concatenates them for every layer. Here they stay joined, with diffusers'
+modules and weights: one tensor in, one out, whatever mix a chunk contains. Operations between the matrix products are torch's
+or, on GPUs, a few fused kernels that read and write each token once.
 """
 
 from types import MethodType
@@ -16,34 +16,34 @@ from .fp8_linear import Fp8Linear
 from .step_cache import StepCache
 
 WORTH_COMPILING = 2**30
-"""Bytes of a transformer whose steps are long enough for the seconds that compiling kernels takes."""
+"""Bytes of the transformer from which on steps are long enough to justify the seconds of compiling kernels."""
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
-"""How far what the kernels make may be from what torch makes, relative, for them to be used."""
+"""Largest relative error, compared with torch, at which compiled kernels are used."""
 
 
 def in_fp8(layer) -> bool:
-    """Whether a linear layer multiplies in FP8."""
+    """Returns whether a linear layer multiplies in FP8."""
     return type(layer) is Fp8Linear
 
 
 def feed_forward(layers, inputs: Inputs, kernels) -> torch.Tensor:
-    """A block's feed-forward; without its dropout, which is for training."""
+    """Runs a block's feed-forward, without its dropout."""
     first, second = layers.net[0], layers.net[2]
     return second(*kernels.gelu(first.proj, inputs, first.approximate, fp8=in_fp8(second)))
 
 
 def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
-    """The forward of a ``CogVideoXBlock``, called as diffusers calls it.
+    """The forward of a ``CogVideoXBlock``, with diffusers' signature.
 
     Args:
         block: with diffusers' modules, and ``kernels``.
-        hidden_states: joint tokens ``[batch, tokens, features]``, of text and video.
-        encoder_hidden_states: empty; handed back.
+        hidden_states: joint tokens ``[batch, tokens, features]`` of text and video.
+        encoder_hidden_states: empty; returned as is.
         temb: ``[batch, features]``.
-        image_rotary_emb: tables for the joint tokens, with angle 0 for text, or None.
-        attention_kwargs: how many tokens, the first ones, are ``text``; the ``cache`` of this window, or None; and of attention the
-            function ``attend``, whether scores are to be in ``base_two`` and queries and keys in ``fp8``, and the ``ranks`` among whom
-            heads are spread for it.
+        image_rotary_emb: tables for the joint tokens, with angle 0 for text; or None.
+        attention_kwargs: ``text``: how many of the first tokens are text; ``cache``: the window's step cache or None; and for
+            attention ``attend``: the function, ``base_two``: whether scores are in base two, ``fp8``: whether queries and keys
+            are in FP8, and ``ranks``: the number of ranks that heads are distributed to.
     """
     about, kernels = attention_kwargs, block.kernels
     cache: StepCache | None = about["cache"]
@@ -60,7 +60,7 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     query = kernels.normal_heads(heads(attention.to_q), attention.norm_q, image_rotary_emb, of_query, fp8=fp8, ranks=ranks)
     key = kernels.normal_heads(heads(attention.to_k), attention.norm_k, image_rotary_emb, of_key, fp8=fp8, ranks=ranks)
     value = swap(heads(attention.to_v).unflatten(2, (ranks, -1)).flatten(3), kernels).view(query.shape)
-    del inputs  # or their memory would be taken while the largest tensors are made
+    del inputs  # frees memory before the largest tensors are allocated
     attended = about["attend"](query, key, value)
     del query, key, value
     joined = swap(attended.flatten(3), kernels).flatten(2)
@@ -74,27 +74,27 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
 
 
 def swap(states: torch.Tensor, kernels) -> torch.Tensor:
-    """``[batch, first, second, features]`` as ``[batch, second, first, features]``."""
+    """Transposes ``[batch, first, second, features]`` to ``[batch, second, first, features]``."""
     if 1 in states.shape[1:3]:
         return states.reshape(states.shape[0], states.shape[2], states.shape[1], -1)
     return kernels.swap(states)
 
 
 def attach(transformer) -> None:
-    """Gives every block of a transformer this module's forward."""
+    """Replaces the forward of every block of a transformer with this module's."""
     for block in transformer.transformer_blocks.children():
         block.forward, block.kernels = MethodType(forward, block), TorchBlockOps()
 
 
 def use(transformer, *, compiled: bool) -> None:
-    """Has every block use compiled kernels or torch's own."""
+    """Makes every block use compiled kernels, or torch."""
     kernels = triton_kernels() if compiled else TorchBlockOps()
     for block in transformer.transformer_blocks.children():
         block.kernels = kernels
 
 
 def triton_kernels():
-    """Kernels in one pass each; Triton is not everywhere."""
+    """Returns the fused kernels. Imports Triton, which is not available everywhere."""
     from ..kernels.block_triton import TritonBlockOps
 
     return TritonBlockOps()
@@ -102,8 +102,10 @@ def triton_kernels():
 
 @once
 def why_not_compiled(device: torch.device, dtype: torch.dtype, features: int, head_dim: int, rotary: bool) -> str | None:
-    """Why a model's kernels cannot be compiled for a device here, in one line, or None: tried once with a few tokens, which also makes
-    nearly all of those that its blocks are going to use."""
+    """Returns why a model's kernels cannot be compiled for a device, in one line, or None.
+
+    Tested once with a few tokens, which also compiles nearly all kernels that the model's blocks will use.
+    """
     if device.type != "cuda":
         return "its kernels are for GPUs"
     keep_kernels()
@@ -117,7 +119,7 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, features: int, he
 
 @torch.inference_mode()
 def tried(kernels, device: torch.device, dtype: torch.dtype, features: int, head_dim: int, rotary: bool) -> list[torch.Tensor]:
-    """What kernels make of a few tokens of two samples, the first of them text."""
+    """Runs each kernel on a few tokens of two samples, of which the first token is text, and returns the results."""
     generator = torch.Generator(device).manual_seed(0)
 
     def numbers(*size: int, of: torch.dtype = dtype) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Linear layers in FP8 (e4m3): weights quantised once, a scale a row; tokens as they come, a scale a token.
+"""Linear layers in FP8 (e4m3): weights are quantised once, per row; activations at run time, per token.
 
-Products run at twice the speed on Ada, Hopper and newer GPUs, and weights take half the memory. A fast mode: it changes the
-video; README.md states by how much.
+On Ada, Hopper and newer GPUs products are twice as fast, and weights take half the memory. A fast mode: it changes the video;
+README.md says by how much.
 """
 
 import math
@@ -14,13 +14,13 @@ from ..kernels.block_torch import quantize_rows
 from ..kernels.probe import once
 
 LAYERS = (*BY_ROWS, *BY_COLUMNS)
-"""Of a block; the small ones stay as they are."""
+"""The layers of a block that are converted; small ones are not."""
 CAPABILITY = (8, 9)
-"""Of the first GPUs with FP8 products."""
+"""Compute capability of the first GPUs with FP8 products."""
 
 
 def missing(device: torch.device) -> str | None:
-    """Why a device cannot multiply in FP8, in one line, or None."""
+    """Returns why a device cannot multiply in FP8, in one line, or None."""
     if device.type != "cuda":
         return None
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -33,7 +33,7 @@ def missing(device: torch.device) -> str | None:
 
 @once
 def why_no_product(device: torch.device) -> str | None:
-    """Why a product with a scale a row cannot be computed, in one line, or None: older versions of torch have it for few GPUs."""
+    """Returns why a row-wise scaled product fails, in one line, or None. Older versions of torch support few GPUs."""
     with torch.inference_mode():
         layer = Fp8Linear(torch.nn.Linear(128, 128, device=device, dtype=torch.bfloat16))
         layer(torch.ones(1, 128, 128, device=device, dtype=torch.bfloat16))
@@ -41,10 +41,10 @@ def why_no_product(device: torch.device) -> str | None:
 
 
 class Fp8Linear(torch.nn.Module):
-    """A linear layer whose product runs in FP8.
+    """A linear layer with its product in FP8.
 
     Args:
-        linear: whose weight is quantised and whose bias is kept; neither need be there yet.
+        linear: its weight is quantised and its bias kept; both may be on the meta device.
     """
 
     def __init__(self, linear: torch.nn.Linear):
@@ -58,52 +58,55 @@ class Fp8Linear(torch.nn.Module):
 
     @torch.no_grad()
     def set_weight(self, weight: torch.Tensor, home: torch.device | str | None = None) -> None:
-        """Takes another weight, or this rank's part of it, rounded to the layer's dtype first, as one not quantised would be.
+        """Replaces the weight, or this rank's part of it. It is first rounded to the layer's dtype, as it would be without FP8.
 
         Args:
-            weight: quantised where it lies.
-            home: where the result stays; where it lies unless said otherwise.
+            weight: quantised on its current device.
+            home: where the result is stored; by default the same device.
         """
         for name, part in zip(("weight", "scales"), quantize_rows(weight.to(self.dtype))):
             put(self, name, part.to(home or part.device))
 
     def forward(self, states: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-        """``[batch, tokens, features]`` to ``[batch, tokens, out_features]``.
+        """Maps ``[batch, tokens, features]`` to ``[batch, tokens, out_features]``.
 
         Args:
-            states: to be rounded; in e4m3 already where ``scales`` ``[batch * tokens, 1]`` say what each token is to be multiplied by.
+            states: quantised here, unless ``scales`` are given: then already in e4m3.
+            scales: of each token, ``[batch * tokens, 1]``.
         Returns:
-            In the layer's dtype; where tokens were rounded already in that of the product, as those who round them read any.
+            In the layer's dtype; with ``scales`` in the product's dtype, bfloat16, as fused kernels read either.
         """
         if scales is not None:
             return self.product(states.flatten(0, 1), scales).unflatten(0, states.shape[:2])
         return self.product(*quantize_rows(states.flatten(0, 1))).to(self.dtype).unflatten(0, states.shape[:2])
 
     def product(self, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """``[rows, features]`` in e4m3, and what each is to be multiplied by, to ``[rows, out_features]``."""
-        if rows.device.type == "cpu":  # no such product there: the same numbers by way of float32
+        """Multiplies e4m3 rows ``[rows, features]`` with ``scales`` ``[rows, 1]``; returns ``[rows, out_features]``."""
+        if rows.device.type == "cpu":  # has no FP8 product; the same values via float32
             product = torch.nn.functional.linear(rows.float() * scales, self.weight.float() * self.scales)
             return product if self.bias is None else product + self.bias.float()
-        bias = None if self.bias is None else self.bias.bfloat16()  # the one dtype that scales a row come with
+        bias = None if self.bias is None else self.bias.bfloat16()  # the only dtype supported with row-wise scales
         return torch._scaled_mm(
             rows, self.weight.t(), scales, self.scales.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
 
 def convert(transformer) -> None:
-    """Turns the large linear layers of every block into FP8: best before weights are read, which are then quantised one by one."""
+    """Converts the large linear layers of every block to FP8. Call it before weights are read, so they are quantised one at
+    a time.
+    """
     for block in transformer.transformer_blocks:
         for name in LAYERS:
             block.set_submodule(name, Fp8Linear(block.get_submodule(name)))
 
 
 def is_large(layer: str) -> bool:
-    """Whether a layer of a transformer is one of :data:`LAYERS` of a block."""
+    """Returns whether a layer of a transformer is one of :data:`LAYERS` of a block."""
     return layer.startswith(BLOCKS) and layer.split(".", 2)[-1] in LAYERS
 
 
 def saved_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """By how much a transformer in ``dtype`` becomes smaller."""
+    """Returns the memory in bytes that FP8 saves for a transformer in ``dtype``."""
     shapes = [shape for layer, shape in checkpoint.layer_shapes.items() if is_large(layer)]
     scales = torch.float32.itemsize * sum(rows for rows, _ in shapes)
     return sum(math.prod(shape) for shape in shapes) * (dtype.itemsize - 1) - scales

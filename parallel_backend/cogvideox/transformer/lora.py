@@ -1,8 +1,7 @@
-"""LoRA files: recognised and checked by their headers, and merged into a transformer's weights.
+"""LoRA files: validated by their headers, and merged into a transformer's weights.
 
-Layers may be named as diffusers and PEFT, as CogVideoX-Fun's kohya-style trainer, or as ComfyUI's own CogVideoX
-names them. Nothing is kept to undo a merge: the checkpoint's own weights are read again for the layers that change,
-so that any other set of LoRAs, and none, starts from exactly what the checkpoint holds.
+Layers may be named as in diffusers and PEFT, in CogVideoX-Fun's kohya-style trainer, or in ComfyUI's own CogVideoX. No merge is
+undone: the checkpoint's weights are read again for the layers that change, so the result depends only on the current LoRAs.
 """
 
 import json
@@ -37,7 +36,7 @@ CORE_NAMES = {
     r"\.ff\.net\.2$": ".ff_out",
     r"^(time|ofs)_embedding\.": r"\1_embedding_",
 }
-"""From diffusers' names of layers to those of ComfyUI's own CogVideoX (0.33)."""
+"""Layer names: diffusers' to those of ComfyUI's own CogVideoX (0.33)."""
 OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr", "lora_mid": "LoCon"}
 OTHER_MODELS = {
     r"(down|up|input|output)_blocks|mid(dle)?_block": "Stable Diffusion",
@@ -46,12 +45,12 @@ OTHER_MODELS = {
     r"transformer_blocks[._]\d+[._]attn2": "LTX-Video",
     r"joint_blocks|transformer_blocks[._]\d+[._]attn[._]": "Stable Diffusion 3 or Qwen-Image",
 }
-"""What layers are called in models whose LoRAs are often tried here; the first that fits is named."""
+"""Layer names of other models whose LoRAs are often tried; the first match is reported."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer's change, ``scale * up @ down``, by the names of its tensors in the file."""
+    """A layer's update, ``scale * up @ down``; the names are those of tensors in the file."""
 
     down: str
     up: str
@@ -60,23 +59,23 @@ class Pair:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file, opened for one checkpoint without reading its weights. Make it with :meth:`open`."""
+    """A LoRA file, opened for one checkpoint without reading its weights. Create it with :meth:`open`."""
 
     path: Path
     strength: float
     state: tuple
-    """Changes when the file does."""
+    """The file's fingerprint."""
     pairs: dict[str, Pair]
-    """By the layer of the transformer that they change."""
+    """By the transformer's layer."""
     note: str | None
-    """A line for the user where a part of the file has no place in the checkpoint."""
+    """A note for the user if part of the file does not match the checkpoint."""
 
     @classmethod
     def open(cls, lora: Lora, checkpoint: Checkpoint) -> "LoraFile":
-        """Reads the header and checks every layer against the checkpoint's.
+        """Reads the header and checks every layer against the checkpoint.
 
         Raises:
-            RequestError: one line for a file that is missing, no LoRA, or made for another model.
+            RequestError: if the file is missing, not a LoRA, or made for another model.
         """
         path = Path(lora.path).expanduser()
         if not path.is_file():
@@ -108,12 +107,12 @@ def open_all(loras: Iterable[Lora], checkpoint: Checkpoint) -> tuple[LoraFile, .
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few of many names."""
+    """Returns the first few names, for messages."""
     return ", ".join(names[:3])
 
 
 def layer_names(layers: Iterable[str]) -> dict[str, str]:
-    """Every way that a LoRA may name these layers, to diffusers' own: with dots or underscores, or as ComfyUI does."""
+    """Maps every name that a LoRA may use for these layers to diffusers': with dots or underscores, or as in ComfyUI."""
     found = {}
     for layer in layers:
         core = layer
@@ -125,7 +124,7 @@ def layer_names(layers: Iterable[str]) -> dict[str, str]:
 
 
 def sort_tensors(names: Iterable[str], layers: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Tensors of a file by the layer they are for, as ``down``, ``up`` or ``alpha``; and those that are for none."""
+    """Groups a file's tensors by layer, as ``down``, ``up`` or ``alpha``; also returns the names that match no layer."""
     known = layer_names(layers)
     found: dict[str, dict[str, str]] = {}
     unknown = []
@@ -141,7 +140,7 @@ def sort_tensors(names: Iterable[str], layers: Iterable[str]) -> tuple[dict[str,
 
 
 def describe_misfit(names: list[str]) -> str:
-    """Why no tensor of a file has a place in CogVideoX."""
+    """Returns why no tensor of a file matches CogVideoX, as the rest of a message."""
     if not names:
         return "is empty"
     if all(TEXT.match(name) for name in names):
@@ -150,7 +149,7 @@ def describe_misfit(names: list[str]) -> str:
 
 
 def look_of(names: Iterable[str]) -> str:
-    """The model that a file seems to be made for, as the end of a sentence, where its names tell."""
+    """Returns the model that a file seems to be made for, as the end of a message; empty if unknown."""
     for pattern, model in OTHER_MODELS.items():
         if any(re.search(pattern, name) for name in names):
             return f" and looks made for {model}"
@@ -158,10 +157,10 @@ def look_of(names: Iterable[str]) -> str:
 
 
 def check_layer(path: Path, layer: str, tensors: dict[str, str], shapes: dict[str, tuple], checkpoint: Checkpoint) -> int:
-    """The rank of a layer's change.
+    """Checks a layer's tensors and returns the rank of its update.
 
     Raises:
-        RequestError: when half of it is missing, or its shapes are another model's.
+        RequestError: if one of the two is missing, or the shapes are those of another model.
     """
     if missing := sorted({"down", "up"} - tensors.keys()):
         raise RequestError(f"{path.name} lacks the {missing[0]} half of {layer}: it is incomplete; download it again")
@@ -177,9 +176,9 @@ def check_layer(path: Path, layer: str, tensors: dict[str, str], shapes: dict[st
 
 
 def read_scales(path: Path, found: dict[str, dict[str, str]], ranks: dict[str, int]) -> dict[str, float]:
-    """What each layer's product is multiplied by: alpha over rank where the file has an alpha, else 1.
+    """Reads the scale of each layer's update: alpha / rank if the file has an alpha, else 1.
 
-    An alpha is a tensor beside the layer's, or in the configuration that diffusers saves with PEFT's LoRAs.
+    An alpha is a separate tensor, or part of the configuration that diffusers saves with PEFT's LoRAs.
     """
     scales = {}
     try:
@@ -196,13 +195,13 @@ def read_scales(path: Path, found: dict[str, dict[str, str]], ranks: dict[str, i
 
 
 def peft_config(metadata: dict[str, str]) -> dict:
-    """The transformer's PEFT configuration in the metadata of a file that diffusers saved; empty where there is none."""
+    """Returns the transformer's PEFT configuration from the metadata of a file saved by diffusers; empty if there is none."""
     saved = json.loads(metadata.get("lora_adapter_metadata") or "{}")
     return {name.removeprefix("transformer."): value for name, value in saved.items() if name.startswith("transformer.")}
 
 
 def peft_scale(config: dict, layer: str, rank: int) -> float:
-    """A layer's scale under a PEFT configuration, whose patterns match the end of a layer's name."""
+    """Returns a layer's scale from a PEFT configuration, whose patterns match the end of a layer's name."""
     alpha = config.get("lora_alpha")
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
@@ -223,15 +222,15 @@ def merge(
     before: Sequence[LoraFile] = (),
     shard: Shard = WHOLE,
 ) -> None:
-    """Makes a transformer's weights the checkpoint's own with LoRAs added; without LoRAs exactly the checkpoint's own.
+    """Sets a transformer's weights to the checkpoint's with LoRAs added; without LoRAs exactly to the checkpoint's.
 
     Args:
         transformer: loaded from the checkpoint, without hooks that move its weights.
-        checkpoint: whose weights are read again for every layer that changes or was changed.
-        loras: what to add, in float32 and rounded once.
-        device: where to compute; the weights stay where they are.
-        before: what was added until now.
-        shard: this rank's part of the weights, which alone is read and changed.
+        checkpoint: its weights are read again for every layer that changes or was changed.
+        loras: to add, in float32 with one rounding.
+        device: to compute on; the weights stay on their devices.
+        before: LoRAs that are merged now.
+        shard: this rank's part of the weights.
     """
     names = {f"{layer}.weight" for lora in (*before, *loras) for layer in lora.pairs} & held(transformer)
     with ExitStack() as stack:
@@ -245,7 +244,7 @@ def merge(
             for lora, file in opened:
                 if pair := lora.pairs.get(layer):
                     down, up = (file.get_tensor(half).to(device).float().flatten(1) for half in (pair.down, pair.up))
-                    if len(columns) == 1:  # a linear layer; a convolution is never split
+                    if len(columns) == 1:  # a linear layer; convolutions are never split
                         down = down[:, columns[0]]
                     merged = merged + lora.strength * pair.scale * (up[rows] @ down).view_as(merged)
             if quantized:

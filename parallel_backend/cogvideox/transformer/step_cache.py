@@ -1,6 +1,8 @@
-"""First-block step cache: while the first block does nearly what it did at an earlier step, what the others would add is predicted
-from what they added then. From ParaAttention's and TeaCache's observation that neighbouring steps resemble each other, and from
-TaylorSeer's that what is added goes on as it went.
+"""First-block step cache: while the first block's residual changes little between steps, the residual of the other blocks is
+extrapolated.
+
+That neighbouring steps are similar is the observation of ParaAttention and TeaCache; extrapolating residuals is from
+TaylorSeer.
 """
 
 from collections.abc import Callable
@@ -8,45 +10,50 @@ from collections.abc import Callable
 import torch
 
 STATES = 4
-"""Tensors as large as a rank's tokens that a cache holds at most while blocks run."""
+"""Maximum number of tensors of a rank's token size that a cache holds while blocks run."""
 LIMIT = 3
-"""Steps in a row that are spared at most, however high the threshold: cache-dit's ``max_continuous_cached_steps``. Measured in
-benchmarks/NOTES.md."""
+"""Maximum number of consecutive extrapolated steps, whatever the threshold: cache-dit's ``max_continuous_cached_steps``.
+Measured in benchmarks/NOTES.md."""
 
 
 class StepCache:
-    """What one window's forwards have in common. Lives as long as its job.
+    """The state that one window's forward passes share during a job.
 
-    What the other blocks add is predicted from the line through what they added in the last two forwards that ran whole. How far along
-    it, the first block's work says, by least squares: where a step's new noise is most of what changes, that is hardly any way.
+    The other blocks' residual is extrapolated linearly from the last two full forward passes. How far is estimated from the
+    first block's residual by least squares: if most of its change is new noise, hardly at all.
 
     Args:
-        threshold: relative change of the first block's work, in L1 norm over all tokens of all ranks, below which the other
-            blocks do not run. It is measured from the last forward that ran whole, so small changes add up.
-        total: sums a tensor over all ranks, so that all take the same decision.
+        threshold: relative change of the first block's residual, in L1 norm over all tokens of all ranks, below which the other
+            blocks are extrapolated. It is relative to the last full forward pass, so small changes accumulate.
+        total: sums a tensor over all ranks, so that all decide alike.
     """
 
     def __init__(self, threshold: float, total: Callable[[torch.Tensor], torch.Tensor]):
         self.threshold = threshold
         self.total = total
         self.reusing = False
-        """Whether blocks after the first have nothing to do in this forward."""
+        """Whether blocks after the first are skipped in this forward pass."""
         self.forwards = self.reused = 0
         self._in_a_row = 0
         self._ahead = 0.0
-        """Of the last whole forward on the line, in its distance from the one before it."""
+        """Position on the line, from the last full pass, in units of its distance from the one before."""
         self._first = self._rest = 0.0
-        """What the first block and the others added in the last whole forward; before it, nothing."""
+        """Residuals of the first block and of the others in the last full pass; 0 before it."""
         self._first_gained = self._rest_gained = self._start = None
-        """Over the whole forward before that; and what the others start from in one that is under way."""
+        """Their changes since the full pass before; and the input of the other blocks during a full pass."""
 
     def begin(self) -> None:
-        """A forward starts: the first block always runs."""
+        """Starts a forward pass; the first block always runs."""
         self.reusing = False
         self.forwards += 1
 
     def after_first(self, before: torch.Tensor, after: torch.Tensor, real: int) -> None:
-        """Decides, from tokens ``[batch, tokens, features]`` before and after the first block, the first ``real`` of them no padding."""
+        """Decides whether the other blocks run.
+
+        Args:
+            before, after: tokens ``[batch, tokens, features]`` before and after the first block.
+            real: number of tokens that are not padding; they come first.
+        """
         change = after - before
         if self._first_gained is not None:
             earlier, gained = (part[:, :real].float() for part in (self._first, self._first_gained))
@@ -61,13 +68,13 @@ class StepCache:
             self._first, self._start = change, after
 
     def expire(self) -> None:
-        """Has the next forward run whole: earlier ones do not predict what it makes."""
+        """Forces a full pass next, as earlier ones do not predict its residuals."""
         self._first = self._rest = 0.0
         self._first_gained = self._rest_gained = None
         self._in_a_row = 0
 
     def after_last(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the blocks have made of the tokens, given what came out of the last one."""
+        """Returns the output of all blocks, given the output of the last one."""
         if self.reusing:
             self.reused += 1
             self._in_a_row += 1
@@ -78,7 +85,7 @@ class StepCache:
 
 
 class StepCaches:
-    """The caches of one job, one a window. With a threshold of 0 there are none."""
+    """The step caches of one job, one per window. With threshold 0 there are none."""
 
     def __init__(self, threshold: float, total: Callable[[torch.Tensor], torch.Tensor]):
         self.threshold = threshold
@@ -86,24 +93,24 @@ class StepCaches:
         self._caches: dict[tuple[int, int], StepCache] = {}
 
     def of(self, frames: slice) -> StepCache | None:
-        """The cache of a window's frames, wherever it lies in the video."""
+        """Returns the cache of the window with these frames."""
         if self.threshold == 0:
             return None
         return self._caches.setdefault((frames.start, frames.stop), StepCache(self.threshold, self.total))
 
     def expire(self) -> None:
-        """Has the next forward of every window run whole, as its prompt is another one."""
+        """Forces a full pass of every window next, as the prompt changes."""
         for cache in self._caches.values():
             cache.expire()
 
     @property
     def restarted(self) -> str | None:
-        """A note for a resumed job: what began again, if anything did."""
-        return "the step cache began again on the way" if self.threshold else None
+        """A note for a resumed job: what was reset, if anything."""
+        return "the step cache was reset on the way" if self.threshold else None
 
     @property
     def note(self) -> str | None:
-        """A note: how much was spared."""
+        """A note for the user: how many forward passes were shortened."""
         if self.threshold == 0:
             return None
         reused, forwards = (sum(getattr(cache, name) for cache in self._caches.values()) for name in ("reused", "forwards"))
