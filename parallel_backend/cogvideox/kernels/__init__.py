@@ -1,1 +1,1 @@
-"""Kernels in torch, Triton and Gluon, and the probe that finds which of them a device runs."""
+"""Kernels in torch, Triton and Gluon, and the probe that tests which of them a device supports."""

@@ -1,11 +1,11 @@
-"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention` for Hopper GPUs; imported where Triton is there and not before.
+"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention` for Hopper GPUs. Imported only if Triton is installed.
 
-Softmax needs no running maximum as long as sums of ``2 ** score`` are finite and not tiny: in float32 and bf16 that is all of 2^-90
-to 2^100, where scores of normalised heads lie; in fp16 it is less than 2^16, so scores are counted there from the largest to a token's
-own neighbours and the first tile, as most heads look around. So the first kernel takes it for granted and tells which rows were not
-so; the second one, with a running maximum, attends to those anew. Without maxima and what they rescale, exponentials and matrix
-products of three groups of warps overlap (FlashAttention-3's plan, arXiv 2407.08608) and little else is left. Where that goes wrong too
-often, the first kernel can have a running maximum itself.
+Softmax needs no running maximum if the sums of ``2 ** score`` neither overflow nor underflow. In float32 and bf16 the range is
+2^-90 to 2^100, which covers scores of normalised heads. In fp16 the upper limit is 2^16, so scores are taken relative to the
+largest one over the neighbouring tokens and the first tile, as most heads attend to neighbours. The first kernel assumes this
+and reports the rows where it fails. The second kernel, with a running maximum, recomputes those. Without maxima and rescaling,
+exponentials and matrix products of three warp groups overlap (FlashAttention-3's schedule, arXiv 2407.08608) and little other
+work remains. If too many rows fail, the first kernel can use a running maximum itself.
 """
 
 import triton
@@ -21,42 +21,42 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 bring = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-"""Has the copy engine bring a tile; Triton 3.9 has it under another name."""
+"""Starts a TMA load of a tile; the function is renamed in Triton 3.9."""
 ROWS = tl.constexpr(64)
-"""Queries of a group of warps: the rows of one matrix instruction."""
+"""Queries per warp group: the rows of one matrix instruction."""
 GROUPS = tl.constexpr(3)
-"""Groups of warps that attend with the keys of one load; with three a thread may have 160 registers."""
+"""Warp groups that share each loaded tile of keys; with three, a thread may use 160 registers."""
 KEYS = tl.constexpr(128)
-"""Keys of a tile."""
+"""Keys per tile."""
 STAGES = tl.constexpr(2)
-"""Tiles of keys, and of values, in shared memory."""
+"""Tiles of keys, and of values, that fit in shared memory."""
 LN_2 = tl.constexpr(0.6931471805599453)
 LEAST, MOST = tl.constexpr(2.0**-90), tl.constexpr(2.0**100)
-"""Sums between which nothing was lost: neither did terms vanish that count, nor did one overflow."""
+"""The range of sums without loss: no relevant term underflows, and none overflows."""
 MOST_FP16 = tl.constexpr(2.0**15.5)
-"""The same in fp16, whose largest number is just below 2^16."""
+"""The upper limit in fp16, whose largest number is just below 2^16."""
 ROOM = tl.constexpr(3.0)
-"""Powers of two that fp16's zero lies above the largest score that is known before: others may be higher by 2^18, and what is lower by
-2^21 counts for nothing."""
+"""Headroom in powers of two above the largest known score in fp16. Other scores may be higher by 2^18; scores lower by 2^21
+contribute nothing."""
 
 
 @gluon.jit
 def halve(values):
-    """Adds the right half of the columns to the left one; each thread has its numbers of both."""
+    """Adds the right half of the columns to the left half, without exchanging data between threads."""
     left, right = values.reshape([values.shape[0], 2, values.shape[1] // 2]).permute((0, 2, 1)).split()
     return left + right
 
 
 @gluon.jit
 def add_columns(values):
-    """``[rows, 128]`` as sums ``[rows, 8]``, of which each thread has one it made by itself."""
+    """Sums ``[rows, 128]`` to ``[rows, 8]``, without exchanging data between threads."""
     gl.static_assert(values.shape[1] == 128)
     return halve(halve(halve(halve(values))))
 
 
 @gluon.jit
 def make_barriers():
-    """For queries, and for tiles of keys and values that are in shared memory or out of it."""
+    """Creates the barriers of queries, and for each tile of keys and of values its full and empty barriers."""
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     keys_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     keys_out = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -74,7 +74,7 @@ def make_barriers():
 
 @gluon.jit
 def largest_near(query, keys, dtype: gl.constexpr, rows_in: gl.constexpr):
-    """The largest score of each query to as many keys, in float32."""
+    """Returns the largest score of each query over a tile of keys, in float32."""
     depth: gl.constexpr = 256 // keys.dtype.primitive_bitwidth
     scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, depth])
     nothing = gl.zeros([ROWS, ROWS], dtype, scores_in)
@@ -87,8 +87,10 @@ def load(
     queries, near, keys, values, query_room, near_room, key_room, value_room, barriers, row, first, column, feature, tiles,
     NEAR: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    """One warp that has the copy engine bring queries, where asked for the keys near them, and tiles of keys and values; the last one,
-    which may be short, comes first."""
+    """The producer warp: loads queries, if requested the keys near them, and tiles of keys and values by TMA.
+
+    The last tile, which may be partial, comes first.
+    """
     loaded, keys_in, keys_out, values_in, values_out = barriers
     mbarrier.expect(loaded, GROUPS * ((1 + NEAR) * queries.block_type.nbytes))
     for group in gl.static_range(GROUPS):
@@ -114,7 +116,7 @@ def attend(
     result, log_sums, failed, query_room, near_room, key_room, value_room, barriers,
     row, rows, key_count, heads, tiles, GROUP: gl.constexpr, FEATURES: gl.constexpr, RUNNING: gl.constexpr,
 ):  # fmt: skip
-    """One group of warps: its rows to all keys."""
+    """A consumer warp group: attends from its rows to all keys."""
     loaded, keys_in, keys_out, values_in, values_out = barriers
     depth: gl.constexpr = 256 // key_room.dtype.primitive_bitwidth
     scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, depth])
@@ -159,7 +161,7 @@ def attend(
             scores -= zero[:, None]
         weights = gl.exp2(scores)
         total += add_columns(weights)
-        # The branch in this wait keeps the exponentials before the next one, beside the product that is under way.
+        # The branch in this wait keeps the exponentials before the next product, overlapping the running one.
         mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
         sums, rounded, weights = warpgroup_mma_wait(0, deps=[sums, rounded, weights])
         mbarrier.arrive(values_out.index(before))
@@ -173,7 +175,7 @@ def attend(
 
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, sums_in))
     at = row + gl.arange(0, ROWS, gl.SliceLayout(1, sums_in))
-    # What is not a number compares as false, and so is no good sum.
+    # NaN compares as false, so it counts as failed.
     good = (total > LEAST) & (total < (MOST_FP16 if half and not RUNNING else MOST))
     gl.store(failed, gl.sum(gl.where(good | (at >= rows), 0, 1), 0))
     log_sum = gl.log(total)
@@ -190,12 +192,15 @@ def optimistic_kernel(
     queries, near, keys, values, result, log_sums, failed,
     query_count, key_rows, key_count, heads, FEATURES: gl.constexpr, RUNNING: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """See ``optimistic_attention``. A program has ``GROUPS * ROWS`` queries of one head of one sample.
+    """Attention without a running maximum, which reports the rows that need one. A program has ``GROUPS * ROWS`` queries of one
+    head of one sample.
 
-    Queries, keys and values are descriptors of ``[batch * tokens, heads * features]``, ``near`` is one of keys in tiles as large as
-    those of queries; ``key_rows`` of them lie between the keys of one sample and the next. ``failed`` ``[batch, heads, programs,
-    GROUPS]`` becomes the number of rows to be attended to anew.
-    ``RUNNING`` says whether to have a running maximum, with which none is.
+    Args:
+        queries, keys, values: descriptors of ``[batch * tokens, heads * features]``.
+        near: like ``keys``, with tiles of the queries' size.
+        failed: ``[batch, heads, programs, GROUPS]``; set to the number of rows to recompute.
+        key_rows: distance of samples in rows of keys.
+        RUNNING: whether to use a running maximum; then no row fails.
     """
     tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
@@ -230,7 +235,7 @@ def careful_kernel(
     query_count, key_count, heads, query_sample, query_stride, key_sample, key_stride, value_sample, value_stride,
     FEATURES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Attends anew, with a running maximum, to rows of which some ``failed``; counts them in ``redone``."""
+    """Recomputes tiles with ``failed`` rows, with a running maximum, and counts them in ``redone``."""
     group, head, sample = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if tl.load(failed + (sample * heads + head) * tl.num_programs(0) + group) > 0:
         row, column = group * ROWS + tl.arange(0, ROWS), tl.arange(0, FEATURES)

@@ -1,16 +1,20 @@
-"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention_fp8` for Hopper GPUs: attention whose two products are both e4m3; imported where Triton is there.
+"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention_fp8` for Hopper GPUs: attention with both products in
+e4m3.
 
-An e4m3 number is its own logarithm but for a curve: bits ``8 * (exponent + 7) + mantissa``, where ``2 ** x`` is about ``8 * x + 56``.
-So probabilities need no exponentials: scores, which the first product gives as two fp16 in a register, become bits of e4m3 in two
-operations a pair. Bits lie between 0 and 126, which a saturated product gives for nothing. Without the curve probabilities are up to
-6 % too small or large, which is what rounding to e4m3 does to them too (Schraudolph's exponential, 1999, with fewer bits).
+Imported only if Triton is installed.
 
-Probabilities are ``2 ** (score - reference)``, with a reference a row: below the largest score to its own neighbours and the first
-tile. Rows whose probabilities come near e4m3's largest number, 448, are attended to anew; or their reference is raised, which takes a
-look at each tile.
+The bits of an e4m3 number are nearly its logarithm: they are ``8 * (exponent + 7) + mantissa``, and those of ``2 ** x`` are
+about ``8 * x + 56``. So probabilities need no exponentials: the first product gives scores as two fp16 per register, and two
+instructions per pair turn them into e4m3 bits. Valid bits are 0 to 126, so the saturating product clamps for free. The linear
+approximation makes probabilities up to 6 % too small or large, about as much as rounding to e4m3 (Schraudolph's exponential,
+1999, with fewer bits).
 
-A thread has columns ``8 b + 2 lane + a`` of every 16 after the first product, and has to give columns ``4 lane + 2 b + a`` to the
-second one. Which key stands where makes no difference to a sum, so values are stored in that order: see :func:`key_at`.
+Probabilities are ``2 ** (score - reference)``. Each row's reference is below its largest score over the neighbouring tokens and
+the first tile. Rows whose probabilities approach e4m3's largest number, 448, are recomputed. Alternatively their reference is
+raised, which requires a check per tile.
+
+After the first product a thread has columns ``8 b + 2 lane + a`` of every 16; the second product needs columns ``4 lane + 2 b +
+a`` from it. The order of keys does not change a sum, so values are stored in that order; see :func:`key_at`.
 """
 
 import struct
@@ -24,30 +28,31 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from .attention_hopper import GROUPS, KEYS, LN_2, ROWS, STAGES, largest_near, load, make_barriers
 
 START, START_IF_RAISED, RAISED = tl.constexpr(2.0), tl.constexpr(4.0), tl.constexpr(7.0)
-"""Log of what the largest probability that is known before becomes, where references stay and where they can be raised; and of what the
-largest one or a thread's sum does when one is."""
+"""Log of the largest known probability at the start: if references are fixed, and if they can be raised. The last is the log of
+the largest probability, or a thread's sum, after a reference is raised."""
 NEAR_LARGEST = tl.constexpr(448.0)
-"""A thread's sums of a row from which on one of its probabilities may be e4m3's largest number and have been larger."""
+"""A thread's sum of a row from which on one of its probabilities may have been clamped to e4m3's largest number."""
 FARTHEST = tl.constexpr(100.0)
-"""References beyond which fp16 is too coarse for scores; such rows are attended to anew."""
+"""References beyond which fp16 is too coarse for scores; such rows are recomputed."""
 NOTHING = tl.constexpr(-30000.0)
-"""A score of what is not there; as fp16, and finite lest differences of it are no numbers."""
+"""Score of masked keys; finite in fp16, so that differences are not NaN."""
 CODES = tl.constexpr(126)
 """Bits of the largest number."""
 SLOPE = tl.constexpr(0.0634765625)
-"""``8 / CODES`` as fp16 has it."""
+"""``8 / CODES`` rounded to fp16."""
 LINEAR_BIAS = tl.constexpr(0.0397)
-"""Log of what ``1 + x`` is of ``2 ** x``, in the mean from 0 to 1: by which sums of probabilities without the curve are too large."""
+"""Mean of the log of ``(1 + x) / 2 ** x`` for x from 0 to 1: by how much the approximation overestimates sums of
+probabilities."""
 
 
 def both(number: float) -> str:
-    """The bits of twice the same fp16."""
+    """Returns the bits of a register with the same fp16 twice."""
     bits = int.from_bytes(struct.pack("<e", number), "little")
     return f"0x{bits << 16 | bits:08x}"
 
 
 def straight(word: str, score: str) -> str:
-    """PTX: bits of ``2 ** score`` without the curve, in the lower byte of each half."""
+    """Returns PTX for the bits of ``2 ** score`` in linear approximation, in the lower byte of each half."""
     return f"fma.rn.sat.f16x2 {word}, {score}, slope, $3; fma.rn.f16x2 {word}, {word}, codes, whole;"
 
 
@@ -58,7 +63,7 @@ STRAIGHT = tl.constexpr(
     f"{{ .reg .b32 first, second, slope, codes, whole; {MOVES} {straight('first', '$1')} {straight('second', '$2')} "
     "prmt.b32 $0, first, second, 0x6420; }"
 )
-"""PTX: bits of four scores ``$1, $2`` of a row, whose shift is ``$3``."""
+"""PTX: converts four scores ``$1, $2`` of a row, with the shift ``$3``, to bits."""
 ADD = tl.constexpr("add.rn.f16x2 $0, $1, $2;")
 DECODE_AND_ADD = tl.constexpr(
     """{
@@ -72,19 +77,19 @@ DECODE_AND_ADD = tl.constexpr(
 
 @gluon.jit
 def left_and_right(values):
-    """The halves of the columns; each thread has its numbers of both."""
+    """Splits the columns in half, without exchanging data between threads."""
     return values.reshape([values.shape[0], 2, values.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
 @gluon.jit
 def add_words(left, right):
-    """Adds fp16, two at a time."""
+    """Adds pairs of fp16."""
     return gl.inline_asm_elementwise(ADD, "=r,r,r", [left, right], dtype=gl.float16, is_pure=True, pack=2)
 
 
 @gluon.jit
 def add_codes(codes):
-    """Bits of e4m3 ``[rows, columns]`` as sums ``[rows, 4]`` in float32, of which each thread has the one that it made by itself."""
+    """Sums e4m3 bits ``[rows, columns]`` to ``[rows, 4]`` in float32, without exchanging data between threads."""
     rows: gl.constexpr = codes.shape[0]
     left, right = left_and_right(codes)
     sums = gl.inline_asm_elementwise(DECODE_AND_ADD, "=&r,=&r,r,r", [left, right], dtype=gl.float16, is_pure=True, pack=4)
@@ -99,7 +104,7 @@ def add_codes(codes):
 
 @gluon.jit
 def to_words(codes):
-    """Four bytes each as one word ``[rows, columns / 4]``: what a loop keeps would take a register a byte else."""
+    """Packs four bytes per word, ``[rows, columns / 4]``: otherwise a loop-carried byte would take a register."""
     even, odd = codes.reshape([codes.shape[0], codes.shape[1] // 4, 2, 2]).split()
     first, third = even.split()
     second, fourth = odd.split()
@@ -109,7 +114,7 @@ def to_words(codes):
 
 @gluon.jit
 def to_weights(words, weights_in: gl.constexpr):
-    """Words as the e4m3 numbers in them, which takes no instruction."""
+    """Unpacks words to e4m3 numbers; takes no instruction."""
     twice = gl.join(words, words)
     each = gl.join(twice, twice).reshape([words.shape[0], 4 * words.shape[1]])
     codes = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [each], dtype=gl.int8, is_pure=True, pack=4)
@@ -118,13 +123,15 @@ def to_weights(words, weights_in: gl.constexpr):
 
 @gluon.jit
 def round_reference(reference):
-    """A number near it that ends in a half; what is not a number stays so."""
+    """Rounds to a number that ends in a half; NaN stays NaN."""
     return gl.floor(reference) + 0.5
 
 
 @gluon.jit
 def make_codes(scores, reference, weights_in: gl.constexpr):
-    """Probabilities of scores, four a word in the order of the second product, and sums of them ``[rows, 4]``."""
+    """Converts scores to probabilities, four per word in the order of the second product. Also returns sums of them,
+    ``[rows, 4]``.
+    """
     rows: gl.constexpr = scores.shape[0]
     columns: gl.constexpr = scores.shape[1]
     ordered = scores.reshape([rows, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, columns])
@@ -136,7 +143,7 @@ def make_codes(scores, reference, weights_in: gl.constexpr):
 
 @gluon.jit
 def multiply(words, values, like, weights_in: gl.constexpr):
-    """Begins the second product of a tile, by itself: sums that a matrix unit adds to have 14 bits."""
+    """Starts the second product of a tile, with a separate accumulator: the matrix unit's sums have only 14 bits."""
     return warpgroup_mma(
         to_weights(words, weights_in), values.permute((1, 0)), gl.zeros_like(like), use_acc=False, is_async=True
     )
@@ -148,14 +155,15 @@ def attend(
     row, rows, key_count, heads, tiles,
     GROUP: gl.constexpr, FEATURES: gl.constexpr, RAISES: gl.constexpr,
 ):  # fmt: skip
-    """One group of warps: its rows to all keys."""
+    """A consumer warp group: attends from its rows to all keys."""
     loaded, keys_in, keys_out, values_in, values_out = barriers
     scores_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     sums_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 32])
     weights_in: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums_in, k_width=4)
     rows_in: gl.constexpr = gl.SliceLayout(1, weights_in)
     query = query_room.index(GROUP)
-    # Nothing, which no compiler knows: what the second product is given is to be written when the one before has read its own.
+    # Zero, but unknown to the compiler: the next product's operand must not be written before the previous product has read
+    # its own.
     nought = heads >> 30
     nothing = gl.zeros([ROWS, KEYS], gl.float16, scores_in)
     sums = gl.zeros([ROWS, FEATURES], gl.float32, sums_in)
@@ -174,12 +182,12 @@ def attend(
     mbarrier.wait(keys_in.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
     for tile in range(1, tiles):
         stage, before, after = tile % STAGES, (tile - 1) % STAGES, (tile + 1) % STAGES
-        # Only a product that is waited for at once leaves two fp16 in a register, with Triton.
+        # Triton keeps two fp16 per register only for a synchronous product.
         scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False)
         mbarrier.wait(values_in.index(before), (tile - 1) // STAGES & 1)
         part = multiply(words, value_room.index(before), sums, weights_in)
         words, added = make_codes(scores, reference, weights_in)
-        # The branch in this wait keeps this tile's work before the next one, beside the product that is under way.
+        # The branch in this wait keeps this tile's work before the next product, overlapping the running one.
         mbarrier.wait(keys_in.index(after), (tile + 1) // STAGES & 1, pred=tile + 1 < tiles)
         part, added, words = warpgroup_mma_wait(0, deps=[part, added, words])
         words ^= nought
@@ -187,11 +195,11 @@ def attend(
         sums += part
         if RAISES:
             if gl.max(gl.max(added, 1), 0) >= NEAR_LARGEST:
-                # Once more, as there are no registers to keep them in.
+                # Computes the scores again, as there are no registers to keep them in.
                 scores = warpgroup_mma(query, key_room.index(stage).permute((1, 0)), nothing, use_acc=False)
                 largest = gl.convert_layout(gl.max(scores, 1).to(gl.float32), rows_in)
                 most = gl.convert_layout(gl.max(added, 1), rows_in)
-                # Where many are large, and not one of them too large, their sum says by how much, lest it does so at each tile.
+                # If many are large but none is too large, raise by their sum, to avoid raising at each tile.
                 crowd = gl.where(most >= NEAR_LARGEST, gl.ceil(gl.log2(most)) - RAISED, 0.0)
                 now = gl.maximum(reference + crowd, round_reference(largest - RAISED))
                 shrinks = gl.exp2(reference - now)
@@ -211,7 +219,7 @@ def attend(
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, sums_in))
     reference = gl.convert_layout(reference, gl.SliceLayout(1, sums_in))
     at = row + gl.arange(0, ROWS, gl.SliceLayout(1, sums_in))
-    # What is not a number compares as false, and so is no good sum.
+    # NaN compares as false, so it counts as failed.
     good = (total > 0) & (gl.abs(reference) < FARTHEST)
     if not RAISES:
         good = good & (gl.convert_layout(gl.max(worst, 1), gl.SliceLayout(1, sums_in)) < NEAR_LARGEST)
@@ -232,9 +240,10 @@ def fp8_kernel(
 ):  # fmt: skip
     """Attention in e4m3. A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
-    See :func:`.attention_hopper.optimistic_kernel`; but values are a descriptor of ``[batch * heads * features, tokens]`` as
-    :func:`transpose_kernel` makes them, with ``scales`` and ``centers`` ``[batch, heads, features]``. ``RAISES`` says whether references
-    are raised; rows whose probabilities are too large fail else.
+    Args: as for :func:`.attention_hopper.optimistic_kernel`, except
+        values: a descriptor of ``[batch * heads * features, tokens]`` from :func:`transpose_kernel`.
+        scales, centers: of the values, ``[batch, heads, features]``.
+        RAISES: whether references are raised; otherwise rows with too large probabilities fail.
     """
     tile, head, sample = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     query_room = gl.allocate_shared_memory(queries.dtype, [GROUPS, ROWS, FEATURES], queries.layout)
@@ -267,7 +276,9 @@ def fp8_kernel(
 
 @triton.jit
 def key_at(place):
-    """Which key's value stands at a place of the second product: of every 16, ``4 lane + 2 b + a`` has ``8 b + 2 lane + a``."""
+    """Returns the key whose value is at a place of the second product: of every 16, ``4 lane + 2 b + a`` has ``8 b + 2 lane
+    + a``.
+    """
     return place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
 
 
@@ -275,7 +286,7 @@ def key_at(place):
 def survey_kernel(
     values, found, count, heads, sample_stride, stride, FEATURES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Smallest and largest values and sums ``[3, features]`` of ``STEPS`` times ``ROWS`` tokens of a head, in ``found``."""
+    """Computes minimum, maximum and sum ``[3, features]`` over ``STEPS * ROWS`` tokens of a head, in ``found``."""
     part, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column = tl.arange(0, FEATURES)
     values += sample.to(tl.int64) * sample_stride + head * FEATURES
@@ -300,7 +311,7 @@ def settle_kernel(
     found, scales, centers, count, parts,
     FEATURES: tl.constexpr, PARTS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """What a head's numbers are to be multiplied by and what to be added then, of what :func:`survey_kernel` ``found`` in its parts."""
+    """Computes a head's ``scales`` and ``centers`` from the parts ``found`` by :func:`survey_kernel`."""
     head, column, part = tl.program_id(0), tl.arange(0, FEATURES), tl.arange(0, PARTS)
     known = (part < parts)[:, None]
     found += (head * parts + part[:, None]) * 3 * FEATURES + column
@@ -316,7 +327,8 @@ def transpose_kernel(
     values, result, scales, centers, count, heads, sample_stride, stride, places,
     FEATURES: tl.constexpr, KEYS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Values in e4m3, as ``[batch, heads, features, places]``, keys in the order of :func:`key_at`, nothing where there are none.
+    """Converts values to e4m3 ``[batch, heads, features, places]``, with keys in the order of :func:`key_at`, padded with
+    zeros.
 
     Args:
         values: ``[batch, tokens, heads, features]``.

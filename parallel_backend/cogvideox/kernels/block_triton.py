@@ -1,7 +1,7 @@
-"""What a block computes between its matrix products and attention, in Triton: each one pass over memory.
+"""A block's operations between its matrix products and attention, in Triton, each in one pass over memory.
 
-Imported where Triton is there and not before. Sizes are no part of a kernel, so a few, made in a few seconds and kept on disk, do for
-every video and plan; only a model's features are.
+Imported only if Triton is installed. Kernels are specialised for a model's features but not for sizes. So a few kernels,
+compiled in seconds and cached on disk, serve every video and plan.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 from .block_torch import CONDITIONS, FP8, GATE, LARGEST, SCALE, SHIFT, SMALLEST, Inputs
 
 WIDE = 4096
-"""Features of a token from which on it takes more than a few warps; how many are fastest was tried on an H200 (NOTES)."""
+"""Features per token above which a program uses more warps; the fastest numbers were measured on an H200 (NOTES)."""
 
 
 @triton.jit(do_not_specialize=["tokens", "text"])
@@ -22,8 +22,10 @@ def token_kernel(
     ADDS: tl.constexpr, NORMS: tl.constexpr, AFFINE: tl.constexpr, GELU: tl.constexpr, ROUNDS: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sample, all of its features in registers, in float32: what is asked for of adding, normalising and
-    modulating, GELU, and rounding to FP8."""
+    """Processes one token of one sample, with all features in float32 registers.
+
+    Flags select the steps: adding a gated update, normalising and modulating, GELU, and quantising to FP8.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < FEATURES
@@ -58,7 +60,7 @@ def head_kernel(
     states, result, weight, bias, cosines, sines, factor, tokens, heads, heads_of_rank, epsilon,
     FEATURES: tl.constexpr, BLOCK: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
-    """See ``normal_heads``; a program has all heads of one token, in float32."""
+    """See ``normal_heads``. A program processes all heads of one token, in float32."""
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, BLOCK), tl.arange(0, FEATURES)
     there = (head < heads)[:, None]
@@ -78,7 +80,7 @@ def head_kernel(
 
 @triton.jit(do_not_specialize=["first", "second"])
 def swap_kernel(states, result, first, second, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """See ``swap``; a program copies one row."""
+    """See ``swap``. A program copies one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     target = (row // (first * second) * second + row % second) * first + row // second % first
@@ -87,7 +89,7 @@ def swap_kernel(states, result, first, second, WORDS: tl.constexpr, BLOCK: tl.co
 
 
 class TritonBlockOps:
-    """See :class:`.block_torch.TorchBlockOps`. Layers in FP8 are given what they multiply."""
+    """See :class:`.block_torch.TorchBlockOps`. FP8 layers get quantised tokens."""
 
     def modulate(self, states, norm, conditions, text, *, fp8):
         return self._pass(states, norm=norm, conditions=conditions, text=text, rounds=fp8)[1]
@@ -102,14 +104,14 @@ class TritonBlockOps:
         return self._pass(states, rounds=True)[1] if fp8 else (states,)
 
     def gelu(self, layer, inputs, approximate, *, fp8):
-        if approximate != "tanh":  # CogVideoX's own is
+        if approximate != "tanh":  # CogVideoX's is tanh
             return self.inputs(F.gelu(layer(*inputs), approximate=approximate), fp8=fp8)
         if fp8:
             return self._pass(layer(*inputs), gelu=True, rounds=True)[1]
         (states,) = inputs
         if type(layer) is not torch.nn.Linear or layer.bias is None or not states.is_cuda:
             return (F.gelu(layer(states), approximate="tanh"),)
-        # One kernel of cuBLAS's for the product and GELU, which CPUs have another form of.
+        # One cuBLAS kernel for the product and GELU; CPUs use another approximation.
         product = torch.ops.aten._addmm_activation(layer.bias, states.flatten(0, 1), layer.weight.t(), use_gelu=True)
         return (product.unflatten(0, states.shape[:2]),)
 
@@ -125,7 +127,9 @@ class TritonBlockOps:
         gelu=False,
         rounds=False,
     ) -> tuple[torch.Tensor | None, Inputs]:
-        """Runs ``token_kernel`` over all tokens: the sum, if an ``update`` is added, and what became of it, for the layers behind."""
+        """Runs ``token_kernel`` on all tokens. Returns the sum, if an ``update`` is added, and the inputs of the following
+        layers.
+        """
         states = states.contiguous()
         batch, tokens, features = states.shape
         adds, norms = update is not None, norm is not None

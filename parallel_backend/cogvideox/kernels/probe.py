@@ -1,4 +1,4 @@
-"""What can be done on a device, found out by trying it once. That takes seconds, in which weights are read."""
+"""Tests what a device supports by trying it once. A test takes seconds, during which weights are read."""
 
 import threading
 from collections.abc import Callable
@@ -10,13 +10,15 @@ from ...devices import current
 from ...errors import first_line
 
 Trial = Callable[..., str | None]
-"""Says why something cannot be done on a device, in one line, or None; may be asked about more than that."""
+"""Returns why something does not work on a device, in one line, or None. May take arguments in addition to the device."""
 
 
 def once(trial: Trial) -> Trial:
-    """A trial that is made once for a device and what else it is asked about; who asks meanwhile, from another thread, waits for its
-    end. One that raises an error has that for its reason: Triton, a C compiler or Python's headers may be missing, or torch too old, and
-    each fails in its own way."""
+    """Caches a trial's result by its arguments. Concurrent callers wait for it.
+
+    An exception is a result as well, since failures take many forms: Triton, a C compiler or Python's headers may be missing,
+    or torch may be too old.
+    """
     found: dict[tuple, str | None] = {}
     lock = threading.Lock()
 
@@ -36,12 +38,12 @@ def once(trial: Trial) -> Trial:
 
 
 def is_near(found: torch.Tensor, exact: torch.Tensor, share: float) -> bool:
-    """Whether what a trial found is no further from what is right than this share of it; what is not a number is not near."""
+    """Returns whether a result's error, relative to ``exact``, is at most ``share``; False if it has NaNs."""
     return bool((found.float() - exact.float()).norm() <= share * exact.float().norm())
 
 
 def beside(*trials: Callable[[], object]) -> None:
-    """Makes trials in a thread of their own; who asks for what is found waits for it."""
+    """Runs trials in a background thread. Callers that need a result wait for it."""
 
     def make() -> None:
         for trial in trials:

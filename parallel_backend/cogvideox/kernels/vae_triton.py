@@ -1,7 +1,7 @@
-"""What a VAE computes between its convolutions, in Triton: each one pass over memory, for states with channels last.
+"""A VAE's operations between its convolutions, in Triton, each in one pass over memory; for states in channels-last format.
 
-A program takes a row of one frame, or a few. So the position in the latent is found once a row, and within it by a shift: the general
-kernels of torch's compiler would divide by sizes that they do not know, five times for every number.
+A program processes a row of one frame, or several rows. So the position in the latent is computed once per row, and within it
+by a shift. The generic kernels of torch's compiler would divide by unknown sizes, five times per element.
 """
 
 import torch
@@ -9,27 +9,27 @@ import triton
 import triton.language as tl
 
 TILE = 4096
-"""Numbers that a program holds at a time."""
+"""Elements that a program holds at a time."""
 WARPS = 4
-"""Of 32 threads each that a program has."""
+"""Warps per program."""
 PROGRAMS = 800
-"""As many as keep a GPU busy: where rows are more, a program takes moments of several."""
+"""Programs that keep a GPU busy; with more rows, a program computes the moments of several."""
 
 
 SIZES = ["frames", "rows", "columns", "lines", "first", "times", "scale", "biased", "pixels"]
-"""Arguments that no kernel is compiled anew for, so that a few, made in a few seconds, do for every picture."""
+"""Arguments that kernels are not specialised for, so that a few kernels, compiled in seconds, serve every image size."""
 
 
 @triton.jit
 def _place(row, frames, rows):
-    """Batch, frame and row within the frame, wide enough for the offsets of the largest tensors."""
+    """Returns batch, frame, and row within the frame, in 64 bits for offsets in large tensors."""
     row = row.to(tl.int64)
     return row // (frames * rows), row // rows % frames, row % rows
 
 
 @triton.jit
 def _made_of(frame, first, times):
-    """The frame that one was made of: as many ``first`` ones, 0 or 1, were made of one each, the others of one for ``times``."""
+    """Returns the source frame of a frame: the ``first`` (0 or 1) frames have their own, then ``times`` frames share one."""
     return tl.where(frame < first, 0, first + (frame - first) // times)
 
 
@@ -38,12 +38,14 @@ def _moments(
     states, bias, found, frames, rows, columns, lines, biased, s_batch, s_frame, s_row,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of each channel of so many ``lines``, to ``found`` ``[2, batch * frames * rows / lines, channels]``."""
+    """Computes each channel's mean and variance over ``lines`` rows, to ``found`` ``[2, batch * frames * rows / lines,
+    channels]``.
+    """
     program = tl.program_id(0)
     batch, frame, line = _place(program, frames, rows // lines)
     channel = tl.arange(0, CHANNELS)
     source = states + batch * s_batch + frame * s_frame + line * lines * s_row
-    near = tl.load(source + channel).to(tl.float32)  # sums of differences from it lose nothing to a large mean
+    near = tl.load(source + channel).to(tl.float32)  # sums of differences from it stay precise with a large mean
     total = tl.zeros([COLUMNS, CHANNELS], tl.float32)
     squares = tl.zeros([COLUMNS, CHANNELS], tl.float32)
     for _ in range(0, lines):
@@ -69,7 +71,9 @@ def _normalise(
     s_batch, s_frame, s_row, o_batch, o_frame, o_row, g_batch, g_frame, g_row,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, CONDITIONED: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of a normalised row, with gain and offset where it is conditioned: ``scale`` pixels for each of their numbers."""
+    """Normalises a row and applies SiLU; if conditioned, with gain and offset, whose elements each apply to ``scale``
+    pixels.
+    """
     batch, frame, line = _place(tl.program_id(0), frames, rows)
     channel = tl.arange(0, CHANNELS)
     group = batch * GROUPS + channel // (CHANNELS // GROUPS)
@@ -122,28 +126,30 @@ def _enlarge(
 
 
 def strides(states: torch.Tensor) -> tuple[int, int, int]:
-    """From one of a batch, a frame and a row to the next."""
+    """Returns the strides of batch, frame and row."""
     return states.stride(0), states.stride(2), states.stride(3)
 
 
 def times_of(frames: int, latent_frames: int) -> tuple[int, int]:
-    """For :func:`_made_of`; see :func:`parallel_backend.cogvideox.kernels.vae_torch.frame_indices`."""
+    """Returns the arguments of :func:`_made_of`; see :func:`parallel_backend.cogvideox.kernels.vae_torch.frame_indices`."""
     first = frames % 2 if frames > 1 else 0
     return first, (frames - first) // (latent_frames - first)
 
 
 def channels_last(states: torch.Tensor) -> torch.Tensor:
-    """The states, a copy where a row's numbers do not lie as the kernels expect: columns, and the channels of each."""
+    """Returns the states, copied unless rows have the layout that kernels expect: columns, then channels."""
     if states.stride(1) == 1 and states.stride(4) == states.shape[1]:
         return states
     return torch.empty_like(states, memory_format=torch.channels_last_3d).copy_(states)
 
 
 class TritonVaeOps:
-    """See :class:`parallel_backend.cogvideox.kernels.vae_torch.TorchVaeOps`. Channels are a power of two, as in CogVideoX's VAE."""
+    """See :class:`parallel_backend.cogvideox.kernels.vae_torch.TorchVaeOps`. Channels must be a power of two, as in
+    CogVideoX's VAE.
+    """
 
     def moments(self, states, bias, groups):
-        """A pass for the moments of each channel of some rows; few enough to be taken together by torch."""
+        """One pass computes the moments of each channel per group of rows; torch combines them."""
         states = channels_last(states)
         batch, channels, frames, rows, columns = states.shape
         lines = 1
@@ -160,7 +166,6 @@ class TritonVaeOps:
         return mean, variances.mean((1, 3)) + between
 
     def normalise(self, states, bias, mean, variance, norm, gain, offset, out):
-        """One pass."""
         states, g_strides, times, scale = channels_last(states), (0, 0, 0), (0, 1), 1
         batch, channels, frames, rows, columns = states.shape
         if gain is not None:
@@ -174,7 +179,6 @@ class TritonVaeOps:
         )  # fmt: skip
 
     def enlarge(self, states, out):
-        """One pass."""
         states = channels_last(states)
         batch, channels, frames, rows, columns = out.shape
         _enlarge[(batch * frames * rows,)](
@@ -183,7 +187,7 @@ class TritonVaeOps:
         )  # fmt: skip
 
     def add(self, states, bias, others):
-        """One pass, over the first."""
+        """Overwrites ``states``."""
         others = channels_last(others)
         if not all(part.is_contiguous(memory_format=torch.channels_last_3d) for part in (states, others)):
             return states.add_(bias[:, None, None, None]).add_(others)
