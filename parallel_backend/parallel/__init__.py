@@ -1,1 +1,1 @@
-"""How one forward is split. Wraps the model from outside; the only place that knows of xfuser."""
+"""How a forward pass is split over ranks. Wraps the model from outside; the only package that uses xfuser."""

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is spread over ranks: Ulysses, and xDiT's USP where there is a ring."""
+"""Attention over a sequence that is sharded over ranks: Ulysses, and xDiT's USP for ring attention."""
 
 from itertools import product
 
@@ -10,50 +10,50 @@ from ..devices import BF16_CAPABILITY
 from . import symmetric_memory, xdit
 
 ARRIVALS, RESULTS = 0, 1
-"""Kinds of flags: for queries, keys and values, and for what became of them."""
+"""Kinds of signals: for queries, keys and values, and for results."""
 BACKEND = "cogvideox"
-"""The name our attention function has in xfuser's registry."""
+"""The name of this pack's attention function in xfuser's registry."""
 
 
 class UlyssesAttention:
-    """Attention in which each rank attends with its share of the heads to everyone's tokens.
+    """Attention in which each rank computes some of the heads for all tokens.
 
-    USP does the same and copies tokens five times on the way (benchmarks/NOTES.md). Here the block lays them out as they are
-    sent, they arrive as they are attended to, and all that a rank sends at a time is one operation.
+    xfuser's USP does the same but copies tokens five times (benchmarks/NOTES.md). Here the block writes the layout to send, the
+    layout received is the one that attention reads, and each all-to-all is one batched operation.
 
     Args:
-        group: of processes, in the order of their chunks.
+        group: process group, ranked in the order of the chunks.
         rank, size: of this process in the group, and of the group.
     """
 
     def __init__(self, group, *, rank: int, size: int):
         self.group, self.rank, self.size = group, rank, size
         self.numbers = dist.get_process_group_ranks(group)
-        """Of the group's processes, in the world."""
+        """Global ranks of the group's processes."""
         self.whole: attention.Attention | None = None
         self.padding = 0
 
     def begin(self, whole: attention.Attention, *, batch: int, padding: int) -> int:
-        """Says what a forward is like.
+        """Prepares a forward pass.
 
         Args:
-            whole: attention of one rank.
-            batch: prompts and videos.
-            padding: tokens of padding at the end of the whole sequence.
+            whole: attention on one rank.
+            batch: prompts times videos.
+            padding: padding tokens at the end of the full sequence.
         Returns:
-            In how many parts heads are to be laid out: for ranks, and pieces of each rank's.
+            Number of parts that heads must be laid out in: ranks times the parts per rank.
         """
         self.whole, self.padding = whole, padding
         return self.size
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """This rank's tokens to everyone's.
+        """Computes attention from this rank's tokens to all tokens.
 
         Args:
-            query, key, value: ``[batch, parts, tokens, heads, head_dim]``: for each rank its heads of this one's tokens, in as
-                many parts as :meth:`begin` says.
+            query, key, value: ``[batch, parts, tokens, heads, head_dim]``: this rank's tokens, with heads grouped by the rank
+                that computes them; parts as returned by :meth:`begin`.
         Returns:
-            In the same shape, from each rank its heads; it may be overwritten in the next block.
+            In the same shape; may be overwritten in the next block.
         """
         ranks, tokens = query.shape[1:3]
         query, key, value = (states.flatten(1, 2) for states in self._exchange(query, key, value))
@@ -62,7 +62,7 @@ class UlyssesAttention:
         return self._exchange(attended.unflatten(1, (ranks, tokens)).contiguous())[0]
 
     def _exchange(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Sends each rank its part of ``[batch, ranks, …]``; what each sent here is in its place."""
+        """All-to-all of tensors ``[batch, ranks, …]``."""
         received, transfers = [torch.empty_like(states) for states in tensors], []
         for sent, found in zip(tensors, received):
             if sent.dtype.itemsize == 1:
@@ -78,17 +78,16 @@ class UlyssesAttention:
 
 
 class CopyingUlyssesAttention(UlyssesAttention):
-    """The same where ranks write into each other's memory: one part of the work travels while another is attended to.
+    """Ulysses by writing into other ranks' memory, overlapping communication with computation.
 
-    A part is one prompt's tokens, or half of its heads where there is only one. A rank's room is written to again only by those that have
-    had its answer to what was there: queries, keys and values of the next block come from ranks that have all results of this
-    one, and results from ranks that have been sent the next ones.
+    The work is split into parts. A part is the tokens of one prompt, or half of a rank's heads if there is only one prompt. No
+    barrier is needed between blocks: a peer overwrites my buffer only after it has my result for its previous contents.
 
     Args:
-        group: of processes, in the order of their chunks.
-        device: this rank's.
+        group: process group, ranked in the order of the chunks.
+        device: of this rank.
         rank, size: of this process in the group, and of the group.
-        heads: of each rank.
+        heads: per rank.
     """
 
     def __init__(self, group, device: torch.device, *, rank: int, size: int, heads: int):
@@ -96,24 +95,23 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.device = device
         self.heads = heads
         self.pieces = 1
-        # Kernels set the flags. With priority they come before what an attention, which has all processors, still has to begin.
+        # Kernels set the signals. With priority, they run before the remaining blocks of an attention that occupies the GPU.
         self.side = torch.cuda.Stream(device, priority=-1)
         self.inbox: symmetric_memory.Inbox | None = None
         self.layout: symmetric_memory.BufferLayout | None = None
         self.rooms: list[list[torch.Tensor]] = []
-        """Queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``, for each rank."""
+        """Per rank: queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``."""
 
     def begin(self, whole: attention.Attention, *, batch: int, padding: int) -> int:
-        """See :meth:`UlyssesAttention.begin`. Pieces cost the end of one attention each, where processors have nothing to do."""
+        """See :meth:`UlyssesAttention.begin`. Each part costs the idle processors at the end of one attention."""
         self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
         return super().begin(whole, batch=batch, padding=padding) * self.pieces
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """See :meth:`UlyssesAttention.attend`."""
         try:
             return self._copy_and_attend(query, key, value)
         except BaseException:
-            self.inbox = self.layout = None  # flags that nobody waits for any more must not be taken for the next ones
+            self.inbox = self.layout = None  # stale signals must not be taken for the next ones
             raise
 
     def _copy_and_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -147,11 +145,11 @@ class CopyingUlyssesAttention(UlyssesAttention):
             results[sample, self.rank, piece].copy_(attended[self.rank])
         for number in range(len(parts)):
             self.inbox.await_all(RESULTS, number)
-        main.wait_stream(self.side)  # before what it read can be used for something else
+        main.wait_stream(self.side)  # before its source memory is reused
         return results.flatten(1, 2)
 
     def _make_room(self, asked: list[torch.Tensor]) -> None:
-        """Has room for one block's tensors on every rank. Blocks of a model ask for the same, so it is made once for a size."""
+        """Allocates buffers for one block's tensors on every rank. All blocks need the same, so it happens once per size."""
         shape = asked[0].shape
         turned = (shape[0], shape[2], shape[1], *shape[3:])
         layout = symmetric_memory.BufferLayout((*((turned, states.dtype) for states in asked), (tuple(shape), asked[2].dtype)))
@@ -160,16 +158,16 @@ class CopyingUlyssesAttention(UlyssesAttention):
         if self.inbox is None or self.inbox.nbytes < layout.nbytes:
             self.rooms, self.inbox = [], None
             self.inbox = symmetric_memory.Inbox(self.group, self.device, nbytes=layout.nbytes)
-        torch.cuda.synchronize(self.device)  # nobody is to write to another layout while one of the others is in use
+        torch.cuda.synchronize(self.device)  # no rank may write in the new layout while another one is in use
         dist.barrier(self.group)
         self.layout, self.rooms = layout, self.inbox.views(layout)
 
 
 def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=None):
-    """Attention of ``[batch, heads, tokens, head_dim]`` and its log-sum-exp, for xDiT's ring.
+    """Computes attention of ``[batch, heads, tokens, head_dim]`` and its log-sum-exp, for xDiT's ring.
 
-    It is called once for each rank's keys, own first, then those of the rank before, and so on. Only the last rank's keys can
-    end in padding, which is cut off here.
+    It is called once per rank's keys: first this rank's, then those of the previous rank, and so on. Only the last rank's keys
+    may end in padding, which is removed here.
     """
     ring = attention_kwargs["ring"]
     key, value = ring.trim(key, value)
@@ -192,16 +190,16 @@ def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_
     output, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, None, compute_log_sumexp=True
     )
-    return output, log_sum_exp[..., : query.shape[2]]  # the kernel rounds its length up
+    return output, log_sum_exp[..., : query.shape[2]]  # the kernel pads it
 
 
 class RingPosition:
-    """Which rank's keys a call of :func:`attend_in_ring` sees, within one attention.
+    """Tracks which rank's keys a call of :func:`attend_in_ring` gets.
 
     Args:
-        rank: this rank's place in the ring.
-        size: ranks in the ring.
-        padding: keys of padding at the end of the last rank's.
+        rank: of this process in the ring.
+        size: of the ring.
+        padding: padding keys at the end of the last rank's.
     """
 
     def __init__(self, rank: int, size: int, padding: int):
@@ -210,19 +208,19 @@ class RingPosition:
         self.padding = padding
 
     def trim(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of this call without padding; moves on to the next call's."""
+        """Removes padding from the current call's keys and values, and advances to the next call."""
         valid = key.shape[2] - (self.padding if self.source == self.size - 1 else 0)
         self.source = (self.source - 1) % self.size
         return key[:, :, :valid], value[:, :, :valid]
 
 
 class RingAttention:
-    """Attention whose keys and values are passed around, by xDiT's USP; with Ulysses in it too where the plan says so.
+    """Ring attention, with Ulysses if the plan has both, by xDiT's USP.
 
     Args:
         ring: degree.
-        rank: this rank's place in its ring.
-        fp8: whether to attend in FP8 where that can be done.
+        rank: of this process in its ring.
+        fp8: whether to use FP8 if it is supported.
     """
 
     def __init__(self, *, ring: int, rank: int, fp8: bool):
@@ -232,16 +230,16 @@ class RingAttention:
         self.padding, self.base_two = 0, False
 
     def begin(self, *, base_two: bool, padding: int) -> None:
-        """Says what a forward is like.
+        """Prepares a forward pass.
 
         Args:
-            base_two: whether scores will be in base two, as this pack's kernels take them.
-            padding: tokens of padding at the end of the whole sequence.
+            base_two: whether scores will be in base two, for this pack's kernels.
+            padding: padding tokens at the end of the full sequence.
         """
         self.base_two, self.padding = base_two, padding
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of ``[batch, 1, tokens, heads, head_dim]``, this rank's tokens to everyone's."""
+        """Computes attention of ``[batch, 1, tokens, heads, head_dim]`` from this rank's tokens to all tokens."""
         heads_first = (states.squeeze(1).transpose(1, 2) for states in (query, key, value))
         position = RingPosition(self.rank, self.ring, self.padding)
         about = {"ring": position, "base_two": self.base_two, "fp8": self.fp8}

@@ -1,7 +1,7 @@
-"""Weights sharded over ranks that other degrees use, by torch's FSDP2: a block is gathered while the one before it runs.
+"""Weights sharded over ranks by torch's FSDP2: a block's weights are gathered while the previous block runs.
 
-Only the blocks are sharded, which are nearly all of the weights. Compiled blocks are no special case: they are gathered by hooks
-around what is compiled.
+Only the blocks are sharded, which have nearly all of the weights. Compiled blocks need no special case: hooks around the
+compiled code gather them.
 """
 
 import torch
@@ -12,16 +12,16 @@ from ..errors import RequestError
 from ..plan import Plan
 
 OLDEST = Version("2.7")
-"""The first torch whose FSDP2 leaves weights whole that it is told to."""
+"""The first torch whose FSDP2 supports ``ignored_params``."""
 
 
 def fsdp_mesh(plan: Plan, device: torch.device) -> DeviceMesh:
-    """The ranks that have the same weights and share them with this one.
+    """Creates the device mesh of the ranks that shard the same weights.
 
-    xfuser's own group for this is of neighbours, which with ``tensor`` have different weights.
+    xfuser's own group for this consists of neighbouring ranks, which with tensor parallelism have different weights.
 
     Raises:
-        RequestError: where torch is too old.
+        RequestError: if torch is too old.
     """
     if Version(torch.__version__) < OLDEST:
         raise RequestError(
@@ -33,13 +33,13 @@ def fsdp_mesh(plan: Plan, device: torch.device) -> DeviceMesh:
 
 
 def spread(transformer, mesh: DeviceMesh) -> None:
-    """Has a transformer keep this rank's rows of its blocks' weights and gather the others when a block is about to run."""
+    """Shards the blocks' weights of a transformer, with prefetching of the next block."""
     from torch.distributed.fsdp import fully_shard
 
     whole = {*transformer.parameters()} - {*transformer.transformer_blocks.parameters()}
     for block in transformer.transformer_blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(transformer, mesh=mesh, ignored_params=whole)  # the root, whose streams all blocks use
+    fully_shard(transformer, mesh=mesh, ignored_params=whole)  # the root provides the streams of all blocks
     blocks = list(transformer.transformer_blocks)
     for block, following in zip(blocks, blocks[1:]):
         block.set_modules_to_forward_prefetch([following])

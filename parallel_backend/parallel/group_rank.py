@@ -1,4 +1,4 @@
-"""The share of one rank in a process group, on xDiT's groups."""
+"""The rank context of a process group, on xDiT's groups."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -23,19 +23,25 @@ from .tensor_parallel import join_products
 from .vae_rows import Strips
 
 IDLE = timedelta(days=365)
-"""How long a rank may wait for the next job: collectives of the control group must not time out."""
+"""How long a rank waits for the next job: collectives of the control group must not time out."""
 
 
 PROBE_NUMBERS = {"cpu": 2**20, "cuda": 2**24}
-"""Float32 numbers that are exchanged for trial: 4 MiB between processes, 64 MiB between GPUs."""
+"""Float32 numbers per test exchange: 4 MiB between CPU processes, 64 MiB between GPUs."""
 PROBES, SHORT_PROBES = 3, 10
-"""Times that those, and single numbers, are exchanged; the median counts."""
+"""Number of test exchanges of this size, and of single numbers; the median counts."""
 SLOWEST_LINK = SLOW_LINK / 10
-"""Bytes a second that hold up even ``cfg2``."""
+"""Bytes per second below which even ``cfg2`` is slowed down."""
 
 
 def slow_link(plan: Plan, kind: str, speed: float) -> str | None:
-    """The note on a link of ``speed`` bytes a second between devices of a ``kind``, where it will hold them up."""
+    """Returns a note if the link between devices will slow the plan down, else None.
+
+    Args:
+        plan: of the group.
+        kind: of the devices, such as ``cuda``.
+        speed: of the link, in bytes per second.
+    """
     if kind == "cpu" or plan.world_size == 1 or speed >= (SLOW_LINK if plan.talks_much else SLOWEST_LINK):
         return None
     advice = "a plan of cfg2 alone exchanges least, and " if plan.talks_much else ""
@@ -46,12 +52,12 @@ def slow_link(plan: Plan, kind: str, speed: float) -> str | None:
 
 
 class GroupRankContext(RankContext):
-    """One rank's share under a plan.
+    """The rank context of a plan with several ranks.
 
     Args:
-        plan: whose degrees multiply to the world size.
-        device: the rank's own.
-        rank: of this process in the world.
+        plan: its degrees multiply to the world size.
+        device: of this rank.
+        rank: global rank.
     """
 
     def __init__(self, plan: Plan, *, device: torch.device, rank: int):
@@ -60,11 +66,11 @@ class GroupRankContext(RankContext):
         self.rank = rank
         xdit.initialise(plan, rank=rank, device=device)
         self.notes: list[str] = []
-        """Notes for the user on the exchanges, a line each."""
+        """Notes for the user on the communication, a line each."""
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
         self._store = dist.distributed_c10d._get_default_store()
         self._messages = 0
-        """That rank 0 has sent to all, the job at hand the last of them."""
+        """Number of messages that rank 0 has broadcast; the last one is the current job."""
         self.copies = False
         self.cfg_group = xdit.cfg_group()
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
@@ -73,11 +79,10 @@ class GroupRankContext(RankContext):
         self.shard = Shard(plan.tensor, tensor_rank, plan.fsdp, self.mesh.get_local_rank() if self.mesh else 0)
 
     def probe(self) -> Link:
-        """Exchanges data over every kind of group once, as a job will, so that a broken link hangs here and not there.
+        """Exchanges data once over every kind of group that a job uses, so that a broken link hangs here and not in a job.
 
         Returns:
-            What the slowest rank reached in an all-reduce, where it sends as much as it receives; no bandwidth with nobody
-            to send to.
+            Bandwidth of an all-reduce on the slowest rank, per direction, and its latency.
         """
         tensor = torch.zeros(PROBE_NUMBERS[self.device.type], device=self.device)
         dist.all_reduce(tensor)
@@ -98,7 +103,7 @@ class GroupRankContext(RankContext):
         return Link(2 * (ranks - 1) / ranks * tensor.nbytes / lasts, latency)
 
     def _median_seconds(self, exchange: Callable[[], Any], times: int) -> float:
-        """How long an exchange takes on the slowest rank."""
+        """Returns the median duration of an exchange, on the slowest rank."""
         seconds = []
         for _ in range(times):
             self.synchronize()
@@ -109,21 +114,21 @@ class GroupRankContext(RankContext):
         return max(self.collect(median(seconds)))
 
     def _can_copy(self) -> bool:
-        """Whether tokens travel by copies between GPUs."""
+        """Returns whether tokens are exchanged by copies between GPUs; if not, adds a note with the reason."""
         if self.device.type == "cpu" or self.plan.ulysses == 1 or self.plan.ring > 1 or self.plan.pipefusion > 1:
             return False
         reason = symmetric_memory.why_not(xdit.sequence_group().device_group, self.device, self.collect)
         if reason:
-            self.notes.append(f"tokens travel by NCCL, which is slower: the GPUs cannot write to each other's memory, {reason}")
+            self.notes.append(
+                f"NCCL transfers the tokens, which is slower: the GPUs cannot write to each other's memory: {reason}"
+            )
         return reason is None
 
     @property
     def outside_bytes(self) -> int:
-        """See :attr:`RankContext.outside_bytes`."""
         return symmetric_memory.held_bytes()
 
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
-        """See :meth:`RankContext.attach`."""
         self.shard.cut(transformer)
         if self.plan.tensor > 1:
             join_products(transformer, xdit.tensor_group().device_group)
@@ -138,45 +143,39 @@ class GroupRankContext(RankContext):
             spread(transformer, self.mesh)
 
     def caches(self, job: SampleJob) -> StepCaches | KeptOfJob:
-        """See :meth:`RankContext.caches`."""
         return KeptOfJob(job.pipefusion_warmup) if self.pipe else super().caches(job)
 
     @property
     def is_in_step(self) -> bool:
-        """See :meth:`RankContext.is_in_step`."""
         return self.pipe is None or not self.pipe.is_under_way
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """See :meth:`RankContext.share`. With one prompt both halves of ``cfg2`` compute it."""
+        """See :meth:`RankContext.share`. With one prompt, both ranks of ``cfg2`` compute it."""
         if self.plan.cfg == len(prompts):
             return prompts[self.cfg_group.rank_in_group :][:1]
         return prompts
 
     def gather(self, mine: Sequence[torch.Tensor], *, of: int) -> Sequence[torch.Tensor]:
-        """See :meth:`RankContext.gather`."""
         if len(mine) == of:
             return mine
         (own,) = mine
         return self.cfg_group.all_gather(own.contiguous(), separate_tensors=True)
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See :meth:`RankContext.total`."""
         dist.all_reduce(tensor)
         return tensor
 
     def strips(self, rows: int) -> Strips | None:
-        """See :meth:`RankContext.strips`."""
         size = self.plan.world_size
         return Strips(self.rank, size, rows) if rows >= size > 1 else None
 
     def agree(self, *said: bool) -> tuple[bool, ...]:
-        """See :meth:`RankContext.agree`. Over gloo, so that no GPU waits for it."""
+        """See :meth:`RankContext.agree`. Uses gloo, so that no GPU waits."""
         answer = torch.tensor(said, dtype=torch.uint8)
         dist.broadcast(answer, src=0, group=self.control)
         return tuple(map(bool, answer))
 
     def heard(self, go_on: bool) -> bool:
-        """See :meth:`RankContext.heard`."""
         key = f"stop message {self._messages}"
         if self.rank > 0:
             return not self._store.check([key])
@@ -185,13 +184,12 @@ class GroupRankContext(RankContext):
         return go_on
 
     def collect(self, value: Any) -> list[Any]:
-        """See :meth:`RankContext.collect`."""
         values = [None] * self.plan.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes on every rank; the others give None and wait as long as it takes."""
+        """Broadcasts rank 0's bytes. The other ranks pass None and wait without a timeout."""
         self._messages += 1
         length = torch.tensor([len(data) if data is not None else 0])
         dist.broadcast(length, src=0, group=self.control)
@@ -203,9 +201,11 @@ class GroupRankContext(RankContext):
         return buffer.numpy().tobytes()
 
     def meet(self, seconds: float) -> None:
-        """Waits for every rank, at most so long.
+        """Waits for all ranks.
 
+        Args:
+            seconds: timeout.
         Raises:
-            RuntimeError: naming the ranks that did not come.
+            RuntimeError: naming the ranks that are missing.
         """
         dist.monitored_barrier(group=self.control, timeout=timedelta(seconds=seconds))

@@ -1,11 +1,11 @@
-"""A transformer whose blocks are spread over ranks, a stage each, that pass the tokens on in patches: PipeFusion.
+"""PipeFusion: ranks hold consecutive blocks as pipeline stages, and pass the tokens on in patches.
 
-The idea is xDiT's (arXiv 2405.14430): neighbouring steps resemble each other, so a patch may attend to keys and values of the
-step before. While it warms up, a step sends the whole sequence through one stage after the other and is exact, and each block's
-keys and values are kept. From then on all stages work at once, each on another patch: its keys and values take their place among
-the kept ones, which are this step's for the patches before it and the last step's for those behind it.
+The idea is xDiT's (arXiv 2405.14430): neighbouring steps are similar, so a patch may attend to keys and values of the previous
+step. During warm-up, a step sends the full sequence through one stage after the other. It is exact, and each block's keys and
+values are kept. After warm-up all stages work at the same time, each on another patch. The patch's keys and values replace the
+kept ones, which are of this step for earlier patches and of the previous step for later ones.
 
-Everything before the first block and after the last is diffusers' own, unchanged, and on every rank: it is small.
+Everything before the first block and after the last is diffusers' own, and runs on every rank: it is small.
 """
 
 from collections.abc import Iterator
@@ -21,31 +21,33 @@ from .sequence import Chunk
 
 
 class Kept:
-    """What one window's forwards have in common. Lives as long as its job.
+    """The state that one window's forward passes share during a job.
 
     Args:
-        warmup: forwards that run whole first, and are exact.
+        warmup: number of exact forward passes at the start.
     """
 
     def __init__(self, warmup: int):
         self.warmup = warmup
         self.forwards = 0
         self.states: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        """Keys and values ``[batch, tokens, heads, head_dim]`` of the whole sequence, for this rank's heads, by its blocks' numbers."""
+        """Keys and values ``[batch, tokens, heads, head_dim]`` of the full sequence, for this rank's heads, by block number."""
 
     @property
     def is_warming_up(self) -> bool:
-        """Whether the next forward runs whole."""
+        """Whether the next forward pass is an exact one."""
         return self.forwards < self.warmup
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all kept keys and values."""
         return sum(states.nbytes for pair in self.states.values() for states in pair)
 
 
 class KeptOfJob:
-    """What is kept for one job, by window; see :class:`parallel_backend.cogvideox.transformer.step_cache.StepCaches`.
+    """The kept states of one job by window.
+
+    It has the interface of :class:`parallel_backend.cogvideox.transformer.step_cache.StepCaches`.
 
     Args:
         warmup: see :class:`Kept`.
@@ -58,40 +60,40 @@ class KeptOfJob:
         self._windows: dict[tuple[int, int], Kept] = {}
 
     def of(self, frames: slice) -> Kept:
-        """What is kept of a window's frames."""
+        """Returns the state of the window with these frames."""
         return self._windows.setdefault((frames.start, frames.stop), Kept(self.warmup))
 
     def expire(self) -> None:
-        """Another prompt changes nothing: text is in the first patch, whose keys and values are always this step's."""
+        """Does nothing when the prompt changes: text is in the first patch, whose keys and values are always current."""
 
     @property
     def note(self) -> str | None:
-        """A note: how much was not exact, and what was kept for it."""
+        """A note for the user: how many forward passes were inexact, and the memory used; None if all were exact."""
         windows = self._windows.values()
         late = sum(max(kept.forwards - kept.warmup, 0) for kept in windows)
         if not late:
             return None
         return (
             f"pipefusion: {late} of {sum(kept.forwards for kept in windows)} forwards attended to keys and values of the step "
-            f"before, of which a rank kept {sum(kept.nbytes for kept in windows) / 2**20:.0f} MiB: near the video of other plans, "
-            "not the same"
+            f"before, of which a rank kept {sum(kept.nbytes for kept in windows) / 2**20:.0f} MiB: similar to the video of other plans, "
+            "but not the same"
         )
 
 
 class PatchAttention:
-    """Attention of a patch to the whole sequence, whose keys and values are kept. What it is to do is set before it is asked."""
+    """Attention from a patch to the full sequence, whose keys and values are kept. Its attributes are set before each call."""
 
     def __init__(self):
         self.whole: attention.Attention | None = None
         self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.block = ""
         self.place, self.tokens = slice(0), 0
-        """Where in the sequence the patch lies, padding left out, and the sequence's length."""
+        """Position of the patch in the sequence without padding, and the length of the sequence."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """See :data:`parallel_backend.cogvideox.transformer.attention.Attention`; keys and values may end in padding."""
         size = self.place.stop - self.place.start
-        if size == self.tokens:  # nobody else writes to these: they need not be copied
+        if size == self.tokens:  # no other patch writes to these, so they need no copy
             self.kept[self.block] = key[:, :size], value[:, :size]
         else:
             for everyone, own in zip(self.kept[self.block], (key, value)):
@@ -99,12 +101,12 @@ class PatchAttention:
         return self.whole(query, *self.kept[self.block])
 
     def attend_alone(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The same of one rank, as :func:`parallel_backend.cogvideox.transformer.attention.alone` has it."""
+        """The same for one rank; see :func:`parallel_backend.cogvideox.transformer.attention.alone`."""
         return attention.alone(self.attend, query, key, value)
 
 
 class Pipe:
-    """A rank's neighbours in a pipeline. What is sent and received overlaps with the work between.
+    """A rank's point-to-point communication in a pipeline, overlapped with computation.
 
     Args:
         group: xDiT's pipeline group coordinator.
@@ -114,20 +116,21 @@ class Pipe:
         self.group = group
         self.stages, self.stage = group.world_size, group.rank_in_group
         self.is_first, self.is_last = group.is_first_rank, group.is_last_rank
-        # Two ranks have a group for each direction, so that none waits for the other: as xDiT itself sends.
+        # Two ranks have a group per direction, so that neither waits for the other, as in xDiT.
         ways = group.device_groups if group.world_size == 2 else [group.device_group]
         self._forward, self._sent = ways[0], []
         self.is_under_way = False
-        """Whether a forward is in the middle: when one fails there, what was sent and not received would be taken for the next."""
+        """Whether a forward pass is incomplete. If it fails then, tensors that were sent but not received would be taken for
+        the next ones."""
 
     def blocks(self, layers: int) -> range:
-        """The numbers of this stage's blocks, of so many: neighbours; the first stages have one more where they do not divide."""
+        """Returns the block numbers of this stage. If ``layers`` is not divisible, the first stages have one more."""
         each, more = divmod(layers, self.stages)
         start = self.stage * each + min(self.stage, more)
         return range(start, start + each + (self.stage < more))
 
     def probe(self, tensor: torch.Tensor) -> None:
-        """Passes a tensor down the pipeline and back to all."""
+        """Sends a tensor through the pipeline and broadcasts it from the last stage."""
         if not self.is_first:
             (tensor,) = self.receive(tensor, 1)
         if not self.is_last:
@@ -136,19 +139,19 @@ class Pipe:
         self.from_last(tensor)
 
     def send(self, tokens: torch.Tensor) -> None:
-        """Gives tokens to the next stage; the transfers before the last one are over then."""
+        """Sends tokens to the next stage, after waiting for the previous send."""
         if self._sent:
             self._sent.pop()[0].wait()
         tokens = tokens.contiguous()
         self._sent.append((dist.isend(tokens, self.group.next_rank, group=self._forward), tokens))
 
     def end(self) -> None:
-        """Waits for what was sent."""
+        """Waits for pending sends."""
         while self._sent:
             self._sent.pop()[0].wait()
 
     def receive(self, like: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        """So many tensors from the stage before; each is on its way while the one before it is worked on."""
+        """Yields ``count`` tensors from the previous stage; each is received while the one before it is processed."""
         coming = self._expect(like)
         for left in reversed(range(count)):
             transfer, tokens = coming
@@ -161,21 +164,21 @@ class Pipe:
         return dist.irecv(tokens, self.group.prev_rank, group=self._forward), tokens
 
     def from_last(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The last stage's tensor, on all."""
+        """Broadcasts the last stage's tensor."""
         tensor = tensor.contiguous()
         dist.broadcast(tensor, self.group.ranks[-1], group=self.group.device_group)
         return tensor
 
 
 class Stage(torch.nn.Module):
-    """A rank's blocks, under their own numbers, in place of all. To diffusers' forward they are one block.
+    """This rank's blocks, with their original numbers, in place of all blocks. diffusers' forward sees one block.
 
     Args:
-        transformer: diffusers' ``CogVideoXTransformer3DModel``, whose weights are not read yet. What it loses of its blocks is
-            other ranks'.
-        pipe: to the ranks that have the other blocks.
-        sequence: xDiT's sequence group coordinator, whose ranks share each patch's tokens; None where this rank has all of them.
-        fp8_attention: whether to attend in FP8 where that can be done.
+        transformer: diffusers' ``CogVideoXTransformer3DModel`` before its weights are read. The blocks of other ranks are
+            removed.
+        pipe: to the other stages.
+        sequence: xDiT's sequence group coordinator, if ranks share each patch's tokens; else None.
+        fp8_attention: whether to use FP8 attention if it is supported.
     """
 
     def __init__(self, transformer, pipe: Pipe, sequence=None, *, fp8_attention: bool = False):
@@ -198,18 +201,18 @@ class Stage(torch.nn.Module):
         transformer.proj_out.register_forward_hook(self._gather)
 
     def __iter__(self) -> Iterator["Stage"]:
-        """What diffusers' forward runs one after the other."""
+        """Yields itself, as diffusers' forward iterates over the blocks."""
         yield self
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
-        """Called as a ``CogVideoXBlock`` is, with all tokens, of which the first stage alone makes use.
+        """Runs this rank's blocks, with the signature of a ``CogVideoXBlock``. Only the first stage uses the tokens.
 
         Args:
             hidden_states, encoder_hidden_states: video and text tokens ``[batch, tokens, features]``.
-            temb, image_rotary_emb: as diffusers has them, for all tokens.
-            attention_kwargs: ``cache``, the :class:`Kept` of this window.
+            temb, image_rotary_emb: as in diffusers, for all tokens.
+            attention_kwargs: ``cache``: the window's :class:`Kept`.
         Returns:
-            On the last stage this rank's tokens, patch by patch, joint and padded; none on the others. And no text.
+            On the last stage this rank's tokens, patch by patch, joint and padded; empty on the others. And no text tokens.
         """
         self.pipe.is_under_way = True
         kept: Kept = attention_kwargs["cache"]
@@ -231,13 +234,13 @@ class Stage(torch.nn.Module):
             tokens = self._run(tokens, chunk, temb, image_rotary_emb, scores)
             made.append(tokens) if self.pipe.is_last else self.pipe.send(tokens)
         self.pipe.end()
-        self.attention.kept = {}  # which would live on with the weights
+        self.attention.kept = {}  # otherwise they would live as long as the weights
         kept.forwards += 1
         none = hidden_states.new_empty(len(hidden_states), 0, hidden_states.shape[2])
         return torch.cat(made, dim=1) if made else none, none
 
     def _run(self, tokens: torch.Tensor, chunk: Chunk, temb: torch.Tensor, tables, scores: dict[str, bool]) -> torch.Tensor:
-        """One patch through this rank's blocks."""
+        """Runs one patch through this rank's blocks."""
         rows = None if tables is None else chunk.of_rotary(*tables)
         about = {"cache": None, "text": chunk.local_text, "attend": self.attend, "ranks": self.size, **scores}
         none = tokens.new_empty(len(tokens), 0, tokens.shape[2])
@@ -253,7 +256,7 @@ class Stage(torch.nn.Module):
         return tokens
 
     def _gather(self, module, args, output):
-        """Joins every rank's output rows of the last stage, on all stages; text and padding dropped."""
+        """Gathers the last stage's output rows on all ranks; drops text and padding."""
         chunk, count = self._chunks[0], len(self._chunks)
         if not self.pipe.is_last:
             output = output.new_empty(len(output), count * chunk.length, output.shape[2])

@@ -1,4 +1,4 @@
-"""The part of a job that one rank does. This one does all of it; :mod:`.group_rank` has the one that shares."""
+"""The rank context: collectives of a job, and this rank's share. Here for a single rank; see :mod:`.group_rank` for several."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,69 +15,75 @@ from .vae_rows import Strips
 
 
 class RankContext:
-    """A plan of ``single``: one rank, and every collective vanishes.
+    """The context of plan ``single``: one rank, so every collective returns its input.
 
     Args:
-        device: the rank's own.
+        device: of this rank.
     """
 
     plan = Plan()
     rank = 0
     shard = WHOLE
-    """What this rank keeps of the transformer's weights."""
+    """The part of the transformer's weights that this rank keeps."""
 
     def __init__(self, device: torch.device):
         self.device = device
         api = offload.api_of(device)
         if hasattr(api, "init"):
-            api.init()  # memory statistics are refused before
+            api.init()  # memory statistics fail before initialisation
 
     def attach(self, transformer, *, fp8_attention: bool = False) -> None:
-        """Makes a transformer, whose weights are not read yet, compute this rank's share, text and video tokens joined."""
+        """Makes a transformer compute this rank's share on joint text and video tokens. Call it before its weights are read."""
         JointSequence(transformer, fp8_attention=fp8_attention)
 
     def caches(self, job: SampleJob) -> StepCaches:
-        """What the forwards of a job's windows have in common; new for each job."""
+        """Returns new caches for the windows of a job."""
         return StepCaches(job.model.step_cache, self.total)
 
     @property
     def is_in_step(self) -> bool:
-        """Whether the next job can begin after one that failed on all ranks: nothing is under way between them."""
+        """Whether the next job may start after a job failed on all ranks: no communication is incomplete."""
         return True
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Of the prompts that a step runs the model on, those that are this rank's."""
+        """Returns those prompts of a step that this rank runs."""
         return prompts
 
     def gather(self, mine: Sequence[torch.Tensor], *, of: int) -> Sequence[torch.Tensor]:
-        """The predictions for all ``of`` prompts, in order, from each rank's own."""
+        """Returns the predictions for all ``of`` prompts, in order, given this rank's."""
         return mine
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all ranks, the same on every rank."""
+        """Returns the sum of a tensor over all ranks."""
         return tensor
 
     def strips(self, rows: int) -> Strips | None:
-        """How a latent's rows are shared while the VAE works on them, or None where rank 0 does it alone."""
+        """Returns how the VAE's rows are shared among ranks, or None if rank 0 runs the VAE alone.
+
+        Args:
+            rows: of the latent.
+        """
         return None
 
     def agree(self, *said: bool) -> tuple[bool, ...]:
-        """What rank 0 says, on every rank."""
+        """Returns rank 0's values on every rank."""
         return said
 
     def heard(self, go_on: bool) -> bool:
-        """What rank 0 says, as far as this rank has heard. No rank waits for another, so each may ask at any place."""
+        """Returns rank 0's value as far as this rank has received it.
+
+        It does not block, so ranks may call it at different places.
+        """
         return go_on
 
     def collect(self, value: Any) -> list[Any]:
-        """A small Python value from every rank, in order, on every rank."""
+        """Returns a small Python value from every rank, in order, on every rank."""
         return [value]
 
     @property
     def outside_bytes(self) -> int:
-        """Bytes on the device that torch's statistics of memory leave out."""
+        """Bytes on the device that torch's memory statistics do not include."""
         return 0
 
     def synchronize(self) -> None:
-        """Waits until the device has done what was asked of it."""
         offload.synchronize(self.device)

@@ -1,8 +1,7 @@
-"""A CogVideoX transformer whose blocks see one rank's share of the tokens, by hooks alone.
+"""Sequence parallelism: hooks make the blocks of a transformer process one rank's share of the tokens.
 
-The joint sequence, text first, is cut into equal contiguous chunks, so any size goes with any degree;
-what is missing to the last chunk is padding whose keys attention leaves out. Everything before the first
-block and after the last is diffusers' own, unchanged.
+The joint sequence, text first, is cut into equal contiguous chunks, so any size works with any degree. The last chunk is
+padded, and attention ignores the padding's keys. Everything before the first block and after the last is diffusers' own.
 """
 
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ class Chunk:
 
     @property
     def length(self) -> int:
-        """Tokens in every chunk."""
+        """Tokens per chunk."""
         return -(-(self.text + self.video) // self.size)
 
     @property
     def padding(self) -> int:
-        """Tokens of padding at the end of the last chunk."""
+        """Padding tokens at the end of the last chunk."""
         return self.length * self.size - self.text - self.video
 
     @property
@@ -43,29 +42,29 @@ class Chunk:
 
     @property
     def real(self) -> int:
-        """Tokens in this rank's chunk that are no padding."""
+        """Tokens in this rank's chunk that are not padding."""
         return min(max(self.text + self.video - self.rank * self.length, 0), self.length)
 
     def of_joint(self, joint: torch.Tensor) -> torch.Tensor:
-        """This rank's chunk of ``[batch, text + video, features]``, padded with zeros; in memory of its own."""
+        """Returns a copy of this rank's chunk of ``[batch, text + video, features]``, padded with zeros."""
         part = joint[:, self.rank * self.length :][:, : self.length]
         return F.pad(part, (0, 0, 0, self.length - part.shape[1])).contiguous()
 
     def of_rotary(self, cosines: torch.Tensor, sines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of tables ``[video, features]`` for this rank's tokens; angle 0 for text."""
+        """Returns the rows of tables ``[video, features]`` for this rank's tokens; angle 0 for text."""
         joint = F.pad(cosines, (0, 0, self.text, 0), value=1.0), F.pad(sines, (0, 0, self.text, 0))
         return tuple(self.of_joint(table[None])[0] for table in joint)
 
 
 class JointSequence:
-    """Attaches to one transformer; afterwards its forward takes and gives whole tensors, on every rank.
+    """Attaches to one transformer, whose forward then takes and returns full tensors on every rank.
 
     Args:
         transformer: diffusers' ``CogVideoXTransformer3DModel``.
-        group: xDiT's sequence group coordinator; without one this rank sees all tokens.
-        ulysses, ring: its degrees.
-        device: this rank's, where the ranks write into each other's memory (:mod:`.symmetric_memory`).
-        fp8_attention: whether to attend in FP8 where that can be done.
+        group: xDiT's sequence group coordinator; None if this rank has all tokens.
+        ulysses, ring: degrees of the group.
+        device: of this rank, if ranks write into each other's memory (:mod:`.symmetric_memory`); else None.
+        fp8_attention: whether to use FP8 attention if it is supported.
     """
 
     def __init__(self, transformer, *, group=None, ulysses: int = 1, ring: int = 1, device=None, fp8_attention: bool = False):
@@ -91,9 +90,10 @@ class JointSequence:
         transformer.proj_out.register_forward_hook(self._gather)
 
     def _begin(self, module, args, kwargs):
-        """Measures the sequence and hands on what the blocks need to know of this rank's tokens.
+        """Determines this rank's chunk and replaces the blocks' arguments.
 
-        A forward's ``attention_kwargs`` may have a ``cache``, a :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`.
+        A forward's ``attention_kwargs`` may have a ``cache``, a
+        :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`.
         """
         _, frames, _, height, width = kwargs["hidden_states"].shape
         patch = self.config.patch_size
@@ -110,9 +110,9 @@ class JointSequence:
         return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about | self._attention(kwargs["hidden_states"])}
 
     def _attention(self, latents: torch.Tensor) -> dict[str, Any]:
-        """What a block is to know of attention; see :func:`parallel_backend.cogvideox.transformer.block.forward`."""
+        """Returns the arguments for attention of :func:`parallel_backend.cogvideox.transformer.block.forward`."""
         whole, scores = attention.for_blocks(latents, self.config.attention_head_dim, fp8=self.fp8_attention)
-        if self.ring > 1:  # what travels around is rounded to FP8 where it is attended to
+        if self.ring > 1:  # keys and values are sent in 16 bits and converted to FP8 on arrival
             self.shared.begin(base_two=scores["base_two"], padding=self.chunk.padding)
             return {**scores, "attend": self.shared.attend, "ranks": 1, "fp8": False}
         if self.shared is None:
@@ -121,24 +121,24 @@ class JointSequence:
         return {**scores, "attend": self.shared.attend, "ranks": ranks}
 
     def _scatter(self, module, args, kwargs):
-        """Gives the first block this rank's chunk, text and video joined."""
+        """Replaces the first block's input with this rank's chunk of the joint tokens."""
         joint = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
         chunk = self.chunk.of_joint(joint)
         none = chunk.new_empty(len(chunk), 0, chunk.shape[2])
         return args, {**kwargs, "encoder_hidden_states": none, "hidden_states": chunk}
 
     def _after_first(self, module, args, kwargs, output):
-        """Lets a cache decide whether the other blocks run."""
+        """Lets the step cache decide whether the other blocks run."""
         cache: StepCache | None = kwargs["attention_kwargs"]["cache"]
         if cache is not None:
             cache.after_first(kwargs["hidden_states"], output[0], self.chunk.real)
 
     def _after_last(self, module, args, kwargs, output):
-        """Keeps what the blocks added, or adds what they did before."""
+        """Applies the step cache to the output."""
         cache: StepCache | None = kwargs["attention_kwargs"]["cache"]
         return output if cache is None else (cache.after_last(output[0]), *output[1:])
 
     def _gather(self, module, args, output):
-        """Joins every rank's output rows, text and padding dropped."""
+        """Gathers the output rows of all ranks; drops text and padding."""
         joint = self.group.all_gather(output.contiguous(), dim=1) if self.group else output
         return joint[:, self.chunk.text :][:, : self.chunk.video]

@@ -1,7 +1,7 @@
-"""Memory of a GPU that the GPUs beside it write to: what travels so is moved by copy engines, while the processors attend.
+"""GPU memory that other GPUs write to by copy engines, while the processors compute attention.
 
-NCCL moves data with kernels, which take processors away from attention (benchmarks/NOTES.md). torch's symmetric memory maps
-each rank's room into all others; a copy into it needs none, only a flag that says it has arrived does.
+NCCL moves data with kernels, which take processors from attention (benchmarks/NOTES.md). torch's symmetric memory maps each
+rank's buffer into all other ranks. A copy into it needs no kernel; only the signal that it has arrived does.
 """
 
 import os
@@ -19,19 +19,19 @@ import torch.distributed as dist
 from ..errors import first_line
 
 FLAGS = 8
-"""Of each kind, that may be on their way from one rank to another at a time; the next one waits until the first was seen."""
+"""Signals of each kind that may be pending between two ranks; another one waits until the first was received."""
 ALIGNMENT = 256
-"""Bytes at which tensors begin: what fast copies and kernels ask for."""
+"""Alignment of tensors in bytes, for fast copies and kernels."""
 _made: "WeakSet[Inbox]" = WeakSet()
 
 
 def why_not(group, device: torch.device, collect: Callable[[Any], list]) -> str | None:
-    """Why the ranks of a group cannot write into each other's memory, in one line, or None.
+    """Returns why the ranks of a group cannot write into each other's memory, in one line, or None.
 
     Args:
         group: process group with a backend for ``device``.
-        device: this rank's.
-        collect: gives a value of every rank in the world; all of them must ask.
+        device: of this rank.
+        collect: gathers a value from every rank in the world; a collective.
     """
     members = dist.get_process_group_ranks(group)
 
@@ -52,7 +52,10 @@ def why_not(group, device: torch.device, collect: Callable[[Any], list]) -> str 
 
 
 def trial(group, device: torch.device) -> str | None:
-    """Has every rank write to all others once, and says what is wrong with what arrives: on some machines it is not what was sent."""
+    """Makes every rank write to all others once, and returns what is wrong, or None.
+
+    On some machines the data that arrives is not the data that was sent.
+    """
     size = dist.get_world_size(group)
     layout = BufferLayout((((size, ALIGNMENT), torch.uint8),))
     inbox = Inbox(group, device, nbytes=layout.nbytes)
@@ -64,17 +67,17 @@ def trial(group, device: torch.device) -> str | None:
     inbox.announce(0, 0)
     inbox.await_all(0, 0)
     right = all(bool((here[rank] == rank + 1).all()) for rank in inbox.others)
-    return None if right else "what one writes does not arrive at the other"
+    return None if right else "what one GPU writes does not arrive at the other"
 
 
 def _obstacle(device: torch.device, hosts: tuple[str, ...], indices: tuple[int | None, ...]) -> str | None:
-    """What this rank knows of that is in the way."""
+    """Returns an obstacle that this rank knows of without a trial, or None."""
     if device.type != "cuda":
         return f"a {device.type} has no copy engines"
     if os.environ.get("NCCL_P2P_DISABLE") == "1":
         return "NCCL_P2P_DISABLE is set"
     if len(set(hosts)) > 1:
-        return "they are in several machines"
+        return "they are on several machines"
     others = (index for index in indices if index != device.index)
     if not all(torch.cuda.can_device_access_peer(device.index, index) for index in others):
         return "they have no peer-to-peer access"
@@ -84,20 +87,20 @@ def _obstacle(device: torch.device, hosts: tuple[str, ...], indices: tuple[int |
 
 
 def held_bytes() -> int:
-    """Bytes of this process's rooms, which torch's statistics of memory leave out."""
+    """Returns the bytes of this process's buffers, which torch's memory statistics do not include."""
     return sum(inbox.nbytes for inbox in _made)
 
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """Tensors one after the other in a room."""
+    """Tensors packed into a buffer."""
 
     parts: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     """Shape and dtype of each."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a room for them."""
+        """Size of the buffer in bytes."""
         return self._offsets[-1]
 
     @property
@@ -106,7 +109,7 @@ class BufferLayout:
         return list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
 
     def views(self, room: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors, in ``room`` ``[bytes]``."""
+        """Returns views of the tensors in the buffer ``room`` ``[bytes]``."""
         return [
             room[start : start + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
             for start, (shape, dtype) in zip(self._offsets, self.parts)
@@ -114,12 +117,12 @@ class BufferLayout:
 
 
 class Inbox:
-    """Room of one size on every rank of a group, that the others write into. All of them must make it.
+    """A buffer on every rank of a group that the other ranks write to. All ranks must create it together.
 
     Args:
         group: process group.
-        device: this rank's.
-        nbytes: of the room.
+        device: of this rank.
+        nbytes: size of the buffer.
     """
 
     def __init__(self, group, device: torch.device, *, nbytes: int):
@@ -136,15 +139,15 @@ class Inbox:
         _made.add(self)
 
     def views(self, layout: BufferLayout) -> list[list[torch.Tensor]]:
-        """The tensors of a layout in the room of each rank."""
+        """Returns views of a layout's tensors in the buffer of each rank."""
         return [layout.views(room) for room in self._rooms]
 
     def announce(self, kind: int, number: int) -> None:
-        """Tells all others that what was written to them before on this stream is there."""
+        """Signals all others that earlier writes on this stream have arrived."""
         for rank in self.others:
             self._handle.put_signal(rank, kind * FLAGS + number % FLAGS)
 
     def await_all(self, kind: int, number: int) -> None:
-        """Has this stream wait for what all others announce."""
+        """Makes this stream wait for the signals of all others."""
         for rank in self.others:
             self._handle.wait_signal(rank, kind * FLAGS + number % FLAGS)

@@ -1,6 +1,6 @@
-"""Model parallelism: a rank has some heads and hidden features of every block, and what ranks make of them is added.
+"""Tensor parallelism: each rank has some heads and hidden features of every block, and partial outputs are summed.
 
-What a rank has is cut by :class:`parallel_backend.cogvideox.checkpoint.shards.Shard`; the forward is the one of all plans.
+Weights are cut by :class:`parallel_backend.cogvideox.checkpoint.shards.Shard`.
 """
 
 import torch
@@ -10,11 +10,14 @@ from ..cogvideox.checkpoint.shards import BY_COLUMNS, MODULATION
 
 
 def join_products(transformer, group: dist.ProcessGroup) -> None:
-    """Adds what the ranks of a group make of their columns, of which one rank's has the bias; joins what they make of rows of
-    the modulation. What they make of rows else, heads and hidden features, stays where it is."""
+    """Adds the collectives of tensor parallelism to a transformer.
+
+    Outputs of layers that are split by input are summed; one rank's has the bias. Outputs of the modulation layers are
+    gathered. Other layers that are split by output, for heads and hidden features, need no communication.
+    """
 
     def add(module, args, product):
-        total = product.contiguous()  # nobody else's: the layer has just made it
+        total = product.contiguous()  # safe to reduce in place: the layer has just created it
         dist.all_reduce(total, group=group)
         return total
 

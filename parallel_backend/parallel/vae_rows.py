@@ -1,7 +1,7 @@
-"""The rows of a picture spread over ranks while a VAE decodes or encodes it.
+"""VAE parallelism: ranks share the rows of an image while a VAE decodes or encodes it.
 
-Every rank has a strip of rows. Convolutions see their neighbours' nearest rows and norms the statistics of all rows, so the
-result is that of one rank: there is no seam to blend.
+Every rank has a strip of rows. Convolutions get their neighbours' border rows, and norms the statistics of all rows. So the
+result equals that of one rank, without seams to blend.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ class Strips(Whole):
     """A division of rows among the ranks of the default process group.
 
     Args:
-        rank, size: of this process.
-        rows: of the latent; at least ``size``. Strips differ by at most one.
+        rank, size: of this process, and of the group.
+        rows: of the latent; at least ``size``. Strips differ by at most one row.
     """
 
     border = 1
@@ -29,12 +29,12 @@ class Strips(Whole):
         self._weights: torch.Tensor | None = None
 
     def mine(self, states: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's strip of something with whole multiples of the latent's rows in ``dim``."""
+        """Returns this rank's strip of a tensor whose size in ``dim`` is a multiple of the latent's rows."""
         scale = states.shape[dim] // sum(self.counts)
         return states.narrow(dim, sum(self.counts[: self.rank]) * scale, self.counts[self.rank] * scale)
 
     def join(self, strip: torch.Tensor, dim: int) -> torch.Tensor:
-        """All strips, on rank 0; the others get nothing to speak of."""
+        """Gathers all strips on rank 0; the other ranks get an empty tensor."""
         scale = strip.shape[dim] // self.counts[self.rank]
         shape = list(strip.shape)
         shape[dim] = self.counts[0] * scale  # the largest
@@ -47,7 +47,7 @@ class Strips(Whole):
         return torch.cat([part.narrow(dim, 0, count * scale) for part, count in zip(found, self.counts)], dim=dim)
 
     def fill(self, states: torch.Tensor, *, above: int, below: int) -> None:
-        """See :meth:`Whole.fill`: the neighbours' nearest rows, zeros at the picture's edges."""
+        """Fills border rows with the neighbours' nearest rows; with zeros at the image's edges. See :meth:`Whole.fill`."""
         row = (*states.shape[:-2], states.shape[-1])
         top, bottom, transfers = states.new_zeros(row), states.new_zeros(row), []
         first, last = states[..., above, :], states[..., -1 - below, :]
@@ -69,7 +69,7 @@ class Strips(Whole):
             states[..., -1, :] = bottom
 
     def moments(self, mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`Whole.moments`: those of all strips together."""
+        """Combines the moments of all strips. See :meth:`Whole.moments`."""
         own = torch.stack([mean, variance])
         parts = own.new_empty(self.size * len(own), *own.shape[1:])
         dist.all_gather_into_tensor(parts, own)
@@ -79,7 +79,7 @@ class Strips(Whole):
         return mean, (weights * (variances + (means - mean).square())).sum(0)
 
     def _weights_on(self, device: torch.device) -> torch.Tensor:
-        """Each strip's part of the rows, copied once: a copy for every norm would have the GPU waited for."""
+        """Returns each strip's fraction of the rows. Cached on the device, as a copy per norm would synchronize."""
         if self._weights is None:
             self._weights = torch.tensor(self.counts, dtype=torch.float32, device=device)[:, None, None] / sum(self.counts)
         return self._weights
@@ -87,7 +87,7 @@ class Strips(Whole):
 
 @contextmanager
 def shared(layers: Layers, strips: Strips) -> Iterator[None]:
-    """Within, a VAE of these layers decodes and encodes strips; all ranks must do the same."""
+    """Within the context, a VAE with these layers decodes and encodes strips. All ranks must enter it together."""
     layers.rows = strips
     try:
         yield

@@ -1,6 +1,6 @@
-"""The only module that touches xfuser. On CPUs it uses gloo, although xfuser expects a GPU.
+"""The only module that imports xfuser; initialises it on GPUs, or on CPUs with gloo although xfuser expects a GPU.
 
-Checked with xfuser 0.7.0. xfuser keeps its groups in module globals; nothing outside this module sees them.
+Tested with xfuser 0.7.0. xfuser keeps its groups in module globals, which are not used outside this package.
 """
 
 import sys
@@ -56,18 +56,18 @@ def usp(functions: dict[str, Callable]) -> Callable:
 
 
 def initialise(plan: Plan, *, rank: int, device: torch.device) -> None:
-    """Joins the default process group and makes xDiT's groups of a plan.
+    """Joins the default process group and creates xDiT's groups for a plan.
 
     Args:
-        plan: whose degrees multiply to the world size in the environment.
-        rank: of this process in the world.
+        plan: its degrees multiply to the world size in the environment.
+        rank: global rank.
         device: ``cpu`` or the rank's GPU.
     """
     import_parts(device)
     from xfuser.core.distributed import init_distributed_environment, initialize_model_parallel, runtime_state
 
     backend = "gloo" if device.type == "cpu" else "nccl"
-    gpu = device.index or 0  # what xfuser takes the local rank for
+    gpu = device.index or 0  # xfuser uses the local rank as the GPU's index
     init_distributed_environment(rank=rank, local_rank=gpu, world_size=plan.world_size, backend=backend)
     initialize_model_parallel(
         classifier_free_guidance_degree=plan.cfg,
@@ -80,7 +80,7 @@ def initialise(plan: Plan, *, rank: int, device: torch.device) -> None:
     )
     if plan.tensor > 1 and plan.sequence > 1:
         _regroup_sequences(plan, rank)
-    # All that USP reads of the runtime state; the real one wants a whole xDiT engine configuration.
+    # All that USP reads of the runtime state; the real one requires a full xDiT engine configuration.
     runtime_state._RUNTIME = types.SimpleNamespace(
         attention_backend=None,
         fp8_comms=None,
@@ -89,7 +89,10 @@ def initialise(plan: Plan, *, rank: int, device: torch.device) -> None:
 
 
 def _regroup_sequences(plan: Plan, rank: int) -> None:
-    """Makes the groups within a sequence anew: xfuser numbers its ranks ``tensor`` apart, yunchang's are neighbours all the same."""
+    """Recreates the Ulysses and ring groups for plans with tensor parallelism.
+
+    xfuser's sequence ranks are then ``tensor`` apart, but yunchang's groups are of neighbouring ranks.
+    """
     from xfuser.core.distributed import get_sp_group
     from yunchang.globals import PROCESS_GROUP
 
@@ -99,35 +102,35 @@ def _regroup_sequences(plan: Plan, rank: int) -> None:
         ulysses = [ranks[start : start + plan.ulysses] for start in range(0, plan.sequence, plan.ulysses)]
         ring = [ranks[place :: plan.ulysses] for place in range(plan.ulysses)]
         for name, members in [*(("ulysses", part) for part in ulysses), *(("ring", part) for part in ring)]:
-            group = torch.distributed.new_group(members)  # every rank must ask for every group
+            group = torch.distributed.new_group(members)  # every rank must create every group
             if rank in members:
                 setattr(PROCESS_GROUP, f"{name.upper()}_PG", group)
                 setattr(get_sp_group(), f"{name}_group", group)
 
 
 def cfg_group():
-    """Ranks that hold the halves of guidance for the same tokens: an xfuser GroupCoordinator."""
+    """Returns the ranks with the two guidance halves of the same tokens: an xfuser GroupCoordinator."""
     from xfuser.core.distributed import get_cfg_group
 
     return get_cfg_group()
 
 
 def sequence_group():
-    """Ranks that share one sequence, in the order of their chunks: an xfuser GroupCoordinator."""
+    """Returns the ranks that share one sequence, in the order of their chunks: an xfuser GroupCoordinator."""
     from xfuser.core.distributed import get_sp_group
 
     return get_sp_group()
 
 
 def pipeline_group():
-    """Ranks that have the blocks of the same tokens, in the order of the blocks: an xfuser PipelineGroupCoordinator."""
+    """Returns the ranks with the blocks of the same tokens, in the order of the blocks: an xfuser PipelineGroupCoordinator."""
     from xfuser.core.distributed import get_pp_group
 
     return get_pp_group()
 
 
 def tensor_group():
-    """Ranks that share the heads and hidden features of the same tokens: an xfuser GroupCoordinator."""
+    """Returns the ranks that share the heads and hidden features of the same tokens: an xfuser GroupCoordinator."""
     from xfuser.core.distributed.parallel_state import get_tp_group
 
     return get_tp_group()
