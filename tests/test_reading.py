@@ -252,7 +252,7 @@ def test_several_pictures_in_a_file_and_what_is_transparent(tmp_path, caplog):
     assert not caplog.text
     Image.fromarray(RGBA).save(tmp_path / "a.png")
     read(tmp_path / "a.png", "image")
-    assert "transparent in parts" in caplog.text
+    assert "partly transparent" in caplog.text
     images, masks = reading.images_and_masks(tmp_path / "a.png")
     assert images.shape == (1, 32, 48, 3) and torch.equal(masks[0], torch.from_numpy(RGBA[..., 3] == 0).float())
     assert not reading.images_and_masks(tmp_path / "a.gif")[1].any()

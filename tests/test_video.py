@@ -164,7 +164,7 @@ def test_pictures_with_an_obvious_meaning_become_a_video(frames, size, tmp_path)
     "frames, fps, words",
     [
         *((FRAMES, fps, "fps is .*; use a number from 1 to 240") for fps in (0, -5.0, float("nan"), float("inf"), "x", None)),
-        (FRAMES[:0], 8, "holds no picture"),
+        (FRAMES[:0], 8, "holds no image"),
         (FRAMES[..., :2], 8, "2 channels"),
         (FRAMES[:, :1, :1], 8, "images are 1x1; a video is at least 2x2"),
         (FRAMES * float("nan"), 8, "NaN"),
@@ -202,7 +202,7 @@ show(made=made, refused=refused, valid=valid, folder=folder)
     ]
     assert [len(decode(path)) for path in sorted(Path(shown["folder"]).glob("a_*.mp4"))] == [6, 3, 3, 3, 3, 2, 2, 2]
     assert log.count("frames of 47x32 are cropped to 46x32") == 8
-    words = ("6 images are not 4 videos", "holds no picture", "fps is 0.0; use", "File name too long")
+    words = ("6 images are not 4 videos", "holds no image", "fps is 0.0; use", "File name too long")
     assert all(word in line for word, line in zip(words, shown["refused"], strict=True))
     assert shown["valid"][:2] == [True, True]
     words = ("File name too long", "cannot be used: ", "null byte")

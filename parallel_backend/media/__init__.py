@@ -1,1 +1,1 @@
-"""Pictures and videos: files read and written, and pictures checked."""
+"""Images and videos: reading, writing and checking."""

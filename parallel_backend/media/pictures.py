@@ -1,4 +1,4 @@
-"""Checks of pictures, masks and latents that other nodes pass."""
+"""Checks images, masks and latents from other nodes."""
 
 from typing import Any
 
@@ -8,16 +8,17 @@ from ..errors import RequestError
 
 
 def checked_pictures(pictures: Any, name: str) -> torch.Tensor:
-    """Returns pictures as ``[frames, height, width, 3]``, float.
+    """Returns images as ``[frames, height, width, 3]``, float.
 
-    Taken as well: a batch of videos ``[batch, frames, height, width, channels]``, which become one row of frames; one picture
-    ``[height, width, channels]``; one grey channel, repeated; an alpha channel, dropped as the core's nodes do; 8-bit integers.
+    Also accepts a batch of videos ``[batch, frames, height, width, channels]``, which is flattened to one sequence of frames; a
+    single image ``[height, width, channels]``; one grey channel, which is repeated; an alpha channel, which is dropped as by
+    ComfyUI's nodes; and 8-bit integers.
 
     Args:
-        pictures: what an ``IMAGE`` input was given.
+        pictures: the value of an ``IMAGE`` input.
         name: of the input, for messages.
     Raises:
-        RequestError: for any other shape or type, no frames, NaN or infinite values.
+        RequestError: for any other shape or type, no frames, or NaN or infinite values.
     """
     if not isinstance(pictures, torch.Tensor):
         raise RequestError(f"{name} is a {type(pictures).__name__}; connect images")
@@ -29,7 +30,7 @@ def checked_pictures(pictures: Any, name: str) -> torch.Tensor:
     if pictures.ndim != 4:
         raise RequestError(f"{name} has shape {shape}; images have [frames, height, width, channels]")
     if 0 in shape:
-        raise RequestError(f"{name} has shape {shape}, which holds no picture; give at least one")
+        raise RequestError(f"{name} has shape {shape}, which holds no image; give at least one")
     channels = shape[-1]
     if channels not in (1, 3, 4):
         raise RequestError(f"{name} has {channels} channels (shape {shape}); give 1 (grey), 3 (RGB) or 4 (RGBA), the last axis")
@@ -42,13 +43,15 @@ def checked_pictures(pictures: Any, name: str) -> torch.Tensor:
 
 
 def checked_mask(mask: Any, name: str) -> torch.Tensor:
-    """Returns a mask as ``[frames, height, width]``, float. A single ``[height, width]`` and one channel more are taken as well.
+    """Returns a mask as ``[frames, height, width]``, float.
+
+    Also accepts ``[height, width]`` and an additional channel of size 1.
 
     Args:
-        mask: what a ``MASK`` input was given.
+        mask: the value of a ``MASK`` input.
         name: of the input, for messages.
     Raises:
-        RequestError: for any other shape or type, no frames, NaN or infinite values.
+        RequestError: for any other shape or type, no frames, or NaN or infinite values.
     """
     if not isinstance(mask, torch.Tensor):
         raise RequestError(f"{name} is a {type(mask).__name__}; connect a mask")
@@ -67,10 +70,10 @@ def checked_latent(latent: Any, name: str) -> torch.Tensor:
     """Returns a latent's tensor. :func:`parallel_backend.validation.check_latent` checks its shape.
 
     Args:
-        latent: what stands under ``samples`` in a ``LATENT`` input.
+        latent: the value of ``samples`` in a ``LATENT`` input.
         name: of the input, for messages.
     Raises:
-        RequestError: for another type, NaN or infinite values.
+        RequestError: for another type, or NaN or infinite values.
     """
     if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
         found = str(latent.dtype) if isinstance(latent, torch.Tensor) else type(latent).__name__
@@ -80,8 +83,8 @@ def checked_latent(latent: Any, name: str) -> torch.Tensor:
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:
-    """Raises RequestError for values that are NaN or infinite."""
+    """Raises RequestError if a tensor has NaN or infinite values."""
     if not values.isfinite().all():
         raise RequestError(
-            f"{name} has values that are NaN or infinite; look at the node that made it: a VAE in fp16 may, bf16 or fp32 mends that"
+            f"{name} has values that are NaN or infinite; check the node that made it: if it was a VAE in fp16, use bf16 or fp32"
         )

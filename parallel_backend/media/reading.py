@@ -1,4 +1,4 @@
-"""Image and video files, read as a viewer or a player shows them."""
+"""Reads image and video files as a viewer or a player shows them."""
 
 import io
 import logging
@@ -19,29 +19,29 @@ from ..errors import RequestError, first_line
 logger = logging.getLogger(__name__)
 
 SURVEYED = 4096
-"""Frames of a video from whose times its rate is found."""
+"""Number of frames whose timestamps determine a video's frame rate."""
 MOST_FPS = 120
-"""The highest rate that a video of variable rate is read at."""
+"""Maximum rate at which a video with a variable frame rate is read."""
 BT709, FCC, BT601, BT2020 = 1, 4, 5, 9
 """FFmpeg's numbers of YUV matrices."""
 MATRICES = {BT709: BT709, FCC: FCC, BT601: BT601, 6: BT601, 7: 7, BT2020: BT2020, 10: BT2020}
-"""The matrix to convert with, by the one that a file names; players guess where it names none."""
+"""The matrix to convert with, by the one that a file declares. If it declares none, it is guessed, as by players."""
 FULL_RANGE = 2
 HDR = {16: "PQ", 18: "HLG"}
-"""Transfer functions, by FFmpeg's numbers."""
+"""Transfer functions by FFmpeg's numbers."""
 
 
 def pictures(path: str | Path, kind: str) -> Iterator[torch.Tensor]:
-    """Yields the pictures of an ``image`` or ``video`` file, ``[1, height, width, 3]`` in 0..1.
+    """Yields the images of an ``image`` or ``video`` file, ``[1, height, width, 3]`` in 0..1.
 
     Raises:
-        RequestError: when there is no such file, or it holds none.
+        RequestError: if the file does not exist or contains none.
     """
     path, found = existing(path, kind), 0
     with readable(path, kind):
         for picture, alpha in stills(path) if kind == "image" else ((frame, None) for frame in frames(path)):
             if alpha is not None and alpha.min() < 1 and not found:
-                logger.warning("%s is transparent in parts: they are read in the colours that the file keeps there", path)
+                logger.warning("%s is partly transparent: the colours stored there are used", path)
             found += 1
             yield picture[None]
     if not found:
@@ -49,10 +49,12 @@ def pictures(path: str | Path, kind: str) -> Iterator[torch.Tensor]:
 
 
 def images_and_masks(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads an image file as the core's Load Image does: ``[count, height, width, 3]``, and a mask, 1 where it is transparent.
+    """Reads an image file as ComfyUI's Load Image does.
 
+    Returns:
+        Images ``[count, height, width, 3]`` in 0..1, and masks ``[count, height, width]``, 1 where transparent.
     Raises:
-        RequestError: when there is no such file, or it holds none.
+        RequestError: if the file does not exist or contains no image.
     """
     path = existing(path, "image")
     with readable(path, "image"):
@@ -62,10 +64,10 @@ def images_and_masks(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def frames_per_second(path: str | Path) -> float:
-    """The rate at which :func:`pictures` gives a video's frames.
+    """Returns the rate at which :func:`pictures` yields a video's frames.
 
     Raises:
-        RequestError: when there is no such file, or no video in it.
+        RequestError: if the file does not exist or contains no video.
     """
     path = existing(path, "video")
     with readable(path, "video"):
@@ -74,7 +76,7 @@ def frames_per_second(path: str | Path) -> float:
 
 @contextmanager
 def readable(path: Path, kind: str) -> Iterator[None]:
-    """Has what PIL and PyAV raise for a file that they cannot read raised as a RequestError."""
+    """Within the context, PIL's and PyAV's errors for unreadable files are raised as RequestErrors."""
     import av
     from PIL import Image
 
@@ -88,17 +90,18 @@ def readable(path: Path, kind: str) -> Iterator[None]:
 
 
 def existing(path: str | Path, kind: str) -> Path:
-    """Returns the path. Raises RequestError where it is no file's."""
+    """Returns the path of an existing file; raises RequestError if there is none."""
     path = Path(path).expanduser()
-    if not os.path.isfile(path):  # unlike Path.is_file it answers for a name that is too long
+    if not os.path.isfile(path):  # unlike Path.is_file, does not raise for a name that is too long
         raise RequestError(f"there is no {kind} file {path}; give one")
     return path
 
 
 def stills(path: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Yields the pictures of an image file, one unless it is animated, and their alpha where they have it.
+    """Yields the images of an image file, usually one unless it is animated, and their alpha, if any.
 
-    Turned as EXIF says; 16 bits keep their precision; colours are sRGB's; what is transparent keeps its colours, as in ComfyUI.
+    They are rotated as EXIF says, and colours are converted to sRGB. 16 bits keep their precision. Transparent pixels keep
+    their colours, as in ComfyUI.
     """
     from PIL import Image, ImageOps, ImageSequence
 
@@ -107,14 +110,14 @@ def stills(path: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         for page in ImageSequence.Iterator(file):
             page = ImageOps.exif_transpose(page)
             size = size or page.size
-            if page.size == size:  # others are thumbnails or further pages
+            if page.size == size:  # others are thumbnails or other pages
                 yield pixels_of(page, path)
-            if file.format == "MPO":  # phones keep a depth or brightness map behind the picture
+            if file.format == "MPO":  # in phones' files a depth or brightness map follows
                 return
 
 
 def pixels_of(page, path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A PIL image as ``[height, width, 3]`` in 0..1, and its alpha ``[height, width]`` or None."""
+    """Converts a PIL image to ``[height, width, 3]`` in 0..1, and its alpha to ``[height, width]`` or None."""
     if page.mode[0] in "IF":
         grey = np.asarray(page, np.float32) / (65535 if page.mode[0] == "I" else 1)
         if not (0 <= grey.min() and grey.max() <= 1):
@@ -128,7 +131,7 @@ def pixels_of(page, path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def in_srgb(page, path: Path):
-    """A PIL image with its colour profile applied; as it is where it has none, or one that does not fit."""
+    """Applies the colour profile of a PIL image; returns it unchanged if it has none, or an invalid one."""
     from PIL import ImageCms
 
     profile = page.info.get("icc_profile")
@@ -142,17 +145,17 @@ def in_srgb(page, path: Path):
 
 
 def opened(path: Path):
-    """A video file opened with PyAV, and its video stream.
+    """Opens a video file with PyAV and returns it with its video stream.
 
     Raises:
-        RequestError: when it has none.
+        RequestError: if it has none.
     """
     import av
     from av.stream import Disposition
 
     file = av.open(path)
     for stream in file.streams.video:
-        if Disposition.attached_pic not in stream.disposition:  # the cover of a sound file
+        if Disposition.attached_pic not in stream.disposition:  # the cover of an audio file
             stream.thread_type = "AUTO"
             return file, stream
     sound = "sound and no video" if file.streams.audio else "no video"
@@ -162,18 +165,21 @@ def opened(path: Path):
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a video plays."""
+    """The timing of a video."""
 
     fps: Fraction
     constant: bool
     start: Fraction | None = None
     """When the first frame is shown, in seconds."""
     end: Fraction | None = None
-    """When the last one ends; None where that was not seen."""
+    """When the last frame ends, in seconds; None if it was not determined."""
 
     @classmethod
     def of(cls, path: Path) -> "Pace":
-        """Finds the rate from the frames' times: where they are not even, that of most frames, so that few are left out."""
+        """Determines the rate from the frames' timestamps.
+
+        If they are uneven, it is the rate of most frames, so that few are dropped.
+        """
         file, stream = opened(path)
         with file:
             packets = [packet for packet in islice(file.demux(stream), SURVEYED) if packet.size and not packet.is_discard]
@@ -193,7 +199,7 @@ class Pace:
 
 
 def frames(path: Path) -> Iterator[torch.Tensor]:
-    """Yields the frames of a video ``[height, width, 3]`` in 0..1, at an even rate: :func:`frames_per_second`."""
+    """Yields the frames of a video, ``[height, width, 3]`` in 0..1, at the constant rate of :func:`frames_per_second`."""
     pace = Pace.of(path)
     file, stream = opened(path)
     with file:
@@ -204,12 +210,17 @@ def frames(path: Path) -> Iterator[torch.Tensor]:
         if pace.constant:
             yield from map(show, file.decode(stream))
             return
-        logger.warning("%s has a variable frame rate: it is read at %.4g frames a second, as it plays", path, pace.fps)
+        logger.warning("%s has a variable frame rate: it is read at a constant %.4g frames per second", path, pace.fps)
         yield from even(((frame.pts * frame.time_base, show(frame)) for frame in file.decode(stream)), pace)
 
 
 def even(timed: Iterator[tuple[Fraction, torch.Tensor]], pace: Pace) -> Iterator[torch.Tensor]:
-    """Repeats and leaves out frames that come with the second they are shown at, so that they come at an even rate."""
+    """Repeats and drops frames with timestamps, to yield them at a constant rate.
+
+    Args:
+        timed: time in seconds at which each frame is shown, and the frame.
+        pace: of the video.
+    """
     shown, place = None, 0
     for time, frame in timed:
         due = round((time - pace.start) * pace.fps)
@@ -223,7 +234,10 @@ def even(timed: Iterator[tuple[Fraction, torch.Tensor]], pace: Pace) -> Iterator
 
 
 def shower(stream) -> Callable[..., torch.Tensor]:
-    """Returns what makes ``[height, width, 3]`` in 0..1 of a frame: upright, with square pixels, in the size of the first one."""
+    """Returns a function that converts a frame to ``[height, width, 3]`` in 0..1.
+
+    The result is upright, with square pixels, at the first frame's size.
+    """
     ratio, size = stream.sample_aspect_ratio or 1, []
 
     def show(frame) -> torch.Tensor:
@@ -234,7 +248,7 @@ def shower(stream) -> Callable[..., torch.Tensor]:
             format="rgb24",
             src_colorspace=MATRICES.get(int(frame.colorspace), guessed),
             src_color_range=int(frame.color_range),
-            dst_colorspace=FCC,  # of no effect for RGB, but up to PyAV 17 it takes two that differ for the source's to count
+            dst_colorspace=FCC,  # no effect on RGB, but up to PyAV 17 the source's matrix is ignored unless it differs
             dst_color_range=FULL_RANGE,
         )
         return torch.from_numpy(turned(picture.to_ndarray(), frame)).float() / 255
@@ -243,7 +257,7 @@ def shower(stream) -> Callable[..., torch.Tensor]:
 
 
 def turned(pixels: np.ndarray, frame) -> np.ndarray:
-    """Turns or mirrors pixels as the frame's display matrix says: x' = ax + cy, y' = bx + dy."""
+    """Rotates or flips pixels by the frame's display matrix: x' = ax + cy, y' = bx + dy."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels

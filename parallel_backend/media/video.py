@@ -1,4 +1,4 @@
-"""Frames to a video file."""
+"""Writes frames to video files."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ from .pictures import checked_pictures
 logger = logging.getLogger(__name__)
 
 FPS = (1, 240)
-"""The least and the most frames a second that are written."""
+"""Minimum and maximum frame rate."""
 
 
 def check_video_name(path: Path) -> None:
@@ -29,7 +29,7 @@ def checked_fps(fps: float) -> Fraction:
     """Returns frames per second as a fraction.
 
     Raises:
-        RequestError: for what is no number of :data:`FPS`.
+        RequestError: if it is not a number in the range :data:`FPS`.
     """
     try:
         value = float(fps)
@@ -48,18 +48,18 @@ def save(
     metadata: dict[str, str] | None = None,
     say: Callable[[str], None] = logger.warning,
 ) -> None:
-    """Writes H.264 in MP4. The file appears under its name only once it is whole.
+    """Writes frames as H.264 in MP4. The file gets its name only once it is complete.
 
     Args:
         path: ending in ``.mp4``.
-        frames: ``[frames, height, width, 3]`` in 0..1, or what :func:`.pictures.checked_pictures` takes; an odd height or width
-            loses its last row or column.
+        frames: ``[frames, height, width, 3]`` in 0..1, or anything that :func:`.pictures.checked_pictures` accepts; the last
+            row or column is dropped if height or width is odd.
         fps: frames per second.
-        metadata: kept in the file under its own names, where ComfyUI's front end looks for a workflow.
-        say: called with a line where frames are cropped.
+        metadata: stored in the file; ComfyUI's front end looks for a workflow there.
+        say: called with a note if frames are cropped.
     Raises:
-        RequestError: for frames or a rate that no video can be made of.
-        WriteFailure: when the disk is full, or the folder has gone.
+        RequestError: if the frames or the rate are invalid.
+        WriteFailure: if the disk is full, or the folder no longer exists.
     """
     rate, frames = checked_fps(fps), checked_pictures(frames, "images")
     rows, columns = frames.shape[1:3]
@@ -74,13 +74,13 @@ def save(
 
 
 def encode(path: Path, frames: torch.Tensor, rate: Fraction, metadata: dict[str, str]) -> None:
-    """Writes frames of an even size, with PyAV: after a failed write imageio's plugin ends the process at the next file.
+    """Encodes frames of even size with PyAV. imageio's plugin would crash the process at the next file after a failed write.
 
-    The colours are those of BT.709, and the file says so, since players guess them of a file that does not.
+    Colours are BT.709, and the file declares it, as players guess otherwise.
 
     Raises:
-        OSError: when the file cannot be written.
-        RequestError: when the encoder refuses the frames.
+        OSError: if the file cannot be written.
+        RequestError: if the encoder rejects the frames.
     """
     import av
 
@@ -106,7 +106,7 @@ def encode(path: Path, frames: torch.Tensor, rate: Fraction, metadata: dict[str,
 
 
 def save_or_rescue(path: Path, frames: torch.Tensor, **settings) -> None:
-    """As :func:`save`; where that fails, the video goes to the system's folder for temporary files, and the error says so."""
+    """Like :func:`save`. If it fails, saves the video in the system's temporary folder, and the error says where."""
     try:
         save(path, frames, **settings)
     except WriteFailure as error:
@@ -119,10 +119,10 @@ def save_or_rescue(path: Path, frames: torch.Tensor, **settings) -> None:
 
 
 def save_latent(path: Path, latent: torch.Tensor) -> None:
-    """Writes ComfyUI's own latent file: ``latent_tensor`` in the core's layout, unscaled.
+    """Writes ComfyUI's latent file format: ``latent_tensor`` in ComfyUI's layout, unscaled.
 
     Raises:
-        WriteFailure: when the disk is full, or the folder has gone.
+        WriteFailure: if the disk is full, or the folder no longer exists.
     """
     from safetensors.torch import save
 
