@@ -150,7 +150,7 @@ def test_text_is_encoded_on_the_gpu_with_most_room_and_beside_the_transformer_wh
 def test_text_that_no_gpu_has_room_for_is_encoded_on_the_cpu_and_one_line_says_so(roomy):
     place = roomy(8, 10)
     assert (place.device, place.dtype, place.alongside) == (CPU, torch.float32, True)
-    assert place.note == "the text is encoded on the CPU: that needs 9.2 GiB and cuda:1 can give 9.0"
+    assert place.note == "the text is encoded on the CPU: it needs 9.2 GiB and cuda:1 has 9.0 GiB available"
     assert roomy(8, ram=15).dtype == torch.bfloat16  # float32 takes 18
     assert roomy(8, dtype="fp16").dtype == torch.float16
 

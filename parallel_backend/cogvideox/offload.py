@@ -57,8 +57,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Returns the peak memory in bytes since :func:`reset_peak`; current memory on Apple's GPUs and on the CPU, which track
-    no peak.
+    """Returns the peak memory in bytes since :func:`reset_peak`.
+
+    It is the current memory on Apple's GPUs and on the CPU, which track no peak.
     """
     api = api_of(device)
     if device.type == "mps":
@@ -170,7 +171,7 @@ def choose_offload(
     if asked != "auto":
         return asked, None
     room = int(free * HEADROOM)
-    say = f"transformer {weights / 2**30:.1f} GiB and {working / 2**30:.1f} GiB to work in, {free / 2**30:.1f} GiB free"
+    say = f"transformer {weights / 2**30:.1f} GiB and {working / 2**30:.1f} GiB of working memory, {free / 2**30:.1f} GiB free"
     if weights + working + others <= room:
         return "none", None
     if weights + working <= room:
@@ -178,11 +179,11 @@ def choose_offload(
     if not in_parts:
         return (
             "model",
-            f"even a share of the weights does not fit, so this may run out of memory: more fsdp helps, or more pipefusion ({say})",
+            f"even one rank's share of the weights does not fit, so this may run out of memory: use more fsdp or pipefusion ({say})",
         )
     if 2 * weights // layers + working <= room:
-        return "group", f"offload 'group': weights stay on the CPU and come block by block ({say})"
-    return "sequential", f"offload 'sequential': weights come layer by layer, slowly ({say})"
+        return "group", f"offload 'group': weights stay on the CPU and are loaded block by block ({say})"
+    return "sequential", f"offload 'sequential': weights are loaded layer by layer, which is slow ({say})"
 
 
 def place(module: torch.nn.Module, mode: str, device: torch.device) -> None:

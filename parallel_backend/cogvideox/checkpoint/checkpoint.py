@@ -22,8 +22,9 @@ VAE_CLASS = "AutoencoderKLCogVideoX"
 
 @dataclass(frozen=True)
 class Checkpoint(CheckpointFacts):
-    """A folder in diffusers layout, or a transformer in one file, opened without reading weights. Create it with
-    :meth:`open`.
+    """A folder in diffusers layout, or a transformer in one file, opened without reading weights.
+
+    Create it with :meth:`open`.
     """
 
     @classmethod
@@ -51,8 +52,9 @@ class Checkpoint(CheckpointFacts):
 
     @property
     def name(self) -> str:
-        """The name shown to the user: of the folder or file, or ORG/NAME in the Hugging Face cache, where the folder's name
-        is a hash.
+        """The name shown to the user.
+
+        It is the folder's or the file's name, or ORG/NAME in the Hugging Face cache, where the folder's name is a hash.
         """
         versions = self.path.parent
         return bundled.name_in_cache(versions.parent) if versions.name == "snapshots" else self.path.name
@@ -126,8 +128,9 @@ class Checkpoint(CheckpointFacts):
         return [self.path] if self.is_file else weights.files(self.folder(part))
 
     def likeness(self) -> str:
-        """Returns a digest that is equal for copies of a model on different machines: of its weight files' names, sizes and
-        middles.
+        """Returns a digest that is equal for copies of a model on different machines.
+
+        It covers the names, sizes and middles of the weight files.
         """
         digest = hashlib.sha256()
         for path in dict.fromkeys(

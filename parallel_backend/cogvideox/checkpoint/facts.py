@@ -102,8 +102,9 @@ class CheckpointFacts:
 
     @property
     def reference_noise(self) -> float:
-        """Standard deviation of the noise on an inpaint model's masked video, for pixels in -1..1; only V1.1-5b was trained
-        with noise.
+        """Standard deviation of the noise on an inpaint model's masked video, for pixels in -1..1.
+
+        Only V1.1-5b was trained with noise.
         """
         return REFERENCE_NOISE if self.transformer.get("add_noise_in_inpaint_model") else 0.0
 

@@ -61,8 +61,9 @@ class Shard:
         return first, *others
 
     def is_added_elsewhere(self, name: str) -> bool:
-        """Returns whether this is a bias that another rank adds: outputs are summed over ranks, so only the first one adds
-        the bias.
+        """Returns whether this is a bias that another rank adds.
+
+        Outputs are summed over ranks, so only the first one adds the bias.
         """
         return self.tensor_rank > 0 and name.endswith(tuple(f".{layer}.bias" for layer in BY_COLUMNS))
 
@@ -148,8 +149,9 @@ def fill(
 
 
 def held(model) -> set[str]:
-    """Returns the names of the parameters and buffers that a model has on this rank, some of which may not be in the
-    checkpoint.
+    """Returns the names of the parameters and buffers that a model has on this rank.
+
+    Some of them may not be in the checkpoint.
     """
     return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
 

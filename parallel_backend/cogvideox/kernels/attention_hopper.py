@@ -192,8 +192,9 @@ def optimistic_kernel(
     queries, near, keys, values, result, log_sums, failed,
     query_count, key_rows, key_count, heads, FEATURES: gl.constexpr, RUNNING: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Attention without a running maximum, which reports the rows that need one. A program has ``GROUPS * ROWS`` queries of one
-    head of one sample.
+    """Attention without a running maximum, which reports the rows that need one.
+
+    A program has ``GROUPS * ROWS`` queries of one head of one sample.
 
     Args:
         queries, keys, values: descriptors of ``[batch * tokens, heads * features]``.

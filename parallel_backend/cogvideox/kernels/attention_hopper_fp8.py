@@ -1,5 +1,4 @@
-"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention_fp8` for Hopper GPUs: attention with both products in
-e4m3.
+"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention_fp8`: attention with both products in e4m3, on Hopper.
 
 Imported only if Triton is installed.
 
@@ -13,8 +12,9 @@ Probabilities are ``2 ** (score - reference)``. Each row's reference is below it
 the first tile. Rows whose probabilities approach e4m3's largest number, 448, are recomputed. Alternatively their reference is
 raised, which requires a check per tile.
 
-After the first product a thread has columns ``8 b + 2 lane + a`` of every 16; the second product needs columns ``4 lane + 2 b +
-a`` from it. The order of keys does not change a sum, so values are stored in that order; see :func:`key_at`.
+After the first product a thread has columns ``8 b + 2 lane + a`` of every 16. The second product needs columns
+``4 lane + 2 b + a`` from it. The order of keys does not change a sum, so values are stored in that order; see
+:func:`key_at`.
 """
 
 import struct
@@ -129,8 +129,9 @@ def round_reference(reference):
 
 @gluon.jit
 def make_codes(scores, reference, weights_in: gl.constexpr):
-    """Converts scores to probabilities, four per word in the order of the second product. Also returns sums of them,
-    ``[rows, 4]``.
+    """Converts scores to probabilities, four per word in the order of the second product.
+
+    Also returns sums of them, ``[rows, 4]``.
     """
     rows: gl.constexpr = scores.shape[0]
     columns: gl.constexpr = scores.shape[1]
@@ -276,8 +277,9 @@ def fp8_kernel(
 
 @triton.jit
 def key_at(place):
-    """Returns the key whose value is at a place of the second product: of every 16, ``4 lane + 2 b + a`` has ``8 b + 2 lane
-    + a``.
+    """Returns the key whose value is at a place of the second product.
+
+    Of every 16 places, ``4 lane + 2 b + a`` has key ``8 b + 2 lane + a``.
     """
     return place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
 
@@ -327,8 +329,9 @@ def transpose_kernel(
     values, result, scales, centers, count, heads, sample_stride, stride, places,
     FEATURES: tl.constexpr, KEYS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Converts values to e4m3 ``[batch, heads, features, places]``, with keys in the order of :func:`key_at`, padded with
-    zeros.
+    """Converts values to e4m3 ``[batch, heads, features, places]``, padded with zeros.
+
+    Keys are in the order of :func:`key_at`.
 
     Args:
         values: ``[batch, tokens, heads, features]``.

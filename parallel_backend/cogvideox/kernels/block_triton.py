@@ -127,8 +127,10 @@ class TritonBlockOps:
         gelu=False,
         rounds=False,
     ) -> tuple[torch.Tensor | None, Inputs]:
-        """Runs ``token_kernel`` on all tokens. Returns the sum, if an ``update`` is added, and the inputs of the following
-        layers.
+        """Runs ``token_kernel`` on all tokens.
+
+        Returns:
+            The sum, if an ``update`` is added, and the inputs of the following layers.
         """
         states = states.contiguous()
         batch, tokens, features = states.shape

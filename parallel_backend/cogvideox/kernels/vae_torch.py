@@ -16,8 +16,9 @@ MOST = 2**30
 
 
 def frame_indices(frames: int, latent_frames: int) -> list[int]:
-    """Returns for each frame the index of the latent frame that it was made from. If their number is odd, the first has its
-    own.
+    """Returns for each frame the index of the latent frame that it was made from.
+
+    If there is an odd number of several frames, the first one has its own latent frame.
     """
     first = frames % 2 if frames > 1 else 0
     times = (frames - first) // (latent_frames - first)
@@ -72,8 +73,12 @@ class TorchVaeOps:
     """The operations in torch, one frame at a time: float32 copies of all frames would be the largest tensors."""
 
     def moments(self, states: torch.Tensor, bias: torch.Tensor | None, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns mean and variance ``[batch, groups]``, float32, of states ``[batch, channels, frames, height, width]``
-        plus bias.
+        """Returns mean and variance ``[batch, groups]``, float32, of states plus bias.
+
+        Args:
+            states: ``[batch, channels, frames, height, width]``.
+            bias: ``[channels]`` or None.
+            groups: of channels.
         """
         found = [frame_moments(frame, bias, groups) for frame in states.split(1, dim=2)]
         means, variances = (torch.stack(part) for part in zip(*found))

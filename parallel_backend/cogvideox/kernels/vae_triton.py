@@ -38,8 +38,9 @@ def _moments(
     states, bias, found, frames, rows, columns, lines, biased, s_batch, s_frame, s_row,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes each channel's mean and variance over ``lines`` rows, to ``found`` ``[2, batch * frames * rows / lines,
-    channels]``.
+    """Computes each channel's mean and variance over ``lines`` rows.
+
+    The results are in ``found`` ``[2, batch * frames * rows / lines, channels]``.
     """
     program = tl.program_id(0)
     batch, frame, line = _place(program, frames, rows // lines)
@@ -71,8 +72,9 @@ def _normalise(
     s_batch, s_frame, s_row, o_batch, o_frame, o_row, g_batch, g_frame, g_row,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, CONDITIONED: tl.constexpr,
 ):  # fmt: skip
-    """Normalises a row and applies SiLU; if conditioned, with gain and offset, whose elements each apply to ``scale``
-    pixels.
+    """Normalises a row and applies SiLU; if conditioned, with gain and offset.
+
+    Each element of gain and offset applies to ``scale`` pixels.
     """
     batch, frame, line = _place(tl.program_id(0), frames, rows)
     channel = tl.arange(0, CHANNELS)
@@ -144,9 +146,7 @@ def channels_last(states: torch.Tensor) -> torch.Tensor:
 
 
 class TritonVaeOps:
-    """See :class:`parallel_backend.cogvideox.kernels.vae_torch.TorchVaeOps`. Channels must be a power of two, as in
-    CogVideoX's VAE.
-    """
+    """See :class:`.vae_torch.TorchVaeOps`. Channels must be a power of two, as in CogVideoX's VAE."""
 
     def moments(self, states, bias, groups):
         """One pass computes the moments of each channel per group of rows; torch combines them."""

@@ -54,7 +54,7 @@ def find_place(
         need, found = needs(device), checkpoint.dtype(dtype, device)
         if need <= room[device]:
             return EncoderPlace(device, found, alongside=beside is not None and need + beside <= room[device])
-        note = f"the text is encoded on the CPU: that needs {need / 2**30:.1f} GiB and {device} can give {room[device] / 2**30:.1f}"
+        note = f"the text is encoded on the CPU: it needs {need / 2**30:.1f} GiB and {device} has {room[device] / 2**30:.1f} GiB available"
         return EncoderPlace(CPU, on_cpu(checkpoint, dtype, device), alongside=beside is not None, note=note)
     left = usable_memory() * HEADROOM - needs(CPU)
     return EncoderPlace(CPU, on_cpu(checkpoint, dtype, CPU), alongside=beside is not None and beside * len(devices) <= left)

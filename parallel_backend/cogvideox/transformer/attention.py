@@ -100,8 +100,9 @@ def in_fp8(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def rows_between(states: torch.Tensor) -> int | None:
-    """Returns the distance between samples in rows of ``[heads * head_dim]``; None if a TMA descriptor cannot address the
-    memory layout.
+    """Returns the distance between samples in rows of ``[heads * head_dim]``.
+
+    None if a TMA descriptor cannot address the memory layout.
     """
     batch, tokens, heads, features = states.shape
     aligned = 16 // states.itemsize
@@ -238,8 +239,9 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 @once
 def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why the kernels do not work on a Hopper GPU in this dtype, in one line, or None. Tested once with a few
-    tokens.
+    """Returns why the kernels do not work on a Hopper GPU in this dtype, in one line, or None.
+
+    Tested once with a few tokens.
     """
     keep_kernels()
     generator = torch.Generator(device).manual_seed(0)
@@ -256,8 +258,9 @@ def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def prepare(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool = False) -> None:
-    """Compiles and tests the kernels if they support such tensors. It takes a few seconds, best spent while something else
-    runs.
+    """Compiles and tests the kernels if they support such tensors.
+
+    It takes a few seconds, best spent while something else runs.
     """
     note(device, dtype, head_dim, fp8=fp8)
 

@@ -92,8 +92,9 @@ def attend_in_fp8(
 
 @once
 def why_not(device: torch.device) -> str | None:
-    """Returns why a Hopper GPU cannot compute attention with values in e4m3, in one line, or None. Tested once with a few
-    tokens.
+    """Returns why a Hopper GPU cannot compute attention with values in e4m3, in one line, or None.
+
+    Tested once with a few tokens.
     """
     keep_kernels()
     generator = torch.Generator(device).manual_seed(0)

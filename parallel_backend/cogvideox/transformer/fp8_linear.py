@@ -92,8 +92,9 @@ class Fp8Linear(torch.nn.Module):
 
 
 def convert(transformer) -> None:
-    """Converts the large linear layers of every block to FP8. Call it before weights are read, so they are quantised one at
-    a time.
+    """Converts the large linear layers of every block to FP8.
+
+    Call it before weights are read, so they are quantised one at a time.
     """
     for block in transformer.transformer_blocks:
         for name in LAYERS:

@@ -1,5 +1,4 @@
-"""First-block step cache: while the first block's residual changes little between steps, the residual of the other blocks is
-extrapolated.
+"""First-block step cache: extrapolates the other blocks' residual while the first block's changes little between steps.
 
 That neighbouring steps are similar is the observation of ParaAttention and TeaCache; extrapolating residuals is from
 TaylorSeer.

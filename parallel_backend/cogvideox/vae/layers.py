@@ -42,8 +42,9 @@ def searching() -> Iterator[None]:
 
 
 class Whole:
-    """The rows of an image that one rank has entirely; see :class:`parallel_backend.parallel.vae_rows.Strips` for several
-    ranks.
+    """The rows of an image that one rank has entirely.
+
+    See :class:`parallel_backend.parallel.vae_rows.Strips` for several ranks.
     """
 
     border = 0
@@ -95,8 +96,9 @@ class Layers:
         return torch.empty(size, dtype=states.dtype, device=states.device, memory_format=self.memory_format)
 
     def room(self, states: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Allocates a convolution's input, with ``depth`` frames in front and border rows. Also returns the view without
-        them.
+        """Allocates a convolution's input, with ``depth`` frames in front and border rows.
+
+        Also returns the view without them.
         """
         _, channels, frames, rows, columns = states.shape
         room = self.empty(states, channels, frames + depth, rows + 2 * self.rows.border, columns)
@@ -133,8 +135,9 @@ class Layers:
 
     @staticmethod
     def pointwise(convolution: nn.Conv3d, latent: torch.Tensor) -> torch.Tensor:
-        """Runs a 1x1x1 convolution in float32: it is cheap at the latent's size, and avoids a fifth of the rounding error of
-        16 bits.
+        """Runs a 1x1x1 convolution in float32.
+
+        It is cheap at the latent's size, and avoids a fifth of the rounding error of 16 bits.
         """
         weight, bias = convolution.weight.flatten(1).float(), convolution.bias.float()
         return F.linear(latent.movedim(1, -1).float(), weight, bias).movedim(-1, 1)
@@ -208,8 +211,9 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 def use(vae, *, compiled: bool = False) -> Layers:
-    """Attaches this module's layers to a VAE, with compiled kernels or torch's. Call it on the device where the VAE will
-    run.
+    """Attaches this module's layers to a VAE, with compiled kernels or torch's.
+
+    Call it when the VAE is on the device where it will run.
     """
     if not hasattr(vae, "layers"):
         vae.layers = Layers(vae)
