@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.transformer import attention
-from ..cogvideox.transformer import block as blocks
+from ..cogvideox.transformer import attention, block
 from ..planner.work import patches
 from .attention import UlyssesAttention
 from .sequence import Chunk
@@ -197,7 +196,7 @@ class Stage(torch.nn.Module):
         self.head_dim, self.fp8_attention = transformer.config.attention_head_dim, fp8_attention
         self._chunks: list[Chunk] = []
         transformer.transformer_blocks = self
-        blocks.attach(transformer)
+        block.attach(transformer)
         transformer.proj_out.register_forward_hook(self._gather)
 
     def __iter__(self) -> Iterator["Stage"]:
@@ -244,9 +243,9 @@ class Stage(torch.nn.Module):
         rows = None if tables is None else chunk.of_rotary(*tables)
         about = {"cache": None, "text": chunk.local_text, "attend": self.attend, "ranks": self.size, **scores}
         none = tokens.new_empty(len(tokens), 0, tokens.shape[2])
-        for number, block in self.named_children():
+        for number, own_block in self.named_children():
             self.attention.block = number
-            tokens, _ = block(
+            tokens, _ = own_block(
                 hidden_states=tokens,
                 encoder_hidden_states=none,
                 temb=temb,
