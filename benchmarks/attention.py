@@ -15,8 +15,11 @@ import torch
 
 from parallel_backend.cogvideox.kernels.block_torch import LARGEST, keep_kernels, quantize
 from parallel_backend.cogvideox.transformer import attention
-from parallel_backend.cogvideox.transformer.attention import Attention
 from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8, in_places
+from parallel_backend.cogvideox.transformer.attention_operands import factors, in_fp8
+from parallel_backend.cogvideox.transformer.own_attention import attend_own, why_not_own
+from parallel_backend.cogvideox.transformer.recomputed_tiles import pieces_on
+from parallel_backend.cogvideox.transformer.torch_attention import HEAD_DIM, Attention, attend_torch
 from parallel_backend.errors import first_line
 from parallel_backend.model import DTYPES
 
@@ -32,7 +35,7 @@ def candidates(
     """A name, a way that is there, and what it is given, of ``[1, tokens, heads, head_dim]`` in float32."""
     states = (query, key, value)
     for name in HALVES:
-        yield f"torch {name}", attention.attend_torch, [part.to(DTYPES[name]) for part in states]
+        yield f"torch {name}", attend_torch, [part.to(DTYPES[name]) for part in states]
     if attention.flash_3():
         yield "FlashAttention-3 bf16", attention.attend_flash, [part.bfloat16() for part in states]
         scales = [part.abs().amax(dim=(1, 3)) / LARGEST for part in states]
@@ -40,13 +43,13 @@ def candidates(
         attend = partial(attention.flash_3(), return_attn_probs=True, **about)
         rounded = [quantize(part / scale[:, None, :, None]) for part, scale in zip(states, scales)]
         yield "FlashAttention-3 fp8", lambda *states: attend(*states)[0], rounded
-    scaled = query * attention.factors(query.shape[-1], base_two=True, fp8=False)[0]
+    scaled = query * factors(query.shape[-1], base_two=True, fp8=False)[0]
     for name in HALVES:
         dtype = DTYPES[name]
-        if attention.why_not_own(query.device, dtype):
+        if why_not_own(query.device, dtype):
             continue
-        yield f"ours {name}", attention.attend_own, [part.to(dtype) for part in (scaled, key, value)]
-    rounded = [*attention.in_fp8(scaled, key), value.bfloat16()]
+        yield f"ours {name}", attend_own, [part.to(dtype) for part in (scaled, key, value)]
+    rounded = [*in_fp8(scaled, key), value.bfloat16()]
     for name, raises in (("ours fp8", False), ("ours fp8, references raised", True)):
         yield name, lambda *states, raises=raises: attend_in_fp8(*states, raises=raises)[0], rounded
     yield "values to fp8 alone", lambda query, key, value: in_places(value, 128)[0], rounded
@@ -97,13 +100,13 @@ def main() -> None:
     keep_kernels()
     device = torch.device("cuda", 0)
     generator = torch.Generator(device).manual_seed(0)
-    shape = (1, asked.tokens, asked.heads, attention.HEAD_DIM)
+    shape = (1, asked.tokens, asked.heads, HEAD_DIM)
     kinds = [make(shape, generator) for make in (heads_anywhere, heads_in_places)]
-    exact = [attention.attend_torch(query[:, CHECKED].double(), key.double(), value.double()) for query, key, value in kinds]
-    operations = 4 * asked.tokens**2 * asked.heads * attention.HEAD_DIM
+    exact = [attend_torch(query[:, CHECKED].double(), key.double(), value.double()) for query, key, value in kinds]
+    operations = 4 * asked.tokens**2 * asked.heads * HEAD_DIM
     print(f"{torch.cuda.get_device_name()}, {asked.heads} heads of {asked.tokens} tokens")
     for name in HALVES:
-        if reason := attention.why_not_own(device, DTYPES[name]):
+        if reason := why_not_own(device, DTYPES[name]):
             print(f"ours {name} is left out: {reason}")
     for (name, attend, states), (*_, local) in zip(candidates(*kinds[0]), candidates(*kinds[1])):
         if asked.only not in name:
@@ -111,7 +114,7 @@ def main() -> None:
         try:
             attention.note_of_twice(device)
             found = [attend(*states), attend(*local)]
-            twice = attention.pieces_on(device).share_of_twice()
+            twice = pieces_on(device).share_of_twice()
             short, long = milliseconds(partial(attend, *states))
             local_short = timed(partial(attend, *local), SHORT_CALLS)
         except Exception as error:  # the next one may do better

@@ -14,7 +14,7 @@ import torch
 
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.kernels.probe import is_near, once
-from parallel_backend.cogvideox.transformer import attention, attention_fp8
+from parallel_backend.cogvideox.transformer import attention, attention_fp8, attention_operands, recomputed_tiles
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CPU = torch.device("cpu")
@@ -29,9 +29,9 @@ def in_process(code: str, **environment: str) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_factors_leave_nothing_to_do_with_scores(fp8):
-    query, key = attention.factors(64, base_two=True, fp8=fp8)
+    query, key = attention_operands.factors(64, base_two=True, fp8=fp8)
     assert math.isclose(query * key, math.log2(math.e) / 8)
-    assert attention.factors(64, base_two=False, fp8=False) == (1.0, 1.0)
+    assert attention_operands.factors(64, base_two=False, fp8=False) == (1.0, 1.0)
 
 
 def test_heads_in_base_two_and_fp8_are_the_same_heads():
@@ -44,11 +44,11 @@ def test_heads_in_base_two_and_fp8_are_the_same_heads():
 
     plain = normal(1.0, fp8=False)
     assert torch.equal(plain, torch.nn.functional.layer_norm(states, (64,), weight, bias, 1e-6))
-    whole, root = (attention.factors(64, base_two=True, fp8=fp8)[0] for fp8 in (False, True))
+    whole, root = (attention_operands.factors(64, base_two=True, fp8=fp8)[0] for fp8 in (False, True))
     scaled, rounded = normal(whole, fp8=False), normal(root, fp8=True)
     assert (scaled / whole - plain).abs().max() <= 1e-5
     assert (rounded.float() / root - plain).abs().max() <= plain.abs().max() / 16
-    query, key = attention.in_fp8(scaled, plain)
+    query, key = attention_operands.in_fp8(scaled, plain)
     assert (query.float() - rounded.float()).abs().max() <= rounded.float().abs().max() / 16
     assert torch.equal(key.float(), normal(root, fp8=True).float())
 
@@ -248,7 +248,7 @@ def test_a_trial_is_made_once_and_whoever_asks_meanwhile_waits_for_it():
 
 def test_where_too_much_is_attended_to_twice_a_kernel_with_a_running_maximum_takes_over():
     for twice, needs in ((4, False), (6, True)):
-        pieces = attention.Pieces(CPU)
+        pieces = recomputed_tiles.Pieces(CPU)
         pieces.look()
         pieces.all += 100
         pieces.twice.fill_(twice)

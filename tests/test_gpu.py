@@ -14,8 +14,10 @@ from benchmarks.table import distance, two_steps
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
-from parallel_backend.cogvideox.transformer import attention, attention_fp8, block
+from parallel_backend.cogvideox.transformer import attention, attention_fp8, attention_operands, block
 from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8
+from parallel_backend.cogvideox.transformer.own_attention import attend_own, own_attention
+from parallel_backend.cogvideox.transformer.recomputed_tiles import pieces_on
 from parallel_backend.cogvideox.vae import preview
 from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine.engine import Engine
@@ -394,9 +396,9 @@ def attend_exactly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 
 def attend_with_own(query, key, value, *, dtype=torch.bfloat16, fp8: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """This pack's attention of states in float64, and its log-sum-exp."""
-    factors = attention.factors(query.shape[-1], base_two=True, fp8=fp8)
+    factors = attention_operands.factors(query.shape[-1], base_two=True, fp8=fp8)
     query, key = ((part * factor).to(torch.float8_e4m3fn if fp8 else dtype) for part, factor in zip((query, key), factors))
-    return attention.own_attention(query, key, value.to(dtype))
+    return own_attention(query, key, value.to(dtype))
 
 
 ERRORS = {torch.bfloat16: 0.005, torch.float16: 0.001}
@@ -420,17 +422,17 @@ def test_own_attention_is_attention_at_any_size(shape, fp8, dtype, monkeypatch):
 def test_own_attention_takes_keys_that_are_part_of_something():
     query, key, value = heads_of(2, 300, 640, 3, 64)
     expected, _ = attend_exactly(query, key[:, :600], value[:, :600])
-    factor, _ = attention.factors(64, base_two=True, fp8=False)
+    factor, _ = attention_operands.factors(64, base_two=True, fp8=False)
     near, whole = (query * factor).bfloat16(), [part.bfloat16() for part in (key, value)]
     turned = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in whole]
     for keys, values in (whole, turned, (whole[0], turned[1])):
-        assert distance(attention.attend_own(near, keys[:, :600], values[:, :600]).double(), expected) < 0.005
+        assert distance(attend_own(near, keys[:, :600], values[:, :600]).double(), expected) < 0.005
 
 
 @pytest.fixture
 def pieces():
     """What is known of this GPU's attention, forgotten again at the end."""
-    known = attention.pieces_on(torch.device("cuda", 0))
+    known = pieces_on(torch.device("cuda", 0))
     attention.note_of_twice(known.twice.device)
     yield known
     known.needs_maximum = False
@@ -486,13 +488,13 @@ def test_scores_far_from_zero_bring_a_running_maximum_after_a_forward_or_two(dty
 
 def rounded_heads(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
     """Queries and keys as e4m3 has them, in float64: what is left between two attentions of them is from what comes later."""
-    factors = attention.factors(query.shape[-1], base_two=True, fp8=True)
+    factors = attention_operands.factors(query.shape[-1], base_two=True, fp8=True)
     return [(part * factor).to(torch.float8_e4m3fn).double() / factor for part, factor in zip((query, key), factors)]
 
 
 def attend_all_in_fp8(query, key, value, raises: bool, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with values in FP8 of states in float64, and its log-sum-exp."""
-    factors = attention.factors(query.shape[-1], base_two=True, fp8=True)
+    factors = attention_operands.factors(query.shape[-1], base_two=True, fp8=True)
     query, key = ((part * factor).to(torch.float8_e4m3fn) for part, factor in zip((query, key), factors))
     found, log_sums = attend_in_fp8(query, key, value.to(dtype), raises=raises)
     return found.double(), log_sums
@@ -554,12 +556,12 @@ def test_with_values_in_fp8_rows_that_fail_are_attended_to_again(raises):
 def test_with_values_in_fp8_keys_and_values_may_be_part_of_something():
     query, key, value = heads_of(2, 300, 640, 3, 64)
     expected, _ = attend_exactly(query, key[:, :600], value[:, :600])
-    factor, _ = attention.factors(64, base_two=True, fp8=False)
-    query, key = attention.in_fp8((query * factor).bfloat16(), key.bfloat16())
+    factor, _ = attention_operands.factors(64, base_two=True, fp8=False)
+    query, key = attention_operands.in_fp8((query * factor).bfloat16(), key.bfloat16())
     assert attention_fp8.why_not(query.device) is None
     turned = value.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
     for values in (value.bfloat16(), turned):
-        assert distance(attention.attend_own(query, key[:, :600], values[:, :600]).double(), expected) < 0.08
+        assert distance(attend_own(query, key[:, :600], values[:, :600]).double(), expected) < 0.08
 
 
 @two_gpus

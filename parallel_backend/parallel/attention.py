@@ -5,7 +5,10 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.transformer import attention
+from ..cogvideox.transformer.attention import flash_attention_3, uses_flash_3
+from ..cogvideox.transformer.attention_operands import in_fp8
+from ..cogvideox.transformer.own_attention import own_attention
+from ..cogvideox.transformer.torch_attention import Attention
 from ..devices import BF16_CAPABILITY
 from . import symmetric_memory, xdit
 
@@ -30,10 +33,10 @@ class UlyssesAttention:
         self.group, self.rank, self.size = group, rank, size
         self.numbers = dist.get_process_group_ranks(group)
         """Global ranks of the group's processes."""
-        self.whole: attention.Attention | None = None
+        self.whole: Attention | None = None
         self.padding = 0
 
-    def begin(self, whole: attention.Attention, *, batch: int, padding: int) -> int:
+    def begin(self, whole: Attention, *, batch: int, padding: int) -> int:
         """Prepares a forward pass.
 
         Args:
@@ -102,7 +105,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.rooms: list[list[torch.Tensor]] = []
         """Per rank: queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``."""
 
-    def begin(self, whole: attention.Attention, *, batch: int, padding: int) -> int:
+    def begin(self, whole: Attention, *, batch: int, padding: int) -> int:
         """See :meth:`UlyssesAttention.begin`. Each part costs the idle processors at the end of one attention."""
         self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
         return super().begin(whole, batch=batch, padding=padding) * self.pieces
@@ -176,11 +179,11 @@ def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_
     tokens_first = [states.transpose(1, 2) for states in (query, key, value)]
     if attention_kwargs["base_two"]:
         if attention_kwargs["fp8"]:
-            tokens_first[:2] = attention.in_fp8(*tokens_first[:2])
-        output, log_sum_exp = attention.own_attention(*tokens_first)
+            tokens_first[:2] = in_fp8(*tokens_first[:2])
+        output, log_sum_exp = own_attention(*tokens_first)
         return output.transpose(1, 2), log_sum_exp
-    if attention.uses_flash_3(query.device, query.dtype):
-        output, log_sum_exp = attention.flash_attention_3(*tokens_first)
+    if uses_flash_3(query.device, query.dtype):
+        output, log_sum_exp = flash_attention_3(*tokens_first)
         return output.transpose(1, 2), log_sum_exp
     if query.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(query.device) >= BF16_CAPABILITY:
         from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType

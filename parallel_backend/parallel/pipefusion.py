@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..cogvideox.transformer import attention, block
+from ..cogvideox.transformer.torch_attention import Attention
 from ..planner.work import patches
 from .attention import UlyssesAttention
 from .sequence import Chunk
@@ -83,14 +84,14 @@ class PatchAttention:
     """Attention from a patch to the full sequence, whose keys and values are kept. Its attributes are set before each call."""
 
     def __init__(self):
-        self.whole: attention.Attention | None = None
+        self.whole: Attention | None = None
         self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.block = ""
         self.place, self.tokens = slice(0), 0
         """Position of the patch in the sequence without padding, and the length of the sequence."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """See :data:`parallel_backend.cogvideox.transformer.attention.Attention`; keys and values may end in padding."""
+        """See :data:`parallel_backend.cogvideox.transformer.torch_attention.Attention`; keys and values may end in padding."""
         size = self.place.stop - self.place.start
         if size == self.tokens:  # no other patch writes to these, so they need no copy
             self.kept[self.block] = key[:, :size], value[:, :size]

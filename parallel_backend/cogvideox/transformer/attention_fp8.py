@@ -4,7 +4,9 @@ import torch
 
 from ..kernels.block_torch import FP8, LARGEST, SMALLEST, keep_kernels
 from ..kernels.probe import is_near, once
-from .attention import HEAD_DIM, NEAR, attend_anew, attend_torch, factors, in_fp8, in_tiles, rows_between
+from .attention_operands import factors, in_fp8, in_tiles, rows_between
+from .recomputed_tiles import recompute
+from .torch_attention import HEAD_DIM, NEAR, attend_torch
 
 ROWS, STEPS = 64, 8
 """Tokens per iteration of the survey kernel, and iterations per program."""
@@ -56,7 +58,7 @@ def in_tiles_of(places: torch.Tensor, keys: int):
 def attend_in_fp8(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, raises: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes attention and its log-sum-exp; see :func:`.attention.own_attention`.
+    """Computes attention and its log-sum-exp; see :func:`.own_attention.own_attention`.
 
     Args:
         query, key: in e4m3.
@@ -86,7 +88,7 @@ def attend_in_fp8(
         *tiles, result, log_sums, failed, scales, centers, tokens, between, key.shape[1], heads,
         FEATURES=features, RAISES=raises, num_warps=4,
     )  # fmt: skip
-    attend_anew(query, key, value, result, log_sums, failed)
+    recompute(query, key, value, result, log_sums, failed)
     return result, log_sums
 
 

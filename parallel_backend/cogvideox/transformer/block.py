@@ -11,7 +11,7 @@ import torch
 
 from ..kernels.block_torch import CONDITIONS, Inputs, TorchBlockOps, keep_kernels
 from ..kernels.probe import is_near, once
-from .attention import factors
+from .attention_operands import factors
 from .fp8_linear import Fp8Linear
 from .step_cache import StepCache
 
