@@ -52,7 +52,7 @@ class ThreadInbox(symmetric_memory.Inbox):
         self.nbytes = nbytes
         self.hub.rooms[self.rank] = torch.full((nbytes,), 0x7F, dtype=torch.uint8)
         self.hub.barrier.wait()
-        self._rooms = [self.hub.rooms[rank] for rank in range(self.hub.size)]
+        self._buffers = [self.hub.rooms[rank] for rank in range(self.hub.size)]
         self.others = [(self.rank + distance) % self.hub.size for distance in range(1, self.hub.size)]
         self._handle = self
 
@@ -136,7 +136,7 @@ class Deaf(ThreadInbox):
 
     def __init__(self, group, device, *, nbytes):
         super().__init__(group, device, nbytes=nbytes)
-        self._rooms = [room if rank == self.rank else room.clone() for rank, room in enumerate(self._rooms)]
+        self._buffers = [room if rank == self.rank else room.clone() for rank, room in enumerate(self._buffers)]
 
 
 @pytest.mark.parametrize("kind, words", [(ThreadInbox, None), (Deaf, "does not arrive")])

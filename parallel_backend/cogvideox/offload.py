@@ -170,18 +170,18 @@ def choose_offload(
     """
     if asked != "auto":
         return asked, None
-    room = int(free * HEADROOM)
+    budget = int(free * HEADROOM)
     say = f"transformer {weights / 2**30:.1f} GiB and {working / 2**30:.1f} GiB of working memory, {free / 2**30:.1f} GiB free"
-    if weights + working + others <= room:
+    if weights + working + others <= budget:
         return "none", None
-    if weights + working <= room:
+    if weights + working <= budget:
         return "model", f"offload 'model': weights leave the GPU after each job ({say})"
     if not in_parts:
         return (
             "model",
             f"even one rank's share of the weights does not fit, so this may run out of memory: use more fsdp or pipefusion ({say})",
         )
-    if 2 * weights // layers + working <= room:
+    if 2 * weights // layers + working <= budget:
         return "group", f"offload 'group': weights stay on the CPU and are loaded block by block ({say})"
     return "sequential", f"offload 'sequential': weights are loaded layer by layer, which is slow ({say})"
 

@@ -102,7 +102,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.side = torch.cuda.Stream(device, priority=-1)
         self.inbox: symmetric_memory.Inbox | None = None
         self.layout: symmetric_memory.BufferLayout | None = None
-        self.rooms: list[list[torch.Tensor]] = []
+        self.buffers: list[list[torch.Tensor]] = []
         """Per rank: queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``."""
 
     def begin(self, whole: Attention, *, batch: int, padding: int) -> int:
@@ -119,8 +119,8 @@ class CopyingUlyssesAttention(UlyssesAttention):
 
     def _copy_and_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         asked = [states.unflatten(1, (self.size, self.pieces)) for states in (query, key, value)]
-        self._make_room(asked)
-        *arriving, results = self.rooms[self.rank]
+        self._allocate(asked)
+        *arriving, results = self.buffers[self.rank]
         parts = list(product(range(len(query)), range(self.pieces)))
         valid = slice(self.size * query.shape[2] - self.padding)
         main = torch.cuda.current_stream(self.device)
@@ -128,7 +128,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         with torch.cuda.stream(self.side):
             for number, (sample, piece) in enumerate(parts):
                 for peer in self.inbox.others:
-                    for states, there in zip(asked, self.rooms[peer]):
+                    for states, there in zip(asked, self.buffers[peer]):
                         there[sample, piece, self.rank].copy_(states[sample, peer, piece])
                 self.inbox.announce(ARRIVALS, number)
         for sample, piece in parts:
@@ -142,7 +142,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
                 for peer in self.inbox.others:
-                    self.rooms[peer][-1][sample, self.rank, piece].copy_(made[-1][peer])
+                    self.buffers[peer][-1][sample, self.rank, piece].copy_(made[-1][peer])
                 self.inbox.announce(RESULTS, number)
         for (sample, piece), attended in zip(parts, made):
             results[sample, self.rank, piece].copy_(attended[self.rank])
@@ -151,7 +151,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         main.wait_stream(self.side)  # before its source memory is reused
         return results.flatten(1, 2)
 
-    def _make_room(self, asked: list[torch.Tensor]) -> None:
+    def _allocate(self, asked: list[torch.Tensor]) -> None:
         """Allocates buffers for one block's tensors on every rank. All blocks need the same, so it happens once per size."""
         shape = asked[0].shape
         turned = (shape[0], shape[2], shape[1], *shape[3:])
@@ -159,11 +159,11 @@ class CopyingUlyssesAttention(UlyssesAttention):
         if layout == self.layout:
             return
         if self.inbox is None or self.inbox.nbytes < layout.nbytes:
-            self.rooms, self.inbox = [], None
+            self.buffers, self.inbox = [], None
             self.inbox = symmetric_memory.Inbox(self.group, self.device, nbytes=layout.nbytes)
         torch.cuda.synchronize(self.device)  # no rank may write in the new layout while another one is in use
         dist.barrier(self.group)
-        self.layout, self.rooms = layout, self.inbox.views(layout)
+        self.layout, self.buffers = layout, self.inbox.views(layout)
 
 
 def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_kwargs=None):

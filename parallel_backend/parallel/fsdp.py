@@ -32,7 +32,7 @@ def fsdp_mesh(plan: Plan, device: torch.device) -> DeviceMesh:
     return mesh["fsdp"]
 
 
-def spread(transformer, mesh: DeviceMesh) -> None:
+def shard_blocks(transformer, mesh: DeviceMesh) -> None:
     """Shards the blocks' weights of a transformer, with prefetching of the next block."""
     from torch.distributed.fsdp import fully_shard
 

@@ -15,7 +15,7 @@ from ..jobs import SampleJob
 from ..plan import Plan
 from ..planner.machine import SLOW_LINK, Link
 from . import symmetric_memory, xdit
-from .fsdp import fsdp_mesh, spread
+from .fsdp import fsdp_mesh, shard_blocks
 from .pipefusion import KeptOfJob, Pipe, Stage
 from .rank import RankContext
 from .sequence import JointSequence
@@ -140,7 +140,7 @@ class GroupRankContext(RankContext):
         device = self.device if self.copies else None
         JointSequence(transformer, group=group, **degrees, device=device, fp8_attention=fp8_attention)
         if self.mesh:
-            spread(transformer, self.mesh)
+            shard_blocks(transformer, self.mesh)
 
     def caches(self, job: SampleJob) -> StepCaches | KeptOfJob:
         return KeptOfJob(job.pipefusion_warmup) if self.pipe else super().caches(job)

@@ -59,11 +59,11 @@ def trial(group, device: torch.device) -> str | None:
     size = dist.get_world_size(group)
     layout = BufferLayout((((size, ALIGNMENT), torch.uint8),))
     inbox = Inbox(group, device, nbytes=layout.nbytes)
-    rooms = [room for (room,) in inbox.views(layout)]
-    here = rooms[inbox.rank].zero_()
+    buffers = [buffer for (buffer,) in inbox.views(layout)]
+    here = buffers[inbox.rank].zero_()
     dist.barrier(group)
     for rank in inbox.others:
-        rooms[rank][inbox.rank].copy_(torch.full_like(here[0], inbox.rank + 1))
+        buffers[rank][inbox.rank].copy_(torch.full_like(here[0], inbox.rank + 1))
     inbox.announce(0, 0)
     inbox.await_all(0, 0)
     right = all(bool((here[rank] == rank + 1).all()) for rank in inbox.others)
@@ -108,10 +108,10 @@ class BufferLayout:
         sizes = (torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parts)
         return list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
 
-    def views(self, room: torch.Tensor) -> list[torch.Tensor]:
-        """Returns views of the tensors in the buffer ``room`` ``[bytes]``."""
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Returns views of the tensors in a ``buffer`` ``[bytes]``."""
         return [
-            room[start : start + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+            buffer[start : start + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
             for start, (shape, dtype) in zip(self._offsets, self.parts)
         ]
 
@@ -131,7 +131,7 @@ class Inbox:
         self.rank, self.size, self.nbytes = dist.get_rank(group), dist.get_world_size(group), nbytes
         own = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
         self._handle = symmetric.rendezvous(own, group)
-        self._rooms = [
+        self._buffers = [
             own if rank == self.rank else self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.size)
         ]
         self.others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
@@ -140,7 +140,7 @@ class Inbox:
 
     def views(self, layout: BufferLayout) -> list[list[torch.Tensor]]:
         """Returns views of a layout's tensors in the buffer of each rank."""
-        return [layout.views(room) for room in self._rooms]
+        return [layout.views(buffer) for buffer in self._buffers]
 
     def announce(self, kind: int, number: int) -> None:
         """Signals all others that earlier writes on this stream have arrived."""

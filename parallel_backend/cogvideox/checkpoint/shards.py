@@ -168,7 +168,7 @@ def put(module: nn.Module, name: str, piece: torch.Tensor) -> None:
     if not weight.is_meta:
         local(weight).copy_(piece)
         return
-    if is_spread(weight):
+    if is_sharded(weight):
         from torch.distributed.tensor import DTensor
 
         layout = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
@@ -176,11 +176,11 @@ def put(module: nn.Module, name: str, piece: torch.Tensor) -> None:
     setattr(module, name, nn.Parameter(piece, requires_grad=False))
 
 
-def is_spread(weight: torch.Tensor) -> bool:
+def is_sharded(weight: torch.Tensor) -> bool:
     """Returns whether FSDP shards this weight. It is then a ``DTensor``, a class that older versions of torch lack."""
     return hasattr(weight, "to_local")
 
 
 def local(weight: torch.Tensor) -> torch.Tensor:
     """Returns the part of a weight that is on this rank."""
-    return weight.to_local() if is_spread(weight) else weight
+    return weight.to_local() if is_sharded(weight) else weight

@@ -48,13 +48,14 @@ def find_place(
     def needs(device: torch.device) -> int:
         return checkpoint.weight_bytes("text_encoder", checkpoint.dtype(dtype, device)) + WORKING_BYTES
 
-    room = {device: int(offload.free_bytes(device) * HEADROOM) for device in devices if device.type != "cpu"}
-    if room:
-        device = max(room, key=room.get)
+    available = {device: int(offload.free_bytes(device) * HEADROOM) for device in devices if device.type != "cpu"}
+    if available:
+        device = max(available, key=available.get)
         need, found = needs(device), checkpoint.dtype(dtype, device)
-        if need <= room[device]:
-            return EncoderPlace(device, found, alongside=beside is not None and need + beside <= room[device])
-        note = f"the text is encoded on the CPU: it needs {need / 2**30:.1f} GiB and {device} has {room[device] / 2**30:.1f} GiB available"
+        if need <= available[device]:
+            return EncoderPlace(device, found, alongside=beside is not None and need + beside <= available[device])
+        gib, free = f"{need / 2**30:.1f} GiB", f"{available[device] / 2**30:.1f} GiB available"
+        note = f"the text is encoded on the CPU: it needs {gib} and {device} has {free}"
         return EncoderPlace(CPU, on_cpu(checkpoint, dtype, device), alongside=beside is not None, note=note)
     left = usable_memory() * HEADROOM - needs(CPU)
     return EncoderPlace(CPU, on_cpu(checkpoint, dtype, CPU), alongside=beside is not None and beside * len(devices) <= left)

@@ -95,34 +95,36 @@ class Layers:
         size = (states.shape[0], *sizes)
         return torch.empty(size, dtype=states.dtype, device=states.device, memory_format=self.memory_format)
 
-    def room(self, states: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded_input(self, states: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Allocates a convolution's input, with ``depth`` frames in front and border rows.
 
         Also returns the view without them.
         """
         _, channels, frames, rows, columns = states.shape
-        room = self.empty(states, channels, frames + depth, rows + 2 * self.rows.border, columns)
-        return room, room[:, :, depth:].narrow(3, self.rows.border, rows)
+        padded = self.empty(states, channels, frames + depth, rows + 2 * self.rows.border, columns)
+        return padded, padded[:, :, depth:].narrow(3, self.rows.border, rows)
 
-    def through(self, layer, room: torch.Tensor, kept: torch.Tensor | None, bias: torch.Tensor | None = None):
-        """Runs a causal convolution on an input from :meth:`room`. Returns its output and the last frames, for the next call.
+    def convolve_causal(self, layer, padded: torch.Tensor, kept: torch.Tensor | None, bias: torch.Tensor | None = None):
+        """Runs a causal convolution on an input from :meth:`padded_input`.
 
         Args:
             layer: a ``CogVideoXCausalConv3d``.
-            room: input ``[batch, channels, frames, height, width]``.
+            padded: input ``[batch, channels, frames, height, width]``.
             kept: last frames of the previous call; None repeats the first frame.
             bias: added by the convolution; None leaves it to the next operation.
+        Returns:
+            The output, and the last frames for the next call.
         """
         depth = layer.time_kernel_size - 1
-        self.rows.fill(room[:, :, depth:], above=self.rows.border, below=self.rows.border)
-        room[:, :, :depth] = room[:, :, depth : depth + 1] if kept is None else kept
-        return convolve(layer.conv, room, self.rows.border, bias), room[:, :, -depth:].clone()
+        self.rows.fill(padded[:, :, depth:], above=self.rows.border, below=self.rows.border)
+        padded[:, :, :depth] = padded[:, :, depth : depth + 1] if kept is None else kept
+        return convolve(layer.conv, padded, self.rows.border, bias), padded[:, :, -depth:].clone()
 
     def causal(self, layer, inputs: torch.Tensor, conv_cache: torch.Tensor | None = None):
         """The forward of a ``CogVideoXCausalConv3d`` with a temporal kernel size of three."""
-        room, inside = self.room(inputs, layer.time_kernel_size - 1)
+        padded, inside = self.padded_input(inputs, layer.time_kernel_size - 1)
         inside.copy_(inputs)
-        return self.through(layer, room, conv_cache, layer.conv.bias)
+        return self.convolve_causal(layer, padded, conv_cache, layer.conv.bias)
 
     def norm(self, norm, states, zq=None, *, bias=None, out=None) -> torch.Tensor:
         """Normalises, applies the condition on the latent ``zq``, if any, and SiLU."""
@@ -147,11 +149,11 @@ class Layers:
         conv_cache, new_cache, states, bias = conv_cache or {}, {}, inputs, None
         for norm, name in ((block.norm1, "conv1"), (block.norm2, "conv2")):
             layer = getattr(block, name)
-            room, inside = self.room(states, layer.time_kernel_size - 1)
+            padded, inside = self.padded_input(states, layer.time_kernel_size - 1)
             self.norm(norm, states, zq, bias=bias, out=inside)
-            states, new_cache[name] = self.through(layer, room, conv_cache.get(name))
+            states, new_cache[name] = self.convolve_causal(layer, padded, conv_cache.get(name))
             bias = layer.conv.bias
-            del room, inside  # frees memory before the next allocation
+            del padded, inside  # frees memory before the next allocation
         if block.in_channels != block.out_channels:
             inputs = block.conv_shortcut(inputs)
         return self.kernels.add(states, bias, inputs), new_cache
@@ -166,10 +168,10 @@ class Layers:
         """The forward of a ``CogVideoXUpsample3D``."""
         _, channels, frames, rows, columns = inputs.shape
         border = self.rows.border
-        room = self.empty(inputs, channels, frames, 2 * rows + 2 * border, 2 * columns)
-        self.kernels.enlarge(inputs, room.narrow(3, border, 2 * rows))
-        self.rows.fill(room, above=border, below=border)
-        states = self.frame_by_frame(layer.conv, room, (1 - border, 1))
+        padded = self.empty(inputs, channels, frames, 2 * rows + 2 * border, 2 * columns)
+        self.kernels.enlarge(inputs, padded.narrow(3, border, 2 * rows))
+        self.rows.fill(padded, above=border, below=border)
+        states = self.frame_by_frame(layer.conv, padded, (1 - border, 1))
         if not layer.compress_time or frames == 1:
             return states
         doubled = self.empty(states, states.shape[1], 2 * frames - frames % 2, *states.shape[3:])
@@ -181,16 +183,16 @@ class Layers:
         _, channels, frames, rows, columns = states.shape
         first = frames % 2
         halved = layer.compress_time and frames > 1
-        room = self.empty(states, channels, (frames + first) // 2 if halved else frames, rows + 1, columns + 1)
-        inside = room[..., :-1, :-1]
+        padded = self.empty(states, channels, (frames + first) // 2 if halved else frames, rows + 1, columns + 1)
+        inside = padded[..., :-1, :-1]
         if halved:
             inside[:, :, :first] = states[:, :, :first]
             inside[:, :, first:] = states[:, :, first:].unflatten(2, (-1, 2)).mean(3)
         else:
             inside.copy_(states)
-        room[..., -1] = 0
-        self.rows.fill(room, above=0, below=1)
-        return self.frame_by_frame(layer.conv, room, (0, 0))
+        padded[..., -1] = 0
+        self.rows.fill(padded, above=0, below=1)
+        return self.frame_by_frame(layer.conv, padded, (0, 0))
 
 
 def triton_kernels():
