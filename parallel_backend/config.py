@@ -23,7 +23,7 @@ class Config:
     memory_gib: float | None = field(default=None, metadata={"wanted": "GiB of each GPU, such as 24"})
     """GiB of each GPU that a group's tensors may use; without it all that is free."""
     idle_minutes: float = 30.0
-    """After this long without a job a group frees its weights; 0 keeps them."""
+    """After this long without a job a group ends, or frees its weights if ``serve`` keeps it; 0 turns this off."""
     keep_seconds: float = 1.0
     """Interval at which a group sends a sampling job's state to its caller, who resumes from it when the group is lost."""
     preview_seconds: float = 1.0

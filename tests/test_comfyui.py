@@ -496,7 +496,7 @@ def test_unload_models_makes_the_group_let_go(server, prompt_of):
     def is_free() -> bool:
         # Asked each time: ComfyUI 0.33 hears of it up to 1000 s later where its worker, done with a prompt, just collects garbage.
         server.free()
-        return wait_until(lambda: group_status()["held"] == [], 5)
+        return wait_until(lambda: not running(), 5)
 
     assert wait_until(is_free)
     server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=22"))

@@ -83,13 +83,14 @@ def test_status_says_what_the_group_is_and_does(group, make_job):
     assert status["jobs"] >= 1 and status["uptime"] > 0 and status["queue"] == 0
 
 
-def test_free_lets_go_of_the_weights_and_the_next_job_loads_again(group, make_job):
+def test_free_ends_the_processes_and_the_next_job_starts_them_again(group, make_job):
     before = group.sample(make_job("5b")).tensor
-    loads = group.status()["loads"]
+    ranks = rank_processes(group.address)
     group.free()
-    assert group.status()["held"] == []
-    assert torch.equal(group.sample(make_job("5b")).tensor, before)
-    assert group.status()["loads"] == loads + 1
+    assert group.status()["state"] == "absent" and not any(map(is_alive, ranks.values()))
+    result = group.sample(make_job("5b"))
+    assert torch.equal(result.tensor, before) and result.report.notes == ()
+    assert group.status()["loads"] == 1
 
 
 def test_steps_are_reported_as_they_are_done(group, make_job):

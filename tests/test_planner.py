@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from datetime import date
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -337,7 +338,9 @@ def gpus(measure, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: max(len(names), 2))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[getattr(device, "index", device) % len(names)])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
+        monkeypatch.setattr(hardware, "free_bytes", lambda device: free)
+        properties = SimpleNamespace(total_memory=80 * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * GIB)
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda first, other: reached)
 

@@ -31,10 +31,9 @@ from .conftest import TOLERANCE, is_alive, rank_processes, wait_until, workers
 
 @pytest.fixture(scope="module", autouse=True)
 def impatient():
-    """Groups that keep every step and are idle soon."""
+    """Groups that keep every step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDIT_KEEP_SECONDS", "1e-9")
-        patch.setenv("XDIT_IDLE_MINUTES", "0.02")
         yield
 
 
@@ -107,10 +106,16 @@ def test_a_group_burns_nothing_while_it_waits(group, make_job):
     assert any(burnt(4) < 0.8 for _ in range(3))  # of 4 s times the cores
 
 
-def test_an_idle_group_hands_its_memory_back(group, make_job):
+def test_an_idle_group_ends_and_the_next_job_starts_it_again(start_group, make_job, monkeypatch, caplog):
+    monkeypatch.setenv("XDIT_IDLE_MINUTES", "0.02")
+    group = start_group("cfg2")
     first = group.sample(make_job("5b", steps=2)).tensor
-    assert wait_until(lambda: group.status()["held"] == [], 20)
-    assert torch.equal(group.sample(make_job("5b", steps=2)).tensor, first)
+    ranks = rank_processes(group.address)
+    assert wait_until(lambda: not any(map(is_alive, ranks.values())))
+    assert group.status()["state"] == "absent"
+    result = group.sample(make_job("5b", steps=2))
+    assert torch.equal(result.tensor, first) and result.report.notes == ()
+    assert "was lost" not in caplog.text
 
 
 @pytest.mark.slow

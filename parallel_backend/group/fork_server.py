@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import traceback
+from importlib.util import find_spec
 from typing import NoReturn
 
 from ..system.processes import end_with, set_name
@@ -31,19 +32,25 @@ MODULES = (
     "parallel_backend.group.worker",
     "parallel_backend.group.job_loop",
     "parallel_backend.parallel.group_rank",
-    "diffusers.pipelines.pipeline_utils",
     "diffusers.models.transformers.cogvideox_transformer_3d",
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox",
     "diffusers.schedulers.scheduling_ddim_cogvideox",
     "diffusers.schedulers.scheduling_dpm_cogvideox",
+    "diffusers.pipelines.cogvideo.pipeline_cogvideox",
 )
 """What a rank imports before its first step, xfuser aside: parts of xfuser touch CUDA while they are imported."""
+KERNELS = (
+    "parallel_backend.cogvideox.kernels.block_triton",
+    "parallel_backend.cogvideox.kernels.vae_triton",
+    "parallel_backend.cogvideox.kernels.attention_hopper",
+)
+"""The same, if Triton is installed."""
 
 
 def preload() -> None:
     """Imports the modules. An error is only logged: the rank that needs the module meets it again and reports it."""
     os.environ.update(WITHOUT_CUDA)
-    for name in MODULES:
+    for name in (*MODULES, *(KERNELS if find_spec("triton") else ())):
         try:
             importlib.import_module(name)
         except Exception:

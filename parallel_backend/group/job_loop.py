@@ -87,6 +87,7 @@ class JobLoop:
         self.last_error: str | None = None
         self.heart = heart
         self.server = Server(address, self.status) if context.rank == 0 else None
+        self.is_shared = bool(address.describe()["shared"]) if context.rank == 0 else False
 
     @property
     def host(self) -> str | None:
@@ -129,12 +130,18 @@ class JobLoop:
             self.state = "ready"
 
     def next_request(self) -> Request:
-        """Returns rank 0's next request that is not cancelled, or a request to free the weights after the idle time."""
+        """Returns rank 0's next request that is not cancelled.
+
+        After the idle time it is a request to end the group, or if other processes use the group, to free the weights.
+        """
         while True:
-            request = self.server.next(60 * CONFIG.idle_minutes or None if self.engine.status()["held"] else None)
+            can_wait = self.is_shared and not self.engine.status()["held"]
+            request = self.server.next(None if can_wait else 60 * CONFIG.idle_minutes or None)
             if request is None:
-                logger.info("idle for %g minutes; freeing the weights", CONFIG.idle_minutes)
-                return Request(encode(Message("free")), None)
+                logger.info(
+                    "idle for %g minutes; %s", CONFIG.idle_minutes, "freeing the weights" if self.is_shared else "ending"
+                )
+                return Request(encode(Message("free" if self.is_shared else "stop")), None)
             if request.begin():
                 return request
 

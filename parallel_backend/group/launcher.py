@@ -128,6 +128,10 @@ class Launcher:
         """Whether the processes are running."""
         return self.process is not None and self.process.poll() is None
 
+    def has_ended_idle(self) -> bool:
+        """Whether the group has ended because it had no job for ``idle_minutes``."""
+        return self.process is not None and self.process.poll() == 0
+
     def is_mute(self) -> bool:
         """Whether the interpreter runs but has not reported within ``hello_seconds``, so it cannot run the pack."""
         return self.is_running() and self.process.server.is_mute()
@@ -174,6 +178,8 @@ class Launcher:
                 return cause
         if self.muster and (status == 0 or self.muster.has_trouble):
             return None
+        if status == 0:
+            return ExitCause("it was idle and has ended", by_itself=False)
         return replace(how_it_ended("the supervisor" if "status" in reports else "the fork server", status), details=details)
 
     def details(self) -> str:

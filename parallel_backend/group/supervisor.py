@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,6 +125,7 @@ class Supervisor:
         self.ranks: dict[int, int] = {}
         """Local rank of each running process, by its process ID."""
         self.hang: Hang | None = None
+        self.is_leaving = False
 
     def run(self) -> int:
         """Forks the ranks and waits until they end. Returns the exit status."""
@@ -140,7 +142,8 @@ class Supervisor:
         for watch in (self.watch_owner, self.watch_ranks):
             threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
         ends = self._wait()
-        if not ends:
+        if not ends or self.is_leaving:
+            self.address.remove()
             return 0
         self.report(exit=asdict(self.exit_cause(ends)))
         return 1
@@ -232,8 +235,10 @@ class Supervisor:
         while self.owner.is_alive():
             if select.select([self.connection], [], [], 1.0)[0]:
                 break
-        self.address.remove()
-        os._exit(0)
+        self.is_leaving = True
+        for pid in list(self.ranks):  # :meth:`run` waits for them: they hold the GPUs' memory until they have ended
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def watch_ranks(self) -> None:
         """Kills ranks that hang; :meth:`run` then ends the others."""

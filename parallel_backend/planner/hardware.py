@@ -15,6 +15,7 @@ from ..cogvideox.transformer.attention import attention_of
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import RequestError, first_line
+from ..system.gpu_memory import free_bytes
 from . import hardware_cache
 from .machine import CPU, SLOW_LINK, Link, Machine
 
@@ -178,7 +179,7 @@ def survey(devices: Devices) -> list[str]:
     for index, device in zip(devices.indices, devices.torch_devices):
         if device.type != "cuda":
             continue
-        free, whole = torch.cuda.mem_get_info(device)
+        free, whole = free_bytes(device), torch.cuda.get_device_properties(device).total_memory
         major, minor = torch.cuda.get_device_capability(device)
         name = torch.cuda.get_device_name(device)
         lines.append(f"GPU {index}: {name}, {free / GIB:.1f} of {whole / GIB:.1f} GiB free, compute capability {major}.{minor}")
@@ -187,7 +188,7 @@ def survey(devices: Devices) -> list[str]:
 
 def usable_bytes(device: torch.device) -> int:
     """Returns the bytes of a GPU that a job can use. They include what this process has reserved, as it releases that before a job."""
-    return allowed(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    return allowed(free_bytes(device) + torch.cuda.memory_reserved(device))
 
 
 def memory_limit() -> int | None:
@@ -213,7 +214,7 @@ def allowed(nbytes: int) -> int:
 
 def emptied(machine: Machine, devices: Devices) -> Machine:
     """Returns the machine as it is when all memory of its devices is free."""
-    sizes = [allowed(torch.cuda.mem_get_info(device)[1]) for device in devices.torch_devices]
+    sizes = [allowed(torch.cuda.get_device_properties(device).total_memory) for device in devices.torch_devices]
     together = tuple(replace(some, free=min(sizes[:count])) for count, some in enumerate(machine.together, 1))
     return replace(machine, free=min(sizes), together=together)
 
