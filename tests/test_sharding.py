@@ -155,4 +155,4 @@ def test_splitting_frees_room_and_gathering_takes_some_back(jobs):
     settings = {"weights": 2**30, "others": 0, "layers": 42, "free": 2**30, "in_parts": False}
     assert offload.choose_offload("auto", working=2**20, **{**settings, "free": 2**31}) == ("none", None)
     mode, note = offload.choose_offload("auto", working=2**20, **settings)
-    assert mode == "model" and "more fsdp helps" in note
+    assert mode == "model" and "use more fsdp" in note
