@@ -114,7 +114,7 @@ def survive(moment: str, victim: str, how: int, group: GroupExecutor, checkpoint
             wait_for(lambda: not group._launcher.is_running(), 30)
     if moment == "loading":
         group.free()
-        attack.strike_when("loading")
+        attack.strike_when("reading weights")
     if moment == "decoding":
         attack.strike_when("decode")
         result, wanted = group.decode(decode), expected["frames"]

@@ -224,7 +224,7 @@ def test_the_lines_of_one_execution_stay_in_the_node_warnings_first(in_comfyui):
 at("first", "5")
 host.say("plan"), host.say("cut off", level=WARNING), host.say("plan"), host.say("done", "5"), host.say("other", "6")
 at("second", "5")
-host.say("again")
+host.say("again"), host.lines.show_for_now("reading weights: 43%", "5"), host.say("read")
 context.clear()
 host.say("no prompt, no node", level=WARNING), host.say("alone", "5"), host.say("alone, too", "5")
 show(shown=shown)
@@ -237,6 +237,8 @@ show(shown=shown)
         ["5", "cut off\nplan\ndone"],
         ["6", "other"],
         ["5", "again"],
+        ["5", "again\nreading weights: 43%"],
+        ["5", "again\nread"],
         ["5", "alone"],
         ["5", "alone, too"],
     ]

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.group import job_loop
 from parallel_backend.group.codec import split_fields
-from parallel_backend.group.heartbeat import Board, Heartbeat
+from parallel_backend.group.heartbeat import Board, Heartbeat, HeartbeatWriter
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.supervisor import HangDetector
 from parallel_backend.jobs import DecodeJob, Progress
@@ -178,6 +179,38 @@ def test_a_heartbeat_is_read_whole_while_another_process_writes_it():
     assert seen > 10
 
 
+def test_what_goes_on_within_a_heartbeat_is_reported_without_another_count():
+    board = Board.create(1)
+    writer = HeartbeatWriter(board, 0)
+    writer.beat("loading", 8.0)
+    writer.say("reading weights: 43%")
+    assert board.heartbeat(0) == Heartbeat(1, "reading weights: 43%", 8.0)
+    with closing(Board.open(board.path, 1)) as opened:
+        assert opened.heartbeat(0) == board.heartbeat(0)
+
+
+def test_a_user_who_waits_for_the_first_step_sees_what_goes_on(start_group, make_job, local):
+    def stages(executor) -> set[str]:
+        """Runs a job. Returns every stage that it had before its first step."""
+        seen, done = set(), threading.Event()
+
+        def poll() -> None:
+            while not done.is_set():
+                seen.add(executor.stage())
+
+        thread = threading.Thread(target=poll)
+        thread.start()
+        executor.sample(make_job("2b", steps=1), on_step=lambda step, steps: done.set())
+        thread.join()
+        return seen - {None, ""}
+
+    local.free()
+    for executor in (local, start_group("cfg2")):
+        seen = stages(executor)
+        assert "first step" in seen and any(stage.startswith("reading weights: ") for stage in seen), seen
+    assert {"starting 2 processes", "joining the group"} <= seen
+
+
 def test_a_python_without_memfd_create_has_heartbeats_too(monkeypatch):
     monkeypatch.delattr("os.memfd_create")
     board = Board.create(2)
@@ -220,7 +253,7 @@ def test_a_step_may_take_five_times_as_long_as_those_before_it(seconds, allowed,
     monkeypatch.setattr(job_loop, "time", SimpleNamespace(monotonic=lambda: engine.now))
     rank = job_loop.JobLoop.__new__(job_loop.JobLoop)
     rank.engine, rank.context = engine, SimpleNamespace(device=torch.device("cpu"))
-    rank.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))
+    rank.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit), say=lambda doing: None)
     job = make_job("5b", steps=len(seconds))
     rank.run(Message("sample", *split_fields(job)), None)
     assert given[1:] == pytest.approx(allowed)
@@ -240,7 +273,7 @@ def test_a_rank_that_waits_for_another_s_work_is_not_taken_for_hung(kind, rank, 
     one = job_loop.JobLoop.__new__(job_loop.JobLoop)
     one.engine, one.jobs = ended, 0
     one.context = SimpleNamespace(rank=rank, collect=lambda value: [value])
-    one.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit))
+    one.heart = SimpleNamespace(beat=lambda doing, limit: given.append(limit), say=lambda doing: None)
     one.run = lambda *_: None
     one.do_job(Message(kind), None)
     assert given == [limit]

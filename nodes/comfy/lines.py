@@ -20,6 +20,11 @@ class Lines:
             self._prompt_id, self._lines = prompt_id, {}
         levels = self._lines.setdefault(node_id, {})
         levels[line] = max(level, levels.get(line, level))
+        return self.of(node_id)
+
+    def of(self, node_id: str) -> str:
+        """Returns all lines of a node, warnings first."""
+        levels = self._lines.get(node_id, {})
         return "\n".join(sorted(levels, key=levels.get, reverse=True))
 
 
@@ -47,9 +52,17 @@ def show(line: str, level: int = logging.INFO, node_id: str | None = None) -> No
     """Adds a line to those that a node shows, by default the node that is executing."""
     prompt_id, current = executing()
     node_id = node_id or current
-    if node_id is None:
-        return
-    text = _lines.add(line, level, node_id, prompt_id)
+    if node_id is not None:
+        _send(_lines.add(line, level, node_id, prompt_id), node_id)
+
+
+def show_for_now(line: str, node_id: str | None) -> None:
+    """Shows a line below those of a node until the next line is shown."""
+    if node_id is not None:
+        _send("\n".join(filter(None, [_lines.of(node_id), line])), node_id)
+
+
+def _send(text: str, node_id: str) -> None:
     try:
         from server import PromptServer
 

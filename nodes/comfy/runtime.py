@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 SLACK = 0.02
 """Of weights: ComfyUI makes room for a tenth more of them, a job leaves a tenth of what is free, which is a little more than that."""
+STAGE_SECONDS = 0.5
+"""Interval at which a node shows what is done before its first step."""
 
 _groups = ExecutorCache()
 _held: dict[Executor, HeldWeights] = {}
@@ -178,6 +181,7 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
     bar = comfy.utils.ProgressBar(checked.job.steps, node_id) if isinstance(checked.job, SampleJob) else None
 
     def on_step(step: int, steps: int) -> None:
+        watch.stop()
         if not management.processing_interrupted():
             bar.update_absolute(step, steps)
 
@@ -186,7 +190,7 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
             bar.update_absolute(bar.current, bar.total, ("JPEG", Image.fromarray(picture.numpy()), settings.preview_size))
 
     held = make_room_for(executor, checked)
-    with interruptible():
+    with interruptible(), StageWatch(executor, node_id or lines.executing()[1]) as watch:
         try:
             result = executor.run_checked(checked, on_step, management.processing_interrupted, on_picture)
         except Exception:
@@ -196,6 +200,41 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
     for note in result.report.notes:
         say(note, node_id, level=logging.WARNING)
     return result
+
+
+class StageWatch:
+    """Shows in a node what its executor does before the first step, such as reading weights. A context manager.
+
+    Args:
+        executor: runs the job.
+        node_id: the node; None shows nothing.
+    """
+
+    def __init__(self, executor: Executor, node_id: str | None):
+        self._executor = executor
+        self._node_id = node_id
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stage", daemon=True)
+
+    def __enter__(self) -> "StageWatch":
+        if self._node_id is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stops showing stages. More calls do nothing."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        shown = None
+        while not self._stopped.wait(STAGE_SECONDS):
+            stage = self._executor.stage()
+            if stage and stage != shown and not self._stopped.is_set():
+                shown = stage
+                lines.show_for_now(stage, self._node_id)
 
 
 def make_room_for(executor: Executor, checked: CheckedJob) -> HeldWeights:

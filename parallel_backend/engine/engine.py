@@ -1,6 +1,7 @@
 """Runs jobs on one rank: the same code in the caller's process and in every worker of a group."""
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -59,8 +60,12 @@ class Engine:
         self.together = False
         """Whether the ranks exchange data in this job: if one fails alone, the others hang in a collective."""
         self.model: Model | None = None
-        self.cache = ModelCache(context, self._note)
+        self.cache = ModelCache(context, self._note, self._set_stage)
         self.vae_jobs = VaeJobs(context, self.cache, self._note)
+        self.stage = ""
+        """What it does before the first step, for the user who waits. Any thread may read it."""
+        self.on_stage: Callable[[str], None] | None = None
+        """Called with each new stage, in the thread that runs the job."""
         self._notes: list[str] = []
         self._status: dict[str, Any] = {}
         self._describe()
@@ -85,7 +90,7 @@ class Engine:
         """
         checkpoint = Checkpoint.open(job.model.path)
         dtype = checkpoint.dtype(job.model.dtype, self.device)
-        self.model, self._notes = job.model, []
+        self.model, self._notes, self.stage = job.model, [], ""
         self.together = isinstance(job, SampleJob | WindowJob)
         offload.reset_peak(self.device)
         run = {
@@ -108,6 +113,12 @@ class Engine:
             notes=tuple(self._notes),
         )
         return replace(result, report=report)
+
+    def _set_stage(self, stage: str) -> None:
+        if stage != self.stage:
+            self.stage = stage
+            if self.on_stage:
+                self.on_stage(stage)
 
     def free(self) -> None:
         """Frees all weights."""
@@ -145,6 +156,7 @@ class Engine:
     def _sample(self, job: SampleJob, checkpoint: Checkpoint, dtype, on_step, on_window, on_picture) -> Result:
         started = time.perf_counter()
         transformer = self.cache.transformer(job, checkpoint, dtype, on_window)
+        self._set_stage("first step")
         previews = self._previews(job, checkpoint, dtype, on_picture, on_window)
         self.context.synchronize()
         loaded = time.perf_counter()

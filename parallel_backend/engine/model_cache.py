@@ -42,12 +42,14 @@ class ModelCache:
     Args:
         context: the rank, its device and its share of each forward.
         note: receives a line for each fallback.
+        stage: receives what is being done, for the user who waits.
     """
 
-    def __init__(self, context: RankContext, note: Note):
+    def __init__(self, context: RankContext, note: Note, stage: Callable[[str], None]):
         self.context = context
         self.device = context.device
         self.note = note
+        self.stage = stage
         self.loads = 0
         """How often weights were read from disk."""
         self.held: dict[str, tuple[Any, torch.nn.Module]] = {}
@@ -147,7 +149,8 @@ class ModelCache:
                     partial(attention.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
                 )
 
-        def look() -> None:
+        def look(share: float) -> None:
+            self.stage(f"reading weights: {share:.0%}")
             check(lambda: self.context.heard(on_window()), "weights were read")
 
         home = torch.device("cpu") if in_parts else self.device

@@ -163,6 +163,10 @@ class Executor(ABC):
         """Whether it can run another job; False once the group that it was attached to has ended."""
         return True
 
+    def stage(self) -> str | None:
+        """Returns what goes on before the first step of a job, for the user who waits; None if it is unknown. Any thread may call it."""
+        return None
+
     @property
     @abstractmethod
     def torch_devices(self) -> tuple[torch.device, ...]:

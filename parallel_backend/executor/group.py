@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..group import failures
 from ..group.codec import split_fields
 from ..group.connection import Broken
 from ..group.exit_cause import ExitCause
+from ..group.heartbeat import Board
 from ..group.launcher import Launcher
 from ..group.muster import Muster
 from ..group.preflight import check_possible
@@ -107,6 +109,20 @@ class GroupExecutor(Executor):
             return {**known, **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain}
         except GroupLost:
             return {"state": ABSENT, **known}
+
+    def stage(self) -> str | None:
+        """See :meth:`Executor.stage`. It is rank 0's last heartbeat."""
+        description = self._description()
+        if not description:
+            return None
+        if "board" not in description:
+            return f"starting {description['processes']} processes"
+        try:
+            with closing(Board.open(description["board"], description["processes"])) as board:
+                heartbeat = board.heartbeat(0)
+        except OSError:  # it has just ended
+            return None
+        return heartbeat and heartbeat.doing
 
     def _about_hosts(self) -> dict[str, Any]:
         """Returns the hosts of the group if there are several."""

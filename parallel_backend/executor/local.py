@@ -38,6 +38,9 @@ class LocalExecutor(Executor):
         state = "busy" if self._lock.locked() else "ready"
         return {"state": state, "plan": str(self.plan), "devices": str(self.engine.device), **self.engine.status()}
 
+    def stage(self) -> str | None:
+        return self.engine.stage
+
     def free(self) -> None:
         with self._lock:
             self.engine.free()

@@ -212,6 +212,10 @@ class ReplicasExecutor(Executor):
             absent = {"state": "absent", "plan": str(replica.plan), "devices": replica.devices}
             return {**absent, "last_error": error.summary}
 
+    def stage(self) -> str | None:
+        """See :meth:`Executor.stage`. It is the first replica's."""
+        return self.replicas[0].stage()
+
     def free(self) -> None:
         """See :meth:`Executor.free`. If a replica fails, the others are still freed."""
         errors: list[Exception] = []

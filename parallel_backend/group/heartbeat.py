@@ -53,7 +53,15 @@ class Board:
     @classmethod
     def open(cls, path: str, count: int) -> "Board":
         """Opens the memory of another process by its :attr:`path`."""
-        return cls(os.open(path, os.O_RDWR), count)
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            return cls(descriptor, count)
+        finally:
+            os.close(descriptor)  # the mapping has its own
+
+    def close(self) -> None:
+        """Unmaps the memory."""
+        self._memory.close()
 
     def beat(self, place: int, heartbeat: Heartbeat) -> None:
         """Writes the heartbeat of a rank; ``place`` is its local rank."""
@@ -120,11 +128,17 @@ class HeartbeatWriter:
         self._board = board
         self._place = place
         self._count = 0
+        self._seconds: float | None = None
 
     def beat(self, doing: str, seconds: float | None) -> None:
         """Reports what comes next, and its timeout in seconds."""
         self._count += 1
-        self._board.beat(self._place, Heartbeat(self._count, doing, seconds))
+        self._seconds = seconds
+        self.say(doing)
+
+    def say(self, doing: str) -> None:
+        """Reports what goes on within the last heartbeat's work. Its timeout starts anew; the count stays, as on the other ranks."""
+        self._board.beat(self._place, Heartbeat(self._count, doing, self._seconds))
 
     def leave(self, words: dict[str, Any]) -> None:
         """Writes the failure report: ``error``, ``message``, ``traceback``, ``host`` and ``waited``."""

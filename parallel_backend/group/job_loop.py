@@ -86,6 +86,7 @@ class JobLoop:
         self.memory: list[int] = []
         self.last_error: str | None = None
         self.heart = heart
+        self.engine.on_stage = heart.say
         self.server = Server(address, self.status) if context.rank == 0 else None
         self.is_shared = bool(address.describe()["shared"]) if context.rank == 0 else False
 

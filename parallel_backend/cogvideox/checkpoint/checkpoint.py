@@ -157,7 +157,7 @@ class Checkpoint(CheckpointFacts):
         home: torch.device | str | None = None,
         shard: shards.Shard = shards.WHOLE,
         prepare: Callable[[torch.nn.Module], None] = lambda skeleton: None,
-        look: Callable[[], None] = lambda: None,
+        look: Callable[[float], None] = lambda share: None,
     ):
         """Loads the transformer, in evaluation mode.
 
@@ -167,7 +167,7 @@ class Checkpoint(CheckpointFacts):
             home: where weights are stored; ``device`` by default.
             shard: the part of the weights that this rank reads and keeps.
             prepare: modifies the model before its weights are read.
-            look: called before each weight; may raise to cancel.
+            look: called before each weight with the share of weights read so far; may raise to cancel.
         """
         model = shards.skeleton(self.transformer, dtype)
         wanted = shards.find(model, self.stored)

@@ -123,7 +123,7 @@ def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
 
 @torch.no_grad()
 def fill(
-    model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch.dtype, device, home, look: Callable[[], None]
+    model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch.dtype, device, home, look: Callable[[float], None]
 ) -> None:
     """Reads the weights that a skeleton has on this rank.
 
@@ -134,10 +134,13 @@ def fill(
         dtype: compute dtype.
         device: where weights are converted.
         home: where weights are stored.
-        look: called before each weight; may raise to cancel.
+        look: called before each weight with the share of bytes read so far; may raise to cancel.
     """
-    for name, piece in shard.read({name: wanted[name] for name in held(model) & wanted.keys()}):
-        look()
+    mine = {name: wanted[name] for name in held(model) & wanted.keys()}
+    whole, done = sum(stored.size for stored in mine.values()), 0
+    for name, piece in shard.read(mine):
+        look(done / whole)
+        done += mine[name].size
         layer, _, kind = name.rpartition(".")
         module = model.get_submodule(layer)
         piece = piece.to(device=device, dtype=dtype)

@@ -77,6 +77,11 @@ class Stored:
     """In the file."""
     shape: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
 
 def stored(folder: Path) -> dict[str, Stored]:
     """Returns the location of each weight of a component, by name."""
