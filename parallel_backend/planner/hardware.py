@@ -168,7 +168,8 @@ def warnings(devices: Devices) -> list[str]:
     link, measured_on = link_of(devices, [replace(known(name), name=name) for name in names.values()])
     if measured_on and link.bandwidth < SLOW_LINK:
         found.append(
-            f"these GPUs exchange only {link.bandwidth / 1e9:.2g} GB/s (measured {measured_on}): the plan that sends the least is the fastest"
+            f"these GPUs exchange only {link.bandwidth / 1e9:.2g} GB/s (measured {measured_on}): "
+            "the plan that sends the least is the fastest"
         )
     return found
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 SLOW_LINK = 2e9
-"""Bandwidth between GPUs below which the user is warned, in bytes per second. In a step of CogVideoX-5b at its own size each rank sends 9 GB
-with ulysses2 and 2 MB with cfg2."""
+"""Bandwidth between GPUs below which the user is warned, in bytes per second. In a step of CogVideoX-5b at its own size each rank sends
+9 GB with ulysses2 and 2 MB with cfg2."""
 
 
 @dataclass(frozen=True)
