@@ -402,7 +402,7 @@ def test_a_group_whose_hosts_have_not_met_says_that_it_waits(served_elsewhere_to
 
 def open_on_two(jobs, monkeypatch) -> list:
     """What ranks on two hosts make of a job each: the job, or what they raise."""
-    monkeypatch.setattr(job_loop, "HOST", "a host")
+    monkeypatch.setenv(job_loop.HOST, "a host")
     gathered, barrier = [None, None], threading.Barrier(2)
 
     class RankContext:
