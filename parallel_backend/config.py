@@ -52,6 +52,8 @@ class Config:
     """A later step may take this many times the longest before it; the first, which includes loading, counts for the second."""
     stopped_seconds: float = 5.0
     """After this long a rank that was stopped with SIGSTOP is killed."""
+    settle_seconds: float = 1.0
+    """After this long a failed rank counts as the cause, unless another was found that was killed; the others are killed."""
     failure_seconds: float = 15.0
     """After this long a failed rank stops waiting for the others to fail too, and its exit ends the group."""
 

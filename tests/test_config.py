@@ -52,6 +52,12 @@ def test_the_table_of_variables_has_every_one_with_its_default():
     assert dict(rows) == defaults and len(rows) == len(defaults)
 
 
+@pytest.mark.parametrize("field", SETTINGS.values(), ids=SETTINGS)
+def test_every_setting_is_used(field):
+    files = (REPO / "parallel_backend").rglob("*.py")
+    assert any(re.search(rf"\bCONFIG\.{field.name}\b", file.read_text()) for file in files)
+
+
 def test_the_settings_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().idle_minutes = 1.0

@@ -29,8 +29,6 @@ from .registry import GroupAddress
 
 HOST = "XDIT_HOST"
 """Environment variable of the ranks: this host's name for messages; set if the group has several hosts."""
-SETTLE_SECONDS = 1.0
-"""After a rank has failed, another that was killed before it is looked for during this time."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ class Supervisor:
         ends: dict[int, int] = {}
         while self.ranks and not ends:
             self._collect(ends, *os.waitpid(-1, 0))
-        deadline = time.monotonic() + SETTLE_SECONDS
+        deadline = time.monotonic() + CONFIG.settle_seconds
         while self.ranks and time.monotonic() < deadline and not any(code in KILLED for code in ends.values()):
             if not self._collect(ends, *os.waitpid(-1, os.WNOHANG)):
                 time.sleep(CONFIG.poll_seconds)
@@ -264,7 +262,7 @@ class Supervisor:
         """Returns which rank failed first and how.
 
         Args:
-            ends: exit codes by rank, of those that failed within :data:`SETTLE_SECONDS`, in any order.
+            ends: exit codes by rank, of those that failed within ``settle_seconds``, in any order.
         """
         if self.hang:
             return self.hang.cause
