@@ -173,7 +173,8 @@ def test_hosts_that_meet_know_ranks_plan_and_the_way_between_them(met):
     assert leader.meeting.hosts == member.meeting.hosts
     assert [host.ranks for host in member.meeting.hosts] == ["rank 0", "rank 1"]
     assert (member.meeting.plan, member.meeting.interface) == ("cfg2", "lo")
-    assert leader.meeting.endpoint == member.meeting.endpoint != str(leader.place.rendezvous)
+    where = leader.place.rendezvous
+    assert leader.meeting.store == member.meeting.store != (where.host, where.port)
 
 
 def test_a_host_that_never_comes_is_named_on_one_that_waits(place, monkeypatch):
