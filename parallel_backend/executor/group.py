@@ -59,6 +59,8 @@ class GroupExecutor(Executor):
         """The process that owns the group, when this one does not."""
         self._answered: GroupAddress | None = None
         """The last group that has answered: when it stops answering it is lost."""
+        self._losses: list[str] = []
+        """Notes on groups that were lost while no job ran, for the next job's report."""
         self._lock = threading.Lock()
 
     @classmethod
@@ -75,7 +77,7 @@ class GroupExecutor(Executor):
             raise GroupError(f"the group at {address.folder} is gone; start it again with serve") from error
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
-        executor._owner, executor._answered = lost_group.Owner(description), None
+        executor._owner, executor._answered, executor._losses = lost_group.Owner(description), None, []
         return executor
 
     @property
@@ -93,6 +95,7 @@ class GroupExecutor(Executor):
                 if self._launcher.process is not None:
                     cause = self._launcher.exit_cause()
                     if self._answered == self.address and not self._launcher.has_ended_idle():  # else it never came up
+                        self._losses.append(f"the group was lost between jobs: {cause.cause}; it was started again")
                         logger.warning("the group of plan '%s' was lost: %s; starting it again", self.plan, cause.cause)
                     self._launcher.stop()
                 failures.check(str(self.plan), self.devices)
@@ -227,7 +230,8 @@ class GroupExecutor(Executor):
         report = {key: tuple(value) if isinstance(value, list) else value for key, value in answer.plain["report"].items()}
         if self._launcher and self._launcher.note:
             notes.append(self._launcher.note)
-        report["notes"] = (*notes, *report["notes"])
+        losses, self._losses = self._losses, []
+        report["notes"] = (*losses, *notes, *report["notes"])
         return Result(answer.tensors["tensor"], Report(**report))
 
     def _ask(
