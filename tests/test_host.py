@@ -123,12 +123,12 @@ result, alone = host.run(sample(latent=batch), backend), host.run(sample(latent=
 executor = host._groups.executor
 held = [one["held"] for one in executor.status()["replicas"]]
 host._held[executor].detach()
-freed = [one["held"] for one in executor.status()["replicas"]]
+freed = [one["state"] for one in executor.status()["replicas"]]
 asked = [host.working_bytes(sample(latent=batch), checkpoint, plan, torch.float32) for plan in (executor.plan, executor.plan.replica)]
 show(plan=result.report.plan, off=(result.tensor - alone.tensor).abs().max().item(), held=held, freed=freed, asked=asked)
 """)
     assert shown["plan"] == "replicas2" and shown["off"] <= TOLERANCE
-    assert shown["held"] == [["transformer"]] * 2 and shown["freed"] == [[], []]
+    assert shown["held"] == [["transformer"]] * 2 and shown["freed"] == ["absent"] * 2
     assert 2 * shown["asked"][0] == shown["asked"][1]  # each has one video at a time
 
 

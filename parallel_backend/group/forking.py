@@ -162,7 +162,7 @@ class ForkServerProcess:
     def is_mute(self) -> bool:
         """Whether the interpreter runs but has not reported within ``hello_seconds``, so it cannot run the pack."""
         if not self._said_hello:
-            with suppress(BlockingIOError):
+            with suppress(OSError):  # nothing yet, or it has ended
                 self._said_hello = bool(self._control.recv(1, socket.MSG_DONTWAIT))
         late = time.monotonic() - self._started > CONFIG.hello_seconds
         return not self._said_hello and late and self.process.poll() is None

@@ -12,23 +12,19 @@ import torch
 
 from ..plan import Plan
 
-PACKAGES = ("xfuser", "xfuser.model_executor", "xfuser.model_executor.layers")
-"""Packages of xfuser that import all of its pipelines and layers."""
+PACKAGES = ("xfuser.model_executor", "xfuser.model_executor.layers")
+"""Packages of xfuser that, like ``xfuser``, import all of its pipelines and layers."""
 
 
 def import_parts(device: torch.device) -> None:
     """Imports the parts of xfuser that ranks need.
 
-    Stand-ins take the place of :data:`PACKAGES`, whose own imports take 11 s on a machine with an H100. Parts of xfuser ask for the
+    Stand-ins take the place of packages whose own imports take 11 s on a machine with an H100. Parts of xfuser ask for the
     GPU and decide which groups to build while they are imported, so without a GPU ``xfuser.envs`` comes first and is changed.
     """
     if "xfuser" in sys.modules:
         return
-    for name in PACKAGES:
-        spec = find_spec(name)
-        package = types.ModuleType(name)
-        package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
-        sys.modules[name] = package
+    stand_in("xfuser")
     import xfuser.envs as envs
 
     if device.type == "cpu":
@@ -37,7 +33,19 @@ def import_parts(device: torch.device) -> None:
         envs.get_device = lambda local_rank: torch.device("cpu")
         envs.get_torch_distributed_backend = lambda: "gloo"
         envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
+    for name in PACKAGES:
+        stand_in(name)
     import xfuser.core.distributed  # noqa: F401 - before USP, which imports it in a circle
+
+
+def stand_in(name: str) -> None:
+    """Puts an empty package in the place of one of xfuser's. Its modules can be imported, and its own imports are left out."""
+    spec = find_spec(name)
+    if spec is None:
+        raise ImportError(f"xfuser has no {name}; install xfuser 0.7 again")
+    package = types.ModuleType(name)
+    package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
+    sys.modules[name] = package
 
 
 def usp(functions: dict[str, Callable]) -> Callable:
