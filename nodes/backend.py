@@ -74,5 +74,6 @@ class XDiTBackend(CogVideoXNode):
 
     @classmethod
     def execute(cls, devices: str, plan: str, pipefusion_warmup: int = SampleJob.pipefusion_warmup) -> io.NodeOutput:
-        """Passes the settings on. The sampler or the decoder starts the group."""
+        """Passes the settings on. The imports of a group begin; the sampler or the decoder starts it."""
+        runtime.warm_up(devices, plan)
         return io.NodeOutput(BackendHandle(devices, plan, pipefusion_warmup))

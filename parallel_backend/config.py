@@ -10,7 +10,7 @@ from typing import get_args
 logger = logging.getLogger(__name__)
 
 OLDER_NAMES = {"XDIT_MEMORY_GIB": "XDIT_MEMORY_GB"}
-MAY_BE_ZERO = ("idle_minutes",)
+MAY_BE_ZERO = ("idle_minutes", "preload")
 """Numbers where 0 turns something off; all others must be greater."""
 
 
@@ -26,6 +26,8 @@ class Config:
     """After this long without a job a group ends, or frees its weights if ``serve`` keeps it; 0 turns this off."""
     keep_seconds: float = 1.0
     """Interval at which a group sends a sampling job's state to its caller, who resumes from it when the group is lost."""
+    preload: float = 0.0
+    """1 starts the imports of a group when ComfyUI starts, and not when a workflow first needs them. They take main memory."""
     preview_seconds: float = 1.0
     """Shortest interval between two previews."""
 

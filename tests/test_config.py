@@ -34,9 +34,9 @@ def test_a_variable_is_parsed_or_named_in_one_line_and_its_default_used(variable
 
 
 @pytest.mark.parametrize("variable", [variable for variable in SETTINGS if variable != "XDIT_PYTHON"])
-def test_only_the_idle_time_may_be_zero(variable, caplog):
-    may_be = variable == "XDIT_IDLE_MINUTES"
-    assert Config.read({variable: "0"}) == (Config(idle_minutes=0.0) if may_be else Config())
+def test_only_what_can_be_turned_off_may_be_zero(variable, caplog):
+    may_be, field = variable in ("XDIT_IDLE_MINUTES", "XDIT_PRELOAD"), SETTINGS[variable]
+    assert getattr(Config.read({variable: "0"}), field.name) == (0.0 if may_be else field.default)
     assert (f"{variable} is '0'" in caplog.text) != may_be
 
 
@@ -54,7 +54,7 @@ def test_the_table_of_variables_has_every_one_with_its_default():
 
 @pytest.mark.parametrize("field", SETTINGS.values(), ids=SETTINGS)
 def test_every_setting_is_used(field):
-    files = (REPO / "parallel_backend").rglob("*.py")
+    files = [path for folder in ("parallel_backend", "nodes") for path in (REPO / folder).rglob("*.py")]
     assert any(re.search(rf"\bCONFIG\.{field.name}\b", file.read_text()) for file in files)
 
 

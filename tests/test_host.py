@@ -190,6 +190,26 @@ show(asked=asks_for({plan!r}), there=host.has_group() and host._groups.executor.
     assert shown == {"asked": ["latent", "positive", "negative"], "there": False} and "cannot be started" not in log
 
 
+def test_the_imports_of_a_group_begin_with_its_backend_or_with_comfyui_if_the_user_wants_that(in_comfyui):
+    shown, log = in_comfyui("""
+import asyncio, dataclasses
+extension, server = part("nodes"), part("parallel_backend.group.forking").ForkServerProcess
+def begins(devices, plan):
+    part("nodes.backend").XDiTBackend.execute(devices, plan)
+    return server._kept is not None
+begun = [begins("cpu:2", "single"), begins("cpu", "auto"), begins("cpu:2", "ulysses3"), begins("cpu:2", "cfg2")]
+server._kept.close(); server._kept = None
+extension.runtime.Devices.parse = classmethod(lambda cls, text: cls("cpu", (0, 1)))
+at_start = []
+for preload in (0.0, 1.0):
+    extension.CONFIG = dataclasses.replace(extension.CONFIG, preload=preload)
+    asyncio.run(extension.CogVideoXExtension().get_node_list())
+    at_start.append(server._kept is not None)
+show(begun=begun, at_start=at_start)
+""")
+    assert shown == {"begun": [False, False, True, True], "at_start": [False, True]}, log
+
+
 def test_what_has_left_the_device_is_counted_no_longer(in_comfyui):
     shown, _ = in_comfyui("""
 def counts(backend, *changes):

@@ -23,8 +23,10 @@ from ...parallel_backend.executor.factory import ExecutorCache
 from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.executor.prepare import CheckedJob, PreparedJob, check_job, prepare
 from ...parallel_backend.executor.resolve import SET_BY_USER
+from ...parallel_backend.group.forking import ForkServerProcess
+from ...parallel_backend.group.preflight import check_possible
 from ...parallel_backend.jobs import Job, Report, Result, SampleJob
-from ...parallel_backend.plan import AUTO
+from ...parallel_backend.plan import AUTO, Plan
 from ...parallel_backend.planner.cost_model import HEADROOM
 from . import lines
 from .model_folders import find_lora, find_model, lora_files, model_names  # noqa: F401 - nodes ask the host for these
@@ -115,6 +117,22 @@ def run(job: Job, backend=None, node_id: str | None = None, device: torch.device
         if error.details:
             logger.info(error.details)
     return run_on(local(device), checked, node_id)
+
+
+def warm_up(devices: str, plan: str) -> None:
+    """Starts the imports of a group that a backend is going to need, without waiting for them.
+
+    Args:
+        devices, plan: the backend's.
+    """
+    try:
+        found = Devices.parse(devices)
+        needs_group = found.count > 1 if plan == AUTO else Plan.parse(plan).world_size > 1
+        if needs_group:
+            check_possible(None, found)
+            ForkServerProcess.get(found.kind)
+    except (GroupUnavailable, RequestError) as error:
+        logger.debug("no imports are started yet; the job is going to say why: %s", error)
 
 
 def has_group() -> bool:
