@@ -25,7 +25,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        xdit.import_without_gpu()
+        xdit.import_whole_without_gpu()
     from xfuser import xFuserArgs, xFuserCogVideoXPipeline
 
     arguments = xFuserArgs(

@@ -110,9 +110,9 @@ class Sent(torch.Tensor):
 
 def test_noise_that_is_not_pinned_is_waited_for_on_its_way(make_job, local, monkeypatch):
     """ComfyUI refuses the other way to a Mac's GPU: it may read before the noise is there."""
-    draw, job = scheduler_step.draw, make_job("5b", steps=3, scheduler="dpm")
+    draw, job = scheduler_step.Noise.draw, make_job("5b", steps=3, scheduler="dpm")
     expected = local.sample(job).tensor
-    monkeypatch.setattr(scheduler_step, "draw", lambda *inputs: draw(*inputs).as_subclass(Sent))
+    monkeypatch.setattr(scheduler_step.Noise, "draw", lambda *inputs: draw(*inputs).as_subclass(Sent))
     assert torch.equal(local.sample(job).tensor, expected)
     assert Sent.ways and not any(Sent.ways)
 

@@ -25,17 +25,35 @@ def import_parts(device: torch.device) -> None:
     if "xfuser" in sys.modules:
         return
     stand_in("xfuser")
-    import xfuser.envs as envs
+    import xfuser.envs  # noqa: F401 - before the others
 
     if device.type == "cpu":
-        envs.get_device_version = lambda: None
-        envs._is_cuda = lambda: False
-        envs.get_device = lambda local_rank: torch.device("cpu")
-        envs.get_torch_distributed_backend = lambda: "gloo"
-        envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
+        do_without_gpu()
     for name in PACKAGES:
         stand_in(name)
     import xfuser.core.distributed  # noqa: F401 - before USP, which imports it in a circle
+
+
+def import_whole_without_gpu() -> None:
+    """Imports all of xfuser on a machine without a GPU, as its own pipelines need it."""
+    stand_in("xfuser")
+    do_without_gpu()
+    del sys.modules["xfuser"]
+    import xfuser.model_executor.layers.usp as usp
+    from yunchang.globals import PROCESS_GROUP
+
+    usp.PROCESS_GROUP = PROCESS_GROUP
+
+
+def do_without_gpu() -> None:
+    """Changes ``xfuser.envs`` so that xfuser runs on CPUs with gloo."""
+    import xfuser.envs as envs
+
+    envs.get_device_version = lambda: None
+    envs._is_cuda = lambda: False
+    envs.get_device = lambda local_rank: torch.device("cpu")
+    envs.get_torch_distributed_backend = lambda: "gloo"
+    envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
 
 
 def stand_in(name: str) -> None:
