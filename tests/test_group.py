@@ -24,7 +24,7 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from parallel_backend.executor.factory import ExecutorCache
 from parallel_backend.executor.group import GroupExecutor
-from parallel_backend.group import forking, ownership, preflight, protocol, registry
+from parallel_backend.group import fork_server_client, ownership, preflight, protocol, registry
 from parallel_backend.group.ownership import OwnerWatch, is_held
 from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
@@ -512,7 +512,7 @@ def mute_python(tmp_path, configure):
 
 
 def test_an_interpreter_that_does_not_run_the_pack_is_given_up_soon(mute_python, start_group, make_job, configure):
-    configure(forking, hello_seconds=1.0)
+    configure(fork_server_client, hello_seconds=1.0)
     with pytest.raises(GroupUnavailable, match="did not run this pack within .* s; correct XDIT_PYTHON"):
         start_group("cfg2").sample(make_job("5b"))
 

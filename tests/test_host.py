@@ -193,7 +193,7 @@ show(asked=asks_for({plan!r}), there=host.has_group() and host._groups.executor.
 def test_the_imports_of_a_group_begin_with_its_backend_or_with_comfyui_if_the_user_wants_that(in_comfyui):
     shown, log = in_comfyui("""
 import asyncio, dataclasses
-extension, server = part("nodes"), part("parallel_backend.group.forking").ForkServerProcess
+extension, server = part("nodes"), part("parallel_backend.group.fork_server_client").ForkServerProcess
 def begins(devices, plan):
     part("nodes.backend").XDiTBackend.execute(devices, plan)
     return server._kept is not None

@@ -202,7 +202,12 @@ show(made=made, refused=refused, valid=valid, folder=folder)
     ]
     assert [len(decode(path)) for path in sorted(Path(shown["folder"]).glob("a_*.mp4"))] == [6, 3, 3, 3, 3, 2, 2, 2]
     assert log.count("frames of 47x32 are cropped to 46x32") == 8
-    words = ("6 images cannot be split into 4 videos of equal length", "holds no image", "fps is 0.0; use", "File name too long")
+    words = (
+        "6 images cannot be split into 4 videos of equal length",
+        "holds no image",
+        "fps is 0.0; use",
+        "File name too long",
+    )
     assert all(word in line for word, line in zip(words, shown["refused"], strict=True))
     assert shown["valid"][:2] == [True, True]
     words = ("File name too long", "cannot be used: ", "null byte")

@@ -23,7 +23,7 @@ from ...parallel_backend.executor.factory import ExecutorCache
 from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.executor.prepare import CheckedJob, PreparedJob, check_job, prepare
 from ...parallel_backend.executor.resolve import SET_BY_USER
-from ...parallel_backend.group.forking import ForkServerProcess
+from ...parallel_backend.group.fork_server_client import ForkServerProcess
 from ...parallel_backend.group.preflight import check_possible
 from ...parallel_backend.jobs import Job, Report, Result, SampleJob
 from ...parallel_backend.plan import AUTO, Plan

@@ -9,7 +9,7 @@ from ..devices import Devices
 from ..errors import GroupUnavailable
 from ..plan import Plan
 from .exit_cause import ExitCause, how_it_ended
-from .forking import ForkServerProcess, SupervisorProcess
+from .fork_server_client import ForkServerProcess, SupervisorProcess
 from .muster import Meeting, Muster
 from .preflight import check_possible, loopback, rank_environment
 from .registry import GroupAddress, Home, remove_stale
