@@ -116,7 +116,7 @@ def life(job: SampleJob, plans: tuple[Plan, Plan], devices: Devices, times: int)
             note("answers, imports done, s", start(executor))
             first = Timed(executor, job)
             note("first step of a new group, s", first.first)
-            note("of that, loading, s", first.report.load_seconds)
+            note("first step: of that, loading, s", first.report.load_seconds)
             note("step, s", first.step_seconds)
             calm, hurt = Timed(executor, job), Timed(executor, job, kill_at=3)
             lost = hurt.calls - calm.calls
@@ -124,7 +124,7 @@ def life(job: SampleJob, plans: tuple[Plan, Plan], devices: Devices, times: int)
                 "rank 0 killed at step 3: longer, without the steps lost, s",
                 hurt.seconds - calm.seconds - lost * calm.step_seconds,
             )
-            note("of that, loading, s ", hurt.report.load_seconds)
+            note("rank 0 killed: of that, loading, s", hurt.report.load_seconds)
             executor.free()
             note("left on a GPU after Unload models, GB", (used_bytes(devices) - before) / 1e9)
             executor.sample(replace(job, steps=1))
@@ -138,7 +138,7 @@ def life(job: SampleJob, plans: tuple[Plan, Plan], devices: Devices, times: int)
         executor.close()
     print("| measure | median | all |\n|---|---|---|")
     for name, values in found.items():
-        print(f"| {name.strip()} | {median(values):.2f} | {', '.join(f'{value:.2f}' for value in values)} |", flush=True)
+        print(f"| {name} | {median(values):.2f} | {', '.join(f'{value:.2f}' for value in values)} |", flush=True)
 
 
 def used_bytes(devices: Devices) -> float:

@@ -57,8 +57,8 @@ class Workload:
             jobs=max(jobs, windows),
             unit="windows" if windows > 1 else "videos",
             batch=len(job.latent),
-            can_share=jobs > 1
-            or not job.model.step_cache,  # with which a video of a batch differs a little from one made alone
+            # With a step cache a video of a batch differs a little from one made alone.
+            can_share=jobs > 1 or not job.model.step_cache,
         )
 
 

@@ -131,7 +131,7 @@ class ForkServer:
             os._exit(status)
 
     def _supervise(self, parent: int, connection: socket.socket, added: dict[str, str]) -> int:
-        from .supervisor import Request, run
+        from .supervisor import Request, Supervisor
 
         end_with(parent)
         set_name("xdit supervisor")
@@ -141,7 +141,7 @@ class ForkServer:
         request = Request(**json.loads(line))
         os.environ.clear()
         os.environ.update({**added, **request.environment})
-        return run(request, connection)
+        return Supervisor(request, connection).run()
 
     def _reap(self) -> None:
         """Reports the exit status of supervisors that have ended."""

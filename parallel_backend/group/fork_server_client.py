@@ -117,18 +117,16 @@ class ForkServerProcess:
             GroupUnavailable: when the interpreter cannot be started.
         """
         python, environment = group_python(), group_environment(kind)
-        key = python, {name: value for name, value in environment.items() if is_read_at_import(name)}
         with cls._lock:
-            kept = cls._kept
-            if kept is None or kept.key != key or kept.process.poll() is not None or kept.owner != os.getpid():
-                if kept is not None and kept.owner == os.getpid():
+            kept = cls._kept if cls._kept is not None and cls._kept.owner == os.getpid() else None  # not a parent's
+            if kept is None or kept.key != key_of(python, environment) or kept.process.poll() is not None:
+                if kept is not None:
                     kept.close()  # its groups go on
                 cls._kept = cls(python, environment)
-                cls._kept.key = key
             return cls._kept
 
     def __init__(self, python: str, environment: dict[str, str]):
-        self.key: tuple[str, dict[str, str]] | None = None
+        self.key = key_of(python, environment)
         self.owner = os.getpid()
         self._control, theirs = socket.socketpair()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - read as long as this object is used
@@ -182,6 +180,8 @@ class ForkServerProcess:
         self._control.close()
 
 
-def is_read_at_import(name: str) -> bool:
-    """Whether modules may read a variable while they are imported."""
-    return name not in SET_LATER and READ_AT_IMPORT.fullmatch(name) is not None
+def key_of(python: str, environment: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Returns what the imports depend on: the interpreter, and the variables that modules may read while they are imported."""
+    return python, {
+        name: value for name, value in environment.items() if name not in SET_LATER and READ_AT_IMPORT.fullmatch(name)
+    }

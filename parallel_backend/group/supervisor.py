@@ -217,8 +217,3 @@ class Supervisor:
         # The rank that waited longest for the others failed first.
         last = max(failures, key=lambda failure: failure["waited"], default=None)
         return replace(how_it_ended(f"rank {rank}", code), failure=last)
-
-
-def run(request: Request, connection: socket.socket) -> int:
-    """Runs a group's ranks on this machine until they end. Returns the exit status."""
-    return Supervisor(request, connection).run()

@@ -39,10 +39,7 @@ def import_whole_without_gpu() -> None:
     stand_in("xfuser")
     do_without_gpu()
     del sys.modules["xfuser"]
-    import xfuser.model_executor.layers.usp as usp
-    from yunchang.globals import PROCESS_GROUP
-
-    usp.PROCESS_GROUP = PROCESS_GROUP
+    usp_module()
 
 
 def do_without_gpu() -> None:
@@ -73,12 +70,18 @@ def usp(functions: dict[str, Callable]) -> Callable:
         functions: attention functions for it to choose from, by the name of their backend.
     """
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
-    from xfuser.model_executor.layers import usp as found
+
+    ATTENTION_FUNCTION_REGISTRY.update(functions)
+    return usp_module().USP
+
+
+def usp_module() -> types.ModuleType:
+    """Imports xfuser's module of USP, with the groups that it leaves out without a GPU."""
+    import xfuser.model_executor.layers.usp as found
     from yunchang.globals import PROCESS_GROUP
 
-    found.PROCESS_GROUP = PROCESS_GROUP  # without a GPU xfuser leaves it out
-    ATTENTION_FUNCTION_REGISTRY.update(functions)
-    return found.USP
+    found.PROCESS_GROUP = PROCESS_GROUP
+    return found
 
 
 def initialise(plan: Plan, *, rank: int, device: torch.device) -> None:
