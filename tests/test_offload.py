@@ -11,7 +11,7 @@ import torch
 
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.vae import codec
+from parallel_backend.cogvideox.vae import tiling
 from parallel_backend.engine.engine import Engine
 from parallel_backend.engine.vae_jobs import STRIP_MARGIN
 from parallel_backend.executor.local import LocalExecutor
@@ -109,7 +109,7 @@ def test_a_picture_is_shared_only_where_every_rank_has_room_for_its_strip(make_j
     checkpoint, context = Checkpoint.open(checkpoints["5b"]), TwoRanks(torch.device("cpu"))
     engine, latent = Engine(context), torch.zeros(1, 16, 5, 30, 40)
     job = DecodeJob(Model(str(checkpoint.path)), latent)
-    need = offload.HEADROOM**-1 * STRIP_MARGIN * (codec.working_bytes(job, torch.float32) / 2)
+    need = offload.HEADROOM**-1 * STRIP_MARGIN * (tiling.working_bytes(job, torch.float32) / 2)
     weights = offload.HEADROOM**-1 * STRIP_MARGIN * checkpoint.weight_bytes("vae", torch.float32)
     decide = lambda job: engine.vae_jobs.rows_shared(job, checkpoint, torch.float32)  # noqa: E731
     monkeypatch.setattr(offload, "free_bytes", lambda device: int(1.001 * (need + weights)))

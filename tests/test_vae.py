@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLCogVideoX
 from benchmarks.random_weights import fill, vae_config
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import vae_torch
-from parallel_backend.cogvideox.vae import codec, layers
+from parallel_backend.cogvideox.vae import codec, layers, tiling
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob
 from parallel_backend.model import Model
@@ -58,7 +58,7 @@ def with_vae_of(module, frames: int, rows: int, columns: int) -> list[torch.Tens
 def test_frames_and_latents_equal_those_of_diffusers(size, tiled, last, our_vae, diffusers_vae):
     layers.set_memory_format(our_vae, last=last)
     for module in (our_vae, diffusers_vae):
-        codec.set_tiling(module, tiled=tiled, tile=32, overlap=8)
+        tiling.set_tiling(module, tiled=tiled, tile=32, overlap=8)
     for ours, expected in zip(with_vae_of(our_vae, *size), with_vae_of(diffusers_vae, *size)):
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() <= TOLERANCE
@@ -68,7 +68,7 @@ def test_many_frames_are_convolved_in_parts_where_numbers_are_too_many(our_vae, 
     monkeypatch.setattr(vae_torch, "MOST", 5000)
     layers.set_memory_format(our_vae, last=False)
     for module in (our_vae, diffusers_vae):
-        codec.set_tiling(module, tiled=False, tile=64, overlap=0)
+        tiling.set_tiling(module, tiled=False, tile=64, overlap=0)
     for ours, expected in zip(with_vae_of(our_vae, 3, 2, 2), with_vae_of(diffusers_vae, 3, 2, 2)):
         assert (ours - expected).abs().max() <= TOLERANCE
 
@@ -76,7 +76,7 @@ def test_many_frames_are_convolved_in_parts_where_numbers_are_too_many(our_vae, 
 def test_rounding_to_bfloat16_is_not_above_that_of_diffusers(diffusers_vae):
     ours, theirs = make_vae(torch.bfloat16), make_vae(torch.bfloat16)
     layers.use(ours)
-    codec.set_tiling(diffusers_vae, tiled=False, tile=64, overlap=0)
+    tiling.set_tiling(diffusers_vae, tiled=False, tile=64, overlap=0)
     latent = torch.randn(1, 16, 3, 6, 6, generator=torch.Generator().manual_seed(2))
     exact = diffusers_vae.decode(latent).sample.detach()
     distances = [(module.decode(latent.bfloat16()).sample.detach() - exact).norm() / exact.norm() for module in (ours, theirs)]

@@ -18,7 +18,7 @@ from .checkpoint.checkpoint import Checkpoint
 from .pipeline.windows import Layout, forward_size
 from .transformer import fp8_linear as quantized
 from .transformer import step_cache
-from .vae import codec
+from .vae import tiling
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"
 """Messages of torch's plain RuntimeErrors on Apple's GPUs and on the CPU."""
@@ -136,7 +136,7 @@ def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, fp8: bool = False
 def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
     """Estimates the memory in bytes that a job needs on each rank of a plan, excluding weights."""
     if not isinstance(job, SampleJob | WindowJob):
-        return codec.working_bytes(job, dtype)
+        return tiling.working_bytes(job, dtype)
     batch, frames, height, width = forward_size(job, checkpoint)
     windows = 0 if isinstance(job, WindowJob) else len(Layout.of(job, checkpoint).starts(job.steps_to_run))
     if plan.replicas > 1:

@@ -9,7 +9,7 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.checkpoint.facts import SPATIAL
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.stopping import stoppable
-from ..cogvideox.vae import codec, layers
+from ..cogvideox.vae import codec, layers, tiling
 from ..errors import OutOfMemory
 from ..jobs import DecodeJob, EncodeJob
 from ..parallel.rank import RankContext
@@ -47,7 +47,7 @@ class VaeJobs:
         if strips is None or job.tiling == "on":
             return None
         weights = 0 if "vae" in self.cache.held else checkpoint.weight_bytes("vae", dtype)
-        need = weights + codec.working_bytes(job, dtype) * max(strips.counts) / rows
+        need = weights + tiling.working_bytes(job, dtype) * max(strips.counts) / rows
 
         def enough() -> bool:
             return all(self.context.collect(offload.free_bytes(self.device) * offload.HEADROOM >= STRIP_MARGIN * need))
@@ -93,7 +93,7 @@ class VaeJobs:
             return self._alone(job, dtype, module, use) if strips is None else self._in_strips(job, module, strips, use)
 
     def _in_strips(self, job: DecodeJob | EncodeJob, module, strips: Strips, use) -> torch.Tensor:
-        codec.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
+        tiling.set_tiling(module, tiled=False, tile=job.tile, overlap=0)
         try:
             with shared(module.layers, strips), offload.one_kind_of_error():
                 return use(strips)
@@ -105,13 +105,13 @@ class VaeJobs:
 
     def _alone(self, job: DecodeJob | EncodeJob, dtype, module, use) -> torch.Tensor:
         """Tries it whole if that should fit, then in smaller and smaller tiles."""
-        need, free = codec.working_bytes(job, dtype), offload.free_bytes(self.device)
-        tiled = job.tiling == "on" or (job.tiling == "auto" and need > offload.HEADROOM * free)
+        need, free = tiling.working_bytes(job, dtype), offload.free_bytes(self.device)
+        tiled = tiling.starts_tiled(job, need, offload.HEADROOM * free)
         if tiled and job.tiling == "auto":
             self.note(f"VAE in tiles of {job.tile}: whole needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
-        for tile in codec.ways_out(job, tiled=tiled):
+        for tile in tiling.tiles_to_try(job, tiled=tiled):
             overlap = min(job.overlap, (tile or job.tile) // 2)
-            codec.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
+            tiling.set_tiling(module, tiled=tile is not None, tile=tile or job.tile, overlap=overlap)
             try:
                 with offload.one_kind_of_error():
                     return use(None)
@@ -128,7 +128,7 @@ class VaeJobs:
 
     def _wants_compiled(self, job: DecodeJob | EncodeJob, dtype, *, shared: bool) -> bool:
         """Returns whether to compile the VAE's layers, the same on all ranks that take part."""
-        large = self.device.type == "cuda" and codec.working_bytes(job, dtype) >= layers.WORTH_COMPILING
+        large = self.device.type == "cuda" and tiling.working_bytes(job, dtype) >= layers.WORTH_COMPILING
         if job.model.compile == "off" or (job.model.compile == "auto" and not large):
             return False
         reason = layers.why_not_compiled(self.device)

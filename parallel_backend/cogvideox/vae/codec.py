@@ -1,55 +1,12 @@
-"""Decodes latents to frames and encodes frames to latents, with or without tiling, in ComfyUI's layouts."""
+"""Decodes latents to frames and encodes frames to latents, in ComfyUI's layouts."""
 
 import torch
 from einops import rearrange
 
-from ...jobs import DecodeJob, EncodeJob
-from ..checkpoint.facts import SPATIAL, TEMPORAL
+from ..checkpoint.facts import TEMPORAL
 
-BYTES_PER_PIXEL = 4_000
-"""Peak memory of a decode without tiling, excluding weights, per output pixel and frame in flight, 16-bit. Measured at 480x720
-with eight frames in flight: 20.1 GiB including 10.8 of weights, 3600 (h200-kernels.json); plus a tenth for the convolutions of
-other GPUs. Diffusers' own layers need 5800."""
-FRAMES_IN_FLIGHT = 8
 STAGED_BYTES = 2**25
 """Size of the buffer for copying a video from a GPU."""
-
-
-def decode_bytes(latent_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Returns the peak memory in bytes of decoding one latent of this shape without tiling, excluding weights."""
-    _, _, frames, height, width = latent_shape
-    pixels = height * width * SPATIAL**2
-    working = min(FRAMES_IN_FLIGHT, frames * TEMPORAL) * pixels * BYTES_PER_PIXEL * dtype.itemsize // 2
-    return working + frames * TEMPORAL * pixels * 3 * dtype.itemsize
-
-
-def working_bytes(job: DecodeJob | EncodeJob, dtype: torch.dtype) -> int:
-    """Estimates the memory in bytes of a job, excluding weights; of one tile if tiling is on."""
-    if isinstance(job, DecodeJob):
-        frames, height, width = job.latent.shape[2:]
-    else:
-        frames, height, width = (job.pixels.shape[0] - 1) // TEMPORAL + 1, *(edge // SPATIAL for edge in job.pixels.shape[1:3])
-    if job.tiling == "on":
-        height, width = (min(edge, job.tile // SPATIAL) for edge in (height, width))
-    return decode_bytes((1, 16, frames, height, width), dtype)
-
-
-def ways_out(job: DecodeJob | EncodeJob, *, tiled: bool) -> list[int | None]:
-    """Returns the tile edges in pixels to try, in order, when memory runs out; None is no tiling."""
-    if job.tiling == "off":
-        return [None]
-    smaller = [tile for tile in (256, 128, 64) if tile < job.tile]
-    return [*([] if tiled else [None]), job.tile, *smaller]
-
-
-def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:
-    """Enables tiling with square tiles, or disables it; ``tile`` and ``overlap`` are in pixels."""
-    if not tiled:
-        vae.disable_tiling()
-        return
-    vae.enable_tiling(tile_sample_min_height=tile, tile_sample_min_width=tile)
-    # Set here, as enable_tiling ignores an overlap of 0.
-    vae.tile_overlap_factor_height = vae.tile_overlap_factor_width = overlap / tile
 
 
 def stops(vae) -> list[torch.nn.Module]:
