@@ -18,7 +18,7 @@ import torch
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.offload import release, reset_peak, used_bytes
 from parallel_backend.cogvideox.transformer import lora
-from parallel_backend.group.codec import join_fields, split_fields
+from parallel_backend.group.job_fields import join_fields, split_fields
 from parallel_backend.group.preflight import PACK, group_python, without_other_launchers
 from parallel_backend.jobs import SampleJob
 from parallel_backend.plan import Plan

@@ -24,9 +24,9 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.group import protocol
-from parallel_backend.group.codec import split_fields
+from parallel_backend.group import codec, protocol
 from parallel_backend.group.heartbeat import Board
+from parallel_backend.group.job_fields import split_fields
 from parallel_backend.jobs import DecodeJob, SampleJob, empty_latent
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
@@ -200,8 +200,8 @@ def parts(rng: random.Random, data: bytes) -> list[bytes]:
     """A message as it is sent, header and tensors, or now and then cut elsewhere."""
     length = 8 + int.from_bytes(data[:8], "little")
     try:
-        sizes = [size for _, _, size in protocol.read_head(data[:length]).tensors.values()]
-    except protocol.ProtocolError:
+        sizes = [size for _, _, size in codec.read_head(data[:length]).tensors.values()]
+    except codec.ProtocolError:
         sizes = []
     cuts = [length, *sizes, len(data)] if rng.random() < 0.9 else [rng.randrange(len(data) + 1), len(data)]
     found = []
@@ -216,8 +216,8 @@ def messages(checkpoint: Checkpoint, count: int) -> None:
     group = GroupExecutor(Plan(cfg=2), Devices("cpu", (0, 1)))
     job = job_of(checkpoint, size=(64, 48, 9), steps=1)
     plain, tensors = split_fields(job)
-    valid = protocol.encode(protocol.Message(job.kind, plain, tensors))
-    not_finite = protocol.encode(protocol.Message(job.kind, plain, {**tensors, "positive": job.positive * float("nan")}))
+    valid = codec.encode(codec.Message(job.kind, plain, tensors))
+    not_finite = codec.encode(codec.Message(job.kind, plain, {**tensors, "positive": job.positive * float("nan")}))
     answers: dict[str, int] = {}
     try:
         expected = group.sample(job).tensor

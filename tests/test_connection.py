@@ -17,7 +17,7 @@ from parallel_backend.errors import Cancelled, GroupError
 from parallel_backend.executor import group_connection
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group import connection, protocol, server
-from parallel_backend.group.protocol import Message
+from parallel_backend.group.codec import Message
 from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.jobs import DecodeJob
 from parallel_backend.plan import Plan

@@ -24,9 +24,9 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from parallel_backend.executor.factory import ExecutorCache
 from parallel_backend.executor.group import GroupExecutor
-from parallel_backend.group import fork_server_client, ownership, preflight, protocol, registry
+from parallel_backend.group import codec, fork_server_client, ownership, preflight, protocol, registry
+from parallel_backend.group.codec import Message
 from parallel_backend.group.ownership import OwnerWatch, is_held
-from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
 from parallel_backend.jobs import DecodeJob, SampleJob
 from parallel_backend.model import Model, Windows
@@ -227,7 +227,7 @@ def test_the_folder_is_private_and_a_wrong_key_is_refused(group):
 def claiming(*, kind: str = "decode", dtype: str = "F32", shape: tuple[int, ...] = (1, 16, 2, 4, 6), size: int = 3072) -> bytes:
     """The first part of a message, with one tensor that never comes."""
     tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
-    message = json.dumps({"version": protocol.VERSION, "kind": kind, "plain": {}})
+    message = json.dumps({"version": codec.VERSION, "kind": kind, "plain": {}})
     header = json.dumps({"__metadata__": {"message": message}, "latent": tensor}).encode()
     return len(header).to_bytes(8, "little") + header
 
@@ -237,8 +237,8 @@ RUBBISH = {
     "a letter": b"x",
     "no length": b"\xff" * 64,
     "no object": b"\x03" + bytes(7) + b"[1]",
-    "no request": protocol.encode(Message("dance")),
-    "a long first part": bytes(protocol.MAX_HEADER + 9),
+    "no request": codec.encode(Message("dance")),
+    "a long first part": bytes(codec.MAX_HEADER + 9),
     "more than a kind holds": claiming(shape=(2**28 + 1,), size=2**30 + 4),
     "tensors where none belong": claiming(kind="status"),
     "another dtype": claiming(dtype="F64", size=6144),
@@ -255,7 +255,7 @@ def test_rubbish_is_dropped_and_nobody_notices(data, group, make_job):
     assert wait_until(lambda: group.status()["state"] == "ready")
     with Client(group.address.socket, family="AF_UNIX", authkey=group.address.key) as connection:
         # Of a part that is too long the group reads nothing and hangs up.
-        with suppress(ConnectionError) if len(data) > protocol.MAX_HEADER else nullcontext():
+        with suppress(ConnectionError) if len(data) > codec.MAX_HEADER else nullcontext():
             connection.send_bytes(data)
             assert connection.poll(30)
             assert protocol.receive(connection).plain["error"] == "ProtocolError"
@@ -263,11 +263,11 @@ def test_rubbish_is_dropped_and_nobody_notices(data, group, make_job):
 
 
 def test_a_message_of_another_version_says_so(monkeypatch):
-    monkeypatch.setattr(protocol, "VERSION", 1)
-    data = protocol.encode(Message("status"))
+    monkeypatch.setattr(codec, "VERSION", 1)
+    data = codec.encode(Message("status"))
     monkeypatch.undo()
-    with pytest.raises(protocol.ProtocolError, match=f"version 1 of the protocol and this side {protocol.VERSION}"):
-        protocol.decode(data)
+    with pytest.raises(codec.ProtocolError, match=f"version 1 of the protocol and this side {codec.VERSION}"):
+        codec.decode(data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
@@ -276,7 +276,7 @@ def test_a_message_survives_the_wire(dtype, monkeypatch):
     tensor, empty = torch.arange(12).to(dtype).reshape(3, 4), torch.empty(0, 3, dtype=dtype)
     tensors = {"a": tensor, "view": tensor.T, "one": tensor[0, 1], "none": empty, "same": tensor}
     sent, (here, there) = Message("done", {"x": [1, "é", None]}, tensors), Pipe()
-    for read in (protocol.receive, lambda connection: protocol.decode(protocol.receive_bytes(connection))):
+    for read in (protocol.receive, lambda connection: codec.decode(protocol.receive_bytes(connection))):
         protocol.send(there, sent)
         found = read(here)
         assert (found.kind, found.plain) == ("done", {"x": [1, "é", None]})
@@ -290,7 +290,7 @@ def test_a_part_of_another_size_than_was_said_is_refused(size):
     here, there = Pipe()
     there.send_bytes(claiming())
     there.send_bytes(bytes(size))
-    with pytest.raises(protocol.ProtocolError, match="bytes"):
+    with pytest.raises(codec.ProtocolError, match="bytes"):
         protocol.receive(here)
 
 

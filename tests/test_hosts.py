@@ -20,13 +20,13 @@ from parallel_backend.errors import GroupError, GroupUnavailable, RequestError
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.resolve import resolve
 from parallel_backend.group import hosts, job_loop, link, muster
-from parallel_backend.group.codec import split_fields
+from parallel_backend.group.codec import Message
 from parallel_backend.group.exit_cause import ExitCause, first_of
 from parallel_backend.group.hosts import Common, Place, Rendezvous
+from parallel_backend.group.job_fields import split_fields
 from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.group.muster import Leader, Member
 from parallel_backend.group.preflight import interface_of
-from parallel_backend.group.protocol import Message
 from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.workload import Workload
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel_backend.errors import RequestError
-from parallel_backend.group.codec import join_fields, split_fields
+from parallel_backend.group.job_fields import join_fields, split_fields
 from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob, empty_latent
 from parallel_backend.model import Lora, Model, Windows
 

@@ -21,7 +21,7 @@ from parallel_backend.executor.paces import Paces
 from parallel_backend.executor.replicas import ReplicasExecutor
 from parallel_backend.executor.scheduler import Pool, ReplicaScheduler
 from parallel_backend.group import preflight
-from parallel_backend.group.codec import join_fields, split_fields
+from parallel_backend.group.job_fields import join_fields, split_fields
 from parallel_backend.jobs import DecodeJob, Result, SampleJob
 from parallel_backend.model import Model, Windows
 from parallel_backend.plan import Plan

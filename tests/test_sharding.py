@@ -17,8 +17,8 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.resolve import resolve
-from parallel_backend.group.codec import split_fields
-from parallel_backend.group.protocol import Message, encode
+from parallel_backend.group.codec import Message, encode
+from parallel_backend.group.job_fields import split_fields
 from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 

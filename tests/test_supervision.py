@@ -20,10 +20,10 @@ from parallel_backend.errors import GroupError, OutOfMemory
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.group import job_loop
-from parallel_backend.group.codec import split_fields
+from parallel_backend.group.codec import Message
 from parallel_backend.group.hang_detector import HangDetector
 from parallel_backend.group.heartbeat import Board, Heartbeat, HeartbeatWriter
-from parallel_backend.group.protocol import Message
+from parallel_backend.group.job_fields import split_fields
 from parallel_backend.jobs import DecodeJob, Progress
 from parallel_backend.plan import Plan
 

@@ -3,7 +3,6 @@
 import logging
 import threading
 from contextlib import closing
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,18 @@ from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..group import failures
-from ..group.codec import split_fields
+from ..group.codec import Message
 from ..group.connection import Broken
 from ..group.exit_cause import ExitCause
 from ..group.heartbeat import Board
+from ..group.job_fields import split_fields
 from ..group.launcher import Launcher
 from ..group.muster import Muster
 from ..group.preflight import check_possible
-from ..group.protocol import Message
 from ..group.registry import GroupAddress, running
-from ..jobs import Job, Report, Result, SampleJob
+from ..jobs import Job, Report, Result
 from ..plan import Plan
-from . import lost_group
+from . import recovery
 from .base import Executor, StepListener, StopSignal, never, silent
 from .group_connection import Keepsake, ask, open_connection
 
@@ -55,7 +54,7 @@ class GroupExecutor(Executor):
         self.devices = str(devices)
         self.address: GroupAddress | None = None
         self._launcher: Launcher | None = Launcher(plan, devices, muster)
-        self._owner: lost_group.Owner | None = None
+        self._owner: recovery.Owner | None = None
         """The process that owns the group, when this one does not."""
         self._answered: GroupAddress | None = None
         """The last group that has answered: when it stops answering it is lost."""
@@ -77,7 +76,7 @@ class GroupExecutor(Executor):
             raise GroupError(f"the group at {address.folder} is gone; start it again with serve") from error
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
-        executor._owner, executor._answered, executor._losses = lost_group.Owner(description), None, []
+        executor._owner, executor._answered, executor._losses = recovery.Owner(description), None, []
         return executor
 
     @property
@@ -207,26 +206,15 @@ class GroupExecutor(Executor):
     def _run(
         self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
     ) -> Result:
-        """Runs a job. If the group is lost, resumes from the last kept step; a second loss at the same step is an error."""
-        notes: list[str] = []
-        lost_at = None
-        while True:
-            kept = Keepsake(on_picture)
-            try:
-                answer = self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
-                break
-            except GroupLost as lost:
-                error = lost if self._launcher or lost.is_there else self._find_again(lost, should_stop)
-                if kept.progress:
-                    job = replace(job, progress=kept.progress)
-                done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
-                if done == lost_at:
-                    kind = GroupError if error.came_up else GroupUnavailable
-                    raise kind(f"{error.summary}; twice there, so it is not tried again", details=error.details) from lost
-                lost_at = done
-                remedy = ("connecting", "connected") if error.is_there else ("starting the group", "the group was started")
-                notes.append(f"{error.summary}; {remedy[1]} again and went on after step {done}")
-                logger.warning("%s; %s again, to go on after step %d", error.summary, remedy[0], done)
+        """Runs a job in the group, and goes on with it if the group is lost."""
+
+        def ask(job: Job, kept: Keepsake) -> Message:
+            return self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
+
+        def explain(lost: GroupLost) -> GroupLost:
+            return lost if self._launcher or lost.is_there else self._find_again(lost, should_stop)
+
+        answer, notes = recovery.run_and_resume(job, ask, explain, on_picture)
         report = {key: tuple(value) if isinstance(value, list) else value for key, value in answer.plain["report"].items()}
         if self._launcher and self._launcher.note:
             notes.append(self._launcher.note)
@@ -271,7 +259,7 @@ class GroupExecutor(Executor):
             return None if may_start else self._owner.error_of_lost(address)
         cause = None
         if self._launcher.is_running():
-            cause = lost_group.why_given_up(self._launcher, address, waited, had_answered=self._answered == address)
+            cause = recovery.why_given_up(self._launcher, address, waited, had_answered=self._answered == address)
             if cause is None:
                 return None
         with self._lock:
@@ -283,7 +271,7 @@ class GroupExecutor(Executor):
         """Stops what is left of the group and returns the error that says why it ended."""
         # The socket appears once all ranks have met.
         came_up = self._answered == self.address or Path(self.address.socket).exists()
-        error = lost_group.bury(self._launcher, cause, came_up=came_up)
+        error = recovery.bury(self._launcher, cause, came_up=came_up)
         if isinstance(error, GroupUnavailable):
             self.address = None  # it never came up, so the next start is no restart
             failures.remember(str(self.plan), self.devices, error, cause)

@@ -11,8 +11,8 @@ from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..errors import Cancelled, GroupError, GroupFailure, RequestError
 from ..group import protocol
+from ..group.codec import Message
 from ..group.connection import Stalled, connect, talking
-from ..group.protocol import Message
 from ..group.registry import GroupAddress
 from ..jobs import Progress
 from .base import StepListener, StopSignal

@@ -1,18 +1,64 @@
-"""The post-mortem of a lost group: when to give it up, and the error that says why it ended."""
+"""Recovery from the loss of a group: resumes the job, decides when a group is given up, and says why it ended."""
 
+import logging
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
+from ..group.codec import Message
 from ..group.exit_cause import ExitCause
 from ..group.launcher import Launcher
 from ..group.ownership import OwnerWatch
 from ..group.preflight import group_python
 from ..group.registry import GroupAddress, running
+from ..jobs import Job, SampleJob
 from .base import StopSignal
-from .group_connection import error_of
+from .group_connection import Keepsake, error_of
+
+logger = logging.getLogger(__name__)
+
+
+def run_and_resume(
+    job: Job,
+    ask: Callable[[Job, Keepsake], Message],
+    explain: Callable[[GroupLost], GroupLost],
+    on_picture: PictureListener | None,
+) -> tuple[Message, list[str]]:
+    """Runs a job. If the group is lost, runs it again from the last step that was kept.
+
+    Args:
+        job: to run.
+        ask: sends the job to the group, which is started first if it does not run, and returns the answer.
+        explain: returns the error that says why the group was lost.
+        on_picture: receives previews.
+    Returns:
+        The answer, and a note for each loss.
+    Raises:
+        GroupError: when the group is lost twice at the same step; GroupUnavailable if it did not come up either time.
+    """
+    notes: list[str] = []
+    lost_at = None
+    while True:
+        kept = Keepsake(on_picture)
+        try:
+            return ask(job, kept), notes
+        except GroupLost as lost:
+            error = explain(lost)
+            if kept.progress:
+                job = replace(job, progress=kept.progress)
+            done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
+            if done == lost_at:
+                kind = GroupError if error.came_up else GroupUnavailable
+                raise kind(f"{error.summary}; twice there, so it is not tried again", details=error.details) from lost
+            lost_at = done
+            remedy = ("connecting", "connected") if error.is_there else ("starting the group", "the group was started")
+            notes.append(f"{error.summary}; {remedy[1]} again and went on after step {done}")
+            logger.warning("%s; %s again, to go on after step %d", error.summary, remedy[0], done)
 
 
 def why_given_up(launcher: Launcher, address: GroupAddress, waited: float, *, had_answered: bool) -> ExitCause | None:

@@ -17,9 +17,9 @@ from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result
 from ..parallel.group_rank import GroupRankContext, slow_link
 from ..planner.machine import Link
-from .codec import join_fields, split_fields
+from .codec import Message, decode, encode
 from .heartbeat import HeartbeatWriter
-from .protocol import Message, decode, encode
+from .job_fields import join_fields, split_fields
 from .registry import GroupAddress
 from .server import Request, Server
 from .supervisor import HOST

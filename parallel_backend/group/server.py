@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection, Listener, answer_challenge, d
 from typing import Any
 
 from ..config import CONFIG
-from . import protocol
+from . import codec, protocol
+from .codec import Message, ProtocolError
 from .connection import Patient, bounded, hang_up
-from .protocol import Message, ProtocolError
 from .registry import GroupAddress
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class Server:
     def _converse(self, connection: Connection) -> None:
         try:
             data = protocol.receive_bytes(connection)
-            kind = protocol.read_head(data).kind
+            kind = codec.read_head(data).kind
             if kind not in (*QUEUED, "status"):
                 raise ProtocolError(f"request '{kind}' is unknown")
         except ProtocolError as error:

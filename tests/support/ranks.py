@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from parallel_backend.engine.engine import Engine
-from parallel_backend.group.codec import join_fields
-from parallel_backend.group.protocol import decode
+from parallel_backend.group.codec import decode
+from parallel_backend.group.job_fields import join_fields
 from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import Plan
 
