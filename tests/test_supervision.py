@@ -218,12 +218,12 @@ def test_a_python_without_memfd_create_has_heartbeats_too(monkeypatch):
     assert board.heartbeat(1) == Heartbeat(1, "here", None) and board.heartbeat(0) is None
 
 
-def test_the_last_words_of_a_rank_are_cut_to_what_there_is_room_for():
+def test_the_failure_report_of_a_rank_is_cut_to_what_there_is_room_for():
     board = Board.create(2)
-    board.leave(1, {"error": "E", "message": "é" * 100_000, "traceback": "\x00" * 100_000 + "the end", "waited": 1.5})
-    words = board.last_words(1)
-    assert words["traceback"].endswith("the end") and words["message"].startswith("éé") and words["waited"] == 1.5
-    assert board.last_words(0) is None and board.heartbeat(1) is None
+    board.report_failure(1, {"error": "E", "message": "é" * 100_000, "traceback": "\x00" * 100_000 + "the end", "waited": 1.5})
+    report = board.failure_report(1)
+    assert report["traceback"].endswith("the end") and report["message"].startswith("éé") and report["waited"] == 1.5
+    assert board.failure_report(0) is None and board.heartbeat(1) is None
 
 
 class SlowEngine:

@@ -130,11 +130,11 @@ def roomy(checkpoints, monkeypatch):
     monkeypatch.setattr(Checkpoint, "weight_bytes", lambda self, part, dtype: T5 * dtype.itemsize // 2)
     monkeypatch.setattr(Checkpoint, "native_dtype", "bf16")
 
-    def place(*free: float, ram: float = 100, beside: float | None = 12, dtype: str = "auto"):
+    def place(*free: float, ram: float = 100, transformer: float | None = 12, dtype: str = "auto"):
         monkeypatch.setattr(offload, "free_bytes", lambda device: free[device.index] * 2**30)
         monkeypatch.setattr(text_module, "usable_memory", lambda: ram * 2**30)
         devices = [torch.device("cuda", index) for index in range(len(free))] or [CPU] * 2
-        return find_place(found, devices, dtype, beside=beside and int(beside * 2**30))
+        return find_place(found, devices, dtype, transformer_bytes=transformer and int(transformer * 2**30))
 
     return place
 
@@ -143,7 +143,7 @@ def test_text_is_encoded_on_the_gpu_with_most_room_and_beside_the_transformer_wh
     place = roomy(14, 24)
     assert (place.device, place.dtype, place.alongside, place.note) == (SECOND, torch.bfloat16, True, None)
     assert not roomy(14, 23).alongside  # 9 + 0.25 + 12 of 0.9 x 23
-    assert not roomy(14, 24, beside=None).alongside
+    assert not roomy(14, 24, transformer=None).alongside
     assert roomy(10.3).device == FIRST
 
 

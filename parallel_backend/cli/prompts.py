@@ -31,7 +31,7 @@ def encode_prompts(
         Text states by prompt, and the report of loading the transformer, if that was done at the same time.
     """
     devices = executor.torch_devices
-    place = find_place(checkpoint, devices, job.model.dtype, beside=job_bytes(job, checkpoint, executor))
+    place = find_place(checkpoint, devices, job.model.dtype, transformer_bytes=job_bytes(job, checkpoint, executor))
     if place.note:
         logger.warning(place.note)
     encoder = TextEncoder(checkpoint, device=place.device, dtype=place.dtype)

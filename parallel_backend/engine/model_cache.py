@@ -144,7 +144,7 @@ class ModelCache:
                 fp8_linear.convert(skeleton)
             self.context.attach(skeleton, fp8_attention=job.model.fp8 == "all")
             if hoped:  # not earlier: two threads must not import the same modules at the same time
-                probe.beside(
+                probe.in_background(
                     partial(self._why_not_compiled, checkpoint, dtype),
                     partial(attention.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
                 )

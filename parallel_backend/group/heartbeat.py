@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-BEAT_BYTES, WORDS_BYTES = 1024, 63 * 1024
+BEAT_BYTES, REPORT_BYTES = 1024, 63 * 1024
 CLOSE_ON_EXEC = 1
 HEAD = struct.Struct("=QI")
 """Header of a slot: a version, which is 0 before the first write and odd during a write, and the number of bytes."""
@@ -37,7 +37,7 @@ class Board:
     def __init__(self, descriptor: int, count: int):
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
         """Path by which other processes of the user open it."""
-        self._memory = mmap.mmap(descriptor, count * (BEAT_BYTES + WORDS_BYTES))
+        self._memory = mmap.mmap(descriptor, count * (BEAT_BYTES + REPORT_BYTES))
 
     @classmethod
     def create(cls, count: int) -> "Board":
@@ -47,7 +47,7 @@ class Board:
             lambda name: ctypes.CDLL(None).memfd_create(name.encode(), CLOSE_ON_EXEC)
         )
         descriptor = create("cogvideox-xdit")
-        os.ftruncate(descriptor, count * (BEAT_BYTES + WORDS_BYTES))
+        os.ftruncate(descriptor, count * (BEAT_BYTES + REPORT_BYTES))
         return cls(descriptor, count)
 
     @classmethod
@@ -65,20 +65,22 @@ class Board:
 
     def beat(self, place: int, heartbeat: Heartbeat) -> None:
         """Writes the heartbeat of a rank; ``place`` is its local rank."""
-        self._write(place * (BEAT_BYTES + WORDS_BYTES), BEAT_BYTES, asdict(heartbeat))
+        self._write(place * (BEAT_BYTES + REPORT_BYTES), BEAT_BYTES, asdict(heartbeat))
 
     def heartbeat(self, place: int) -> Heartbeat | None:
         """Returns the last heartbeat of a rank; None before the first."""
-        found = self._read(place * (BEAT_BYTES + WORDS_BYTES))
+        found = self._read(place * (BEAT_BYTES + REPORT_BYTES))
         return found and Heartbeat(**found)
 
-    def leave(self, place: int, words: dict[str, Any]) -> None:
+    def report_failure(self, place: int, failure: dict[str, Any]) -> None:
         """Writes a rank's failure report before it exits. Of a long traceback the end is kept."""
-        self._write(place * (BEAT_BYTES + WORDS_BYTES) + BEAT_BYTES, WORDS_BYTES, shortened(words, WORDS_BYTES - HEAD.size))
+        self._write(
+            place * (BEAT_BYTES + REPORT_BYTES) + BEAT_BYTES, REPORT_BYTES, shortened(failure, REPORT_BYTES - HEAD.size)
+        )
 
-    def last_words(self, place: int) -> dict[str, Any] | None:
+    def failure_report(self, place: int) -> dict[str, Any] | None:
         """Returns a rank's failure report, or None."""
-        return self._read(place * (BEAT_BYTES + WORDS_BYTES) + BEAT_BYTES)
+        return self._read(place * (BEAT_BYTES + REPORT_BYTES) + BEAT_BYTES)
 
     def _write(self, start: int, size: int, plain: dict[str, Any]) -> None:
         version, _ = HEAD.unpack_from(self._memory, start)
@@ -109,11 +111,15 @@ def as_bytes(plain: dict[str, Any]) -> bytes:
     return json.dumps(plain, ensure_ascii=False).encode(errors="replace")
 
 
-def shortened(words: dict[str, Any], limit: int) -> dict[str, Any]:
+def shortened(failure: dict[str, Any], limit: int) -> dict[str, Any]:
     """Shortens a failure report to ``limit`` bytes."""
-    while len(as_bytes(words)) > limit:
-        words = {**words, "message": words["message"][:2000], "traceback": words["traceback"][len(words["traceback"]) // 2 :]}
-    return words
+    while len(as_bytes(failure)) > limit:
+        failure = {
+            **failure,
+            "message": failure["message"][:2000],
+            "traceback": failure["traceback"][len(failure["traceback"]) // 2 :],
+        }
+    return failure
 
 
 class HeartbeatWriter:
@@ -140,6 +146,6 @@ class HeartbeatWriter:
         """Reports what goes on within the last heartbeat's work. Its timeout starts anew; the count stays, as on the other ranks."""
         self._board.beat(self._place, Heartbeat(self._count, doing, self._seconds))
 
-    def leave(self, words: dict[str, Any]) -> None:
+    def report_failure(self, failure: dict[str, Any]) -> None:
         """Writes the failure report: ``error``, ``message``, ``traceback``, ``host`` and ``waited``."""
-        self._board.leave(self._place, words)
+        self._board.report_failure(self._place, failure)

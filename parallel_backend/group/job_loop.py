@@ -257,7 +257,7 @@ class JobLoop:
             self.context.meet(CONFIG.failure_seconds)
         except RuntimeError:
             waited = time.monotonic() - began
-            self.heart.leave({**failure, "waited": waited})
+            self.heart.report_failure({**failure, "waited": waited})
             logger.error("the other ranks did not follow; leaving")
             os._exit(1)
         return self.context.collect(failure)

@@ -212,8 +212,8 @@ class Supervisor:
             return self.hang.cause
         # A rank that was killed makes the others fail.
         rank, code = min(ends.items(), key=lambda end: end[1] not in KILLED)
-        words = [(self.first_rank + place, self.board.last_words(place)) for place in range(self.count)]
-        failures = [{**said, "rank": rank} for rank, said in words if said]
+        reports = [(self.first_rank + place, self.board.failure_report(place)) for place in range(self.count)]
+        failures = [{**report, "rank": rank} for rank, report in reports if report]
         # The rank that waited longest for the others failed first.
         last = max(failures, key=lambda failure: failure["waited"], default=None)
         return replace(how_it_ended(f"rank {rank}", code), failure=last)

@@ -44,7 +44,7 @@ def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
     if rank == 0:
         remember(link, device)
     if device.type == "cuda":  # only now, as two threads must not import the same modules
-        probe.beside(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
+        probe.in_background(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
     return JobLoop(context, address, heart, link)
 
 
@@ -77,7 +77,7 @@ def run(address: GroupAddress, plan: str, kind: str, board: Board) -> None:
     try:
         loop = join(address, plan, kind, heart)
     except Exception as error:
-        words = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-        heart.leave({**words, "host": os.environ.get(HOST), "waited": 0.0})
+        failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+        heart.report_failure({**failure, "host": os.environ.get(HOST), "waited": 0.0})
         raise
     loop.run_forever()

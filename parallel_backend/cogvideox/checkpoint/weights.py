@@ -1,4 +1,4 @@
-"""The safetensors files of one component, checked and measured by their headers only."""
+"""Reads the safetensors files of one component: checks their headers, sizes and shapes, and loads single tensors."""
 
 import json
 import math

@@ -42,7 +42,7 @@ def is_near(found: torch.Tensor, exact: torch.Tensor, share: float) -> bool:
     return bool((found.float() - exact.float()).norm() <= share * exact.float().norm())
 
 
-def beside(*trials: Callable[[], object]) -> None:
+def in_background(*trials: Callable[[], object]) -> None:
     """Runs trials in a background thread. Callers that need a result wait for it."""
 
     def make() -> None:

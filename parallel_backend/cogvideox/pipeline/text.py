@@ -34,7 +34,7 @@ class EncoderPlace:
 
 
 def find_place(
-    checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: str, *, beside: int | None = None
+    checkpoint: Checkpoint, devices: Sequence[torch.device], dtype: str, *, transformer_bytes: int | None = None
 ) -> EncoderPlace:
     """Chooses the GPU with the most free memory if the encoder fits there, else the CPU.
 
@@ -42,7 +42,7 @@ def find_place(
         checkpoint: must have a text encoder.
         devices: candidates.
         dtype: see :class:`parallel_backend.jobs.Model`.
-        beside: bytes that the transformer will need on each device; None if it is not loaded at the same time.
+        transformer_bytes: bytes that the transformer will need on each device; None if it is not loaded at the same time.
     """
 
     def needs(device: torch.device) -> int:
@@ -53,12 +53,18 @@ def find_place(
         device = max(available, key=available.get)
         need, found = needs(device), checkpoint.dtype(dtype, device)
         if need <= available[device]:
-            return EncoderPlace(device, found, alongside=beside is not None and need + beside <= available[device])
+            return EncoderPlace(
+                device, found, alongside=transformer_bytes is not None and need + transformer_bytes <= available[device]
+            )
         gib, free = f"{need / 2**30:.1f} GiB", f"{available[device] / 2**30:.1f} GiB available"
         note = f"the text is encoded on the CPU: it needs {gib} and {device} has {free}"
-        return EncoderPlace(CPU, on_cpu(checkpoint, dtype, device), alongside=beside is not None, note=note)
+        return EncoderPlace(CPU, on_cpu(checkpoint, dtype, device), alongside=transformer_bytes is not None, note=note)
     left = usable_memory() * HEADROOM - needs(CPU)
-    return EncoderPlace(CPU, on_cpu(checkpoint, dtype, CPU), alongside=beside is not None and beside * len(devices) <= left)
+    return EncoderPlace(
+        CPU,
+        on_cpu(checkpoint, dtype, CPU),
+        alongside=transformer_bytes is not None and transformer_bytes * len(devices) <= left,
+    )
 
 
 def on_cpu(checkpoint: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
