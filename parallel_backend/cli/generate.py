@@ -29,7 +29,7 @@ from .writer import Writer
 
 
 @dataclass(frozen=True)
-class Request:
+class VideoRequest:
     """What the user wants, read from options and files."""
 
     videos: list[Video]
@@ -63,7 +63,7 @@ def generate(args: Namespace) -> int:
     return 0
 
 
-def read_request(args: Namespace) -> Request:
+def read_request(args: Namespace) -> VideoRequest:
     """Reads options and files and checks them. Loads no weights.
 
     Raises:
@@ -101,10 +101,10 @@ def read_request(args: Namespace) -> Request:
     )
     source = args.video or args.control_video
     fps = video.checked_fps(args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps))
-    return Request(videos, check_job(job), pixels, args.negative_prompt, args.tiling, fps)
+    return VideoRequest(videos, check_job(job), pixels, args.negative_prompt, args.tiling, fps)
 
 
-def produce(request: Request, plan: Plan, devices: Devices) -> list[tuple[Report, Report]]:
+def produce(request: VideoRequest, plan: Plan, devices: Devices) -> list[tuple[Report, Report]]:
     """Encodes text and images, samples, decodes and writes the files. Returns each video's sampling and decoding report.
 
     Each video is decoded once it is sampled, and written while the next one is sampled, so a failure costs only later videos.

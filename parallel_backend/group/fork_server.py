@@ -1,7 +1,7 @@
 """The fork server: imports once what every rank needs, and forks supervisors: ``python -m parallel_backend.group.fork_server``.
 
 The owner is its parent. It asks for a supervisor over standard input, a Unix socket, with one byte and two file descriptors: the
-supervisor's connection to the owner, and its log. The supervisor reads its :class:`.supervisor.Request` from the connection. When it
+supervisor's connection to the owner, and its log. The supervisor reads its :class:`.start_request.StartRequest` from the connection. When it
 ends, the fork server writes its exit status to the connection.
 
 CUDA must stay untouched here: a process that is forked from one that has started CUDA cannot use it.
@@ -131,14 +131,15 @@ class ForkServer:
             os._exit(status)
 
     def _supervise(self, parent: int, connection: socket.socket, added: dict[str, str]) -> int:
-        from .supervisor import Request, Supervisor
+        from .start_request import StartRequest
+        from .supervisor import Supervisor
 
         end_with(parent)
         set_name("xdit supervisor")
         line = connection.makefile("rb").readline()
         if not line:  # the owner no longer wants it
             return 0
-        request = Request(**json.loads(line))
+        request = StartRequest(**json.loads(line))
         os.environ.clear()
         os.environ.update({**added, **request.environment})
         return Supervisor(request, connection).run()

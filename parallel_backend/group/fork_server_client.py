@@ -17,7 +17,7 @@ from typing import IO, Any, ClassVar
 from ..config import CONFIG
 from ..errors import GroupUnavailable
 from .preflight import group_environment, group_python
-from .supervisor import Request
+from .start_request import StartRequest
 
 READ_AT_IMPORT = re.compile(
     "(XDIT|XFUSER|XDG|HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|TORCH|PYTORCH|TRITON|CUDA|OMP|GOMP|KMP|MKL|OPENBLAS|LD)_.*"
@@ -143,7 +143,7 @@ class ForkServerProcess:
         finally:
             theirs.close()
 
-    def fork(self, request: Request, log: Path) -> SupervisorProcess:
+    def fork(self, request: StartRequest, log: Path) -> SupervisorProcess:
         """Asks for a supervisor. Returns at once; the supervisor starts when the imports are done.
 
         Args:

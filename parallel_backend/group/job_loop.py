@@ -21,8 +21,8 @@ from .codec import Message, decode, encode
 from .heartbeat import HeartbeatWriter
 from .job_fields import join_fields, split_fields
 from .registry import GroupAddress
-from .server import Request, Server
-from .supervisor import HOST
+from .server import ClientRequest, Server
+from .start_request import HOST
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Keeping:
         device: of the state.
     """
 
-    def __init__(self, request: Request, device: torch.device):
+    def __init__(self, request: ClientRequest, device: torch.device):
         self._request = request
         self._thread = ThreadPoolExecutor(1, "kept")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -130,7 +130,7 @@ class JobLoop:
                 self.do_job(message, request)
             self.state = "ready"
 
-    def next_request(self) -> Request:
+    def next_request(self) -> ClientRequest:
         """Returns rank 0's next request that is not cancelled.
 
         After the idle time it is a request to end the group, or if other processes use the group, to free the weights.
@@ -142,11 +142,11 @@ class JobLoop:
                 logger.info(
                     "idle for %g minutes; %s", CONFIG.idle_minutes, "freeing the weights" if self.is_shared else "ending"
                 )
-                return Request(encode(Message("free" if self.is_shared else "stop")), None)
+                return ClientRequest(encode(Message("free" if self.is_shared else "stop")), None)
             if request.begin():
                 return request
 
-    def do_job(self, message: Message, request: Request | None) -> None:
+    def do_job(self, message: Message, request: ClientRequest | None) -> None:
         """Runs one job with the other ranks. Rank 0 answers with the result or the failure."""
         failure: dict | None = None
         result: Result | None = None
@@ -182,7 +182,7 @@ class JobLoop:
         self.log_line(message.kind, report, request.waited)
         request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
 
-    def run(self, message: Message, request: Request | None) -> Result | None:
+    def run(self, message: Message, request: ClientRequest | None) -> Result | None:
         """Runs this rank's share of a job."""
         self.engine.together = message.kind not in ("decode", "encode")  # until the engine decides
         self.heart.beat(f"loading, and on the first step or the whole of a {message.kind} job", CONFIG.load_seconds)

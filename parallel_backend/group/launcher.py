@@ -13,7 +13,7 @@ from .fork_server_client import ForkServerProcess, SupervisorProcess
 from .muster import Meeting, Muster
 from .preflight import check_possible, loopback, rank_environment
 from .registry import GroupAddress, Home, remove_stale
-from .supervisor import HOST, Request
+from .start_request import HOST, StartRequest
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Launcher:
         else:  # loopback by number, which needs no name resolution, network or variables
             (host, interface), port = loopback(), 0
             variables = rank_environment(self.devices, interface, is_forced=True)
-        request = Request(str(self.address.folder), str(self.plan), self.devices.kind, variables, (host, port))
+        request = StartRequest(str(self.address.folder), str(self.plan), self.devices.kind, variables, (host, port))
         return ForkServerProcess.get(self.devices.kind).fork(request, self.address.folder / "launcher.log")
 
     def is_running(self) -> bool:

@@ -28,7 +28,7 @@ def refusal(error: Exception) -> Message:
     return Message("failed", {"error": type(error).__name__, "message": str(error)})
 
 
-class Request:
+class ClientRequest:
     """One queued request and the connection for its answers.
 
     Args:
@@ -85,12 +85,12 @@ class Server:
     def __init__(self, address: GroupAddress, status: Callable[[], dict[str, Any]]):
         self._key = address.key
         self._status = status
-        self._requests: queue.Queue[Request] = queue.Queue()
+        self._requests: queue.Queue[ClientRequest] = queue.Queue()
         self._closed = threading.Event()
         self._listener = Listener(address.socket, family="AF_UNIX", backlog=CLIENTS)
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
-    def next(self, seconds: float | None = None) -> Request | None:
+    def next(self, seconds: float | None = None) -> ClientRequest | None:
         """Returns the next queued request, or None after a timeout of ``seconds``, if any."""
         try:
             return self._requests.get(timeout=seconds)
@@ -154,7 +154,7 @@ class Server:
         if kind == "status":
             protocol.send(connection, self._answer_status())
             return
-        request = Request(data, connection)
+        request = ClientRequest(data, connection)
         self._requests.put(request)
         # The client sends "cancel" and waits for the last answer, or disconnects: either way the request is cancelled.
         try:

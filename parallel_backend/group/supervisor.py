@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,24 +27,7 @@ from .hang_detector import Hang, HangDetector
 from .heartbeat import Board
 from .ownership import OwnerWatch
 from .registry import GroupAddress
-
-HOST = "XDIT_HOST"
-"""Environment variable of the ranks: this host's name for messages; set if the group has several hosts."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the owner asks a supervisor for. It travels as JSON."""
-
-    folder: str
-    """Of the group."""
-    plan: str
-    kind: str
-    """Of the devices, ``cuda`` or ``cpu``."""
-    environment: dict[str, str]
-    """Variables of the ranks."""
-    store: tuple[str, int]
-    """Host and port of the store where the ranks of all hosts meet. Port 0 is any free one, for a group on one host."""
+from .start_request import StartRequest
 
 
 class Supervisor:
@@ -55,7 +38,7 @@ class Supervisor:
         connection: to the owner.
     """
 
-    def __init__(self, request: Request, connection: socket.socket):
+    def __init__(self, request: StartRequest, connection: socket.socket):
         self.request = request
         self.connection = connection
         self.address = GroupAddress(Path(request.folder))

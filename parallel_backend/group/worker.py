@@ -10,7 +10,7 @@ from functools import partial
 from ..config import CONFIG
 from .heartbeat import Board, HeartbeatWriter
 from .registry import GroupAddress
-from .supervisor import HOST
+from .start_request import HOST
 
 logger = logging.getLogger(__name__)
 
