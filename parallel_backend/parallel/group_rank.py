@@ -16,6 +16,7 @@ from ..plan import Plan
 from ..planner.machine import SLOW_LINK, Link
 from . import symmetric_memory, xdit
 from .fsdp import fsdp_mesh, shard_blocks
+from .guidance import GuidanceSplit
 from .pipefusion import KeptOfJob, Pipe, Stage
 from .rank import RankContext
 from .sequence import JointSequence
@@ -24,8 +25,6 @@ from .vae_rows import Strips
 
 IDLE = timedelta(days=365)
 """How long a rank waits for the next job: collectives of the control group must not time out."""
-
-
 PROBE_NUMBERS = {"cpu": 2**20, "cuda": 2**24}
 """Float32 numbers per test exchange: 4 MiB between CPU processes, 64 MiB between GPUs."""
 PROBES, SHORT_PROBES = 3, 10
@@ -72,7 +71,7 @@ class GroupRankContext(RankContext):
         self._messages = 0
         """Number of messages that rank 0 has broadcast; the last one is the current job."""
         self.copies = False
-        self.cfg_group = xdit.cfg_group()
+        self.guidance = GuidanceSplit(plan.cfg, xdit.cfg_group())
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
         self.pipe = Pipe(xdit.pipeline_group()) if plan.pipefusion > 1 else None
         tensor_rank = xdit.tensor_group().rank_in_group
@@ -88,7 +87,7 @@ class GroupRankContext(RankContext):
         dist.all_reduce(tensor)
         self.copies = self._can_copy()
         if self.plan.cfg > 1:
-            self.cfg_group.all_gather(tensor)
+            self.guidance.group.all_gather(tensor)
         if self.plan.sequence > 1:
             xdit.sequence_group().all_gather(tensor)
         if self.plan.tensor > 1:
@@ -150,16 +149,10 @@ class GroupRankContext(RankContext):
         return self.pipe is None or not self.pipe.is_under_way
 
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """See :meth:`RankContext.share`. With one prompt, both ranks of ``cfg2`` compute it."""
-        if self.plan.cfg == len(prompts):
-            return prompts[self.cfg_group.rank_in_group :][:1]
-        return prompts
+        return self.guidance.share(prompts)
 
     def gather(self, mine: Sequence[torch.Tensor], *, of: int) -> Sequence[torch.Tensor]:
-        if len(mine) == of:
-            return mine
-        (own,) = mine
-        return self.cfg_group.all_gather(own.contiguous(), separate_tensors=True)
+        return self.guidance.gather(mine, of=of)
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)

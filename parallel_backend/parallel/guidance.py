@@ -1,0 +1,31 @@
+"""Classifier-free guidance over two ranks (``cfg2``): each runs one of a step's two prompts."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class GuidanceSplit:
+    """This rank's share of a step's prompts.
+
+    Args:
+        degree: ranks of the group, 1 or 2.
+        group: xDiT's group of these ranks.
+    """
+
+    def __init__(self, degree: int, group):
+        self.degree = degree
+        self.group = group
+
+    def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Returns those prompts of a step that this rank runs. A single prompt is run by every rank."""
+        if self.degree == len(prompts):
+            return prompts[self.group.rank_in_group :][:1]
+        return prompts
+
+    def gather(self, mine: Sequence[torch.Tensor], *, of: int) -> Sequence[torch.Tensor]:
+        """Returns the predictions for all ``of`` prompts, in order, given this rank's."""
+        if len(mine) == of:
+            return mine
+        (own,) = mine
+        return self.group.all_gather(own.contiguous(), separate_tensors=True)
