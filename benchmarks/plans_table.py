@@ -9,7 +9,7 @@ from statistics import median
 
 from parallel_backend.plan import Plan
 from parallel_backend.planner.cost_model import predict
-from parallel_backend.planner.hardware import KNOWN
+from parallel_backend.planner.gpu_table import KNOWN
 from parallel_backend.planner.machine import Link, Machine
 from parallel_backend.planner.planner import assumed, pick, predictions
 from parallel_backend.planner.work import Work

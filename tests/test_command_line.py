@@ -407,7 +407,8 @@ def test_plan_says_what_every_plan_costs_which_one_auto_would_choose_and_why(run
     (marked, *_) = (line for line in done.stdout.splitlines() if "cfg2-ulysses2-pipefusion2" in line)
     assert marked.endswith("not exact: auto leaves it to you")
     short = run("plan", "--model", checkpoints["5b"], "--gpus", 2, "--memory-gib", 0.0001)
-    assert "cfg2-fsdp2" in short.stdout and "no plan fits into 0.0001 GiB" in short.stdout.splitlines()[-1]
+    assert "cfg2-fsdp2" in short.stdout and "no plan fits into 0.0001 GiB" in short.stdout.splitlines()[-2]
+    assert short.stdout.splitlines()[-1].startswith("a forward pass does not fit into the memory of a GPU: ")
     for option, room, fits in (("--memory-gib", 0.1, "no"), ("--memory-gib", 0.5, "yes"), ("--memory-gb", 0.1, "no")):
         shown = run("plan", "--model", checkpoints["5b"], "--gpus", 1, option, room).stdout
         _, peak, needs, said = re.search(r"-> single +(\S+) +(\S+) +(\S+) +(\w+)", shown).groups()
@@ -420,7 +421,7 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
     asked = ("plan", "--model", checkpoints["5b"], "--gpus", 2, "--gpu", "4090", *size)
     done = run(*asked, "--cfg", 1, "--link", "nvlink", "--fp8", "linears", "--json")
     found = json.loads(done.stdout)
-    assert (found["gpu"], found["plan"]) == ("4090", "ulysses2")
+    assert (found["gpu"], found["plan"]) == ("RTX 4090", "ulysses2")
     assert {each["plan"]: each["exact"] for each in found["plans"]} == {"ulysses2": True, "ring2": True, "pipefusion2": False}
     several = json.loads(run(*asked, "--cfg", 1, "--count", 4, "--json").stdout)
     assert (
@@ -431,6 +432,16 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
     assert found["reason"].startswith("ulysses2 is predicted at ")
     wrong = run("plan", "--model", checkpoints["5b"], "--gpu", "GTX 970")
     assert wrong.returncode == 2 and "gpu 'GTX 970' is not known; use one of H200, H100, " in wrong.stderr
+
+
+def test_plan_answers_for_a_model_that_is_not_downloaded_and_says_how_it_fits(run):
+    shown = run("plan", "--model", "5b", "--gpu", "rtx 3060", "--gpus", 1).stdout.splitlines()
+    assert shown[0].startswith("zai-org/CogVideoX-5b: ") and shown[1].startswith("not downloaded: ")
+    assert shown[-1].startswith("with plan single: offload 'group', ") and "decode in tiles" in shown[-1]
+    found = json.loads(run("plan", "--model", "zai-org/CogVideoX-2b", "--gpu", "4090", "--gpus", 2, "--json").stdout)
+    assert (found["model"], found["gpu"], found["fit"]["plan"], found["fit"]["offload"]) == (
+        "zai-org/CogVideoX-2b", "RTX 4090", "cfg2", "none",
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from parallel_backend.parallel.pipefusion import KeptOfJob, PatchAttention, Pipe
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
 from parallel_backend.planner.cost_model import HEADROOM, predict
-from parallel_backend.planner.hardware import KNOWN
+from parallel_backend.planner.gpu_table import KNOWN
 from parallel_backend.planner.machine import Link
 from parallel_backend.planner.planner import approximations, assumed, choose
 from parallel_backend.planner.work import patches

@@ -34,15 +34,15 @@ from parallel_backend.group.worker import remember
 from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
-from parallel_backend.planner import hardware, hardware_cache
+from parallel_backend.planner import gpu_table, hardware, hardware_cache
 from parallel_backend.planner.cost_model import predict, weight_bytes
 from parallel_backend.planner.cost_model import working_bytes as planned_bytes
 from parallel_backend.planner.machine import CPU, Link
 from parallel_backend.planner.planner import approximations, assumed, choose, predictions
 from parallel_backend.workload import Workload, work_of, work_of_job
 
-H100, GIB = hardware.KNOWN["H100"], 2**30
-PCIE, L40 = replace(H100, link=hardware.LINKS["pcie"]), hardware.KNOWN["L40"]
+H100, GIB = gpu_table.KNOWN["H100"], 2**30
+PCIE, L40 = replace(H100, link=gpu_table.LINKS["pcie"]), gpu_table.KNOWN["L40"]
 PLANS = [
     "single",
     "cfg2",
@@ -310,11 +310,23 @@ def test_a_gpu_that_cannot_be_measured_now_is_assumed(measure, monkeypatch):
     assert not hardware_cache.FILE.exists()
 
 
-def test_gpus_are_known_by_a_part_of_their_name():
-    assert hardware.known("NVIDIA H100 80GB HBM3").name == "H100"
-    assert hardware.known("NVIDIA L40S").name == "L40S"
-    assert hardware.known("NVIDIA GeForce RTX 4090").name == "4090"
-    assert hardware.known("NVIDIA T4").matrix == hardware.UNKNOWN.matrix
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A10", "A10"),
+        ("NVIDIA L4", "L4"), ("NVIDIA L40", "L40"), ("NVIDIA L40S", "L40S"), ("Tesla V100-SXM2-32GB", "V100"), ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"), ("NVIDIA GeForce RTX 3090 Ti", "RTX 3090 Ti"), ("3090ti", "RTX 3090 Ti"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti SUPER"), ("4070 super", "RTX 4070 SUPER"), ("rtx4090", "RTX 4090"),
+        ("NVIDIA RTX A6000", "RTX A6000"), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("RTX 3060 12GB", "RTX 3060"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Quadro RTX 6000", None), ("NVIDIA GeForce GTX 1080", None), ("", None),
+        ("NVIDIA A1000", None), ("4090x", None),
+    ],
+)  # fmt: skip
+def test_gpus_are_known_by_the_words_of_their_name(name, expected):
+    found = gpu_table.known(name)
+    assert (found and found.name) == expected
+    assert hardware.named(name).name == name
+    assert hardware.named(name).matrix == (found or gpu_table.UNKNOWN).matrix
 
 
 def test_messages_between_machines_go_through_the_network():
@@ -357,7 +369,7 @@ def gpus(measure, monkeypatch):
 def test_gpus_that_are_here_are_measured_and_their_link_is_known_by_name_and_reach(gpus, measure, name, reached, link):
     gpus(name, reached=reached)
     found = hardware.here(Devices("cuda", (0, 1)))
-    assert (found.name, found.link, found.free, found.per_machine) == (name, hardware.LINKS[link], 75 * GIB, 2)
+    assert (found.name, found.link, found.free, found.per_machine) == (name, gpu_table.LINKS[link], 75 * GIB, 2)
     assert found.matrix == found.attention == found.bandwidth == 7e12 and found.knows_seconds
     assert len(measure) == 1
 
@@ -393,7 +405,7 @@ def test_unequal_gpus_are_planned_for_as_the_slowest_with_the_fast_ones_first_an
     assert devices.indices == (1, 0)
     found = hardware.here(devices)
     assert (found.matrix, found.first(1).matrix, found.first(2).matrix) == (1e14, 7e14, 1e14)
-    assert (found.name, found.link) == ("NVIDIA H100 80GB HBM3 and NVIDIA L40", hardware.LINKS["pcie"])
+    assert (found.name, found.link) == ("NVIDIA H100 80GB HBM3 and NVIDIA L40", gpu_table.LINKS["pcie"])
     plan, used, reason = resolve("auto", "auto", Workload(48))
     assert (plan, used.indices) == (Plan(), (1,)) and "on 1 of 2 devices" in reason
     assert hardware.warnings(Devices("cuda", (0, 1))) == [

@@ -1,4 +1,4 @@
-"""The command line: ``python -m parallel_backend generate | plan | serve | status | stop | bench``."""
+"""The command line: ``python -m parallel_backend generate | plan | cards | serve | status | stop | bench``."""
 
 import argparse
 import logging
@@ -7,13 +7,15 @@ import sys
 
 import torch
 
+from ..cogvideox.checkpoint.published import MODELS
 from ..config import CONFIG
 from ..errors import Cancelled, Failure, RequestError
 from ..jobs import IMAGE_SCALES, SCHEDULERS, TILINGS, SampleJob
 from ..model import COMPILES, DTYPES, FP8S, OFFLOADS, WINDOW_SCHEDULES
-from ..planner.hardware import KNOWN, LINKS
+from ..planner.gpu_table import KNOWN, LINKS
 from ..system.limits import usable_cores
 from .bench import bench as run_bench
+from .cards import cards as run_cards
 from .generate import generate as run_generate
 from .plan import plan as run_plan
 from .serve import serve as run_serve
@@ -99,6 +101,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     add_generate_options(commands.add_parser("generate", help="make video files from prompts, images or videos"))
     add_plan_options(commands.add_parser("plan", help="show what auto would choose, and why"))
+    commands.add_parser("cards", help="show which GPU can run which published model, and how").set_defaults(run=run_cards)
     add_serve_options(commands.add_parser("serve", help="keep a group running for other processes, on one or several machines"))
     add_status_options(commands.add_parser("status", help="list the groups that are running"))
     add_stop_options(commands.add_parser("stop", help="end the group that serve keeps"))
@@ -179,14 +182,16 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``plan``."""
-    parser.add_argument("--model", required=True, help="as in generate")
+    parser.add_argument("--model", required=True, help=f"as in generate; or {', '.join(MODELS)}, which need not be downloaded")
     parser.add_argument("--gpus", type=int, help="GPUs of each host (default: those of this machine)")
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that form one group (default %(default)s)")
     parser.add_argument(
         "--memory-gib", type=float, help="memory of one GPU; if the model does not fit, plans that shard its weights are listed"
     )
     parser.add_argument("--memory-gb", type=float, dest="memory_gib", help=argparse.SUPPRESS)  # the option's name before
-    parser.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(KNOWN)} (default: those of this machine)")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"such as 3090; known are {', '.join(KNOWN)} (default: those of this machine)"
+    )
     parser.add_argument("--link", choices=tuple(LINKS), help="link between the GPUs (default: the GPU's own)")
     parser.add_argument("--cfg", type=float, default=6.0, help="guidance scale; 1 turns guidance off (default %(default)s)")
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")

@@ -2,14 +2,14 @@
 
 import math
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
-from ..cogvideox.checkpoint import bundled
-from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.checkpoint import published
 from ..devices import Devices
 from ..errors import RequestError
+from ..fit import Fit, fit
 from ..planner import hardware
 from ..planner.cost_model import Prediction
 from ..planner.machine import Machine
@@ -22,7 +22,7 @@ from .options import size_of
 
 def plan(args: Namespace) -> int:
     """Prints the predicted cost of every plan, the plan that ``auto`` would choose, and the reason."""
-    checkpoint = Checkpoint.open(bundled.find(args.model))
+    checkpoint = published.find(args.model)
     if args.gpus is not None and args.gpus < 1:
         raise RequestError(f"gpus is {args.gpus}; use 1 or more")
     if args.memory_gib is not None and not 0 < args.memory_gib < math.inf:
@@ -42,10 +42,14 @@ def plan(args: Namespace) -> int:
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
     found.sort(key=lambda each: each.total)
     chosen, reason = choose(work, machine, count, jobs=args.count)
+    fitted = None if machine.free is None else fit(checkpoint, work, machine, count, size=tuple(size.values()))
     if args.json:
-        show_json({**figures(found, machine), "model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason})
+        known = {"model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason}
+        show_json({**figures(found, machine), **known, "fit": fitted and {**asdict(fitted), "plan": str(fitted.plan)}})
         return 0
     show(checkpoint.describe)
+    if isinstance(checkpoint, published.UnreadCheckpoint):
+        show("not downloaded: this is predicted from its published configuration")
     if args.gpu is None:
         for line in [*hardware.survey(present), *hardware.warnings(present)]:
             show(line)
@@ -63,7 +67,20 @@ def plan(args: Namespace) -> int:
     show(machine.describe)
     hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
     show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
+    if fitted:
+        show(how(fitted))
     return 0
+
+
+def how(fitted: Fit) -> str:
+    """Says in one line how the model fits into the GPUs."""
+    if not fitted.fits:
+        return "a forward pass does not fit into the memory of a GPU: use a smaller size, or more GPUs"
+    decode = "in tiles" if fitted.is_tiled else "whole"
+    return (
+        f"with plan {fitted.plan}: offload '{fitted.offload}', {fitted.peak / 2**30:.1f} GiB on each GPU, decode {decode}, "
+        f"about {fitted.host / 2**30:.0f} GiB of host memory"
+    )
 
 
 def figures(found: list[Prediction], machine: Machine) -> dict:

@@ -1,9 +1,4 @@
-"""Rates of devices: a table of known GPUs, and a short measurement of the GPUs of this machine that is saved on disk.
-
-H100 and H200 are measured (benchmarks/results/h100x2.json; FACTS). A100, L40, L40S, L20 and 4090 are from NVIDIA's data sheets:
-dense bf16 operations, of which a product reaches ``REACHED``, and the memory bandwidth. NVLink is assumed to reach two thirds of
-its data sheet. PCIe's 7 GB/s, while all GPUs send, follows from xDiT's published L40 curves for 5b and 1.5-5B (benchmarks/NOTES.md).
-"""
+"""Rates of devices: from the table of known GPUs, or a short measurement of this machine's GPUs that is saved on disk."""
 
 import logging
 from collections.abc import Sequence
@@ -17,68 +12,33 @@ from ..devices import Devices
 from ..errors import RequestError, first_line
 from ..system.gpu_memory import free_bytes
 from . import hardware_cache
+from .gpu_table import GIB, KNOWN, LINK_NAMES, LINKS, UNKNOWN, known
 from .machine import CPU, SLOW_LINK, Link, Machine
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
-REACHED = 0.8
-"""Share of a data sheet's operations that a large product reaches: 767 of 989 on an H100 (h100x2.json)."""
-ATTENDED = 0.7
-"""Share of a product's rate that FlashAttention-2 reaches on GPUs before Hopper: assumed."""
-LINKS = {"nvlink": Link(300e9, 20e-6), "pcie": Link(7e9, 30e-6), "network": Link(5e9, 60e-6)}
-"""Links by their names in ``--link``. ``network`` is one rank's share of a host's network adapters: assumed."""
-LINK_NAMES = {"nvlink": "NVLink", "pcie": "PCIe", "network": "the network"}
 ALIKE = 0.8
 """Devices count as equal if the smallest free memory is at least this share of the largest."""
 
 
-def data_sheet(name: str, teraflops: float, bandwidth: float, gib: int | None, link: str, *, fp8: bool) -> Machine:
-    """Returns a GPU by its data sheet: dense bf16 TFLOP/s, memory bandwidth in bytes per second, memory in GiB."""
-    rate, matrix_fp8 = teraflops * 1e12 * REACHED, 1.75 if fp8 else 1.0
-    return Machine(
-        name, rate, rate * ATTENDED, bandwidth, LINKS[link], LINKS["network"], matrix_fp8=matrix_fp8, free=gib and gib * GIB,
-        rates_from="its data sheet", link_from=f"assumed for {LINK_NAMES[link]}",
-    )  # fmt: skip
-
-
-HOPPER = {
-    "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": 1.75, "attention_fp8": 1.36,
-    "rates_from": "the table of known GPUs, measured", "link_from": "assumed for NVLink",
-}  # fmt: skip
-"""Fields that all Hopper GPUs share. FP8: products from ``fp8`` of h100x2.json (0.1 s less for each half of guidance), attention from
-``fp8`` and ``fp8-all`` of h200-kernels.json, where it took 0.56 s of a step in bf16 (NOTES)."""
-KNOWN = {
-    "H200": Machine("H200", 787e12, 640e12, 4.8e12, attention_fp16=567e12, free=140 * GIB, **HOPPER),
-    "H100": Machine("H100", 767e12, 651e12, 3.35e12, attention_fp16=567e12, free=79 * GIB, **HOPPER),
-    "A100": data_sheet("A100", 312, 2.0e12, 79, "nvlink", fp8=False),
-    "L40S": data_sheet("L40S", 362, 0.864e12, 44, "pcie", fp8=True),
-    "L40": data_sheet("L40", 181, 0.864e12, 44, "pcie", fp8=True),
-    "L20": data_sheet("L20", 119.5, 0.864e12, 44, "pcie", fp8=True),
-    "4090": data_sheet("4090", 165, 1.008e12, 23, "pcie", fp8=True),
-}
-"""GPUs by a part of torch's name for them; the first match counts. Attention is this pack's own, of 48 x 17776 x 64 (NOTES)."""
-UNKNOWN = replace(data_sheet("unknown", 120, 0.8e12, None, "pcie", fp8=False), knows_seconds=False, rates_from="assumed")
-"""A GPU that is not in ``KNOWN`` and was not measured."""
-
-
-def known(name: str) -> Machine:
-    """Returns the GPU with a name; ``UNKNOWN`` with that name if it is not in the table."""
-    return next((machine for part, machine in KNOWN.items() if part.lower() in name.lower()), replace(UNKNOWN, name=name))
+def named(name: str) -> Machine:
+    """Returns the GPU with torch's name; ``UNKNOWN`` with that name if it is not in the table."""
+    found = known(name)
+    return replace(found or UNKNOWN, name=name)
 
 
 def asked(name: str | None, *, count: int, link: str | None, memory_gib: float | None) -> Machine:
     """Returns devices that the user describes, which this machine need not have.
 
     Args:
-        name: a GPU of ``KNOWN``; None for the GPUs of this machine.
+        name: a GPU of ``KNOWN``, or words of its name such as ``3090``; None for the GPUs of this machine.
         count: devices in one host.
         link: a name in ``LINKS``; None for the GPU's own.
         memory_gib: free memory of each device in GiB; None for the GPU's own.
     Raises:
         RequestError: for a GPU that is not known.
     """
-    if name is not None and (machine := known(name)).name not in KNOWN:
+    if name is not None and (machine := known(name)) is None:
         raise RequestError(f"gpu '{name}' is not known; use one of {', '.join(KNOWN)}")
     if name is None:
         found = Devices.parse("auto")
@@ -120,7 +80,7 @@ def fastest_first(devices: Devices) -> Devices:
 def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
     """Returns one GPU with its rates, measured if ``is_measured`` and possible, and its free memory."""
     name = torch.cuda.get_device_name(device)
-    found = replace(known(name), name=name, free=usable_bytes(device))
+    found = replace(named(name), free=usable_bytes(device))
     rates = calibrated(name, torch.__version__, device) if is_measured else None
     if rates is None:
         return found
@@ -165,7 +125,7 @@ def warnings(devices: Devices) -> list[str]:
         found.append(
             f"unequal GPUs ({each}): plans that split a step wait for the slowest GPU in every step; replicasN does not"
         )
-    link, measured_on = link_of(devices, [replace(known(name), name=name) for name in names.values()])
+    link, measured_on = link_of(devices, [named(name) for name in names.values()])
     if measured_on and link.bandwidth < SLOW_LINK:
         found.append(
             f"these GPUs exchange only {link.bandwidth / 1e9:.2g} GB/s (measured {measured_on}): "
