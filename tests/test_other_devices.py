@@ -77,11 +77,32 @@ def test_weights_stay_on_a_mac_s_gpu_which_shares_the_cpu_s_memory(make_job, gpu
     assert engine.cache._choose_offload(job, checkpoint, torch.float32) == "none"
 
 
+class Offloaded(torch.nn.Module):
+    """A transformer of 2 GiB, on the CPU, that records how it is offloaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(2**30, dtype=torch.bfloat16), requires_grad=False)
+        self.asked = {}
+
+    def enable_group_offload(self, **settings):
+        self.asked = settings
+
+
 @pytest.mark.parametrize("device, streams", [(MPS, False), (XPU, True), (torch.device("cuda", 0), True)], ids=str)
 def test_weights_come_block_by_block_in_a_stream_where_diffusers_has_one(device, streams):
-    asked = {}
-    offload.place(SimpleNamespace(enable_group_offload=lambda **settings: asked.update(settings)), "group", device)
-    assert asked["use_stream"] is streams and asked["onload_device"] == device
+    module = Offloaded()
+    offload.place(module, "group", device)
+    assert module.asked["use_stream"] is streams and module.asked["onload_device"] == device
+
+
+@pytest.mark.parametrize("gib, ranks, pinned", [(5, 1, True), (4, 1, False), (9, 2, True), (5, 2, False)])
+def test_weights_stay_pinned_where_host_memory_is_large_enough_and_else_a_note_says_so(gib, ranks, pinned, monkeypatch):
+    monkeypatch.setattr(offload, "usable_memory", lambda: gib * GIB)
+    module = Offloaded()
+    note = offload.place(module, "group", torch.device("cuda", 0), ranks=ranks)
+    assert module.asked["low_cpu_mem_usage"] is not pinned
+    assert note is None if pinned else f"takes {4 * ranks} GiB of host memory, {gib} are free" in note
 
 
 @pytest.mark.parametrize("device", [MPS, XPU], ids=str)

@@ -13,6 +13,7 @@ from ..jobs import Job, SampleJob, WindowJob
 from ..plan import Plan
 from ..planner.cost_model import GATHERED, HEADROOM, kept_factor, working_factor
 from ..planner.work import stage_layers
+from ..system.limits import usable_memory
 from .checkpoint import shards
 from .checkpoint.checkpoint import Checkpoint
 from .pipeline.windows import Layout, forward_size
@@ -22,6 +23,9 @@ from .vae import tiling
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"
 """Messages of torch's plain RuntimeErrors on Apple's GPUs and on the CPU."""
+
+PINNED_FACTOR = 2
+"""Host memory that pinned weights take, relative to their bytes: torch rounds each weight up to a power of two."""
 
 _allowed: int | None = None
 """The limit in bytes that :func:`allow` set for this process."""
@@ -186,23 +190,41 @@ def choose_offload(
     return "sequential", f"offload 'sequential': weights are loaded layer by layer, which is slow ({say})"
 
 
-def place(module: torch.nn.Module, mode: str, device: torch.device) -> None:
+def place(module: torch.nn.Module, mode: str, device: torch.device, *, ranks: int = 1) -> str | None:
     """Moves a transformer to the device, or adds hooks that move it in parts.
 
     ``none`` and ``model`` move it to the device; ``group`` and ``sequential`` leave it on the CPU.
+
+    Args:
+        module: the transformer, on the CPU if it is to stay there.
+        mode: as :func:`choose_offload` returns it.
+        device: to run on.
+        ranks: processes that do so at the same time with the same host memory.
+    Returns:
+        A note for the user if the copies to the device are slower than they could be.
     """
     if device.type == "cpu" or mode in ("none", "model"):
         module.to(device)
-    elif mode == "group":
-        module.enable_group_offload(
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            use_stream=device.type in ("cuda", "xpu"),  # diffusers supports streams on no other device
-            low_cpu_mem_usage=True,
-        )
-    else:
+        return None
+    if mode == "sequential":
         from accelerate import cpu_offload
 
         cpu_offload(module, execution_device=device)
+        return None
+    uses_stream = device.type in ("cuda", "xpu")  # diffusers supports streams on no other device
+    need, free = PINNED_FACTOR * bytes_on(torch.device("cpu"), module) * ranks, usable_memory()
+    stays_pinned = need <= free * HEADROOM
+    module.enable_group_offload(
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=uses_stream,
+        low_cpu_mem_usage=not stays_pinned,
+    )
+    if stays_pinned or not uses_stream:
+        return None
+    return (
+        "offload 'group': each block is copied into pinned memory whenever it is used, which is slower: keeping all of them pinned takes "
+        f"{need / 2**30:.0f} GiB of host memory, {free / 2**30:.0f} are free"
+    )

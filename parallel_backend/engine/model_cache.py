@@ -56,6 +56,8 @@ class ModelCache:
         """The key and the module of each part; see :meth:`_load`."""
         self.offload: str | None = None
         """The offload mode of the last sampling job."""
+        self.offload_note: str | None = None
+        """A note for every job while the transformer that is held is offloaded more slowly than it could be."""
         self.merged: tuple[lora.LoraFile, ...] = ()
         """The LoRAs merged into the transformer's weights."""
 
@@ -100,9 +102,10 @@ class ModelCache:
             self.merged = ()
         self._merge(loras, transformer, checkpoint)
         if self.loads > before:
-            offload.place(transformer, mode, self.device)
+            self.offload_note = offload.place(transformer, mode, self.device, ranks=self.context.plan.world_size)
         elif hooks is None:
             transformer.to(self.device)
+        self.note(self.offload_note)
         attention.agree(self.device, dtype, checkpoint.head_dim, self.context.collect)
         self.note(attention.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
         if job.model.dtype == "auto" and checkpoint.native_dtype == "bf16" and dtype == torch.float16:
