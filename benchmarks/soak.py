@@ -5,11 +5,9 @@ jobs in a row with cancels among them. On CPU processes and a small model with r
 """
 
 import argparse
-import json
 import os
 import random
 import signal
-import struct
 import tempfile
 import threading
 import time
@@ -31,6 +29,7 @@ from parallel_backend.jobs import DecodeJob, SampleJob, empty_latent
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 
+from .invalid_messages import invalid_bytes, parts
 from .random_weights import build
 
 MOMENTS = ("starting", "loading", "first step", "middle step", "last step", "decoding", "idle")
@@ -153,63 +152,6 @@ def kills(checkpoint: Checkpoint, plan: str) -> None:
         group.close()
 
 
-def rubbish(rng: random.Random, valid: bytes) -> bytes:
-    """Bytes that are no request: a valid one broken, or something else."""
-    length = int.from_bytes(valid[:8], "little")
-    header, body = json.loads(valid[8 : 8 + length]), valid[8 + length :]
-    head = json.loads(header["__metadata__"]["message"])
-
-    def packed(header, body=body) -> bytes:
-        text = json.dumps(header).encode()
-        return struct.pack("<Q", len(text)) + text + body
-
-    def with_head(**changes) -> bytes:
-        return packed({**header, "__metadata__": {"message": json.dumps({**head, **changes})}})
-
-    def with_tensor(**changes) -> bytes:
-        name = rng.choice([name for name in header if name != "__metadata__"])
-        return packed({**header, name: {**header[name], **changes}})
-
-    def with_field() -> bytes:
-        plain = {
-            **head["plain"],
-            rng.choice(list(head["plain"])): rng.choice([None, -1, 1e99, "x", [], {}, float("nan"), 2**80]),
-        }
-        return with_head(plain=plain)
-
-    deep = "[" * 5000 + "]" * 5000
-    ways = [
-        lambda: valid[: rng.randrange(len(valid))],
-        lambda: bytes(rng.randrange(256) for _ in range(rng.randrange(200))),
-        lambda: bytes(byte ^ (rng.random() < 0.01) * rng.randrange(256) for byte in valid[: length + 8]) + body,
-        lambda: struct.pack("<Q", rng.choice([0, 1, 2**20 + 1, 2**40, 2**63, 2**64 - 1])) + valid[8:],
-        lambda: with_head(version=rng.choice([0, 2, -1, "1", None])),
-        lambda: with_head(kind=rng.choice(["", "dance", None, 7, "__class__"])),
-        lambda: with_head(plain=rng.choice([[], "x", None, {}, {"model": {}}, {"model": {"path": "/etc"}}])),
-        lambda: with_tensor(dtype=rng.choice(["F8_E4M3", "I64", "BOOL", "F64", "X"])),
-        lambda: with_tensor(shape=rng.choice([[], [0], [2**40], [-1], [1, 16, 5, 9, 11], "x", [[1]]])),
-        lambda: with_tensor(data_offsets=rng.choice([[0, 2**40], [5, 1], [-4, 4], "x"])),
-        with_field,
-        lambda: struct.pack("<Q", len(deep)) + deep.encode(),
-        lambda: packed({**header, "__metadata__": {"message": deep}}),
-    ]
-    return rng.choice(ways)()
-
-
-def parts(rng: random.Random, data: bytes) -> list[bytes]:
-    """A message as it is sent, header and tensors, or now and then cut elsewhere."""
-    length = 8 + int.from_bytes(data[:8], "little")
-    try:
-        sizes = [size for _, _, size in codec.read_head(data[:length]).tensors.values()]
-    except codec.ProtocolError:
-        sizes = []
-    cuts = [length, *sizes, len(data)] if rng.random() < 0.9 else [rng.randrange(len(data) + 1), len(data)]
-    found = []
-    for size in cuts:
-        found, data = [*found, data[:size]], data[size:]
-    return [part for index, part in enumerate(found) if part or not index]
-
-
 def messages(checkpoint: Checkpoint, count: int) -> None:
     """The second table."""
     rng = random.Random(0)
@@ -223,7 +165,7 @@ def messages(checkpoint: Checkpoint, count: int) -> None:
         expected = group.sample(job).tensor
         before = processes(group)["rank 0"].memory_info().rss
         for number in range(count):
-            data = not_finite if number % 500 == 0 else rubbish(rng, valid)
+            data = not_finite if number % 500 == 0 else invalid_bytes(rng, valid)
             with Client(group.address.socket, family="AF_UNIX", authkey=group.address.key) as connection:
                 try:
                     for part in parts(rng, data):
