@@ -19,13 +19,17 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, OutOfMemory
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.group import job_loop
+from parallel_backend.group import job_loop, worker
 from parallel_backend.group.codec import Message
 from parallel_backend.group.hang_detector import HangDetector
 from parallel_backend.group.heartbeat import Board, Heartbeat, HeartbeatWriter
 from parallel_backend.group.job_fields import split_fields
+from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.jobs import DecodeJob, Progress
+from parallel_backend.parallel import group_rank
+from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
+from parallel_backend.planner.machine import Link
 
 from .conftest import TOLERANCE, is_alive, rank_processes, wait_until, workers
 
@@ -189,26 +193,75 @@ def test_what_goes_on_within_a_heartbeat_is_reported_without_another_count():
         assert opened.heartbeat(0) == board.heartbeat(0)
 
 
-def test_a_user_who_waits_for_the_first_step_sees_what_goes_on(start_group, make_job, local):
-    def stages(executor) -> set[str]:
-        """Runs a job. Returns every stage that it had before its first step."""
-        seen, done = set(), threading.Event()
+def test_a_user_who_waits_for_the_first_step_sees_what_goes_on(make_job):
+    executor, said, shown = LocalExecutor(torch.device("cpu")), [], []
+    executor.engine.on_stage = said.append
+    executor.sample(make_job("2b", steps=1), on_step=lambda step, steps: shown.append(executor.stage()))
+    assert said == [*reading(said), "first step"] and shown == ["first step"]
+    executor.sample(make_job("2b", steps=1))
+    assert said[len(reading(said)) :] == ["first step"] * 2  # nothing is read again
 
-        def poll() -> None:
-            while not done.is_set():
-                seen.add(executor.stage())
 
-        thread = threading.Thread(target=poll)
-        thread.start()
-        executor.sample(make_job("2b", steps=1), on_step=lambda step, steps: done.set())
-        thread.join()
-        return seen - {None, ""}
+def reading(stages: list[str]) -> list[str]:
+    """Returns those stages in which weights were read. They must be some, from less to more, and end with all of them."""
+    found = [stage for stage in stages if stage.startswith("reading weights: ")]
+    shares = [int(stage.removeprefix("reading weights: ").removesuffix("%")) for stage in found]
+    assert shares == sorted(set(shares)) and len(shares) > 2 and shares[-1] == 100
+    return found
 
-    local.free()
-    for executor in (local, start_group("cfg2")):
-        seen = stages(executor)
-        assert "first step" in seen and any(stage.startswith("reading weights: ") for stage in seen), seen
-    assert {"starting 2 processes", "joining the group"} <= seen
+
+def test_a_rank_says_what_it_does_before_the_first_step(make_job, monkeypatch):
+    said = []
+    board = SimpleNamespace(beat=lambda place, heartbeat: said.append(heartbeat.doing))
+    context = RankContext(torch.device("cpu"))
+    context.rank, context.notes = 1, ()  # rank 0 would also listen
+    loop = job_loop.JobLoop(context, None, HeartbeatWriter(board, 1), Link(1e9, 1e-5))
+    loop.run(Message("sample", *split_fields(make_job("2b", steps=1))), None)
+    loading = "loading, and on the first step or the whole of a sample job"
+    assert said == [loading, *reading(said), "first step", "ending a job"]
+
+
+def test_a_rank_says_that_it_joins_the_group_and_then_that_it_exchanges_data(monkeypatch):
+    class BrokenLink(Exception):
+        """Ends the rank before its first job."""
+
+    class Joined:
+        def __init__(self, plan, *, device, rank):
+            said.append(f"rank {rank} of {plan} joined")
+
+        def probe(self):
+            raise BrokenLink
+
+    said, heart = [], SimpleNamespace(beat=lambda doing, seconds: said.append(doing))
+    monkeypatch.setattr(group_rank, "GroupRankContext", Joined)
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "OMP_NUM_THREADS": torch.get_num_threads()}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(BrokenLink):
+        worker.join(None, "cfg2", "cpu", heart)
+    *before, exchanging = said
+    assert before == ["joining the group", "rank 1 of cfg2 joined"] and exchanging.startswith("exchanging data")
+
+
+def test_the_stage_of_a_group_is_what_rank_0_said_last(start_group, make_job):
+    group = start_group("cfg2")
+    assert group.stage() is None
+    home = Home.open()
+    group.address = GroupAddress.create(home.root, {"processes": 2})
+    assert group.stage() == "starting 2 processes"
+    board = Board.create(2)
+    group.address.add(board=board.path)
+    assert group.stage() is None
+    first, second = HeartbeatWriter(board, 0), HeartbeatWriter(board, 1)
+    first.beat("joining the group", 8.0)
+    second.beat("exchanging data", 8.0)
+    assert group.stage() == "joining the group"
+    first.say("reading weights: 43%")
+    assert group.stage() == "reading weights: 43%"
+    group.address.remove()
+    assert group.stage() is None
+    home.lock.close()
+    group.sample(make_job("2b", steps=1))
+    assert wait_until(lambda: group.stage() == "waiting for a job")
 
 
 def test_a_python_without_memfd_create_has_heartbeats_too(monkeypatch):
