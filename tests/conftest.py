@@ -98,6 +98,14 @@ def private_folders(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kept_steps():
+    """Has groups send every step's state to their callers. So the ranks wait for a test that is late to kill or cancel them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDIT_KEEP_SECONDS", "1e-9")
+        yield
+
+
 @pytest.fixture
 def configure(monkeypatch) -> Callable[..., None]:
     """Changes settings as one module of this process sees them: ``configure(launcher, hello_seconds=1.0)``."""

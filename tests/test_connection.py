@@ -27,13 +27,11 @@ from .conftest import TOLERANCE, rank_processes, wait_until
 
 @pytest.fixture(scope="module")
 def group():
-    """A group of two that keeps every step, whose connections every test disturbs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDIT_KEEP_SECONDS", "1e-9")
-        executor = GroupExecutor(Plan.parse("cfg2"), Devices("cpu", (0, 1)))
-        executor.start()
-        yield executor  # a group that is started again reads the variable again
-        executor.close()
+    """A group of two, whose connections every test disturbs."""
+    executor = GroupExecutor(Plan.parse("cfg2"), Devices("cpu", (0, 1)))
+    executor.start()
+    yield executor
+    executor.close()
 
 
 @pytest.fixture

@@ -112,8 +112,9 @@ def test_a_cancelled_job_stops_within_a_step_and_the_group_stays_warm(stop_after
 
 
 def test_a_long_step_is_stopped_between_its_windows_on_all_ranks(group, make_job):
+    group.sample(make_job("5b", steps=1))
     seen = []
-    slow = make_job("5b", size=(240, 160, 121), steps=200, windows=Windows(5, 0))  # sixteen windows a step
+    slow = make_job("5b", size=(720, 480, 121), steps=200, windows=Windows(5, 0))  # sixteen windows a step
     with pytest.raises(Cancelled, match="stopped after step 0 of 200"):
         group.sample(slow, on_step=lambda step, _: seen.append(step), should_stop=lambda: group.status()["state"] == "busy")
     assert seen == []

@@ -199,7 +199,7 @@ def test_a_job_that_goes_on_warms_up_again_and_says_so(late):
 def test_a_cancelled_job_leaves_a_warm_group_and_no_trace(late, start_group):
     group = start_group("pipefusion2")
     expected, loads, seen = group.sample(late).tensor, group.status()["loads"], []
-    slow = replace(late, latent=empty_latent(width=240, height=160, frames=17), steps=200)
+    slow = replace(late, latent=empty_latent(width=480, height=320, frames=17), steps=200)
     with pytest.raises(Cancelled):
         group.sample(slow, on_step=lambda step, _: seen.append(step), should_stop=lambda: len(seen) >= 2)
     assert seen[-1] <= 3

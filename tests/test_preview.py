@@ -102,8 +102,7 @@ def test_who_is_shown_pictures_may_stop_the_job(make_job, local, at_every_step):
 
 @pytest.mark.parametrize("plan", ["cfg2", "ulysses2"])
 @pytest.mark.slow
-def test_a_group_shows_pictures_and_makes_the_same_video(plan, start_group, make_job, local, monkeypatch):
-    monkeypatch.setenv("XDIT_KEEP_SECONDS", "1e-9")  # it reports its state after every step, too
+def test_a_group_shows_pictures_and_makes_the_same_video(plan, start_group, make_job, local):
     shown, expected = [], []
     job = make_job("5b", size=SIZE, steps=4)
     result = start_group(plan).sample(job, on_picture=shown.append)

@@ -34,16 +34,8 @@ from parallel_backend.planner.machine import Link
 from .conftest import TOLERANCE, is_alive, rank_processes, wait_until, workers
 
 
-@pytest.fixture(scope="module", autouse=True)
-def impatient():
-    """Groups that keep every step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDIT_KEEP_SECONDS", "1e-9")
-        yield
-
-
 @pytest.fixture(scope="module")
-def group(impatient):
+def group():
     """A group of two that every test disturbs."""
     executor = GroupExecutor(Plan.parse("cfg2"), Devices("cpu", (0, 1)))
     yield executor
@@ -135,7 +127,7 @@ def test_a_job_that_loses_the_group_twice_in_one_place_is_not_tried_again(group,
             os.kill(rank_processes(group.address)[1], signal.SIGKILL)
 
     with pytest.raises(GroupError, match="rank 1 was killed by SIGKILL; twice there, so it is not tried again") as error:
-        group.sample(make_job("5b", steps=12), on_step=kill)
+        group.sample(make_job("5b", steps=900), on_step=kill)  # many: the last step must not be done before
     assert deaths == [1, 1] and "--- rank" in error.value.details
 
 

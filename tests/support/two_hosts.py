@@ -106,7 +106,7 @@ class TwoHosts:
         with (self.folders[host] / "serve.log").open("ab") as log:
             self.served[host] = subprocess.Popen(
                 [*self.network.inside(host), sys.executable, "-m", "parallel_backend", *words, *options],
-                cwd=REPO, env={**os.environ, **environment, "XDIT_KEEP_SECONDS": "1e-9"}, stdout=log, stderr=log,
+                cwd=REPO, env={**os.environ, **environment}, stdout=log, stderr=log,
             )  # fmt: skip
         return self.served[host]
 
