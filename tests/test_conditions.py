@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import CogVideoXDPMScheduler, CogVideoXFunControlPipeline, CogVideoXPipeline
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
@@ -13,6 +12,7 @@ from parallel_backend.jobs import EncodeJob
 from parallel_backend.model import Model
 
 from .conftest import TOLERANCE
+from .support import videox_fun
 from .support.diffusers_reference import SCHEDULERS, reference
 from .test_image_and_video_input import encode, pictures, pixels_of
 
@@ -48,6 +48,7 @@ def pipelines(checkpoints):
             cls = CogVideoXFunControlPipeline if like.endswith("control") else CogVideoXPipeline
             found[like] = cls.from_pretrained(checkpoints[like])
             found[like].set_progress_bar_config(disable=True)
+            found[like]._prepare_rotary_positional_embeddings = partial(videox_fun.rotary_of, found[like])
         return found[like]
 
     return get
@@ -89,53 +90,6 @@ def test_diffusers_refuses_the_frames_that_we_refuse(pipelines):
         )
 
 
-def fun_inpaint(pipeline, *, pixels, mask, size, batch=1, steps=3, seed=3, cfg=6.0, scheduler, texts) -> torch.Tensor:
-    """VideoX-Fun's inpainting, written down again over diffusers' transformer, scheduler and VAE, in ComfyUI's layout.
-
-    ``pixels`` is ``[3, frames, height, width]`` in -1..1, ``mask`` ``[1, frames, height, width]``, 1 where it is made anew.
-    """
-    width, height, frames = size
-    transformer, vae, factor = pipeline.transformer, pipeline.vae, pipeline.vae.config.scaling_factor
-    timing = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
-    timing.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(seed)
-    count = (frames - 1) // 4 + 1
-    x = torch.randn(batch, count, 16, height // 8, width // 8, generator=generator) * timing.init_noise_sigma
-    if bool((mask == 1).all()):
-        extra = torch.zeros(1, count, 17, height // 8, width // 8)
-    else:
-        hidden = torch.where(mask.bool(), torch.tensor(-1.0), pixels)
-        with torch.no_grad():
-            video = vae.encode(hidden[None]).latent_dist.mode() * factor
-        seen = (1 - mask)[None]
-        resize = partial(F.interpolate, mode="trilinear", align_corners=False)
-        first = resize(seen[:, :, :1], (1, height // 8, width // 8))
-        rest = resize(seen[:, :, 1:], (count - 1, height // 8, width // 8))
-        extra = torch.cat([torch.cat([first, rest], dim=2) * factor, video], dim=1).transpose(1, 2)
-    halves = [texts[1], texts[0]] if cfg > 1 else [texts[0]]
-    rotary = None
-    if transformer.config.use_rotary_positional_embeddings:
-        rotary = pipeline._prepare_rotary_positional_embeddings(height, width, count, torch.device("cpu"))
-    before = None
-    for index, time in enumerate(timing.timesteps):
-        seen = torch.cat([x, extra.repeat(batch, 1, 1, 1, 1)], dim=2)
-        with torch.no_grad():
-            outputs = [
-                transformer(
-                    hidden_states=seen, encoder_hidden_states=half.repeat(batch, 1, 1), timestep=time.expand(batch),
-                    image_rotary_emb=rotary, return_dict=False,
-                )[0]
-                for half in halves
-            ]  # fmt: skip
-        velocity = outputs[0] if cfg <= 1 else outputs[0] + cfg * (outputs[1] - outputs[0])
-        if isinstance(timing, CogVideoXDPMScheduler):
-            earlier = timing.timesteps[index - 1] if index else None
-            x, before = timing.step(velocity, before, time, earlier, x, generator=generator, return_dict=False)
-        else:
-            x = timing.step(velocity, time, x, return_dict=False)[0]
-    return x.transpose(1, 2) / factor
-
-
 def masks(kind: str, frames: int, height: int, width: int) -> torch.Tensor:
     """``[frames, height, width]``: what is made anew is the middle of the picture, all but the ends, or all but one."""
     mask = torch.zeros(frames, height, width)
@@ -168,7 +122,7 @@ def test_a_masked_video_gives_the_latents_of_videox_fun_s_formula(
     width, height, frames = size
     video, mask = pixels_of(pictures(frames, width=width, height=height)), masks(kind, frames, height, width)
     pixels = video.permute(3, 0, 1, 2) * 2 - 1
-    expected = fun_inpaint(pipelines(like), pixels=pixels, mask=mask[None], size=size, texts=texts[like], **settings)
+    expected = videox_fun.inpaint(pipelines(like), pixels=pixels, mask=mask[None], size=size, texts=texts[like], **settings)
     given = {}
     assert conditions.shows_nothing(mask) == (kind == "everything")
     if kind != "everything":

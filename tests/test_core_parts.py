@@ -12,8 +12,8 @@ from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.pipeline.forward import rotary_tables
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
+from parallel_backend.cogvideox.transformer.positions import rotary_tables
 from parallel_backend.cogvideox.vae import codec
 from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob, empty_latent
 from parallel_backend.model import Model

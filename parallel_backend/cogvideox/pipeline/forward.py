@@ -8,6 +8,7 @@ import torch
 
 from ...jobs import SampleJob, WindowJob
 from ..checkpoint.checkpoint import Checkpoint
+from ..transformer.positions import rotary_tables
 
 
 @dataclass(frozen=True)
@@ -20,36 +21,6 @@ class Runtime:
     """Of latents and text states."""
     context: Any
     """How ranks share the work; a :class:`parallel_backend.parallel.rank.RankContext`."""
-
-
-def rotary_tables(checkpoint: Checkpoint, frames: int, height: int, width: int, device: torch.device):
-    """Returns cosines and sines ``[video tokens, head_dim]``, or None for models with sinusoidal positions.
-
-    Args:
-        checkpoint: of the model.
-        frames, height, width: of the latent, including padding frames.
-        device: where the tables are created.
-    """
-    if not checkpoint.rotary:
-        return None
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-
-    config = checkpoint.transformer
-    patch = config.get("patch_size", 2)
-    grid = (height // patch, width // patch)
-    base_width, base_height = config.get("sample_width", 90) // patch, config.get("sample_height", 60) // patch
-    common = {"embed_dim": checkpoint.head_dim, "grid_size": grid, "device": device}
-    if checkpoint.patch_size_t is None:
-        crops = get_resize_crop_region_for_grid(grid, base_width, base_height)
-        return get_3d_rotary_pos_embed(crops_coords=crops, temporal_size=frames, **common)
-    return get_3d_rotary_pos_embed(
-        crops_coords=None,
-        temporal_size=frames // checkpoint.patch_size_t,
-        grid_type="slice",
-        max_size=(base_height, base_width),
-        **common,
-    )
 
 
 def prompts_of(job: SampleJob | WindowJob, numbers: tuple[int, int] = (0, 0)) -> list[torch.Tensor]:

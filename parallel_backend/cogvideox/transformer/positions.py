@@ -1,0 +1,67 @@
+"""The positions of video tokens: tables for rotary positions, and the sinusoidal table of VideoX-Fun's 2b models.
+
+At the size that a model is configured for, all conventions agree. At other sizes CogVideoX 1.0 follows how it was trained:
+
+- VideoX-Fun trained its models at many sizes. Rotary positions divide the crop of the configured grid into equal steps, without the
+  end (numpy's ``linspace`` with ``endpoint=False``). The sinusoidal table of 2b is resized to the size, trilinear (aigc-apps/VideoX-Fun
+  804a425, ``scripts/cogvideox_fun/train.py`` and ``models/cogvideox_transformer3d.py``).
+- CogVideoX's own models were trained at 720x480 only (zai-org/CogVideo 7a1af71, ``sat/dit_video_concat.py``), so their training does
+  not say what other sizes are. They follow diffusers' pipelines, whose last step is shorter if the crop does not begin at 0, and which
+  compute the sinusoidal table for the size.
+"""
+
+import torch
+
+from ..checkpoint.facts import CheckpointFacts
+
+
+def rotary_tables(checkpoint: CheckpointFacts, frames: int, height: int, width: int, device: torch.device):
+    """Returns cosines and sines ``[video tokens, head_dim]``, or None for models with sinusoidal positions.
+
+    Args:
+        checkpoint: of the model.
+        frames, height, width: of the latent, including padding frames.
+        device: where the tables are created.
+    """
+    if not checkpoint.rotary:
+        return None
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    axes = token_positions(checkpoint, frames, height, width)
+    features = [checkpoint.head_dim // 4, *[checkpoint.head_dim // 8 * 3] * 2]
+    tables = [get_1d_rotary_pos_embed(size, axis.to(device), use_real=True) for size, axis in zip(features, axes)]
+    return tuple(joined(of_axes) for of_axes in zip(*tables))
+
+
+def joined(tables: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Joins tables ``[length, features]`` of frames, rows and columns to one of all tokens, ``[tokens, features]``."""
+    lengths = [len(table) for table in tables]
+    shapes = [[length if own == axis else 1 for own, length in enumerate(lengths)] for axis in range(3)]
+    spread = [table.view(*shape, -1).expand(*lengths, -1) for table, shape in zip(tables, shapes)]
+    return torch.cat(spread, dim=-1).flatten(0, 2)
+
+
+def token_positions(checkpoint: CheckpointFacts, frames: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Returns the positions of the tokens' frames, rows and columns, float32, for a latent of this size."""
+    config = checkpoint.transformer
+    patch = config.get("patch_size", 2)
+    grid = (height // patch, width // patch)
+    if checkpoint.patch_size_t is not None:  # CogVideoX 1.5 counts tokens from the corner
+        return tuple(torch.arange(length, dtype=torch.float32) for length in (frames // checkpoint.patch_size_t, *grid))
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    crop = get_resize_crop_region_for_grid(
+        grid, config.get("sample_width", 90) // patch, config.get("sample_height", 60) // patch
+    )
+    spaced = even_steps if checkpoint.is_fun else steps_of_diffusers
+    return torch.arange(frames, dtype=torch.float32), *(spaced(*edges, length) for edges, length in zip(zip(*crop), grid))
+
+
+def even_steps(start: int, stop: int, length: int) -> torch.Tensor:
+    """Returns ``length`` positions from ``start`` on, in equal steps that would reach ``stop`` with one more."""
+    return (start + (stop - start) * torch.arange(length, dtype=torch.float64) / length).float()
+
+
+def steps_of_diffusers(start: int, stop: int, length: int) -> torch.Tensor:
+    """Returns the positions of diffusers 0.42, which are those of :func:`even_steps` only if ``start`` is 0."""
+    return torch.linspace(start, stop * (length - 1) / length, length)

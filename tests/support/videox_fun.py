@@ -1,0 +1,93 @@
+"""VideoX-Fun's formulas (aigc-apps/VideoX-Fun 804a425), written down again over diffusers' parts."""
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import CogVideoXDPMScheduler
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+from .diffusers_reference import SCHEDULERS
+
+
+def positions(width: int, height: int, base: tuple[int, int]) -> list[np.ndarray]:
+    """Rows and columns of VideoX-Fun's grid in tokens, by numpy's linspace without the end."""
+    grid = height // 16, width // 16
+    (top, left), (bottom, right) = get_resize_crop_region_for_grid(grid, base[0], base[1])
+    edges = ((top, bottom), (left, right))
+    return [np.linspace(*both, length, endpoint=False, dtype=np.float32) for both, length in zip(edges, grid)]
+
+
+def rotary_tables(
+    width: int, height: int, frames: int, base: tuple[int, int], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """VideoX-Fun's rotary tables: a quarter of the features are the frame's, the others half the row's and half the column's."""
+    axes = [np.arange(frames), *positions(width, height, base)]
+    angles = []
+    for axis, size in zip(axes, (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3)):
+        rates = 10000.0 ** (-np.arange(0, size, 2) / size)
+        angles.append(np.repeat(np.outer(axis, rates), 2, axis=1))
+    tokens = [
+        np.concatenate([angles[0][frame], angles[1][row], angles[2][column]])
+        for frame in range(frames) for row in range(height // 16) for column in range(width // 16)
+    ]  # fmt: skip
+    found = torch.from_numpy(np.stack(tokens))
+    return found.cos().float(), found.sin().float()
+
+
+def rotary_of(pipeline, height: int, width: int, frames: int, device: torch.device | None = None):
+    """The rotary tables for a pipeline's transformer; those of CogVideoX 1.5 are diffusers'."""
+    config = pipeline.transformer.config
+    if config.patch_size_t is not None:
+        return type(pipeline)._prepare_rotary_positional_embeddings(pipeline, height, width, frames, torch.device("cpu"))
+    return rotary_tables(
+        width, height, frames, (config.sample_width // 2, config.sample_height // 2), config.attention_head_dim
+    )
+
+
+def inpaint(pipeline, *, pixels, mask, size, batch=1, steps=3, seed=3, cfg=6.0, scheduler, texts) -> torch.Tensor:
+    """VideoX-Fun's inpainting, written down again over diffusers' transformer, scheduler and VAE, in ComfyUI's layout.
+
+    ``pixels`` is ``[3, frames, height, width]`` in -1..1, ``mask`` ``[1, frames, height, width]``, 1 where it is made anew.
+    """
+    width, height, frames = size
+    transformer, vae, factor = pipeline.transformer, pipeline.vae, pipeline.vae.config.scaling_factor
+    timing = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    timing.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    count = (frames - 1) // 4 + 1
+    x = torch.randn(batch, count, 16, height // 8, width // 8, generator=generator) * timing.init_noise_sigma
+    if bool((mask == 1).all()):
+        extra = torch.zeros(1, count, 17, height // 8, width // 8)
+    else:
+        hidden = torch.where(mask.bool(), torch.tensor(-1.0), pixels)
+        with torch.no_grad():
+            video = vae.encode(hidden[None]).latent_dist.mode() * factor
+        seen = (1 - mask)[None]
+        resize = partial(F.interpolate, mode="trilinear", align_corners=False)
+        first = resize(seen[:, :, :1], (1, height // 8, width // 8))
+        rest = resize(seen[:, :, 1:], (count - 1, height // 8, width // 8))
+        extra = torch.cat([torch.cat([first, rest], dim=2) * factor, video], dim=1).transpose(1, 2)
+    halves = [texts[1], texts[0]] if cfg > 1 else [texts[0]]
+    rotary = None
+    if transformer.config.use_rotary_positional_embeddings:
+        rotary = rotary_of(pipeline, height, width, count)
+    before = None
+    for index, time in enumerate(timing.timesteps):
+        seen = torch.cat([x, extra.repeat(batch, 1, 1, 1, 1)], dim=2)
+        with torch.no_grad():
+            outputs = [
+                transformer(
+                    hidden_states=seen, encoder_hidden_states=half.repeat(batch, 1, 1), timestep=time.expand(batch),
+                    image_rotary_emb=rotary, return_dict=False,
+                )[0]
+                for half in halves
+            ]  # fmt: skip
+        velocity = outputs[0] if cfg <= 1 else outputs[0] + cfg * (outputs[1] - outputs[0])
+        if isinstance(timing, CogVideoXDPMScheduler):
+            earlier = timing.timesteps[index - 1] if index else None
+            x, before = timing.step(velocity, before, time, earlier, x, generator=generator, return_dict=False)
+        else:
+            x = timing.step(velocity, time, x, return_dict=False)[0]
+    return x.transpose(1, 2) / factor
