@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from parallel_backend.cli.console import quiet_libraries, show
 from parallel_backend.cli.options import model_of, size_of
-from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
@@ -92,7 +91,8 @@ def chosen_precisions(words: str) -> list[str]:
 def run(args: Namespace) -> int:
     """Prints a table, and writes its rows as JSON where asked to."""
     quiet_libraries()
-    checkpoint = Checkpoint.open(bundled.find(args.model))
+    model = model_of(args)
+    checkpoint = Checkpoint.of(model)
     wanted = (
         chosen_precisions(args.precisions),
         *(
@@ -105,7 +105,7 @@ def run(args: Namespace) -> int:
     size = size_of(args, checkpoint)
     positive, negative = text_states(checkpoint)
     job = SampleJob(
-        model_of(args, checkpoint),
+        model,
         positive,
         empty_latent(**size, channels=checkpoint.channels),
         negative if args.cfg > 1 else None,

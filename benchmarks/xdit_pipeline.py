@@ -19,7 +19,7 @@ def main() -> None:
     folder, plan, kind, repeat = Path(sys.argv[1]), Plan.parse(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     rank = int(os.environ["LOCAL_RANK"])
     job = load_job(folder)
-    checkpoint = Checkpoint.open(job.model.path)
+    checkpoint = Checkpoint.of(job.model)
     if kind == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)

@@ -3,8 +3,9 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.checkpoint.description import describe
 from ..parallel_backend.errors import RequestError
-from ..parallel_backend.model import COMPILES, DTYPES, FP8S, OFFLOADS, Model
+from ..parallel_backend.model import COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, Model
 from .base import CogVideoXNode
 from .comfy import runtime
 from .comfy.clip import ClipHandle
@@ -47,6 +48,28 @@ def speed_inputs() -> list:
     ]
 
 
+def choice_inputs() -> list:
+    """Returns inputs that replace what is concluded from the checkpoint."""
+    return [
+        io.Combo.Input(
+            "task",
+            options=list(TASKS),
+            default="auto",
+            optional=True,
+            tooltip="What the model makes a video from. auto concludes it from the configuration; the node says what and why. "
+            "Set it if that is wrong, such as for a start-image finetune in one file.",
+        ),
+        io.Combo.Input(
+            "snr_shift",
+            options=list(SNR_SHIFTS),
+            default="auto",
+            optional=True,
+            tooltip="Whether the noise schedule is shifted as the configuration says. auto: as the model was trained; "
+            "CogVideoX-Fun 2b was trained without the shift that it is published with.",
+        ),
+    ]
+
+
 class LoadCogVideoX(CogVideoXNode):
     """Opens a checkpoint folder, or a transformer's file, as model, CLIP and VAE. Weights are read later, where they run."""
 
@@ -83,6 +106,7 @@ class LoadCogVideoX(CogVideoXNode):
                     "decides by free memory for each job.",
                 ),
                 *speed_inputs(),
+                *choice_inputs(),
             ],
             outputs=[
                 ModelSocket.Output(display_name="model"),
@@ -102,11 +126,21 @@ class LoadCogVideoX(CogVideoXNode):
 
     @classmethod
     def execute(
-        cls, model_name: str, dtype: str, offload: str, compile: str = "auto", fp8: str = "off", step_cache: float = 0.0
+        cls,
+        model_name: str,
+        dtype: str,
+        offload: str,
+        compile: str = "auto",
+        fp8: str = "off",
+        step_cache: float = 0.0,
+        task: str = "auto",
+        snr_shift: str = "auto",
     ) -> io.NodeOutput:
         """Opens and checks the checkpoint."""
-        checkpoint = Checkpoint.open(runtime.find_model(model_name))
-        runtime.say(checkpoint.describe, cls.hidden.unique_id)
         fast = {"compile": compile, "fp8": fp8, "step_cache": step_cache}
-        model = Model(str(checkpoint.path), dtype=dtype, offload=offload, **fast)
+        taken = {"task": task, "snr_shift": snr_shift}
+        model = Model(str(runtime.find_model(model_name)), dtype=dtype, offload=offload, **fast, **taken)
+        checkpoint = Checkpoint.of(model)
+        for line in describe(checkpoint):
+            runtime.say(line, cls.hidden.unique_id)
         return io.NodeOutput(ModelHandle(model, checkpoint), ClipHandle(checkpoint, dtype), VaeHandle(model))

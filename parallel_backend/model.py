@@ -11,6 +11,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8S = ("off", "linears", "all")
 COMPILES = ("auto", "on", "off")
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
+TASKS = ("auto", "text", "image", "control", "inpaint")
+"""What a checkpoint makes a video from; see :mod:`parallel_backend.cogvideox.checkpoint.tasks`."""
+SNR_SHIFTS = ("auto", "on", "off")
 WINDOW_SCHEDULES = ("static", "uniform")
 MAX_STRENGTH = 10.0
 
@@ -48,6 +51,10 @@ class Model:
     :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`."""
     loras: tuple[Lora, ...] = ()
     """All are added to the weights. Their order affects only rounding."""
+    task: str = "auto"
+    """What it makes a video from; ``auto`` concludes it from the configuration."""
+    snr_shift: str = "auto"
+    """Whether the noise schedule has the SNR shift in the checkpoint's configuration; ``auto``: as it was trained."""
 
     def __post_init__(self):
         choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -55,6 +62,8 @@ class Model:
         choice("compile", self.compile, COMPILES)
         choice("fp8", self.fp8, FP8S)
         between("step_cache", self.step_cache, 0, 2)
+        choice("task", self.task, TASKS)
+        choice("snr_shift", self.snr_shift, SNR_SHIFTS)
 
 
 def two_thirds(frames: int) -> int:

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import CogVideoXDPMScheduler, CogVideoXFunControlPipeline, CogVideoXPipeline
+from diffusers import CogVideoXDPMScheduler, CogVideoXFunControlPipeline, CogVideoXPipeline, DDIMScheduler
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import conditions
@@ -21,6 +21,8 @@ SIZES = {
     "1.5-5b-control": (64, 48, 5),
     "5b-inp": (64, 48, 9),
     "1.5-5b-inp": (48, 64, 5),
+    "2b-inp": (64, 48, 9),
+    "2b-control": (48, 48, 9),
 }
 
 
@@ -49,6 +51,9 @@ def pipelines(checkpoints):
             found[like] = cls.from_pretrained(checkpoints[like])
             found[like].set_progress_bar_config(disable=True)
             found[like]._prepare_rotary_positional_embeddings = partial(videox_fun.rotary_of, found[like])
+            found[like].scheduler = videox_fun.unshifted(found[like].scheduler.config, "dpm")
+            if like.startswith("2b"):
+                videox_fun.resize_positions(found[like].transformer)
         return found[like]
 
     return get
@@ -69,14 +74,15 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("like", ["5b-control", "1.5-5b-control"])
+@pytest.mark.parametrize("like", ["2b-control", "5b-control", "1.5-5b-control"])
 def test_a_control_video_gives_the_latents_of_diffusers(
     like, scheduler, settings, pipelines, make_job, local, checkpoints, monkeypatch
 ):
     size, batch = SIZES[like], settings.get("batch", 1)
     videos = [pictures(size[2], width=size[0], height=size[1], seed=seed) for seed in range(batch)]
     given = {"steps": 3, "scheduler": scheduler, "size": size, **settings}
-    monkeypatch.setitem(SCHEDULERS, "dpm", OneStepDPM)
+    for name, cls in {"ddim": DDIMScheduler, "dpm": OneStepDPM}.items():
+        monkeypatch.setitem(SCHEDULERS, name, cls)
     expected = reference(pipelines(like), control_video=videos if batch > 1 else videos[0], **given)
     control = torch.cat([encode(local, checkpoints[like], video) for video in videos])
     assert difference(local.sample(make_job(like, control=control, **given)).tensor, expected) <= TOLERANCE
@@ -114,7 +120,7 @@ def masks(kind: str, frames: int, height: int, width: int) -> torch.Tensor:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("like", ["5b-inp", "1.5-5b-inp"])
+@pytest.mark.parametrize("like", ["2b-inp", "5b-inp", "1.5-5b-inp"])
 def test_a_masked_video_gives_the_latents_of_videox_fun_s_formula(
     like, kind, settings, pipelines, make_job, local, checkpoints, texts
 ):

@@ -43,7 +43,7 @@ class HeldWeights:
 
     def expect(self, job: Job) -> None:
         """Records which part a job will load, so that ComfyUI frees memory for it."""
-        checkpoint = Checkpoint.open(job.model.path)
+        checkpoint = Checkpoint.of(job.model)
         part = "transformer" if isinstance(job, SampleJob) else "vae"
         dtype = checkpoint.dtype(job.model.dtype, self.load_device)
         if part == "transformer":

@@ -34,7 +34,7 @@ class VaeHandle(Handle):
     @property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that contains the VAE."""
-        return Checkpoint.open(self.model.path)
+        return Checkpoint.of(self.model)
 
     def decode(self, samples: torch.Tensor, vae_options: dict | None = None) -> torch.Tensor:
         """Decodes a latent to ``[batch, frames, height, width, 3]`` in 0..1, in tiles if the whole does not fit in memory."""

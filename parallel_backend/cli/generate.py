@@ -10,8 +10,8 @@ from statistics import median
 
 import torch
 
-from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.checkpoint.description import describe
 from ..devices import Devices
 from ..errors import GroupUnavailable
 from ..executor.factory import open_executor
@@ -47,10 +47,8 @@ def generate(args: Namespace) -> int:
     request = read_request(args)
     prepared = prepare(request.checked, args.plan, args.devices, jobs=len(request.videos))
     quiet_libraries()
-    print(
-        f"{prepared.checkpoint.describe}\nplan {prepared.plan} on {prepared.devices}: {prepared.reason}",
-        file=sys.stderr,
-    )
+    lines = [*describe(prepared.checkpoint), f"plan {prepared.plan} on {prepared.devices}: {prepared.reason}"]
+    print("\n".join(lines), file=sys.stderr)
     started = time.perf_counter()
     try:
         costs = produce(request, prepared.plan, prepared.devices)
@@ -75,9 +73,10 @@ def read_request(args: Namespace) -> VideoRequest:
         video.checked_fps(args.fps)
     for path in (path for one in videos for path in one.files):
         check_writable(path)
-    checkpoint = Checkpoint.open(bundled.find(args.model))
+    model, denoise = model_of(args), denoise_of(args)
+    checkpoint = Checkpoint.of(model)
     checkpoint.check_whole()
-    model, denoise, size = model_of(args, checkpoint), denoise_of(args), size_of(args, checkpoint)
+    size = size_of(args, checkpoint)
     pixels, ready = inputs.read(args, size, checkpoint)
     latent, blank = empty_latent(**size, channels=checkpoint.channels), checkpoint.blank_text()
     fields = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in pixels}

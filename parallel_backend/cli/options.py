@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
+from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..errors import RequestError
 from ..model import Lora, Model, Windows, two_thirds
@@ -15,11 +16,16 @@ def size_of(args: Namespace, checkpoint: Checkpoint) -> dict[str, int]:
     return {name: value if asked[name] is None else asked[name] for name, value in default.items()}
 
 
-def model_of(args: Namespace, checkpoint: Checkpoint) -> Model:
-    """Returns the model that the options describe."""
+def model_of(args: Namespace) -> Model:
+    """Returns the model that the options describe.
+
+    Raises:
+        RequestError: if there is no such checkpoint, or for a value that is not allowed.
+    """
     loras = tuple(lora_of(word) for word in args.lora)
     fast = {"compile": args.compile, "fp8": args.fp8, "step_cache": args.step_cache}
-    return Model(str(checkpoint.path), dtype=args.dtype, offload=args.offload, **fast, loras=loras)
+    taken = {"task": args.task, "snr_shift": args.snr_shift}
+    return Model(str(bundled.find(args.model)), dtype=args.dtype, offload=args.offload, **fast, loras=loras, **taken)
 
 
 def lora_of(word: str) -> Lora:

@@ -11,7 +11,7 @@ from ..cogvideox.checkpoint.published import MODELS
 from ..config import CONFIG
 from ..errors import Cancelled, Failure, RequestError
 from ..jobs import IMAGE_SCALES, SCHEDULERS, TILINGS, SampleJob
-from ..model import COMPILES, DTYPES, FP8S, OFFLOADS, WINDOW_SCHEDULES
+from ..model import COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, WINDOW_SCHEDULES
 from ..planner.gpu_table import KNOWN, LINKS
 from ..system.limits import usable_cores
 from .bench import bench as run_bench
@@ -79,6 +79,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE[:STRENGTH]",
         help="a LoRA as a .safetensors file; repeat the option for several",
+    )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default="auto",
+        help="what the model makes a video from; auto: concluded from its configuration",
+    )
+    parser.add_argument(
+        "--snr-shift",
+        choices=SNR_SHIFTS,
+        default="auto",
+        help="shift the noise schedule as the model's configuration says; auto: as the model was trained",
     )
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")

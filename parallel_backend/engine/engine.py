@@ -88,7 +88,7 @@ class Engine:
         Raises:
             Cancelled: when ``on_step`` or ``on_window`` returned False.
         """
-        checkpoint = Checkpoint.open(job.model.path)
+        checkpoint = Checkpoint.of(job.model)
         dtype = checkpoint.dtype(job.model.dtype, self.device)
         self.model, self._notes, self.stage = job.model, [], ""
         self.together = isinstance(job, SampleJob | WindowJob)

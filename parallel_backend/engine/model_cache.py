@@ -12,7 +12,7 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.kernels import probe
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.stopping import check
-from ..cogvideox.transformer import attention, block, fp8_linear, lora
+from ..cogvideox.transformer import attention, block, fp8_linear, lora, positions
 from ..errors import Cancelled, RequestError
 from ..jobs import SampleJob, WindowJob
 from ..model import Model
@@ -114,6 +114,7 @@ class ModelCache:
             self.note, "not compiled", self.context.collect(self._why_not_compiled(checkpoint, dtype))
         )
         block.use(transformer, compiled=compiled)
+        positions.use(transformer, interpolated=checkpoint.interpolates_positions)
         self.offload = mode
         return transformer
 

@@ -43,7 +43,7 @@ def check_job(job: Job) -> CheckedJob:
     Raises:
         RequestError: when the checkpoint cannot be opened, or cannot do the job.
     """
-    checkpoint = Checkpoint.open(job.model.path)
+    checkpoint = Checkpoint.of(job.model)
     validation.check(checkpoint, job)
     return CheckedJob(job, checkpoint)
 

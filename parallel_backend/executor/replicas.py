@@ -75,7 +75,7 @@ class ReplicasExecutor(Executor):
     ) -> Result:
         # A pipeline keeps keys and values of each window on the replica that predicted it, so windows cannot move.
         if isinstance(job, SampleJob) and self.plan.pipefusion == 1:
-            checkpoint = Checkpoint.open(job.model.path)
+            checkpoint = Checkpoint.of(job.model)
             if has_windows_to_share(job, checkpoint):
                 return self._share_windows(job, checkpoint, on_step, should_stop)
         return self._distribute([job], on_step, should_stop, on_picture)[0]

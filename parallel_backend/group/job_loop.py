@@ -227,7 +227,7 @@ class JobLoop:
         """
         job, refused, files = join_fields(message.kind, message.plain, message.tensors), None, None
         try:
-            checkpoint = Checkpoint.open(job.model.path)
+            checkpoint = Checkpoint.of(job.model)
             validation.check(checkpoint, job)
             files = self.host and checkpoint.likeness()
         except RequestError as error:

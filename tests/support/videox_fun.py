@@ -1,14 +1,13 @@
 """VideoX-Fun's formulas (aigc-apps/VideoX-Fun 804a425), written down again over diffusers' parts."""
 
+import math
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import CogVideoXDPMScheduler
+from diffusers import CogVideoXDPMScheduler, DDIMScheduler
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-
-from .diffusers_reference import SCHEDULERS
 
 
 def positions(width: int, height: int, base: tuple[int, int]) -> list[np.ndarray]:
@@ -46,6 +45,31 @@ def rotary_of(pipeline, height: int, width: int, frames: int, device: torch.devi
     )
 
 
+def unshifted(config: dict, scheduler: str):
+    """A scheduler with the noise that VideoX-Fun trained with: plain DDIM, as its default sampler, or DPM without a shift."""
+    return (
+        DDIMScheduler.from_config(config)
+        if scheduler == "ddim"
+        else CogVideoXDPMScheduler.from_config(config, snr_shift_scale=1.0)
+    )
+
+
+def resize_positions(transformer) -> None:
+    """Makes a 2b transformer of diffusers resize its table of sinusoidal positions, all of its frames at once."""
+    embed, config = transformer.patch_embed, transformer.config
+    embed.use_positional_embeddings = False
+    shape = ((config.sample_frames - 1) // 4 + 1, config.sample_height // 2, config.sample_width // 2)
+    text, table = embed.pos_embedding.float().split([config.max_text_seq_length, math.prod(shape)], dim=1)
+
+    def add(module, inputs, embeds):
+        _, frames, _, height, width = inputs[1].shape
+        whole = table.reshape(1, *shape, -1).permute(0, 4, 1, 2, 3)
+        whole = F.interpolate(whole, (shape[0], height // 2, width // 2), mode="trilinear", align_corners=False)
+        return embeds + torch.cat([text, whole[:, :, :frames].flatten(2).transpose(1, 2)], dim=1)
+
+    embed.register_forward_hook(add)
+
+
 def inpaint(pipeline, *, pixels, mask, size, batch=1, steps=3, seed=3, cfg=6.0, scheduler, texts) -> torch.Tensor:
     """VideoX-Fun's inpainting, written down again over diffusers' transformer, scheduler and VAE, in ComfyUI's layout.
 
@@ -53,7 +77,7 @@ def inpaint(pipeline, *, pixels, mask, size, batch=1, steps=3, seed=3, cfg=6.0, 
     """
     width, height, frames = size
     transformer, vae, factor = pipeline.transformer, pipeline.vae, pipeline.vae.config.scaling_factor
-    timing = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    timing = unshifted(pipeline.scheduler.config, scheduler)
     timing.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
     count = (frames - 1) // 4 + 1

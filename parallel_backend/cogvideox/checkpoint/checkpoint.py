@@ -2,19 +2,19 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from ...devices import has_bf16
 from ...errors import RequestError
-from ...model import DTYPES
-from . import bundled, shards, single_file, weights
-from .facts import SCHEDULER_CLASSES, TASKS, CheckpointFacts
+from ...model import DTYPES, Model
+from . import bundled, shards, single_file, tasks, weights
+from .facts import SCHEDULER_CLASSES, CheckpointFacts
 from .index import folder_of, lender_of, read_config, read_index, state
+from .libraries import dtype_argument, has_module
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
@@ -24,25 +24,33 @@ VAE_CLASS = "AutoencoderKLCogVideoX"
 class Checkpoint(CheckpointFacts):
     """A folder in diffusers layout, or a transformer in one file, opened without reading weights.
 
-    Create it with :meth:`open`.
+    Create it with :meth:`open`, or with :meth:`of` for what a user asks of it.
     """
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
+    def of(cls, model: Model) -> "Checkpoint":
+        """Opens a model's checkpoint with the user's choices of task and noise schedule; see :meth:`open`."""
+        return cls.open(model.path, task=model.task, snr_shift=model.snr_shift)
+
+    @classmethod
+    def open(cls, path: str | Path, *, task: str = "auto", snr_shift: str = "auto") -> "Checkpoint":
         """Reads the configurations and checks that every weight file is present, complete, and safetensors.
 
         An unchanged folder is not read again, since one decode opens it several times. For a single file the configurations
         are derived from its header; see :mod:`.single_file`.
 
+        Args:
+            path: of the folder or the file.
+            task, snr_shift: see :class:`parallel_backend.model.Model`.
         Raises:
-            RequestError: if a file is missing, truncated, or of the wrong kind.
+            RequestError: if a file is missing, truncated, or of the wrong kind, or if the task does not fit.
         """
         path = Path(path)
         if path.is_file():
-            return read_file(path, weights.fingerprint([path]))
+            return chosen(read_file, path, weights.fingerprint([path]), task, snr_shift)
         if not path.is_dir():
             raise RequestError(f"there is no checkpoint folder {path}")
-        return read(path, state(path))
+        return chosen(read, path, state(path), task, snr_shift)
 
     @staticmethod
     def fingerprint(path: Path) -> str:
@@ -69,7 +77,7 @@ class Checkpoint(CheckpointFacts):
         """One line for the user."""
         width, height, frames = self.default_size
         positions = ("rotary" if self.rotary else "sincos") + (" and learned" if self.learned_positions else "")
-        task = TASKS[self.task] if self.task else f"not supported yet ({self.in_channels} channels in)"
+        task = tasks.TASKS[self.task] if self.task else f"not supported yet ({self.in_channels} channels in)"
         return (
             f"{self.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {task}, {self.layers} layers, "
             f"{self.heads} heads, {positions}, {self.native_dtype}{self.stored_otherwise}, {self.default_scheduler}, "
@@ -147,7 +155,7 @@ class Checkpoint(CheckpointFacts):
         import diffusers
 
         wanted = SCHEDULER_CLASSES[self.default_scheduler if name == "auto" else name]
-        return getattr(diffusers, wanted).from_config(self.scheduler)
+        return getattr(diffusers, wanted).from_config({**self.scheduler, "snr_shift_scale": self.snr_shift_scale})
 
     def load_transformer(
         self,
@@ -238,6 +246,14 @@ def ready(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module
     return model.requires_grad_(False).eval().to(device)
 
 
+@lru_cache(maxsize=16)
+def chosen(read: Callable[[Path, tuple], Checkpoint], path: Path, state: tuple, task: str, snr_shift: str) -> Checkpoint:
+    """Opens a checkpoint with ``read``, with the user's choices; cached, so that its own caches last."""
+    checkpoint = read(path, state)
+    tasks.check(checkpoint.name, task, checkpoint.possible_tasks, checkpoint.in_channels)
+    return replace(checkpoint, asked_task=task, asked_snr_shift=snr_shift)
+
+
 @lru_cache(maxsize=8)
 def read(path: Path, state: tuple) -> Checkpoint:
     """Opens a checkpoint folder; cached by its fingerprint ``state``. Errors are not cached."""
@@ -267,22 +283,3 @@ def read(path: Path, state: tuple) -> Checkpoint:
 def read_file(path: Path, state: tuple) -> Checkpoint:
     """Opens a single file; cached by its fingerprint ``state``."""
     return Checkpoint(path, *single_file.read(path))
-
-
-def has_module(name: str) -> bool:
-    """Returns whether a module can be imported, importing at most its parent package."""
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def dtype_argument(cls) -> str:
-    """Returns the name of the dtype argument of ``cls.from_pretrained``: diffusers and transformers both renamed it."""
-    from importlib.metadata import version
-
-    from packaging.version import Version
-
-    library = cls.__module__.partition(".")[0]
-    renamed = {"diffusers": "0.42", "transformers": "4.56"}[library]
-    return "dtype" if Version(version(library)) >= Version(renamed) else "torch_dtype"

@@ -7,19 +7,11 @@ from typing import Any
 import torch
 
 from ...jobs import empty_latent
+from . import tasks
 
 SPATIAL, TEMPORAL = 8, 4
 """The VAE's compression: pixels per latent row or column, and frames per latent frame after the first."""
 SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
-TASKS = {
-    "text": "text to video",
-    "image": "image to video",
-    "control": "control video to video",
-    "inpaint": "inpainting, first and last frame",
-}
-"""What a checkpoint makes a video from, and its name in messages."""
-IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
-"""Distinguishes image to video from control if the transformer of 32 channels does not."""
 REFERENCE_NOISE = 0.0563
 """Standard deviation, for pixels in -1..1, of the noise on an inpaint model's masked video, if it was trained with noise
 (``noise_aug_strength`` of VideoX-Fun's CogVideoXFunInpaintPipeline)."""
@@ -42,6 +34,10 @@ class CheckpointFacts:
     """The pipeline class in ``model_index.json``; None without that file."""
     lender: Path | None = None
     """The sibling folder that provides missing parts, named in ``model_index.json`` (see ``LENDER``)."""
+    asked_task: str = "auto"
+    """The user's choice instead of what is concluded; see :class:`parallel_backend.model.Model`."""
+    asked_snr_shift: str = "auto"
+    """Likewise."""
 
     @property
     def has_text(self) -> bool:
@@ -72,23 +68,19 @@ class CheckpointFacts:
         return self.transformer.get("in_channels", 16)
 
     @property
-    def task(self) -> str | None:
-        """A key of ``TASKS``, inferred from the configuration; None if the number of channels is unknown.
+    def possible_tasks(self) -> tuple[str, ...]:
+        """The tasks that its channels allow."""
+        return tasks.possible(self.channels, self.in_channels)
 
-        Published models: 16 channels are noise only. 33 are VideoX-Fun's InP (noise, mask, masked video). 32 are noise and
-        either a start image (5b-I2V has learned positions, 1.5-5B-I2V an ``ofs`` embedding) or a control video (Fun Control and
-        Pose, which have neither: VideoX-Fun's issue 176). Other models of 32 channels, such as a start-image finetune of 2b,
-        are identified by the pipeline in ``model_index.json``. A folder without that file, such as the CogVideoX wrapper's,
-        is taken for a control model.
-        """
-        if self.in_channels == self.channels:
-            return "text"
-        if self.in_channels == 2 * self.channels + 1:
-            return "inpaint"
-        if self.in_channels != 2 * self.channels:
-            return None
-        is_image = self.learned_positions or self.ofs is not None or self.pipeline == IMAGE_PIPELINE
-        return "image" if is_image else "control"
+    @property
+    def concluded_task(self) -> tuple[str | None, str]:
+        """The task that its configuration suggests, and why; see :func:`.tasks.infer`."""
+        return tasks.infer(self.possible_tasks, self.transformer, self.pipeline)
+
+    @property
+    def task(self) -> str | None:
+        """A key of ``TASKS``, as asked or concluded; None if the number of channels is unknown."""
+        return self.concluded_task[0] if self.asked_task == "auto" else self.asked_task
 
     @property
     def takes_image(self) -> bool:
@@ -97,8 +89,32 @@ class CheckpointFacts:
 
     @property
     def is_fun(self) -> bool:
-        """Whether it belongs to VideoX-Fun's family, which was trained without padding frames and at 8 frames per second."""
+        """Whether it belongs to VideoX-Fun's family, as control and inpaint models do.
+
+        It was trained without padding frames, at 8 frames per second, at many sizes (see
+        :mod:`parallel_backend.cogvideox.transformer.positions`), and with a noise schedule of its own (:attr:`snr_shift_scale`).
+        """
         return self.task in ("control", "inpaint")
+
+    @property
+    def configured_snr_shift(self) -> float:
+        """The factor of the noise schedule's signal-to-noise ratio in the configuration: 3 for 2b, 1, which is none, for others."""
+        return self.scheduler.get("snr_shift_scale", 3.0)  # diffusers' default
+
+    @property
+    def snr_shift_scale(self) -> float:
+        """The factor to use.
+
+        VideoX-Fun trained all its models with plain DDPM, which ignores the factor, although its 2b models are published with 3
+        (``scripts/cogvideox_fun/train.py``; its sampler ``DDIM_Origin`` ignores it too). Base 2b was trained with 3.
+        """
+        shifted = not self.is_fun if self.asked_snr_shift == "auto" else self.asked_snr_shift == "on"
+        return self.configured_snr_shift if shifted else 1.0
+
+    @property
+    def interpolates_positions(self) -> bool:
+        """Whether the sinusoidal table of the configured size is resized to other sizes, as VideoX-Fun's 2b models were trained."""
+        return self.is_fun and not self.rotary
 
     @property
     def reference_noise(self) -> float:

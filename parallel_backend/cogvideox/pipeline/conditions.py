@@ -14,9 +14,6 @@ models):
 - If nothing is known, mask and masked video are zeros, and the model makes a video from text only (as for nine of ten training
   examples without an image).
 - V1.1-5b was trained with noise on the images (``add_noise_in_inpaint_model``). Black pixels get no noise.
-
-One thing follows diffusers and not VideoX-Fun: at sizes other than 720x480, sinusoidal positions of the 2b models are computed
-for that size. VideoX-Fun interpolates those of 720x480 (its ``reports/cogvideox_fun/report_v1.md``).
 """
 
 from collections.abc import Callable

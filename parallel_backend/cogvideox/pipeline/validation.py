@@ -131,7 +131,8 @@ def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
         )
     for task, (given, who_takes_it) in CONDITIONS.items():
         if task != checkpoint.task and getattr(job, given) is not None:
-            raise RequestError(f"{name} {MAKES[checkpoint.task]}; {who_takes_it}")
+            choice = f"; if {name} is one, set task to {task}" if task in checkpoint.possible_tasks else ""
+            raise RequestError(f"{name} {MAKES[checkpoint.task]}; {who_takes_it}{choice}")
     if job.image is None and checkpoint.task == "image":
         raise RequestError(
             f"{name} needs a start image (CogVideoX Image To Video, or --image); "

@@ -10,7 +10,10 @@ At the size that a model is configured for, all conventions agree. At other size
   compute the sinusoidal table for the size.
 """
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 
 from ..checkpoint.facts import CheckpointFacts
 
@@ -65,3 +68,37 @@ def even_steps(start: int, stop: int, length: int) -> torch.Tensor:
 def steps_of_diffusers(start: int, stop: int, length: int) -> torch.Tensor:
     """Returns the positions of diffusers 0.42, which are those of :func:`even_steps` only if ``start`` is 0."""
     return torch.linspace(start, stop * (length - 1) / length, length)
+
+
+def use(transformer, *, interpolated: bool) -> None:
+    """Sets how a transformer with sinusoidal positions makes those of another size than its configured one.
+
+    Args:
+        transformer: of diffusers, which computes them in ``patch_embed._get_positional_embeddings``.
+        interpolated: resizes those of the configured size; else they are computed for the size.
+    """
+    embed = transformer.patch_embed
+    vars(embed).pop("_get_positional_embeddings", None)
+    if interpolated:
+        embed._get_positional_embeddings = partial(resized_sincos, embed, embed._get_positional_embeddings)
+
+
+def resized_sincos(embed, compute, height: int, width: int, frames: int, **placed) -> torch.Tensor:
+    """Returns text's zeros and the video's positions ``[1, tokens, features]``: those of the configured size, resized.
+
+    VideoX-Fun resizes a table of the configured frames and takes the first ones. Positions of a frame do not depend on their number,
+    so here there are as many frames as the video has.
+
+    Args:
+        embed: the patch embedding, with its configured size.
+        compute: diffusers' function for a size.
+        height, width: in latent rows and columns.
+        frames: of the video.
+        placed: the device, where ``compute`` takes one.
+    """
+    table = compute(embed.sample_height, embed.sample_width, frames, **placed)
+    text, video = table.split([embed.max_text_seq_length, table.shape[1] - embed.max_text_seq_length], dim=1)
+    rows, columns = embed.sample_height // embed.patch_size, embed.sample_width // embed.patch_size
+    images = video.unflatten(1, (-1, rows, columns))[0].movedim(-1, 1)
+    images = F.interpolate(images, (height // embed.patch_size, width // embed.patch_size), mode="bilinear")
+    return torch.cat([text, images.movedim(1, -1).flatten(0, 2)[None]], dim=1)
