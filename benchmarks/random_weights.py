@@ -181,7 +181,7 @@ def build(
     for part in parts.values():
         fill(part, generator)
     settle(parts["transformer"], parts["vae"], generator)
-    scheduler = CogVideoXDDIMScheduler if base == "2b" else CogVideoXDPMScheduler
+    scheduler = CogVideoXDPMScheduler if like == "5b" else CogVideoXDDIMScheduler  # as published
     shift = {"snr_shift_scale": 3.0 if base == "2b" else 1.0}
     classes = {"i2v": CogVideoXImageToVideoPipeline, "control": CogVideoXFunControlPipeline}
     pipeline = classes.get(kind, CogVideoXPipeline)(  # diffusers has none for inpainting

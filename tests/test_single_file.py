@@ -104,6 +104,9 @@ def test_published_values_of_the_families(files):
     assert {like: (checkpoint.scaling_factor, checkpoint.image_scale("auto")) for like, checkpoint in found.items()} == {
         "2b": (1.15258426, 1.15258426), "5b": (0.7, 0.7), "5b-i2v": (0.7, 0.7), "1.5-5b": (0.7, 0.7), "1.5-5b-i2v": (0.7, 1 / 0.7),
     }  # fmt: skip
+    assert {like: checkpoint.default_scheduler for like, checkpoint in found.items()} == {
+        "2b": "ddim", "5b": "dpm", "5b-i2v": "ddim", "1.5-5b": "ddim", "1.5-5b-i2v": "ddim",
+    }  # fmt: skip
     assert (found["5b"].default_size, found["1.5-5b"].default_size) == ((720, 480, 49), (1360, 768, 81))
 
 

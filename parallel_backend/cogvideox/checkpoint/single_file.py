@@ -103,10 +103,19 @@ def read(path: Path) -> tuple[dict, dict, dict, dict[str, int]]:
     small = config["num_attention_heads"] == HEADS_OF_2B
     vae = {"scaling_factor": 1.15258426 if small else 0.7, "invert_scale_latents": config["ofs_embed_dim"] is not None}
     scheduler = SCHEDULER | {
-        "_class_name": "CogVideoXDDIMScheduler" if small else "CogVideoXDPMScheduler",
+        "_class_name": "CogVideoXDPMScheduler" if is_base_5b(config) else "CogVideoXDDIMScheduler",
         "snr_shift_scale": 3.0 if small else 1.0,
     }
     return config, vae, scheduler, {"transformer": sum(math.prod(entry["shape"]) for entry in found.values())}
+
+
+def is_base_5b(config: dict[str, Any]) -> bool:
+    """Returns whether this is CogVideoX-5b, the only model that is published with DPM. VideoX-Fun's models have DDIM by default."""
+    return (
+        config["num_attention_heads"] != HEADS_OF_2B
+        and config["patch_size_t"] is None
+        and config["in_channels"] == config["out_channels"]
+    )
 
 
 def entries(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
