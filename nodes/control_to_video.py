@@ -6,7 +6,7 @@ from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode
 from .comfy.types import CATEGORY
 from .conditioning import CONTROL, with_values
-from .videos import FITTED, conditioned_inputs, conditioned_outputs, fit_video
+from .videos import FITTED, checkpoint_of, conditioned_inputs, conditioned_outputs, fit_video, rate_inputs, rate_output
 
 
 class CogVideoXControlToVideo(CogVideoXNode):
@@ -41,8 +41,9 @@ class CogVideoXControlToVideo(CogVideoXNode):
                     tooltip="Share of the steps after which control ends. With 0.5 the prompt alone decides the details.",
                     **share,
                 ),
+                *rate_inputs(),
             ],
-            outputs=conditioned_outputs(),
+            outputs=[*conditioned_outputs(), rate_output()],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -60,10 +61,12 @@ class CogVideoXControlToVideo(CogVideoXNode):
         strength,
         start_percent,
         end_percent,
+        source_fps=0.0,
+        model=None,
     ) -> io.NodeOutput:
         """Encodes the control video once, for both prompts and every video of the batch."""
-        node_id = cls.hidden.unique_id
-        video = fit_video(control_video, vae, width=width, height=height, length=length, node_id=node_id)
+        checkpoint, size = checkpoint_of(vae, model), (width, height, length)
+        video, rate = fit_video(control_video, checkpoint, source_fps, size=size, node_id=cls.hidden.unique_id)
         latent = empty_latent(width=width, height=height, frames=len(video), batch=batch_size)
         control = {
             "control": vae.encode(video),
@@ -71,4 +74,4 @@ class CogVideoXControlToVideo(CogVideoXNode):
             "control_start": start_percent,
             "control_end": end_percent,
         }
-        return io.NodeOutput(*with_values(positive, negative, {CONTROL: control}), {"samples": latent})
+        return io.NodeOutput(*with_values(positive, negative, {CONTROL: control}), {"samples": latent}, rate.fps)

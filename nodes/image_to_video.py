@@ -10,9 +10,17 @@ from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
 from .base import CogVideoXNode
 from .comfy import runtime
 from .comfy.types import CATEGORY
-from .comfy.vae import VaeHandle
 from .conditioning import CONCAT, IMAGE_SCALE, with_values
-from .videos import COVERED, conditioned_inputs, conditioned_outputs, inpaint_values
+from .videos import (
+    AS_TRAINED,
+    COVERED,
+    checkpoint_of,
+    conditioned_inputs,
+    conditioned_outputs,
+    inpaint_values,
+    model_input,
+    noise_input,
+)
 
 
 class CogVideoXImageToVideo(CogVideoXNode):
@@ -48,6 +56,8 @@ class CogVideoXImageToVideo(CogVideoXNode):
                     "checkpoint. If videos of CogVideoX1.5-5B-I2V are dim or blurred, try another one: inverse (diffusers), "
                     "raw (the CogVideoX wrapper), scaled (ComfyUI).",
                 ),
+                model_input(),
+                noise_input(),
             ],
             outputs=conditioned_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -66,15 +76,17 @@ class CogVideoXImageToVideo(CogVideoXNode):
         start_image=None,
         end_image=None,
         image_scale="auto",
+        model=None,
+        noise_aug_strength=AS_TRAINED,
     ) -> io.NodeOutput:
         """Encodes the images once, for both prompts and every video of the batch.
 
-        The VAE's checkpoint determines the kind of model. A core VAE has none: then an end image means an inpaint model.
+        The checkpoint of the model or of the VAE determines the kind of model. Without one an end image means an inpaint model.
         """
         latent = {"samples": empty_latent(width=width, height=height, frames=length, batch=batch_size)}
         if start_image is None and end_image is None:
             return io.NodeOutput(positive, negative, latent)
-        checkpoint = vae.checkpoint if isinstance(vae, VaeHandle) else None
+        checkpoint = checkpoint_of(vae, model)
         if end_image is not None and checkpoint:
             validation.check_end_image(checkpoint)
         if end_image is None and (checkpoint is None or checkpoint.task != "inpaint"):
@@ -85,4 +97,5 @@ class CogVideoXImageToVideo(CogVideoXNode):
             runtime.say(line, cls.hidden.unique_id, level=logging.WARNING)
         images = (image if image is None else cover(image, width=width, height=height) for image in (start_image, end_image))
         video, mask = conditions.between_images(*images, frames=length)
-        return io.NodeOutput(*with_values(positive, negative, inpaint_values(vae, video, mask)), latent)
+        values = inpaint_values(vae, video, mask, noise_aug_strength, checkpoint, cls.hidden.unique_id)
+        return io.NodeOutput(*with_values(positive, negative, values), latent)

@@ -7,7 +7,18 @@ from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode
 from .comfy.types import CATEGORY
 from .conditioning import with_values
-from .videos import FITTED, conditioned_inputs, conditioned_outputs, fit_video, inpaint_values
+from .videos import (
+    AS_TRAINED,
+    FITTED,
+    checkpoint_of,
+    conditioned_inputs,
+    conditioned_outputs,
+    fit_video,
+    inpaint_values,
+    noise_input,
+    rate_inputs,
+    rate_output,
+)
 
 
 class CogVideoXInpaint(CogVideoXNode):
@@ -25,16 +36,35 @@ class CogVideoXInpaint(CogVideoXNode):
                 *conditioned_inputs(),
                 io.Image.Input("video", tooltip=f"The video to change. {FITTED}"),
                 io.Mask.Input("mask", tooltip="White is replaced, black is kept. One mask for every frame, or one for all."),
+                *rate_inputs(),
+                noise_input(),
             ],
-            outputs=conditioned_outputs(),
+            outputs=[*conditioned_outputs(), rate_output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, positive, negative, vae, width, height, length, batch_size, video, mask) -> io.NodeOutput:
+    def execute(
+        cls,
+        positive,
+        negative,
+        vae,
+        width,
+        height,
+        length,
+        batch_size,
+        video,
+        mask,
+        source_fps=0.0,
+        model=None,
+        noise_aug_strength=AS_TRAINED,
+    ) -> io.NodeOutput:
         """Encodes the video once, for both prompts and every video of the batch."""
-        node_id = cls.hidden.unique_id
-        video = fit_video(video, vae, width=width, height=height, length=length, node_id=node_id)
+        checkpoint, node_id, given = checkpoint_of(vae, model), cls.hidden.unique_id, len(video)
+        video, rate = fit_video(video, checkpoint, source_fps, size=(width, height, length), node_id=node_id)
+        if mask.ndim == 3 and len(mask) == given:  # one for each frame of the clip
+            mask = mask[:: rate.step]
         mask = conditions.fit_mask(mask, frames=len(video), width=width, height=height)
+        values = inpaint_values(vae, video, mask, noise_aug_strength, checkpoint, node_id)
         latent = empty_latent(width=width, height=height, frames=len(video), batch=batch_size)
-        return io.NodeOutput(*with_values(positive, negative, inpaint_values(vae, video, mask)), {"samples": latent})
+        return io.NodeOutput(*with_values(positive, negative, values), {"samples": latent}, rate.fps)

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from .base import CogVideoXNode
 from .comfy.types import CATEGORY
 from .conditioning import size_inputs
-from .videos import FITTED, fit_video
+from .videos import FITTED, checkpoint_of, fit_video, rate_inputs, rate_output
 
 
 class CogVideoXVideoToVideo(CogVideoXNode):
@@ -22,14 +22,15 @@ class CogVideoXVideoToVideo(CogVideoXNode):
                 io.Vae.Input("vae"),
                 *size_inputs(),
                 io.Image.Input("video", tooltip=f"The video to change. {FITTED}"),
+                *rate_inputs(),
             ],
-            outputs=[io.Latent.Output(display_name="latent")],
+            outputs=[io.Latent.Output(display_name="latent"), rate_output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, vae, width, height, length, batch_size, video) -> io.NodeOutput:
+    def execute(cls, vae, width, height, length, batch_size, video, source_fps=0.0, model=None) -> io.NodeOutput:
         """Encodes the video once, for every video of the batch."""
-        node_id = cls.hidden.unique_id
-        latent = vae.encode(fit_video(video, vae, width=width, height=height, length=length, node_id=node_id))
-        return io.NodeOutput({"samples": latent.repeat(batch_size, 1, 1, 1, 1)})
+        checkpoint, size = checkpoint_of(vae, model), (width, height, length)
+        video, rate = fit_video(video, checkpoint, source_fps, size=size, node_id=cls.hidden.unique_id)
+        return io.NodeOutput({"samples": vae.encode(video).repeat(batch_size, 1, 1, 1, 1)}, rate.fps)

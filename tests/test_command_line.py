@@ -199,8 +199,8 @@ def files(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("files")
     colours = np.random.default_rng(0).integers(0, 256, (10, 48, 80, 3), dtype=np.uint8)
     iio.imwrite(folder / "image.png", colours[0])
-    iio.imwrite(folder / "video.mp4", colours, plugin="pyav", codec="libx264", fps=12)
-    iio.imwrite(folder / "two.mp4", colours[:2], plugin="pyav", codec="libx264", fps=12)
+    iio.imwrite(folder / "video.mp4", colours, plugin="pyav", codec="libx264", fps=8)
+    iio.imwrite(folder / "two.mp4", colours[:2], plugin="pyav", codec="libx264", fps=8)
     (folder / "text.png").write_text("not a picture")
     (folder / "text.mp4").write_text("not a video")
     (folder / "empty.mp4").touch()
@@ -225,7 +225,39 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^step (\d+)/3$", done.stderr, re.M) == ["1", "2", "3"]
     assert iio.imread(tmp_path / "out.mp4", plugin="pyav").shape == (frames, 48, 64, 3)
-    assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 12  # as fast as the video that was given
+    assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 8  # as fast as the video that was given
+
+
+@pytest.mark.parametrize(
+    "like, asked, source, step",
+    [
+        ("5b", (), 24, 3),
+        ("5b", (), 30, 4),
+        ("1.5-5b", (), 30, 2),
+        ("1.5-5b-inp", (), 24, 3),  # VideoX-Fun's 1.5 was trained at 8
+        ("5b", (), 8, 1),
+        ("5b", (), 6, 1),
+        ("5b", ("--source-fps", "16"), 24, 2),
+        ("5b", ("--source-fps", "0"), 24, 1),
+    ],
+    ids=str,
+)
+def test_frames_of_a_clip_are_thinned_out_to_the_rate_that_the_model_was_trained_at(
+    like, asked, source, step, checkpoints, tmp_path, caplog
+):
+    shades = np.arange(0, 250, 10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), dtype=np.uint8)
+    clip = tmp_path / "clip.mp4"
+    iio.imwrite(clip, shades, plugin="pyav", codec="libx264", fps=source)
+    arguments = ["generate", "--model", "x", "--prompt", "x", "--output", "x.mp4", "--video", str(clip), *asked]
+    size, checkpoint = {"width": 32, "height": 32, "frames": 5}, Checkpoint.open(checkpoints[like])
+    args = build_parser().parse_args(arguments)
+    with caplog.at_level(logging.INFO):
+        pixels, _ = inputs.read(args, size, checkpoint)
+    found = (pixels["latent"].mean(dim=(1, 2, 3)) * 25.5).round().int().tolist()
+    assert found == [step * place for place in range(5)]
+    rate = float(asked[1]) if asked and asked[1] != "0" else source
+    assert inputs.rate_of(str(clip), args, checkpoint).fps == pytest.approx(rate / step)
+    assert f"{'every frame' if step == 1 else f'1 of {step} frames'} of the clip ({rate:g} fps) is used" in caplog.text
 
 
 def test_a_plan_is_chosen_for_the_length_and_windows_that_are_sampled(run, checkpoints, files, tmp_path, monkeypatch):
@@ -297,7 +329,7 @@ def test_images_and_control_videos_become_a_video(like, more, checkpoints, files
         ("5b", ("--video", "text.png"), "text.png (holds no|cannot be read as) video"),
         ("5b", ("--video", "video.mp4", "--denoise", "1"), "denoise 1 keeps nothing"),
         ("5b", ("--video", "video.mp4", "--denoise", "2"), "denoise is 2.0; use 0.0 to 1.0"),
-        ("5b", ("--video", "video.mp4", "--frames", "13"), "has 10 frames, and --frames is 13"),
+        ("5b", ("--video", "video.mp4", "--frames", "13"), "has 10 frames at the model.s rate, and --frames is 13"),
         ("1.5-5b", ("--video", "video.mp4", "--frames", "9"), "multiple of 2 latent frames and the video has 3: use 13"),
         ("5b", ("--denoise", "0.5"), "the latent is empty; encode a video"),
         ("5b", ("--image", "image.png"), "makes videos from text alone; .* such as CogVideoX-5b-I2V"),
@@ -321,7 +353,11 @@ def test_images_and_control_videos_become_a_video(like, more, checkpoints, files
         ("5b-control", (), "needs a control video .*--control-video"),
         ("5b-control", ("--control-video", "text.mp4"), "text.mp4 cannot be read as video"),
         ("5b-control", ("--control-video", "video.mp4", "--control-end", "2"), "control_end is 2.0; use 0.0 to 1.0"),
-        ("5b-control", ("--control-video", "video.mp4", "--frames", "13"), "has 10 frames, and --frames is 13"),
+        (
+            "5b-control",
+            ("--control-video", "video.mp4", "--frames", "13"),
+            "has 10 frames at the model.s rate, and --frames is 13",
+        ),
     ],
     ids=str,
 )

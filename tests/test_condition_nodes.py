@@ -100,6 +100,74 @@ show(equal=equal, keys=keys, all_new=all_new, shapes={name: list(shape) for name
     assert "does not use" not in log
 
 
+def test_a_clip_of_another_rate_is_thinned_out_to_the_model_s_and_the_node_says_so(nodes):
+    shown, _ = nodes("""
+lines = []
+host.say = lambda line, *where, **how: lines.append(line)
+clip = torch.arange(40).view(-1, 1, 1, 1).expand(-1, 32, 48, 3) / 40
+frames = lambda found: (found.mean(dim=(1, 2, 3)) * 40).round().int().tolist()
+class Kept(CoreVAE):
+    def encode(self, pixels):
+        self.kept = frames(pixels)
+        return super().encode(pixels)
+core, used, rates = Kept(), {}, {}
+def run(name, node, *, video="video", last=3, **given):
+    found = call(node, vae=core, **{video: clip}, **given, **size)
+    used[name], rates[name] = core.kept, found[last]
+one, new = handles(text)[0], handles(v2v15)[0]
+guided = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "video": "control_video", **prompts}
+run("24", VideoToVideo, last=1, source_fps=24.0, model=one)
+run("24 of 1.5", VideoToVideo, last=1, source_fps=24.0, model=new)
+run("unknown rate", VideoToVideo, last=1, model=one)
+run("unknown model", VideoToVideo, last=1, source_fps=24.0)
+run("control", Control, source_fps=30.0, model=handles(control)[0], **guided)
+mask = torch.zeros(40, 32, 48)
+mask[12:, :16] = 1
+found = call(Inpaint, vae=core, video=clip, mask=mask, source_fps=32.0, model=handles(inp)[0], **prompts, **size)
+used["inpaint"], rates["inpaint"] = core.kept, found[3]
+known = conditions.latent_mask(mask[:36:4])
+show(used=used, rates=rates, lines=lines, mask=torch.equal(found[0][0][1]["concat_mask"], known))
+""")
+    every = lambda step: [step * place for place in range(9)]  # noqa: E731
+    assert shown["used"].pop("inpaint")[:3] == [0, 4, 8]  # later ones are masked in part
+    assert shown["used"] == {
+        "24": every(3), "24 of 1.5": every(2)[:5], "unknown rate": every(1), "unknown model": every(1), "control": every(4),
+    }  # fmt: skip
+    assert shown["rates"] == {
+        "24": 8, "24 of 1.5": 12, "unknown rate": 8, "unknown model": 24, "control": 7.5, "inpaint": 8,
+    }  # fmt: skip
+    assert shown["mask"]
+    said = "\n".join(shown["lines"])
+    assert "1 of 3 frames of the clip (24 fps) is used, 8 fps; the model was trained at 8" in said
+    assert (
+        "every frame is used, as if the clip had the model's rate (the model was trained at 8 fps); connect source_fps" in said
+    )
+    assert "the core's VAE does not say what rate the model was trained at; connect the model too" in said
+
+
+def test_noise_on_the_images_is_the_checkpoint_s_or_as_set_and_the_model_says_it_for_the_core_s_vae(nodes):
+    shown, log = nodes("""
+class Kept(CoreVAE):
+    def encode(self, pixels):
+        self.kept = pixels[0]
+        return super().encode(pixels)
+core, start = Kept(), torch.full((1, 32, 48, 3), 0.5)
+model = dataclasses.replace(handles(inp)[0], checkpoint=Checkpoint.open(inp))
+noisy = dataclasses.replace(model.checkpoint, transformer=model.checkpoint.transformer | {"add_noise_in_inpaint_model": True})
+noisy = dataclasses.replace(model, checkpoint=noisy)
+def spread(**given):
+    call(Node, **prompts, vae=core, start_image=start, **given, **size)
+    return (core.kept * 2 - 1).std().item()
+show(trained=spread(model=noisy), plain=spread(model=model), set=spread(model=model, noise_aug_strength=0.2),
+     off=spread(model=noisy, noise_aug_strength=0.0))
+call(Node, **prompts, vae=core, end_image=start, **size)
+""")
+    assert shown == {
+        "trained": pytest.approx(0.0563, rel=0.1), "plain": 0, "set": pytest.approx(0.2, rel=0.1), "off": 0,
+    }  # fmt: skip
+    assert "no noise on what the model is shown: the core's VAE does not say how it was trained; connect the model too" in log
+
+
 def test_what_does_not_fit_is_named_in_one_line_and_nothing_is_loaded(nodes):
     shown, _ = nodes("""
 by_name = {name: handles(globals()[name]) for name in ("text", "i2v", "control", "inp", "inp15")}

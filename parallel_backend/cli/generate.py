@@ -99,7 +99,7 @@ def read_request(args: Namespace) -> VideoRequest:
         **{"latent": latent, **fields, **ready},
     )
     source = args.video or args.control_video
-    fps = video.checked_fps(args.fps or (inputs.frames_per_second(source) if source else checkpoint.default_fps))
+    fps = video.checked_fps(args.fps or (inputs.rate_of(source, args, checkpoint).fps if source else checkpoint.default_fps))
     return VideoRequest(videos, check_job(job), pixels, args.negative_prompt, args.tiling, fps)
 
 

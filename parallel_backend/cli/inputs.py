@@ -1,5 +1,6 @@
 """Reads the user's images, videos and masks and resizes them to the video to make."""
 
+import logging
 import mimetypes
 from argparse import Namespace
 from itertools import islice
@@ -12,10 +13,12 @@ from ..cogvideox.pipeline.conditions import between_images, fit_mask, latent_mas
 from ..cogvideox.pipeline.image import cover
 from ..cogvideox.pipeline.validation import check_end_image
 from ..errors import RequestError
+from ..media.frame_rate import FrameRate
 from ..media.reading import frames_per_second, pictures
-from ..validation import check_size
+from ..media.video import checked_fps
+from ..validation import between, check_size
 
-__all__ = ["frames_per_second", "pictures", "read"]
+logger = logging.getLogger(__name__)
 
 
 def read(
@@ -49,7 +52,8 @@ def read(
     if args.mask is not None:
         if start is not None or end is not None:
             raise RequestError("an image and a mask both say what is kept of the video; give one of them")
-        mask = fit_mask(read_mask(args.mask, frames), frames=frames, **edges)
+        step = rate_of(args.video, args, checkpoint).step
+        mask = fit_mask(read_mask(args.mask, frames, step), frames=frames, **edges)
         video = pixels["latent"] if args.denoise is not None and args.denoise < 1 else pixels.pop("latent")
     elif checkpoint.task == "inpaint" and (start is not None or end is not None):
         video, mask = between_images(start, end, frames=frames)
@@ -57,7 +61,9 @@ def read(
         return pixels | ({} if start is None else {"image": start}), {}
     if shows_nothing(mask):
         return pixels, {}
-    pixels["masked_video"] = shown(video, mask, noise=checkpoint.reference_noise)
+    noise = checkpoint.reference_noise if args.noise_aug_strength is None else args.noise_aug_strength
+    between("noise-aug-strength", noise, 0.0, 1.0)
+    pixels["masked_video"] = shown(video, mask, noise=noise)
     return pixels, {"mask": latent_mask(mask)}
 
 
@@ -65,23 +71,40 @@ def read_videos(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -
     """Reads the videos that are given, cut to one length: ``--frames``, or as many as all have and the model takes."""
     edges = {"width": size["width"], "height": size["height"]}
     paths = {field: path for field, path in (("latent", args.video), ("control", args.control_video)) if path is not None}
-    videos = {
-        field: torch.cat([cover(picture, **edges) for picture in islice(pictures(path, "video"), size["frames"])])
-        for field, path in paths.items()
-    }
+    videos = {}
+    for field, path in paths.items():
+        rate = rate_of(path, args, checkpoint)
+        logger.info("%s: %s", path, rate.describe(checkpoint.default_fps))
+        used = islice(pictures(path, "video"), 0, size["frames"] * rate.step, rate.step)
+        videos[field] = torch.cat([cover(picture, **edges) for picture in used])
     if not videos:
         return {}
     frames = args.frames or whole_frames(min(map(len, videos.values())), checkpoint.patch_size_t or 1)
     for field, video in videos.items():
         if frames > len(video):
             raise RequestError(
-                f"{paths[field]} has {len(video)} frames, and --frames is {frames}; use fewer frames or a longer video"
+                f"{paths[field]} has {len(video)} frames at the model's rate, and --frames is {frames}; use fewer frames or a "
+                "longer video, or every frame of it with --source-fps 0"
             )
     return {field: video[:frames] for field, video in videos.items()}
 
 
-def read_mask(path: str, frames: int) -> torch.Tensor:
-    """Reads a mask ``[1 or frames, rows, columns]`` in 0..1 from an image or a video. 1, white, is replaced."""
+def rate_of(path: str, args: Namespace, checkpoint: Checkpoint) -> FrameRate:
+    """Returns which frames of a video are used: those nearest to the model's own rate, or all if ``--source-fps`` is 0."""
+    if args.source_fps == 0:
+        return FrameRate(frames_per_second(path))
+    source = frames_per_second(path) if args.source_fps is None else float(checked_fps(args.source_fps))
+    return FrameRate.nearest(source, checkpoint.default_fps)
+
+
+def read_mask(path: str, frames: int, step: int) -> torch.Tensor:
+    """Reads a mask ``[1 or frames, rows, columns]`` in 0..1 from an image or a video. 1, white, is replaced.
+
+    Args:
+        path: of the file.
+        frames: of the video that it is for.
+        step: every how many frames of a video one is used; an image's are all used.
+    """
     guessed = mimetypes.guess_type(path)[0] or ""
-    kind = "video" if guessed.startswith("video/") else "image"
-    return torch.cat([picture.mean(dim=-1) for picture in islice(pictures(path, kind), frames)])
+    kind, step = ("video", step) if guessed.startswith("video/") else ("image", 1)
+    return torch.cat([picture.mean(dim=-1) for picture in islice(pictures(path, kind), 0, frames * step, step)])

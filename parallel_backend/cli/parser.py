@@ -10,12 +10,13 @@ import torch
 from ..cogvideox.checkpoint.published import MODELS
 from ..config import CONFIG
 from ..errors import Cancelled, Failure, RequestError
-from ..jobs import IMAGE_SCALES, SCHEDULERS, TILINGS, SampleJob
+from ..jobs import SCHEDULERS, TILINGS, SampleJob
 from ..model import COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, WINDOW_SCHEDULES
 from ..planner.gpu_table import KNOWN, LINKS
 from ..system.limits import usable_cores
 from .bench import bench as run_bench
 from .cards import cards as run_cards
+from .condition_options import add_condition_options
 from .generate import generate as run_generate
 from .plan import plan as run_plan
 from .serve import serve as run_serve
@@ -136,31 +137,7 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
         help="one prompt a line, one video each; their numbers are added to OUTPUT; replicasN in the plan makes N at a time",
     )
     parser.add_argument("--negative-prompt", default="", help="what not to show; weights work as in --prompt")
-    parser.add_argument(
-        "--image", help="start image, for an image-to-video or inpaint model; resized to cover and cropped at the centre"
-    )
-    parser.add_argument("--end-image", help="end image, for an inpaint model")
-    parser.add_argument(
-        "--image-scale",
-        choices=IMAGE_SCALES,
-        default="auto",
-        help="scaling of the start image's latent; auto: the checkpoint's own",
-    )
-    parser.add_argument("--control-video", help="video of poses, edges or depth, for a control model")
-    parser.add_argument(
-        "--control-strength", type=float, default=1.0, help="scale of the control video's latent (default %(default)s)"
-    )
-    parser.add_argument(
-        "--control-start", type=float, default=0.0, help="share of the steps at which control begins (default %(default)s)"
-    )
-    parser.add_argument(
-        "--control-end", type=float, default=1.0, help="share of the steps at which control ends (default %(default)s)"
-    )
-    parser.add_argument("--video", help="video to start from; resized and cropped as --image")
-    parser.add_argument("--mask", help="image or video, white where --video is to be replaced; for an inpaint model")
-    parser.add_argument(
-        "--denoise", type=float, help="with --video: share of the steps to run on it (default 0.8; with --mask 1)"
-    )
+    add_condition_options(parser)
     parser.add_argument("--dynamic-cfg", action="store_true", help="vary the guidance scale along a cosine")
     parser.add_argument("--window", type=int, help="for a long video: frames in one context window, 4k+1")
     parser.add_argument("--overlap", type=int, help="frames by which windows overlap (default: two thirds of a window)")
@@ -185,7 +162,9 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tiling", choices=TILINGS, default="auto", help="encode and decode in tiles; auto: if a whole video does not fit"
     )
-    parser.add_argument("--fps", type=float, help="frames a second of the file (default: those of --video, else the model's)")
+    parser.add_argument(
+        "--fps", type=float, help="frames a second of the file (default: those used of --video, else the model's)"
+    )
     parser.add_argument("--output", required=True, help="an .mp4 file")
     parser.add_argument("--save-latents", help="also write the latents to this file, in ComfyUI's format")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

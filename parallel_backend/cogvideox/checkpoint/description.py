@@ -23,4 +23,7 @@ def conclusions(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.interpolates_positions:
         width, height = checkpoint.positions_size
         lines.append(f"at other sizes the positions of {width}x{height} are resized, as VideoX-Fun trained its 2b models")
+    if checkpoint.reference_noise:
+        why = "taken for CogVideoX-Fun-V1.1-5b-InP (0 is right for V1.0)" if checkpoint.is_file else "as its configuration says"
+        lines.append(f"noise_aug_strength {checkpoint.reference_noise:g} on what it is shown, {why}")
     return lines

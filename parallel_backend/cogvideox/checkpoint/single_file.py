@@ -197,6 +197,12 @@ def transformer_config(path: Path, found: Entries) -> dict[str, Any]:
         "use_rotary_positional_embeddings": features // head != HEADS_OF_2B,
         "use_learned_positional_embeddings": "patch_embed.pos_embedding" in found and features // head != HEADS_OF_2B,
     }
+    if (
+        config["in_channels"] == 2 * config["out_channels"] + 1
+        and config["use_rotary_positional_embeddings"]
+        and not two_frames
+    ):
+        config["add_noise_in_inpaint_model"] = True  # V1.1-5b-InP's, and V1.0's has the same shapes
     if config["use_learned_positional_embeddings"]:
         positions = shape("patch_embed.pos_embedding")[1]
         published = TEXT_TOKENS + ((frames - 1) // 4 + 1) * (height // edge) * (width // edge)
