@@ -55,5 +55,6 @@ class LoadCogVideoXLora(CogVideoXNode):
         """Checks that the file fits the checkpoint, and adds it to the model."""
         lora = Lora(str(runtime.find_lora(lora_name).resolve()), strength)
         opened = LoraFile.open(lora, model.checkpoint)
-        runtime.say(opened.note or opened.describe, cls.hidden.unique_id)
+        for line in opened.notes or [opened.describe]:
+            runtime.say(line, cls.hidden.unique_id)
         return io.NodeOutput(replace(model, model=replace(model.model, loras=(*model.model.loras, lora))))

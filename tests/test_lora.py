@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from parallel_backend.cogvideox.checkpoint import weights
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.shards import Shard
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.transformer import lora
 from parallel_backend.cogvideox.transformer.lora import LoraFile
@@ -173,11 +174,16 @@ def test_every_way_to_name_a_layer_is_the_same_layer(checkpoints, tmp_path):
         "prefixed": diffusers_layout(change, prefix="diffusion_model."),
         "fun": fun_layout(change, alpha=4.0),
         "core": core_layout(change),
+        "named": diffusers_layout(change, adapter=".orbit_left"),
+        "linear": {
+            name.replace("lora_A", "lora_linear_layer.down").replace("lora_B", "lora_linear_layer.up"): tensor
+            for name, tensor in diffusers_layout(change).items()
+        },
         "kohya": {name.replace("lora_unet__", "lora_unet_"): tensor for name, tensor in fun_layout(change).items()},
     }
     for name, tensors in layouts.items():
         opened = LoraFile.open(Lora(write(tmp_path / f"{name}.safetensors", tensors)), checkpoint)
-        assert opened.note is None, name
+        assert opened.notes == (), name
         assert opened.pairs.keys() == change.keys(), name
         for layer, pair in opened.pairs.items():
             assert (tensors[pair.down] is change[layer][0], tensors[pair.up] is change[layer][1], pair.scale) == (
@@ -185,6 +191,72 @@ def test_every_way_to_name_a_layer_is_the_same_layer(checkpoints, tmp_path):
                 True,
                 1.0,
             )
+
+
+def test_the_names_of_attention_processors_are_layers_too(checkpoints, tmp_path):
+    change = random_change(checkpoints["5b"])
+    tensors = {}
+    for layer, (down, up) in change.items():
+        block, name = layer.split(".attn1.")
+        name = f"transformer.{block}.attn1.processor.{name.removesuffix('.0')}_lora"
+        tensors |= {f"{name}.down.weight": down, f"{name}.up.weight": up}
+    opened = LoraFile.open(Lora(write(tmp_path / "old.safetensors", tensors)), Checkpoint.open(checkpoints["5b"]))
+    assert opened.notes == () and opened.pairs.keys() == change.keys()
+    for layer, pair in opened.pairs.items():
+        assert (tensors[pair.down] is change[layer][0], tensors[pair.up] is change[layer][1]) == (True, True)
+
+
+def with_bias(change) -> dict[str, torch.Tensor]:
+    """The tensors of a change whose up halves have a bias."""
+    generator = torch.Generator().manual_seed(7)
+    biases = {
+        f"transformer.{layer}.lora_B.bias": torch.randn(len(up), generator=generator) * 0.3 for layer, (_, up) in change.items()
+    }
+    return diffusers_layout(change) | biases
+
+
+def test_the_bias_of_a_lora_is_added_as_in_diffusers_and_taken_away_again(
+    diffusers_with, with_loras, local, checkpoints, tmp_path
+):
+    change = random_change(checkpoints["5b"], layers=r"to_out\.0|net\.2")
+    file = write(tmp_path / "bias.safetensors", with_bias(change))
+    plain = write(tmp_path / "plain.safetensors", diffusers_layout(change))
+    before = local.sample(with_loras("5b", {})).tensor
+    latents = local.sample(with_loras("5b", {file: 0.7})).tensor
+    assert (latents - diffusers_with("5b", {file: 0.7})).abs().max() <= TOLERANCE
+    assert (latents - local.sample(with_loras("5b", {plain: 0.7})).tensor).abs().max() > 0.01
+    assert torch.equal(local.sample(with_loras("5b", {})).tensor, before)
+
+
+def test_each_rank_adds_its_part_of_a_bias_once(checkpoints, tmp_path):
+    checkpoint = Checkpoint.open(checkpoints["5b"])
+    file = write(tmp_path / "bias.safetensors", with_bias(random_change(checkpoints["5b"], layers=r"to_out\.0|net\.0\.proj")))
+    opened = [LoraFile.open(Lora(file, 0.5), checkpoint)]
+
+    def merged(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+        shard = Shard(tensor=ranks, tensor_rank=rank)
+        transformer = checkpoint.load_transformer(torch.float32, shard=shard, prepare=shard.cut)
+        lora.merge(transformer, checkpoint, opened, device=CPU, shard=shard)
+        return dict(transformer.named_parameters())
+
+    whole, parts = merged(0, 1), [merged(rank, 2) for rank in range(2)]
+    for block in range(checkpoint.layers):
+        out, hidden = (f"transformer_blocks.{block}.{layer}.bias" for layer in ("attn1.to_out.0", "ff.net.0.proj"))
+        assert torch.equal(parts[0][out] + parts[1][out], whole[out])
+        assert torch.equal(torch.cat([part[hidden] for part in parts]), whole[hidden])
+
+
+@pytest.mark.parametrize(
+    "rank, strength, alpha, told", [(256, 1.0, None, True), (64, 1.0, None, True), (32, 1.0, None, False), (256, 1.0, 256.0, False),
+                                    (256, 0.0039, None, False)]
+)  # fmt: skip
+def test_a_large_rank_without_an_alpha_is_told_with_the_strength_to_try(rank, strength, alpha, told, checkpoints, tmp_path):
+    change = random_change(checkpoints["5b"], rank=rank)
+    file = write(tmp_path / "large.safetensors", diffusers_layout(change) if alpha is None else fun_layout(change, alpha))
+    opened = LoraFile.open(Lora(file, strength), Checkpoint.open(checkpoints["5b"]))
+    assert {pair.scale for pair in opened.pairs.values()} == {1.0}
+    said = f"has rank {rank} and no alpha, so strength 1 adds all of it; if that is too much, try strength {1 / rank:.4f}"
+    assert [said in note for note in opened.notes] == [True] * told
 
 
 def test_another_lora_reloads_no_vae_and_a_file_that_changed_is_noticed(with_loras, checkpoints, tmp_path):
@@ -273,6 +345,7 @@ Q = "transformer_blocks.0.attn1.to_q"
         ([f"{Q}.weight", "proj_out.weight"], "fits no layer of CogVideoX \\(proj_out.weight, transformer"),
         ([f"{Q}.lora_A.weight", f"{Q}.lora_B.weight", f"{Q}.lora_magnitude_vector.weight"], "is a DoRA .*only LoRA is supported"),
         ([f"{Q}.dora_scale"], "is a DoRA"),
+        ([f"{Q}.lora_A.one.weight", f"{Q}.lora_B.two.weight"], "has several adapters .one, two.; save each as a file of its own"),
         ([f"lora_unet__{Q}.hada_w1_a"], "is a LoHa"),
         ([f"lora_unet__{Q}.lokr_w1"], "is a LoKr"),
         ([], "is empty"),
@@ -287,6 +360,12 @@ def test_a_lora_that_is_for_something_else_is_refused_in_one_line(names, words, 
     assert "\n" not in str(error.value) and "other.safetensors" in str(error.value)
 
 
+def test_a_bias_of_another_size_is_refused(checkpoints, tmp_path):
+    tensors = diffusers_layout(random_change(checkpoints["5b"])) | {f"transformer.{Q}.lora_B.bias": torch.ones(64)}
+    file = write(tmp_path / "bias.safetensors", tensors)
+    assert f"has a bias (64,) for {Q}, which 5b does not have" in refusal(file, Checkpoint.open(checkpoints["5b"]))
+
+
 @pytest.mark.parametrize(
     "down, up", [((4, 128), (128, 3)), ((0, 128), (128, 0)), ((4,), (128, 4)), ((4, 128), ()), ((4, 64), (128, 4))]
 )
@@ -299,14 +378,14 @@ def test_halves_that_do_not_go_together_are_refused(down, up, checkpoints, tmp_p
 def test_what_has_no_place_in_the_model_is_noted_with_each_job(with_loras, checkpoints, tmp_path):
     change = random_change(checkpoints["5b"])
     tensors = diffusers_layout(change)
-    more = {"text_encoder.q.lora_A.weight": torch.ones(4, 4), f"transformer.{Q}.lora_B.bias": torch.ones(128)}
+    more = {"text_encoder.q.lora_A.weight": torch.ones(4, 4), f"transformer.{Q}.lora_A.bias": torch.ones(4)}
     file, clean = write(tmp_path / "more.safetensors", tensors | more), write(tmp_path / "clean.safetensors", tensors)
     executor = LocalExecutor(CPU)
     for _ in range(2):
         result = executor.sample(with_loras("5b", {file: 1.0}))
         (note,) = result.report.notes
         assert note.startswith(f"more.safetensors: 2 of {2 * len(change) + 2} tensors fit no layer and are not used, such as ")
-        assert "lora_B.bias" in note
+        assert "lora_A.bias" in note
     whole = executor.sample(with_loras("5b", {clean: 1.0}))
     assert torch.equal(result.tensor, whole.tensor) and whole.report.notes == ()
 

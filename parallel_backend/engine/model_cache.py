@@ -179,7 +179,8 @@ class ModelCache:
         """Opens the LoRAs of a model; those with strength 0 are left out."""
         opened = lora.open_all(model.loras, checkpoint)
         for file in opened:
-            self.note(file.note)
+            for note in file.notes:
+                self.note(note)
         return tuple(file for file in opened if file.strength)
 
     def _merge(self, loras: tuple[lora.LoraFile, ...], transformer, checkpoint: Checkpoint) -> None:

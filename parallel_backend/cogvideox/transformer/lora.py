@@ -1,7 +1,6 @@
 """LoRA files: validated by their headers, and merged into a transformer's weights.
 
-Layers may be named as in diffusers and PEFT, in CogVideoX-Fun's kohya-style trainer, or in ComfyUI's own CogVideoX. No merge is
-undone: the checkpoint's weights are read again for the layers that change, so the result depends only on the current LoRAs.
+:mod:`.lora_names` has the names of layers that are understood. No merge is undone: the checkpoint's weights are read again for the layers that change, so the result depends only on the current LoRAs.
 """
 
 import json
@@ -21,31 +20,11 @@ from ..checkpoint import weights
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.shards import WHOLE, Shard, held, put
 from .fp8_linear import Fp8Linear
+from .lora_names import OTHER_KINDS, describe_misfit, look_of, some, sort_tensors
 
+LARGE_RANK = 64
+"""The rank from which a file without an alpha may be meant for a strength of 1 / rank."""
 SUFFIXES = (".safetensors", ".sft")
-PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.|lora_unet_+|lora_transformer_)?")
-TENSOR = re.compile(
-    r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up)|alpha)(?:\.default)?(?:\.weight)?"
-)
-TEXT = re.compile(r"lora_te|text_encoder")
-CORE_NAMES = {
-    r"^transformer_blocks\.": "blocks.",
-    r"\.attn1\.to_([qkv])$": r".\1",
-    r"\.attn1\.to_out\.0$": ".attn_out",
-    r"\.ff\.net\.0\.proj$": ".ff_proj",
-    r"\.ff\.net\.2$": ".ff_out",
-    r"^(time|ofs)_embedding\.": r"\1_embedding_",
-}
-"""Layer names: diffusers' to those of ComfyUI's own CogVideoX (0.33)."""
-OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr", "lora_mid": "LoCon"}
-OTHER_MODELS = {
-    r"(down|up|input|output)_blocks|mid(dle)?_block": "Stable Diffusion",
-    r"(double|single)(_transformer)?_blocks": "Flux or HunyuanVideo",
-    r"blocks[._]\d+[._](self|cross)_attn": "Wan",
-    r"transformer_blocks[._]\d+[._]attn2": "LTX-Video",
-    r"joint_blocks|transformer_blocks[._]\d+[._]attn[._]": "Stable Diffusion 3 or Qwen-Image",
-}
-"""Layer names of other models whose LoRAs are often tried; the first match is reported."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +34,8 @@ class Pair:
     down: str
     up: str
     scale: float
+    bias: str | None = None
+    """``scale`` times this is added to the layer's bias."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +48,8 @@ class LoraFile:
     """The file's fingerprint."""
     pairs: dict[str, Pair]
     """By the transformer's layer."""
-    note: str | None
-    """A note for the user if part of the file does not match the checkpoint."""
+    notes: tuple[str, ...]
+    """For the user: part of the file does not match the checkpoint, or it may be meant for another strength."""
 
     @classmethod
     def open(cls, lora: Lora, checkpoint: Checkpoint) -> "LoraFile":
@@ -86,14 +67,31 @@ class LoraFile:
         for name in shapes:
             if kind := next((kind for word, kind in OTHER_KINDS.items() if word in name), None):
                 raise RequestError(f"{path.name} is a {kind} ({name}); only LoRA is supported: use a file saved as plain LoRA")
-        found, unknown = sort_tensors(shapes, checkpoint.layer_shapes)
+        tensors_of = sort_tensors(shapes, checkpoint.layer_shapes)
+        found, unknown = tensors_of.layers, tensors_of.unknown
+        if len(tensors_of.adapters) > 1:
+            names = ", ".join(name or "one without a name" for name in tensors_of.adapters)
+            raise RequestError(f"{path.name} has several adapters ({names}); save each as a file of its own")
         if not any({"down", "up"} & tensors.keys() for tensors in found.values()):
             raise RequestError(f"{path.name} {describe_misfit(list(shapes))}: use a LoRA made for {checkpoint.name}")
         ranks = {layer: check_layer(path, layer, tensors, shapes, checkpoint) for layer, tensors in found.items()}
         scales = read_scales(path, found, ranks)
-        pairs = {layer: Pair(tensors["down"], tensors["up"], scales[layer]) for layer, tensors in found.items()}
-        unused = f"{path.name}: {len(unknown)} of {len(shapes)} tensors fit no layer and are not used, such as {some(unknown)}"
-        return cls(path, lora.strength, weights.fingerprint([path]), pairs, unused if unknown else None)
+        pairs = {
+            layer: Pair(tensors["down"], tensors["up"], 1.0 if scales[layer] is None else scales[layer], tensors.get("bias"))
+            for layer, tensors in found.items()
+        }
+        notes = []
+        if unknown:
+            notes.append(
+                f"{path.name}: {len(unknown)} of {len(shapes)} tensors fit no layer and are not used, such as {some(unknown)}"
+            )
+        rank = max(rank for layer, rank in ranks.items() if scales[layer] is None) if None in scales.values() else 0
+        if rank >= LARGE_RANK and abs(lora.strength) * rank > 2:
+            notes.append(
+                f"{path.name} has rank {rank} and no alpha, so strength 1 adds all of it; if that is too much, try strength "
+                f"{1 / rank:.4f}, which is 1 / rank (DimensionX's LoRAs are meant so)"
+            )
+        return cls(path, lora.strength, weights.fingerprint([path]), pairs, tuple(notes))
 
     @property
     def describe(self) -> str:
@@ -104,56 +102,6 @@ class LoraFile:
 def open_all(loras: Iterable[Lora], checkpoint: Checkpoint) -> tuple[LoraFile, ...]:
     """Opens a model's LoRAs; see :meth:`LoraFile.open`."""
     return tuple(LoraFile.open(lora, checkpoint) for lora in loras)
-
-
-def some(names: Sequence[str]) -> str:
-    """Returns the first few names, for messages."""
-    return ", ".join(names[:3])
-
-
-def layer_names(layers: Iterable[str]) -> dict[str, str]:
-    """Maps every name that a LoRA may use for these layers to diffusers': with dots or underscores, or as in ComfyUI."""
-    found = {}
-    for layer in layers:
-        core = layer
-        for pattern, replacement in CORE_NAMES.items():
-            core = re.sub(pattern, replacement, core)
-        for name in (layer, core):
-            found[name] = found[name.replace(".", "_")] = layer
-    return found
-
-
-def sort_tensors(names: Iterable[str], layers: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Groups a file's tensors by layer, as ``down``, ``up`` or ``alpha``; also returns the names that match no layer."""
-    known = layer_names(layers)
-    found: dict[str, dict[str, str]] = {}
-    unknown = []
-    for name in names:
-        match = TENSOR.fullmatch(PREFIX.sub("", name, count=1))
-        layer = match and known.get(match["layer"])
-        if not layer:
-            unknown.append(name)
-            continue
-        part = "down" if match["down"] else "up" if match["up"] else "alpha"
-        found.setdefault(layer, {})[part] = name
-    return found, unknown
-
-
-def describe_misfit(names: list[str]) -> str:
-    """Returns why no tensor of a file matches CogVideoX, as the rest of a message."""
-    if not names:
-        return "is empty"
-    if all(TEXT.match(name) for name in names):
-        return f"changes only a text encoder ({some(names)})"
-    return f"fits no layer of CogVideoX ({some(names)}){look_of(names)}"
-
-
-def look_of(names: Iterable[str]) -> str:
-    """Returns the model that a file seems to be made for, as the end of a message; empty if unknown."""
-    for pattern, model in OTHER_MODELS.items():
-        if any(re.search(pattern, name) for name in names):
-            return f" and looks made for {model}"
-    return ""
 
 
 def check_layer(path: Path, layer: str, tensors: dict[str, str], shapes: dict[str, tuple], checkpoint: Checkpoint) -> int:
@@ -172,11 +120,15 @@ def check_layer(path: Path, layer: str, tensors: dict[str, str], shapes: dict[st
             f"{path.name} does not fit {name}{look_of(shapes)}: it is for a {layer} of {made_for[0]}x{made_for[1]} and rank {rank}, "
             f"{name} has one of {wanted[0]}x{wanted[1]}; use a LoRA made for {name}"
         )
+    if (bias := tensors.get("bias")) and (f"{layer}.bias" not in checkpoint.stored or shapes[bias] != (rows,)):
+        raise RequestError(
+            f"{path.name} has a bias {shapes[bias]} for {layer}, which {checkpoint.name} does not have; use another LoRA"
+        )
     return rank
 
 
-def read_scales(path: Path, found: dict[str, dict[str, str]], ranks: dict[str, int]) -> dict[str, float]:
-    """Reads the scale of each layer's update: alpha / rank if the file has an alpha, else 1.
+def read_scales(path: Path, found: dict[str, dict[str, str]], ranks: dict[str, int]) -> dict[str, float | None]:
+    """Reads the scale of each layer's update: alpha / rank; None if the file has no alpha.
 
     An alpha is a separate tensor, or part of the configuration that diffusers saves with PEFT's LoRAs.
     """
@@ -200,15 +152,15 @@ def peft_config(metadata: dict[str, str]) -> dict:
     return {name.removeprefix("transformer."): value for name, value in saved.items() if name.startswith("transformer.")}
 
 
-def peft_scale(config: dict, layer: str, rank: int) -> float:
-    """Returns a layer's scale from a PEFT configuration, whose patterns match the end of a layer's name."""
+def peft_scale(config: dict, layer: str, rank: int) -> float | None:
+    """Returns a layer's scale from a PEFT configuration, whose patterns match the end of a layer's name; None without an alpha."""
     alpha = config.get("lora_alpha")
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             alpha = value
             break
     if alpha is None:
-        return 1.0
+        return None
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -232,22 +184,35 @@ def merge(
         before: LoRAs that are merged now.
         shard: this rank's part of the weights.
     """
-    names = {f"{layer}.weight" for lora in (*before, *loras) for layer in lora.pairs} & held(transformer)
+    pairs = [item for lora in (*before, *loras) for item in lora.pairs.items()]
+    names = {f"{layer}.{kind}" for layer, pair in pairs for kind in ("weight", *(["bias"] if pair.bias else []))} & held(
+        transformer
+    )
     with ExitStack() as stack:
         opened = [(lora, stack.enter_context(safe_open(lora.path, "pt"))) for lora in loras]
         for name, base in shard.read({name: checkpoint.stored[name] for name in names}):
-            layer = name.removesuffix(".weight")
+            layer, _, kind = name.rpartition(".")
             module = transformer.get_submodule(layer)
-            quantized = isinstance(module, Fp8Linear)
-            merged = base.to(device=device, dtype=module.dtype if quantized else module.weight.dtype).float()
-            rows, *columns = shard.of(name, checkpoint.stored[name].shape)
+            quantized = isinstance(module, Fp8Linear) and kind == "weight"
+            merged = base.to(device=device, dtype=module.dtype if quantized else getattr(module, kind).dtype).float()
+            part = shard.of(name, checkpoint.stored[name].shape)
             for lora, file in opened:
-                if pair := lora.pairs.get(layer):
-                    down, up = (file.get_tensor(half).to(device).float().flatten(1) for half in (pair.down, pair.up))
-                    if len(columns) == 1:  # a linear layer; convolutions are never split
-                        down = down[:, columns[0]]
-                    merged = merged + lora.strength * pair.scale * (up[rows] @ down).view_as(merged)
+                if (pair := lora.pairs.get(layer)) and (change := change_of(pair, kind, file, part, device)) is not None:
+                    merged = merged + lora.strength * pair.scale * change.view_as(merged)
+            if kind == "bias" and shard.is_added_elsewhere(name):
+                merged = torch.zeros_like(merged)
             if quantized:
                 module.set_weight(merged, module.weight.device)
             else:
-                put(module, "weight", merged)
+                put(module, kind, merged)
+
+
+def change_of(pair: Pair, kind: str, file, part: tuple[slice, ...], device: torch.device) -> torch.Tensor | None:
+    """Returns what a LoRA adds to this rank's part of a layer's ``weight`` or ``bias``, before its scale; None for nothing."""
+    rows, *columns = part
+    if kind == "bias":
+        return None if pair.bias is None else file.get_tensor(pair.bias).to(device).float()[rows]
+    down, up = (file.get_tensor(half).to(device).float().flatten(1) for half in (pair.down, pair.up))
+    if len(columns) == 1:  # a linear layer; convolutions are never split
+        down = down[:, columns[0]]
+    return up[rows] @ down
