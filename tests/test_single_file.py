@@ -1,5 +1,6 @@
 """A transformer in one file is told by its header, and gives what its folder gives."""
 
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox.checkpoint import single_file
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.description import conclusions
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob, empty_latent
@@ -171,7 +173,7 @@ def test_another_model_is_named(name, words, tmp_path):
     [
         (lambda state: state.pop("transformer_blocks.1.ff.net.2.bias"), "lacks 1 weights, such as transformer_blocks.1.ff.net.2.bias"),
         (lambda state: state.pop("patch_embed.proj.weight"), "lacks the weight patch_embed.proj.weight"),
-        (lambda state: state.update({"combine_linears.0.weight": torch.zeros(2)}), "such as combine_linears.0.weight: .* additions"),
+        (lambda state: state.update({"combine_linears.0.weight": torch.zeros(2)}), "such as combine_linears.0.weight: .* control branch"),
         (lambda state: state.update({"transformer_blocks.0.ff.net.2.weight_scale": torch.zeros(2)}), "quantised with scales"),
         (lambda state: state.update({"proj_out.bias": torch.zeros(2, dtype=torch.int8)}), "proj_out.bias is stored in I8; use a file"),
         (lambda state: state.update({"patch_embed.pos_embedding": torch.zeros(1, 99, 128)}), "learned positions for 99 tokens"),
@@ -185,6 +187,88 @@ def test_half_a_model_and_more_than_one_are_refused(change, words, folders, tmp_
     with pytest.raises(RequestError, match=words):
         Checkpoint.open(tmp_path / "changed.safetensors")
     assert "\n" not in refusal(tmp_path / "changed.safetensors")
+
+
+def replaced(ending: str, other: str):
+    """A change that renames the weights whose names end so."""
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in state if name.endswith(ending)]:
+            state[name.removesuffix(ending) + other] = state.pop(name)
+
+    return change
+
+
+def fused(state: dict[str, torch.Tensor]) -> None:
+    """Query, key and value in one layer, as diffusers' ``fuse_qkv_projections`` makes it."""
+    for name in [name for name in state if ".to_q." in name]:
+        parts = [state.pop(name.replace("to_q", f"to_{letter}")) for letter in "qkv"]
+        state[name.replace("to_q", "to_qkv")] = torch.cat(parts)
+
+
+def in_sat_layout(state: dict[str, torch.Tensor]) -> None:
+    """Some of the names of CogVideoX's training code."""
+    kept = {name: state[name] for name in ("patch_embed.text_proj.weight", "patch_embed.proj.weight")}
+    state.clear()
+    state |= {f"model.diffusion_model.mixins.{name}": weight for name, weight in kept.items()}
+    state["model.diffusion_model.transformer.layers.0.attention.query_key_value.weight"] = torch.zeros(2, 2)
+
+
+def as_controlnet(state: dict[str, torch.Tensor]) -> None:
+    """TheDenk's ControlNet: a model's first blocks, without an end, and an encoder of its own."""
+    for name in [name for name in state if name.startswith(("norm_", "proj_out"))]:
+        del state[name]
+    state["controlnet_encode_first.0.weight"] = torch.zeros(2, 2)
+
+
+KINDS = [
+    (replaced("ff.net.2.weight", "ff.net.2.Q4_0_qweight"), "is quantised as GGUF inside safetensors.*; use the file in bf16"),
+    (as_controlnet, "is a ControlNet, which goes with a model and is not supported; use a control model"),
+    (fused, "has fused query, key and value layers .*; use the model as it was before"),
+    (in_sat_layout, "has the layout of CogVideoX's training code .SAT.; convert it with tools/convert_weight_sat2hf.py"),
+]
+
+
+@pytest.mark.parametrize("change, words", KINDS, ids=["Q4_0", "ControlNet", "fused", "SAT"])
+def test_another_form_of_a_cogvideox_is_named_as_a_file_and_as_a_folder(change, words, folders, tmp_path):
+    folder = shutil.copytree(folders["5b"], tmp_path / "folder")
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+    for path in (shutil.copy(folder / WEIGHTS, tmp_path / "file.safetensors"), folder):
+        assert re.search(words, refusal(path))
+        assert "download it again" not in refusal(path)
+
+
+def test_a_git_lfs_pointer_is_named_as_a_file_and_in_a_folder(folders, tmp_path):
+    folder = shutil.copytree(folders["5b"], tmp_path / "folder")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 11140296208\n"
+    (folder / WEIGHTS).write_text(pointer)
+    for path in (shutil.copy(folder / WEIGHTS, tmp_path / "file.safetensors"), folder):
+        assert "is a Git LFS pointer of 136 bytes, not the file itself; run 'git lfs pull' in its folder" in refusal(path)
+
+
+def test_a_folder_with_tora_s_motion_part_says_that_it_is_not_used(folders, tmp_path):
+    folder = shutil.copytree(folders["5b"], tmp_path / "tora")
+    state = load_file(folder / WEIGHTS)
+    save_file(state | {"fuser_list.0.flow_gamma_spatial.weight": torch.zeros(2, 2)}, folder / WEIGHTS)
+    assert conclusions(Checkpoint.open(folder)) == [
+        "1 weights are not used, such as fuser_list.0.flow_gamma_spatial.weight: Tora's motion part"
+    ]
+    assert conclusions(Checkpoint.open(folders["5b"])) == []
+    path = shutil.copy(folder / WEIGHTS, tmp_path / "tora.safetensors")
+    assert "it is a CogVideoX with Tora's motion part; use the plain" in refusal(path)
+
+
+def test_files_that_look_like_a_control_model_are_image_models_if_the_user_says_so(folders, tmp_path):
+    """5b-I2V without its learned positions, as some exports, and a start-image finetune of 2b."""
+    state = load_file(folders["5b-i2v"] / WEIGHTS)
+    del state["patch_embed.pos_embedding"]
+    save_file(state, tmp_path / "i2v.safetensors")
+    assert Checkpoint.open(tmp_path / "i2v.safetensors").task == "control"
+    checkpoint = Checkpoint.of(Model(str(tmp_path / "i2v.safetensors"), task="image"))
+    assert (checkpoint.task, checkpoint.takes_image, checkpoint.is_fun) == ("image", True, False)
+    checkpoint.load_transformer(torch.float32)
 
 
 def test_a_cut_off_file_and_other_kinds_of_files_are_named(files, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from ...devices import has_bf16
 from ...errors import RequestError
 from ...model import DTYPES, Model
-from . import bundled, shards, single_file, tasks, weights
+from . import bundled, kinds, shards, single_file, tasks, weights
 from .facts import SCHEDULER_CLASSES, CheckpointFacts
 from .index import folder_of, lender_of, read_config, read_index, state
 from .libraries import dtype_argument, has_module
@@ -103,6 +103,11 @@ class Checkpoint(CheckpointFacts):
     def stored(self) -> dict[str, weights.Stored]:
         """The location of each of the transformer's weights, by diffusers' name."""
         return single_file.stored(self.path) if self.is_file else weights.stored(self.folder("transformer"))
+
+    @property
+    def unused_weights(self) -> set[str]:
+        """The transformer's weights that CogVideoX does not have. A folder may have some; a file with some is refused."""
+        return self.stored.keys() - kinds.expected_weights(self.transformer)
 
     @property
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -273,6 +278,7 @@ def read(path: Path, state: tuple) -> Checkpoint:
         raise RequestError(f"{path}/vae is a {vae.get('_class_name')}, not a {VAE_CLASS}")
     scheduler = read_config(folder("scheduler"), "scheduler_config.json")
     elements = {part: weights.elements(folder(part)) for part in ("transformer", "vae")}
+    kinds.check(path.name, weights.stored(folder("transformer")))
     if folder("text_encoder").is_dir():
         elements["text_encoder"] = weights.elements(folder("text_encoder"))
         read_config(folder("tokenizer"), "tokenizer_config.json")

@@ -1,6 +1,7 @@
 """What a checkpoint is and what was concluded from what, in lines for the user."""
 
 from .checkpoint import Checkpoint
+from .kinds import addition_of
 
 
 def describe(checkpoint: Checkpoint) -> list[str]:
@@ -26,4 +27,6 @@ def conclusions(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.reference_noise:
         why = "taken for CogVideoX-Fun-V1.1-5b-InP (0 is right for V1.0)" if checkpoint.is_file else "as its configuration says"
         lines.append(f"noise_aug_strength {checkpoint.reference_noise:g} on what it is shown, {why}")
+    if unused := checkpoint.unused_weights:
+        lines.append(f"{len(unused)} weights are not used, such as {min(unused)}: {addition_of(unused)}")
     return lines

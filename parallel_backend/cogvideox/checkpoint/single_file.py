@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RequestError
-from . import weights
+from . import kinds, weights
 
 SUFFIXES = (".safetensors", ".sft")
 ANCHOR = "patch_embed.text_proj.weight"
@@ -33,29 +33,8 @@ CORE_TO_DIFFUSERS = {
     "ofs_embedding_linear_2": "ofs_embedding.linear_2",
 }
 """Parts of weight names: ComfyUI's (0.33, comfy/ldm/cogvideo/model.py) to diffusers'."""
-BLOCK = (
-    "norm1.linear", "norm1.norm", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.norm_q", "attn1.norm_k", "attn1.to_out.0",
-    "norm2.linear", "norm2.norm", "ff.net.0.proj", "ff.net.2",
-)  # fmt: skip
-ENDS = (
-    "patch_embed.proj", "patch_embed.text_proj", "time_embedding.linear_1", "time_embedding.linear_2", "norm_final", "norm_out.linear",
-    "norm_out.norm", "proj_out",
-)  # fmt: skip
-OFS = ("ofs_embedding.linear_1", "ofs_embedding.linear_2")
 PLAIN_DTYPES = {*weights.DTYPE_NAMES, "F64", "F8_E4M3", "F8_E5M2"}
 """Supported storage dtypes. FP8 is for storage only; computation is in 16 bits or more."""
-OTHERS = {
-    "lora": "a LoRA, which goes on top of a model",
-    "encoder.block.0.layer.0.selfattention": "a T5 text encoder: load it with the core's CLIPLoader (type cogvideox)",
-    "decoder.conv_in.": "a VAE: load it with the core's VAELoader",
-    "decoder.conv1.": "a VAE, and not CogVideoX's",
-    "blocks.0.self_attn.q.": "a Wan",
-    "double_blocks.0.": "a Flux or HunyuanVideo",
-    "joint_blocks.0.": "a Stable Diffusion 3",
-    "input_blocks.0.": "a Stable Diffusion",
-}
-"""Parts of weight names that identify other kinds of files, with a description for the message."""
-
 HEADS_OF_2B = 30
 """Identifies the 2b family, which has sinusoidal positions and a shifted noise schedule. Models of the 5b family have more
 heads."""
@@ -131,7 +110,8 @@ def entries(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     stored = weights.header(path)
     anchors = [name for name in stored if name.endswith(ANCHOR)]
     if len(anchors) != 1:
-        raise RequestError(f"{path.name} is not a CogVideoX transformer{looks_like(stored)}; choose another file")
+        raise RequestError(f"{path.name} is not a CogVideoX transformer{kinds.looks_like(stored)}; choose another file")
+    kinds.check(path.name, stored)
     prefix = anchors[0].removesuffix(ANCHOR)
     from_core = f"{prefix}blocks.0.q.weight" in stored
     return {
@@ -150,12 +130,6 @@ def stored(path: Path) -> dict[str, weights.Stored]:
 def diffusers_name(name: str) -> str:
     """Returns diffusers' name for a weight of ComfyUI's own CogVideoX."""
     return ".".join(CORE_TO_DIFFUSERS.get(part, part) for part in name.split("."))
-
-
-def looks_like(names) -> str:
-    """Returns what kind of file has these weights, as the rest of a message; empty if unknown."""
-    joined = "\n".join(names).lower()
-    return next((f" but {what}" for part, what in OTHERS.items() if part in joined), "")
 
 
 def transformer_config(path: Path, found: Entries) -> dict[str, Any]:
@@ -216,19 +190,14 @@ def transformer_config(path: Path, found: Entries) -> dict[str, Any]:
 
 def check_names(path: Path, names: set[str], config: dict[str, Any]) -> None:
     """Raises RequestError unless these are exactly the weights of a CogVideoX with this configuration."""
-    layers = [*ENDS, *(OFS if config["ofs_embed_dim"] else ())]
-    layers += [f"transformer_blocks.{index}.{layer}" for index in range(config["num_layers"]) for layer in BLOCK]
-    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    if config["use_learned_positional_embeddings"]:
-        expected.add("patch_embed.pos_embedding")
+    expected = kinds.expected_weights(config)
+    if unknown := names - expected:
+        raise RequestError(
+            f"{path.name} holds {len(unknown)} unknown weights, such as {min(unknown)}: it is a CogVideoX with "
+            f"{kinds.addition_of(unknown)}; use the plain bf16 or fp16 file"
+        )
     if missing := expected - names:
         raise RequestError(f"{path.name} lacks {len(missing)} weights, such as {min(missing)}; download it again")
-    if unknown := names - expected:
-        scaled = any("scale" in name or "quant" in name for name in unknown)
-        what = "it is quantised with scales" if scaled else "it is a CogVideoX with additions"
-        raise RequestError(
-            f"{path.name} holds {len(unknown)} unknown weights, such as {min(unknown)}: {what}; use the plain bf16 or fp16 file"
-        )
 
 
 def check_dtypes(path: Path, found: Entries) -> None:

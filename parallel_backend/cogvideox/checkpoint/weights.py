@@ -12,6 +12,8 @@ from safetensors import safe_open
 from ...errors import RequestError
 
 MAX_HEADER = 100 * 2**20
+LFS_POINTER = b"version https://git-lfs"
+"""How a text file begins that git leaves where a large file was not downloaded."""
 DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
@@ -24,6 +26,11 @@ def header(path: Path) -> dict:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise RequestError(
+                    f"{path} is a Git LFS pointer of {size} bytes, not the file itself; run 'git lfs pull' in its folder, or download it"
+                )
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise RequestError(f"{path} is truncated or not a safetensors file; download it again")
