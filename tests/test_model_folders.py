@@ -85,6 +85,29 @@ show(names=names, found={name: str(host.find_model(name)) for name in names[2:]}
     assert shown["loras"] == ["a.safetensors", *(f"CogVideo/loras/{name}.safetensors" for name in "acb")]
 
 
+def test_the_folders_of_videox_fun_and_those_next_to_any_folder_of_extra_model_paths_are_searched(tree, tmp_path, checkpoints):
+    first, second = tmp_path / "models", tmp_path / "second"
+    in_layout(first / "Fun_Models" / "CogVideoX-Fun-V1.1-5b-InP")
+    in_layout(first / "CogVideoX_Fun" / "ORG" / "Pose")
+    in_layout(second / "VideoX_Fun" / "elsewhere")
+    in_layout(second / "CogVideo" / "unnamed")
+    save_as(checkpoints["1.5-5b"], second / "CogVideoX_Fun" / "file.safetensors", "core")
+    (second / "checkpoints").mkdir()
+    shown = tree("""
+before = host.model_names()[2:]
+name_second("checkpoints")
+show(before=before, found={name: str(host.find_model(name)) for name in host.model_names()[2:]})
+""")
+    own = {
+        "CogVideoX_Fun/ORG/Pose": first / "CogVideoX_Fun/ORG/Pose",
+        "Fun_Models/CogVideoX-Fun-V1.1-5b-InP": first / "Fun_Models/CogVideoX-Fun-V1.1-5b-InP",
+    }
+    more = {"CogVideo/unnamed": second / "CogVideo/unnamed", **own, "VideoX_Fun/elsewhere": second / "VideoX_Fun/elsewhere"}
+    more |= {"CogVideoX_Fun/file.safetensors": second / "CogVideoX_Fun/file.safetensors"}
+    assert shown["before"] == list(own)
+    assert shown["found"] == {name: str(path) for name, path in more.items()}
+
+
 def test_folders_in_folders_and_the_hub_s_cache_are_listed_and_other_models_are_not(tree, tmp_path):
     folders, hub = tmp_path / "models" / "CogVideo", tmp_path / "hub"
     in_layout(folders / "ORG" / "NAME")

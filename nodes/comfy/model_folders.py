@@ -14,7 +14,8 @@ from ...parallel_backend.cogvideox.checkpoint import bundled, single_file
 from ...parallel_backend.cogvideox.transformer.lora import SUFFIXES
 from ...parallel_backend.errors import RequestError
 
-MODEL_FOLDERS = ("CogVideo", "diffusers")
+MODEL_FOLDERS = ("CogVideo", "diffusers", "CogVideoX_Fun", "Fun_Models", "VideoX_Fun")
+"""The CogVideoX wrapper's folder, the core's, and those of VideoX-Fun's nodes."""
 FILES = "diffusion_models"
 LORA_FOLDERS = {"loras": "", "cogvideox_loras": "CogVideo/loras/"}
 """ComfyUI's name of each kind of folder, and the prefix of the names shown. The second kind is the CogVideoX wrapper's."""
@@ -28,15 +29,22 @@ LEVELS = 3
 def roots_of(kind: str) -> list[Path]:
     """Returns ComfyUI's folders for a kind of model.
 
-    The one in ComfyUI's own models folder is always included: for a kind that the core does not know, ComfyUI has only the
-    folders of ``extra_model_paths.yaml``.
+    The one in ComfyUI's own models folder is always included, and those next to any folder of ``extra_model_paths.yaml``: for a kind
+    that the core does not know, ComfyUI has only the folders that this file names so.
     """
     default = Path(folder_paths.models_dir) / INSIDE.get(kind, kind)
     try:
         named = [Path(root) for root in folder_paths.get_folder_paths(kind)]
     except KeyError:
         named = []
-    return list(dict.fromkeys(named if default in named else [default, *named]))
+    beside = [] if kind in INSIDE else [parent / kind for parent in parents() if (parent / kind).is_dir()]
+    return list(dict.fromkeys([*(named if default in named else [default, *named]), *beside]))
+
+
+def parents() -> list[Path]:
+    """Returns the folders that hold ComfyUI's folders of models, such as the ``base_path`` of ``extra_model_paths.yaml``."""
+    known = (root for roots, _ in folder_paths.folder_names_and_paths.values() for root in roots)
+    return list(dict.fromkeys(Path(root).parent for root in known))
 
 
 def add(found: dict[str, Path], name: str, path: Path, root: Path) -> None:
@@ -80,7 +88,8 @@ def model_folders() -> dict[str, Path]:
 def model_files() -> dict[str, Path]:
     """Returns the single files of CogVideoX transformers, by the name shown. Other models in the same folders are left out."""
     found: dict[str, Path] = {}
-    places = [("CogVideo", root, path.name) for root in roots_of("CogVideo") for path in sorted(root.glob("*.safetensors"))]
+    own = [kind for kind in MODEL_FOLDERS if kind != "diffusers"]
+    places = [(kind, root, path.name) for kind in own for root in roots_of(kind) for path in sorted(root.glob("*.safetensors"))]
     places += [(FILES, root, name) for name in folder_paths.get_filename_list(FILES) for root in roots_of(FILES)]
     for kind, root, name in places:
         if single_file.is_cogvideox(root / name):
