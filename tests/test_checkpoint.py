@@ -259,9 +259,14 @@ def test_a_latent_of_another_model_is_named(checkpoints):
         DecodeJob(Model(str(checkpoints["5b"])), torch.ones(1, 4, 2, 4, 4))
 
 
-def test_cogvideox_1_5_refuses_sizes_past_its_positions(make_job, checkpoints):
-    with pytest.raises(RequestError, match="positions up to 96x64"):
-        validation.check(Checkpoint.open(checkpoints["1.5-5b"]), make_job("1.5-5b", size=(112, 64, 9)))
+def test_cogvideox_1_5_refuses_sizes_past_its_positions_whatever_an_early_configuration_says(make_job, checkpoints, broken):
+    checkpoint = Checkpoint.open(checkpoints["1.5-5b"])
+    with pytest.raises(RequestError, match="positions up to 2400x2400; 2416x64 is larger"):
+        validation.check(checkpoint, make_job("1.5-5b", size=(2416, 64, 9)))
+    configure(broken, patch_size_t=2, sample_width=170, sample_height=96, sample_frames=81)
+    early = Checkpoint.open(broken)
+    assert early.default_size == (1360, 768, 81)
+    validation.check_positions(early, 1360 // 8, 768 // 8)  # upright
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ REFERENCE_NOISE = 0.0563
 """Standard deviation, for pixels in -1..1, of the noise on an inpaint model's masked video, if it was trained with noise
 (``noise_aug_strength`` of VideoX-Fun's CogVideoXFunInpaintPipeline)."""
 TRAINED_AT = (1360, 768)
-"""Width and height that CogVideoX 1.5 was trained for. Its published configurations say 300x300 latents, the reach of its
-positions."""
+"""Width and height that CogVideoX 1.5 was trained for."""
+REACH = 300 * SPATIAL
+"""Width and height that the positions of CogVideoX 1.5 reach, in its published configurations. Early ones had the trained size, of the
+same weights."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,12 @@ class CheckpointFacts:
     def positions_size(self) -> tuple[int, int]:
         """Width and height in pixels that the configuration's positions are made for."""
         return self.transformer.get("sample_width", 90) * SPATIAL, self.transformer.get("sample_height", 60) * SPATIAL
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Largest width and height in pixels of CogVideoX 1.5, whose positions count from the corner."""
+        width, height = self.positions_size
+        return max(width, REACH), max(height, REACH)
 
     @property
     def default_size(self) -> tuple[int, int, int]:

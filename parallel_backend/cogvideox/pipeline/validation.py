@@ -165,19 +165,20 @@ def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
 def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:
     """Raises RequestError if the size exceeds the model's positions.
 
-    CogVideoX 1.5 cuts its positions from a table. CogVideoX 1.0 interpolates them, except the learned ones of 5b-I2V.
+    CogVideoX 1.5 counts positions from the corner. CogVideoX 1.0 interpolates them, except the learned ones of 5b-I2V.
 
     Args:
         checkpoint: of the model.
         height, width: in latent rows and columns.
     """
-    name, (most_width, most_height) = checkpoint.name, checkpoint.positions_size
-    width, height = width * SPATIAL, height * SPATIAL
-    if checkpoint.learned_positions and (width, height) != (most_width, most_height):
+    name, width, height = checkpoint.name, width * SPATIAL, height * SPATIAL
+    own_width, own_height = checkpoint.positions_size
+    if checkpoint.learned_positions and (width, height) != (own_width, own_height):
         raise RequestError(
-            f"{name} has learned positions for {most_width}x{most_height} only and the video is "
-            f"{width}x{height}; use {most_width}x{most_height}"
+            f"{name} has learned positions for {own_width}x{own_height} only and the video is "
+            f"{width}x{height}; use {own_width}x{own_height}"
         )
+    most_width, most_height = checkpoint.reach
     if checkpoint.patch_size_t and (width > most_width or height > most_height):
         raise RequestError(
             f"{name} has positions up to {most_width}x{most_height}; {width}x{height} is larger: use a smaller size"
