@@ -139,6 +139,21 @@ def test_a_masked_video_gives_the_latents_of_videox_fun_s_formula(
     assert difference(latents, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["box", "everything"])
+def test_1_5_makes_a_single_frame_as_videox_fun_does(kind, pipelines, make_job, local, checkpoints, texts):
+    like, size = "1.5-5b-inp", (64, 48, 1)
+    picture, mask = pixels_of(pictures(1, width=64, height=48)), masks(kind, 1, 48, 64)
+    given = {"size": size, "scheduler": "ddim"}
+    expected = videox_fun.inpaint(
+        pipelines(like), pixels=picture.permute(3, 0, 1, 2) * 2 - 1, mask=mask[None], texts=texts[like], **given
+    )
+    if kind != "everything":
+        encoded = local.encode(EncodeJob(Model(str(checkpoints[like])), conditions.shown(picture, mask))).tensor
+        given |= {"masked_video": encoded, "mask": conditions.latent_mask(mask)}
+    latents = local.sample(make_job(like, steps=3, **given)).tensor
+    assert latents.shape == (1, 16, 1, 6, 8) and difference(latents, expected) <= TOLERANCE
+
+
 def test_a_first_and_a_last_frame_are_a_video_that_is_black_between_them():
     start, end = torch.full((2, 4, 4, 3), 0.5), torch.full((1, 4, 4, 3), 0.75)
     video, mask = conditions.between_images(start, end, frames=9)

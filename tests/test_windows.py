@@ -139,6 +139,8 @@ def test_lengths_become_whole_tokens(make_job, checkpoints):
     for like, expected in (("5b", Layout(7, 5, 3, 1, False, True)), ("1.5-5b", Layout(8, 6, 4, 2, False, True))):
         job = make_job(like, size=(32, 32, 25), windows=Windows(17, 12))
         assert Layout.of(job, Checkpoint.open(checkpoints[like])) == expected
+    job = make_job("1.5-5b-inp", size=(32, 32, 29), windows=Windows(13, 4))  # an overlap of one latent frame
+    assert Layout.of(job, Checkpoint.open(checkpoints["1.5-5b-inp"])) == Layout(8, 4, 2, 2, False, True)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 7, 49])

@@ -91,8 +91,8 @@ def inpaint(pipeline, *, pixels, mask, size, batch=1, steps=3, seed=3, cfg=6.0, 
         seen = (1 - mask)[None]
         resize = partial(F.interpolate, mode="trilinear", align_corners=False)
         first = resize(seen[:, :, :1], (1, height // 8, width // 8))
-        rest = resize(seen[:, :, 1:], (count - 1, height // 8, width // 8))
-        extra = torch.cat([torch.cat([first, rest], dim=2) * factor, video], dim=1).transpose(1, 2)
+        rest = [resize(seen[:, :, 1:], (count - 1, height // 8, width // 8))] if count > 1 else []
+        extra = torch.cat([torch.cat([first, *rest], dim=2) * factor, video], dim=1).transpose(1, 2)
     halves = [texts[1], texts[0]] if cfg > 1 else [texts[0]]
     rotary = None
     if transformer.config.use_rotary_positional_embeddings:
@@ -100,12 +100,14 @@ def inpaint(pipeline, *, pixels, mask, size, batch=1, steps=3, seed=3, cfg=6.0, 
     before = None
     for index, time in enumerate(timing.timesteps):
         seen = torch.cat([x, extra.repeat(batch, 1, 1, 1, 1)], dim=2)
+        if one := count == 1 and transformer.config.patch_size_t is not None:  # a token of two frames, the second of zeros
+            seen = torch.cat([seen, torch.zeros_like(seen)], dim=1)
         with torch.no_grad():
             outputs = [
                 transformer(
                     hidden_states=seen, encoder_hidden_states=half.repeat(batch, 1, 1), timestep=time.expand(batch),
                     image_rotary_emb=rotary, return_dict=False,
-                )[0]
+                )[0][:, : count if one else None]
                 for half in halves
             ]  # fmt: skip
         velocity = outputs[0] if cfg <= 1 else outputs[0] + cfg * (outputs[1] - outputs[0])

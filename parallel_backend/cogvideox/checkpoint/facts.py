@@ -1,5 +1,6 @@
 """What a checkpoint's configuration says: task, sizes, position embeddings, scheduler."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,13 +227,18 @@ class CheckpointFacts:
         return self.elements.get(part, 0) * dtype.itemsize
 
     def padding_frames(self, latent_frames: int) -> int:
-        """Returns the number of latent frames to prepend so that they divide into tokens. They are dropped after sampling."""
+        """Returns the number of latent frames to prepend so that they divide into tokens. They are dropped after sampling.
+
+        None for a single frame of VideoX-Fun's models, which zeros follow; see :meth:`.forward.Forward.predict`.
+        """
+        if self.is_fun and latent_frames == 1:
+            return 0
         return -latent_frames % (self.patch_size_t or 1)
 
     def tokens(self, latent_frames: int, height: int, width: int) -> int:
         """Returns the number of video tokens of a latent; height and width in latent rows and columns."""
         patch = self.transformer.get("patch_size", 2)
-        frames = (latent_frames + self.padding_frames(latent_frames)) // (self.patch_size_t or 1)
+        frames = math.ceil((latent_frames + self.padding_frames(latent_frames)) / (self.patch_size_t or 1))
         return frames * (height // patch) * (width // patch)
 
 

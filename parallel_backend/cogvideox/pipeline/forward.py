@@ -52,6 +52,8 @@ class Forward:
     """See :class:`Runtime`."""
     prompts: int
     """Number of prompts that all ranks together run: 2 if guided, else 1."""
+    token: int = 1
+    """Latent frames per token."""
 
     @classmethod
     def of(cls, transformer, checkpoint: Checkpoint, latents: torch.Tensor, runtime: Runtime, *, prompts: int) -> "Forward":
@@ -59,12 +61,14 @@ class Forward:
         _, frames, _, height, width = latents.shape
         rotary = rotary_tables(checkpoint, frames, height, width, runtime.device)
         ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
-        return cls(transformer, rotary, ofs, runtime.context, prompts)
+        return cls(transformer, rotary, ofs, runtime.context, prompts, checkpoint.patch_size_t or 1)
 
     def predict(
         self, seen: torch.Tensor, timestep: torch.Tensor, scale: float, *, text: torch.Tensor, cache=None
     ) -> torch.Tensor:
         """Predicts the guided velocity of one window, float32. The result depends on the arguments only.
+
+        Frames that do not fill a token are followed by zeros: VideoX-Fun's models of CogVideoX 1.5 make a single frame so.
 
         Args:
             seen: noisy latents concatenated with the condition, ``[batch, frames, channels, height, width]``.
@@ -73,7 +77,9 @@ class Forward:
             text: states of this rank's prompts, ``[prompts * batch, tokens, features]``.
             cache: of this window, or None.
         """
-        mine = len(text) // len(seen)
+        mine, frames = len(text) // len(seen), seen.shape[1]
+        if lacking := -frames % self.token:
+            seen = torch.cat([seen, torch.zeros_like(seen[:, :1]).repeat(1, lacking, 1, 1, 1)], dim=1)
         predicted = self.transformer(
             hidden_states=torch.cat([seen] * mine),
             encoder_hidden_states=text,
@@ -83,7 +89,7 @@ class Forward:
             attention_kwargs={"cache": cache},
             return_dict=False,
         )[0]
-        predicted = [half.float() for half in self.context.gather(predicted.chunk(mine), of=self.prompts)]
+        predicted = [half[:, :frames].float() for half in self.context.gather(predicted.chunk(mine), of=self.prompts)]
         if self.prompts == 1:
             return predicted[0]
         negative, positive = predicted

@@ -5,6 +5,7 @@ frames is from FreeNoise (arXiv 2310.15169). All numbers of frames here are late
 tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,17 +59,19 @@ class Layout:
     def of(cls, job: SampleJob, checkpoint: Checkpoint) -> "Layout":
         """Returns the layout of a job, with lengths rounded up to whole tokens."""
 
-        def whole(frames: int) -> int:
-            return frames + checkpoint.padding_frames(frames)
+        token = checkpoint.patch_size_t or 1
 
-        frames, asked = whole(job.latent.shape[2]), job.windows
+        def whole(frames: int) -> int:
+            return math.ceil(frames / token) * token
+
+        frames, asked = job.latent.shape[2] + checkpoint.padding_frames(job.latent.shape[2]), job.windows
         if asked is None:
             return cls(frames, frames)
         return cls(
             frames,
             length=min(frames, whole((asked.frames - 1) // TEMPORAL + 1)),
             overlap=whole(asked.overlap // TEMPORAL),
-            token=checkpoint.patch_size_t or 1,
+            token=token,
             shifted=asked.schedule == "uniform",
             shuffled=asked.shuffle_noise,
         )

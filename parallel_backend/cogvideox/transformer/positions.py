@@ -10,6 +10,7 @@ At the size that a model is configured for, all conventions agree. At other size
   compute the sinusoidal table for the size.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -50,7 +51,9 @@ def token_positions(checkpoint: CheckpointFacts, frames: int, height: int, width
     patch = config.get("patch_size", 2)
     grid = (height // patch, width // patch)
     if checkpoint.patch_size_t is not None:  # CogVideoX 1.5 counts tokens from the corner
-        return tuple(torch.arange(length, dtype=torch.float32) for length in (frames // checkpoint.patch_size_t, *grid))
+        return tuple(
+            torch.arange(length, dtype=torch.float32) for length in (math.ceil(frames / checkpoint.patch_size_t), *grid)
+        )
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
     crop = get_resize_crop_region_for_grid(
