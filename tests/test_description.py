@@ -62,7 +62,10 @@ def test_a_task_that_the_user_sets_is_the_one_of_a_model_of_that_task(make_job, 
     found = local.sample(job("2b-control", model=model)).tensor
     assert (found - local.sample(job("2b-i2v")).tensor).abs().max() <= TOLERANCE  # of the same weights
     refused = make_job("2b-control", size=(48, 48, 5), model=model, control=torch.zeros(1, 16, 2, 6, 6))
-    with pytest.raises(RequestError, match="makes videos from a start image; for a control video .*; if 2b-control is one, set task to control$"):
+    with pytest.raises(
+        RequestError,
+        match="makes videos from a start image; for a control video .*; if 2b-control is one, set task to control$",
+    ):
         local.sample(refused)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from . import bundled, shards, weights
 from .checkpoint import Checkpoint
-from .single_file import SAMPLE_SIZES, SCHEDULER
+from .single_file import SAMPLE_SIZES, scheduler_config
 
 VAE_ELEMENTS, TEXT_ENCODER_ELEMENTS = 215_583_907, 4_762_310_656
 """Weight elements of the VAE and of the encoder of T5 v1.1 XXL, which all published models share."""
@@ -90,13 +90,11 @@ MODELS = {
 def unread(model: Published) -> UnreadCheckpoint:
     """Returns a published model as a checkpoint whose weights are not there."""
     vae = {"scaling_factor": 1.15258426 if model.base == "2b" else 0.7}
-    is_dpm = (model.base, model.task) == ("5b", "text")
-    scheduler = SCHEDULER | {"_class_name": "CogVideoXDPMScheduler" if is_dpm else "CogVideoXDDIMScheduler"}
     path, config = Path(model.repository), model.transformer
     shapes = {name: tuple(weight.shape) for name, weight in shards.skeleton(config, torch.bfloat16).state_dict().items()}
     elements = {"transformer": sum(map(math.prod, shapes.values())), "vae": VAE_ELEMENTS, "text_encoder": TEXT_ENCODER_ELEMENTS}
     stored = {name: weights.Stored(path, name, shape) for name, shape in shapes.items()}
-    return UnreadCheckpoint(path, config, vae, scheduler, elements, PIPELINES.get(model.task), stored=stored)
+    return UnreadCheckpoint(path, config, vae, scheduler_config(config), elements, PIPELINES.get(model.task), stored=stored)
 
 
 def find(name: str) -> Checkpoint:

@@ -81,18 +81,23 @@ def read(path: Path) -> tuple[dict, dict, dict, dict[str, int]]:
     check_dtypes(path, found)
     small = config["num_attention_heads"] == HEADS_OF_2B
     vae = {"scaling_factor": 1.15258426 if small else 0.7, "invert_scale_latents": config["ofs_embed_dim"] is not None}
-    scheduler = SCHEDULER | {
+    elements = {"transformer": sum(math.prod(entry["shape"]) for entry in found.values())}
+    return config, vae, scheduler_config(config), elements
+
+
+def scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the published scheduler configuration of a model, given its transformer's configuration."""
+    return SCHEDULER | {
         "_class_name": "CogVideoXDPMScheduler" if is_base_5b(config) else "CogVideoXDDIMScheduler",
-        "snr_shift_scale": 3.0 if small else 1.0,
+        "snr_shift_scale": 3.0 if config["num_attention_heads"] == HEADS_OF_2B else 1.0,
     }
-    return config, vae, scheduler, {"transformer": sum(math.prod(entry["shape"]) for entry in found.values())}
 
 
 def is_base_5b(config: dict[str, Any]) -> bool:
     """Returns whether this is CogVideoX-5b, the only model that is published with DPM. VideoX-Fun's models have DDIM by default."""
     return (
         config["num_attention_heads"] != HEADS_OF_2B
-        and config["patch_size_t"] is None
+        and config.get("patch_size_t") is None
         and config["in_channels"] == config["out_channels"]
     )
 
