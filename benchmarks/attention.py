@@ -13,13 +13,13 @@ from functools import partial
 
 import torch
 
+from parallel_backend.cogvideox.attention import choice
+from parallel_backend.cogvideox.attention.hopper import attend_own, why_not_own
+from parallel_backend.cogvideox.attention.hopper_fp8 import attend_in_fp8, in_places
+from parallel_backend.cogvideox.attention.operands import factors, in_fp8
+from parallel_backend.cogvideox.attention.recomputed_tiles import pieces_on
+from parallel_backend.cogvideox.attention.torch_attention import HEAD_DIM, Attention, attend_torch
 from parallel_backend.cogvideox.kernels.block_torch import LARGEST, keep_kernels, quantize
-from parallel_backend.cogvideox.transformer import attention
-from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8, in_places
-from parallel_backend.cogvideox.transformer.attention_operands import factors, in_fp8
-from parallel_backend.cogvideox.transformer.own_attention import attend_own, why_not_own
-from parallel_backend.cogvideox.transformer.recomputed_tiles import pieces_on
-from parallel_backend.cogvideox.transformer.torch_attention import HEAD_DIM, Attention, attend_torch
 from parallel_backend.errors import first_line
 from parallel_backend.model import DTYPES
 
@@ -36,11 +36,11 @@ def candidates(
     states = (query, key, value)
     for name in HALVES:
         yield f"torch {name}", attend_torch, [part.to(DTYPES[name]) for part in states]
-    if attention.flash_3():
-        yield "FlashAttention-3 bf16", attention.attend_flash, [part.bfloat16() for part in states]
+    if choice.flash_3():
+        yield "FlashAttention-3 bf16", choice.attend_flash, [part.bfloat16() for part in states]
         scales = [part.abs().amax(dim=(1, 3)) / LARGEST for part in states]
         about = dict(zip(("q_descale", "k_descale", "v_descale"), scales))
-        attend = partial(attention.flash_3(), return_attn_probs=True, **about)
+        attend = partial(choice.flash_3(), return_attn_probs=True, **about)
         rounded = [quantize(part / scale[:, None, :, None]) for part, scale in zip(states, scales)]
         yield "FlashAttention-3 fp8", lambda *states: attend(*states)[0], rounded
     scaled = query * factors(query.shape[-1], base_two=True, fp8=False)[0]
@@ -112,7 +112,7 @@ def main() -> None:
         if asked.only not in name:
             continue
         try:
-            attention.note_of_twice(device)
+            choice.note_of_twice(device)
             found = [attend(*states), attend(*local)]
             twice = pieces_on(device).share_of_twice()
             short, long = milliseconds(partial(attend, *states))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallel_backend.cogvideox.attention import choice, hopper_fp8, operands, recomputed_tiles
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.kernels.probe import is_near, once
-from parallel_backend.cogvideox.transformer import attention, attention_fp8, attention_operands, recomputed_tiles
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 CPU = torch.device("cpu")
@@ -29,9 +29,9 @@ def in_process(code: str, **environment: str) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_factors_leave_nothing_to_do_with_scores(fp8):
-    query, key = attention_operands.factors(64, base_two=True, fp8=fp8)
+    query, key = operands.factors(64, base_two=True, fp8=fp8)
     assert math.isclose(query * key, math.log2(math.e) / 8)
-    assert attention_operands.factors(64, base_two=False, fp8=False) == (1.0, 1.0)
+    assert operands.factors(64, base_two=False, fp8=False) == (1.0, 1.0)
 
 
 def test_heads_in_base_two_and_fp8_are_the_same_heads():
@@ -44,39 +44,39 @@ def test_heads_in_base_two_and_fp8_are_the_same_heads():
 
     plain = normal(1.0, fp8=False)
     assert torch.equal(plain, torch.nn.functional.layer_norm(states, (64,), weight, bias, 1e-6))
-    whole, root = (attention_operands.factors(64, base_two=True, fp8=fp8)[0] for fp8 in (False, True))
+    whole, root = (operands.factors(64, base_two=True, fp8=fp8)[0] for fp8 in (False, True))
     scaled, rounded = normal(whole, fp8=False), normal(root, fp8=True)
     assert (scaled / whole - plain).abs().max() <= 1e-5
     assert (rounded.float() / root - plain).abs().max() <= plain.abs().max() / 16
-    query, key = attention_operands.in_fp8(scaled, plain)
+    query, key = operands.in_fp8(scaled, plain)
     assert (query.float() - rounded.float()).abs().max() <= rounded.float().abs().max() / 16
     assert torch.equal(key.float(), normal(root, fp8=True).float())
 
 
 def test_a_person_hears_what_attends_instead(monkeypatch):
     kind = (CPU, torch.bfloat16, 64)
-    assert attention.note(*kind, fp8=False) is None  # nothing better is to be had
-    assert attention.note(*kind, fp8=True).endswith("a Hopper GPU, bf16 or fp16, and Triton 3.6 or newer")
-    monkeypatch.setattr(attention, "is_hopper", lambda device: True)
-    monkeypatch.setattr(attention, "flash_3", lambda: None)
-    monkeypatch.setattr(attention, "why_not_own", lambda device, dtype: "no module named triton")
-    assert attention.attention_of(*kind) is attention.attend_torch
-    said = attention.note(*kind, fp8=False)
+    assert choice.note(*kind, fp8=False) is None  # nothing better is to be had
+    assert choice.note(*kind, fp8=True).endswith("a Hopper GPU, bf16 or fp16, and Triton 3.6 or newer")
+    monkeypatch.setattr(choice, "is_hopper", lambda device: True)
+    monkeypatch.setattr(choice, "flash_3", lambda: None)
+    monkeypatch.setattr(choice, "why_not_own", lambda device, dtype: "no module named triton")
+    assert choice.attention_of(*kind) is choice.attend_torch
+    said = choice.note(*kind, fp8=False)
     assert said == "attention is torch's own, which is slower than this pack's: no module named triton"
-    assert attention.note(*kind, fp8=True).endswith("newer: no module named triton")
-    monkeypatch.setattr(attention, "flash_3", lambda: "there")
-    assert attention.attention_of(*kind) is attention.attend_flash
-    assert attention.note(*kind, fp8=False).startswith("attention is FlashAttention-3's, which is slower")
+    assert choice.note(*kind, fp8=True).endswith("newer: no module named triton")
+    monkeypatch.setattr(choice, "flash_3", lambda: "there")
+    assert choice.attention_of(*kind) is choice.attend_flash
+    assert choice.note(*kind, fp8=False).startswith("attention is FlashAttention-3's, which is slower")
     half = (CPU, torch.float16, 64)
-    assert attention.attention_of(*half) is attention.attend_torch
-    assert attention.note(*half, fp8=False) == said
-    assert attention.note(CPU, torch.float32, 64, fp8=False) is None  # for which neither is made
-    monkeypatch.setattr(attention, "why_not_own", lambda device, dtype: None)
-    assert attention.attention_of(*kind) is attention.attention_of(*half) is attention.attend_own
+    assert choice.attention_of(*half) is choice.attend_torch
+    assert choice.note(*half, fp8=False) == said
+    assert choice.note(CPU, torch.float32, 64, fp8=False) is None  # for which neither is made
+    monkeypatch.setattr(choice, "why_not_own", lambda device, dtype: None)
+    assert choice.attention_of(*kind) is choice.attention_of(*half) is choice.attend_own
     for reason, said in ((None, None), ("no", "attention's values are not in FP8, which is slower: no")):
-        monkeypatch.setattr(attention_fp8, "why_not", lambda device, reason=reason: reason)
-        assert attention.note(*kind, fp8=True) == said and attention.note(*kind, fp8=False) is None
-    assert attention.attention_of(CPU, torch.bfloat16, 48) is attention.attend_flash
+        monkeypatch.setattr(hopper_fp8, "why_not", lambda device, reason=reason: reason)
+        assert choice.note(*kind, fp8=True) == said and choice.note(*kind, fp8=False) is None
+    assert choice.attention_of(CPU, torch.bfloat16, 48) is choice.attend_flash
 
 
 @needs_triton
@@ -269,13 +269,13 @@ def test_what_is_not_a_number_is_near_nothing():
 
 @pytest.mark.parametrize("others, uses", [([True, True], True), ([True, False], False)])
 def test_the_kernels_attend_on_all_ranks_or_on_none(others, uses, monkeypatch):
-    kind = torch.device("cpu"), torch.bfloat16, attention.HEAD_DIM
-    monkeypatch.setattr(attention, "is_for_own", lambda *_: True)
-    monkeypatch.setattr(attention, "why_not_own", lambda *_: None)
-    monkeypatch.setattr(attention, "_declined", None)
-    attention.agree(*kind, lambda mine: [mine and other for other in others])
-    assert attention.is_own(*kind) == uses
-    said = attention.note(*kind, fp8=False)
+    kind = torch.device("cpu"), torch.bfloat16, choice.HEAD_DIM
+    monkeypatch.setattr(choice, "is_for_own", lambda *_: True)
+    monkeypatch.setattr(choice, "why_not_own", lambda *_: None)
+    monkeypatch.setattr(choice, "_declined", None)
+    choice.agree(*kind, lambda mine: [mine and other for other in others])
+    assert choice.is_own(*kind) == uses
+    said = choice.note(*kind, fp8=False)
     assert (said is None) == uses and (uses or "another rank cannot use them" in said)
 
 

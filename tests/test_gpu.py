@@ -12,12 +12,13 @@ import torch
 
 from benchmarks.table import distance, two_steps
 from parallel_backend.cogvideox import offload
+from parallel_backend.cogvideox.attention import choice, hopper_fp8, operands
+from parallel_backend.cogvideox.attention.hopper import attend_own, own_attention
+from parallel_backend.cogvideox.attention.hopper_fp8 import attend_in_fp8
+from parallel_backend.cogvideox.attention.recomputed_tiles import pieces_on
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
-from parallel_backend.cogvideox.transformer import attention, attention_fp8, attention_operands, block
-from parallel_backend.cogvideox.transformer.attention_fp8 import attend_in_fp8
-from parallel_backend.cogvideox.transformer.own_attention import attend_own, own_attention
-from parallel_backend.cogvideox.transformer.recomputed_tiles import pieces_on
+from parallel_backend.cogvideox.transformer import block
 from parallel_backend.cogvideox.vae import preview
 from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine.engine import Engine
@@ -396,7 +397,7 @@ def attend_exactly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 
 def attend_with_own(query, key, value, *, dtype=torch.bfloat16, fp8: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """This pack's attention of states in float64, and its log-sum-exp."""
-    factors = attention_operands.factors(query.shape[-1], base_two=True, fp8=fp8)
+    factors = operands.factors(query.shape[-1], base_two=True, fp8=fp8)
     query, key = ((part * factor).to(torch.float8_e4m3fn if fp8 else dtype) for part, factor in zip((query, key), factors))
     return own_attention(query, key, value.to(dtype))
 
@@ -409,20 +410,20 @@ ERRORS = {torch.bfloat16: 0.005, torch.float16: 0.001}
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("shape", [(2, 777, 1111, 3, 64), (1, 64, 128, 1, 64), (1, 200, 70, 2, 64), (2, 193, 384, 4, 32)])
 def test_own_attention_is_attention_at_any_size(shape, fp8, dtype, monkeypatch):
-    monkeypatch.setattr(attention_fp8, "why_not", lambda device: "values in 16 bits are asked for")
+    monkeypatch.setattr(hopper_fp8, "why_not", lambda device: "values in 16 bits are asked for")
     states = heads_of(*shape)
     expected, sums = attend_exactly(*states)
     found, log_sums = attend_with_own(*states, fp8=fp8, dtype=dtype)
     assert distance(found.double(), expected) < (0.06 if fp8 else ERRORS[dtype]) and found.dtype == dtype
     assert (log_sums - sums).abs().max() < (0.3 if fp8 else 0.02)
-    assert attention.note_of_twice(found.device) is None
+    assert choice.note_of_twice(found.device) is None
 
 
 @hopper
 def test_own_attention_takes_keys_that_are_part_of_something():
     query, key, value = heads_of(2, 300, 640, 3, 64)
     expected, _ = attend_exactly(query, key[:, :600], value[:, :600])
-    factor, _ = attention_operands.factors(64, base_two=True, fp8=False)
+    factor, _ = operands.factors(64, base_two=True, fp8=False)
     near, whole = (query * factor).bfloat16(), [part.bfloat16() for part in (key, value)]
     turned = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in whole]
     for keys, values in (whole, turned, (whole[0], turned[1])):
@@ -433,7 +434,7 @@ def test_own_attention_takes_keys_that_are_part_of_something():
 def pieces():
     """What is known of this GPU's attention, forgotten again at the end."""
     known = pieces_on(torch.device("cuda", 0))
-    attention.note_of_twice(known.twice.device)
+    choice.note_of_twice(known.twice.device)
     yield known
     known.needs_maximum = False
 
@@ -448,7 +449,7 @@ def test_rows_whose_scores_are_far_from_zero_are_attended_to_again(dtype, pieces
     found, log_sums = attend_with_own(query, key, value, dtype=dtype)
     assert (log_sums - sums).abs().max() < 0.02 * sums.abs().max() and distance(found.double(), expected) < 0.1
     assert distance(found[:, :64].double(), expected[:, :64]) < ERRORS[dtype]  # a piece that nothing was wrong with
-    assert "of attention was computed twice" in attention.note_of_twice(value.device)
+    assert "of attention was computed twice" in choice.note_of_twice(value.device)
     value[0, 3, 1, 0] = torch.nan
     assert attend_with_own(query, key, value, dtype=dtype)[0].isnan().any()
 
@@ -465,7 +466,7 @@ def test_in_fp16_every_tile_of_keys_may_have_larger_scores_than_those_before(run
         expected, sums = attend_exactly(query, key, value)
         found, log_sums = attend_with_own(query, key, value, dtype=torch.float16)
         assert distance(found.double(), expected) < 0.01 and (log_sums - sums).abs().max() < 0.05
-        assert (attention.note_of_twice(value.device) is None) == (running or is_known)
+        assert (choice.note_of_twice(value.device) is None) == (running or is_known)
 
 
 @hopper
@@ -475,26 +476,26 @@ def test_scores_far_from_zero_bring_a_running_maximum_after_a_forward_or_two(dty
     states = torch.zeros(1, device="cuda", dtype=dtype)
     forwards = []
     for _ in range(3):
-        attention.for_blocks(states, 64, fp8=False)
+        choice.for_blocks(states, 64, fp8=False)
         forwards.append((pieces.needs_maximum, attend_with_own(query * 60, key, value, dtype=dtype)))
         torch.cuda.synchronize()
     assert [needed for needed, _ in forwards] == [False, False, True]
     expected, sums = attend_exactly(query * 60, key, value)
     for _, (found, log_sums) in forwards:
         assert distance(found.double(), expected) < 0.1 and (log_sums - sums).abs().max() < 0.02 * sums.abs().max()
-    note = attention.note_of_twice(value.device)
+    note = choice.note_of_twice(value.device)
     assert "of attention was computed twice" in note and "until the kernel for such scores took over" in note
 
 
 def rounded_heads(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
     """Queries and keys as e4m3 has them, in float64: what is left between two attentions of them is from what comes later."""
-    factors = attention_operands.factors(query.shape[-1], base_two=True, fp8=True)
+    factors = operands.factors(query.shape[-1], base_two=True, fp8=True)
     return [(part * factor).to(torch.float8_e4m3fn).double() / factor for part, factor in zip((query, key), factors)]
 
 
 def attend_all_in_fp8(query, key, value, raises: bool, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with values in FP8 of states in float64, and its log-sum-exp."""
-    factors = attention_operands.factors(query.shape[-1], base_two=True, fp8=True)
+    factors = operands.factors(query.shape[-1], base_two=True, fp8=True)
     query, key = ((part * factor).to(torch.float8_e4m3fn) for part, factor in zip((query, key), factors))
     found, log_sums = attend_in_fp8(query, key, value.to(dtype), raises=raises)
     return found.double(), log_sums
@@ -528,12 +529,12 @@ def test_with_values_in_fp8_one_key_is_what_is_seen(raises):
 def test_with_values_in_fp8_references_follow_the_scores(raises):
     query, key, value = heads_of(1, 200, 1200, 2, 64)
     query[..., 0], key[..., 0] = 12, torch.linspace(12, 0, 1200, dtype=torch.float64, device="cuda")[:, None]
-    attention.note_of_twice(value.device)
+    choice.note_of_twice(value.device)
     for turned in (key, key.flip(1)):
         expected, sums = attend_exactly(*rounded_heads(query, turned), value)
         found, log_sums = attend_all_in_fp8(query, turned, value, raises)
         assert distance(found, expected) < 0.07 and (log_sums - sums).abs().max() < 0.1
-        assert attention.note_of_twice(value.device) is None or not raises
+        assert choice.note_of_twice(value.device) is None or not raises
 
 
 @hopper
@@ -543,9 +544,9 @@ def test_with_values_in_fp8_rows_that_fail_are_attended_to_again(raises):
     query[:, 70:200] *= 60
     key += query[:, :1].mean()
     expected, sums = attend_exactly(*rounded_heads(query, key), value)
-    attention.note_of_twice(value.device)
+    choice.note_of_twice(value.device)
     found, log_sums = attend_all_in_fp8(query, key, value, raises)
-    assert "of attention was computed twice" in attention.note_of_twice(value.device)
+    assert "of attention was computed twice" in choice.note_of_twice(value.device)
     assert distance(found[:, 70:200], expected[:, 70:200]) < 0.1 and distance(found[:, :64], expected[:, :64]) < 0.07
     assert (log_sums - sums).abs().max() < 0.02 * sums.abs().max()
     value[0, 3, 1, 0] = torch.nan
@@ -556,9 +557,9 @@ def test_with_values_in_fp8_rows_that_fail_are_attended_to_again(raises):
 def test_with_values_in_fp8_keys_and_values_may_be_part_of_something():
     query, key, value = heads_of(2, 300, 640, 3, 64)
     expected, _ = attend_exactly(query, key[:, :600], value[:, :600])
-    factor, _ = attention_operands.factors(64, base_two=True, fp8=False)
-    query, key = attention_operands.in_fp8((query * factor).bfloat16(), key.bfloat16())
-    assert attention_fp8.why_not(query.device) is None
+    factor, _ = operands.factors(64, base_two=True, fp8=False)
+    query, key = operands.in_fp8((query * factor).bfloat16(), key.bfloat16())
+    assert hopper_fp8.why_not(query.device) is None
     turned = value.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
     for values in (value.bfloat16(), turned):
         assert distance(attend_own(query, key[:, :600], values[:, :600]).double(), expected) < 0.08

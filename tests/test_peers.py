@@ -12,8 +12,8 @@ from functools import partial
 import pytest
 import torch
 
+from parallel_backend.cogvideox.attention.torch_attention import attend_torch
 from parallel_backend.cogvideox.kernels import block_torch
-from parallel_backend.cogvideox.transformer.torch_attention import attend_torch
 from parallel_backend.parallel import attention, symmetric_memory
 
 WAIT = 60

@@ -10,9 +10,9 @@ from benchmarks.random_weights import build
 from benchmarks.table import distance
 from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox import offload
+from parallel_backend.cogvideox.attention.torch_attention import attend_torch
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS
-from parallel_backend.cogvideox.transformer.torch_attention import attend_torch
 from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor.base import Executor

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks.table import distance
+from parallel_backend.cogvideox.attention import choice
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
-from parallel_backend.cogvideox.transformer import attention, block, fp8_linear
+from parallel_backend.cogvideox.transformer import block, fp8_linear
 from parallel_backend.engine.engine import Engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor.local import LocalExecutor
@@ -103,6 +104,7 @@ from dataclasses import replace
 import torch
 from benchmarks.table import distance, text_states
 from parallel_backend.cogvideox.transformer import block
+from parallel_backend.cogvideox.attention import choice
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
 from parallel_backend.model import Model
@@ -239,7 +241,7 @@ def test_a_gpu_without_fp8_is_refused_in_one_line_and_the_next_job_works(make_jo
 
 def test_attention_is_torch_s_own_where_there_is_no_other():
     states = [torch.randn(2, 9, 3, 16) for _ in range(3)]
-    function = attention.attention_of(torch.device("cpu"), torch.bfloat16)
+    function = choice.attention_of(torch.device("cpu"), torch.bfloat16)
     weights = torch.einsum("bqhd,bkhd->bhqk", states[0], states[1]).div(4).softmax(-1)
     assert (function(*states) - torch.einsum("bhqk,bkhd->bqhd", weights, states[2])).abs().max() <= 1e-5
 

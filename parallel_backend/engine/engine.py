@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..cogvideox import offload
+from ..cogvideox.attention import choice
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.denoise import Callbacks, StepCallback, WindowCallback, denoise
 from ..cogvideox.pipeline.forward import Runtime, predict_window
 from ..cogvideox.pipeline.windows import advice
-from ..cogvideox.transformer import attention
 from ..cogvideox.vae import layers
 from ..cogvideox.vae.preview import PictureListener, Previews, why_none
 from ..devices import current
@@ -197,7 +197,7 @@ class Engine:
                 offload.release(self.device)
         self._note(caches.note)
         self._note(previews and previews.note)
-        self._note(attention.note_of_twice(self.device))
+        self._note(choice.note_of_twice(self.device))
         return Result(
             latent,
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from ..cogvideox import offload
+from ..cogvideox.attention import choice
 from ..cogvideox.checkpoint import weights
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.kernels import probe
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.stopping import check
-from ..cogvideox.transformer import attention, block, fp8_linear, lora, positions
+from ..cogvideox.transformer import block, fp8_linear, lora, positions
 from ..errors import Cancelled, RequestError
 from ..jobs import SampleJob, WindowJob
 from ..model import Model
@@ -106,8 +107,8 @@ class ModelCache:
         elif hooks is None:
             transformer.to(self.device)
         self.note(self.offload_note)
-        attention.agree(self.device, dtype, checkpoint.head_dim, self.context.collect)
-        self.note(attention.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
+        choice.agree(self.device, dtype, checkpoint.head_dim, self.context.collect)
+        self.note(choice.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
         if job.model.dtype == "auto" and checkpoint.native_dtype == "bf16" and dtype == torch.float16:
             self.note("in fp16, as this GPU is too old for bf16")
         compiled = hoped and can_compile(
@@ -150,7 +151,7 @@ class ModelCache:
             if hoped:  # not earlier: two threads must not import the same modules at the same time
                 probe.in_background(
                     partial(self._why_not_compiled, checkpoint, dtype),
-                    partial(attention.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
+                    partial(choice.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
                 )
 
         def look(share: float) -> None:

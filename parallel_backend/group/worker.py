@@ -20,8 +20,8 @@ def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
     import torch
 
     from ..cogvideox import offload
+    from ..cogvideox.attention import choice
     from ..cogvideox.kernels import probe
-    from ..cogvideox.transformer import attention
     from ..devices import visible_index
     from ..parallel.group_rank import GroupRankContext
     from ..plan import Plan
@@ -44,7 +44,7 @@ def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
     if rank == 0:
         remember(link, device)
     if device.type == "cuda":  # only now, as two threads must not import the same modules
-        probe.in_background(partial(attention.prepare, device, torch.bfloat16, attention.HEAD_DIM))
+        probe.in_background(partial(choice.prepare, device, torch.bfloat16, choice.HEAD_DIM))
     return JobLoop(context, address, heart, link)
 
 

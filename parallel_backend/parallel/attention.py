@@ -5,10 +5,10 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.transformer.attention import flash_attention_3, uses_flash_3
-from ..cogvideox.transformer.attention_operands import in_fp8
-from ..cogvideox.transformer.own_attention import own_attention
-from ..cogvideox.transformer.torch_attention import Attention
+from ..cogvideox.attention.choice import flash_attention_3, uses_flash_3
+from ..cogvideox.attention.hopper import own_attention
+from ..cogvideox.attention.operands import in_fp8
+from ..cogvideox.attention.torch_attention import Attention
 from ..devices import BF16_CAPABILITY
 from . import symmetric_memory, xdit
 

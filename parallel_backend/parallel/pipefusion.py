@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.transformer import attention, block
-from ..cogvideox.transformer.torch_attention import Attention
+from ..cogvideox.attention import choice
+from ..cogvideox.attention.torch_attention import Attention
+from ..cogvideox.transformer import block
 from ..planner.work import patches
 from .attention import UlyssesAttention
 from .sequence import Chunk
@@ -91,7 +92,7 @@ class PatchAttention:
         """Position of the patch in the sequence without padding, and the length of the sequence."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """See :data:`parallel_backend.cogvideox.transformer.torch_attention.Attention`; keys and values may end in padding."""
+        """See :data:`parallel_backend.cogvideox.attention.torch_attention.Attention`; keys and values may end in padding."""
         size = self.place.stop - self.place.start
         if size == self.tokens:  # no other patch writes to these, so they need no copy
             self.kept[self.block] = key[:, :size], value[:, :size]
@@ -101,8 +102,8 @@ class PatchAttention:
         return self.whole(query, *self.kept[self.block])
 
     def attend_alone(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The same for one rank; see :func:`parallel_backend.cogvideox.transformer.attention.alone`."""
-        return attention.alone(self.attend, query, key, value)
+        """The same for one rank; see :func:`parallel_backend.cogvideox.attention.choice.alone`."""
+        return choice.alone(self.attend, query, key, value)
 
 
 class Pipe:
@@ -225,7 +226,7 @@ class Stage(torch.nn.Module):
         else:
             like = hidden_states.new_empty(len(hidden_states), self._chunks[0].length, hidden_states.shape[2])
             incoming = self.pipe.receive(like, count)
-        self.attention.whole, scores = attention.for_blocks(hidden_states, self.head_dim, fp8=self.fp8_attention)
+        self.attention.whole, scores = choice.for_blocks(hidden_states, self.head_dim, fp8=self.fp8_attention)
         self.attention.kept, self.attention.tokens = kept.states, text + video
         made = []
         for place, (chunk, tokens) in enumerate(zip(self._chunks, incoming)):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..cogvideox.transformer import attention, block
+from ..cogvideox.attention import choice
+from ..cogvideox.transformer import block
 from ..cogvideox.transformer.step_cache import StepCache
 from .attention import CopyingUlyssesAttention, RingAttention, UlyssesAttention
 
@@ -111,12 +112,12 @@ class JointSequence:
 
     def _attention(self, latents: torch.Tensor) -> dict[str, Any]:
         """Returns the arguments for attention of :func:`parallel_backend.cogvideox.transformer.block.forward`."""
-        whole, scores = attention.for_blocks(latents, self.config.attention_head_dim, fp8=self.fp8_attention)
+        whole, scores = choice.for_blocks(latents, self.config.attention_head_dim, fp8=self.fp8_attention)
         if self.ring > 1:  # keys and values are sent in 16 bits and converted to FP8 on arrival
             self.shared.begin(base_two=scores["base_two"], padding=self.chunk.padding)
             return {**scores, "attend": self.shared.attend, "ranks": 1, "fp8": False}
         if self.shared is None:
-            return {**scores, "attend": partial(attention.alone, whole), "ranks": 1}
+            return {**scores, "attend": partial(choice.alone, whole), "ranks": 1}
         ranks = self.shared.begin(whole, batch=len(latents), padding=self.chunk.padding)
         return {**scores, "attend": self.shared.attend, "ranks": ranks}
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ..cogvideox.transformer.attention import attention_of
+from ..cogvideox.attention.choice import attention_of
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import RequestError, first_line

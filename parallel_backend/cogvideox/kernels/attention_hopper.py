@@ -1,4 +1,4 @@
-"""The kernels of :mod:`parallel_backend.cogvideox.transformer.own_attention` for Hopper GPUs. Imported only if Triton is installed.
+"""The kernels of :mod:`parallel_backend.cogvideox.attention.hopper` for Hopper GPUs. Imported only if Triton is installed.
 
 Softmax needs no running maximum if the sums of ``2 ** score`` neither overflow nor underflow. In float32 and bf16 the range is
 2^-90 to 2^100, which covers scores of normalised heads. In fp16 the upper limit is 2^16, so scores are taken relative to the

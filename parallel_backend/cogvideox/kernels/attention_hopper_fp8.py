@@ -1,4 +1,4 @@
-"""The kernels of :mod:`parallel_backend.cogvideox.transformer.attention_fp8`: attention with both products in e4m3, on Hopper.
+"""The kernels of :mod:`parallel_backend.cogvideox.attention.hopper_fp8`: attention with both products in e4m3, on Hopper.
 
 Imported only if Triton is installed.
 

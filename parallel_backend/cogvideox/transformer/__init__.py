@@ -1,1 +1,1 @@
-"""The transformer: blocks, attention, FP8 layers, LoRA and step cache."""
+"""The transformer: blocks, FP8 layers, LoRA and step cache."""

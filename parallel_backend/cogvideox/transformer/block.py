@@ -9,9 +9,9 @@ from types import MethodType
 
 import torch
 
+from ..attention.operands import factors
 from ..kernels.block_torch import CONDITIONS, Inputs, TorchBlockOps, keep_kernels
 from ..kernels.probe import is_near, once
-from .attention_operands import factors
 from .fp8_linear import Fp8Linear
 from .step_cache import StepCache
 

@@ -4,8 +4,8 @@ import torch
 
 from ..kernels.block_torch import FP8, keep_kernels
 from ..kernels.probe import is_near, once
-from . import attention_fp8
-from .attention_operands import factors, in_fp8, in_tiles, rows_between
+from . import hopper_fp8
+from .operands import factors, in_fp8, in_tiles, rows_between
 from .recomputed_tiles import pieces_on, recompute
 from .torch_attention import HEAD_DIM, NEAR, attend_torch
 
@@ -14,7 +14,7 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     """Computes attention with :mod:`parallel_backend.cogvideox.kernels.attention_hopper`.
 
     Args:
-        query, key: in the dtype of ``value`` or e4m3, scaled for scores in base two; see :func:`.attention_operands.factors`.
+        query, key: in the dtype of ``value`` or e4m3, scaled for scores in base two; see :func:`.operands.factors`.
         value: in bfloat16 or float16.
     Returns:
         Attention in the dtype of ``value``, and the natural log-sum-exp ``[batch, heads, tokens]``.
@@ -24,8 +24,8 @@ def own_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     from ..kernels import attention_hopper as own
 
     pieces = pieces_on(query.device)
-    if query.dtype == FP8 and attention_fp8.why_not(query.device) is None:
-        return attention_fp8.attend_in_fp8(query, key, value, raises=pieces.needs_maximum)
+    if query.dtype == FP8 and hopper_fp8.why_not(query.device) is None:
+        return hopper_fp8.attend_in_fp8(query, key, value, raises=pieces.needs_maximum)
     query = query.contiguous()
     batch, tokens, heads, features = query.shape
     between = rows_between(key)

@@ -9,8 +9,8 @@ from importlib import import_module
 
 import torch
 
-from . import attention_fp8
-from .own_attention import attend_own, why_not_own
+from . import hopper_fp8
+from .hopper import attend_own, why_not_own
 from .recomputed_tiles import TOO_OFTEN, pieces_on
 from .torch_attention import HEAD_DIM, Attention, attend_torch
 
@@ -48,7 +48,7 @@ def is_for_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def is_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Returns whether the kernels compute attention of such tensors. They take scores in base two; see :func:`.attention_operands.factors`."""
+    """Returns whether the kernels compute attention of such tensors. They take scores in base two; see :func:`.operands.factors`."""
     return is_for_own(device, dtype, head_dim) and _declined is None and why_not_own(device, dtype) is None
 
 
@@ -125,7 +125,7 @@ def for_blocks(states: torch.Tensor, head_dim: int, *, fp8: bool) -> tuple[Atten
 
 def note_of_values(device: torch.device) -> str | None:
     """Returns a note for the user if FP8 attention keeps values in 16 bits, else None."""
-    reason = attention_fp8.why_not(device)
+    reason = hopper_fp8.why_not(device)
     return f"attention's values are not in FP8, which is slower: {reason}" if reason else None
 
 

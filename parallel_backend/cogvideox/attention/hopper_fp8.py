@@ -4,7 +4,7 @@ import torch
 
 from ..kernels.block_torch import FP8, LARGEST, SMALLEST, keep_kernels
 from ..kernels.probe import is_near, once
-from .attention_operands import factors, in_fp8, in_tiles, rows_between
+from .operands import factors, in_fp8, in_tiles, rows_between
 from .recomputed_tiles import recompute
 from .torch_attention import HEAD_DIM, NEAR, attend_torch
 
@@ -58,7 +58,7 @@ def in_tiles_of(places: torch.Tensor, keys: int):
 def attend_in_fp8(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, raises: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes attention and its log-sum-exp; see :func:`.own_attention.own_attention`.
+    """Computes attention and its log-sum-exp; see :func:`.hopper.own_attention`.
 
     Args:
         query, key: in e4m3.
