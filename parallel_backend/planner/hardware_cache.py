@@ -1,22 +1,16 @@
 """Measurements of this machine on disk: the rates of its GPUs, and the speed of the links between them.
 
-They are in one JSON file in the user's cache folder. A file that is broken, or from another version of this pack, is ignored with a
-warning and replaced.
+They are in one JSON file; see :mod:`parallel_backend.system.measurements`.
 """
 
-import json
-import logging
 import math
 from collections.abc import Callable, Sequence
-from datetime import date
 from typing import Any
 
-from ..errors import WriteFailure
-from ..system.files import whole_file
+from ..system import measurements
 from ..system.folders import preferred_cache
+from ..system.measurements import today
 from .machine import Link
-
-logger = logging.getLogger(__name__)
 
 FILE = preferred_cache() / "rates.json"
 VERSION = 2
@@ -64,11 +58,6 @@ def rates_key(gpu: str, torch_version: str) -> str:
     return f"{gpu}, torch {torch_version}"
 
 
-def today() -> str:
-    """Returns today's date as it is saved."""
-    return date.today().isoformat()
-
-
 def numbers(found: Any, names: Sequence[str]) -> tuple[dict[str, float], str] | None:
     """Returns a record's numbers and date; None unless all are present, finite and positive."""
     if not isinstance(found, dict) or not isinstance(found.get("measured"), str):
@@ -80,27 +69,16 @@ def numbers(found: Any, names: Sequence[str]) -> tuple[dict[str, float], str] | 
 
 def read() -> dict[str, dict]:
     """Reads ``rates`` and ``links`` from the file; both are empty if there is no usable file."""
-    nothing = {"rates": {}, "links": {}}
-    try:
-        kept = json.loads(FILE.read_text())
-    except FileNotFoundError:
-        return nothing
-    except (OSError, ValueError) as error:
-        logger.warning("the measurements in %s cannot be read and are made again: %s", FILE, error)
-        return nothing
-    if not isinstance(kept, dict) or kept.get("version") != VERSION:
-        logger.warning("the measurements in %s are from another version and are made again", FILE)
-        return nothing
-    if not all(isinstance(kept.get(part), dict) for part in nothing) or not all(
-        isinstance(links, dict) for links in kept["links"].values()
-    ):
-        logger.warning("the measurements in %s are broken and are made again", FILE)
-        return nothing
-    return kept
+    return measurements.read(
+        FILE,
+        version=VERSION,
+        parts=("rates", "links"),
+        is_valid=lambda kept: all(isinstance(links, dict) for links in kept["links"].values()),
+    )
 
 
 def keep(change: Callable[[dict], None], what: str) -> None:
-    """Changes the file. If two processes do so at once, one change may be lost and is measured again.
+    """Changes the file.
 
     Args:
         change: changes the contents in place.
@@ -108,9 +86,4 @@ def keep(change: Callable[[dict], None], what: str) -> None:
     """
     kept = read()
     change(kept)
-    try:
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(FILE) as partial:
-            partial.write_text(json.dumps({"version": VERSION, **kept}, indent=1))
-    except (OSError, WriteFailure) as error:
-        logger.info("%s are not saved: %s", what, error)
+    measurements.save(FILE, kept, version=VERSION, what=what)
