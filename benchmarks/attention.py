@@ -1,58 +1,92 @@
-"""Attention alone: this pack's kernel, FlashAttention-3 and torch's own, in bf16, fp16 and FP8, on one GPU.
+"""Attention alone: every registered function on one device, which of them ``auto`` chooses, and why others cannot be used.
 
-``python -m benchmarks.attention`` prints a line for each: milliseconds when it runs for a moment and when it runs for a while, in
-which the chip clocks down to what its power allows, and the error of some rows against float64: of random heads, and of heads
-whose queries see their own neighbourhood, with values that are alike there. It needs a Hopper GPU.
+``python -m benchmarks.attention`` prints a line for each: whether it is exact, its error against float64 for some queries (of random
+heads, and of heads whose queries see their own neighbourhood, with values that are alike there), and milliseconds when it runs for a
+moment and when it runs for a while, in which a GPU clocks down to what its power allows.
 """
 
 import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from parallel_backend.cogvideox.attention import choice
-from parallel_backend.cogvideox.attention.hopper import attend_own, why_not_own
-from parallel_backend.cogvideox.attention.hopper_fp8 import attend_in_fp8, in_places
-from parallel_backend.cogvideox.attention.operands import factors, in_fp8
-from parallel_backend.cogvideox.attention.recomputed_tiles import pieces_on
-from parallel_backend.cogvideox.attention.torch_attention import HEAD_DIM, Attention, attend_torch
-from parallel_backend.cogvideox.kernels.block_torch import LARGEST, keep_kernels, quantize
+from parallel_backend.cogvideox.attention import choice, recomputed_tiles, registry
+from parallel_backend.cogvideox.attention.function import AttentionFunction, Kind
+from parallel_backend.cogvideox.attention.torch_attention import HEAD_DIM, attend_torch
+from parallel_backend.cogvideox.attention.trial import why_not
+from parallel_backend.cogvideox.kernels.block_torch import keep_kernels
+from parallel_backend.devices import Devices, current
 from parallel_backend.errors import first_line
 from parallel_backend.model import DTYPES
+from parallel_backend.plan import AUTO
 
-HALVES = ("bf16", "fp16")
-SHORT_CALLS, LONG_SECONDS = 20, 0.6
+SHORT_CALLS = 20
 CHECKED = slice(64)
-"""Rows that are computed in float64 too."""
+"""Queries that are computed in float64 too."""
 
 
-def candidates(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> Iterator[tuple[str, Attention, list[torch.Tensor]]]:
-    """A name, a way that is there, and what it is given, of ``[1, tokens, heads, head_dim]`` in float32."""
-    states = (query, key, value)
-    for name in HALVES:
-        yield f"torch {name}", attend_torch, [part.to(DTYPES[name]) for part in states]
-    if choice.flash_3():
-        yield "FlashAttention-3 bf16", choice.attend_flash, [part.bfloat16() for part in states]
-        scales = [part.abs().amax(dim=(1, 3)) / LARGEST for part in states]
-        about = dict(zip(("q_descale", "k_descale", "v_descale"), scales))
-        attend = partial(choice.flash_3(), return_attn_probs=True, **about)
-        rounded = [quantize(part / scale[:, None, :, None]) for part, scale in zip(states, scales)]
-        yield "FlashAttention-3 fp8", lambda *states: attend(*states)[0], rounded
-    scaled = query * factors(query.shape[-1], base_two=True, fp8=False)[0]
-    for name in HALVES:
-        dtype = DTYPES[name]
-        if why_not_own(query.device, dtype):
+@dataclass(frozen=True)
+class Row:
+    """One function's line."""
+
+    function: AttentionFunction
+    is_chosen: bool
+    reason: str | None = None
+    """Why it cannot be used; None if it was measured."""
+    error: float = math.nan
+    local_error: float = math.nan
+    milliseconds: float = math.nan
+    long_milliseconds: float = math.nan
+    twice: float = 0.0
+    """Share of its tiles that were computed twice."""
+
+    def line(self, operations: float) -> str:
+        """Formats the row, given the floating-point operations of one call."""
+        start = f"{'->' if self.is_chosen else '':2} {self.function.name:10} {'exact' if self.function.is_exact else 'approximate':11}"
+        if self.reason:
+            return f"{start}  not used: {self.reason}"
+        rate = operations / self.milliseconds / 1e9
+        end = f", {self.twice:.1%} twice" if self.twice else ""
+        return (
+            f"{start}  error {self.error:.4f}, of near ones {self.local_error:.4f}; {self.milliseconds:.3f} ms ({rate:.3g} TFLOP/s), "
+            f"long {self.long_milliseconds:.3f}{end}"
+        )
+
+
+def rows(kind: Kind, *, tokens: int, heads: int, seconds: float = 0.6) -> Iterator[Row]:
+    """Measures every registered function.
+
+    Args:
+        kind: of the tensors.
+        tokens, heads: of one sequence.
+        seconds: of a long run.
+    """
+    generator = torch.Generator(kind.device).manual_seed(0)
+    shape = (1, tokens, heads, kind.head_dim)
+    cases = [make(shape, generator) for make in (heads_anywhere, heads_in_places)]
+    exact = [attend_torch(query[:, CHECKED].double(), key.double(), value.double()) for query, key, value in cases]
+    chosen = choice.fastest_alone(kind, tokens)
+    for function in registry.FUNCTIONS.values():
+        row = partial(Row, function, function is chosen)
+        if reason := why_not(kind, function):
+            yield row(reason)
             continue
-        yield f"ours {name}", attend_own, [part.to(dtype) for part in (scaled, key, value)]
-    rounded = [*in_fp8(scaled, key), value.bfloat16()]
-    for name, raises in (("ours fp8", False), ("ours fp8, references raised", True)):
-        yield name, lambda *states, raises=raises: attend_in_fp8(*states, raises=raises)[0], rounded
-    yield "values to fp8 alone", lambda query, key, value: in_places(value, 128)[0], rounded
+        try:
+            given = [function.operands(*case, kind.dtype) for case in cases]
+            recomputed_tiles.pieces_on(kind.device).share_of_twice()
+            found = [function.attend(*operands) for operands in given]
+            twice = recomputed_tiles.pieces_on(kind.device).share_of_twice()
+            call = partial(function.attend, *given[0])
+            short, long = (milliseconds(call, kind.device, seconds=limit) for limit in (None, seconds))
+        except Exception as error:  # the next one may do better
+            yield row(first_line(error))
+            continue
+        errors = [float((part[:, CHECKED] - right).norm() / right.norm()) for part, right in zip(found, exact)]
+        yield row(None, *errors, short, long, twice)
 
 
 def heads_anywhere(shape: tuple[int, ...], generator: torch.Generator) -> list[torch.Tensor]:
@@ -70,62 +104,41 @@ def heads_in_places(shape: tuple[int, ...], generator: torch.Generator) -> list[
     return [query, key, noise[2] + 2 * torch.sin(angles + 2 * phases)]
 
 
-def milliseconds(call: Callable[[], torch.Tensor]) -> tuple[float, float]:
-    """Of one call among a few, and among as many as last a while."""
-    for _ in range(3):
-        call()
-    return timed(call, SHORT_CALLS), timed(call, None)
-
-
-def timed(call: Callable[[], torch.Tensor], calls: int | None) -> float:
-    """Milliseconds of one of so many calls, or of as many as fill :data:`LONG_SECONDS`."""
-    torch.cuda.synchronize()
+def milliseconds(call: Callable[[], torch.Tensor], device: torch.device, *, seconds: float | None) -> float:
+    """Milliseconds of one call: among a few, or among as many as fill the given seconds."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    call()
+    wait(device)
     began, done = time.perf_counter(), 0
-    while done < calls if calls else time.perf_counter() - began < LONG_SECONDS:
+    while time.perf_counter() - began < seconds if seconds else done < SHORT_CALLS:
         call()
         done += 1
-        if not calls and done % SHORT_CALLS == 0:
-            torch.cuda.synchronize()
-    torch.cuda.synchronize()
+        if seconds and done % SHORT_CALLS == 0:
+            wait(device)
+    wait(device)
     return (time.perf_counter() - began) / done * 1e3
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=17776)
     parser.add_argument("--heads", type=int, default=48)
-    parser.add_argument("--only", default="", help="what names of lines have in them")
-    asked = parser.parse_args()
+    parser.add_argument("--head-dim", type=int, default=HEAD_DIM)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--device", default="auto", help="cpu, or a GPU's number (default: the first)")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of a long run (default %(default)s)")
+    asked = parser.parse_args(argv)
     keep_kernels()
-    device = torch.device("cuda", 0)
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (1, asked.tokens, asked.heads, HEAD_DIM)
-    kinds = [make(shape, generator) for make in (heads_anywhere, heads_in_places)]
-    exact = [attend_torch(query[:, CHECKED].double(), key.double(), value.double()) for query, key, value in kinds]
-    operations = 4 * asked.tokens**2 * asked.heads * HEAD_DIM
-    print(f"{torch.cuda.get_device_name()}, {asked.heads} heads of {asked.tokens} tokens")
-    for name in HALVES:
-        if reason := why_not_own(device, DTYPES[name]):
-            print(f"ours {name} is left out: {reason}")
-    for (name, attend, states), (*_, local) in zip(candidates(*kinds[0]), candidates(*kinds[1])):
-        if asked.only not in name:
-            continue
-        try:
-            choice.note_of_twice(device)
-            found = [attend(*states), attend(*local)]
-            twice = pieces_on(device).share_of_twice()
-            short, long = milliseconds(partial(attend, *states))
-            local_short = timed(partial(attend, *local), SHORT_CALLS)
-        except Exception as error:  # the next one may do better
-            print(f"{name}: {first_line(error)}", flush=True)
-            continue
-        line = f"{name}: {short:.3f} ms, long {long:.3f}, near ones {local_short:.3f}"
-        if found[0].shape == states[0].shape:
-            near = [(part[:, CHECKED] - right).norm() / right.norm() for part, right in zip(found, exact)]
-            line += f", {operations / short / 1e9:.0f} TFLOP/s"
-            line += f"; error {near[0]:.4f}, of near ones {near[1]:.4f}; twice {twice:.1%}"
-        print(line, flush=True)
+    device = Devices.parse(asked.device).first
+    kind = Kind(device, DTYPES[asked.dtype], asked.head_dim)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, {asked.dtype}, {asked.heads} heads of {asked.head_dim} features, {asked.tokens} tokens")
+    with current(device), torch.inference_mode():
+        for row in rows(kind, tokens=asked.tokens, heads=asked.heads, seconds=asked.seconds):
+            print(row.line(4 * asked.tokens**2 * asked.heads * asked.head_dim), flush=True)
+        for note in choice.choose(AUTO, kind, asked.tokens, choice.Ranks()).notes:
+            print(note)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.jobs import SampleJob
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
-from parallel_backend.system.gpu_memory import free_bytes
+from parallel_backend.system.nvml import free_bytes
 
 from .table import text_states
 

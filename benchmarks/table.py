@@ -127,7 +127,7 @@ def run(args: Namespace) -> int:
     if kept and kept.exists():
         reference = load_file(kept)["latent"]
     common = {"model": checkpoint.path.name, "device": device_name(device), "cfg": args.cfg, **size}
-    common |= {name: getattr(args, name) for name in ("dtype", "offload", "tiling")}
+    common |= {name: getattr(args, name) for name in ("dtype", "offload", "tiling", "attention")}
     for row, latent in measured(args, checked, *wanted):
         if reference is None and latent is not None:
             reference = latent

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from .errors import RequestError
+from .plan import AUTO
 from .validation import between, choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8S = ("off", "linears", "all")
 COMPILES = ("auto", "on", "off")
+ATTENTIONS = (AUTO, "hopper", "cudnn", "flash", "efficient", "flash3", "flash2", "torch", "int8", "sage", "fp8")
+"""Attention functions; see :mod:`parallel_backend.cogvideox.attention.registry`. The last three are not exact."""
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
 TASKS = ("auto", "text", "image", "control", "inpaint")
 """What a checkpoint makes a video from; see :mod:`parallel_backend.cogvideox.checkpoint.tasks`."""
@@ -55,15 +58,23 @@ class Model:
     """What it makes a video from; ``auto`` concludes it from the configuration."""
     snr_shift: str = "auto"
     """Whether the noise schedule has the SNR shift in the checkpoint's configuration; ``auto``: as it was trained."""
+    attention: str = AUTO
+    """The attention function; ``auto`` is the fastest exact one, or with ``fp8`` all the one in FP8 where it works."""
 
     def __post_init__(self):
         choice("dtype", self.dtype, ("auto", *DTYPES))
         choice("offload", self.offload, OFFLOADS)
         choice("compile", self.compile, COMPILES)
         choice("fp8", self.fp8, FP8S)
+        choice("attention", self.attention, ATTENTIONS)
         between("step_cache", self.step_cache, 0, 2)
         choice("task", self.task, TASKS)
         choice("snr_shift", self.snr_shift, SNR_SHIFTS)
+
+    @property
+    def attention_function(self) -> str:
+        """The name of the attention function that is tried first, or ``auto``."""
+        return "fp8" if self.attention == AUTO and self.fp8 == "all" else self.attention
 
 
 def two_thirds(frames: int) -> int:

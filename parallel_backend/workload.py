@@ -1,11 +1,12 @@
 """What a job computes and keeps, for the planner."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from .cogvideox.attention.registry import can_ring
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from .cogvideox.offload import block_parts
@@ -120,4 +121,5 @@ def work_of_job(job: SampleJob, checkpoint: Checkpoint, device: torch.device) ->
     batch, frames, height, width = forward_size(job, checkpoint)
     size, model = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1), job.model
     about = {"dtype": model.dtype, "fp8": model.fp8, "compile": model.compile}
-    return work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, **about)
+    work = work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, **about)
+    return replace(work, can_ring=can_ring(model.attention))

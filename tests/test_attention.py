@@ -1,4 +1,4 @@
-"""Attention: which one is used and why, and the kernels as far as a machine with no GPU can tell."""
+"""This pack's attention kernels as far as a machine with no GPU can tell. Which function is used: test_attention_choice.py."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel_backend.cogvideox.attention import choice, hopper_fp8, operands, recomputed_tiles
+from parallel_backend.cogvideox.attention import operands, recomputed_tiles
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.kernels.probe import is_near, once
 
@@ -51,32 +51,6 @@ def test_heads_in_base_two_and_fp8_are_the_same_heads():
     query, key = operands.in_fp8(scaled, plain)
     assert (query.float() - rounded.float()).abs().max() <= rounded.float().abs().max() / 16
     assert torch.equal(key.float(), normal(root, fp8=True).float())
-
-
-def test_a_person_hears_what_attends_instead(monkeypatch):
-    kind = (CPU, torch.bfloat16, 64)
-    assert choice.note(*kind, fp8=False) is None  # nothing better is to be had
-    assert choice.note(*kind, fp8=True).endswith("a Hopper GPU, bf16 or fp16, and Triton 3.6 or newer")
-    monkeypatch.setattr(choice, "is_hopper", lambda device: True)
-    monkeypatch.setattr(choice, "flash_3", lambda: None)
-    monkeypatch.setattr(choice, "why_not_own", lambda device, dtype: "no module named triton")
-    assert choice.attention_of(*kind) is choice.attend_torch
-    said = choice.note(*kind, fp8=False)
-    assert said == "attention is torch's own, which is slower than this pack's: no module named triton"
-    assert choice.note(*kind, fp8=True).endswith("newer: no module named triton")
-    monkeypatch.setattr(choice, "flash_3", lambda: "there")
-    assert choice.attention_of(*kind) is choice.attend_flash
-    assert choice.note(*kind, fp8=False).startswith("attention is FlashAttention-3's, which is slower")
-    half = (CPU, torch.float16, 64)
-    assert choice.attention_of(*half) is choice.attend_torch
-    assert choice.note(*half, fp8=False) == said
-    assert choice.note(CPU, torch.float32, 64, fp8=False) is None  # for which neither is made
-    monkeypatch.setattr(choice, "why_not_own", lambda device, dtype: None)
-    assert choice.attention_of(*kind) is choice.attention_of(*half) is choice.attend_own
-    for reason, said in ((None, None), ("no", "attention's values are not in FP8, which is slower: no")):
-        monkeypatch.setattr(hopper_fp8, "why_not", lambda device, reason=reason: reason)
-        assert choice.note(*kind, fp8=True) == said and choice.note(*kind, fp8=False) is None
-    assert choice.attention_of(CPU, torch.bfloat16, 48) is choice.attend_flash
 
 
 @needs_triton
@@ -265,18 +239,6 @@ def test_what_is_not_a_number_is_near_nothing():
     exact = torch.ones(4)
     assert is_near(exact * 1.01, exact, 0.02) and not is_near(exact * 1.03, exact, 0.02)
     assert not is_near(torch.full((4,), torch.nan), exact, 0.02)
-
-
-@pytest.mark.parametrize("others, uses", [([True, True], True), ([True, False], False)])
-def test_the_kernels_attend_on_all_ranks_or_on_none(others, uses, monkeypatch):
-    kind = torch.device("cpu"), torch.bfloat16, choice.HEAD_DIM
-    monkeypatch.setattr(choice, "is_for_own", lambda *_: True)
-    monkeypatch.setattr(choice, "why_not_own", lambda *_: None)
-    monkeypatch.setattr(choice, "_declined", None)
-    choice.agree(*kind, lambda mine: [mine and other for other in others])
-    assert choice.is_own(*kind) == uses
-    said = choice.note(*kind, fp8=False)
-    assert (said is None) == uses and (uses or "another rank cannot use them" in said)
 
 
 def test_a_trial_that_fails_has_its_error_for_a_reason_and_is_made_once():

@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.attention import rows as attention_rows
 from benchmarks.table import distance, two_steps
 from parallel_backend.cogvideox import offload
-from parallel_backend.cogvideox.attention import choice, hopper_fp8, operands
+from parallel_backend.cogvideox.attention import choice, hopper_fp8, operands, registry, trial
+from parallel_backend.cogvideox.attention.function import Kind
 from parallel_backend.cogvideox.attention.hopper import attend_own, own_attention
 from parallel_backend.cogvideox.attention.hopper_fp8 import attend_in_fp8
 from parallel_backend.cogvideox.attention.recomputed_tiles import pieces_on
@@ -26,7 +28,7 @@ from parallel_backend.errors import Cancelled, OutOfMemory
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob, SampleJob
-from parallel_backend.model import Model
+from parallel_backend.model import DTYPES, Model
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
 
@@ -476,7 +478,7 @@ def test_scores_far_from_zero_bring_a_running_maximum_after_a_forward_or_two(dty
     states = torch.zeros(1, device="cuda", dtype=dtype)
     forwards = []
     for _ in range(3):
-        choice.for_blocks(states, 64, fp8=False)
+        choice.begin(registry.FUNCTIONS["hopper"], states.device)
         forwards.append((pieces.needs_maximum, attend_with_own(query * 60, key, value, dtype=dtype)))
         torch.cuda.synchronize()
     assert [needed for needed, _ in forwards] == [False, False, True]
@@ -563,6 +565,46 @@ def test_with_values_in_fp8_keys_and_values_may_be_part_of_something():
     turned = value.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
     for values in (value.bfloat16(), turned):
         assert distance(attend_own(query, key[:, :600], values[:, :600]).double(), expected) < 0.08
+
+
+@one_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", registry.FUNCTIONS)
+def test_every_attention_function_that_can_be_used_is_near_float64(name, dtype):
+    kind, function = Kind(torch.device("cuda", 0), DTYPES[dtype], 64), registry.FUNCTIONS[name]
+    if missing := function.missing(kind):
+        pytest.skip(missing)
+    assert trial.why_not(kind, function) is None
+    states = heads_of(2, 777, 1111, 3, 64)
+    expected, sums = attend_exactly(*states)
+    found = function.attend(*function.operands(*states, kind.dtype))
+    assert found.dtype == kind.dtype and distance(found.double(), expected) < function.near
+    if function.attend_with_sums:
+        found, log_sums = function.attend_with_sums(*function.operands(*states, kind.dtype, in_ring=True))
+        assert distance(found.double(), expected) < function.near
+        assert (log_sums - sums).abs().max() < (0.05 if function.is_exact else 0.3)
+
+
+@one_gpu
+def test_auto_takes_the_fastest_exact_function_of_the_benchmarks_table():
+    found = [*attention_rows(Kind(torch.device("cuda", 0), torch.bfloat16, 64), tokens=16384, heads=8)]
+    times = {row.function.name: row.milliseconds for row in found if row.function.is_exact and not row.reason}
+    (chosen,) = (row.function.name for row in found if row.is_chosen)
+    assert times[chosen] <= 1.2 * min(times.values()), times  # two that are equally fast may change places
+
+
+@two_gpus
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient", "int8", "sage", "fp8"])
+def test_named_attention_is_as_near_in_every_plan_as_in_single(name, group, on_gpu, make_job, checkpoints):
+    path = str(checkpoints["5b"])
+    kind = Kind(torch.device("cuda", 0), torch.bfloat16, Checkpoint.open(path).head_dim)
+    if reason := trial.why_not(kind, registry.FUNCTIONS[name]):
+        pytest.skip(reason)
+    if group.plan.ring > 1 and not registry.can_ring(name):
+        pytest.skip("it does not work in a ring")
+    exact = on_gpu.sample(make_job("5b", model=Model(path, dtype="fp32"), steps=2, scheduler="ddim")).tensor
+    job = make_job("5b", model=Model(path, dtype="bf16", attention=name), steps=2, scheduler="ddim")
+    assert distance(group.sample(job).tensor, exact) <= 1.5 * distance(on_gpu.sample(job).tensor, exact)
 
 
 @two_gpus

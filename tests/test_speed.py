@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.table import distance
 from parallel_backend.cogvideox.attention import choice
+from parallel_backend.cogvideox.attention.function import Kind
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.cogvideox.transformer import block, fp8_linear
@@ -105,6 +106,7 @@ import torch
 from benchmarks.table import distance, text_states
 from parallel_backend.cogvideox.transformer import block
 from parallel_backend.cogvideox.attention import choice
+from parallel_backend.cogvideox.attention.function import Kind
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
 from parallel_backend.model import Model
@@ -227,7 +229,7 @@ def test_a_product_in_fp8_is_that_of_the_rounded_numbers():
 def test_fp8_attention_says_where_it_is_not_to_be_had(make_job):
     executor = LocalExecutor(torch.device("cpu"))
     result = executor.sample(with_model(make_job("5b", steps=2), fp8="all"))
-    assert any("attention is not in FP8: that needs a Hopper GPU" in note for note in result.report.notes)
+    assert result.report.notes == ("attention is not in FP8: it needs a Hopper GPU, such as an H100",)
 
 
 def test_a_gpu_without_fp8_is_refused_in_one_line_and_the_next_job_works(make_job, monkeypatch):
@@ -241,9 +243,10 @@ def test_a_gpu_without_fp8_is_refused_in_one_line_and_the_next_job_works(make_jo
 
 def test_attention_is_torch_s_own_where_there_is_no_other():
     states = [torch.randn(2, 9, 3, 16) for _ in range(3)]
-    function = choice.attention_of(torch.device("cpu"), torch.bfloat16)
+    function = choice.fastest_alone(Kind(torch.device("cpu"), torch.bfloat16, 16), 9)
     weights = torch.einsum("bqhd,bkhd->bhqk", states[0], states[1]).div(4).softmax(-1)
-    assert (function(*states) - torch.einsum("bhqk,bkhd->bqhd", weights, states[2])).abs().max() <= 1e-5
+    assert function.name == "torch"
+    assert (function.attend(*states) - torch.einsum("bhqk,bkhd->bqhd", weights, states[2])).abs().max() <= 1e-5
 
 
 def test_a_step_may_begin_before_the_one_before_it_is_told_and_the_video_is_the_same(make_job, local, monkeypatch):

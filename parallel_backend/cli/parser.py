@@ -11,7 +11,7 @@ from ..cogvideox.checkpoint.published import MODELS
 from ..config import CONFIG
 from ..errors import Cancelled, Failure, RequestError
 from ..jobs import SCHEDULERS, TILINGS, SampleJob
-from ..model import COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, WINDOW_SCHEDULES
+from ..model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, WINDOW_SCHEDULES
 from ..planner.gpu_table import KNOWN, LINKS
 from ..system.limits import usable_cores
 from .bench import bench as run_bench
@@ -48,14 +48,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a checkpoint folder in diffusers layout, ORG/NAME in the Hugging Face cache, or demo, a tiny model for trying out",
     )
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="to compute in; auto: the checkpoint's own")
     parser.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="dtype to compute in; auto: the checkpoint's own"
-    )
-    parser.add_argument(
-        "--offload",
-        choices=OFFLOADS,
-        default="auto",
-        help="keep weights in CPU memory until they are used; auto: if they do not fit",
+        "--offload", choices=OFFLOADS, default="auto", help="keep weights in CPU memory; auto: if they do not fit"
     )
     parser.add_argument(
         "--compile", choices=COMPILES, default="auto", help="compile kernels for this GPU: faster steps; auto: on GPUs"
@@ -66,6 +61,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="off",
         help="compute linear layers, or attention too, in FP8: faster and less memory; changes the video slightly",
     )
+    parser.add_argument("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact function on this GPU")
     parser.add_argument(
         "--step-cache",
         type=float,

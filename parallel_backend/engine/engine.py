@@ -183,11 +183,10 @@ class Engine:
         caches = self.context.caches(job)
         if job.progress is not None and caches.restarted:
             self._note(f"{caches.restarted}, so this is not quite the video of an undisturbed run")
-        runtime = Runtime(self.device, dtype, self.context)
         callbacks = Callbacks(mark, partial(self._may_go_on, on_window), may_begin=lambda: ahead)
         try:
             with offload.one_kind_of_error():
-                latent = denoise(transformer, checkpoint, job, runtime, callbacks, caches=caches)
+                latent = denoise(transformer, checkpoint, job, self._runtime(dtype), callbacks, caches=caches)
         except torch.OutOfMemoryError as error:
             where = f"a step after {len(steps)}" if steps else "step 1"
             raise self._out_of_memory(where, job, checkpoint, dtype) from error
@@ -202,6 +201,10 @@ class Engine:
             latent,
             Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded, step_seconds=tuple(steps)),
         )
+
+    def _runtime(self, dtype: torch.dtype) -> Runtime:
+        """Returns what this rank computes with, once its transformer is loaded."""
+        return Runtime(self.device, dtype, self.context, self.cache.attention)
 
     def _previews(
         self, job: SampleJob, checkpoint: Checkpoint, dtype, show: PictureListener | None, go_on: WindowCallback
@@ -243,7 +246,7 @@ class Engine:
         loaded = time.perf_counter()
         try:
             with offload.one_kind_of_error():
-                predicted = predict_window(transformer, checkpoint, job, Runtime(self.device, dtype, self.context))
+                predicted = predict_window(transformer, checkpoint, job, self._runtime(dtype))
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory("a window", job, checkpoint, dtype) from error
         return Result(predicted, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from ..cogvideox import offload
-from ..cogvideox.attention import choice
+from ..cogvideox.attention import choice, registry
+from ..cogvideox.attention.function import AttentionFunction, Kind
 from ..cogvideox.checkpoint import weights
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.kernels import probe
 from ..cogvideox.pipeline.denoise import WindowCallback
+from ..cogvideox.pipeline.windows import forward_size
 from ..cogvideox.stopping import check
 from ..cogvideox.transformer import block, fp8_linear, lora, positions
 from ..errors import Cancelled, RequestError
@@ -37,6 +39,11 @@ def can_compile(note: Note, otherwise: str, reasons: list[str | None]) -> bool:
     return not against
 
 
+def tokens_of(job: SampleJob | WindowJob, checkpoint: Checkpoint) -> int:
+    """Returns the text and video tokens of a forward pass."""
+    return checkpoint.tokens(*forward_size(job, checkpoint)[1:]) + checkpoint.text_tokens
+
+
 class ModelCache:
     """Holds at most one transformer and one VAE, and loads one again only when a job needs another.
 
@@ -59,6 +66,9 @@ class ModelCache:
         """The offload mode of the last sampling job."""
         self.offload_note: str | None = None
         """A note for every job while the transformer that is held is offloaded more slowly than it could be."""
+        self.attention: AttentionFunction = registry.FUNCTIONS[registry.LAST_RESORT]
+        """The attention function of the last sampling job."""
+        self.ranks = choice.Ranks(context.collect, context.alike)
         self.merged: tuple[lora.LoraFile, ...] = ()
         """The LoRAs merged into the transformer's weights."""
 
@@ -82,6 +92,8 @@ class ModelCache:
         hooks = mode if mode in IN_PARTS else None
         loras = self._open_loras(job.model, checkpoint)
         self._check_fp8(job.model)
+        kind = Kind(self.device, dtype, checkpoint.head_dim)
+        choice.check(job.model.attention, kind, self.ranks)
         if mode != "none" and "vae" in self.held:
             self.held["vae"][1].to("cpu")  # the next VAE job moves it back
         hoped = self._hopes_compiled(job.model, checkpoint, dtype, mode)
@@ -107,8 +119,10 @@ class ModelCache:
         elif hooks is None:
             transformer.to(self.device)
         self.note(self.offload_note)
-        choice.agree(self.device, dtype, checkpoint.head_dim, self.context.collect)
-        self.note(choice.note(self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"))
+        chosen = choice.choose(job.model.attention_function, kind, tokens_of(job, checkpoint), self.ranks)
+        self.attention = chosen.function
+        for line in chosen.notes:
+            self.note(line)
         if job.model.dtype == "auto" and checkpoint.native_dtype == "bf16" and dtype == torch.float16:
             self.note("in fp16, as this GPU is too old for bf16")
         compiled = hoped and can_compile(
@@ -147,11 +161,11 @@ class ModelCache:
         def prepare(skeleton: torch.nn.Module) -> None:
             if job.model.fp8 != "off":
                 fp8_linear.convert(skeleton)
-            self.context.attach(skeleton, fp8_attention=job.model.fp8 == "all")
+            self.context.attach(skeleton)
             if hoped:  # not earlier: two threads must not import the same modules at the same time
                 probe.in_background(
                     partial(self._why_not_compiled, checkpoint, dtype),
-                    partial(choice.prepare, self.device, dtype, checkpoint.head_dim, fp8=job.model.fp8 == "all"),
+                    partial(choice.prepare, Kind(self.device, dtype, checkpoint.head_dim), job.model.attention_function),
                 )
 
         def look(share: float) -> None:

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from ..cogvideox.attention import choice
+from ..cogvideox.attention.function import Kind
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline import validation
 from ..devices import Devices
-from ..jobs import Job
+from ..jobs import Job, SampleJob
 from ..plan import Plan
 from ..workload import Workload
 from .resolve import resolve
@@ -25,6 +27,14 @@ class CheckedJob:
     def check_plan(self, plan: Plan) -> None:
         """Raises RequestError when a plan cannot do the job."""
         validation.check_plan(self.checkpoint, plan, self.job)
+
+    def check_devices(self, devices: Devices) -> None:
+        """Raises RequestError when devices cannot attend as a sampling job asks for."""
+        if not isinstance(self.job, SampleJob):
+            return
+        model, head_dim = self.job.model, self.checkpoint.head_dim
+        kinds = [Kind(device, self.checkpoint.dtype(model.dtype, device), head_dim) for device in devices.torch_devices]
+        choice.check_devices(model.attention, kinds)
 
 
 @dataclass(frozen=True)
@@ -60,4 +70,5 @@ def prepare(checked: CheckedJob, plan: str, devices: str, *, jobs: int = 1) -> P
     """
     chosen, found, reason = resolve(plan, devices, checked.workload(jobs))
     checked.check_plan(chosen)
+    checked.check_devices(found)
     return PreparedJob(checked.job, checked.checkpoint, chosen, found, reason)

@@ -21,6 +21,8 @@ def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
 
     from ..cogvideox import offload
     from ..cogvideox.attention import choice
+    from ..cogvideox.attention.function import Kind
+    from ..cogvideox.attention.torch_attention import HEAD_DIM
     from ..cogvideox.kernels import probe
     from ..devices import visible_index
     from ..parallel.group_rank import GroupRankContext
@@ -44,7 +46,7 @@ def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
     if rank == 0:
         remember(link, device)
     if device.type == "cuda":  # only now, as two threads must not import the same modules
-        probe.in_background(partial(choice.prepare, device, torch.bfloat16, choice.HEAD_DIM))
+        probe.in_background(partial(choice.prepare, Kind(device, torch.bfloat16, HEAD_DIM)))
     return JobLoop(context, address, heart, link)
 
 

@@ -5,11 +5,8 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.attention.choice import flash_attention_3, uses_flash_3
-from ..cogvideox.attention.hopper import own_attention
-from ..cogvideox.attention.operands import in_fp8
+from ..cogvideox.attention.function import AttentionFunction
 from ..cogvideox.attention.torch_attention import Attention
-from ..devices import BF16_CAPABILITY
 from . import symmetric_memory, xdit
 
 ARRIVALS, RESULTS = 0, 1
@@ -174,26 +171,9 @@ def attend_in_ring(query, key, value, dropout_p=0.0, is_causal=False, attention_
     """
     ring = attention_kwargs["ring"]
     key, value = ring.trim(key, value)
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[:2]
-    tokens_first = [states.transpose(1, 2) for states in (query, key, value)]
-    if attention_kwargs["base_two"]:
-        if attention_kwargs["fp8"]:
-            tokens_first[:2] = in_fp8(*tokens_first[:2])
-        output, log_sum_exp = own_attention(*tokens_first)
-        return output.transpose(1, 2), log_sum_exp
-    if uses_flash_3(query.device, query.dtype):
-        output, log_sum_exp = flash_attention_3(*tokens_first)
-        return output.transpose(1, 2), log_sum_exp
-    if query.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(query.device) >= BF16_CAPABILITY:
-        from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
-
-        cudnn = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType.CUDNN]
-        return cudnn(query, key, value, dropout_p, is_causal)
-    output, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, None, compute_log_sumexp=True
-    )
-    return output, log_sum_exp[..., : query.shape[2]]  # the kernel pads it
+    tokens_first = (states.transpose(1, 2) for states in (query, key, value))
+    output, log_sum_exp = attention_kwargs["function"].attend_with_sums(*tokens_first)
+    return output.transpose(1, 2), log_sum_exp
 
 
 class RingPosition:
@@ -223,28 +203,27 @@ class RingAttention:
     Args:
         ring: degree.
         rank: of this process in its ring.
-        fp8: whether to use FP8 if it is supported.
     """
 
-    def __init__(self, *, ring: int, rank: int, fp8: bool):
+    def __init__(self, *, ring: int, rank: int):
         self.usp = xdit.usp({BACKEND: attend_in_ring})
         self.ring, self.rank = ring, rank
-        self.fp8 = fp8
-        self.padding, self.base_two = 0, False
+        self.function: AttentionFunction | None = None
+        self.padding = 0
 
-    def begin(self, *, base_two: bool, padding: int) -> None:
+    def begin(self, function: AttentionFunction, *, padding: int) -> None:
         """Prepares a forward pass.
 
         Args:
-            base_two: whether scores will be in base two, for this pack's kernels.
+            function: one that returns the log-sum-exp.
             padding: padding tokens at the end of the full sequence.
         """
-        self.base_two, self.padding = base_two, padding
+        self.function, self.padding = function, padding
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Computes attention of ``[batch, 1, tokens, heads, head_dim]`` from this rank's tokens to all tokens."""
         heads_first = (states.squeeze(1).transpose(1, 2) for states in (query, key, value))
         position = RingPosition(self.rank, self.ring, self.padding)
-        about = {"ring": position, "base_two": self.base_two, "fp8": self.fp8}
+        about = {"ring": position, "function": self.function}
         output = self.usp(*heads_first, combine_qkv_a2a=True, backend=BACKEND, attention_kwargs=about)
         return output.transpose(1, 2).to(query.dtype).unsqueeze(1)

@@ -72,6 +72,9 @@ class GroupRankContext(RankContext):
         """Number of messages that rank 0 has broadcast; the last one is the current job."""
         self.copies = False
         self.guidance = GuidanceSplit(plan.cfg, xdit.cfg_group())
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._gpus: list[tuple[int, str]] = self.collect((self.guidance.half, gpu))
+        """The half of guidance and the GPU of each rank."""
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
         self.pipe = Pipe(xdit.pipeline_group()) if plan.pipefusion > 1 else None
         tensor_rank = xdit.tensor_group().rank_in_group
@@ -127,17 +130,17 @@ class GroupRankContext(RankContext):
     def outside_bytes(self) -> int:
         return symmetric_memory.held_bytes()
 
-    def attach(self, transformer, *, fp8_attention: bool = False) -> None:
+    def attach(self, transformer) -> None:
         self.shard.cut(transformer)
         if self.plan.tensor > 1:
             join_products(transformer, xdit.tensor_group().device_group)
         group = xdit.sequence_group() if self.plan.sequence > 1 else None
         if self.pipe:
-            Stage(transformer, self.pipe, group, fp8_attention=fp8_attention)
+            Stage(transformer, self.pipe, group)
             return
         degrees = {"ulysses": self.plan.ulysses, "ring": self.plan.ring}
         device = self.device if self.copies else None
-        JointSequence(transformer, group=group, **degrees, device=device, fp8_attention=fp8_attention)
+        JointSequence(transformer, group=group, **degrees, device=device)
         if self.mesh:
             shard_blocks(transformer, self.mesh)
 
@@ -180,6 +183,13 @@ class GroupRankContext(RankContext):
         values = [None] * self.plan.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def alike(self, values: list[Any]) -> list[Any]:
+        """See :meth:`RankContext.alike`. The halves of guidance may differ, and do if their GPUs do."""
+        gpus = {number: sorted(gpu for of, gpu in self._gpus if of == number) for number, _ in self._gpus}
+        if len(set(map(tuple, gpus.values()))) == 1:
+            return values
+        return [value for value, (of, _) in zip(values, self._gpus) if of == self.guidance.half]
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """Broadcasts rank 0's bytes. The other ranks pass None and wait without a timeout."""

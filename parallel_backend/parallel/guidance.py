@@ -17,6 +17,11 @@ class GuidanceSplit:
         self.degree = degree
         self.group = group
 
+    @property
+    def half(self) -> int:
+        """Which of the two prompts this rank runs; 0 if guidance is not split."""
+        return self.group.rank_in_group
+
     def share(self, prompts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Returns those prompts of a step that this rank runs. A single prompt is run by every rank."""
         if self.degree == len(prompts):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..cogvideox.attention import choice
+from ..cogvideox.attention.function import AttentionFunction
 from ..cogvideox.attention.torch_attention import Attention
 from ..cogvideox.transformer import block
 from ..planner.work import patches
@@ -179,10 +180,9 @@ class Stage(torch.nn.Module):
             removed.
         pipe: to the other stages.
         sequence: xDiT's sequence group coordinator, if ranks share each patch's tokens; else None.
-        fp8_attention: whether to use FP8 attention if it is supported.
     """
 
-    def __init__(self, transformer, pipe: Pipe, sequence=None, *, fp8_attention: bool = False):
+    def __init__(self, transformer, pipe: Pipe, sequence=None):
         super().__init__()
         self.pipe = pipe
         everyone = transformer.transformer_blocks
@@ -195,7 +195,6 @@ class Stage(torch.nn.Module):
         if sequence:
             shared = UlyssesAttention(sequence.device_group, rank=self.rank, size=self.size)
             shared.whole, self.attend = self.attention.attend, shared.attend
-        self.head_dim, self.fp8_attention = transformer.config.attention_head_dim, fp8_attention
         self._chunks: list[Chunk] = []
         transformer.transformer_blocks = self
         block.attach(transformer)
@@ -211,7 +210,7 @@ class Stage(torch.nn.Module):
         Args:
             hidden_states, encoder_hidden_states: video and text tokens ``[batch, tokens, features]``.
             temb, image_rotary_emb: as in diffusers, for all tokens.
-            attention_kwargs: ``cache``: the window's :class:`Kept`.
+            attention_kwargs: ``cache``: the window's :class:`Kept`; ``attention``: the function.
         Returns:
             On the last stage this rank's tokens, patch by patch, joint and padded; empty on the others. And no text tokens.
         """
@@ -226,7 +225,9 @@ class Stage(torch.nn.Module):
         else:
             like = hidden_states.new_empty(len(hidden_states), self._chunks[0].length, hidden_states.shape[2])
             incoming = self.pipe.receive(like, count)
-        self.attention.whole, scores = choice.for_blocks(hidden_states, self.head_dim, fp8=self.fp8_attention)
+        function: AttentionFunction = attention_kwargs["attention"]
+        choice.begin(function, hidden_states.device)
+        self.attention.whole, scores = function.attend, {"base_two": function.base_two, "fp8": function.fp8}
         self.attention.kept, self.attention.tokens = kept.states, text + video
         made = []
         for place, (chunk, tokens) in enumerate(zip(self._chunks, incoming)):

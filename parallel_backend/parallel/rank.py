@@ -32,9 +32,9 @@ class RankContext:
         if hasattr(api, "init"):
             api.init()  # memory statistics fail before initialisation
 
-    def attach(self, transformer, *, fp8_attention: bool = False) -> None:
+    def attach(self, transformer) -> None:
         """Makes a transformer compute this rank's share on joint text and video tokens. Call it before its weights are read."""
-        JointSequence(transformer, fp8_attention=fp8_attention)
+        JointSequence(transformer)
 
     def caches(self, job: SampleJob) -> StepCaches:
         """Returns new caches for the windows of a job."""
@@ -79,6 +79,10 @@ class RankContext:
     def collect(self, value: Any) -> list[Any]:
         """Returns a small Python value from every rank, in order, on every rank."""
         return [value]
+
+    def alike(self, values: list[Any]) -> list[Any]:
+        """Returns the values, of every rank's, of the ranks that must attend with the same function as this one."""
+        return values
 
     @property
     def outside_bytes(self) -> int:

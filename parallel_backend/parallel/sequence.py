@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..cogvideox.attention import choice
+from ..cogvideox.attention.function import AttentionFunction
 from ..cogvideox.transformer import block
 from ..cogvideox.transformer.step_cache import StepCache
 from .attention import CopyingUlyssesAttention, RingAttention, UlyssesAttention
@@ -65,19 +66,17 @@ class JointSequence:
         group: xDiT's sequence group coordinator; None if this rank has all tokens.
         ulysses, ring: degrees of the group.
         device: of this rank, if ranks write into each other's memory (:mod:`.symmetric_memory`); else None.
-        fp8_attention: whether to use FP8 attention if it is supported.
     """
 
-    def __init__(self, transformer, *, group=None, ulysses: int = 1, ring: int = 1, device=None, fp8_attention: bool = False):
+    def __init__(self, transformer, *, group=None, ulysses: int = 1, ring: int = 1, device=None):
         self.group = group
         self.config = transformer.config
         self.rank, self.size = (group.rank_in_group, group.world_size) if group else (0, 1)
-        self.fp8_attention = fp8_attention
         self.ulysses, self.ring = ulysses, ring
         self.chunk: Chunk | None = None
         self.shared: UlyssesAttention | RingAttention | None = None
         if ring > 1:
-            self.shared = RingAttention(ring=ring, rank=self.rank // ulysses, fp8=fp8_attention)
+            self.shared = RingAttention(ring=ring, rank=self.rank // ulysses)
         elif group and device:
             heads = transformer.transformer_blocks[0].attn1.heads // self.size
             self.shared = CopyingUlyssesAttention(group.device_group, device, rank=self.rank, size=self.size, heads=heads)
@@ -93,8 +92,8 @@ class JointSequence:
     def _begin(self, module, args, kwargs):
         """Determines this rank's chunk and replaces the blocks' arguments.
 
-        A forward's ``attention_kwargs`` may have a ``cache``, a
-        :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`.
+        A forward's ``attention_kwargs`` have ``attention``, the function, and ``cache``, a
+        :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache` or None.
         """
         _, frames, _, height, width = kwargs["hidden_states"].shape
         patch = self.config.patch_size
@@ -103,22 +102,24 @@ class JointSequence:
         if self.ring > 1 and self.chunk.padding >= self.chunk.length * self.ulysses:
             raise ValueError(f"{self.chunk.text + video} tokens are too few for {self.size} ranks")
         rotary = kwargs.get("image_rotary_emb")
-        cache: StepCache | None = (kwargs.get("attention_kwargs") or {}).get("cache")
+        cache: StepCache | None = kwargs["attention_kwargs"]["cache"]
         if cache is not None:
             cache.begin()
         about = {"text": self.chunk.local_text, "cache": cache}
         rows = None if rotary is None else self.chunk.of_rotary(*rotary)
-        return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about | self._attention(kwargs["hidden_states"])}
+        about |= self._attention(kwargs["attention_kwargs"]["attention"], kwargs["hidden_states"])
+        return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about}
 
-    def _attention(self, latents: torch.Tensor) -> dict[str, Any]:
+    def _attention(self, function: AttentionFunction, latents: torch.Tensor) -> dict[str, Any]:
         """Returns the arguments for attention of :func:`parallel_backend.cogvideox.transformer.block.forward`."""
-        whole, scores = choice.for_blocks(latents, self.config.attention_head_dim, fp8=self.fp8_attention)
+        choice.begin(function, latents.device)
+        scores = {"base_two": function.base_two, "fp8": function.fp8}
         if self.ring > 1:  # keys and values are sent in 16 bits and converted to FP8 on arrival
-            self.shared.begin(base_two=scores["base_two"], padding=self.chunk.padding)
+            self.shared.begin(function, padding=self.chunk.padding)
             return {**scores, "attend": self.shared.attend, "ranks": 1, "fp8": False}
         if self.shared is None:
-            return {**scores, "attend": partial(choice.alone, whole), "ranks": 1}
-        ranks = self.shared.begin(whole, batch=len(latents), padding=self.chunk.padding)
+            return {**scores, "attend": partial(choice.alone, function.attend), "ranks": 1}
+        ranks = self.shared.begin(function.attend, batch=len(latents), padding=self.chunk.padding)
         return {**scores, "attend": self.shared.attend, "ranks": ranks}
 
     def _scatter(self, module, args, kwargs):

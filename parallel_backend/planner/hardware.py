@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from ..cogvideox.attention.choice import attention_of
+from ..cogvideox.attention import choice
+from ..cogvideox.attention.function import Kind
+from ..cogvideox.attention.torch_attention import HEAD_DIM
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import RequestError, first_line
-from ..system.gpu_memory import free_bytes
+from ..system.nvml import free_bytes
 from . import hardware_cache
 from .gpu_table import GIB, KNOWN, LINK_NAMES, LINKS, UNKNOWN, known
 from .machine import CPU, SLOW_LINK, Link, Machine
@@ -246,9 +248,9 @@ def measure(device: torch.device) -> dict[str, float]:
     with torch.cuda.device(device), torch.inference_mode():
         first, second = (torch.randn(side, side, **about) for _ in range(2))
         matrix = 2 * side**3 / median_seconds(lambda: first @ second)
-        states = [torch.randn(1, tokens, heads, 64, **about) for _ in range(3)]
-        attend = attention_of(torch.device(device), torch.bfloat16)
-        attention = 4 * tokens**2 * heads * 64 / median_seconds(lambda: attend(*states))
+        function = choice.fastest_alone(Kind(torch.device(device), torch.bfloat16, HEAD_DIM), tokens)
+        states = function.operands(*(torch.randn(1, tokens, heads, HEAD_DIM, **about) for _ in range(3)), torch.bfloat16)
+        attention = 4 * tokens**2 * heads * HEAD_DIM / median_seconds(lambda: function.attend(*states))
         large = torch.empty(2**28, device=device, dtype=torch.uint8)
         bandwidth = 2 * large.nbytes / median_seconds(large.clone)
     return {"matrix": matrix, "attention": attention, "bandwidth": bandwidth}

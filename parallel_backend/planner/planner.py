@@ -107,8 +107,16 @@ def approximations(work: Work, machine: Machine, world_size: int) -> list[Predic
 
 
 def can_run(plan: Plan, work: Work, machine: Machine) -> bool:
-    """Whether a plan can run this step: ``cfg2`` needs guidance, and offload by parts excludes ``fsdp`` and ``pipefusion``."""
-    return (work.guided or plan.cfg == 1) and (machine.can_shard or plan.can_offload("group"))
+    """Whether a plan can run this step.
+
+    ``cfg2`` needs guidance, a ring an attention function that works in it, and offload by parts excludes ``fsdp`` and
+    ``pipefusion``.
+    """
+    return (
+        (work.guided or plan.cfg == 1)
+        and (work.can_ring or plan.ring == 1)
+        and (machine.can_shard or plan.can_offload("group"))
+    )
 
 
 def pick(found: list[Prediction]) -> Prediction:

@@ -36,6 +36,8 @@ class Work:
     """``off``, ``linears`` or ``all``."""
     compile: str = "auto"
     """``auto``, ``on`` or ``off``."""
+    can_ring: bool = True
+    """Whether its attention function works in a ring."""
 
     @property
     def videos(self) -> int:

@@ -16,10 +16,12 @@ from parallel_backend.group.codec import decode
 from parallel_backend.group.job_fields import join_fields
 from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import Plan
+from tests.support import rounded_attention
 
 
 def main() -> None:
     """Runs the command of the module's docstring."""
+    rounded_attention.register()
     folder, plans = Path(sys.argv[1]), sys.argv[2:]
     rank = int(os.environ["RANK"])
     messages = [decode(path.read_bytes()) for path in sorted(folder.glob("*.job"))]

@@ -1,141 +1,178 @@
-"""Chooses the attention of a full sequence: this pack's kernels on Hopper GPUs, else FlashAttention-3, else torch's.
+"""Chooses the attention function of a job: the one that is asked for, or for ``auto`` the fastest exact one that is right.
 
-Tensors are ``[batch, tokens, heads, head_dim]``, the layout of the projections' outputs.
+This pack's kernels are taken without timing where they work. Elsewhere the functions of torch and of installed packages are timed
+once on a GPU; see :mod:`.trial`.
 """
 
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from . import hopper_fp8
-from .hopper import attend_own, why_not_own
+from ...errors import RequestError
+from ...plan import AUTO
+from . import hopper_fp8, registry
+from .function import AttentionFunction, Kind
 from .recomputed_tiles import TOO_OFTEN, pieces_on
-from .torch_attention import HEAD_DIM, Attention, attend_torch
+from .timings import Timings
+from .torch_attention import Attention
+from .trial import length_class, measured, why_not
 
-FLASH_3 = ("fa3_fwd_interface", "flash_attn_interface")
-"""Modules of FlashAttention-3: PyPI's ``fa3-fwd``, and the build from its authors' repository. The first has no fp16."""
-HEAD_DIMS = (32, HEAD_DIM)
-"""Head dimensions that the kernels support; small test models have the first."""
-
-
-@cache
-def flash_3():
-    """Returns FlashAttention-3's function, or None."""
-    for name in FLASH_3:
-        try:
-            return import_module(name).flash_attn_func
-        except (ImportError, OSError):  # absent, or built for another torch
-            continue
-    return None
+Collect = Callable[[Any], list[Any]]
+"""Returns a value from each of several ranks; a collective."""
 
 
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Returns whether this is a GPU that FlashAttention-3 and the kernels are written for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+@dataclass(frozen=True)
+class Choice:
+    """The function of a job."""
+
+    function: AttentionFunction
+    notes: tuple[str, ...] = ()
+    """For the user, a line each."""
 
 
-def uses_flash_3(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether FlashAttention-3 supports such tensors here."""
-    return dtype == torch.bfloat16 and is_hopper(device) and flash_3() is not None
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a group, as far as they must agree. The default is one rank alone."""
+
+    collect: Collect = lambda value: [value]
+    """Returns a value from every rank, in their order."""
+    mine: Callable[[list[Any]], list[Any]] = lambda values: values
+    """Returns those of the ranks that must have the same function as this one: they attend to the same sequence."""
 
 
-def is_for_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Returns whether the kernels are written for such tensors."""
-    return dtype in (torch.bfloat16, torch.float16) and head_dim in HEAD_DIMS and is_hopper(device)
-
-
-def is_own(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Returns whether the kernels compute attention of such tensors. They take scores in base two; see :func:`.operands.factors`."""
-    return is_for_own(device, dtype, head_dim) and _declined is None and why_not_own(device, dtype) is None
-
-
-_declined: str | None = None
-"""Why this process does not use the kernels although they work here."""
-
-
-def agree(device: torch.device, dtype: torch.dtype, head_dim: int, collect: Callable[[bool], list[bool]]) -> None:
-    """Makes all ranks use the kernels, or none: queries that one rank scales for the kernels may be attended to on another.
+def check(name: str, kind: Kind, ranks: Ranks) -> None:
+    """Checks that a function works on every rank. All ranks must call it.
 
     Args:
-        device, dtype, head_dim: of this rank's tensors.
-        collect: gathers a value from every rank; a collective.
+        name: of the function, or ``auto``.
+        kind: of this rank's tensors.
+        ranks: of the group.
+    Raises:
+        RequestError: on all ranks, with the functions that can be used and the reason.
     """
-    global _declined
-    mine = is_own(device, dtype, head_dim)
-    if not all(collect(mine)) and mine:
-        _declined = "another rank cannot use them"
+    if name == AUTO:
+        return
+    mine = why_not(kind, registry.FUNCTIONS[name])
+    refused = mine and refusal(name, kind, mine, [function.name for function in registry.usable(kind)])
+    if reasons := [reason for reason in ranks.collect(refused) if reason]:
+        raise RequestError(reasons[0])
 
 
-def flash_attention_3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns attention in bfloat16, and the log-sum-exp ``[batch, heads, tokens]``."""
-    return flash_3()(query, key, value, return_attn_probs=True)[:2]
+def check_devices(name: str, kinds: list[Kind]) -> None:
+    """Checks that devices have what a function needs, as far as that is known without its package: a group may have another Python.
+
+    Raises:
+        RequestError: see :func:`check`.
+    """
+    for kind in kinds if name != AUTO else ():
+        if reason := registry.FUNCTIONS[name].needs.unmet(kind):
+            able = [function.name for function in registry.FUNCTIONS.values() if function.needs.unmet(kind) is None]
+            raise RequestError(refusal(name, kind, reason, able))
+
+
+def refusal(name: str, kind: Kind, reason: str, able: list[str]) -> str:
+    """Returns the message for a function that cannot be used."""
+    return f"attention '{name}' cannot be used for {kind}: {reason}; use one of {', '.join([AUTO, *able])}"
+
+
+def prepare(kind: Kind, name: str = AUTO) -> None:
+    """Compiles and tries the functions among which :func:`choose` will choose.
+
+    It takes a few seconds, best spent while something else runs.
+    """
+    for function in preferred(name):
+        if why_not(kind, function) is None:
+            return
+    for function in registry.to_time(kind):
+        why_not(kind, function)
+
+
+def preferred(name: str) -> list[AttentionFunction]:
+    """Returns the functions that are taken without timing if they work, best first.
+
+    One that is named stands alone, so that kernels which do not work somewhere are not even compiled. FP8 does not, as the model's
+    ``fp8`` asks for it only where it works.
+    """
+    first = [function for function in registry.FUNCTIONS.values() if function.comes_first]
+    if name == AUTO:
+        return first
+    return [registry.FUNCTIONS[name], *(first if registry.FUNCTIONS[name].fp8 else ())]
+
+
+def choose(name: str, kind: Kind, tokens: int, ranks: Ranks) -> Choice:
+    """Chooses the function of a job. All ranks must call it.
+
+    Args:
+        name: of a function, or ``auto``. If the function does not work, another one is chosen, with a note: :func:`check` refuses
+            one that the user has named.
+        kind: of this rank's tensors.
+        tokens: of the whole sequence.
+        ranks: of the group.
+    """
+    wanted = preferred(name)
+    reasons = ranks.mine(ranks.collect({function.name: why_not(kind, function) for function in wanted}))
+    works = [function for function in wanted if not any(of_rank[function.name] for of_rank in reasons)]
+    # All ranks take part, whether or not they need it: others may be without a function that works for these.
+    offers = ranks.mine(ranks.collect(None if works else measured(kind, length_class(tokens))))
+    chosen, notes = (works[0], []) if works else fastest_of(offers)
+    missed = [note_of_missed(each, kind, reasons) for each in (wanted[: wanted.index(chosen)] if works else wanted)]
+    return Choice(chosen, tuple(note for note in (*missed, *notes, note_of_values(chosen, kind)) if note))
+
+
+def fastest_of(offers: list[Timings]) -> tuple[AttentionFunction, list[str]]:
+    """Returns the function that is the fastest for the slowest rank, among those that all ranks have, and the notes for the user."""
+    slowest = {
+        name: max(offer.milliseconds[name] for offer in offers)
+        for name in offers[0].milliseconds
+        if all(name in offer.milliseconds for offer in offers)
+    }
+    name = min(slowest, key=slowest.get, default=registry.LAST_RESORT)
+    left_out = {name: reason for offer in offers for name, reason in offer.left_out.items()}
+    without = "".join(f"; without {other}: {reason}" for other, reason in left_out.items())
+    if len(slowest) > 1:
+        return registry.FUNCTIONS[name], [f"attention: {name}, the fastest of {len(slowest)} exact functions here{without}"]
+    return registry.FUNCTIONS[name], [f"attention: {name}{without}"] if without else []
+
+
+def note_of_missed(function: AttentionFunction, kind: Kind, reasons: list[dict[str, str | None]]) -> str | None:
+    """Returns a note for the user on a preferred function that is not used, or None if it is not meant for this GPU."""
+    mine = why_not(kind, function)
+    reason = mine or "another rank cannot use it: " + next(
+        of_rank[function.name] for of_rank in reasons if of_rank[function.name]
+    )
+    if function.comes_first:
+        return None if function.missing(kind) else f"attention is not this pack's own, which is faster: {reason}"
+    return f"attention is not in {function.name.upper()}: {reason}"
+
+
+def note_of_values(function: AttentionFunction, kind: Kind) -> str | None:
+    """Returns a note for the user if FP8 attention keeps values in 16 bits, else None."""
+    reason = hopper_fp8.why_not(kind.device) if function.fp8 else None
+    return f"attention's values are not in FP8, which is slower: {reason}" if reason else None
+
+
+def fastest_alone(kind: Kind, tokens: int) -> AttentionFunction:
+    """Returns what ``auto`` chooses for one rank."""
+    return choose(AUTO, kind, tokens, Ranks()).function
+
+
+def begin(function: AttentionFunction, device: torch.device) -> None:
+    """Prepares a forward pass: lets this pack's kernels follow the range of the scores."""
+    if function.base_two:
+        pieces_on(device).look()
 
 
 def note_of_twice(device: torch.device) -> str | None:
-    """Returns a note for the user if the kernels recomputed much since the last call, else None."""
-    share = pieces_on(device).share_of_twice() if is_hopper(device) else 0.0
+    """Returns a note for the user if this pack's kernels recomputed much since the last call, else None."""
+    share = pieces_on(device).share_of_twice() if device.type == "cuda" else 0.0
     if share <= TOO_OFTEN:
         return None
     then = ", until the kernel for such scores took over" if pieces_on(device).needs_maximum else ""
     return f"{share:.0%} of attention was computed twice, as its scores are out of the fast kernel's range{then}: slower, but as accurate"
 
 
-def prepare(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool = False) -> None:
-    """Compiles and tests the kernels if they support such tensors.
-
-    It takes a few seconds, best spent while something else runs.
-    """
-    note(device, dtype, head_dim, fp8=fp8)
-
-
-def attend_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Computes attention with FlashAttention-3."""
-    return flash_attention_3(query, key, value)[0]
-
-
 def alone(attend: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Computes attention on one rank, for tensors ``[batch, 1, tokens, heads, head_dim]`` in the layout for several ranks."""
     return attend(*(states.squeeze(1) for states in (query, key, value))).unsqueeze(1)
-
-
-def attention_of(device: torch.device, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> Attention:
-    """Returns the attention function for such tensors."""
-    if is_own(device, dtype, head_dim):
-        return attend_own
-    return attend_flash if uses_flash_3(device, dtype) else attend_torch
-
-
-def for_blocks(states: torch.Tensor, head_dim: int, *, fp8: bool) -> tuple[Attention, dict[str, bool]]:
-    """Returns the attention function of a forward pass, and the related arguments of :func:`.block.forward`.
-
-    Args:
-        states: of the forward pass, for device and dtype.
-        head_dim: of the model.
-        fp8: whether to use FP8 if it is supported.
-    """
-    kind = states.device, states.dtype, head_dim
-    own = is_own(*kind)
-    if own:
-        pieces_on(states.device).look()
-    return attention_of(*kind), {"base_two": own, "fp8": own and fp8}
-
-
-def note_of_values(device: torch.device) -> str | None:
-    """Returns a note for the user if FP8 attention keeps values in 16 bits, else None."""
-    reason = hopper_fp8.why_not(device)
-    return f"attention's values are not in FP8, which is slower: {reason}" if reason else None
-
-
-def note(device: torch.device, dtype: torch.dtype, head_dim: int, *, fp8: bool) -> str | None:
-    """Returns a note for the user if another attention replaces the kernels or FP8, else None."""
-    if is_own(device, dtype, head_dim):
-        return note_of_values(device) if fp8 else None
-    reason = (_declined or why_not_own(device, dtype)) if is_for_own(device, dtype, head_dim) else None
-    if fp8:
-        because = f": {reason}" if reason else ""
-        return f"attention is not in FP8: that needs a Hopper GPU, bf16 or fp16, and Triton 3.6 or newer{because}"
-    instead = "FlashAttention-3's" if uses_flash_3(device, dtype) else "torch's own"
-    return f"attention is {instead}, which is slower than this pack's: {reason}" if reason else None

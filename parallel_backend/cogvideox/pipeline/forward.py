@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ...jobs import SampleJob, WindowJob
+from ..attention.function import AttentionFunction
+from ..attention.registry import FUNCTIONS, LAST_RESORT
 from ..checkpoint.checkpoint import Checkpoint
 from ..transformer.positions import rotary_tables
 
@@ -21,6 +23,8 @@ class Runtime:
     """Of latents and text states."""
     context: Any
     """How ranks share the work; a :class:`parallel_backend.parallel.rank.RankContext`."""
+    attention: AttentionFunction = FUNCTIONS[LAST_RESORT]
+    """Of the blocks."""
 
 
 def prompts_of(job: SampleJob | WindowJob, numbers: tuple[int, int] = (0, 0)) -> list[torch.Tensor]:
@@ -48,8 +52,7 @@ class Forward:
     """Position tables for the window's length."""
     ofs: torch.Tensor | None
     """See ``Checkpoint.ofs``."""
-    context: Any
-    """See :class:`Runtime`."""
+    runtime: Runtime
     prompts: int
     """Number of prompts that all ranks together run: 2 if guided, else 1."""
     token: int = 1
@@ -61,7 +64,7 @@ class Forward:
         _, frames, _, height, width = latents.shape
         rotary = rotary_tables(checkpoint, frames, height, width, runtime.device)
         ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
-        return cls(transformer, rotary, ofs, runtime.context, prompts, checkpoint.patch_size_t or 1)
+        return cls(transformer, rotary, ofs, runtime, prompts, checkpoint.patch_size_t or 1)
 
     def predict(
         self, seen: torch.Tensor, timestep: torch.Tensor, scale: float, *, text: torch.Tensor, cache=None
@@ -86,10 +89,10 @@ class Forward:
             timestep=timestep.expand(len(text)).to(seen.device),
             ofs=self.ofs,
             image_rotary_emb=self.rotary,
-            attention_kwargs={"cache": cache},
+            attention_kwargs={"cache": cache, "attention": self.runtime.attention},
             return_dict=False,
         )[0]
-        predicted = [half[:, :frames].float() for half in self.context.gather(predicted.chunk(mine), of=self.prompts)]
+        predicted = [half[:, :frames].float() for half in self.runtime.context.gather(predicted.chunk(mine), of=self.prompts)]
         if self.prompts == 1:
             return predicted[0]
         negative, positive = predicted

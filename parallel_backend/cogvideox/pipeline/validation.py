@@ -1,8 +1,12 @@
 """Refuses jobs that a checkpoint cannot do, with a one-line message, before anything is loaded."""
 
+from dataclasses import replace
+
 from ...errors import RequestError
 from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
+from ...model import ATTENTIONS
 from ...plan import Plan
+from ..attention import registry
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.facts import SPATIAL, TEMPORAL
 from ..transformer.lora import open_all
@@ -61,6 +65,7 @@ def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
     if not isinstance(job, SampleJob):
         return
     plan.check_offload(job.model.offload)
+    check_ring(plan, job.model.attention)
     if plan.pipefusion == 1:
         return
     other = plan.without_pipefusion
@@ -74,6 +79,18 @@ def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
             f"plan '{plan}': windows of the schedule 'uniform' move, so there are no keys and values of the previous step to "
             f"reuse; use the schedule 'static', or plan '{other}'"
         )
+
+
+def check_ring(plan: Plan, attention: str) -> None:
+    """Raises RequestError if a plan has a ring and the user's attention function does not return the log-sum-exp."""
+    if plan.ring == 1 or registry.can_ring(attention):
+        return
+    able = ", ".join(name for name in ATTENTIONS if registry.can_ring(name))
+    other = replace(plan, ulysses=plan.sequence, ring=1)
+    raise RequestError(
+        f"plan '{plan}': a ring adds up results by their log-sum-exp, which attention '{attention}' does not give; "
+        f"use attention {able}, or plan '{other}'"
+    )
 
 
 def check_window(checkpoint: Checkpoint, job: WindowJob) -> None:

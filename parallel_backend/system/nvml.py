@@ -1,4 +1,4 @@
-"""Free memory of GPUs, asked without a CUDA context."""
+"""What the driver knows of GPUs, asked without a CUDA context: free memory, and its own version."""
 
 import torch
 
@@ -17,3 +17,14 @@ def free_bytes(device: torch.device) -> int:
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
     except Exception:  # not installed, no driver library, no such GPU: each library version has other errors
         return torch.cuda.mem_get_info(device)[0]
+
+
+def driver_version() -> str:
+    """Returns the version of the GPUs' driver; that of CUDA that it supports where NVML does not answer."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # as above
+        return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
