@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.checkpoint.description import describe
 from ..parallel_backend.errors import RequestError
-from ..parallel_backend.model import COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, Model
+from ..parallel_backend.model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, Model
 from .base import CogVideoXNode
 from .comfy import runtime
 from .comfy.clip import ClipHandle
@@ -14,7 +14,7 @@ from .comfy.vae import VaeHandle
 
 
 def speed_inputs() -> list:
-    """Returns inputs for what makes steps faster: compiled kernels, FP8 and the step cache."""
+    """Returns inputs for what makes steps faster: compiled kernels, FP8, the step cache and attention."""
     return [
         io.Combo.Input(
             "compile",
@@ -44,6 +44,15 @@ def speed_inputs() -> list:
             "share since the last full step, the residual of the other blocks is extrapolated from the last two full "
             "steps, for at most three steps in a row. With the demo in 50 steps of DPM, 0.1 skips a quarter of the "
             "steps and changes the video by 3 %, 0.2 skips half and changes it by 6 %. 0 is off.",
+        ),
+        io.Combo.Input(
+            "attention",
+            options=list(ATTENTIONS),
+            default="auto",
+            optional=True,
+            tooltip="What computes attention. auto: the fastest exact function on this GPU, measured once; with fp8 all the "
+            "one in FP8. int8 (compute capability 7.5 or newer, with comfy-kitchen), sage (with sageattention) and fp8 "
+            "(Hopper) change the video slightly. A function that cannot work here is refused.",
         ),
     ]
 
@@ -135,9 +144,10 @@ class LoadCogVideoX(CogVideoXNode):
         step_cache: float = 0.0,
         task: str = "auto",
         snr_shift: str = "auto",
+        attention: str = "auto",
     ) -> io.NodeOutput:
         """Opens and checks the checkpoint."""
-        fast = {"compile": compile, "fp8": fp8, "step_cache": step_cache}
+        fast = {"compile": compile, "fp8": fp8, "step_cache": step_cache, "attention": attention}
         taken = {"task": task, "snr_shift": snr_shift}
         model = Model(str(runtime.find_model(model_name)), dtype=dtype, offload=offload, **fast, **taken)
         checkpoint = Checkpoint.of(model)
