@@ -83,6 +83,16 @@ def test_status_says_what_the_group_is_and_does(group, make_job):
     assert status["jobs"] >= 1 and status["uptime"] > 0 and status["queue"] == 0
 
 
+def test_the_fork_server_imports_nothing_that_sampling_does_not_need(group):
+    """Seen in the compiled files that it has mapped. ComfyUI's environment may have all of these packages."""
+    group.start()
+    assert wait_until(lambda: group.status()["state"] == "ready")
+    server = fork_server_client.ForkServerProcess.get("cpu").process
+    mapped = {part for one in psutil.Process(server.pid).memory_maps() for part in Path(one.path).parts}
+    assert {"torch", "safetensors"} <= mapped
+    assert not {"tokenizers", "pandas", "sklearn", "scipy", "torchvision", "sentencepiece"} & mapped
+
+
 def test_free_ends_the_processes_and_the_next_job_starts_them_again(group, make_job):
     before = group.sample(make_job("5b")).tensor
     ranks = rank_processes(group.address)

@@ -1,11 +1,15 @@
 """The same folder, seed and prompt give the latents and frames of diffusers' own pipeline, run here."""
 
+from itertools import product
+
 import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.scheduler_step import Noise, dpm_step
+from parallel_backend.cogvideox.transformer.positions import centred_region
 from parallel_backend.cogvideox.vae.codec import encode
 from parallel_backend.jobs import DecodeJob, EncodeJob
 from parallel_backend.model import Model
@@ -41,6 +45,13 @@ def test_latents_equal_those_of_diffusers(like, scheduler, settings, pipelines, 
     latents = local.sample(make_job(like, scheduler=scheduler, **settings)).tensor
     assert latents.shape == expected.shape
     assert (latents - expected).abs().max() <= TOLERANCE
+
+
+def test_the_region_of_the_rotary_grid_is_that_of_diffusers():
+    """For every grid up to twice the size of the base grid, which is that of 480 x 720."""
+    grids = list(product(range(1, 61), range(1, 91)))
+    expected = [get_resize_crop_region_for_grid(grid, 45, 30) for grid in grids]
+    assert [centred_region(grid, 30, 45) for grid in grids] == expected
 
 
 def test_prompts_in_turn_are_diffusers_with_other_prompts_from_a_step_on(pipelines, make_job, local):

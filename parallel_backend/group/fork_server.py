@@ -16,6 +16,8 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -36,7 +38,6 @@ MODULES = (
     "diffusers.models.autoencoders.autoencoder_kl_cogvideox",
     "diffusers.schedulers.scheduling_ddim_cogvideox",
     "diffusers.schedulers.scheduling_dpm_cogvideox",
-    "diffusers.pipelines.cogvideo.pipeline_cogvideox",
 )
 """What a rank imports before its first step, xfuser aside: parts of xfuser touch CUDA while they are imported."""
 KERNELS = (
@@ -45,17 +46,32 @@ KERNELS = (
     "parallel_backend.cogvideox.kernels.attention_hopper",
 )
 """The same, if Triton is installed."""
+UNUSED = ("peft", "transformers")
+"""What diffusers imports if it is installed, and no rank uses: the owner encodes text, and LoRAs are merged without PEFT."""
+
+
+@contextmanager
+def absent(names: Iterable[str]) -> Iterator[None]:
+    """Has imports find none of these packages, which may be installed. Those that are imported already stay."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # None: Python's own mark of a module that cannot be imported
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def preload() -> None:
     """Imports the modules. An error is only logged: the rank that needs the module meets it again and reports it."""
     os.environ.update(WITHOUT_CUDA)
     gc.disable()  # collections take a quarter of the time, and find nothing
-    for name in (*MODULES, *(KERNELS if find_spec("triton") else ())):
-        try:
-            importlib.import_module(name)
-        except Exception:
-            traceback.print_exc()
+    with absent(UNUSED):
+        for name in (*MODULES, *(KERNELS if find_spec("triton") else ())):
+            try:
+                importlib.import_module(name)
+            except Exception:
+                traceback.print_exc()
     for name in WITHOUT_CUDA:
         del os.environ[name]
     gc.enable()

@@ -54,13 +54,24 @@ def token_positions(checkpoint: CheckpointFacts, frames: int, height: int, width
         return tuple(
             torch.arange(length, dtype=torch.float32) for length in (math.ceil(frames / checkpoint.patch_size_t), *grid)
         )
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-
-    crop = get_resize_crop_region_for_grid(
-        grid, config.get("sample_width", 90) // patch, config.get("sample_height", 60) // patch
-    )
+    crop = centred_region(grid, config.get("sample_height", 60) // patch, config.get("sample_width", 90) // patch)
     spaced = even_steps if checkpoint.is_fun else steps_of_diffusers
     return torch.arange(frames, dtype=torch.float32), *(spaced(*edges, length) for edges, length in zip(zip(*crop), grid))
+
+
+def centred_region(grid: tuple[int, int], height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the top left and bottom right corner of the largest centred region of a base grid with the proportions of ``grid``.
+
+    It is ``get_resize_crop_region_for_grid`` of diffusers' CogVideoX pipeline, an import of which brings all of transformers.
+
+    Args:
+        grid: rows and columns.
+        height, width: of the base grid.
+    """
+    scale = min(height / grid[0], width / grid[1])
+    rows, columns = round(grid[0] * scale), round(grid[1] * scale)
+    top, left = round((height - rows) / 2), round((width - columns) / 2)
+    return (top, left), (top + rows, left + columns)
 
 
 def even_steps(start: int, stop: int, length: int) -> torch.Tensor:
