@@ -23,8 +23,8 @@ from parallel_backend.plan import Plan
 
 from .conftest import REPO
 
-ONE_RANK = """
-import json, os, signal, sys
+TWO_RANKS = """
+import json, sys
 from pathlib import Path
 import torch
 from parallel_backend.cogvideox import offload
@@ -34,25 +34,23 @@ from parallel_backend.model import Model
 from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import Plan
-signal.alarm(100)
+from tests.support.ranks import fork_ranks
 path, folder = sys.argv[1:]
-rank, checkpoint = int(os.environ["RANK"]), Checkpoint.open(path)
-offload.free_bytes = lambda device: (2**40, 0)[rank]
-text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
-job = SampleJob(Model(path), text, empty_latent(width=64, height=48, frames=9), text, steps=1)
-engine = Engine(GroupRankContext(Plan(ulysses=2), device=torch.device("cpu"), rank=rank))
-Path(folder, f"rank{rank}.json").write_text(json.dumps(engine.run(job).report.notes))
+def run(rank):
+    offload.free_bytes = lambda device: (2**40, 0)[rank]
+    checkpoint = Checkpoint.open(path)
+    text = torch.zeros(1, checkpoint.text_tokens, checkpoint.text_features)
+    job = SampleJob(Model(path), text, empty_latent(width=64, height=48, frames=9), text, steps=1)
+    engine = Engine(GroupRankContext(Plan(ulysses=2), device=torch.device("cpu"), rank=rank))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(engine.run(job).report.notes))
+fork_ranks(2, run)
 """
 
 
 def test_ranks_with_unequal_memory_choose_the_same_offload(checkpoints, tmp_path):
-    script = tmp_path / "one_rank.py"
-    script.write_text(ONE_RANK)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, script, checkpoints["5b"], tmp_path], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", TWO_RANKS, checkpoints["5b"], tmp_path]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

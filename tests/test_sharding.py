@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +25,8 @@ from parallel_backend.workload import Workload
 
 from .conftest import REPO, TOLERANCE
 
-PLANS = {
-    2: ["tensor2", "cfg2-fsdp2", "ulysses2-fsdp2", "ring2-fsdp2"],
-    4: ["tensor4", "cfg2-tensor2", "tensor2-ulysses2", "tensor2-ring2", "cfg2-tensor2-fsdp2", "cfg2-ulysses2-fsdp4"],
-}
+TWO = ["tensor2", "cfg2-fsdp2", "ulysses2-fsdp2", "ring2-fsdp2"]
+FOUR = ["tensor4", "cfg2-tensor2", "tensor2-ulysses2", "tensor2-ring2", "cfg2-tensor2-fsdp2", "cfg2-ulysses2-fsdp4"]
 CASES = [
     ("2b", {"size": (80, 48, 13), "scheduler": "dpm", "dynamic_cfg": True}),
     ("5b", {"size": (48, 48, 9), "scheduler": "ddim", "lora": 0.8}),
@@ -55,41 +54,47 @@ def single(jobs, local) -> list[torch.Tensor]:
     return [local.sample(job).tensor for job in jobs]
 
 
-def run_plans(folder, jobs, size: int, plans: list[str]) -> dict[str, tuple[list[torch.Tensor], list[list[int]]]]:
-    """What processes make of jobs under each plan, and the bytes of weights that each has; see ``ranks.py``."""
+@pytest.fixture(scope="module")
+def exact(jobs, single, local) -> list[torch.Tensor]:
+    """What this process makes of each job without FP8."""
+    return [
+        expected if job.model.fp8 == "off" else local.sample(replace(job, model=replace(job.model, fp8="off"))).tensor
+        for job, expected in zip(jobs, single)
+    ]
+
+
+@pytest.fixture(scope="module")
+def ranks_made(jobs, tmp_path_factory) -> Path:
+    """The folder of what processes make of the jobs under each plan, and of the bytes of weights that each has; see ``ranks.py``."""
+    folder = tmp_path_factory.mktemp("ranks")
     for number, job in enumerate(jobs):
         (folder / f"{number:02}.job").write_bytes(encode(Message(job.kind, *split_fields(job))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    script = [REPO / "tests" / "support" / "ranks.py", folder, *plans]
-    done = subprocess.run([*launch, *map(str, script)], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.support.ranks", str(folder), *TWO, *FOUR]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    return {plan: torch.load(folder / f"{plan}.pt") for plan in plans}
+    return folder
 
 
-@pytest.mark.parametrize("size", PLANS)
+@pytest.mark.parametrize("plan", [*TWO, *FOUR])
 @pytest.mark.slow
-def test_plans_that_split_weights_equal_single_and_hold_their_part(size, jobs, single, local, tmp_path):
-    exact = {
-        id(job): local.sample(replace(job, model=replace(job.model, fp8="off"))).tensor
-        for job in jobs
-        if job.model.fp8 != "off"
-    }
-    for plan, (made, held) in run_plans(tmp_path, jobs, size, PLANS[size]).items():
-        for job, found, expected, bytes_held in zip(jobs, made, single, held):
-            if job.model.fp8 == "off":
-                assert (found - expected).abs().max() <= TOLERANCE, (plan, job)
-            else:  # a row's scale is that of a rank's columns, and a rounding that falls the other way is a step of FP8
-                rounded = distance(expected, exact[id(job)])
-                assert distance(found, exact[id(job)]) < 1.5 * rounded and distance(found, expected) < 1.5 * rounded, plan
-            checkpoint = Checkpoint.open(job.model.path)
-            whole, part = (
-                offload.transformer_bytes(checkpoint, of, torch.float32, fp8=job.model.fp8 != "off")
-                for of in (Plan(), Plan.parse(plan))
-            )
-            assert part < 0.9 * whole
-            if checkpoint.rotary:  # 2b has a table of positions, too
-                assert all(count == pytest.approx(part, rel=0.05) for count in bytes_held), plan
+def test_a_plan_that_splits_weights_equals_single_and_each_rank_holds_its_part(plan, jobs, single, exact, ranks_made):
+    made, held = torch.load(ranks_made / f"{plan}.pt")
+    assert len(made) == len(held) == len(jobs)
+    for job, found, expected, unrounded, bytes_held in zip(jobs, made, single, exact, held):
+        if job.model.fp8 == "off":
+            assert (found - expected).abs().max() <= TOLERANCE, job
+        else:  # a row's scale is that of a rank's columns, and a rounding that falls the other way is a step of FP8
+            rounded = distance(expected, unrounded)
+            assert distance(found, unrounded) < 1.5 * rounded and distance(found, expected) < 1.5 * rounded
+        checkpoint = Checkpoint.open(job.model.path)
+        whole, part = (
+            offload.transformer_bytes(checkpoint, of, torch.float32, fp8=job.model.fp8 != "off")
+            for of in (Plan(), Plan.parse(plan))
+        )
+        assert part < 0.9 * whole
+        if checkpoint.rotary:  # 2b has a table of positions, too
+            assert all(count == pytest.approx(part, rel=0.05) for count in bytes_held)
 
 
 @pytest.mark.slow
