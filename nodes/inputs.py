@@ -102,6 +102,13 @@ def checked_vae(value: Any, declared: io.Input) -> Any:
     return value
 
 
+def noise(value: Any, declared: io.Input) -> Any:
+    """Checks the core's noise, an object that makes it for a latent."""
+    if not hasattr(value, "generate_noise"):
+        raise RequestError(f"{declared.id} is {shown(value)}; connect the core's RandomNoise or another node that makes noise")
+    return value
+
+
 def handle(kind: type, source: str) -> Callable[[Any, io.Input], Any]:
     """Returns the check for one of the pack's own sockets."""
 
@@ -133,6 +140,7 @@ CHECKS: dict[str, Callable[[Any, Any], Any]] = {
     io.Latent.io_type: latent,
     io.Conditioning.io_type: conditioning,
     io.Vae.io_type: checked_vae,
+    io.Noise.io_type: noise,
     ModelSocket.io_type: handle(ModelHandle, "Load CogVideoX"),
     BackendSocket.io_type: handle(BackendHandle, "xDiT Backend"),
 }

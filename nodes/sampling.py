@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
 from ..parallel_backend.plan import AUTO
+from ..parallel_backend.validation import timesteps_of
 from .base import CogVideoXNode
 from .comfy import runtime
 from .comfy.types import BACKEND, CATEGORY, BackendSocket, ModelSocket
@@ -63,6 +64,18 @@ class CogVideoXSampler(CogVideoXNode):
                     "steps on the latent, in 60 % of the time.",
                 ),
                 BackendSocket.Input("backend", optional=True, tooltip=BACKEND),
+                io.String.Input(
+                    "timesteps",
+                    default="",
+                    optional=True,
+                    tooltip="The noise levels of the steps by hand, descending from at most 999, instead of the scheduler's own; steps "
+                    "then has no effect. For LoRAs of few steps: TDM's for 2b was trained at 999, 856, 665, 399, with cfg 1.",
+                ),
+                io.Noise.Input(
+                    "noise",
+                    optional=True,
+                    tooltip="Where to start instead of noise from the seed, such as warped noise. The seed then draws only what dpm adds.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
             hidden=[io.Hidden.unique_id],
@@ -82,11 +95,25 @@ class CogVideoXSampler(CogVideoXNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent, seed, steps, cfg, scheduler, dynamic_cfg, denoise, backend=None
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        seed,
+        steps,
+        cfg,
+        scheduler,
+        dynamic_cfg,
+        denoise,
+        backend=None,
+        timesteps="",
+        noise=None,
     ) -> io.NodeOutput:
         """Makes a sampling job of the inputs and runs it."""
         node_id = cls.hidden.unique_id
         say = partial(runtime.say, node_id=node_id, level=logging.WARNING)
+        by_hand = timesteps_of(timesteps)
         text = {"limit": model.checkpoint.text_tokens, "say": say}
         job = SampleJob(
             model.model,
@@ -94,7 +121,9 @@ class CogVideoXSampler(CogVideoXNode):
             **text_fields(positive, "positive", **text),
             **text_fields(negative, "negative", **text),
             seed=seed,
-            steps=steps,
+            steps=len(by_hand) or steps,
+            timesteps=by_hand,
+            noise=None if noise is None else noise.generate_noise(latent).float().cpu(),
             cfg=cfg,
             scheduler=scheduler,
             dynamic_cfg=dynamic_cfg,

@@ -7,13 +7,22 @@ are ``[frames, height, width, 3]`` in 0..1. Whether a job fits a checkpoint (cha
 
 from bisect import bisect_right
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 
 import torch
 
 from .errors import RequestError
 from .model import Model, Windows
-from .validation import CHANNELS, between, check_condition, check_image, check_latent, check_size, choice
+from .validation import (
+    CHANNELS,
+    between,
+    check_conditions,
+    check_image,
+    check_latent,
+    check_size,
+    check_text,
+    check_timesteps,
+    choice,
+)
 
 SCHEDULERS = ("auto", "ddim", "dpm")
 TILINGS = ("auto", "on", "off")
@@ -102,12 +111,17 @@ class SampleJob:
     """For several prompts in turn: the share of the steps at which each starts, ascending from 0."""
     negative_starts: tuple[float, ...] = ()
     """Likewise for ``negative``."""
+    noise: torch.Tensor | None = None
+    """Where to start instead of noise from the seed: of unit variance, shaped like ``latent``, its first dimension 1 or the batch."""
+    timesteps: tuple[int, ...] = ()
+    """The timesteps of the steps by hand, descending from at most 999; empty for the scheduler's own."""
 
     def __post_init__(self):
         check_latent(self.latent)
         if self.image is not None:
             check_image(self.image, self.latent)
-        self.check_conditions()
+        choice("image_scale", self.image_scale, IMAGE_SCALES)
+        check_conditions(self)
         choice("scheduler", self.scheduler, SCHEDULERS)
         between("steps", self.steps, 1, 1000)
         between("pipefusion_warmup", self.pipefusion_warmup, 1, 1000)
@@ -125,36 +139,11 @@ class SampleJob:
             raise RequestError(f"denoise is {self.denoise} but the latent is empty; encode a video, or use denoise 1")
         if self.guided and self.negative is None:
             raise RequestError(f"cfg is {self.cfg} but there is no negative conditioning; add one, or use cfg 1")
-        self.check_text("positive", self.positive, self.positive_starts)
+        batch = len(self.latent)
+        check_text("positive", self.positive, self.positive_starts, batch)
         if self.negative is not None:
-            self.check_text("negative", self.negative, self.negative_starts)
-
-    def check_text(self, name: str, text: torch.Tensor, starts: tuple[float, ...]) -> None:
-        """Raises RequestError unless text states fit the batch, and the number of prompts fits ``starts``."""
-        batch = self.latent.shape[0]
-        if text.ndim != (4 if starts else 3) or text.shape[0] not in (1, batch):
-            layout = f"[1 or {batch}, {'prompts, ' if starts else ''}tokens, features]"
-            raise RequestError(f"{name} conditioning is {tuple(text.shape)}; it must be {layout}")
-        ascending = all(start < after for start, after in pairwise((*starts, 1)))
-        if starts and (len(starts) != text.shape[1] or starts[0] != 0 or not ascending):
-            raise RequestError(f"{name}_starts is {starts}; it must be {text.shape[1]} ascending shares from 0 to below 1")
-
-    def check_conditions(self) -> None:
-        """Raises RequestError unless the control video, the masked video and the mask fit the latent."""
-        choice("image_scale", self.image_scale, IMAGE_SCALES)
-        between("control_strength", self.control_strength, 0.0, 10.0)
-        between("control_start", self.control_start, 0.0, 1.0)
-        between("control_end", self.control_end, self.control_start, 1.0)
-        channels = self.latent.shape[1]
-        if self.control is not None:
-            node = "CogVideoX Control To Video"
-            check_condition("control video's latent", self.control, self.latent, channels=channels, node=node)
-        if (self.masked_video is None) != (self.mask is None):
-            raise RequestError("a masked video and its mask go together; use CogVideoX Inpaint or CogVideoX Image To Video")
-        if self.mask is not None:
-            node = "CogVideoX Inpaint or CogVideoX Image To Video"
-            check_condition("masked video's latent", self.masked_video, self.latent, channels=channels, node=node)
-            check_condition("mask", self.mask, self.latent, channels=1, node=node)
+            check_text("negative", self.negative, self.negative_starts, batch)
+        check_timesteps(self.timesteps, self.steps)
 
     @property
     def guided(self) -> bool:

@@ -1,5 +1,6 @@
 """Checks of values, sizes and latents when a job is made. Each raises RequestError, which says what is allowed."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from .errors import RequestError
 
 CHANNELS = 16
 """Channels of a latent."""
+TRAINED_TIMESTEPS = 1000
+"""Timesteps of the noise schedule that all CogVideoX were trained with."""
 
 
 def choice(name: str, value: Any, allowed) -> None:
@@ -87,6 +90,59 @@ def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *,
             f"the {name} is {own_width * 8}x{own_height * 8} with {own_frames} latent frames and the video is "
             f"{width * 8}x{height * 8} with {frames}; use the latent output of {node}"
         )
+
+
+def check_conditions(job: Any) -> None:
+    """Raises RequestError unless the control video, the noise, the masked video and the mask of a sampling job fit its latent."""
+    between("control_strength", job.control_strength, 0.0, 10.0)
+    between("control_start", job.control_start, 0.0, 1.0)
+    between("control_end", job.control_end, job.control_start, 1.0)
+    channels = job.latent.shape[1]
+    if job.control is not None:
+        node = "CogVideoX Control To Video"
+        check_condition("control video's latent", job.control, job.latent, channels=channels, node=node)
+    if job.noise is not None:
+        check_condition("noise", job.noise, job.latent, channels=channels, node="the sampler's latent")
+    if (job.masked_video is None) != (job.mask is None):
+        raise RequestError("a masked video and its mask go together; use CogVideoX Inpaint or CogVideoX Image To Video")
+    if job.mask is not None:
+        node = "CogVideoX Inpaint or CogVideoX Image To Video"
+        check_condition("masked video's latent", job.masked_video, job.latent, channels=channels, node=node)
+        check_condition("mask", job.mask, job.latent, channels=1, node=node)
+
+
+def check_text(name: str, text: torch.Tensor, starts: tuple[float, ...], batch: int) -> None:
+    """Raises RequestError unless text states fit the batch, and the number of prompts fits ``starts``."""
+    if text.ndim != (4 if starts else 3) or text.shape[0] not in (1, batch):
+        layout = f"[1 or {batch}, {'prompts, ' if starts else ''}tokens, features]"
+        raise RequestError(f"{name} conditioning is {tuple(text.shape)}; it must be {layout}")
+    ascending = all(start < after for start, after in pairwise((*starts, 1)))
+    if starts and (len(starts) != text.shape[1] or starts[0] != 0 or not ascending):
+        raise RequestError(f"{name}_starts is {starts}; it must be {text.shape[1]} ascending shares from 0 to below 1")
+
+
+def check_timesteps(timesteps: tuple[int, ...], steps: int) -> None:
+    """Raises RequestError unless timesteps by hand descend within the training's, one for each step."""
+    descending = all(before > after for before, after in pairwise((TRAINED_TIMESTEPS, *timesteps, -1)))
+    if timesteps and not descending:
+        raise RequestError(
+            f"timesteps are {', '.join(map(str, timesteps))}; they must descend from at most {TRAINED_TIMESTEPS - 1} to at least 0"
+        )
+    if timesteps and len(timesteps) != steps:
+        raise RequestError(f"steps is {steps}, but there are {len(timesteps)} timesteps; set steps to {len(timesteps)}")
+
+
+def timesteps_of(words: str) -> tuple[int, ...]:
+    """Parses timesteps by hand, such as ``999, 856, 665, 399``; empty words are none.
+
+    Raises:
+        RequestError: for a word that is no whole number.
+    """
+    found = words.replace(",", " ").split()
+    try:
+        return tuple(map(int, found))
+    except ValueError:
+        raise RequestError(f"timesteps are '{words}'; use whole numbers such as 999, 856, 665, 399") from None
 
 
 def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:

@@ -66,3 +66,24 @@ show(
     }
     for name, line in shown.items():
         assert words[name] in line and "\n" not in line, (name, line)
+
+
+def test_the_sampler_takes_timesteps_by_hand_and_the_core_s_noise(nodes):
+    shown, _ = nodes("""
+model, _ = handles(text_model)
+size = {"width": 96, "height": 64, "frames": 9}
+empty = {"samples": jobs.empty_latent(**size)}
+class Random:
+    seed = 7
+    def generate_noise(self, latent):
+        return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(self.seed))
+given = {"model": model, **prompts, "latent": empty, **settings, "scheduler": "ddim"}
+found = call(Sampler, **given, timesteps="999, 856 399", noise=Random())[0]["samples"]
+fields = {"seed": 3, "steps": 3, "scheduler": "ddim", "timesteps": (999, 856, 399), "noise": Random().generate_noise(empty)}
+job = jobs.SampleJob(model.model, positive[0][0], empty["samples"], negative[0][0], **fields)
+show(equal=torch.equal(found, host.local().sample(job).tensor), words=refusal(Sampler, **given, timesteps="999, x"),
+     noise=refusal(Sampler, **given, noise=5))
+""")
+    assert shown["equal"]
+    assert shown["words"] == "timesteps are '999, x'; use whole numbers such as 999, 856, 665, 399"
+    assert shown["noise"] == "noise is 5; connect the core's RandomNoise or another node that makes noise"

@@ -1,16 +1,20 @@
 """The same folder, seed and prompt give the latents and frames of diffusers' own pipeline, run here."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.pipeline.scheduler_step import Noise, dpm_step
+from parallel_backend.cogvideox.pipeline.scheduler_step import Noise, Step, ddim_step, dpm_step
 from parallel_backend.cogvideox.transformer.positions import centred_region
 from parallel_backend.cogvideox.vae.codec import encode
+from parallel_backend.errors import RequestError
+from parallel_backend.executor.batch import cut
+from parallel_backend.group.job_fields import join_fields, split_fields
 from parallel_backend.jobs import DecodeJob, EncodeJob
 from parallel_backend.model import Model
 
@@ -81,11 +85,82 @@ def test_every_dpm_step_is_that_of_diffusers_to_the_last_bit(dtype, drawn):
         before = scheduler.timesteps[index - 1] if index else None
         whole = latents.expand(shape)
         expected, remembered = scheduler.step(velocity, history, timestep, before, whole, generator=theirs, return_dict=False)
-        latents, history = dpm_step(scheduler, velocity, history, timestep, before, latents, Noise(ours, drawn))
+        step = Step.of(scheduler, scheduler.timesteps, index, by_hand=False)
+        latents, history = dpm_step(scheduler, velocity, history, step, latents, Noise(ours, drawn))
         assert torch.equal(latents, expected[own])
         assert torch.equal(history, remembered[own])
         latents = latents.to(dtype)
     assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_ddim_step_is_that_of_diffusers_to_the_last_bit(dtype):
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    scheduler.set_timesteps(7)
+    inputs = torch.Generator().manual_seed(4)
+    latents = torch.randn(2, 3, 16, 4, 6, generator=inputs).to(dtype)
+    for index, timestep in enumerate(scheduler.timesteps):
+        velocity = torch.randn(latents.shape, generator=inputs)
+        expected = scheduler.step(velocity, timestep, latents)
+        latents, clean = ddim_step(scheduler, velocity, Step.of(scheduler, scheduler.timesteps, index, by_hand=False), latents)
+        assert torch.equal(latents, expected.prev_sample) and torch.equal(clean, expected.pred_original_sample)
+        latents = latents.to(dtype)
+
+
+def test_a_step_by_hand_goes_from_its_noise_to_that_of_the_next_timestep():
+    """The clean latents and the noise that a velocity is made of, mixed again."""
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0)
+    by_hand, share = torch.tensor([999, 856, 665, 399]), scheduler.alphas_cumprod
+    clean, noise = torch.randn(2, 1, 2, 16, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def mixed(at: float) -> torch.Tensor:
+        return at**0.5 * clean + (1 - at) ** 0.5 * noise
+
+    for index, (start, end) in enumerate(zip(by_hand, [*share[by_hand[1:]], torch.tensor(1.0)])):
+        velocity = share[start] ** 0.5 * noise - (1 - share[start]) ** 0.5 * clean
+        step = Step.of(scheduler, by_hand, index, by_hand=True)
+        found, predicted = ddim_step(scheduler, velocity, step, mixed(share[start]))
+        assert (found - mixed(end)).abs().max() < 1e-6 and (predicted - clean).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_the_scheduler_s_own_timesteps_by_hand_are_the_same_video_and_others_another(scheduler, make_job, local):
+    job = make_job("2b", size=(48, 48, 5), steps=4, scheduler=scheduler)
+    same, other = (replace(job, timesteps=each) for each in ((999, 749, 499, 249), (999, 856, 665, 399)))
+    found = local.sample(job).tensor
+    assert torch.equal(local.sample(same).tensor, found)
+    assert (local.sample(other).tensor - found).abs().max() > 0.01
+    assert join_fields(other.kind, *split_fields(other)).timesteps == other.timesteps
+
+
+@pytest.mark.parametrize(
+    "timesteps, steps, words",
+    [
+        ((999, 856), 4, "steps is 4, but there are 2 timesteps; set steps to 2"),
+        ((1000, 500), 2, "timesteps are 1000, 500; they must descend from at most 999 to at least 0"),
+        ((500, 500), 2, "must descend"),
+        ((500, -1), 2, "must descend"),
+    ],
+)
+def test_timesteps_that_make_no_sense_are_refused(timesteps, steps, words, make_job):
+    with pytest.raises(RequestError, match=words):
+        make_job("2b", steps=steps, timesteps=timesteps)
+
+
+@pytest.mark.parametrize("like, size", [("5b", (48, 48, 9)), ("1.5-5b", (48, 48, 9))])  # 1.5 pads, with noise from the seed
+def test_the_noise_of_a_seed_given_as_noise_is_the_same_video(like, size, make_job, local):
+    job = make_job(like, size=size, steps=2, batch=2, scheduler="dpm", seed=5)
+    frames, padding = job.latent.shape[2], job.latent.shape[2] % 2 if like == "1.5-5b" else 0
+    drawn = torch.randn(2, frames + padding, 16, 6, 6, generator=torch.Generator().manual_seed(5))
+    given = replace(job, noise=drawn[:, padding:].transpose(1, 2).contiguous())
+    expected = local.sample(job).tensor
+    assert torch.equal(local.sample(given).tensor, expected)
+    for index, part in enumerate(cut(given)):
+        assert (local.sample(part).tensor - expected[index]).abs().max() <= TOLERANCE
+    assert (local.sample(replace(job, noise=given.noise.flip(0))).tensor - expected).abs().max() > 0.01
+    assert torch.equal(join_fields(given.kind, *split_fields(given)).noise, given.noise)
+    with pytest.raises(RequestError, match="the noise is 48x48 with 2 latent frames and the video is 48x48 with 3"):
+        replace(job, noise=given.noise[:, :, :2])
 
 
 def test_the_prompt_and_the_seed_change_the_latents(make_job, local, texts):

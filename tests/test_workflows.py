@@ -21,7 +21,7 @@ from .test_nodes import WORKFLOWS
 FEW = 2
 STEPS = {"t2v": 10, "i2v": 10}
 """Of the workflows whose video is looked at; the others make do with fewer."""
-MADE = {"v2v": 1}  # 60 % of them
+MADE = {"v2v": 1, "four-steps": 4}  # 60 % of them; as many as there are timesteps
 COMFYUI_ALONE = "core-nodes"
 """Needs the loaders of a real ComfyUI; tests/test_comfyui.py runs it there."""
 SMALL = {"width": 48, "height": 48, "length": 5}
@@ -34,8 +34,16 @@ for name, node, like in (
     ("inpaint", "XDiTCogVideoXInpaint", "5b-inp"),
 ):
     SETTINGS[name] = [f"XDiTLoadCogVideoX.model_name=CogVideo/{like}", *(f"{node}.{key}={SMALL[key]}" for key in SMALL)]
+SETTINGS["four-steps"] = [
+    "XDiTLoadCogVideoX.model_name=demo",
+    "XDiTCogVideoXLoRA.lora_name=cogvideox-lora.safetensors",
+    *(f"XDiTEmptyCogVideoXLatent.{key}={SMALL[key]}" for key in SMALL),
+]
 SETTINGS["inpaint"].append("LoadImage.image=mask.png")
-SHAPES = {"long-video": (49, 64, 96, 3), **dict.fromkeys(("control", "first-last-frame", "inpaint"), (5, 48, 48, 3))}
+SHAPES = {
+    "long-video": (49, 64, 96, 3),
+    **dict.fromkeys(("control", "first-last-frame", "inpaint", "four-steps"), (5, 48, 48, 3)),
+}
 RUN_ALL = """
 import json, logging, sys, traceback
 from pathlib import Path

@@ -20,6 +20,7 @@ from ..jobs import DecodeJob, EncodeJob, Report, Result, SampleJob, empty_latent
 from ..media import video
 from ..plan import AUTO, Plan
 from ..system.files import check_writable
+from ..validation import timesteps_of
 from . import inputs
 from .console import quiet_libraries, show, show_json, show_step
 from .options import denoise_of, model_of, size_of, windows_of
@@ -77,7 +78,7 @@ def read_request(args: Namespace) -> VideoRequest:
     checkpoint = Checkpoint.of(model)
     checkpoint.check_whole()
     size = size_of(args, checkpoint)
-    pixels, ready = inputs.read(args, size, checkpoint)
+    pixels, ready, timesteps = *inputs.read(args, size, checkpoint), timesteps_of(args.timesteps)
     latent, blank = empty_latent(**size, channels=checkpoint.channels), checkpoint.blank_text()
     fields = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in pixels}
     job = SampleJob(
@@ -86,7 +87,8 @@ def read_request(args: Namespace) -> VideoRequest:
         negative=blank,
         denoise=denoise,
         seed=videos[-1].seed,
-        steps=args.steps,
+        steps=len(timesteps) or args.steps,
+        timesteps=timesteps,
         cfg=args.cfg,
         scheduler=args.scheduler,
         dynamic_cfg=args.dynamic_cfg,

@@ -134,6 +134,12 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--negative-prompt", default="", help="what not to show; weights work as in --prompt")
     add_condition_options(parser)
+    parser.add_argument(
+        "--timesteps",
+        default="",
+        metavar="LIST",
+        help="noise levels of the steps by hand, such as 999,856,665,399; replaces --steps",
+    )
     parser.add_argument("--dynamic-cfg", action="store_true", help="vary the guidance scale along a cosine")
     parser.add_argument("--window", type=int, help="for a long video: frames in one context window, 4k+1")
     parser.add_argument("--overlap", type=int, help="frames by which windows overlap (default: two thirds of a window)")

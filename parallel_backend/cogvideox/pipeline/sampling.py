@@ -10,7 +10,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from . import conditions
 from .conditions import COMFYUI_TO_DIFFUSERS
 from .forward import Runtime
-from .scheduler_step import Noise, advance
+from .scheduler_step import Noise, Step, advance
 from .windows import Layout
 
 DIFFUSERS_TO_COMFYUI = "batch frames channels height width -> batch channels frames height width"
@@ -48,9 +48,11 @@ def starting_point(
             # posterior's mean. The numbers are drawn and discarded, so that a seed gives the same noise.
             torch.randn((batch, *encoded.shape[1:]), generator=generator, dtype=dtype)
     skipped = job.steps - job.steps_to_run
-    timesteps = scheduler.timesteps[skipped:]
+    timesteps = (torch.tensor(job.timesteps) if job.timesteps else scheduler.timesteps)[skipped:]
     noise = torch.randn((batch, frames + padding, channels, height, width), generator=generator, dtype=dtype)[own]
-    if layout.shuffled:
+    if job.noise is not None:  # padding frames keep noise from the seed
+        noise[:, padding:] = rearrange(job.noise, COMFYUI_TO_DIFFUSERS).to(dtype)
+    elif layout.shuffled:
         noise = noise[:, layout.noise_order(generator)]
     if job.denoise == 1:
         return noise * scheduler.init_noise_sigma, timesteps
@@ -106,9 +108,8 @@ class Sampling:
 
     def advance(self, velocity: torch.Tensor) -> Progress:
         """Completes the next step with the velocity that was predicted for it."""
-        self.latents, self._clean = advance(
-            self._scheduler, velocity, self._clean, self.timesteps, self.done, self.latents, self._noise
-        )
+        step = Step.of(self._scheduler, self.timesteps, self.done, by_hand=bool(self.job.timesteps))
+        self.latents, self._clean = advance(self._scheduler, velocity, self._clean, step, self.latents, self._noise)
         self.latents = self.latents.to(self.runtime.dtype)
         self.done += 1
         return Progress(self.done, self.latents, self._noise.generator.get_state(), self._clean)

@@ -21,17 +21,41 @@ class Noise:
         return noise.pin_memory() if like.is_cuda else noise
 
 
-def advance(
-    scheduler, velocity, clean, timesteps: torch.Tensor, index: int, latents: torch.Tensor, noise: Noise
-) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Step:
+    """The timesteps of a step and of its neighbours."""
+
+    timestep: int
+    after: int
+    """Where it ends; negative for the clean latents."""
+    before: int | None = None
+    """Of the previous step; None in the first one."""
+
+    @classmethod
+    def of(cls, scheduler, timesteps: torch.Tensor, index: int, *, by_hand: bool) -> "Step":
+        """Returns a step of several.
+
+        Args:
+            scheduler: whose own steps end an equal distance on, as in diffusers.
+            timesteps: of all steps, on the CPU.
+            index: of the step.
+            by_hand: steps end where the next one starts, and the last one at the clean latents.
+        """
+        timestep = int(timesteps[index])
+        before = int(timesteps[index - 1]) if index else None
+        if by_hand:
+            return cls(timestep, int(timesteps[index + 1]) if index + 1 < len(timesteps) else -1, before)
+        return cls(timestep, timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps, before)
+
+
+def advance(scheduler, velocity, clean, step: Step, latents: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs one step of either scheduler.
 
     Args:
         scheduler: predicting velocities.
         velocity: at the step's timestep.
         clean: the clean latents that the previous step predicted; None in the first step.
-        timesteps: of all steps.
-        index: of the step.
+        step: its timesteps.
         latents: at the step's timestep.
         noise: for schedulers that add some.
     Returns:
@@ -39,16 +63,28 @@ def advance(
     """
     from diffusers import CogVideoXDPMScheduler
 
-    timestep = timesteps[index]
-    if not isinstance(scheduler, CogVideoXDPMScheduler):
-        made = scheduler.step(velocity, timestep, latents)
-        return made.prev_sample, made.pred_original_sample
-    before = timesteps[index - 1] if index > 0 else None
-    return dpm_step(scheduler, velocity, clean, timestep, before, latents, noise)
+    if isinstance(scheduler, CogVideoXDPMScheduler):
+        return dpm_step(scheduler, velocity, clean, step, latents, noise)
+    return ddim_step(scheduler, velocity, step, latents)
+
+
+def alphas_of(scheduler, step: Step):
+    """Returns the cumulative alphas at a step and where it ends."""
+    return scheduler.alphas_cumprod[step.timestep], (
+        scheduler.alphas_cumprod[step.after] if step.after >= 0 else scheduler.final_alpha_cumprod
+    )
+
+
+def ddim_step(scheduler, velocity, step: Step, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes ``CogVideoXDDIMScheduler.step`` for a step that ends anywhere. Arguments and result as for :func:`advance`."""
+    alpha, alpha_after = alphas_of(scheduler, step)
+    clean = alpha**0.5 * latents - (1 - alpha) ** 0.5 * velocity
+    of_latents = ((1 - alpha_after) / (1 - alpha)) ** 0.5
+    return of_latents * latents + (alpha_after**0.5 - alpha**0.5 * of_latents) * clean, clean
 
 
 def dpm_step(
-    scheduler, velocity, history, timestep, before, latents: torch.Tensor, noise: Noise
+    scheduler, velocity, history, step: Step, latents: torch.Tensor, noise: Noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes ``CogVideoXDPMScheduler.step`` from that scheduler's own coefficients.
 
@@ -57,25 +93,22 @@ def dpm_step(
 
     Args:
         scheduler: predicting velocities.
-        velocity: at ``timestep``.
-        history: the clean latents that the previous step predicted, at timestep ``before``; None in the first step.
-        timestep: of this step.
-        before: timestep of the previous step, or None.
-        latents: at ``timestep``.
+        velocity: at the step's timestep.
+        history: the clean latents that the previous step predicted; None in the first step.
+        step: its timesteps.
+        latents: at the step's timestep.
         noise: of the job.
     Returns:
         The next latents, and the predicted clean latents.
     """
-    after = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alpha = scheduler.alphas_cumprod[timestep]
-    alpha_after = scheduler.alphas_cumprod[after] if after >= 0 else scheduler.final_alpha_cumprod
-    alpha_before = None if before is None else scheduler.alphas_cumprod[before]
+    alpha, alpha_after = alphas_of(scheduler, step)
+    alpha_before = None if step.before is None else scheduler.alphas_cumprod[step.before]
     clean = alpha**0.5 * latents - (1 - alpha) ** 0.5 * velocity
-    step, ratio, *_ = scheduler.get_variables(alpha, alpha_after, alpha_before)
-    of_latents, of_clean, *of_both = scheduler.get_mult(step, ratio, alpha, alpha_after, alpha_before)
-    of_noise = (1 - alpha_after) ** 0.5 * (1 - (-2 * step).exp()) ** 0.5
+    length, ratio, *_ = scheduler.get_variables(alpha, alpha_after, alpha_before)
+    of_latents, of_clean, *of_both = scheduler.get_mult(length, ratio, alpha, alpha_after, alpha_before)
+    of_noise = (1 - alpha_after) ** 0.5 * (1 - (-2 * length).exp()) ** 0.5
     drawn, towards = noise.draw(latents), clean
-    if history is not None and after >= 0:
+    if history is not None and step.after >= 0:
         drawn = noise.draw(latents)  # the original draws twice here and discards the first
         towards = of_both[0] * clean - of_both[1] * history
     drawn = drawn.to(latents.device, non_blocking=drawn.is_pinned())
