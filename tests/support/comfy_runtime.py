@@ -42,6 +42,17 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
+LIST_NODES = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from workflows.headless import start_runtime, node_info
+before = set(sys.modules)
+runtime = start_runtime(*[Path(sys.argv[2])] * 3)
+slow = sorted({name.partition(".")[0] for name in set(sys.modules) - before} & {"xfuser", "diffusers", "transformers", "imageio"})
+print(json.dumps({"slow": slow, "nodes": {name: node_info(runtime.get_node_class(name)) for name in runtime.list_nodes()}}, default=str))
+"""
+
 NODES = """
 Node, Sampler = part("nodes.image_to_video").CogVideoXImageToVideo, part("nodes.sampling").CogVideoXSampler
 sockets, image = part("nodes.comfy.types"), part("parallel_backend.cogvideox.pipeline.image")
@@ -83,6 +94,15 @@ def at(prompt, node):
 WARNING = 30
 """
 """Names for code that records what ComfyUI's front end receives while a node executes."""
+
+
+def declared_nodes(folder: Path) -> dict:
+    """Returns what the nodes declare (``nodes``), and the slow packages that their import brings along (``slow``).
+
+    It is read in a process of its own. Only ComfyUI's import takes time: neither diffusers nor a checkpoint is needed.
+    """
+    run = [sys.executable, "-c", LIST_NODES, str(REPO), str(folder)]
+    return json.loads(subprocess.run(run, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()[-1])
 
 
 class ComfyRuntime:
