@@ -1,0 +1,158 @@
+"""The Chinese words beside the English ones: none is missing, none is left over, and both say the same numbers and names.
+
+English needs no file in ``locales``: the front end shows the words of a node's schema, and of a setting or command, if the user's
+locale has no entry. Words in ``locales`` are also compiled as messages, in which some characters are syntax; a schema's are not.
+"""
+
+import json
+import re
+
+import pytest
+
+from .conftest import REPO
+from .support import front_end
+from .support.comfy_runtime import declared_nodes
+
+LOCALES, PAGES = REPO / "locales", REPO / "web" / "docs"
+FILES = ("main", "nodeDefs", "settings", "commands")
+KEPT = {"VAE", "Latent"}
+"""Names that Chinese users write as they are."""
+ORDINARY = {"on", "image"}
+"""Options that English tooltips use as ordinary words."""
+CHINESE = re.compile("[一-鿿]")
+SYNTAX = re.compile(r"[{}@|]")
+"""What the front end does not show as it is in a word of a locale: a place for a value, a link, a plural."""
+NAMES_AND_NUMBERS = re.compile(r"[\w./%:+-]*[\d_/%][\w./%:+-]*", re.ASCII)
+CODE, BOLD = re.compile(r"`[^`]+`"), re.compile(r"\*\*([^*]+)\*\*")
+
+
+def of_locale(name: str) -> dict[str, str]:
+    """The words of a Chinese file, by path: ``{"XDiTBackend.inputs.plan.name": "并行方案"}``."""
+    path = LOCALES / "zh" / f"{name}.json"
+    return dict(words(json.loads(path.read_text("utf-8")))) if path.exists() else {}
+
+
+def words(tree: dict | str, at: str = ""):
+    if isinstance(tree, str):
+        yield at, tree
+    else:
+        for key, value in tree.items():
+            yield from words(value, f"{at}.{key}" if at else key)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> dict[str, dict]:
+    declared = declared_nodes(tmp_path_factory.mktemp("runtime"))["nodes"]
+    return {name: info for name, info in declared.items() if name.startswith("XDiT")}
+
+
+def inputs_of(info: dict) -> dict[str, dict]:
+    """The options of each input."""
+    groups = (info["input"].get(group) or {} for group in ("required", "optional"))
+    return {name: spec[1] if len(spec) > 1 else {} for group in groups for name, spec in group.items()}
+
+
+@pytest.fixture(scope="module")
+def english(nodes) -> dict[str, str]:
+    """The words of the nodes that the front end looks up, by path. It looks up no option of a widget."""
+    found = {}
+    for node, info in nodes.items():
+        found |= {f"{node}.display_name": info["display_name"], f"{node}.description": info["description"]}
+        for name, options in inputs_of(info).items():
+            found[f"{node}.inputs.{name}.name"] = name
+            if options.get("tooltip"):
+                found[f"{node}.inputs.{name}.tooltip"] = options["tooltip"]
+        for index, (kind, name) in enumerate(zip(info["output"], info["output_name"])):
+            if name != kind:  # the front end has words of its own for types
+                found[f"{node}.outputs.{index}.name"] = name
+        for index, tooltip in enumerate(info.get("output_tooltips") or []):
+            if tooltip:
+                found[f"{node}.outputs.{index}.tooltip"] = tooltip
+    return found
+
+
+def facts(text: str) -> set[str]:
+    """What a translation must not change: code, numbers, and names with a digit, underscore or slash."""
+    prose = CODE.sub(" ", text)
+    return {*CODE.findall(text), *(found.strip(".:,-") for found in NAMES_AND_NUMBERS.findall(prose))}
+
+
+def compare(translated: set[str], expected: set[str], what: str) -> None:
+    assert not expected - translated, f"{what} lacks {sorted(expected - translated)}"
+    assert not translated - expected, f"{what} has {sorted(translated - expected)}, which nothing uses"
+
+
+def test_every_word_of_a_node_is_there_in_chinese_and_no_other(english):
+    compare(set(of_locale("nodeDefs")), set(english), "locales/zh/nodeDefs.json")
+
+
+def test_a_word_of_a_node_says_the_same_in_both_languages(english, nodes):
+    chinese, same = of_locale("nodeDefs"), {}
+    for path, text in english.items():
+        if path.endswith(".name"):
+            continue
+        assert facts(chinese[path]) == facts(text), path
+        if ".inputs." in path:
+            node, _, name, _ = path.split(".")
+            options = {str(option) for option in inputs_of(nodes[node])[name].get("options") or []}
+            for option in options - ORDINARY:
+                named = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.ASCII)
+                assert bool(named.search(text)) == bool(named.search(chinese[path])), f"{path}: {option}"
+        assert same.setdefault(text, chinese[path]) == chinese[path], f"{path}: the same English words are translated otherwise"
+
+
+def test_words_are_chinese_and_shown_as_they_are():
+    for name in FILES:
+        for key, text in of_locale(name).items():
+            assert CHINESE.search(text) or text in KEPT, f"{name}, {key} is not Chinese: {text}"
+            assert not SYNTAX.search(text), f"{name}, {key}: the front end does not show {SYNTAX.findall(text)}"
+
+
+def test_comfyui_reads_every_file_of_locales():
+    files = {path.relative_to(LOCALES).as_posix() for path in LOCALES.rglob("*") if path.is_file()}
+    assert files <= {f"zh/{name}.json" for name in FILES}
+
+
+def test_every_help_page_has_a_chinese_page_that_says_the_same(nodes):
+    chinese, pages = of_locale("nodeDefs"), {path.parent.name for path in PAGES.glob("*/zh.md")}
+    compare(pages, set(nodes), "web/docs/*/zh.md")
+    for node, info in nodes.items():
+        page, translated = ((PAGES / name).read_text("utf-8") for name in (f"{node}.md", f"{node}/zh.md"))
+        assert page.splitlines()[0] == f"# {info['display_name']}"
+        assert translated.splitlines()[0] == f"# {chinese[f'{node}.display_name']}"
+        compare(facts(translated) - set(inputs_of(info)), facts(page) - set(inputs_of(info)), f"web/docs/{node}/zh.md")
+        assert translated.count("\n- ") == page.count("\n- "), f"{node}: one of the pages has more points"
+        shown = "、".join(BOLD.findall(translated))
+        for name in inputs_of(info).keys() & set(", ".join(BOLD.findall(page)).split(", ")):
+            assert chinese[f"{node}.inputs.{name}.name"] in shown, f"web/docs/{node}/zh.md does not explain {name}"
+
+
+def test_every_setting_and_command_is_there_in_chinese_and_no_other():
+    sources = [path.read_text("utf-8") for path in (REPO / "web").rglob("*.js")]
+    settings = {f"{name}.{word}" for source in sources for name, own in front_end.settings(source).items() for word in own}
+    commands = {f"{name}.label" for source in sources for name in front_end.commands(source)}
+    compare(set(of_locale("settings")), settings, "locales/zh/settings.json")
+    compare(set(of_locale("commands")), commands, "locales/zh/commands.json")
+
+
+def test_settings_and_commands_are_found_in_javascript():
+    source = """
+    const tab = { id: "Pack.panel", title: "{ not a command", render: (box) => { box.id = "x"; } };
+    // { id: "Pack.Old", defaultValue: 1 }
+    app.registerExtension({
+      settings: [
+        { id: "Pack.Idle.Minutes", name: "Idle", type: "number", tooltip: `for ${minutes}`, defaultValue: 30,
+          onChange: (value) => { send({ value }); } },
+        { id: 'Pack.Start', name: "Start", type: "combo", options: [{ text: "at.once", value: 1 }, { text: "later", value: 2 }],
+          defaultValue: 1 },
+      ],
+      commands: [{ id: "Pack.Stop", label: "Stop", function: async () => { await stop(); } }, { id: "Pack.Logs", function() {} }],
+    });
+    """
+    assert front_end.settings(source) == {
+        "Pack_Idle_Minutes": {"name", "tooltip"},
+        "Pack_Start": {"name", "options.at_once", "options.later"},
+    }
+    assert front_end.commands(source) == {"Pack_Stop", "Pack_Logs"}
+    with pytest.raises(ValueError):
+        front_end.settings("const idle = { id: PREFIX + 'Idle', defaultValue: 1 };")
