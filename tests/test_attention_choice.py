@@ -30,7 +30,7 @@ from parallel_backend.planner.planner import predictions
 from parallel_backend.workload import work_of_job
 
 from .support import rounded_attention
-from .test_sharding import run_plans
+from .support.ranks import results_of
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -380,7 +380,7 @@ def test_an_approximate_function_gives_the_latents_of_single_in_every_plan_that_
     alone = local.sample(rough).tensor
     rounding = distance(alone, local.sample(job).tensor)
     assert 1e-4 < rounding < 0.1
-    for plan, ((found,), _) in run_plans(tmp_path, [rough], size, SPLITS[size]).items():
+    for plan, ((found,), _) in results_of(tmp_path, [rough], SPLITS[size]).items():
         assert distance(found, alone) < 0.5 * rounding, plan  # a rounding that falls the other way is one of int8's levels
 
 

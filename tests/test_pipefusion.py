@@ -31,7 +31,7 @@ from parallel_backend.planner.work import patches
 from parallel_backend.workload import Workload
 
 from .conftest import TOLERANCE, MadeWhenAsked, demo_job, workers
-from .test_sharding import run_plans
+from .support.ranks import results_of
 
 PLANS = {2: ["pipefusion2"], 4: ["pipefusion4", "cfg2-pipefusion2", "ulysses2-pipefusion2"]}
 LAYERS = 5
@@ -123,7 +123,7 @@ def test_pipelines_equal_single_while_warming_up_and_one_process_with_the_same_p
         exact = [job for job in exact if job.model.fp8 == "off" and job.windows is None and job.image is None]
     jobs = [*exact, late, replace(late, seed=2, pipefusion_warmup=2), late]
     single = [local.sample(job).tensor for job in jobs]
-    for plan, (made, held) in run_plans(tmp_path, jobs, size, PLANS[size]).items():
+    for plan, (made, held) in results_of(tmp_path, jobs, PLANS[size]).items():
         parsed = Plan.parse(plan)
         for job, found, expected in zip(exact, made, single):
             assert (found - expected).abs().max() <= TOLERANCE, (plan, job)

@@ -1,10 +1,6 @@
 """Plans that split weights give the latents of ``single``, each rank with its part of them alone."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +14,11 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.resolve import resolve
-from parallel_backend.group.codec import Message, encode
-from parallel_backend.group.job_fields import split_fields
 from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 
-from .conftest import REPO, TOLERANCE
+from .conftest import TOLERANCE
+from .support.ranks import results_of
 
 TWO = ["tensor2", "cfg2-fsdp2", "ulysses2-fsdp2", "ring2-fsdp2"]
 FOUR = ["tensor4", "cfg2-tensor2", "tensor2-ulysses2", "tensor2-ring2", "cfg2-tensor2-fsdp2", "cfg2-ulysses2-fsdp4"]
@@ -64,22 +59,15 @@ def exact(jobs, single, local) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def ranks_made(jobs, tmp_path_factory) -> Path:
-    """The folder of what processes make of the jobs under each plan, and of the bytes of weights that each has; see ``ranks.py``."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for number, job in enumerate(jobs):
-        (folder / f"{number:02}.job").write_bytes(encode(Message(job.kind, *split_fields(job))))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.ranks", str(folder), *TWO, *FOUR]
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return folder
+def ranks_made(jobs, tmp_path_factory) -> dict[str, tuple[list[torch.Tensor], list[list[int]]]]:
+    """What processes make of the jobs under each plan, and the bytes of weights that each has."""
+    return results_of(tmp_path_factory.mktemp("ranks"), jobs, [*TWO, *FOUR])
 
 
 @pytest.mark.parametrize("plan", [*TWO, *FOUR])
 @pytest.mark.slow
 def test_a_plan_that_splits_weights_equals_single_and_each_rank_holds_its_part(plan, jobs, single, exact, ranks_made):
-    made, held = torch.load(ranks_made / f"{plan}.pt")
+    made, held = ranks_made[plan]
     assert len(made) == len(held) == len(jobs)
     for job, found, expected, unrounded, bytes_held in zip(jobs, made, single, exact, held):
         if job.model.fp8 == "off":

@@ -5,6 +5,7 @@ result of each job on rank 0, and the bytes of weights that each rank held after
 """
 
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -15,13 +16,16 @@ import torch
 from torch.distributed import TCPStore
 
 from parallel_backend.engine.engine import Engine
-from parallel_backend.group.codec import decode
+from parallel_backend.group.codec import Message, decode, encode
 from parallel_backend.group.fork_server import preload
-from parallel_backend.group.job_fields import join_fields
+from parallel_backend.group.job_fields import join_fields, split_fields
+from parallel_backend.jobs import Job
 from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import Plan
 from parallel_backend.system.processes import end_with
 from tests.support import rounded_attention
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def fork_ranks(count: int, run: Callable[[int], None]) -> None:
@@ -76,6 +80,28 @@ def run_plans(folder: Path, plans: Iterable[Plan], rank: int) -> None:
         from xfuser.core.distributed.parallel_state import destroy_model_parallel
 
         destroy_model_parallel()
+
+
+def results_of(
+    folder: Path, jobs: Iterable[Job], plans: Iterable[str]
+) -> dict[str, tuple[list[torch.Tensor], list[list[int]]]]:
+    """Runs jobs under plans in processes of their own.
+
+    Args:
+        folder: an empty one.
+        jobs: to run.
+        plans: of any world sizes; those of one size follow each other.
+    Returns:
+        By plan, the result of each job, and the bytes of weights that each rank held then.
+    """
+    plans = list(plans)
+    for number, job in enumerate(jobs):
+        (folder / f"{number:02}.job").write_bytes(encode(Message(job.kind, *split_fields(job))))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.support.ranks", str(folder), *plans]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return {plan: torch.load(folder / f"{plan}.pt") for plan in plans}
 
 
 def main() -> None:
