@@ -369,7 +369,7 @@ def rounded(monkeypatch):
 
 SPLITS = {
     2: ["cfg2", "ulysses2", "tensor2", "pipefusion2"],
-    4: ["cfg2-ulysses2", "ulysses2-tensor2"],
+    4: ["cfg2-ulysses2", "tensor2-ulysses2"],
 }
 
 
