@@ -1,12 +1,18 @@
-"""The benchmark of one to eight GPUs asks for what the command line and the planner know; that it runs is for `--small` to show."""
+"""The benchmark of one to eight GPUs asks for what the command line and the planner know; that it runs is for `--small` to show.
+The table of a group's life is made here on CPUs, as on GPUs."""
+
+import math
 
 import pytest
 
+from benchmarks import group
 from benchmarks.gpus import PHASES
 from benchmarks.pipelines import XDIT
 from benchmarks.table import chosen_precisions
 from parallel_backend.cli.parser import build_parser
 from parallel_backend.plan import Plan
+
+from .conftest import workers
 
 HEADS = {"2b": 30, "5b": 48, "1.5-5b": 48}
 
@@ -33,3 +39,30 @@ def test_every_command_is_understood_and_every_plan_takes_all_gpus_it_sees(gpus)
         for word in [] if asked.xdit == "none" else asked.xdit.split(","):
             assert word in XDIT and Plan.parse(word).world_size == seen
     assert best == {f"/work/{model}" for model in HEADS}
+
+
+LIFE = (
+    "answers, imports not done, s",
+    "answers, imports done, s",
+    "first step of a new group, s",
+    "first step: of that, loading, s",
+    "step, s",
+    "rank 0 killed at step 3: longer, without the steps lost, s",
+    "rank 0 killed: of that, loading, s",
+    "left on a GPU after Unload models, GB",
+    "cfg2 to ulysses2: first step without loading and a step's own time, s",
+)
+DIFFERENCES = (LIFE[5], LIFE[8])
+"""May be less than zero on a machine with other work."""
+
+
+def test_the_table_of_a_group_s_life_is_made_on_cpus_too(monkeypatch, capsys, caplog):
+    monkeypatch.setattr("sys.argv", ["group", "--life", "--rounds", "1", "--steps", "12"])
+    group.main()
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert head == ["measure", "median", "all"] and tuple(name for name, *_ in rows) == LIFE
+    for name, value, only in rows:
+        assert value == only and math.isfinite(float(value)) and (name in DIFFERENCES or float(value) >= 0), name
+    cold, warm, first, loading, *_, left, _ = (float(value) for _, value, _ in rows)
+    assert min(cold, warm, first) > 0 and loading < first and left == 0
+    assert "rank 0 was killed by SIGKILL" in caplog.text and not workers()
