@@ -58,21 +58,24 @@ def token_kernel(
 @triton.jit(do_not_specialize=["tokens", "heads", "heads_of_rank"])
 def head_kernel(
     states, result, weight, bias, cosines, sines, factor, tokens, heads, heads_of_rank, epsilon,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, ROTATES: tl.constexpr,
+    FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
     """See ``normal_heads``. A program processes all heads of one token, in float32."""
     row = tl.program_id(0).to(tl.int64)
-    head, column = tl.arange(0, BLOCK), tl.arange(0, FEATURES)
-    there = (head < heads)[:, None]
+    head, column = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    inside = column < FEATURES
+    there = (head < heads)[:, None] & inside[None, :]
     value = tl.load(states + (row * heads + head[:, None]) * FEATURES + column, mask=there, other=0.0).to(tl.float32)
-    value -= tl.sum(value, 1)[:, None] / FEATURES
+    value = tl.where(inside[None, :], value - tl.sum(value, 1)[:, None] / FEATURES, 0.0)
     value *= tl.rsqrt(tl.sum(value * value, 1) / FEATURES + epsilon)[:, None]
-    value = value * tl.load(weight + column).to(tl.float32) + tl.load(bias + column).to(tl.float32)
+    value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     token = row % tokens
     if ROTATES:
-        first, second = tl.split(tl.reshape(value, (BLOCK, FEATURES // 2, 2)))
-        turned = tl.reshape(tl.join(-second, first), (BLOCK, FEATURES))
-        value = value * tl.load(cosines + token * FEATURES + column) + turned * tl.load(sines + token * FEATURES + column)
+        first, second = tl.split(tl.reshape(value, (BLOCK, WIDTH // 2, 2)))
+        turned = tl.reshape(tl.join(-second, first), (BLOCK, WIDTH))
+        value *= tl.load(cosines + token * FEATURES + column, mask=inside, other=0.0)
+        value += turned * tl.load(sines + token * FEATURES + column, mask=inside, other=0.0)
     target = (row // tokens * (heads // heads_of_rank) + head // heads_of_rank) * tokens + token
     target = target * heads_of_rank + head % heads_of_rank
     tl.store(result + target[:, None] * FEATURES + column, (value * factor).to(result.dtype.element_ty), mask=there)
@@ -157,7 +160,7 @@ class TritonBlockOps:
         block = triton.next_power_of_2(heads)
         head_kernel[(batch * tokens,)](
             states, result, norm.weight, norm.bias, cosines, sines, factor, tokens, heads, heads // ranks, norm.eps,
-            FEATURES=features, BLOCK=block, ROTATES=tables is not None, num_warps=4,
+            FEATURES=features, WIDTH=triton.next_power_of_2(features), BLOCK=block, ROTATES=tables is not None, num_warps=4,
         )  # fmt: skip
         return result
 

@@ -36,7 +36,7 @@ def _made_of(frame, first, times):
 @triton.jit(do_not_specialize=SIZES)
 def _moments(
     states, bias, found, frames, rows, columns, lines, biased, s_batch, s_frame, s_row,
-    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Computes each channel's mean and variance over ``lines`` rows.
 
@@ -44,15 +44,17 @@ def _moments(
     """
     program = tl.program_id(0)
     batch, frame, line = _place(program, frames, rows // lines)
-    channel = tl.arange(0, CHANNELS)
+    channel = tl.arange(0, WIDTH)
+    there = channel < CHANNELS
     source = states + batch * s_batch + frame * s_frame + line * lines * s_row
-    near = tl.load(source + channel).to(tl.float32)  # sums of differences from it stay precise with a large mean
-    total = tl.zeros([COLUMNS, CHANNELS], tl.float32)
-    squares = tl.zeros([COLUMNS, CHANNELS], tl.float32)
+    # Sums of differences from a value nearby stay precise with a large mean.
+    near = tl.load(source + channel, mask=there, other=0).to(tl.float32)
+    total = tl.zeros([COLUMNS, WIDTH], tl.float32)
+    squares = tl.zeros([COLUMNS, WIDTH], tl.float32)
     for _ in range(0, lines):
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            inside = (column < columns)[:, None]
+            inside = (column < columns)[:, None] & there[None, :]
             value = tl.load(source + column[:, None] * CHANNELS + channel[None, :], mask=inside, other=0).to(tl.float32)
             value = tl.where(inside, value - near[None, :], 0)
             total += value
@@ -62,26 +64,28 @@ def _moments(
     variance = tl.sum(squares, 0) / (lines * columns) - mean * mean
     mean += near + tl.load(bias + channel, mask=channel < biased * CHANNELS, other=0).to(tl.float32)
     target = found + program.to(tl.int64) * CHANNELS + channel
-    tl.store(target, mean)
-    tl.store(target + tl.num_programs(0).to(tl.int64) * CHANNELS, variance)
+    tl.store(target, mean, mask=there)
+    tl.store(target + tl.num_programs(0).to(tl.int64) * CHANNELS, variance, mask=there)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _normalise(
     states, out, mean, variance, weight, shift, bias, gain, offset, frames, rows, columns, eps, biased, first, times, scale,
     s_batch, s_frame, s_row, o_batch, o_frame, o_row, g_batch, g_frame, g_row,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, CONDITIONED: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, CONDITIONED: tl.constexpr,
 ):  # fmt: skip
     """Normalises a row and applies SiLU; if conditioned, with gain and offset.
 
     Each element of gain and offset applies to ``scale`` pixels.
     """
     batch, frame, line = _place(tl.program_id(0), frames, rows)
-    channel = tl.arange(0, CHANNELS)
+    channel = tl.arange(0, WIDTH)
+    there = channel < CHANNELS
     group = batch * GROUPS + channel // (CHANNELS // GROUPS)
-    middle = tl.load(mean + group)
-    slope = tl.rsqrt(tl.load(variance + group) + eps) * tl.load(weight + channel).to(tl.float32)
-    added = tl.load(shift + channel).to(tl.float32)
+    middle = tl.load(mean + group, mask=there, other=0)
+    slope = tl.rsqrt(tl.load(variance + group, mask=there, other=1) + eps)
+    slope *= tl.load(weight + channel, mask=there, other=0).to(tl.float32)
+    added = tl.load(shift + channel, mask=there, other=0).to(tl.float32)
     middle -= tl.load(bias + channel, mask=channel < biased * CHANNELS, other=0).to(tl.float32)
     source = states + batch * s_batch + frame * s_frame + line * s_row
     target = out + batch * o_batch + frame * o_frame + line * o_row
@@ -89,7 +93,7 @@ def _normalise(
         conditions = batch * g_batch + _made_of(frame, first, times) * g_frame + line // scale * g_row
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        inside = (column < columns)[:, None]
+        inside = (column < columns)[:, None] & there[None, :]
         place = column[:, None] * CHANNELS + channel[None, :]
         value = tl.load(source + place, mask=inside, other=0).to(tl.float32)
         value = (value - middle[None, :]) * slope[None, :] + added[None, :]
@@ -102,11 +106,13 @@ def _normalise(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _add(states, bias, others, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
-    channel = tl.arange(0, CHANNELS)[None, :]
+def _add(states, bias, others, pixels, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    channel = tl.arange(0, WIDTH)[None, :]
+    there = channel < CHANNELS
     pixel = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    place, inside = pixel * CHANNELS + channel, pixel < pixels
-    total = tl.load(states + place, mask=inside, other=0).to(tl.float32) + tl.load(bias + channel).to(tl.float32)
+    place, inside = pixel * CHANNELS + channel, (pixel < pixels) & there
+    total = tl.load(states + place, mask=inside, other=0).to(tl.float32)
+    total += tl.load(bias + channel, mask=there, other=0).to(tl.float32)
     total += tl.load(others + place, mask=inside, other=0).to(tl.float32)
     tl.store(states + place, total.to(states.dtype.element_ty), mask=inside)
 
@@ -114,15 +120,15 @@ def _add(states, bias, others, pixels, CHANNELS: tl.constexpr, COLUMNS: tl.const
 @triton.jit(do_not_specialize=SIZES)
 def _enlarge(
     states, out, frames, rows, columns, first, times, scale, s_batch, s_frame, s_row, o_batch, o_frame, o_row,
-    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     batch, frame, line = _place(tl.program_id(0), frames, rows)
-    channel = tl.arange(0, CHANNELS)[None, :]
+    channel = tl.arange(0, WIDTH)[None, :]
     source = states + batch * s_batch + _made_of(frame, first, times) * s_frame + line // scale * s_row
     target = out + batch * o_batch + frame * o_frame + line * o_row
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[:, None]
-        inside = column < columns
+        inside = (column < columns) & (channel < CHANNELS)
         value = tl.load(source + column // scale * CHANNELS + channel, mask=inside, other=0)
         tl.store(target + column * CHANNELS + channel, value, mask=inside)
 
@@ -138,6 +144,12 @@ def times_of(frames: int, latent_frames: int) -> tuple[int, int]:
     return first, (frames - first) // (latent_frames - first)
 
 
+def tile_of(channels: int) -> dict[str, int]:
+    """Returns the size of a program's tile: channels, their next power of two, and columns."""
+    width = triton.next_power_of_2(channels)
+    return {"CHANNELS": channels, "WIDTH": width, "COLUMNS": max(TILE // width, 1)}
+
+
 def channels_last(states: torch.Tensor) -> torch.Tensor:
     """Returns the states, copied unless rows have the layout that kernels expect: columns, then channels."""
     if states.stride(1) == 1 and states.stride(4) == states.shape[1]:
@@ -146,7 +158,7 @@ def channels_last(states: torch.Tensor) -> torch.Tensor:
 
 
 class TritonVaeOps:
-    """See :class:`.vae_torch.TorchVaeOps`. Channels must be a power of two, as in CogVideoX's VAE."""
+    """See :class:`.vae_torch.TorchVaeOps`."""
 
     def moments(self, states, bias, groups):
         """One pass computes the moments of each channel per group of rows; torch combines them."""
@@ -159,7 +171,7 @@ class TritonVaeOps:
         found = states.new_empty((2, programs, channels), dtype=torch.float32)
         _moments[(programs,)](
             states, states if bias is None else bias, found, frames, rows, columns, lines, int(bias is not None),
-            *strides(states), CHANNELS=channels, COLUMNS=max(TILE // channels, 1), num_warps=WARPS,
+            *strides(states), **tile_of(channels), num_warps=WARPS,
         )  # fmt: skip
         means, variances = found.unflatten(2, (groups, -1)).unflatten(1, (batch, -1))
         between, mean = torch.var_mean(means, dim=(1, 3), correction=0)
@@ -174,8 +186,8 @@ class TritonVaeOps:
         _normalise[(batch * frames * rows,)](
             states, out, mean, variance, norm.weight, norm.bias, states if bias is None else bias, gain, offset,
             frames, rows, columns, norm.eps, int(bias is not None), *times, scale,
-            *strides(states), *strides(out), *g_strides, CHANNELS=channels, GROUPS=norm.num_groups,
-            COLUMNS=max(TILE // channels, 1), CONDITIONED=gain is not None, num_warps=WARPS,
+            *strides(states), *strides(out), *g_strides, **tile_of(channels), GROUPS=norm.num_groups,
+            CONDITIONED=gain is not None, num_warps=WARPS,
         )  # fmt: skip
 
     def enlarge(self, states, out):
@@ -183,7 +195,7 @@ class TritonVaeOps:
         batch, channels, frames, rows, columns = out.shape
         _enlarge[(batch * frames * rows,)](
             states, out, frames, rows, columns, *times_of(frames, states.shape[2]), columns // states.shape[4],
-            *strides(states), *strides(out), CHANNELS=channels, COLUMNS=max(TILE // channels, 1), num_warps=WARPS,
+            *strides(states), *strides(out), **tile_of(channels), num_warps=WARPS,
         )  # fmt: skip
 
     def add(self, states, bias, others):
@@ -191,8 +203,6 @@ class TritonVaeOps:
         others = channels_last(others)
         if not all(part.is_contiguous(memory_format=torch.channels_last_3d) for part in (states, others)):
             return states.add_(bias[:, None, None, None]).add_(others)
-        pixels, columns = states.numel() // states.shape[1], max(TILE // states.shape[1], 1)
-        _add[(triton.cdiv(pixels, columns),)](
-            states, bias, others, pixels, CHANNELS=states.shape[1], COLUMNS=columns, num_warps=WARPS
-        )  # fmt: skip
+        pixels, tile = states.numel() // states.shape[1], tile_of(states.shape[1])
+        _add[(triton.cdiv(pixels, tile["COLUMNS"]),)](states, bias, others, pixels, **tile, num_warps=WARPS)
         return states
