@@ -55,6 +55,7 @@ LONG = (
     "workflows",
     "group",
     "hosts",
+    "targets",
     "command_line",
     "demo",
     "replicas",
