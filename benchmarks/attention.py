@@ -20,7 +20,7 @@ from parallel_backend.cogvideox.attention.torch_attention import HEAD_DIM, atten
 from parallel_backend.cogvideox.attention.trial import why_not
 from parallel_backend.cogvideox.kernels.block_torch import keep_kernels
 from parallel_backend.devices import Devices, current
-from parallel_backend.errors import first_line
+from parallel_backend.errors import reason_of
 from parallel_backend.model import DTYPES
 from parallel_backend.plan import AUTO
 
@@ -83,7 +83,7 @@ def rows(kind: Kind, *, tokens: int, heads: int, seconds: float = 0.6) -> Iterat
             call = partial(function.attend, *given[0])
             short, long = (milliseconds(call, kind.device, seconds=limit) for limit in (None, seconds))
         except Exception as error:  # the next one may do better
-            yield row(first_line(error))
+            yield row(reason_of(error))
             continue
         errors = [float((part[:, CHECKED] - right).norm() / right.norm()) for part, right in zip(found, exact)]
         yield row(None, *errors, short, long, twice)

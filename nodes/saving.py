@@ -12,7 +12,7 @@ import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from ..parallel_backend.errors import RequestError, WriteFailure, first_line
+from ..parallel_backend.errors import RequestError, WriteFailure, reason_of
 from ..parallel_backend.media import video
 from ..parallel_backend.media.pictures import checked_pictures
 from ..parallel_backend.system.files import check_writable
@@ -46,7 +46,7 @@ def place(filename_prefix: str, *, width: int = 0, height: int = 0) -> tuple[Pat
             with_dates(str(filename_prefix), datetime.now()), folder_paths.get_output_directory(), width, height
         )
     except Exception as error:  # the core raises a plain Exception if a prefix leads out of the folder
-        raise RequestError(f"filename_prefix {filename_prefix!r} cannot be used: {first_line(error)}; use another") from error
+        raise RequestError(f"filename_prefix {filename_prefix!r} cannot be used: {reason_of(error)}; use another") from error
     check_writable(numbered(Path(folder), name, counter))
     return Path(folder), name, counter, subfolder
 

@@ -1,9 +1,65 @@
 """The exceptions: wrong requests, failures of devices, files and groups, and cancellation."""
 
+import logging
+import re
+from pathlib import Path
+from subprocess import CalledProcessError
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or the name of its type if there is no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+logger = logging.getLogger(__name__)
+
+LONGEST = 300
+"""Characters of a reason."""
+CLUTTER = re.compile(r"\[Errno -?\d+\] |\*+ (ERROR: )?")
+"""What messages of Python, FFmpeg and ComfyUI begin with and a user does not need."""
+ASSEMBLER = re.compile(r"ptxas.*?\b(?:error|fatal)\s*: (.*)")
+"""A line of NVIDIA's assembler that says what is wrong."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns why something failed as one line for the user. If the message says more than that, all of it goes to the log.
+
+    Args:
+        error: of any package. The first line of its message is often not the reason.
+    """
+    lines = lines_of(error)
+    reason = reason_in(error, lines)
+    if len(reason) > LONGEST:
+        reason = f"{reason[: LONGEST - 1].rstrip()}…"
+    whole = " ".join(lines)
+    if whole in reason or whole.endswith(reason):
+        return reason
+    logger.info("%s: %s", type(error).__name__, error)
+    return f"{reason} (details in the log)"
+
+
+def reason_in(error: BaseException, lines: list[str]) -> str:
+    """Returns what is the reason among the lines of an error's message."""
+    if not lines:
+        return type(error).__name__
+    if is_a(error, "CompilationError"):  # Triton's: a place, the kernel, a caret, and the reason, unless the cause has that
+        while is_a(error.__cause__, "CompilationError"):
+            error = error.__cause__
+        return f"Triton could not compile the kernel: {(lines_of(error) or lines)[-1]}"
+    if is_a(error, "PTXASError"):  # Triton's: what the assembler said, and how to call it
+        said = next(filter(None, map(ASSEMBLER.match, lines)), None)
+        return f"Triton could not assemble the kernel: {said[1] if said else lines[0]}"
+    if isinstance(error, CalledProcessError):  # such as a C compiler's, with a dozen paths
+        program = error.cmd if isinstance(error.cmd, str) else str(error.cmd[0])
+        return f"{Path(program).name} failed with exit status {error.returncode}"
+    if isinstance(error, KeyError):  # the message is the key alone
+        return f"{type(error).__name__}: {lines[0]}"
+    first = lines[0][match.end() :] if (match := CLUTTER.match(lines[0])) else lines[0]
+    return f"{first} {lines[1]}" if first.endswith(":") and len(lines) > 1 else first
+
+
+def lines_of(error: BaseException) -> list[str]:
+    """Returns the lines of an error's message, without empty ones."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()]
+
+
+def is_a(error: BaseException | None, name: str) -> bool:
+    """Returns whether an error is of a class of this name, which may belong to a package that is not installed."""
+    return any(kind.__name__ == name for kind in type(error).__mro__)
 
 
 class RequestError(ValueError):

@@ -10,7 +10,7 @@ import torch
 from ..cogvideox import offload
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.text import TextEncoder, find_place
-from ..errors import first_line
+from ..errors import reason_of
 from ..executor.base import Executor
 from ..jobs import Report, SampleJob
 
@@ -57,6 +57,6 @@ def job_bytes(job: SampleJob, checkpoint: Checkpoint, executor: Executor) -> int
 def report_of(loaded: Future) -> Report:
     """Waits for loading and returns its report. An empty one if it failed: the job that needs the weights reports the error."""
     if error := loaded.exception():
-        logger.info("the transformer was not loaded while the text was encoded: %s", first_line(error))
+        logger.info("the transformer was not loaded while the text was encoded: %s", reason_of(error))
         return Report()
     return loaded.result()

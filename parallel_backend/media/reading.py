@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from ..errors import RequestError, first_line
+from ..errors import RequestError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def readable(path: Path, kind: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, SyntaxError, av.FFmpegError, Image.DecompressionBombError) as error:
         formats = "a JPEG, PNG or WebP file" if kind == "image" else "another file, such as an MP4"
-        raise RequestError(f"{path} cannot be read as {kind}: {first_line(error)}; give {formats}") from error
+        raise RequestError(f"{path} cannot be read as {kind}: {reason_of(error)}; give {formats}") from error
 
 
 def existing(path: str | Path, kind: str) -> Path:
@@ -140,7 +140,7 @@ def in_srgb(page, path: Path):
     try:
         return ImageCms.profileToProfile(page, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        logger.warning("%s: its colour profile is not used: %s", path, first_line(error))
+        logger.warning("%s: its colour profile is not used: %s", path, reason_of(error))
         return page
 
 

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from ..errors import first_line
+from ..errors import reason_of
 
 FLAGS = 8
 """Signals of each kind that may be pending between two ranks; another one waits until the first was received."""
@@ -47,7 +47,7 @@ def why_not(group, device: torch.device, collect: Callable[[Any], list]) -> str 
         try:
             failed = trial(group, device)
         except (RuntimeError, AttributeError, TypeError) as error:  # forbidden in a container, or torch is too old
-            failed = first_line(error)
+            failed = reason_of(error)
     return first(failed) or reason
 
 

@@ -11,7 +11,7 @@ from ..cogvideox.attention.function import Kind
 from ..cogvideox.attention.torch_attention import HEAD_DIM
 from ..config import CONFIG
 from ..devices import Devices
-from ..errors import RequestError, first_line
+from ..errors import RequestError, reason_of
 from ..system.nvml import free_bytes
 from . import hardware_cache
 from .gpu_table import GIB, KNOWN, LINK_NAMES, LINKS, UNKNOWN, known
@@ -217,7 +217,7 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dic
     try:
         rates = measure(device)
     except RuntimeError as error:
-        logger.info("the rates of %s are assumed: %s", name, first_line(error))
+        logger.info("the rates of %s are assumed: %s", name, reason_of(error))
         return None
     finally:
         torch.cuda.empty_cache()  # release the memory that ComfyUI's process has used for it

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ...devices import current
-from ...errors import first_line
+from ...errors import reason_of
 from ...system.nvml import driver_version
 from ..kernels.block_torch import keep_kernels
 from ..kernels.probe import is_near, once
@@ -113,7 +113,7 @@ def why_not_at_length(function: AttentionFunction, operands, exact: torch.Tensor
         result = function.attend(*operands)
         right = bool(result.isfinite().all()) and is_near(result[:, CHECKED], exact, function.near)
     except Exception as error:  # as many kinds as there are packages
-        return first_line(error)
+        return reason_of(error)
     return None if right else WRONG
 
 

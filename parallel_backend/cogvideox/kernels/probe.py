@@ -7,7 +7,7 @@ from functools import wraps
 import torch
 
 from ...devices import current
-from ...errors import first_line
+from ...errors import reason_of
 
 Trial = Callable[..., str | None]
 """Returns why something does not work on a device, in one line, or None. May take arguments in addition to the device."""
@@ -31,7 +31,7 @@ def once(trial: Trial) -> Trial:
                     try:
                         found[about] = trial(*about)
                     except Exception as error:
-                        found[about] = first_line(error)
+                        found[about] = reason_of(error)
             return found[about]
 
     return ask

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from ...config import CONFIG
-from ...errors import Cancelled, first_line
+from ...errors import Cancelled, reason_of
 from ..stopping import GoOn, stoppable
 from .codec import brightness, stops
 
@@ -25,7 +25,7 @@ PictureListener = Callable[[torch.Tensor], None]
 
 def why_none(error: Exception) -> str:
     """Returns the note for a preview that failed."""
-    reason = "there is not enough memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
+    reason = "there is not enough memory" if isinstance(error, torch.OutOfMemoryError) else reason_of(error)
     return f"no previews: {reason}"
 
 
