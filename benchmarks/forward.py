@@ -1,7 +1,7 @@
 """One forward of the transformer on one GPU: the host's time, the device's, and what its kernels take.
 
-``python -m benchmarks.forward CHECKPOINT [--fp8 all] [--attention cudnn] [--cfg 1]``, at the checkpoint's own size. With ``--cfg 1`` it
-is what each rank of ``cfg2`` computes in a step.
+``python -m benchmarks.forward CHECKPOINT [--fp8 all | --quantize int8] [--attention cudnn] [--cfg 1]``, at the checkpoint's
+own size. With ``--cfg 1`` it is what each rank of ``cfg2`` computes in a step.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine
-from parallel_backend.model import ATTENTIONS, FP8S
+from parallel_backend.model import ATTENTIONS, FP8S, QUANTIZES
 from parallel_backend.parallel.rank import RankContext
 
 from .group import job_of
@@ -32,12 +32,17 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--fp8", choices=FP8S, default="off")
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
+    parser.add_argument("--quantize", choices=QUANTIZES, default="off")
     parser.add_argument("--cfg", type=float, default=6.0)
     asked = parser.parse_args()
     checkpoint = Checkpoint.open(asked.checkpoint)
     job = job_of(checkpoint)
     job = replace(
-        job, model=replace(job.model, fp8=asked.fp8, attention=asked.attention), cfg=asked.cfg, steps=1, scheduler="ddim"
+        job,
+        model=replace(job.model, fp8=asked.fp8, quantize=asked.quantize, attention=asked.attention),
+        cfg=asked.cfg,
+        steps=1,
+        scheduler="ddim",
     )
     if asked.cfg == 1:
         job = replace(job, negative=None)
@@ -68,7 +73,7 @@ def main() -> None:
             seconds[event.name] += event.device_time / 1e6
             calls[event.name] += 1
     print(
-        f"{checkpoint.describe}, fp8 {asked.fp8}, attention {engine.cache.attention.name}, cfg {asked.cfg:g}: {median(forwards) * 1e3:.0f} ms a forward, at least "
+        f"{checkpoint.describe}, layers {job.model.quantization}, attention {engine.cache.attention.name}, cfg {asked.cfg:g}: {median(forwards) * 1e3:.0f} ms a forward, at least "
         f"{min(forwards) * 1e3:.0f}; kernels {sum(seconds.values()) * 1e3:.0f}; the host asks for it in {median(hosts) * 1e3:.0f}, "
         f"{median(hosts) / checkpoint.layers * 1e6:.0f} us a block; first job {first:.1f} s, {report.load_seconds:.1f} of them loading"
     )

@@ -17,8 +17,8 @@ from parallel_backend.planner.work import Work
 TOKENS_OF_1_5, TOKENS_OF_LONG = (frames // 2 * 48 * 85 + 226 for frames in (22, 42))
 """Of 1.5-5B at 81 and 161x768x1360: so many latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""
 RESULTS = Path(__file__).parent / "results"
-FP8 = {"lossless": "off", "fp8": "linears", "fp8-all": "all", "bf16": "off", "fp16": "off"}
-"""What the benchmark's words for a precision say of FP8; the last two are of an earlier version."""
+QUANTIZE = {"lossless": "off", "fp8": "fp8", "fp8-all": "fp8", "int8": "int8", "bf16": "off", "fp16": "off"}
+"""What the benchmark's words for a precision say of linear layers; the last two are of an earlier version."""
 FLASH_3 = ("h100x2-flash3.json", "h100x2-before.json")
 """Of versions whose attention was FlashAttention-3, with its rates (FACTS; an H100's by the rates of products)."""
 WAITING = "h100x2-waiting.json"
@@ -94,16 +94,17 @@ def measured(file: str) -> list[dict]:
     """
     found = json.loads((RESULTS / file).read_text())
     timed = (row for row in found if row.get("from_float32") is None and row.get("offload", "auto") == "auto")
-    return [row for row in timed if row["name"] == "ours" and row["precision"] in FP8]
+    return [row for row in timed if row["name"] == "ours" and row["precision"] in QUANTIZE]
 
 
 def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
     """The work of a row, and the GPU with the rates of that run: attention's follow the products'."""
-    fp8, size = FP8[row["precision"]], row["model"].removeprefix("CogVideoX-")
-    work = replace(assumed(30 if size == "2b" else 48, row["cfg"] > 1), fp8=fp8)
+    quantize, size = QUANTIZE[row["precision"]], row["model"].removeprefix("CogVideoX-")
+    work = assumed(30 if size == "2b" else 48, row["cfg"] > 1)
+    work = replace(work, quantize=quantize, attention_fp8=row["precision"] == "fp8-all")
     if size == "1.5-5b":
         work = replace(work, tokens=TOKENS_OF_1_5)
-    if fp8 != "off":
+    if quantize != "off":
         work = replace(work, matrices=work.matrices - 12 * work.layers * work.features**2)
     if size == "2b" and row["dtype"] == "auto":
         work = replace(work, dtype="fp16")
@@ -117,7 +118,7 @@ def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
         machine = replace(machine, attention=554e12, attention_fp8=651 / 571)
     if file in OLDER:
         machine = replace(machine, attention_fp16=CUDNN_FP16["H100"])
-    if file != NEWEST and work.dtype == "fp16" and fp8 != "off":
+    if file != NEWEST and work.dtype == "fp16" and quantize == "fp8":
         machine = replace(machine, attention=machine.attention_fp16)
     rates = {name: getattr(machine, name) * faster for name in ("matrix", "attention", "attention_fp16")}
     return work, replace(machine, **rates)

@@ -42,7 +42,13 @@ COLUMNS = (
     "from_first",
     "from_float32",
 )
-PRECISIONS = {"lossless": {}, "eager": {"compile": "off"}, "fp8": {"fp8": "linears"}, "fp8-all": {"fp8": "all"}}
+PRECISIONS = {
+    "lossless": {},
+    "eager": {"compile": "off"},
+    "fp8": {"fp8": "linears"},
+    "fp8-all": {"fp8": "all"},
+    "int8": {"quantize": "int8"},
+}
 """What differs in the model from what the options say. Behind a ``+``, ``cacheC`` is a step cache of threshold C."""
 DIFFUSERS = ("eager", "compiled")
 PEAK_SIZE = 8192

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.checkpoint.description import describe
 from ..parallel_backend.errors import RequestError
-from ..parallel_backend.model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, Model
+from ..parallel_backend.model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, QUANTIZES, SNR_SHIFTS, TASKS, Model
 from .base import CogVideoXNode
 from .comfy import runtime
 from .comfy.clip import ClipHandle
@@ -29,9 +29,8 @@ def speed_inputs() -> list:
             options=list(FP8S),
             default="off",
             optional=True,
-            tooltip="Faster and with less memory. Changes the video slightly, by about 6 % after 50 steps. linears "
-            "rounds the blocks' linear layers to FP8 and needs an Ada, Hopper or newer GPU. all rounds attention too "
-            "and needs a Hopper GPU, and bf16 or fp16.",
+            tooltip="linears is an older form of quantize fp8. all rounds attention to FP8 too, and changes the video "
+            "slightly, by about 6 % after 50 steps; it needs a Hopper GPU, and bf16 or fp16.",
         ),
         io.Float.Input(
             "step_cache",
@@ -79,6 +78,19 @@ def choice_inputs() -> list:
     ]
 
 
+def quantize_input() -> io.Combo.Input:
+    """Returns the input for linear layers in 8 bits."""
+    return io.Combo.Input(
+        "quantize",
+        options=list(QUANTIZES),
+        default="off",
+        optional=True,
+        tooltip="Faster and with less memory: rounds the blocks' linear layers to 8 bits, and changes the video slightly. fp8 "
+        "needs an Ada, Hopper or newer GPU. int8 needs a Turing or newer one and the package comfy-kitchen, which ComfyUI "
+        "installs. off leaves it to fp8 above.",
+    )
+
+
 class LoadCogVideoX(CogVideoXNode):
     """Opens a checkpoint folder, or a transformer's file, as model, CLIP and VAE. Weights are read later, where they run."""
 
@@ -116,6 +128,7 @@ class LoadCogVideoX(CogVideoXNode):
                 ),
                 *speed_inputs(),
                 *choice_inputs(),
+                quantize_input(),
             ],
             outputs=[
                 ModelSocket.Output(display_name="model"),
@@ -145,9 +158,10 @@ class LoadCogVideoX(CogVideoXNode):
         task: str = "auto",
         snr_shift: str = "auto",
         attention: str = "auto",
+        quantize: str = "off",
     ) -> io.NodeOutput:
         """Opens and checks the checkpoint."""
-        fast = {"compile": compile, "fp8": fp8, "step_cache": step_cache, "attention": attention}
+        fast = {"compile": compile, "fp8": fp8, "step_cache": step_cache, "attention": attention, "quantize": quantize}
         taken = {"task": task, "snr_shift": snr_shift}
         model = Model(str(runtime.find_model(model_name)), dtype=dtype, offload=offload, **fast, **taken)
         checkpoint = Checkpoint.of(model)

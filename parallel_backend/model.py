@@ -10,6 +10,7 @@ from .validation import between, choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8S = ("off", "linears", "all")
+QUANTIZES = ("off", "fp8", "int8")
 COMPILES = ("auto", "on", "off")
 ATTENTIONS = (AUTO, "hopper", "cudnn", "flash", "efficient", "flash3", "flash2", "torch", "int8", "sage", "fp8")
 """Attention functions; see :mod:`parallel_backend.cogvideox.attention.registry`. The last three are not exact."""
@@ -48,7 +49,7 @@ class Model:
     """Whether blocks and the VAE use kernels that are compiled for the device; ``auto``: on a GPU, except for small models and
     small videos."""
     fp8: str = "off"
-    """What is rounded to FP8: nothing, the blocks' linear layers, or these and attention."""
+    """``linears`` is the older form of ``quantize`` fp8; ``all`` rounds attention to FP8 too."""
     step_cache: float = 0.0
     """Relative change of the first block's residual below which the other blocks' residual is extrapolated; 0 disables. See
     :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`."""
@@ -60,6 +61,8 @@ class Model:
     """Whether the noise schedule has the SNR shift in the checkpoint's configuration; ``auto``: as it was trained."""
     attention: str = AUTO
     """The attention function; ``auto`` is the fastest exact one, or with ``fp8`` all the one in FP8 where it works."""
+    quantize: str = "off"
+    """What the blocks' linear layers are rounded to; with ``off``, ``fp8`` may still say so."""
 
     def __post_init__(self):
         choice("dtype", self.dtype, ("auto", *DTYPES))
@@ -67,6 +70,12 @@ class Model:
         choice("compile", self.compile, COMPILES)
         choice("fp8", self.fp8, FP8S)
         choice("attention", self.attention, ATTENTIONS)
+        choice("quantize", self.quantize, QUANTIZES)
+        if self.quantize == "int8" and self.fp8 != "off":
+            raise RequestError(
+                f"fp8 '{self.fp8}' and quantize 'int8' both round the linear layers; set one of them to 'off' "
+                "(attention 'fp8' rounds attention alone)"
+            )
         between("step_cache", self.step_cache, 0, 2)
         choice("task", self.task, TASKS)
         choice("snr_shift", self.snr_shift, SNR_SHIFTS)
@@ -75,6 +84,11 @@ class Model:
     def attention_function(self) -> str:
         """The name of the attention function that is tried first, or ``auto``."""
         return "fp8" if self.attention == AUTO and self.fp8 == "all" else self.attention
+
+    @property
+    def quantization(self) -> str:
+        """What the blocks' linear layers are rounded to: ``off``, ``fp8`` or ``int8``."""
+        return "fp8" if self.fp8 != "off" else self.quantize
 
 
 def two_thirds(frames: int) -> int:

@@ -1,7 +1,7 @@
 """What a job computes and keeps, for the planner."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from .cogvideox.offload import block_parts
 from .cogvideox.pipeline.windows import Layout, forward_size
 from .jobs import Job, SampleJob
+from .model import Model
 from .planner.work import Work
 
 
@@ -80,9 +81,7 @@ def work_of(
     size: tuple[int, int, int] | None = None,
     guided: bool = True,
     batch: int = 1,
-    dtype: str = "auto",
-    fp8: str = "off",
-    compile: str = "auto",
+    model: Model | None = None,
 ) -> Work:
     """Returns what one step computes and keeps. Reads no weights.
 
@@ -92,12 +91,13 @@ def work_of(
         size: width and height in pixels, and frames; None for the checkpoint's own.
         guided: whether cfg is above 1.
         batch: videos in the step.
-        dtype, fp8, compile: as in :class:`parallel_backend.model.Model`.
+        model: its dtype, quantisation, compilation and attention; None for the defaults.
     """
     width, height, frames = size or checkpoint.default_size
     tokens = checkpoint.tokens((frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL) + checkpoint.text_tokens
-    found = checkpoint.dtype(dtype, device)
-    vectors, matrices = block_parts(checkpoint, found, fp8=fp8 != "off")
+    model = model or Model(str(checkpoint.path))
+    found = checkpoint.dtype(model.dtype, device)
+    vectors, matrices = block_parts(checkpoint, found, quantized=model.quantization != "off")
     whole = sum(block_parts(checkpoint, found))
     return Work(
         layers=checkpoint.layers,
@@ -111,15 +111,15 @@ def work_of(
         rest=checkpoint.weight_bytes("transformer", found) - whole,
         guided=guided,
         dtype={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(found, "fp32"),
-        fp8=fp8,
-        compile=compile,
+        quantize=model.quantization,
+        attention_fp8=model.attention_function == "fp8",
+        compile=model.compile,
+        can_ring=can_ring(model.attention),
     )
 
 
 def work_of_job(job: SampleJob, checkpoint: Checkpoint, device: torch.device) -> Work:
     """Returns the work of one step of a job; of one window, if it has several."""
     batch, frames, height, width = forward_size(job, checkpoint)
-    size, model = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1), job.model
-    about = {"dtype": model.dtype, "fp8": model.fp8, "compile": model.compile}
-    work = work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, **about)
-    return replace(work, can_ring=can_ring(model.attention))
+    size = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1)
+    return work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, model=job.model)

@@ -32,7 +32,7 @@ from parallel_backend.errors import RequestError
 from parallel_backend.executor.resolve import machine_of, resolve
 from parallel_backend.group.worker import remember
 from parallel_backend.jobs import SampleJob, empty_latent
-from parallel_backend.model import Model
+from parallel_backend.model import QUANTIZES, Model
 from parallel_backend.plan import Plan
 from parallel_backend.planner import gpu_table, hardware, hardware_cache
 from parallel_backend.planner.cost_model import predict, weight_bytes
@@ -64,7 +64,7 @@ def test_a_step_of_5b_is_664_tflop():
 def job(checkpoints) -> SampleJob:
     path = checkpoints["1.5-5b"]
     positive, negative = text_states(Checkpoint.open(path))
-    return SampleJob(Model(str(path), fp8="linears"), positive, empty_latent(width=96, height=64, frames=13), negative)
+    return SampleJob(Model(str(path), quantize="int8"), positive, empty_latent(width=96, height=64, frames=13), negative)
 
 
 def test_operations_and_bytes_are_those_that_the_benchmark_and_the_engine_count(job):
@@ -73,7 +73,7 @@ def test_operations_and_bytes_are_those_that_the_benchmark_and_the_engine_count(
     # 13 frames are 4 latents, two to a token: no padding, which the benchmark leaves out
     assert work.products + work.attention == operations(checkpoint, job)
     for plan in map(Plan.parse, PLANS):
-        assert weight_bytes(plan, work) == pytest.approx(transformer_bytes(checkpoint, plan, dtype, fp8=True), abs=8)
+        assert weight_bytes(plan, work) == pytest.approx(transformer_bytes(checkpoint, plan, dtype, quantized=True), abs=8)
         assert planned_bytes(plan, work) == pytest.approx(working_bytes(job, checkpoint, plan, dtype), rel=0.01)
 
 
@@ -207,8 +207,8 @@ def test_what_does_not_fit_is_not_chosen():
 
 @pytest.mark.parametrize("free", [0.1, 3, 9, 12.5, 14, 20, 80])
 def test_a_plan_fits_where_a_device_has_what_is_shown_that_it_needs(free):
-    for heads, fp8, prompts in itertools.product((30, 48), ("off", "all"), (1, 2, 4)):
-        work = replace(assumed(heads, prompts > 1), fp8=fp8, prompts=prompts)
+    for heads, quantize, prompts in itertools.product((30, 48), QUANTIZES, (1, 2, 4)):
+        work = replace(assumed(heads, prompts > 1), quantize=quantize, prompts=prompts)
         for compiles in (True, False):
             machine = replace(H100, free=int(free * GIB), compiles=compiles)
             for each in [*predictions(work, machine, 4), *approximations(work, machine, 4)]:

@@ -1,6 +1,7 @@
 """Plans that split weights give the latents of ``single``, each rank with its part of them alone."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from benchmarks.table import distance
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS, Shard
-from parallel_backend.cogvideox.transformer import fp8_linear
+from parallel_backend.cogvideox.transformer import quantized_linear
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.group import GroupExecutor
@@ -27,6 +28,7 @@ CASES = [
     ("5b", {"size": (48, 48, 9), "scheduler": "ddim", "lora": 0.8}),
     ("5b", {"size": (80, 64, 9), "scheduler": "dpm", "batch": 2}),  # and without it again
     ("5b", {"size": (48, 48, 5), "scheduler": "ddim", "fp8": "linears", "lora": -1.5}),
+    ("5b", {"size": (80, 48, 5), "scheduler": "ddim", "quantize": "int8", "lora": 0.8}),
     ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm", "in_one_file": True, "lora": 0.5}),
     ("5b-i2v", {"size": (96, 64, 9), "scheduler": "dpm", "cfg": 1.0, "image": torch.randn(1, 16, 1, 8, 12)}),
 ]
@@ -37,9 +39,9 @@ def jobs(make_job):
     made = []
     for like, settings in CASES:
         settings = {"steps": 3, **settings}
-        kind = settings.pop("fp8", "off")
+        kind = {name: settings.pop(name) for name in ("fp8", "quantize") if name in settings}
         job = make_job(like, **settings)
-        made.append(replace(job, model=replace(job.model, fp8=kind)))
+        made.append(replace(job, model=replace(job.model, **kind)))
     return made
 
 
@@ -51,9 +53,11 @@ def single(jobs, local) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def exact(jobs, single, local) -> list[torch.Tensor]:
-    """What this process makes of each job without FP8."""
+    """What this process makes of each job without quantization."""
     return [
-        expected if job.model.fp8 == "off" else local.sample(replace(job, model=replace(job.model, fp8="off"))).tensor
+        expected
+        if job.model.quantization == "off"
+        else local.sample(replace(job, model=replace(job.model, fp8="off", quantize="off"))).tensor
         for job, expected in zip(jobs, single)
     ]
 
@@ -70,14 +74,14 @@ def test_a_plan_that_splits_weights_equals_single_and_each_rank_holds_its_part(p
     made, held = ranks_made[plan]
     assert len(made) == len(held) == len(jobs)
     for job, found, expected, unrounded, bytes_held in zip(jobs, made, single, exact, held):
-        if job.model.fp8 == "off":
+        if job.model.quantization == "off":
             assert (found - expected).abs().max() <= TOLERANCE, job
-        else:  # a row's scale is that of a rank's columns, and a rounding that falls the other way is a step of FP8
+        else:  # a row's scale is that of a rank's columns, and a rounding that falls the other way is a step of 8 bits
             rounded = distance(expected, unrounded)
             assert distance(found, unrounded) < 1.5 * rounded and distance(found, expected) < 1.5 * rounded
         checkpoint = Checkpoint.open(job.model.path)
         whole, part = (
-            offload.transformer_bytes(checkpoint, of, torch.float32, fp8=job.model.fp8 != "off")
+            offload.transformer_bytes(checkpoint, of, torch.float32, quantized=job.model.quantization != "off")
             for of in (Plan(), Plan.parse(plan))
         )
         assert part < 0.9 * whole
@@ -125,13 +129,13 @@ def test_ranks_read_every_weight_once_and_no_more_of_it_than_they_keep(tensor, f
         assert sum(weight.numel() for weight in ranks[0][0].values()) < 0.8 * sum(weight.numel() for weight in whole.values())
 
 
-@pytest.mark.parametrize("mode, bytes_saved", [("off", 0), ("linears", 1)])
-def test_the_estimate_of_weights_is_what_is_loaded(mode, bytes_saved, checkpoints):
+@pytest.mark.parametrize("kind", ["off", "fp8", "int8"])
+def test_the_estimate_of_weights_is_what_is_loaded(kind, checkpoints):
     checkpoint = Checkpoint.open(checkpoints["1.5-5b"])
-    prepare = fp8_linear.convert if bytes_saved else lambda skeleton: None
+    prepare = (lambda skeleton: None) if kind == "off" else partial(quantized_linear.convert, kind=kind)
     loaded = checkpoint.load_transformer(torch.bfloat16, prepare=prepare)
     assert sum(weight.nbytes for weight in loaded.parameters()) == offload.transformer_bytes(
-        checkpoint, Plan(), torch.bfloat16, fp8=mode != "off"
+        checkpoint, Plan(), torch.bfloat16, quantized=kind != "off"
     )
 
 

@@ -47,7 +47,9 @@ class HeldWeights:
         part = "transformer" if isinstance(job, SampleJob) else "vae"
         dtype = checkpoint.dtype(job.model.dtype, self.load_device)
         if part == "transformer":
-            self._wanted = {part: transformer_bytes(checkpoint, self.executor.plan, dtype, fp8=job.model.fp8 != "off")}
+            self._wanted = {
+                part: transformer_bytes(checkpoint, self.executor.plan, dtype, quantized=job.model.quantization != "off")
+            }
         else:
             self._wanted = {part: checkpoint.weight_bytes(part, dtype)}
         if self._loaded.get(part) != self._wanted[part]:

@@ -9,6 +9,7 @@ import torch
 from ..cogvideox.checkpoint import published
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..fit import Fit, fit
+from ..model import Model
 from ..planner import gpu_table
 from ..planner.machine import Machine
 from ..workload import work_of
@@ -43,7 +44,7 @@ def by_memory() -> Iterator[str]:
         for memory in SIZES:
             machine = replace(generic, free=(memory - 1) * GIB)
             for count in (1, 2):
-                cells = (cell(fitted(checkpoint, machine, count, fp8=fp8)) for fp8 in ("off", "linears"))
+                cells = (cell(fitted(checkpoint, machine, count, quantize=kind)) for kind in ("off", "int8"))
                 yield f"| {title} | {memory} | {count} | {' | '.join(cells)} |"
 
 
@@ -57,10 +58,10 @@ def by_gpu() -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def fitted(checkpoint: Checkpoint, machine: Machine, count: int, *, fp8: str = "off") -> Fit:
+def fitted(checkpoint: Checkpoint, machine: Machine, count: int, *, quantize: str = "off") -> Fit:
     """Returns how a model fits at its own size, with guidance."""
-    size = checkpoint.default_size
-    return fit(checkpoint, work_of(checkpoint, torch.device("cuda"), size=size, fp8=fp8), machine, count, size=size)
+    size, model = checkpoint.default_size, Model(str(checkpoint.path), quantize=quantize)
+    return fit(checkpoint, work_of(checkpoint, torch.device("cuda"), size=size, model=model), machine, count, size=size)
 
 
 def cell(found: Fit) -> str:

@@ -23,7 +23,8 @@ def model_of(args: Namespace) -> Model:
         RequestError: if there is no such checkpoint, or for a value that is not allowed.
     """
     loras = tuple(lora_of(word) for word in args.lora)
-    fast = {"compile": args.compile, "fp8": args.fp8, "step_cache": args.step_cache, "attention": args.attention}
+    fast = {"compile": args.compile, "fp8": args.fp8, "quantize": args.quantize, "step_cache": args.step_cache}
+    fast["attention"] = args.attention
     taken = {"task": args.task, "snr_shift": args.snr_shift}
     return Model(str(bundled.find(args.model)), dtype=args.dtype, offload=args.offload, **fast, loras=loras, **taken)
 

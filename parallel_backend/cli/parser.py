@@ -11,24 +11,18 @@ from ..cogvideox.checkpoint.published import MODELS
 from ..config import CONFIG
 from ..errors import Cancelled, Failure, RequestError
 from ..jobs import SCHEDULERS, TILINGS, SampleJob
-from ..model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, SNR_SHIFTS, TASKS, WINDOW_SCHEDULES
+from ..model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, QUANTIZES, SNR_SHIFTS, TASKS, WINDOW_SCHEDULES
 from ..planner.gpu_table import KNOWN, LINKS
 from ..system.limits import usable_cores
-from .bench import bench as run_bench
+from .bench import add_bench_options
 from .cards import cards as run_cards
 from .condition_options import add_condition_options
+from .console import Parser
 from .generate import generate as run_generate
 from .plan import plan as run_plan
 from .serve import serve as run_serve
 from .serve import status as run_status
 from .serve import stop as run_stop
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, with exit status 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", choices=COMPILES, default="auto", help="compile kernels for this GPU: faster steps; auto: on GPUs"
     )
-    parser.add_argument(
-        "--fp8",
-        choices=FP8S,
-        default="off",
-        help="compute linear layers, or attention too, in FP8: faster and less memory; changes the video slightly",
-    )
+    add_rounding_options(parser)
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact function on this GPU")
     parser.add_argument(
         "--step-cache",
@@ -104,6 +93,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_rounding_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that round linear layers and attention."""
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZES,
+        default="off",
+        help="compute linear layers in FP8 (Ada and newer) or int8 (Turing and newer): faster, less memory, changes the video slightly",
+    )
+    parser.add_argument(
+        "--fp8",
+        choices=FP8S,
+        default="off",
+        help="linears: an older form of --quantize fp8; all: attention in FP8 too (Hopper)",
+    )
+
+
 def build_parser() -> Parser:
     """Returns the parser of the whole command line."""
     parser = Parser(prog="parallel_backend", description="CogVideoX on every GPU you have.")
@@ -114,7 +119,9 @@ def build_parser() -> Parser:
     add_serve_options(commands.add_parser("serve", help="keep a group running for other processes, on one or several machines"))
     add_status_options(commands.add_parser("status", help="list the groups that are running"))
     add_stop_options(commands.add_parser("stop", help="end the group that serve keeps"))
-    add_bench_options(commands.add_parser("bench", help="time plans, next to diffusers' and xDiT's own pipelines"))
+    bench = commands.add_parser("bench", help="time plans, next to diffusers' and xDiT's own pipelines")
+    add_model_options(bench)
+    add_bench_options(bench)
     return parser
 
 
@@ -190,7 +197,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--frames", type=int, help="4k+1, such as 49 (default: the model's own)")
-    parser.add_argument("--fp8", choices=FP8S, default="off")
+    add_rounding_options(parser)
     parser.add_argument(
         "--count", type=int, default=1, metavar="N", help="videos to make; replicas may share them (default %(default)s)"
     )
@@ -239,40 +246,6 @@ def add_stop_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``stop``."""
     parser.add_argument("--all", action="store_true", help="end groups that other programs own too")
     parser.set_defaults(run=run_stop)
-
-
-def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of ``bench``."""
-    add_model_options(parser)
-    parser.add_argument(
-        "--plans", default="single", help="comma-separated plans; none: this pack is not timed (default %(default)s)"
-    )
-    parser.add_argument(
-        "--precisions",
-        default="lossless",
-        help="comma-separated: lossless, eager, fp8, fp8-all; add a step cache as in fp8-all+cache0.1 (default %(default)s)",
-    )
-    parser.add_argument("--float32", action="store_true", help="add each row's distance from float32 after two steps")
-    parser.add_argument("--devices", default="auto", help="as in generate")
-    parser.add_argument(
-        "--repeat", type=int, default=2, help="jobs of each plan; the last one is reported (default %(default)s)"
-    )
-    parser.add_argument("--warmup-steps", type=int, help="steps of the jobs before the last (default: --steps)")
-    parser.add_argument("--reference", metavar="FILE", help="latent that rows are compared with; written if it does not exist")
-    parser.add_argument(
-        "--diffusers", default="eager", help="diffusers' pipeline, comma-separated: eager, compiled, none (default %(default)s)"
-    )
-    parser.add_argument(
-        "--xdit",
-        default="none",
-        help="comma-separated plans of xDiT's own pipeline, such as cfg2,ulysses2 (default %(default)s)",
-    )
-    parser.add_argument("--decode", action="store_true", help="time a decode too")
-    parser.add_argument(
-        "--tiling", choices=TILINGS, default="auto", help="decode in tiles; auto: if a whole video does not fit"
-    )
-    parser.add_argument("--output", help="write the rows as JSON to this file")
-    parser.set_defaults(run=run_bench)
 
 
 def main(argv: list[str] | None = None) -> int:

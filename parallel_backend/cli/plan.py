@@ -10,6 +10,7 @@ from ..cogvideox.checkpoint import published
 from ..devices import Devices
 from ..errors import RequestError
 from ..fit import Fit, fit
+from ..model import Model
 from ..planner import hardware
 from ..planner.cost_model import Prediction
 from ..planner.machine import Machine
@@ -37,7 +38,8 @@ def plan(args: Namespace) -> int:
     each = args.gpus or present.count
     count = each * args.nnodes
     machine = hardware.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
-    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=args.cfg > 1, fp8=args.fp8)
+    model = Model(str(checkpoint.path), fp8=args.fp8, quantize=args.quantize)
+    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=args.cfg > 1, model=model)
     found = predictions(work, machine, count, jobs=args.count)
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
     found.sort(key=lambda each: each.total)

@@ -17,8 +17,7 @@ from ..system.limits import usable_memory
 from .checkpoint import shards
 from .checkpoint.checkpoint import Checkpoint
 from .pipeline.windows import Layout, forward_size
-from .transformer import fp8_linear as quantized
-from .transformer import step_cache
+from .transformer import quantized_linear, step_cache
 from .vae import tiling
 
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"
@@ -115,25 +114,25 @@ def bytes_on(device: torch.device, module: torch.nn.Module) -> int:
     return sum(weight.nbytes for weight in weights if weight.device.type == device.type)
 
 
-def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
+def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, quantized: bool = False) -> int:
     """Returns the bytes of the transformer's weights that each rank of a plan keeps."""
-    blocks = block_bytes(checkpoint, plan, dtype, fp8=fp8)
+    blocks = block_bytes(checkpoint, plan, dtype, quantized=quantized)
     rest = checkpoint.weight_bytes("transformer", dtype) - block_bytes(checkpoint, Plan(), dtype)
     return rest + blocks * stage_layers(plan, checkpoint.layers) // checkpoint.layers // plan.fsdp
 
 
-def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, fp8: bool = False) -> int:
+def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, quantized: bool = False) -> int:
     """Returns the bytes of all blocks' weights on a rank, with whole blocks as FSDP gathers them."""
-    vectors, matrices = block_parts(checkpoint, dtype, fp8=fp8)
+    vectors, matrices = block_parts(checkpoint, dtype, quantized=quantized)
     return vectors + matrices // plan.tensor
 
 
-def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, fp8: bool = False) -> tuple[int, int]:
+def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, quantized: bool = False) -> tuple[int, int]:
     """Returns the bytes of all blocks' vectors, and of their matrices before tensor parallelism splits them."""
     inside = {name: where.shape for name, where in checkpoint.stored.items() if name.startswith(shards.BLOCKS)}
     matrices = sum(math.prod(shape) for shape in inside.values() if len(shape) > 1)
     vectors = sum(map(math.prod, inside.values())) - matrices
-    saved = quantized.saved_bytes(checkpoint, dtype) if fp8 else 0
+    saved = quantized_linear.saved_bytes(checkpoint, dtype) if quantized else 0
     return vectors * dtype.itemsize, matrices * dtype.itemsize - saved
 
 
@@ -152,7 +151,8 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     states = int(factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize)
     if plan.fsdp == 1:
         return states
-    return states + GATHERED * block_bytes(checkpoint, plan, dtype, fp8=job.model.fp8 != "off") // checkpoint.layers
+    blocks = block_bytes(checkpoint, plan, dtype, quantized=job.model.quantization != "off")
+    return states + GATHERED * blocks // checkpoint.layers
 
 
 def choose_offload(

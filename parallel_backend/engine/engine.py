@@ -146,7 +146,7 @@ class Engine:
     def _advice(self) -> str:
         """What the user can change to free memory for a job."""
         if not self.context.plan.can_offload("group"):
-            return f"fp8 'linears' or more {'fsdp' if self.context.plan.fsdp > 1 else 'pipefusion'}"
+            return f"quantize 'fp8' or 'int8', or more {'fsdp' if self.context.plan.fsdp > 1 else 'pipefusion'}"
         return f"offload 'group' (now '{self.cache.offload}')"
 
     def _note(self, line: str | None) -> None:

@@ -15,7 +15,7 @@ from ..cogvideox.kernels import probe
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.pipeline.windows import forward_size
 from ..cogvideox.stopping import check
-from ..cogvideox.transformer import block, fp8_linear, lora, positions
+from ..cogvideox.transformer import block, lora, positions, quantized_linear
 from ..errors import Cancelled, RequestError
 from ..jobs import SampleJob, WindowJob
 from ..model import Model
@@ -91,7 +91,7 @@ class ModelCache:
         before, stopped = self.loads, False
         hooks = mode if mode in IN_PARTS else None
         loras = self._open_loras(job.model, checkpoint)
-        self._check_fp8(job.model)
+        self._check_quantization(job.model)
         kind = Kind(self.device, dtype, checkpoint.head_dim)
         choice.check(job.model.attention, kind, self.ranks)
         if mode != "none" and "vae" in self.held:
@@ -101,7 +101,8 @@ class ModelCache:
         def read() -> torch.nn.Module:
             return self._read_transformer(job, checkpoint, dtype, on_window, in_parts=hooks is not None, hoped=hoped)
 
-        made = (job.model.fp8, hooks, loras if hooks else None)  # LoRAs cannot be merged into weights that offload hooks manage
+        kept = loras if hooks else None  # LoRAs cannot be merged into weights that offload hooks manage
+        made = (job.model.quantization, hooks, kept)
         try:
             transformer = self._load("transformer", checkpoint, dtype, read, made)
         except Cancelled:
@@ -133,12 +134,12 @@ class ModelCache:
         self.offload = mode
         return transformer
 
-    def _check_fp8(self, model: Model) -> None:
-        """Raises RequestError on all ranks if the job asks for FP8 and a rank's device does not support it."""
-        if model.fp8 != "off" and (
-            reasons := [reason for reason in self.context.collect(fp8_linear.missing(self.device)) if reason]
-        ):
-            raise RequestError(reasons[0])
+    def _check_quantization(self, model: Model) -> None:
+        """Raises RequestError on all ranks if a rank's device does not support the quantised layers that the job asks for."""
+        if model.quantization != "off":
+            reasons = self.context.collect(quantized_linear.missing(model.quantization, self.device))
+            if found := next(filter(None, reasons), None):
+                raise RequestError(found)
 
     def _read_transformer(
         self,
@@ -159,8 +160,8 @@ class ModelCache:
         """
 
         def prepare(skeleton: torch.nn.Module) -> None:
-            if job.model.fp8 != "off":
-                fp8_linear.convert(skeleton)
+            if job.model.quantization != "off":
+                quantized_linear.convert(skeleton, job.model.quantization)
             self.context.attach(skeleton)
             if hoped:  # not earlier: two threads must not import the same modules at the same time
                 probe.in_background(
@@ -213,7 +214,7 @@ class ModelCache:
             return "none"  # the CPU shares the GPU's memory
         mode, note = offload.choose_offload(
             job.model.offload,
-            weights=offload.transformer_bytes(checkpoint, self.context.plan, dtype, fp8=job.model.fp8 != "off"),
+            weights=offload.transformer_bytes(checkpoint, self.context.plan, dtype, quantized=job.model.quantization != "off"),
             working=offload.working_bytes(job, checkpoint, self.context.plan, dtype),
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,

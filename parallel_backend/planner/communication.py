@@ -74,7 +74,7 @@ def transfer(
 
 def ulysses(plan: Plan, work: Work, machine: Machine) -> Transfer:
     """All-to-all in every block: queries, keys and values before attention, results after it."""
-    qk_size = 1 / work.itemsize if work.fp8 == "all" and machine.attention_fp8 > 1 else 1.0  # sent in FP8
+    qk_size = 1 / work.itemsize if work.attention_fp8 and machine.attention_fp8 > 1 else 1.0  # sent in FP8
     tensors = (2 * qk_size if plan.ring == 1 else 2) + 2
     link = slowest_link(machine, plan, plan.tensor, plan.ulysses)
     away = (plan.ulysses - 1) / plan.ulysses

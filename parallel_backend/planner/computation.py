@@ -19,6 +19,8 @@ PASSES = 26
 """How often compiled kernels other than products and attention read or write tokens x features in a block: these are the 25 ms."""
 EAGER_PASSES = 176
 """``PASSES`` without compilation: 0.19 s more for each half of guidance (NOTES: 0.774 and 0.581 s)."""
+INT8_PASSES = 21
+"""Additional passes of layers in int8, which round their inputs themselves, and of GELU, which no product absorbs: counted, not measured."""
 ULYSSES_PASSES = 10
 """Additional passes with Ulysses: packing, copying the rank's own part, unpacking; counted in ``parallel/attention.py``."""
 MERGE_PASSES, MERGE_SECONDS = 24, 1.1e-3
@@ -37,14 +39,13 @@ KEPT_PASSES = 4
 def computation(plan: Plan, work: Work, machine: Machine) -> float:
     """Returns the seconds that the slowest rank computes in a step, the pipeline's bubble included."""
     matrix, attention = machine.matrix * MATRIX_SHARE, machine.attention * ATTENTION_SHARE
-    if work.dtype == "fp16" and work.fp8 == "off" and machine.attention_fp16:  # products in FP8 return bf16
+    if work.dtype == "fp16" and work.quantize != "fp8" and machine.attention_fp16:  # products in FP8 return bf16
         attention = machine.attention_fp16 * ATTENTION_SHARE
-    if work.fp8 != "off":
-        matrix *= machine.matrix_fp8
-    if work.fp8 == "all":
+    matrix *= {"fp8": machine.matrix_fp8, "int8": machine.matrix_int8}.get(work.quantize, 1.0)
+    if work.attention_fp8:
         attention *= machine.attention_fp8
     is_compiled, patches = work.is_compiled(machine), plan_patches(plan, work)
-    passes = PASSES if is_compiled else EAGER_PASSES
+    passes = (PASSES if is_compiled else EAGER_PASSES) + INT8_PASSES * (work.quantize == "int8")
     passes *= (1 + 1 / plan.tensor) / 2  # tensor parallelism splits about half of the passes: heads and hidden features
     passes += ULYSSES_PASSES * (plan.ulysses > 1) + MERGE_PASSES * (plan.ring - 1) + KEPT_PASSES * (plan.pipefusion > 1)
     others = MERGE_SECONDS * plan.ring if plan.ring > 1 else 0.0

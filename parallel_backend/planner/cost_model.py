@@ -28,6 +28,8 @@ WORKSPACE = 192 * 2**20
 of 5b suggest, and cuBLAS's 32 MiB for the stream on which blocks are compiled while weights are read."""
 FP8_WORKSPACE = 320 * 2**20
 """Addition for FP8: 0.33 GiB (``cfg2`` of 2b) to 0.46 (``single`` of 5b) in h100x2.json."""
+ROUNDED_FEATURES = 4
+"""Features of the largest input that a layer in int8 rounds to a copy, relative to the model's: the feed-forward's hidden ones."""
 GATHERED = 3
 """Blocks held whole at once under ``fsdp``: the running one, and the next one twice, as received and as unpacked."""
 HEADROOM = 0.9
@@ -60,8 +62,8 @@ class Prediction:
 def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:
     """Predicts the seconds of a step and the bytes on each rank."""
     waiting, sent = communication(plan, work, machine)
-    weights, workspace = weight_bytes(plan, work), WORKSPACE + (FP8_WORKSPACE if work.fp8 != "off" else 0)
-    peak = weights + working_bytes(plan, work, compiled=work.is_compiled(machine)) + workspace
+    weights = weight_bytes(plan, work)
+    peak = weights + working_bytes(plan, work, compiled=work.is_compiled(machine)) + workspace_bytes(plan, work)
     needed = int(max(peak, weights + working_bytes(plan, work)) / HEADROOM)
     return Prediction(
         plan,
@@ -77,6 +79,13 @@ def weight_bytes(plan: Plan, work: Work) -> int:
     """Returns the bytes of the transformer's weights that each rank keeps."""
     blocks = (work.vectors + work.matrices // plan.tensor) * stage_layers(plan, work.layers) // work.layers
     return work.rest + blocks // plan.fsdp
+
+
+def workspace_bytes(plan: Plan, work: Work) -> int:
+    """Returns the bytes that kernels need for themselves."""
+    if work.quantize == "int8":
+        return WORKSPACE + int(ROUNDED_FEATURES * states_bytes(plan, work) / work.itemsize / plan.tensor)
+    return WORKSPACE + (FP8_WORKSPACE if work.quantize == "fp8" else 0)
 
 
 def working_bytes(plan: Plan, work: Work, *, compiled: bool = False) -> int:

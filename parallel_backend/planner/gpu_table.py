@@ -14,19 +14,22 @@ from .machine import Link, Machine
 GIB = 2**30
 REACHED = 0.8
 """Share of a data sheet's operations that a large product reaches: 767 of 989 on an H100 (h100x2.json)."""
+TWICE = 1.75
+"""Speedup of products in 8 bits, whose rate on data sheets is at least twice that of 16 bits: FP8's of h100x2.json, 0.1 s less for each
+half of guidance. That int8 gains as much is assumed."""
 ATTENDED, ATTENDED_BEFORE_AMPERE = 0.7, 0.35
 """Share of a product's rate that attention reaches: with FlashAttention-2, and with the kernels that older GPUs have. Assumed."""
 LINKS = {"nvlink": Link(300e9, 20e-6), "pcie": Link(7e9, 30e-6), "network": Link(5e9, 60e-6)}
 """Links by their names in ``--link``. ``network`` is one rank's share of a host's network adapters: assumed."""
 LINK_NAMES = {"nvlink": "NVLink", "pcie": "PCIe", "network": "the network"}
-FP8_SINCE, AMPERE = (8, 9), (8, 0)
-"""Compute capabilities: the first with products in FP8, and the first that the pack compiles blocks for."""
+FP8_SINCE, INT8_SINCE, AMPERE = (8, 9), (7, 5), (8, 0)
+"""Compute capabilities: the first with products in FP8 and in int8, and the first that the pack compiles blocks for."""
 HOPPER = {
-    "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": 1.75, "attention_fp8": 1.36,
+    "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": TWICE, "matrix_int8": TWICE, "attention_fp8": 1.36,
     "rates_from": "the table of known GPUs, measured", "link_from": "assumed for NVLink",
 }  # fmt: skip
-"""Fields that all Hopper GPUs share. FP8: products from ``fp8`` of h100x2.json (0.1 s less for each half of guidance), attention from
-``fp8`` and ``fp8-all`` of h200-kernels.json, where it took 0.56 s of a step in bf16 (NOTES)."""
+"""Fields that all Hopper GPUs share. Attention in FP8 is from ``fp8`` and ``fp8-all`` of h200-kernels.json, where it took 0.56 s of a step
+in bf16 (NOTES)."""
 
 
 def data_sheet(
@@ -50,7 +53,8 @@ def data_sheet(
         bandwidth * 1e9,
         LINKS[link],
         LINKS["network"],
-        matrix_fp8=1.75 if capability >= FP8_SINCE else 1.0,
+        matrix_fp8=TWICE if capability >= FP8_SINCE else 1.0,
+        matrix_int8=TWICE if capability >= INT8_SINCE else 1.0,
         compiles=is_new,
         free=memory and (memory - 1) * GIB,
         rates_from="its data sheet",

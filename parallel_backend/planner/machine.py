@@ -36,6 +36,8 @@ class Machine:
     """Like ``attention``, in fp16; None if it is the same."""
     matrix_fp8: float = 1.0
     """Speedup of matrix products in FP8."""
+    matrix_int8: float = 1.0
+    """Speedup of matrix products in int8."""
     attention_fp8: float = 1.0
     """Speedup of attention in FP8."""
     compiles: bool = True

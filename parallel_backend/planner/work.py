@@ -24,7 +24,7 @@ class Work:
     itemsize: int
     """Bytes per element of the compute dtype."""
     matrices: int
-    """Bytes of the matrices of all blocks as they are stored, in FP8 if that is used."""
+    """Bytes of the matrices of all blocks as they are stored, quantised or not."""
     vectors: int
     """Bytes of the other weights of all blocks."""
     rest: int
@@ -32,8 +32,10 @@ class Work:
     guided: bool = True
     """Whether each step runs the model on both prompts."""
     dtype: str = "bf16"
-    fp8: str = "off"
-    """``off``, ``linears`` or ``all``."""
+    quantize: str = "off"
+    """What linear layers are rounded to: ``off``, ``fp8`` or ``int8``."""
+    attention_fp8: bool = False
+    """Whether attention is in FP8 where that is supported."""
     compile: str = "auto"
     """``auto``, ``on`` or ``off``."""
     can_ring: bool = True

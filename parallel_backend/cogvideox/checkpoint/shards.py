@@ -144,7 +144,7 @@ def fill(
         layer, _, kind = name.rpartition(".")
         module = model.get_submodule(layer)
         piece = piece.to(device=device, dtype=dtype)
-        if kind == "weight" and hasattr(module, "set_weight"):  # an Fp8Linear
+        if kind == "weight" and hasattr(module, "set_weight"):  # a QuantizedLinear
             module.set_weight(piece, home)
         else:
             put(module, kind, piece.to(home))

@@ -113,7 +113,7 @@ class TritonBlockOps:
             return self._pass(layer(*inputs), gelu=True, rounds=True)[1]
         (states,) = inputs
         if type(layer) is not torch.nn.Linear or layer.bias is None or not states.is_cuda:
-            return (F.gelu(layer(states), approximate="tanh"),)
+            return (torch.ops.aten.gelu_(layer(states), approximate="tanh"),)  # in place: the layer has just made it
         # One cuBLAS kernel for the product and GELU; CPUs use another approximation.
         product = torch.ops.aten._addmm_activation(layer.bias, states.flatten(0, 1), layer.weight.t(), use_gelu=True)
         return (product.unflatten(0, states.shape[:2]),)

@@ -12,7 +12,7 @@ import torch
 from ..attention.operands import factors
 from ..kernels.block_torch import CONDITIONS, Inputs, TorchBlockOps, keep_kernels
 from ..kernels.probe import is_near, once
-from .fp8_linear import Fp8Linear
+from .quantized_linear import Fp8Linear
 from .step_cache import StepCache
 
 WORTH_COMPILING = 2**30

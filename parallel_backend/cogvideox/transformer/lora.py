@@ -19,8 +19,8 @@ from ...model import Lora
 from ..checkpoint import weights
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.shards import WHOLE, Shard, held, put
-from .fp8_linear import Fp8Linear
 from .lora_names import OTHER_KINDS, describe_misfit, look_of, some, sort_tensors
+from .quantized_linear import QuantizedLinear
 
 LARGE_RANK = 64
 """The rank from which a file without an alpha may be meant for a strength of 1 / rank."""
@@ -193,7 +193,7 @@ def merge(
         for name, base in shard.read({name: checkpoint.stored[name] for name in names}):
             layer, _, kind = name.rpartition(".")
             module = transformer.get_submodule(layer)
-            quantized = isinstance(module, Fp8Linear) and kind == "weight"
+            quantized = isinstance(module, QuantizedLinear) and kind == "weight"
             merged = base.to(device=device, dtype=module.dtype if quantized else getattr(module, kind).dtype).float()
             part = shard.of(name, checkpoint.stored[name].shape)
             for lora, file in opened:
