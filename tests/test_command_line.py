@@ -466,6 +466,10 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
     assert "4 videos" in several["reason"] and run(*asked, "--count", 0).returncode == 2
     assert all(each["fits"] and each["step_seconds"] > 0 and each["peak_memory"] > 0 for each in found["plans"])
     assert found["reason"].startswith("ulysses2 is predicted at ")
+    twice = run(*asked, "--fp8", "linears", "--quantize", "int8")
+    assert twice.returncode == 2 and "both round the linear layers; set one of them to 'off'" in twice.stderr
+    in_int8 = json.loads(run(*asked, "--cfg", 1, "--quantize", "int8", "--json").stdout)
+    assert in_int8["plans"][0]["step_seconds"] != several["plans"][0]["step_seconds"]
     wrong = run("plan", "--model", checkpoints["5b"], "--gpu", "GTX 970")
     assert wrong.returncode == 2 and "gpu 'GTX 970' is not known; use one of H200, H100, " in wrong.stderr
 

@@ -20,7 +20,7 @@ from parallel_backend.cogvideox.attention.hopper_fp8 import attend_in_fp8
 from parallel_backend.cogvideox.attention.recomputed_tiles import pieces_on
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import block_torch
-from parallel_backend.cogvideox.transformer import block
+from parallel_backend.cogvideox.transformer import block, quantized_linear
 from parallel_backend.cogvideox.vae import preview
 from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine.engine import Engine
@@ -32,7 +32,7 @@ from parallel_backend.model import DTYPES, Model
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
 
-from .conftest import TOLERANCE
+from .conftest import TOLERANCE, demo_job
 from .test_cancel import KINDS as VAE_KINDS
 from .test_cancel import Stop, vae_job
 from .test_pipefusion import Patched
@@ -664,3 +664,57 @@ def test_the_vae_s_kernels_are_exact_in_float32_and_as_near_to_it_in_16_bit_as_t
         for setting in ("on", "off")
     ]
     assert distances[0] <= 1.1 * distances[1]
+
+
+int8 = pytest.mark.skipif(
+    torch.cuda.device_count() < 1 or quantized_linear.missing("int8", torch.device("cuda", 0)) is not None,
+    reason="needs a GPU from Turing on, and comfy-kitchen",
+)
+
+
+@int8
+@pytest.mark.parametrize("dtype, rows", [(torch.bfloat16, 1027), (torch.float16, 64), (torch.float32, 2)])
+def test_a_product_in_int8_is_that_of_the_rounded_numbers_on_a_gpu_too(dtype, rows):
+    linear, states = torch.nn.Linear(384, 256, dtype=dtype), torch.randn(2, rows, 384, dtype=dtype)
+    exact = linear.float()(states.float())
+    layer = quantized_linear.Int8Linear(linear.to(dtype))
+    rounded, found = layer(states).float(), layer.cuda()(states.cuda())
+    assert found.dtype == dtype and found.shape == exact.shape
+    assert distance(found.float().cpu(), rounded) < 0.5 * distance(rounded, exact)
+
+
+@int8
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_int8_is_nearer_than_fp8_and_as_small(compile, on_gpu, make_job, checkpoints):
+    job = make_job("5b", model=Model(str(checkpoints["5b"])))
+    assert rounding(on_gpu, job, compile="off") < rounding(on_gpu, job, compile=compile, quantize="int8") < 0.05
+    held = on_gpu.status()["weights"]["transformer"]
+    plain = Checkpoint.open(checkpoints["5b"]).weight_bytes("transformer", torch.bfloat16)
+    assert held < 0.8 * plain
+
+
+@int8
+@pytest.mark.parametrize("mode", ["group", "sequential"])
+def test_int8_is_offloaded_in_parts(mode, on_gpu, make_job, checkpoints):
+    model = Model(str(checkpoints["5b"]), dtype="bf16", quantize="int8", compile="off")
+    found = [on_gpu.sample(make_job("5b", model=replace(model, offload=offload))).tensor for offload in ("none", mode)]
+    assert torch.equal(*found)
+
+
+@int8
+@two_gpus
+def test_int8_is_as_near_in_every_plan_as_in_single(group, on_gpu, make_job, checkpoints):
+    job = make_job("5b", model=Model(str(checkpoints["5b"])))
+    assert rounding(group, job, quantize="int8") <= 1.5 * rounding(on_gpu, job, quantize="int8")
+
+
+@one_gpu
+def test_the_demo_s_kernels_are_compiled_and_give_the_same_video(on_gpu):
+    plain = demo_job(96, 64, 17, steps=4)
+    plain = replace(plain, model=replace(plain.model, dtype="fp32", compile="off"))
+    job = replace(plain, model=replace(plain.model, compile="on"))
+    results = [on_gpu.sample(each) for each in (plain, job)]
+    results += [on_gpu.decode(DecodeJob(each.model, results[0].tensor)) for each in (plain, job)]
+    assert not any(result.report.notes for result in results)
+    for one, other in (results[:2], results[2:]):
+        assert (one.tensor - other.tensor).abs().max() <= 10 * TOLERANCE

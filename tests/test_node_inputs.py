@@ -236,3 +236,19 @@ show(asked=[asked(of, "get_sd") for of in (clip, vae, vae.patcher)], has=[hasatt
         "not used: images; CogVideoX uses only the prompt",
     ]
     assert shown["tokens"] == ["t5xxl"] and shown["empty"] and shown["batch"]
+
+
+def test_the_loader_takes_old_and_new_words_for_rounded_layers_and_refuses_two_at_once(nodes):
+    shown = nodes("""
+def rounded(**fast):
+    try:
+        load = prepared(part("nodes.loaders").LoadCogVideoX)
+        return load.execute(model_name="demo", dtype="auto", offload="auto", **fast).result[0].model.quantization
+    except errors.RequestError as error:
+        return str(error)
+show(found=[rounded(), rounded(fp8="linears"), rounded(fp8="all", quantize="fp8"), rounded(quantize="int8")],
+     refused=[rounded(fp8="linears", quantize="int8"), rounded(quantize="int4")])
+""")
+    assert shown["found"] == ["off", "fp8", "fp8", "int8"]
+    assert "both round the linear layers; set one of them to 'off'" in shown["refused"][0]
+    assert "int4" in shown["refused"][1] and "int8" in shown["refused"][1]

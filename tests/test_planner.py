@@ -205,6 +205,14 @@ def test_what_does_not_fit_is_not_chosen():
     assert reason.endswith("unsplit weights would need 13.3 GiB, 10.0 GiB are free")
 
 
+def test_int8_is_predicted_to_be_faster_and_smaller_where_there_is_no_fp8():
+    work = assumed(48, True)
+    rounded = replace(work, quantize="int8", matrices=work.matrices - 12 * work.layers * work.features**2)
+    plain, found = (predict(Plan(), each, hardware.KNOWN["A100"]) for each in (work, rounded))
+    assert found.seconds < plain.seconds and found.peak < plain.peak
+    assert predict(Plan(), replace(work, quantize="fp8"), hardware.KNOWN["A100"]).seconds == plain.seconds
+
+
 @pytest.mark.parametrize("free", [0.1, 3, 9, 12.5, 14, 20, 80])
 def test_a_plan_fits_where_a_device_has_what_is_shown_that_it_needs(free):
     for heads, quantize, prompts in itertools.product((30, 48), QUANTIZES, (1, 2, 4)):
