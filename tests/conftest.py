@@ -56,6 +56,7 @@ LONG = (
     "group",
     "hosts",
     "targets",
+    "quantized",
     "command_line",
     "demo",
     "replicas",
