@@ -14,7 +14,7 @@ import torch
 
 from parallel_backend.cogvideox.attention.torch_attention import attend_torch
 from parallel_backend.cogvideox.kernels import block_torch
-from parallel_backend.parallel import attention, symmetric_memory
+from parallel_backend.parallel import symmetric_memory, ulysses
 
 WAIT = 60
 
@@ -70,12 +70,12 @@ def threads_for_ranks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(attention.dist, "barrier", lambda group: group[0].barrier.wait())
-    monkeypatch.setattr(attention.dist, "get_process_group_ranks", lambda group: list(range(group[0].size)))
-    monkeypatch.setattr(attention.dist, "get_world_size", lambda group: group[0].size)
+    monkeypatch.setattr(ulysses.dist, "barrier", lambda group: group[0].barrier.wait())
+    monkeypatch.setattr(ulysses.dist, "get_process_group_ranks", lambda group: list(range(group[0].size)))
+    monkeypatch.setattr(ulysses.dist, "get_world_size", lambda group: group[0].size)
 
 
-def attend_on(rank: attention.CopyingUlyssesAttention, states: torch.Tensor, padding: int) -> torch.Tensor:
+def attend_on(rank: ulysses.CopyingUlyssesAttention, states: torch.Tensor, padding: int) -> torch.Tensor:
     """What a rank makes of queries, keys and values ``[3, batch, all tokens, heads, head_dim]``, its own tokens of all heads."""
     tokens = states.shape[2] // rank.size
     parts = rank.begin(attend_torch, batch=states.shape[1], padding=padding)
@@ -88,7 +88,7 @@ def attend_on(rank: attention.CopyingUlyssesAttention, states: torch.Tensor, pad
 def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, threads_for_ranks):
     hub, generator = Hub(size), torch.Generator().manual_seed(0)
     ranks = [
-        attention.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=size, heads=heads // size)
+        ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=size, heads=heads // size)
         for rank in range(size)
     ]
     # Sizes change from job to job; blocks come one after the other; more videos than there are flags.
@@ -105,7 +105,7 @@ def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, threads
 
 def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):
     hub = Hub(1)
-    alone = attention.CopyingUlyssesAttention((hub, 0), torch.device("cpu"), rank=0, size=1, heads=2)
+    alone = ulysses.CopyingUlyssesAttention((hub, 0), torch.device("cpu"), rank=0, size=1, heads=2)
     states = torch.ones(2, 1, 3, 2, 4)
 
     def fail(*_):

@@ -18,8 +18,8 @@ from ..cogvideox.attention.function import AttentionFunction
 from ..cogvideox.attention.torch_attention import Attention
 from ..cogvideox.transformer import block
 from ..planner.work import patches
-from .attention import UlyssesAttention
 from .sequence import Chunk
+from .ulysses import UlyssesAttention
 
 
 class Kept:

@@ -15,7 +15,8 @@ from ..cogvideox.attention import choice
 from ..cogvideox.attention.function import AttentionFunction
 from ..cogvideox.transformer import block
 from ..cogvideox.transformer.step_cache import StepCache
-from .attention import CopyingUlyssesAttention, RingAttention, UlyssesAttention
+from .ring import RingAttention
+from .ulysses import CopyingUlyssesAttention, UlyssesAttention
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ EAGER_PASSES = 176
 INT8_PASSES = 21
 """Additional passes of layers in int8, which round their inputs themselves, and of GELU, which no product absorbs: counted, not measured."""
 ULYSSES_PASSES = 10
-"""Additional passes with Ulysses: packing, copying the rank's own part, unpacking; counted in ``parallel/attention.py``."""
+"""Additional passes with Ulysses: packing, copying the rank's own part, unpacking; counted in ``parallel/ulysses.py``."""
 MERGE_PASSES, MERGE_SECONDS = 24, 1.1e-3
 """Additional passes for each rank's keys in a ring, as results are merged in float32, uncompiled; counted in xDiT's code. And the
 additional seconds of each in a block: ``ring2`` of 2b in h100x2.json, and of 5b in h100x2-waiting.json."""
