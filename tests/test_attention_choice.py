@@ -139,7 +139,7 @@ def test_the_fastest_right_function_is_chosen_and_named(register):
 @pytest.mark.parametrize(
     "attend, reason",
     [
-        (wrong, trial.WRONG), (not_a_number, trial.WRONG), (broken, "no kernel image is available"), (wrong_if_long, trial.WRONG),
+        (wrong, trial.WRONG), (not_a_number, trial.WRONG), (broken, "no kernel image is available (details in the log)"), (wrong_if_long, trial.WRONG),
         (lambda *states: attend_torch(*states).double(), trial.WRONG), (lambda *states: attend_torch(*states)[:, :1], trial.WRONG),
     ],
 )  # fmt: skip
@@ -174,7 +174,10 @@ def test_auto_takes_no_approximate_function_and_a_preferred_one_without_timing(r
     assert chosen() == ("ours", ()) and len(register.timed) == before
     register("ours", 9.0, broken, comes_first=True, needs=Needs(head_dims=(16, 17)))  # of 17 features it has not been tried
     name, notes = chosen(kind=replace(KIND, head_dim=17))
-    assert name == "fast" and notes[0] == "attention is not this pack's own, which is faster: no kernel image is available"
+    assert (
+        name == "fast"
+        and notes[0] == "attention is not this pack's own, which is faster: no kernel image is available (details in the log)"
+    )
     name, notes = chosen(kind=replace(KIND, head_dim=18))  # which it is not meant for
     assert name == "fast" and len(notes) == 1
 
@@ -220,7 +223,9 @@ def test_what_is_kept_counts_only_for_functions_that_are_right_today(register):
     register.forget()
     register("fast", 1.0, broken)
     name, (note,) = chosen()
-    assert name == "middle" and note.endswith("of 2 exact functions here; without fast: no kernel image is available")
+    assert name == "middle" and note.endswith(
+        "of 2 exact functions here; without fast: no kernel image is available (details in the log)"
+    )
     assert not register.timed
 
 
