@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable
 
 import imageio.v3 as iio
@@ -149,6 +150,8 @@ def test_the_planner_knows_what_replicas_can_share(more, jobs, unit, run, checkp
         (("--devices", "gpu"), "not understood"),
         (("--scheduler", "euler"), "scheduler.*euler"),
         (("--steps", "0"), "steps is 0"),
+        (("--modle", "5b"), "there is no option --modle; did you mean --model\\?"),
+        (("--warp=9",), "there is no option --warp; --help lists all"),
         (("--output", "/nowhere/at/all.mp4"), "there is no folder /nowhere/at"),
         (("--output", "/tmp/video.avi"), "must end in .mp4"),
         (("--model", "/nowhere"), "no checkpoint folder /nowhere"),
@@ -569,6 +572,14 @@ def test_info_lines_of_the_whole_package_go_to_standard_error_and_those_of_libra
         launcher.logger.info("starting 2 processes")
         logging.getLogger("some_library").info("loading")
     assert capsys.readouterr().err == "starting 2 processes\n"
+
+
+def test_help_says_the_default_of_every_option_that_has_one():
+    for name, parser in build_parser()._subparsers._group_actions[0].choices.items():
+        said = " ".join(parser.format_help().split())
+        for action in parser._actions:
+            if action.default or isinstance(action.default, float):
+                assert f"(default {action.default}" in said or action.default == SUPPRESS, (name, action.dest)
 
 
 def test_the_options_are_frozen_so_that_scripts_go_on_working():

@@ -1,6 +1,6 @@
 """The command ``cards``: which GPU can run which published model, and how."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -26,6 +26,11 @@ SIZES = {
     32: "RTX 5090, V100",
 }
 """Memory of a GPU in GB, and examples."""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Adds the options of ``cards``."""
+    parser.set_defaults(run=cards)
 
 
 def cards(args: Namespace) -> int:

@@ -1,46 +1,41 @@
 """The options for what a video is made from besides its prompt: images, videos and masks."""
 
-import argparse
+from argparse import ArgumentParser
 
 from ..jobs import IMAGE_SCALES
 
 
-def add_condition_options(parser: argparse.ArgumentParser) -> None:
+def add_condition_options(parser: ArgumentParser) -> None:
     """Adds the options for images, videos and masks."""
-    parser.add_argument(
+    group = parser.add_argument_group("images and videos to start from or to follow")
+    group.add_argument(
         "--image", help="start image, for an image-to-video or inpaint model; resized to cover and cropped at the centre"
     )
-    parser.add_argument("--end-image", help="end image, for an inpaint model")
-    parser.add_argument(
+    group.add_argument("--end-image", help="end image, for an inpaint model")
+    group.add_argument(
         "--image-scale",
         choices=IMAGE_SCALES,
         default="auto",
         help="scaling of the start image's latent; auto: the checkpoint's own",
     )
-    parser.add_argument("--control-video", help="video of poses, edges or depth, for a control model")
-    parser.add_argument(
-        "--control-strength", type=float, default=1.0, help="scale of the control video's latent (default %(default)s)"
-    )
-    parser.add_argument(
-        "--control-start", type=float, default=0.0, help="share of the steps at which control begins (default %(default)s)"
-    )
-    parser.add_argument(
-        "--control-end", type=float, default=1.0, help="share of the steps at which control ends (default %(default)s)"
-    )
-    parser.add_argument("--video", help="video to start from; resized and cropped as --image")
-    parser.add_argument("--mask", help="image or video, white where --video is to be replaced; for an inpaint model")
-    parser.add_argument(
+    group.add_argument("--control-video", help="video of poses, edges or depth, for a control model")
+    group.add_argument("--control-strength", type=float, default=1.0, help="scale of the control video's latent")
+    group.add_argument("--control-start", type=float, default=0.0, help="share of the steps at which control begins")
+    group.add_argument("--control-end", type=float, default=1.0, help="share of the steps at which control ends")
+    group.add_argument("--video", help="video to start from; resized and cropped as --image")
+    group.add_argument("--mask", help="image or video, white where --video is to be replaced; for an inpaint model")
+    group.add_argument(
         "--noise-aug-strength",
         type=float,
         metavar="NOISE",
         help="noise on what an inpaint model is shown, for pixels in -1..1 (default: as it was trained)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--source-fps",
         type=float,
         help="frames a second of --video, --control-video and --mask, of which every n-th is used so that they are nearest to the "
         "model's own rate; 0 uses every frame (default: as the file says)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--denoise", type=float, help="with --video: share of the steps to run on it (default 0.8; with --mask 1)"
     )

@@ -1,15 +1,7 @@
 """Lines that the command line writes."""
 
-import argparse
 import json
 import sys
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, with exit status 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def show(line: str) -> None:

@@ -1,12 +1,101 @@
-"""Turns parsed options into size, model, LoRAs and windows."""
+"""Options that several commands share, and what they mean: size, model, LoRAs and windows."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..errors import RequestError
-from ..model import Lora, Model, Windows, two_thirds
+from ..jobs import SCHEDULERS, SampleJob
+from ..model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, QUANTIZES, SNR_SHIFTS, TASKS, Lora, Model, Windows, two_thirds
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """Adds the options for plan and devices."""
+    parser.add_argument("--plan", default="auto", help="how to split each step: auto, single, or degrees such as cfg2-ulysses2")
+    parser.add_argument("--devices", default="auto", help="auto, cpu, cpu:2 (two processes), or GPU numbers such as 0,1")
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """Adds the options for model, size and sampling."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a checkpoint folder in diffusers layout, ORG/NAME in the Hugging Face cache, or demo, a tiny model for trying out",
+    )
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="to compute in; auto: the checkpoint's own")
+    parser.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        default="auto",
+        help="keep weights in CPU memory; auto: if they do not fit",
+    )
+    parser.add_argument(
+        "--compile", choices=COMPILES, default="auto", help="compile kernels for this GPU: faster steps; auto: on GPUs"
+    )
+    add_rounding_options(parser)
+    parser.add_argument("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact function on this GPU")
+    parser.add_argument(
+        "--step-cache",
+        type=float,
+        default=0.0,
+        metavar="CHANGE",
+        help="reuse the last blocks' output while the first block's residual changes by less than this, such as 0.1; 0 disables; "
+        "faster, changes the video slightly",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA as a .safetensors file; repeat the option for several",
+    )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default="auto",
+        help="what the model makes a video from; auto: concluded from its configuration",
+    )
+    parser.add_argument(
+        "--snr-shift",
+        choices=SNR_SHIFTS,
+        default="auto",
+        help="shift the noise schedule as the model's configuration says; auto: as the model was trained",
+    )
+    add_size_options(parser)
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--cfg", type=float, default=6.0, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="auto", help="auto: the checkpoint's own")
+    parser.add_argument(
+        "--pipefusion-warmup",
+        type=int,
+        default=SampleJob.pipefusion_warmup,
+        metavar="N",
+        help="with pipefusionN in the plan: the first N steps are exact, and as slow as on one GPU",
+    )
+
+
+def add_rounding_options(parser: ArgumentParser) -> None:
+    """Adds the options that round linear layers and attention."""
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZES,
+        default="off",
+        help="compute linear layers in FP8 (Ada and newer) or int8 (Turing and newer): faster, less memory, changes the video slightly",
+    )
+    parser.add_argument(
+        "--fp8",
+        choices=FP8S,
+        default="off",
+        help="linears: an older form of --quantize fp8; all: attention in FP8 too (Hopper)",
+    )
+
+
+def add_size_options(parser: ArgumentParser) -> None:
+    """Adds the options for the video's size."""
+    parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--frames", type=int, help="4k+1, such as 49 (default: the model's own)")
 
 
 def size_of(args: Namespace, checkpoint: Checkpoint) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The command ``plan``: predicts the cost of every plan."""
 
 import math
-from argparse import Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from dataclasses import asdict, replace
 
 import torch
@@ -13,12 +13,36 @@ from ..fit import Fit, fit
 from ..model import Model
 from ..planner import hardware
 from ..planner.cost_model import Prediction
+from ..planner.gpu_table import KNOWN, LINKS
 from ..planner.machine import Machine
 from ..planner.planner import approximations, choose, predictions
 from ..validation import check_size
 from ..workload import work_of
 from .console import show, show_json
-from .options import size_of
+from .options import add_rounding_options, add_size_options, size_of
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Adds the options of ``plan``."""
+    parser.add_argument(
+        "--model", required=True, help=f"as in generate; or {', '.join(published.MODELS)}, which need not be downloaded"
+    )
+    parser.add_argument("--gpus", type=int, help="GPUs of each host (default: those of this machine)")
+    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that form one group")
+    parser.add_argument(
+        "--memory-gib", type=float, help="memory of one GPU; if the model does not fit, plans that shard its weights are listed"
+    )
+    parser.add_argument("--memory-gb", type=float, dest="memory_gib", help=SUPPRESS)  # the option's name before
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"such as 3090; known are {', '.join(KNOWN)} (default: those of this machine)"
+    )
+    parser.add_argument("--link", choices=tuple(LINKS), help="link between the GPUs (default: the GPU's own)")
+    parser.add_argument("--cfg", type=float, default=6.0, help="guidance scale; 1 turns guidance off")
+    add_size_options(parser)
+    add_rounding_options(parser)
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="videos to make; replicas may share them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=plan)
 
 
 def plan(args: Namespace) -> int:

@@ -1,12 +1,13 @@
-"""The commands ``serve``, ``status`` and ``stop``: groups that outlive a command."""
+"""The command ``serve``: keeps a group that outlives a command."""
 
 import signal
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..config import CONFIG
 from ..devices import Devices
-from ..errors import GroupFailure, GroupUnavailable
+from ..errors import GroupUnavailable
 from ..executor.group import GroupExecutor
 from ..executor.resolve import resolve, share_of
 from ..group.hosts import Common, Place
@@ -14,10 +15,41 @@ from ..group.launcher import Launcher
 from ..group.lending import lend
 from ..group.muster import Leader, Member
 from ..group.preflight import check_possible
-from ..group.registry import running
 from ..plan import AUTO, Plan
 from ..workload import Workload
-from .console import show, show_json
+from .console import show
+from .options import add_run_options
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Adds the options of ``serve``."""
+    add_run_options(parser)
+    parser.add_argument("--model", default="demo", help="the model that plan auto is chosen for")
+    parser.add_argument(
+        "--nnodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="hosts that form one group, each with these devices",
+    )
+    parser.add_argument(
+        "--node-rank",
+        type=int,
+        default=0,
+        metavar="NUMBER",
+        help="number of this host: 0 on the host where jobs are sent, 1, 2, … on the others; node 0 chooses the plan for auto",
+    )
+    parser.add_argument(
+        "--rendezvous", metavar="HOST:PORT", help="address of node 0 on a private network, where the hosts meet"
+    )
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=CONFIG.wait_seconds,
+        metavar="SECONDS",
+        help="timeout for the hosts to meet",
+    )
+    parser.set_defaults(run=serve)
 
 
 def serve(args: Namespace) -> int:
@@ -81,62 +113,4 @@ def lend_devices(args: Namespace, place: Place) -> int:
         lend(Launcher(chosen, devices, muster), muster, show)
     except KeyboardInterrupt:
         show("ending")
-    return 0
-
-
-def status(args: Namespace) -> int:
-    """Prints the groups that are running."""
-    groups = []
-    for address, description in running().items():
-        try:
-            said = GroupExecutor.attach(address).status()
-        except GroupFailure as error:
-            said = {"state": f"does not answer ({error.summary})"}
-        groups.append({"folder": str(address.folder), **description, **said})
-    if args.json:
-        show_json({"groups": groups})
-        return 0
-    for group in groups:
-        if "uptime" not in group:
-            kept = f"kept by process {group['owner']}, logs {group['folder']}/logs"
-            show(f"{group['plan']} on {group['devices']}: {group['state']}, {kept}")
-            show_hosts(group)
-            continue
-        memory = "/".join(f"{size / 2**30:.1f}" for size in group["memory"]) or "-"
-        show(
-            f"{group['plan']} on {group['devices']}: {group['state']}, up {group['uptime']:.0f} s, jobs {group['jobs']}, "
-            f"queue {group['queue']}, model {group['model']}, memory {memory} GiB, "
-            f"link {group['link'] / 1e9:.2g} GB/s and {group['latency'] * 1e6:.0f} us, kept by process {group['owner']}, "
-            f"logs {group['folder']}/logs, last error {group['last_error']}"
-        )
-        show_hosts(group)
-    if not groups:
-        show("no group is running")
-    return 0
-
-
-def show_hosts(group: dict) -> None:
-    """Prints a line for each host of a group, with its memory if known."""
-    for host in group.get("hosts") or ():
-        memory = group.get("memory", [])[host["first_rank"] : host["first_rank"] + host["processes"]]
-        held = f", memory {'/'.join(f'{size / 2**30:.1f}' for size in memory)} GiB" if memory else ""
-        show(f"  host {host['name']} ({host['address']}, node {host['node']}): {host['ranks']} on {host['devices']}{held}")
-
-
-def stop(args: Namespace) -> int:
-    """Ends the group that ``serve`` keeps."""
-    groups = running()
-    for address, description in groups.items():
-        if description["node"]:
-            show(
-                f"{address.folder} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C"
-            )
-        elif args.all or description["shared"]:
-            try:
-                GroupExecutor.attach(address).stop()
-                show(f"ended {address.folder}")
-            except GroupFailure as error:
-                show(f"{address.folder}: {error.summary}")
-    if not groups:
-        show("no group is running")
     return 0
