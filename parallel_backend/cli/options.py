@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..cogvideox.checkpoint import bundled
+from ..cogvideox.checkpoint.catalogue import MODELS
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..errors import RequestError
 from ..jobs import SCHEDULERS, SampleJob
@@ -21,7 +22,8 @@ def add_model_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="a checkpoint folder in diffusers layout, ORG/NAME in the Hugging Face cache, or demo, a tiny model for trying out",
+        help=f"a checkpoint folder in diffusers layout; a model that was downloaded: {', '.join(MODELS)} or ORG/NAME; or demo, a tiny "
+        "model for trying out",
     )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="to compute in; auto: the checkpoint's own")
     parser.add_argument(

@@ -11,10 +11,11 @@ import torch
 
 from ..errors import Cancelled, Failure, RequestError
 from ..system.limits import usable_cores
-from . import bench, cards, generate_options, plan, serve, status, stop
+from . import bench, cards, download, generate_options, plan, serve, status, stop
 
 COMMANDS = {
     "generate": (generate_options.add_options, "make video files from prompts, images or videos"),
+    "download": (download.add_options, "get a model from a hub"),
     "plan": (plan.add_options, "show what auto would choose, and why"),
     "cards": (cards.add_options, "show which GPU can run which published model, and how"),
     "serve": (serve.add_options, "keep a group running for other processes, on one or several machines"),

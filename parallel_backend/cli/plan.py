@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..cogvideox.checkpoint import published
+from ..cogvideox.checkpoint.catalogue import MODELS
 from ..devices import Devices
 from ..errors import RequestError
 from ..fit import Fit, fit
@@ -24,9 +25,7 @@ from .options import add_rounding_options, add_size_options, size_of
 
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``plan``."""
-    parser.add_argument(
-        "--model", required=True, help=f"as in generate; or {', '.join(published.MODELS)}, which need not be downloaded"
-    )
+    parser.add_argument("--model", required=True, help=f"as in generate; or {', '.join(MODELS)}, which need not be downloaded")
     parser.add_argument("--gpus", type=int, help="GPUs of each host (default: those of this machine)")
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that form one group")
     parser.add_argument(

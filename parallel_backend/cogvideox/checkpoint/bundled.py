@@ -1,4 +1,4 @@
-"""Finds a checkpoint by the user's name for it: a bundled model, a path, or a model in the Hugging Face cache."""
+"""Finds a checkpoint by the user's name for it: a bundled model, a path, or a model that was downloaded."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,16 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from ...errors import RequestError
+from . import catalogue
 
 DEMO, DEMO_I2V = "demo", "demo-i2v"
 """The small trained models that come with the pack. The image-to-video one shares VAE and text encoder with the other."""
 SHIPPED = Path(__file__).parents[2] / "checkpoints"
 """The bundled models' folder; ``training/`` has the scripts that made them."""
+PACK = Path(__file__).parents[3]
+"""The pack's folder; in ComfyUI it is in ``custom_nodes``."""
+MODELS_FOLDER = Path("models", "CogVideo")
+"""Where the pack keeps models in ComfyUI's folder. The CogVideoX wrapper uses it too."""
 TRANSFORMER = Path("transformer", "config.json")
 """A file that every folder in diffusers layout has."""
 CACHED = "models--"
@@ -33,6 +38,30 @@ def hub_models() -> dict[str, Path]:
     return {
         name_in_cache(folder): checkpoint for folder, checkpoint in found if checkpoint is not None and is_cogvideox(checkpoint)
     }
+
+
+def folder_in_cache(repository: str) -> Path:
+    """Returns the folder of a model in the Hugging Face cache, whether it exists or not."""
+    return hub_cache() / f"{CACHED}{repository.replace('/', '--')}"
+
+
+def comfyui() -> Path | None:
+    """Returns the folder of the ComfyUI that the pack is installed in, or None."""
+    root = PACK.parents[1]
+    return root if PACK.parent.name == "custom_nodes" and (root / "models").is_dir() else None
+
+
+def downloaded(name: str) -> Path | None:
+    """Returns the folder of a model that was downloaded to the Hugging Face cache or to the models of this ComfyUI, or None.
+
+    Args:
+        name: of a published model, or ORG/NAME.
+    """
+    repository, root = catalogue.repository_of(name), comfyui()
+    if repository is None:
+        return None
+    in_comfyui = root and checkpoint_in(root / MODELS_FOLDER / repository.partition("/")[2])
+    return in_comfyui or hub_models().get(repository)
 
 
 def name_in_cache(folder: Path) -> str:
@@ -72,8 +101,8 @@ def find(name: str) -> Path:
     """Returns the checkpoint's path.
 
     Args:
-        name: of a bundled model; or a path to a folder or to a transformer's single file; or ``ORG/NAME`` of a model in the
-            Hugging Face cache.
+        name: of a bundled model; or a path to a folder or to a transformer's single file; or, of a model that was downloaded, the
+            name in :mod:`.catalogue` or ORG/NAME.
     Raises:
         RequestError: if there is no such checkpoint.
     """
@@ -82,10 +111,15 @@ def find(name: str) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return (checkpoint_in(path) or path).resolve()
-    if found := hub_models().get(name):
+    if found := downloaded(name):
         return found.resolve()
-    names = " or ".join(f"'{known}'" for known in shipped())
+    if catalogue.repository_of(name):
+        raise RequestError(
+            f"the model {name} is not downloaded: run {catalogue.DOWNLOAD} {name}. It was looked for in the Hugging Face cache "
+            f"({hub_cache()}), and there is no folder of that name"
+        )
+    names = ", ".join([*shipped(), *catalogue.MODELS])
     raise RequestError(
-        f"there is no checkpoint folder {path}; give a folder in diffusers layout, {names}, or ORG/NAME of a model in the "
-        f"Hugging Face cache ({hub_cache()})"
+        f"there is no checkpoint folder {path}; give a folder in diffusers layout, ORG/NAME of a model in the Hugging Face cache "
+        f"({hub_cache()}), or one of {names}"
     )

@@ -1,0 +1,53 @@
+"""The published models: short names, and their repositories on both hubs."""
+
+import re
+from dataclasses import dataclass
+
+ORGANISATIONS = {"zai-org": "ZhipuAI", "alibaba-pai": "PAI"}
+"""The same organisations on the Hugging Face hub and on ModelScope."""
+DOWNLOAD = "python -m parallel_backend download"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model."""
+
+    repository: str
+    """Of the Hugging Face hub, ORG/NAME."""
+    base: str
+    """``2b``, ``5b`` or ``1.5-5b``: the model's shape."""
+    task: str = "text"
+
+
+MODELS = {
+    "2b": Published("zai-org/CogVideoX-2b", "2b"),
+    "5b": Published("zai-org/CogVideoX-5b", "5b"),
+    "5b-i2v": Published("zai-org/CogVideoX-5b-I2V", "5b", "image"),
+    "1.5": Published("zai-org/CogVideoX1.5-5B", "1.5-5b"),
+    "1.5-i2v": Published("zai-org/CogVideoX1.5-5B-I2V", "1.5-5b", "image"),
+    "fun-2b-inp": Published("alibaba-pai/CogVideoX-Fun-V1.1-2b-InP", "2b", "inpaint"),
+    "fun-5b-inp": Published("alibaba-pai/CogVideoX-Fun-V1.1-5b-InP", "5b", "inpaint"),
+    "fun-5b-control": Published("alibaba-pai/CogVideoX-Fun-V1.1-5b-Control", "5b", "control"),
+    "fun-5b-pose": Published("alibaba-pai/CogVideoX-Fun-V1.1-5b-Pose", "5b", "control"),
+    "fun-1.5-inp": Published("alibaba-pai/CogVideoX-Fun-V1.5-5b-InP", "1.5-5b", "inpaint"),
+}
+"""The published models by their short names."""
+
+
+def published(name: str) -> Published | None:
+    """Returns the published model with a short name or a repository, in capital or small letters; None if there is none."""
+    by_repository = {model.repository.lower(): model for model in MODELS.values()}
+    return (MODELS | by_repository).get(name.lower())
+
+
+def repository_of(name: str) -> str | None:
+    """Returns the ORG/NAME that a name means: that of a published model, or the name itself; None for any other text."""
+    if model := published(name):
+        return model.repository
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", name, re.ASCII) else None
+
+
+def on_modelscope(repository: str) -> str:
+    """Returns the ORG/NAME on ModelScope of a repository of the Hugging Face hub."""
+    organisation, _, name = repository.partition("/")
+    return f"{ORGANISATIONS.get(organisation, organisation)}/{name}"
