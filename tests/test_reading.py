@@ -155,8 +155,8 @@ def test_what_holds_no_video_is_refused_in_one_line(tmp_path):
     (tmp_path / "half.png").write_bytes(whole.getvalue()[:5000])
     for name, kind, words in (
         ("sound.m4a", "video", "holds sound and no video; give a video file"),
-        ("text.mp4", "video", "cannot be read as video: .*; give another file, such as an MP4"),
-        ("text.png", "image", "cannot be read as image: .*; give a JPEG, PNG or WebP"),
+        ("text.mp4", "video", "cannot be read as video: it is damaged, or of another kind; give another file, such as an MP4"),
+        ("text.png", "image", "cannot be read as image: it is damaged, or of another kind; give a JPEG, PNG or WebP"),
         ("empty.png", "image", "cannot be read as image"),
         ("half.png", "image", "cannot be read as image"),
         ("none.png", "image", "there is no image file"),

@@ -86,7 +86,19 @@ def readable(path: Path, kind: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, SyntaxError, av.FFmpegError, Image.DecompressionBombError) as error:
         formats = "a JPEG, PNG or WebP file" if kind == "image" else "another file, such as an MP4"
-        raise RequestError(f"{path} cannot be read as {kind}: {reason_of(error)}; give {formats}") from error
+        raise RequestError(f"{path} cannot be read as {kind}: {why_unreadable(error)}; give {formats}") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """Returns why a file cannot be read. What PIL and FFmpeg say of its contents has names of their own."""
+    import av
+    from PIL import Image
+
+    if isinstance(error, Image.DecompressionBombError):
+        return "it has too many pixels"
+    if isinstance(error, (av.InvalidDataError, SyntaxError, EOFError)) or (isinstance(error, OSError) and not error.errno):
+        return "it is damaged, or of another kind"
+    return reason_of(error)
 
 
 def existing(path: str | Path, kind: str) -> Path:

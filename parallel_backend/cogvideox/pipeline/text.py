@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 WORKING_BYTES = 2**28
 """Activations for one prompt: T5-XXL's hidden features of 226 tokens and the scores of 64 heads, several times each."""
+MOST_WORDS = 12
+"""Words of a part of the prompt that are shown in a message."""
 CPU = torch.device("cpu")
 
 
@@ -72,6 +74,13 @@ def on_cpu(checkpoint: Checkpoint, dtype: str, device: torch.device) -> torch.dt
     found = checkpoint.dtype(dtype, CPU)
     fits = checkpoint.weight_bytes("text_encoder", found) <= usable_memory() * HEADROOM
     return found if fits else checkpoint.dtype(dtype, device)
+
+
+def shortened(text: str) -> str:
+    """Returns the first words of a long text, and how many follow."""
+    words = text.split()
+    more = len(words) - MOST_WORDS
+    return text if more <= 0 else f"{' '.join(words[:MOST_WORDS])} … and {more} more words"
 
 
 class TextEncoder:
@@ -130,7 +139,7 @@ class TextEncoder:
             self.say(f"{', '.join(words)} in the prompt has no special effect: it is read as plain words")
         if len(found) >= limit:
             lost = self._tokenizer.decode([token for token, _ in found[limit - 1 :]])
-            self.say(f"the prompt has {len(found) + 1} tokens, {limit} are used; cut off: '{lost}'")
+            self.say(f"the prompt has {len(found) + 1} tokens, {limit} are used; cut off: '{shortened(lost)}'")
         end, padding = (self._tokenizer.eos_token_id, 1.0), (self._tokenizer.pad_token_id, 1.0)
         found = [*found[: limit - 1], end]
         return found + [padding] * (limit - len(found))
