@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 
+from parallel_backend.cli.bench_table import text_states
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
@@ -27,8 +28,6 @@ from parallel_backend.jobs import SampleJob
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 from parallel_backend.system.nvml import free_bytes
-
-from .table import text_states
 
 PLANS = ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2")
 STARTS = (("compiled", "on"), ("compiled again", "on"), ("torch's own", "off"))

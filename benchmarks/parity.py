@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from parallel_backend.cli.bench_table import text_states
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.executor.base import Executor
@@ -22,7 +23,6 @@ from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 
 from .random_weights import build
-from .table import text_states
 
 EIGHT = (
     "ulysses4-ring2", "ring8", "cfg2-ulysses4", "cfg2-ulysses2-ring2", "tensor4-ring2", "cfg2-tensor2-ulysses2", "cfg2-ulysses4-fsdp8",

@@ -13,6 +13,7 @@ from statistics import mean, median
 
 import torch
 
+from parallel_backend.cli.bench_table import distance
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
@@ -28,7 +29,6 @@ from tests.support.measures import Verdict, judge
 from training.scenes import Scene
 
 from .obedience import cases
-from .table import distance
 
 RESULTS = Path(__file__).parent / "results" / "pipefusion.md"
 HEAD = (

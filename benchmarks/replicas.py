@@ -15,6 +15,7 @@ from statistics import mean
 
 import psutil
 
+from parallel_backend.cli.bench_table import text_states
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
@@ -23,8 +24,6 @@ from parallel_backend.group import preflight
 from parallel_backend.jobs import SampleJob
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
-
-from .table import text_states
 
 TIMES = 3
 """As long as the other replica takes."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import attention as benchmark
-from benchmarks.table import distance
 from parallel_backend import model as models
+from parallel_backend.cli.bench_table import distance
 from parallel_backend.cogvideox.attention import choice, registry, timings, trial
 from parallel_backend.cogvideox.attention.choice import Ranks
 from parallel_backend.cogvideox.attention.function import AttentionFunction, Kind, Needs

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks import group
 from benchmarks.gpus import PHASES
-from benchmarks.pipelines import XDIT
-from benchmarks.table import chosen_precisions
+from parallel_backend.cli.bench_pipelines import XDIT
+from parallel_backend.cli.bench_table import chosen_precisions
 from parallel_backend.cli.parser import build_parser
 from parallel_backend.plan import Plan
 

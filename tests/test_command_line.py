@@ -1,5 +1,6 @@
 """The command line: what it makes, what it prints, and with which status it ends."""
 
+import io
 import json
 import logging
 import os
@@ -8,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from argparse import SUPPRESS
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import imageio.v3 as iio
 import numpy as np
@@ -19,10 +22,15 @@ from safetensors.torch import load_file
 
 from parallel_backend.cli import generate as generating
 from parallel_backend.cli import inputs
+from parallel_backend.cli.console import Progress, Table
 from parallel_backend.cli.parser import build_parser, main
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
+from parallel_backend.executor import feasible
+from parallel_backend.executor.resolve import resolve
 from parallel_backend.group import launcher, preflight
+from parallel_backend.group.registry import GroupAddress, Home
+from parallel_backend.workload import Workload
 
 from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
 from .support.measures import look
@@ -57,6 +65,7 @@ def test_a_prompt_becomes_a_video_and_a_latent_file_with_every_plan(run, checkpo
         assert (report["plan"], report["world_size"], report["seed"]) == (plan, len(report["peak_memory"]), 7)
         for name in ("load_seconds", "step_seconds", "sample_seconds", "decode_seconds", "total_seconds"):
             assert report[name] > 0
+        assert (0 < report["start_seconds"] < report["total_seconds"]) == (plan != "single")
         assert re.findall(r"^step (\d+)/6$", done.stderr, re.M) == [str(step) for step in range(1, 7)]
         assert iio.imread(output, plugin="pyav").shape == (9, 48, 64, 3)
         assert iio.immeta(output, plugin="pyav")["fps"] == 8
@@ -96,7 +105,8 @@ def four(run, checkpoints, tmp_path) -> Callable[[], Done]:
 
 def test_a_video_is_written_while_the_next_ones_are_made(four, tmp_path, monkeypatch):
     there = {}
-    monkeypatch.setattr(generating, "show_step", lambda step, _: there.update({step: (tmp_path / "out-1.mp4").exists()}))
+    look = lambda step, _: there.update({step: (tmp_path / "out-1.mp4").exists()})  # noqa: E731
+    monkeypatch.setattr(generating, "Progress", lambda: nullcontext(look))
     assert four().returncode == 0
     assert (there[1], there[7]) == (False, True)  # one is written, one may wait, and the fourth would be one too many
     assert len(list(tmp_path.glob("out-*.mp4"))) == 4
@@ -143,6 +153,7 @@ def test_the_planner_knows_what_replicas_can_share(more, jobs, unit, run, checkp
         (("--frames", "8"), "frames is 8.*4k\\+1"),
         (("--fps", "0"), "fps is 0"),
         (("--fps", "-1"), "fps is -1"),
+        (("--devices", "cpu:500"), "'cpu:500' are 500 processes, and this machine has \\d+ cores; use cpu:\\d+"),
         (("--plan", "warp9"), "'warp9' is not understood"),
         (("--plan", "ulysses3", "--devices", "cpu:3"), "ulysses3 does not divide this model's 4 heads"),
         (("--plan", "cfg2", "--devices", "cpu:3"), "needs 2 devices.*3 were given"),
@@ -172,6 +183,28 @@ def test_a_request_that_makes_no_sense_ends_with_2_and_one_line(more, words, che
     assert re.search(words, error)
     assert len(error.strip().splitlines()) == 1, error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "memory, words",
+    [
+        (
+            2**30,
+            r"4096x4096 with 49 frames is predicted to need [\d.]+ GiB of main memory with plan 'single', and 1.0 GiB are there",
+        ),
+        (
+            2**50,
+            r"4096x4096 with 49 frames is predicted to take about \d+ hours on 2 cores, and 50 steps \d+ days; use a smaller",
+        ),
+    ],
+)
+def test_a_size_that_cannot_work_is_refused_with_the_planners_numbers(memory, words, checkpoints, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(feasible, "usable_memory", lambda: memory)
+    monkeypatch.setattr(feasible, "usable_cores", lambda: 2)
+    monkeypatch.setattr(generating, "produce", lambda *_: pytest.fail("it was not refused"))
+    size = ("--width", 4096, "--height", 4096, "--frames", 49, "--devices", "cpu", "--output", tmp_path / "x.mp4")
+    done = run("generate", "--model", checkpoints["5b"], "--prompt", "x", *size)
+    assert done.returncode == 2 and re.search(words, done.stderr) and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_loras_are_given_as_files_with_strengths(checkpoints, loras, tmp_path):
@@ -498,6 +531,7 @@ def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkp
         assert server.stdout.readline().startswith("serving plan cfg2 on cpu:2")
         done = generate(run, checkpoints["5b"], tmp_path / "out.mp4", "--plan", "cfg2", "--devices", "cpu:2")
         assert done.returncode == 0 and "using the group that serve keeps" in caplog.text
+        assert re.search(r", total [\d.]+ s\n$", done.stdout)  # nothing was started
         (group,) = json.loads(run("status", "--json").stdout)["groups"]
         assert (group["plan"], group["devices"], group["jobs"], group["loads"]) == (
             "cfg2",
@@ -505,8 +539,8 @@ def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkp
             3,
             2,
         )  # load, sample, decode
-        assert "cfg2 on cpu:2: ready" in run("status").stdout
-        assert "ended" in run("stop").stdout
+        assert re.search("^cfg2 +cpu:2 +ready +", run("status").stdout, re.M)
+        assert re.match(r"ended plan cfg2 on cpu:2 after \d+ s and 3 jobs ", run("stop").stdout)
         assert server.wait(60) == 0
         assert wait_until(lambda: not workers())
         assert "no group is running" in run("status").stdout
@@ -572,6 +606,86 @@ def test_info_lines_of_the_whole_package_go_to_standard_error_and_those_of_libra
         launcher.logger.info("starting 2 processes")
         logging.getLogger("some_library").info("loading")
     assert capsys.readouterr().err == "starting 2 processes\n"
+
+
+class Terminal(io.StringIO):
+    """A terminal as far as a progress bar cares."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_seconds_a_step_and_a_log_gets_lines():
+    terminal, file = Terminal(), io.StringIO()
+    for output in (terminal, file):
+        with Progress(output) as progress:
+            for step in range(1, 5):
+                time.sleep(0.15)
+                progress(step, 4)
+    assert file.getvalue() == "step 1/4\nstep 2/4\nstep 3/4\nstep 4/4\n"
+    last = terminal.getvalue().rstrip().split("\r")[-1]
+    assert re.search(r"^4/4 \|[█#]+\| +\d+\.\d\ds/step, 00:00 left$", last), last
+
+
+def test_a_table_has_its_columns_below_their_titles(capsys):
+    rows = [("cfg2", 3, 0.123456), ("cfg2-ulysses2", None, 12.0)]
+    table = Table.of(("plan", "jobs", "s a step"), rows)
+    table.show_titles()
+    for row in rows:
+        table.show(row)
+    assert capsys.readouterr().out.splitlines() == [
+        "plan           jobs  s a step",
+        "cfg2              3    0.1235",
+        "cfg2-ulysses2     -        12",
+    ]
+
+
+@pytest.fixture
+def served():
+    """A group on the CPU that ``serve`` keeps, as the registry describes it. ``auto`` finds one of another plan too."""
+    home = Home.open()
+    known = {"plan": "ulysses2", "devices": "cpu:2", "shared": True, "processes": 2, "nodes": 1, "node": 0, "first_rank": 0}
+    address = GroupAddress.create(home.root, {**known, "lost": None, "lock": str(home.lock.path)})
+    yield address
+    address.remove()
+    home.lock.close()
+
+
+@pytest.mark.parametrize(
+    "plan, devices, workload, found",
+    [
+        ("auto", "auto", Workload(48), "ulysses2"),
+        ("auto", "cpu:2", Workload(48), "ulysses2"),
+        ("auto", "cpu", Workload(48), None),
+        ("single", "auto", Workload(48), None),
+        ("auto", "auto", Workload(47), None),
+        ("auto", "auto", Workload(48, guided=False), "ulysses2"),
+    ],
+    ids=str,
+)
+def test_a_group_that_serve_keeps_is_found_whatever_its_plan_if_none_is_given(plan, devices, workload, found, served):
+    chosen, _, reason = resolve(plan, devices, workload)
+    assert (reason == "the group that serve keeps") == (found is not None) and (found is None or str(chosen) == found)
+
+
+@pytest.mark.parametrize("kept, found", [("cfg2", False), ("pipefusion2", False), ("ring2", True)])
+def test_a_group_that_makes_another_video_or_would_be_idle_is_not_taken(kept, found, served):
+    served.add(plan=kept)
+    reason = resolve("auto", "cpu:2", Workload(48, guided=False))[2]
+    assert (reason == "the group that serve keeps") == found
+
+
+def test_a_second_serve_on_the_same_devices_says_so_and_stop_says_what_it_leaves(served, run):
+    done = run("serve", "--plan", "cfg2", "--devices", "cpu:2")
+    words = f"serve: serve keeps plan ulysses2 on cpu:2 already (process {os.getpid()}, {served.folder}); end it with stop"
+    assert done.returncode == 2 and done.stderr.startswith(words)
+    served.add(shared=False)
+    said = run("stop").stdout
+    assert f"plan ulysses2 on cpu:2 goes on: it belongs to process {os.getpid()}" in said and "--all" in said
+    titles, row, logs = run("status").stdout.splitlines()
+    assert titles.split()[:4] == ["plan", "devices", "state", "up"]
+    assert row.split()[:3] == ["ulysses2", "cpu:2", "starting"] and row.split()[-1] == str(os.getpid())
+    assert logs == f"logs of ulysses2 on cpu:2: {served.folder}/logs"
 
 
 def test_help_says_the_default_of_every_option_that_has_one():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.attention import rows as attention_rows
-from benchmarks.table import distance, two_steps
+from parallel_backend.cli.bench_table import distance, two_steps
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.attention import choice, hopper_fp8, operands, registry, trial
 from parallel_backend.cogvideox.attention.function import Kind

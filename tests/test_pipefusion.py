@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.random_weights import build
-from benchmarks.table import distance
+from parallel_backend.cli.bench_table import distance
 from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.attention.torch_attention import attend_torch

@@ -23,7 +23,7 @@ from benchmarks.plans_table import (
     speedups,
     tables,
 )
-from benchmarks.table import operations, text_states
+from parallel_backend.cli.bench_table import operations, text_states
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.offload import transformer_bytes, working_bytes
 from parallel_backend.config import Config
@@ -430,7 +430,7 @@ def test_no_replicas_are_chosen_beside_a_group_that_serve_keeps(gpus, monkeypatc
     asked = Workload(48, guided=False, jobs=4)
     assert resolve("auto", "auto", asked)[0].replicas == 2
     assert resolve("auto", "auto", replace(asked, can_share=False))[0].replicas == 1
-    found = {"a group": {"devices": "0,1", "shared": True, "nodes": 1}}
+    found = {"a group": {"plan": "cfg2", "devices": "0,1", "shared": True, "nodes": 1}}
     monkeypatch.setattr("parallel_backend.executor.resolve.running", lambda: found)
     assert resolve("auto", "auto", asked)[0].replicas == 1
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.table import distance
+from parallel_backend.cli.bench_table import distance
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.transformer import quantized_linear
 from parallel_backend.cogvideox.transformer.quantized_linear import KINDS, Int8Linear

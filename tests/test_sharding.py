@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.table import distance
+from parallel_backend.cli.bench_table import distance
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.shards import BLOCKS, Shard

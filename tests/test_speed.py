@@ -79,7 +79,7 @@ VIDEOS = """
 import sys
 from dataclasses import replace
 import torch
-from benchmarks.table import distance, text_states
+from parallel_backend.cli.bench_table import distance, text_states
 from parallel_backend.cogvideox.transformer import block
 from parallel_backend.cogvideox.attention import choice
 from parallel_backend.cogvideox.attention.function import Kind

@@ -1,4 +1,4 @@
-"""The command ``bench``: the speed table of ``benchmarks/``."""
+"""The command ``bench``: the table of this machine's speed."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -36,6 +36,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 def bench(args: Namespace) -> int:
     """Times plans, next to diffusers' and xDiT's own pipelines."""
-    from benchmarks.table import run
+    from .bench_table import run
 
     return run(args)

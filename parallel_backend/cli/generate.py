@@ -1,5 +1,6 @@
 """The command ``generate``: prompts, images and videos to video files."""
 
+import math
 import sys
 import time
 from argparse import Namespace
@@ -13,8 +14,10 @@ import torch
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.checkpoint.description import describe
 from ..devices import Devices
-from ..errors import GroupUnavailable
+from ..errors import GroupFailure, GroupUnavailable
+from ..executor.base import Executor
 from ..executor.factory import open_executor
+from ..executor.feasible import check_feasible
 from ..executor.prepare import CheckedJob, check_job, prepare
 from ..jobs import DecodeJob, EncodeJob, Report, Result, SampleJob, empty_latent
 from ..media import video
@@ -22,7 +25,7 @@ from ..plan import AUTO, Plan
 from ..system.files import check_writable
 from ..validation import timesteps_of
 from . import inputs
-from .console import quiet_libraries, show, show_json, show_step
+from .console import Progress, quiet_libraries, show, show_json
 from .options import denoise_of, model_of, size_of, windows_of
 from .outputs import Video, videos_of
 from .prompts import encode_prompts
@@ -43,22 +46,33 @@ class VideoRequest:
     fps: float
 
 
+@dataclass(frozen=True)
+class Made:
+    """What making the videos cost."""
+
+    costs: list[tuple[Report, Report]]
+    """Each video's sampling and decoding report."""
+    start_seconds: float
+    """Seconds until the group answered; 0 if there was none to start. Text is encoded at the same time."""
+
+
 def generate(args: Namespace) -> int:
     """Makes a video file of each prompt, and of images or videos if the options name some."""
     request = read_request(args)
     prepared = prepare(request.checked, args.plan, args.devices, jobs=len(request.videos))
+    check_feasible(prepared)
     quiet_libraries()
     lines = [*describe(prepared.checkpoint), f"plan {prepared.plan} on {prepared.devices}: {prepared.reason}"]
     print("\n".join(lines), file=sys.stderr)
     started = time.perf_counter()
     try:
-        costs = produce(request, prepared.plan, prepared.devices)
+        made = produce(request, prepared.plan, prepared.devices)
     except GroupUnavailable as error:
         if args.plan != AUTO:
             raise
         print(f"no group: {error.summary}; working in this process", file=sys.stderr)
-        costs = produce(request, Plan(), prepared.devices)
-    show_costs(request.videos, costs, time.perf_counter() - started, as_json=args.json)
+        made = produce(request, Plan(), prepared.devices)
+    show_costs(request.videos, made, time.perf_counter() - started, as_json=args.json)
     return 0
 
 
@@ -105,8 +119,8 @@ def read_request(args: Namespace) -> VideoRequest:
     return VideoRequest(videos, check_job(job), pixels, args.negative_prompt, args.tiling, fps)
 
 
-def produce(request: VideoRequest, plan: Plan, devices: Devices) -> list[tuple[Report, Report]]:
-    """Encodes text and images, samples, decodes and writes the files. Returns each video's sampling and decoding report.
+def produce(request: VideoRequest, plan: Plan, devices: Devices) -> Made:
+    """Encodes text and images, samples, decodes and writes the files.
 
     Each video is decoded once it is sampled, and written while the next one is sampled, so a failure costs only later videos.
     """
@@ -123,8 +137,8 @@ def produce(request: VideoRequest, plan: Plan, devices: Devices) -> list[tuple[R
         metadata = {"prompt": one.prompt}
         writer.add(partial(video.save_or_rescue, one.output, decoded.tensor[0], fps=request.fps, metadata=metadata))
 
-    executor = open_executor(plan, devices)
-    with Writer() as writer:
+    executor, began = open_executor(plan, devices), time.time()
+    with Progress() as on_step, Writer() as writer:
         try:
             executor.start()  # a group starts while the text is encoded
             texts = [*(one.prompt for one in videos), *([request.negative_prompt] if job.guided else [])]
@@ -135,37 +149,55 @@ def produce(request: VideoRequest, plan: Plan, devices: Devices) -> list[tuple[R
             }
             job = replace(job, negative=states[request.negative_prompt] if job.guided else None, **conditions)
             jobs = [replace(job, positive=states[one.prompt], seed=one.seed) for one in videos]
-            executor.make_all(jobs, decode, finish, on_step=show_step)
+            executor.make_all(jobs, decode, finish, on_step=on_step)
+            start_seconds = seconds_to_start(executor, began)
         finally:
             executor.close()
     sampled, decoded = costs[0]
     costs[0] = replace(sampled, load_seconds=sampled.load_seconds + loaded.load_seconds), decoded
-    return [costs[place] for place in range(len(videos))]
+    return Made([costs[place] for place in range(len(videos))], start_seconds)
 
 
-def show_costs(videos: list[Video], costs: list[tuple[Report, Report]], seconds: float, *, as_json: bool) -> None:
+def seconds_to_start(executor: Executor, began: float) -> float:
+    """Returns how long an executor's group took to start; 0 if it has none, or one that ran before.
+
+    Args:
+        executor: after its jobs.
+        began: when it was told to start, in seconds since the epoch.
+    """
+    try:
+        known = executor.status()
+    except GroupFailure:  # it has ended since
+        return 0.0
+    uptime = min(one.get("uptime", math.inf) for one in known.get("replicas", [known]))
+    return max(0.0, time.time() - uptime - began)
+
+
+def show_costs(videos: list[Video], made: Made, seconds: float, *, as_json: bool) -> None:
     """Prints what each video cost and the notes of all.
 
     Args:
         videos: what was made.
-        costs: the sampling and decoding report of each.
+        made: what it cost.
         seconds: from start to end.
         as_json: prints one JSON object.
     """
-    made = [{**summarise(*cost), "output": str(one.output), "seed": one.seed} for one, cost in zip(videos, costs)]
-    for note in dict.fromkeys(note for summary in made for note in summary["notes"]):
+    found = [{**summarise(*cost), "output": str(one.output), "seed": one.seed} for one, cost in zip(videos, made.costs)]
+    common = {"start_seconds": made.start_seconds, "total_seconds": seconds}
+    for note in dict.fromkeys(note for summary in found for note in summary["notes"]):
         print(note, file=sys.stderr)
     if as_json:
-        show_json({**made[0], "total_seconds": seconds} if len(made) == 1 else {"videos": made, "total_seconds": seconds})
+        show_json({**found[0], **common} if len(found) == 1 else {"videos": found, **common})
         return
-    for summary in made:
+    whole = f"total {seconds:.1f} s" + (f" with {made.start_seconds:.1f} s to start the group" if made.start_seconds else "")
+    for summary in found:
         show(
-            f"{summary['output']}: plan {summary['plan']}, {1 / summary['step_seconds']:.2f} steps/s, "
+            f"{summary['output']}: plan {summary['plan']}, {summary['step_seconds']:.2f} s a step, "
             f"load {summary['load_seconds']:.1f} s, sample {summary['sample_seconds']:.1f} s, "
-            f"decode {summary['decode_seconds']:.1f} s" + (f", total {seconds:.1f} s" if len(made) == 1 else "")
+            f"decode {summary['decode_seconds']:.1f} s" + (f", {whole}" if len(found) == 1 else "")
         )
-    if len(made) > 1:
-        show(f"{len(made)} videos: total {seconds:.1f} s")
+    if len(found) > 1:
+        show(f"{len(found)} videos: {whole}")
 
 
 def summarise(sampled: Report, decoded: Report) -> dict:

@@ -1,13 +1,17 @@
 """The command ``serve``: keeps a group that outlives a command."""
 
+import os
 import signal
 from argparse import ArgumentParser, Namespace
+
+import psutil
 
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..config import CONFIG
 from ..devices import Devices
-from ..errors import GroupUnavailable
+from ..errors import GroupUnavailable, RequestError
+from ..executor.feasible import check_cores
 from ..executor.group import GroupExecutor
 from ..executor.resolve import resolve, share_of
 from ..group.hosts import Common, Place
@@ -15,6 +19,7 @@ from ..group.launcher import Launcher
 from ..group.lending import lend
 from ..group.muster import Leader, Member
 from ..group.preflight import check_possible
+from ..group.registry import running
 from ..plan import AUTO, Plan
 from ..workload import Workload
 from .console import show
@@ -61,8 +66,11 @@ def serve(args: Namespace) -> int:
     checkpoint = Checkpoint.open(bundled.find(args.model))
     nodes = place.nodes if place else 1
     chosen, devices, reason = resolve(args.plan, args.devices, Workload.of(checkpoint), nodes=nodes)
+    check_cores(devices)
     muster = None
-    if place:
+    if place is None:
+        check_unserved(devices)
+    else:
         common = Common.here(nodes=nodes, plan=str(chosen), kind=devices.kind, processes=devices.count)
         muster = Leader(place, common, str(devices))
     executor = GroupExecutor(chosen, devices, muster)
@@ -79,6 +87,26 @@ def serve(args: Namespace) -> int:
     finally:
         executor.close()
     return 0
+
+
+def check_unserved(devices: Devices) -> None:
+    """Raises RequestError if ``serve`` keeps a group on some of the devices already, as both would hold memory there."""
+    for address, description in running().items():
+        others, own = description["devices"], str(devices)
+        is_same = others == own or (devices.kind == "cuda" and bool({*others.split(",")} & {*own.split(",")}))
+        if is_same and description["shared"] and sees_the_same_gpus(description["owner"]):
+            raise RequestError(
+                f"serve keeps plan {description['plan']} on {others} already (process {description['owner']}, {address.folder}); "
+                "end it with stop, or use other devices"
+            )
+
+
+def sees_the_same_gpus(pid: int) -> bool:
+    """Whether a process numbers the GPUs as this one does."""
+    try:
+        return psutil.Process(pid).environ().get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+    except psutil.Error:
+        return True
 
 
 def come_up(executor: GroupExecutor) -> None:

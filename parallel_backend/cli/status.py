@@ -1,11 +1,16 @@
 """The command ``status``: lists the groups that are running."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
+from ..cogvideox.checkpoint.bundled import name_of
 from ..errors import GroupFailure
 from ..executor.group import GroupExecutor
 from ..group.registry import running
-from .console import show, show_json
+from .console import Table, show, show_json
+
+TITLES = ("plan", "devices", "state", "up", "jobs", "queue", "model", "memory GiB", "link", "process")
+"""The table's columns; the process is the one that keeps the group."""
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -26,28 +31,46 @@ def status(args: Namespace) -> int:
     if args.json:
         show_json({"groups": groups})
         return 0
-    for group in groups:
-        if "uptime" not in group:
-            kept = f"kept by process {group['owner']}, logs {group['folder']}/logs"
-            show(f"{group['plan']} on {group['devices']}: {group['state']}, {kept}")
-            show_hosts(group)
-            continue
-        memory = "/".join(f"{size / 2**30:.1f}" for size in group["memory"]) or "-"
-        show(
-            f"{group['plan']} on {group['devices']}: {group['state']}, up {group['uptime']:.0f} s, jobs {group['jobs']}, "
-            f"queue {group['queue']}, model {group['model']}, memory {memory} GiB, "
-            f"link {group['link'] / 1e9:.2g} GB/s and {group['latency'] * 1e6:.0f} us, kept by process {group['owner']}, "
-            f"logs {group['folder']}/logs, last error {group['last_error']}"
-        )
-        show_hosts(group)
     if not groups:
         show("no group is running")
+        return 0
+    rows = [row_of(group) for group in groups]
+    table = Table.of(TITLES, rows)
+    table.show_titles()
+    for group, row in zip(groups, rows):
+        table.show(row)
+        show_hosts(group)
+    for group in groups:
+        error = f", last error {group['last_error']}" if group.get("last_error") else ""
+        show(f"logs of {group['plan']} on {group['devices']}: {group['folder']}/logs{error}")
     return 0
+
+
+def row_of(group: dict) -> list:
+    """Returns a group's row of the table; what it does not say yet is a dash."""
+    answers = "uptime" in group
+    return [
+        group["plan"],
+        group["devices"],
+        group["state"],
+        f"{group['uptime']:.0f} s" if answers else None,
+        group.get("jobs"),
+        group.get("queue"),
+        name_of(Path(group["model"])) if group.get("model") else None,
+        gib(group["memory"]) if group.get("memory") else None,
+        f"{group['link'] / 1e9:.2g} GB/s, {group['latency'] * 1e6:.0f} us" if answers else None,
+        group["owner"],
+    ]
+
+
+def gib(sizes: list[int]) -> str:
+    """Formats the memory of several ranks in GiB."""
+    return "/".join(f"{size / 2**30:.1f}" for size in sizes)
 
 
 def show_hosts(group: dict) -> None:
     """Prints a line for each host of a group, with its memory if known."""
     for host in group.get("hosts") or ():
         memory = group.get("memory", [])[host["first_rank"] : host["first_rank"] + host["processes"]]
-        held = f", memory {'/'.join(f'{size / 2**30:.1f}' for size in memory)} GiB" if memory else ""
+        held = f", memory {gib(memory)} GiB" if memory else ""
         show(f"  host {host['name']} ({host['address']}, node {host['node']}): {host['ranks']} on {host['devices']}{held}")

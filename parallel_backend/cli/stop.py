@@ -15,19 +15,26 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def stop(args: Namespace) -> int:
-    """Ends the group that ``serve`` keeps."""
+    """Ends the group that ``serve`` keeps, and says what it was."""
     groups = running()
     for address, description in groups.items():
+        what = f"plan {description['plan']} on {description['devices']}"
         if description["node"]:
-            show(
-                f"{address.folder} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C"
-            )
+            show(f"{what} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C")
         elif args.all or description["shared"]:
             try:
-                GroupExecutor.attach(address).stop()
-                show(f"ended {address.folder}")
+                show(f"ended {what}{ended(GroupExecutor.attach(address))} ({address.folder})")
             except GroupFailure as error:
-                show(f"{address.folder}: {error.summary}")
+                show(f"{what} at {address.folder}: {error.summary}")
+        else:
+            show(f"{what} goes on: it belongs to process {description['owner']}, which serve did not start; --all ends it too")
     if not groups:
         show("no group is running")
     return 0
+
+
+def ended(group: GroupExecutor) -> str:
+    """Ends a group. Returns what it has done."""
+    known = group.status()
+    group.stop()
+    return f" after {known['uptime']:.0f} s and {known['jobs']} jobs" if "uptime" in known else ""

@@ -26,16 +26,15 @@ def resolve(plan: str, devices: str, workload: Workload, *, nodes: int | None = 
         plan: such as ``cfg2``, or ``auto``.
         devices: such as ``0,1``, ``cpu:2`` or ``auto``.
         workload: what the plan is for.
-        nodes: hosts of a group to be served, each with such devices. None for a job, which uses a group that is served over
-            several hosts if these strings fit its plan and its devices here.
+        nodes: hosts of a group to be served, each with such devices. None for a job, which uses a group that is served if it
+            fits; see :func:`served_group`.
     Returns:
         Plan, devices of this host, and the reason in one sentence.
     Raises:
         RequestError: when plan, devices, model and offload do not fit each other.
     """
     found = Devices.parse(devices)
-    if nodes is None and (served := served_over_hosts(plan, AUTO if devices == AUTO else str(found), heads=workload.heads)):
-        served[0].check_offload(workload.offload)
+    if nodes is None and (served := served_group(plan, None if devices == AUTO else found, workload)):
         return served
     nodes = nodes or 1
     if plan == AUTO:
@@ -104,12 +103,32 @@ def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:
     return found.first_of(count)
 
 
-def served_over_hosts(plan: str, devices: str, *, heads: int) -> tuple[Plan, Devices, str] | None:
-    """Returns plan, devices here and reason of a group that is served over several hosts, if the strings and the heads fit it."""
+def served_group(plan: str, devices: Devices | None, workload: Workload) -> tuple[Plan, Devices, str] | None:
+    """Returns plan, devices here and reason of a group that ``serve`` keeps, if the user's strings and the workload fit it.
+
+    Args:
+        plan: the user's. A group on this host alone is found here only for ``auto``; by its plan, :mod:`.factory` finds it.
+        devices: the user's; None for ``auto``, which a group on devices of the kind that is here fits.
+        workload: what the group is for.
+    """
     for description in running().values():
-        if not description["shared"] or description["nodes"] == 1:
+        if not description["shared"]:
             continue
-        kept = Plan.parse(description["plan"])
-        if plan in (AUTO, str(kept)) and devices in (AUTO, description["devices"]) and kept.fits(heads):
-            return kept, Devices.parse(description["devices"]), f"the group of {description['nodes']} hosts that serve keeps"
+        kept, hosts = Plan.parse(description["plan"]), description["nodes"]
+        try:
+            where = Devices.parse(description["devices"])
+        except RequestError:  # GPUs that this process does not see
+            continue
+        if hosts > 1 and plan in (AUTO, str(kept)) and devices in (None, where) and kept.fits(workload.heads):
+            kept.check_offload(workload.offload)
+            return kept, where, f"the group of {hosts} hosts that serve keeps"
+        same_kind = where.kind == Devices.parse(AUTO).kind if devices is None else where == devices
+        if hosts == 1 and plan == AUTO and same_kind and can_do(kept, workload):
+            return kept, where, "the group that serve keeps"
     return None
+
+
+def can_do(plan: Plan, workload: Workload) -> bool:
+    """Whether several ranks with a plan do a workload, and give ``single``'s video."""
+    is_used = plan.world_size > 1 and plan.is_exact and (plan.cfg == 1 or workload.guided)
+    return is_used and plan.fits(workload.heads) and plan.can_offload(workload.offload)

@@ -69,6 +69,14 @@ def name_in_cache(folder: Path) -> str:
     return folder.name.removeprefix(CACHED).replace("--", "/")
 
 
+def name_of(path: Path) -> str:
+    """Returns the name of a checkpoint that is shown to the user.
+
+    It is the folder's or the file's name, or ORG/NAME in the Hugging Face cache, where the folder's name is a hash.
+    """
+    return name_in_cache(path.parents[1]) if path.parent.name == "snapshots" else path.name
+
+
 def checkpoint_in(folder: Path) -> Path | None:
     """Returns the folder in diffusers layout: ``folder`` itself, or its snapshot if it is a model in the Hugging Face cache.
 

@@ -60,12 +60,8 @@ class Checkpoint(CheckpointFacts):
 
     @property
     def name(self) -> str:
-        """The name shown to the user.
-
-        It is the folder's or the file's name, or ORG/NAME in the Hugging Face cache, where the folder's name is a hash.
-        """
-        versions = self.path.parent
-        return bundled.name_in_cache(versions.parent) if versions.name == "snapshots" else self.path.name
+        """The name shown to the user; see :func:`.bundled.name_of`."""
+        return bundled.name_of(self.path)
 
     @property
     def is_file(self) -> bool:

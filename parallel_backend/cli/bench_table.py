@@ -1,4 +1,4 @@
-"""The table: what is measured, row by row."""
+"""The table of ``bench``: what is measured, row by row."""
 
 import json
 import time
@@ -11,37 +11,37 @@ from statistics import median
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallel_backend.cli.console import quiet_libraries, show
-from parallel_backend.cli.options import model_of, size_of
-from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.devices import Devices
-from parallel_backend.errors import RequestError
-from parallel_backend.executor.base import Executor
-from parallel_backend.executor.factory import open_executor
-from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.executor.prepare import CheckedJob, check_job, prepare
-from parallel_backend.jobs import DecodeJob, Progress, SampleJob, empty_latent
-from parallel_backend.model import Model
-from parallel_backend.system.files import check_writable, whole_file
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..devices import Devices
+from ..errors import RequestError
+from ..executor.base import Executor
+from ..executor.factory import open_executor
+from ..executor.local import LocalExecutor
+from ..executor.prepare import CheckedJob, check_job, prepare
+from ..jobs import DecodeJob, Progress, SampleJob, empty_latent
+from ..model import Model
+from ..system.files import check_writable, whole_file
+from . import bench_pipelines as pipelines
+from .console import Table, quiet_libraries, show
+from .options import model_of, size_of
 
-from . import pipelines
-
-COLUMNS = (
-    "name",
-    "plan",
-    "precision",
-    "seconds_per_step",
-    "share_of_peak",
-    "first_step_seconds",
-    "sample_seconds",
-    "outside_steps_seconds",
-    "decode_seconds",
-    "peak_gib",
-    "weights_gib",
-    "decode_peak_gib",
-    "from_first",
-    "from_float32",
-)
+COLUMNS = {
+    "name": "name",
+    "plan": "plan",
+    "precision": "precision",
+    "seconds_per_step": "s a step",
+    "share_of_peak": "of peak",
+    "first_step_seconds": "first step",
+    "sample_seconds": "sample s",
+    "outside_steps_seconds": "beside steps",
+    "decode_seconds": "decode s",
+    "peak_gib": "peak GiB",
+    "weights_gib": "weights GiB",
+    "decode_peak_gib": "decode GiB",
+    "from_first": "from first",
+    "from_float32": "from fp32",
+}
+"""The table's columns: fields of a row, and their titles."""
 PRECISIONS = {
     "lossless": {},
     "eager": {"compile": "off"},
@@ -126,6 +126,8 @@ def run(args: Namespace) -> int:
     peak, work = measured_peak(device), operations(checkpoint, job)
     about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {args.cfg}"
     show(f"{about}; {work / 1e12:.3g} TFLOP a step" + (f", {peak / 1e12:.0f} TFLOP/s at most a GPU" if peak else ""))
+    fields, table = table_of(args, wanted, has_peak=peak is not None)
+    table.show_titles()
     rows, reference, kept, output = [], None, args.reference and Path(args.reference), args.output and Path(args.output)
     for path in (output, None if kept and kept.exists() else kept):
         if path:
@@ -145,7 +147,7 @@ def run(args: Namespace) -> int:
         if row["gpus"] and row["seconds_per_step"]:
             row["share_of_peak"] = work / row["seconds_per_step"] / peak / row["gpus"]
         rows.append({**common, "steps": args.steps, **row})
-        show(line(row))
+        show_row(row, fields, table)
         if output:  # after every row: a run that is cut off has what it has
             with whole_file(output) as written:
                 written.write_text(json.dumps(rows, indent=1))
@@ -225,11 +227,26 @@ def two_steps(executor: Executor, job: SampleJob, checkpoint: Checkpoint) -> tor
     return executor.sample(replace(job, steps=2, scheduler="ddim", progress=progress)).tensor
 
 
-def line(row: dict) -> str:
-    """One row of the table."""
-    found = {name: row.get(name) for name in COLUMNS}
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in found.items()}
-    return "  ".join([*(f"{name} {value}" for name, value in shown.items() if value is not None), *row["notes"]])
+def table_of(args: Namespace, wanted: tuple[list[str], ...], *, has_peak: bool) -> tuple[list[str], Table]:
+    """Returns the fields that the options ask for, and the empty table of them.
+
+    Args:
+        args: of the command.
+        wanted: the precisions, and the pipelines to compare with.
+        has_peak: whether the GPU's most operations a second are known.
+    """
+    left_out = {"share_of_peak": not has_peak, "from_float32": not args.float32}
+    left_out |= dict.fromkeys(("decode_seconds", "decode_peak_gib"), not args.decode)
+    fields = [field for field in COLUMNS if not left_out.get(field)]
+    words = {"name": ["diffusers"], "plan": [*args.plans.split(","), *wanted[2]], "precision": [*wanted[0], *wanted[1]]}
+    return fields, Table({COLUMNS[field]: max(map(len, words.get(field, ["0.00000"]))) for field in fields})
+
+
+def show_row(row: dict, fields: list[str], table: Table) -> None:
+    """Writes one row of the table, and its notes below."""
+    table.show(row.get(field) for field in fields)
+    for note in row["notes"]:
+        show(f"    {note}")
 
 
 def measure(executor: Executor, args: Namespace, job: SampleJob) -> tuple[dict, torch.Tensor]:

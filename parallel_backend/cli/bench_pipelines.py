@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.offload import release, reset_peak, used_bytes
-from parallel_backend.cogvideox.transformer import lora
-from parallel_backend.group.job_fields import join_fields, split_fields
-from parallel_backend.group.preflight import PACK, group_python, without_other_launchers
-from parallel_backend.jobs import SampleJob
-from parallel_backend.plan import Plan
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.offload import release, reset_peak, used_bytes
+from ..cogvideox.transformer import lora
+from ..group.job_fields import join_fields, split_fields
+from ..group.preflight import PACK, group_python, without_other_launchers
+from ..jobs import SampleJob
+from ..plan import Plan
 
 XDIT = ("cfg2", "ulysses2", "ring2", "cfg2-ulysses2", "ulysses4", "cfg2-ulysses4", "ulysses8")
 """Plans that xDiT's own CogVideoX pipeline knows, for up to eight devices."""
@@ -139,7 +139,7 @@ def xdit(args: Namespace, job: SampleJob, checkpoint: Checkpoint, plan_text: str
         torch.save((plain, tensors), Path(folder) / "job.pt")
         command = [
             group_python(), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.world_size}",
-            "-m", "benchmarks.xdit_pipeline", folder, plan_text, device.type, str(args.repeat),
+            "-m", "parallel_backend.cli.bench_xdit", folder, plan_text, device.type, str(args.repeat),
         ]  # fmt: skip
         try:
             variables = without_other_launchers()

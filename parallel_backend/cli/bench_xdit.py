@@ -1,4 +1,4 @@
-"""One rank of xDiT's own CogVideoX pipeline, as its example calls it: started by :func:`.pipelines.xdit`."""
+"""One rank of xDiT's own CogVideoX pipeline, as its example calls it: started by :func:`.bench_pipelines.xdit`."""
 
 import json
 import os
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.parallel import xdit
-from parallel_backend.plan import Plan
-
-from .pipelines import load_job, pipeline_of, timed
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..parallel import xdit
+from ..plan import Plan
+from .bench_pipelines import load_job, pipeline_of, timed
 
 
 def main() -> None:

@@ -1,0 +1,66 @@
+"""Refuses what cannot work on the devices, with the planner's numbers, before anything is started."""
+
+import torch
+
+from ..devices import Devices
+from ..errors import RequestError
+from ..jobs import SampleJob
+from ..plan import Plan
+from ..planner import hardware
+from ..planner.computation import computation
+from ..planner.cost_model import weight_bytes, working_bytes
+from ..planner.machine import CPU
+from ..system.limits import usable_cores, usable_memory
+from .prepare import PreparedJob
+
+GIB, DAY = 2**30, 24 * 3600
+CPU_CORES = 2
+"""Cores that the planner's assumed rates of a CPU are about those of."""
+MOST_DAYS = 7
+"""On the CPU, days of predicted work above which a job is refused. The rates are assumed, so this is far from what anyone waits."""
+MOST_A_CORE = 4
+"""Processes on a core of the CPU. More only wait for each other: a start takes minutes, and ranks count as hung."""
+
+
+def check_cores(devices: Devices) -> None:
+    """Raises RequestError if the CPU has far too few cores for the processes."""
+    cores = usable_cores()
+    if devices.kind == "cpu" and devices.count > MOST_A_CORE * cores:
+        raise RequestError(
+            f"devices '{devices}' are {devices.count} processes, and this machine has {cores} cores; use cpu:{cores}, and at most "
+            f"cpu:{MOST_A_CORE * cores}"
+        )
+
+
+def check_feasible(prepared: PreparedJob) -> None:
+    """Checks that the devices have the cores, the memory and the speed for a job.
+
+    On a GPU the weights do not count, as they may be offloaded, and neither does what other programs use now.
+
+    Raises:
+        RequestError: if they have not.
+    """
+    plan, devices, job = prepared.plan, prepared.devices, prepared.job
+    check_cores(devices)
+    if not isinstance(job, SampleJob):
+        return
+    work = prepared.workload().work(devices.first)
+    _, _, frames, height, width = job.latent.shape
+    what = f"a step at {width * 8}x{height * 8} with {frames * 4 - 3} frames is predicted to"
+    advice = "use a smaller size, fewer frames, context windows, or more devices"
+    need = working_bytes(plan.replica, work)
+    if devices.kind == "cpu":
+        need, free, where = (need + weight_bytes(plan.replica, work)) * devices.count, usable_memory(), "of main memory"
+        days = computation(Plan(), work, CPU) * CPU_CORES / usable_cores() * job.steps_to_run / DAY
+    else:
+        sizes = [torch.cuda.get_device_properties(device).total_memory for device in devices.torch_devices]
+        free, where, days = hardware.allowed(min(sizes)), "on each GPU, without weights", 0
+    if need > free:
+        raise RequestError(
+            f"{what} need {need / GIB:.1f} GiB {where} with plan '{plan}', and {free / GIB:.1f} GiB are there; {advice}"
+        )
+    if days > MOST_DAYS:
+        hours = days * 24 / job.steps_to_run
+        raise RequestError(
+            f"{what} take about {hours:.0f} hours on {usable_cores()} cores, and {job.steps_to_run} steps {days:.0f} days; {advice}"
+        )
