@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-from ...errors import Failure, RequestError, WriteFailure
+from ...errors import Failure, RequestError, WriteFailure, reason_of
 from ...system.files import FULL
 from . import bundled
 from .hubs import Hub, RemoteFile, Repository, answering
@@ -159,24 +159,35 @@ def fetch(wanted: Download, file: RemoteFile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if present(unfinished) > file.size:
         unfinished.unlink()
-    with unfinished.open("r+b" if unfinished.exists() else "w+b") as written:
-        start = written.seek(0, os.SEEK_END)
-        with answering(wanted.hub.endpoint):
-            url = wanted.hub.url(wanted.repository, file)
-            http_get(
-                url,
-                written,
-                resume_size=start,
-                headers=wanted.hub.headers,
-                expected_size=file.size,
-                displayed_filename=file.path,
-            )
+    while True:
+        before = present(unfinished)
+        try:
+            append(wanted, file, unfinished)
+            break
+        except Failure as error:
+            if present(unfinished) <= before:
+                raise
+            logger.warning("%s: %s; going on at %.2f GB", file.path, reason_of(error), present(unfinished) / GB)
     if not is_right(unfinished, file):
         unfinished.unlink()
         raise Failure(
             f"{file.path} is not what {wanted.hub.endpoint} says it is (size or hash), so it was removed; run the same command again"
         )
     unfinished.replace(path)
+
+
+def append(wanted: Download, file: RemoteFile, unfinished: Path) -> None:
+    """Downloads what is missing of a file to the end of ``unfinished``. What comes before a cut stays there."""
+    with unfinished.open("r+b" if unfinished.exists() else "w+b") as written, answering(wanted.hub.endpoint):
+        start = written.seek(0, os.SEEK_END)
+        http_get(
+            wanted.hub.url(wanted.repository, file),
+            written,
+            resume_size=start,
+            headers=wanted.hub.headers,
+            expected_size=file.size,
+            displayed_filename=file.path,
+        )
 
 
 def is_right(path: Path, file: RemoteFile) -> bool:
