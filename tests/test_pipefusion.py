@@ -224,7 +224,7 @@ def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_th
     met = []
     context = SimpleNamespace(rank=1, is_in_step=False, meet=met.append, collect=lambda failure: [failure])
     left = []
-    loop = SimpleNamespace(context=context, heart=SimpleNamespace(leave=left.append))
+    loop = SimpleNamespace(context=context, heart=SimpleNamespace(report_failure=left.append))
     with pytest.raises(SystemExit):
         JobLoop.compare(loop, {"error": "OutOfMemory"}, together=True)
     assert [words["error"] for words in left] == ["OutOfMemory"] and not met
