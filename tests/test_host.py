@@ -265,6 +265,32 @@ show(shown=shown)
     assert "no prompt, no node" in log
 
 
+def test_weights_that_are_read_are_shown_as_a_bar_which_leaves_that_of_the_steps_alone(in_comfyui):
+    shown, _ = in_comfyui(
+        SHOWN
+        + """
+import time
+import comfy.utils
+part("nodes.comfy.stage_watch").STAGE_SECONDS = 0.01
+seen, now, executor, job = [], [None], host.local(torch.device("cpu")), sample()
+comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append([value, total, node_id]))
+run_checked, executor.stage = executor.run_checked, lambda: now[0]
+def slowly(checked, on_step, should_stop, on_picture):
+    deadline = time.monotonic() + 100
+    for now[0] in ("starting 2 processes", "reading weights: 43%", "reading weights: 98%", "first step"):
+        while shown[-1:] != [["5", now[0]]]:
+            assert not should_stop() and time.monotonic() < deadline
+        should_stop()
+    return run_checked(checked, on_step, should_stop, on_picture)
+executor.run_checked = slowly
+at("first", "5")
+host.run(job, node_id="5", device=torch.device("cpu"))
+show(seen=seen)
+"""
+    )
+    assert shown["seen"] == [[43, 100, "5"], [98, 100, "5"], [0, 100, "5"], [1, 2, "5"], [2, 2, "5"]]
+
+
 @pytest.mark.parametrize("server", ["None", "types.ModuleType('server')"])
 def test_where_there_is_no_front_end_lines_are_logged(server, in_comfyui):
     _, log = in_comfyui(f"""

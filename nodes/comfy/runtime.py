@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,13 +30,12 @@ from ...parallel_backend.planner.cost_model import HEADROOM
 from . import lines
 from .model_folders import find_lora, find_model, lora_files, model_names  # noqa: F401 - nodes ask the host for these
 from .model_patcher import HeldWeights
+from .stage_watch import StageWatch
 
 logger = logging.getLogger(__name__)
 
 SLACK = 0.02
 """Of weights: ComfyUI makes room for a tenth more of them, a job leaves a tenth of what is free, which is a little more than that."""
-STAGE_SECONDS = 0.5
-"""Interval at which a node shows what is done before its first step."""
 
 _groups = ExecutorCache()
 _held: dict[Executor, HeldWeights] = {}
@@ -207,10 +205,15 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
         if not management.processing_interrupted():
             bar.update_absolute(bar.current, bar.total, ("JPEG", Image.fromarray(picture.numpy()), settings.preview_size))
 
+    def should_stop() -> bool:
+        if not management.processing_interrupted():
+            watch.show_share()
+        return management.processing_interrupted()
+
     held = make_room_for(executor, checked)
     with interruptible(), StageWatch(executor, node_id or lines.executing()[1]) as watch:
         try:
-            result = executor.run_checked(checked, on_step, management.processing_interrupted, on_picture)
+            result = executor.run_checked(checked, on_step, should_stop, on_picture)
         except Exception:
             held.forget()
             raise
@@ -218,41 +221,6 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
     for note in result.report.notes:
         say(note, node_id, level=logging.WARNING)
     return result
-
-
-class StageWatch:
-    """Shows in a node what its executor does before the first step, such as reading weights. A context manager.
-
-    Args:
-        executor: runs the job.
-        node_id: the node; None shows nothing.
-    """
-
-    def __init__(self, executor: Executor, node_id: str | None):
-        self._executor = executor
-        self._node_id = node_id
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stage", daemon=True)
-
-    def __enter__(self) -> "StageWatch":
-        if self._node_id is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stops showing stages. More calls do nothing."""
-        self._stopped.set()
-
-    def _watch(self) -> None:
-        shown = None
-        while not self._stopped.wait(STAGE_SECONDS):
-            stage = self._executor.stage()
-            if stage and stage != shown and not self._stopped.is_set():
-                shown = stage
-                lines.show_for_now(stage, self._node_id)
 
 
 def make_room_for(executor: Executor, checked: CheckedJob) -> HeldWeights:
