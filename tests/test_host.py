@@ -10,17 +10,24 @@ from .support.comfy_runtime import SHOWN
 
 @pytest.mark.slow
 def test_auto_keeps_the_group_that_is_warm_for_a_job_without_guidance_and_for_a_senseless_one(in_comfyui):
-    shown, log = in_comfyui("""
+    shown, log = in_comfyui(
+        SHOWN
+        + """
 backend = Handle("cpu:2", "auto")
 guided = host.run(sample(), backend).report
 group = host._groups.executor.address.folder
+at("second", "5")
 plain = host.run(sample(cfg=1.0), backend).report
+why = [line for line in shown[-1][1].splitlines() if line.startswith("plan cfg2 on cpu:2: ")]
 try:
     host.run(sample(latent=latent[:, :4]), Handle("cpu:2", "ulysses2"))
 except errors.RequestError as error:
     refused = str(error)
-show(plans=[guided.plan, plain.plan], same=host._groups.executor.address.folder == group, notes=plain.notes, refused=refused)
-""")
+show(plans=[guided.plan, plain.plan], same=host._groups.executor.address.folder == group, notes=plain.notes,
+     refused=refused, why=why)
+"""
+    )
+    assert len(shown["why"]) == 1  # the reason of the first choice is said again
     assert shown["plans"] == ["cfg2", "cfg2"] and shown["same"]
     assert "4 channels" in shown["refused"]  # another plan, but a job that makes no sense: nothing was touched
     assert shown["notes"] == ["cfg is 1.0: both halves of plan 'cfg2' compute the same"]
@@ -30,13 +37,48 @@ show(plans=[guided.plan, plain.plan], same=host._groups.executor.address.folder 
 @pytest.mark.parametrize(
     "python, reason", [("/nowhere/python", "/nowhere/python cannot be started"), ("/bin/false", "the group did not start")]
 )
-def test_a_backend_that_cannot_start_says_so_and_the_work_is_done_in_process(python, reason, in_comfyui):
-    shown, log = in_comfyui(f"""
+def test_a_backend_that_cannot_start_says_so_after_success_too_and_the_work_is_done_in_process(python, reason, in_comfyui):
+    shown, log = in_comfyui(
+        SHOWN
+        + f"""
 configure("parallel_backend.group.preflight", python={python!r})
-show(plan=host.run(sample(), Handle("cpu:2", "cfg2")).report.plan)
-""")
+at("first", "5")
+plan = host.run(sample(), Handle("cpu:2", "cfg2")).report.plan
+show(plan=plan, last=shown[-1][1].splitlines())
+"""
+    )
     assert shown["plan"] == "single"
     assert f"no group: {reason}" in log
+    fallback, *_, cost = shown["last"]
+    assert fallback.startswith(f"no group: {reason}") and fallback.endswith("; working in this process")
+    assert cost.startswith("sample: plan single")
+
+
+def test_the_lines_of_a_workflow_are_kept_by_node_until_the_node_runs_again(in_comfyui):
+    shown, _ = in_comfyui(
+        SHOWN
+        + """
+prompts = {"first": "a", "second": "b", "third": "a"}
+running = {0: None}
+PromptServer.instance.prompt_queue = types.SimpleNamespace(currently_running=running)
+def at_prompt(prompt, node):
+    running[0] = (0, prompt, {}, {"extra_pnginfo": {"workflow": {"id": prompts[prompt]}}}, [])
+    at(prompt, node)
+at_prompt("first", "5"), host.say("a note", level=WARNING), host.say("done")
+at_prompt("first", "6:7"), host.say("in a subgraph")
+at_prompt("second", "5"), host.say("another workflow")
+before = [lines.kept.of_workflow(name) for name in ("a", "b", "c")]
+at_prompt("third", "5"), host.say("run again")
+show(before=before, after=lines.kept.of_workflow("a"))
+"""
+    )
+    subgraph = [{"text": "in a subgraph", "level": "info"}]
+    assert shown["before"] == [
+        {"5": [{"text": "a note", "level": "warning"}, {"text": "done", "level": "info"}], "6:7": subgraph},
+        {"5": [{"text": "another workflow", "level": "info"}]},
+        {},
+    ]
+    assert shown["after"] == {"5": [{"text": "run again", "level": "info"}], "6:7": subgraph}
 
 
 def test_comfyui_is_asked_for_room_for_the_work_and_not_only_for_the_weights(in_comfyui):

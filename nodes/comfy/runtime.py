@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
+from weakref import WeakKeyDictionary
 
 import comfy.model_management as management
 import comfy.utils
@@ -40,6 +41,8 @@ SLACK = 0.02
 _groups = ExecutorCache()
 _held: dict[Executor, HeldWeights] = {}
 _local: dict[torch.device, LocalExecutor] = {}
+_chosen: WeakKeyDictionary[Executor, str] = WeakKeyDictionary()
+"""The line that says which plan ``auto`` chose for an executor, and why."""
 atexit.register(_groups.close)
 
 
@@ -169,6 +172,8 @@ def executor_for(backend, checked: CheckedJob, node_id: str | None) -> Executor:
     among = Devices.parse(backend.devices)
     # A warm group is used even if another plan would be faster, as with cfg 1: a new group costs more than it saves.
     if backend.plan == AUTO and (warm := _groups.on(among, checked.workload())):
+        if warm in _chosen:
+            say(_chosen[warm], node_id)
         return warm
     prepared = prepare(checked, backend.plan, backend.devices)
     plan, devices = prepared.plan, prepared.devices
@@ -179,17 +184,19 @@ def executor_for(backend, checked: CheckedJob, node_id: str | None) -> Executor:
     executor.start()
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it
-    report_plan(prepared, node_id)
+    if line := report_plan(prepared, node_id):
+        _chosen[executor] = line
     return executor
 
 
-def report_plan(prepared: PreparedJob, node_id: str | None) -> None:
-    """Says which plan is used and why; one that the user has set is only logged."""
+def report_plan(prepared: PreparedJob, node_id: str | None) -> str | None:
+    """Says which plan is used and why, and returns that line. A plan that the user has set is only logged."""
     line = f"plan {prepared.plan} on {prepared.devices}: {prepared.reason}"
     if prepared.reason == SET_BY_USER:
         logger.info(line)
-    else:
-        say(line, node_id)
+        return None
+    say(line, node_id)
+    return line
 
 
 def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Result:
@@ -211,7 +218,7 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
         return management.processing_interrupted()
 
     held = make_room_for(executor, checked)
-    with interruptible(), StageWatch(executor, node_id or lines.executing()[1]) as watch:
+    with interruptible(), StageWatch(executor, node_id or lines.executing().node_id) as watch:
         try:
             result = executor.run_checked(checked, on_step, should_stop, on_picture)
         except Exception:
