@@ -3,10 +3,11 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.errors import RequestError
+from ..parallel_backend.executor.resolve import check_strings
 from ..parallel_backend.jobs import SampleJob
-from ..parallel_backend.plan import AUTO, Plan
+from ..parallel_backend.plan import AUTO
 from .base import CogVideoXNode
-from .comfy import runtime
+from .comfy import errors, runtime, submission
 from .comfy.types import CATEGORY, BackendHandle, BackendSocket
 
 
@@ -58,22 +59,26 @@ class XDiTBackend(CogVideoXNode):
                 ),
             ],
             outputs=[BackendSocket.Output(display_name="backend")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, devices: str, plan: str):
-        """Refuses a wrong plan and devices that do not exist before the workflow runs."""
+    def validate_inputs(cls, plan: str | None) -> bool | str:
+        """Refuses a wrong plan, devices that do not exist, and both if they do not fit each other, before the workflow runs.
+
+        ComfyUI reports what this returns once for each argument, so ``plan`` is the only one. Inputs from other nodes are None.
+        """
+        node_id = cls.hidden.unique_id
+        devices = submission.value_of(node_id, "devices")
         try:
-            if devices is not None:
-                runtime.devices_exist(devices)
-            if plan not in (None, AUTO):
-                Plan.parse(plan)
+            check_strings(AUTO if plan is None else plan, AUTO if devices is None else devices)
         except RequestError as error:
-            return str(error)
+            return errors.refuse(str(error), node_id)
         return True
 
     @classmethod
     def execute(cls, devices: str, plan: str, pipefusion_warmup: int = SampleJob.pipefusion_warmup) -> io.NodeOutput:
         """Passes the settings on. The imports of a group begin; the sampler or the decoder starts it."""
+        check_strings(plan, devices)  # again, as they may come from other nodes
         runtime.warm_up(devices, plan)
         return io.NodeOutput(BackendHandle(devices, plan, pipefusion_warmup))

@@ -8,7 +8,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .inputs import checked
+from ..parallel_backend.errors import Failure, RequestError
+from .comfy import errors
+from .inputs import check_video_size, checked
 
 
 class CogVideoXNode(io.ComfyNode):
@@ -29,15 +31,14 @@ class CogVideoXNode(io.ComfyNode):
 
 
 def with_checks(method: Callable) -> Callable:
-    """Returns a node's method that checks its inputs first.
+    """Returns a node's method that checks its inputs first, and shows an error of the pack in the node before it is raised.
 
     For an optional input None means the default. In ``check_lazy_status`` it means an input that is not computed yet.
     """
     signature = inspect.signature(method)
     lazy = method.__name__ == "check_lazy_status"
 
-    @wraps(method)
-    def run(cls, *args, **kwargs):
+    def check_and_run(cls, *args, **kwargs):
         bound = signature.bind(cls, *args, **kwargs)
         given = bound.arguments
         for declared in (cls.SCHEMA or cls.define_schema()).inputs:
@@ -48,6 +49,15 @@ def with_checks(method: Callable) -> Callable:
                 del given[declared.id]  # use the default
             elif value is not None or not lazy:
                 given[declared.id] = checked(value, declared)
+        check_video_size(given)
         return method(*bound.args, **bound.kwargs)
+
+    @wraps(method)
+    def run(cls, *args, **kwargs):
+        try:
+            return check_and_run(cls, *args, **kwargs)
+        except (RequestError, Failure) as error:
+            errors.show(error, cls.hidden.unique_id)
+            raise
 
     return run

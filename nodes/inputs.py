@@ -1,6 +1,6 @@
 """Checks of the values that other nodes and scripts pass to a node's inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.media.pictures import check_finite, checked_latent, checked_mask, checked_pictures
-from ..parallel_backend.validation import between
+from ..parallel_backend.validation import between, check_size
 from .comfy.types import BackendHandle, BackendSocket, ModelHandle, ModelSocket
 
 
@@ -118,6 +118,13 @@ def handle(kind: type, source: str) -> Callable[[Any, io.Input], Any]:
         return value
 
     return check
+
+
+def check_video_size(given: Mapping[str, Any]) -> None:
+    """Checks the size among a node's inputs, if it has one. The message has the names of the inputs."""
+    if {"width", "height", "length"} <= given.keys():
+        names = {"frames": "length", "batch": "batch_size"}
+        check_size(given["width"], given["height"], given["length"], given.get("batch_size", 1), names=names)
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,6 @@ from ..parallel_backend.cogvideox.checkpoint.facts import TEMPORAL, whole_frames
 from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.media.frame_rate import FrameRate
-from ..parallel_backend.validation import check_size
 from .comfy import runtime
 from .comfy.types import ModelSocket
 from .comfy.vae import VaeHandle
@@ -103,11 +102,8 @@ def fit_video(
         node_id: the node that shows the lines.
     Returns:
         The frames that are used, and which these are.
-    Raises:
-        RequestError: for a size that no CogVideoX makes.
     """
     width, height, length = size
-    check_size(width, height, length)
     rate = rate_of(checkpoint, source_fps, node_id)
     video = video[:: rate.step]
     together = checkpoint and checkpoint.patch_size_t or 1

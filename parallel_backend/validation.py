@@ -1,6 +1,8 @@
 """Checks of values, sizes and latents when a job is made. Each raises RequestError, which says what is allowed."""
 
+from collections.abc import Mapping
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ CHANNELS = 16
 """Channels of a latent."""
 TRAINED_TIMESTEPS = 1000
 """Timesteps of the noise schedule that all CogVideoX were trained with."""
+UNCHANGED: Mapping[str, str] = MappingProxyType({})
 
 
 def choice(name: str, value: Any, allowed) -> None:
@@ -145,9 +148,12 @@ def timesteps_of(words: str) -> tuple[int, ...]:
         raise RequestError(f"timesteps are '{words}'; use whole numbers such as 999, 856, 665, 399") from None
 
 
-def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
+def check_size(width: int, height: int, frames: int, batch: int = 1, *, names: Mapping[str, str] = UNCHANGED) -> None:
     """Checks a size in pixels and frames before any tensor is made.
 
+    Args:
+        width, height, frames, batch: the size.
+        names: what the caller's user knows ``frames`` and ``batch`` as, for the message.
     Raises:
         RequestError: naming the nearest value that is allowed.
     """
@@ -157,6 +163,6 @@ def check_size(width: int, height: int, frames: int, batch: int = 1) -> None:
             raise RequestError(f"{name} is {value}; it must be a multiple of 16, such as {near}")
     if frames < 1 or frames % 4 != 1:
         near = max(1, round((frames - 1) / 4) * 4 + 1)
-        raise RequestError(f"frames is {frames}; it must be 4k+1, such as {near}")
+        raise RequestError(f"{names.get('frames', 'frames')} is {frames}; it must be 4k+1, such as {near}")
     if batch < 1:
-        raise RequestError(f"batch is {batch}; it must be at least 1")
+        raise RequestError(f"{names.get('batch', 'batch')} is {batch}; it must be at least 1")

@@ -450,24 +450,31 @@ def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of,
 
 
 @pytest.mark.parametrize(
-    "setting, words",
+    "settings, words",
     [
-        ("XDiTBackend.plan=warp9", "'warp9' is not understood"),
-        ("XDiTBackend.devices=99", "there is no GPU 99"),
+        (["XDiTBackend.plan=warp9"], "'warp9' is not understood"),
+        (["XDiTBackend.devices=99"], "there is no GPU 99"),
+        (["XDiTBackend.devices=cpu:3", "XDiTBackend.plan=cfg2"], "needs 2 devices.*3 were given"),
     ],
 )
-def test_a_backend_that_makes_no_sense_is_refused_before_anything_runs(setting, words, server, prompt_of):
-    with pytest.raises(RuntimeError, match=words):
-        server.queue(prompt_of(setting))
+def test_a_backend_that_makes_no_sense_is_refused_once_before_anything_runs(settings, words, server, prompt_of):
+    prompt = prompt_of(*settings)
+    with pytest.raises(RuntimeError, match=words) as error:
+        server.queue(prompt)
+    answer = json.loads(str(error.value).partition("answered 400: ")[2])
+    assert list(answer["node_errors"]) == [node_of(prompt, "XDiTBackend")]
+    (found,) = answer["node_errors"][node_of(prompt, "XDiTBackend")]["errors"]
+    while (message := server.messages.get(timeout=60))["type"] != "cogvideox-xdit.refused":
+        pass
+    assert found["details"] == f"plan - {message['data']['text']}"
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (("XDiTEmptyCogVideoXLatent.length=10",), "frames is 10.*4k"),
+        (("XDiTEmptyCogVideoXLatent.length=10",), "length is 10.*4k"),
         (("XDiTEmptyCogVideoXLatent.width=100",), "width is 100.*multiple of 16"),
         (("XDiTBackend.devices=cpu:3", "XDiTBackend.plan=ulysses3"), "does not divide this model's 4 heads"),
-        (("XDiTBackend.devices=cpu:3", "XDiTBackend.plan=cfg2"), "needs 2 devices.*3 were given"),
     ],
 )
 def test_bad_input_is_named_in_the_node_in_one_line(settings, words, server, prompt_of):
@@ -477,6 +484,17 @@ def test_bad_input_is_named_in_the_node_in_one_line(settings, words, server, pro
         line for line in str(error.value).splitlines() if re.search(words, line) and not line.startswith("parallel_backend")
     ][:1]
     assert "in node" in line
+
+
+def test_an_error_has_a_plain_name_and_its_sentence_is_in_the_node(server, prompt_of):
+    prompt = prompt_of("XDiTEmptyCogVideoXLatent.length=10", "XDiTCogVideoXSampler.seed=6")
+    latent = node_of(prompt, "XDiTEmptyCogVideoXLatent")
+    events = list(server.events(server.queue(prompt, WORKFLOW)))
+    assert events[-1]["type"] == "execution_error" and events[-1]["data"]["exception_type"] == "CogVideoXError"
+    sentence = "length is 10; it must be 4k+1, such as 9"
+    assert {"node": latent, "text": sentence} in [event["data"] for event in events if event["type"] == "text"]
+    kept = server.request(f"/cogvideox-xdit/lines?workflow={WORKFLOW['id']}")
+    assert kept[latent] == [{"text": sentence, "level": "error"}]
 
 
 @pytest.mark.usefixtures("core_knows_cogvideox")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .support.comfy_runtime import NODES
+from .support.comfy_runtime import NODES, SHOWN
 
 MORE = """
 nodes = part("nodes")
@@ -95,7 +95,7 @@ def asks(**given):
 seed = next(item for item in Sampler.define_schema().inputs if item.id == "seed")
 show(shape=made["samples"].shape, seeds=[str(part("nodes.inputs").checked(given, seed)) for given in (2**64 - 1, str(2**64 - 1))],
      lines=[result(Empty, **{**small, "width": value}) for value in (96.5, "wide", 8, float("nan"), None, torch.ones(2))],
-     lazy=[asks(), asks(cfg="many"), asks(model=5), asks(latent={"samples": latent})], warmup=prepared(part("nodes.backend").XDiTBackend).execute("0", "auto", 4.0).result[0].pipefusion_warmup)
+     lazy=[asks(), asks(cfg="many"), asks(model=5), asks(latent={"samples": latent})], warmup=prepared(part("nodes.backend").XDiTBackend).execute("cpu", "auto", 4.0).result[0].pipefusion_warmup)
 """)
     assert shown["shape"] == [2, 16, 2, 8, 12]
     assert shown["seeds"] == [str(2**64 - 1)] * 2
@@ -252,3 +252,21 @@ show(found=[rounded(), rounded(fp8="linears"), rounded(fp8="all", quantize="fp8"
     assert shown["found"] == ["off", "fp8", "fp8", "int8"]
     assert "both round the linear layers; set one of them to 'off'" in shown["refused"][0]
     assert "int4" in shown["refused"][1] and "int8" in shown["refused"][1]
+
+
+def test_a_size_is_refused_by_the_names_of_the_inputs_and_the_sentence_is_shown_in_the_node(in_comfyui):
+    shown, _ = in_comfyui(
+        NODES
+        + MORE
+        + SHOWN
+        + """
+at("first", "5")
+said = [result(Empty, **{**small, **wrong}) for wrong in ({"length": 10}, {"width": 20})]
+said.append(result(VideoToVideo, vae=core, video=video, **{**small, "length": 6}))
+show(said=said, shown=shown)
+"""
+    )
+    length, width, other = shown["said"]
+    assert length == "length is 10; it must be 4k+1, such as 9" and other == "length is 6; it must be 4k+1, such as 5"
+    assert width == "width is 20; it must be a multiple of 16, such as 16"
+    assert shown["shown"][0] == ["5", length]

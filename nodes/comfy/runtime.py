@@ -251,8 +251,3 @@ def summary(job: Job, report: Report) -> str:
     steps = f"{len(report.step_seconds)} steps, {1 / median(report.step_seconds):.2f} steps/s, " if report.step_seconds else ""
     peak = max(report.peak_memory) / 2**30
     return f"{job.kind}: plan {report.plan}, {steps}load {report.load_seconds:.1f} s, run {report.run_seconds:.1f} s, peak {peak:.1f} GiB"
-
-
-def devices_exist(devices: str) -> None:
-    """Raises RequestError for devices this machine lacks."""
-    Devices.parse(devices)

@@ -39,15 +39,40 @@ def resolve(plan: str, devices: str, workload: Workload, *, nodes: int | None = 
     nodes = nodes or 1
     if plan == AUTO:
         return resolve_auto(found, workload, nodes)
-    chosen = Plan.parse(plan)
-    if devices == AUTO:
-        found = share_of(chosen, found, nodes)
-    chosen.check_world(found.count, nodes)
+    chosen, found = matched(plan, devices, nodes)
     chosen.check_heads(workload.heads)
     if workload.layers is not None:
         chosen.check_layers(workload.layers)
     chosen.check_offload(workload.offload)
     return chosen, found, SET_BY_USER
+
+
+def check_strings(plan: str, devices: str) -> None:
+    """Checks the user's strings for a job before its model is known.
+
+    Raises:
+        RequestError: when this machine lacks the devices, or plan and devices do not fit each other.
+    """
+    named = None if devices == AUTO else str(Devices.parse(devices))
+    if plan == AUTO:
+        return
+    asked = str(Plan.parse(plan))
+    over_hosts = [each for each in running().values() if each["shared"] and each["nodes"] > 1]
+    if not any(each["plan"] == asked and named in (None, each["devices"]) for each in over_hosts):
+        matched(plan, devices)
+
+
+def matched(plan: str, devices: str, nodes: int = 1) -> tuple[Plan, Devices]:
+    """Returns a plan that is not ``auto`` and its devices on each of ``nodes`` hosts, from the user's strings.
+
+    Raises:
+        RequestError: when they do not fit each other.
+    """
+    chosen, found = Plan.parse(plan), Devices.parse(devices)
+    if devices == AUTO:
+        found = share_of(chosen, found, nodes)
+    chosen.check_world(found.count, nodes)
+    return chosen, found
 
 
 def resolve_auto(found: Devices, workload: Workload, nodes: int) -> tuple[Plan, Devices, str]:
