@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import time
+import urllib.error
+import urllib.request
 from contextlib import ExitStack
 
 import av
@@ -506,6 +508,64 @@ def test_every_core_node_works_with_our_objects_or_is_refused_in_one_sentence(se
         endings = {name: core_nodes.ending(server, name, info) for name in core_nodes.names(info)}
     assert len(endings) > 100
     assert {name: ended for name, ended in endings.items() if not core_nodes.is_expected(name, ended)} == {}
+
+
+ROUTES = ["GET status", "GET lines", "GET plans", "GET log/0", "POST free", "POST stop", "POST restart"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_page_of_another_origin_is_refused(route, server):
+    method, _, name = route.partition(" ")
+    url = f"{server.url}/cogvideox-xdit/{name}"
+    request = urllib.request.Request(url, method=method, headers={"Origin": "http://example.com"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=60)
+
+
+def test_the_state_of_the_group_can_be_read_and_the_group_stopped_and_started(server, prompt_of):
+    prompt = prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=41")
+    events = list(server.events(server.queue(prompt)))
+    assert events[-1]["type"] == "execution_success", server.log_tail()
+    told = [
+        event["data"] for event in events if event["type"] == "cogvideox-xdit.progress" and event["data"]["kind"] == "sample"
+    ]
+    sampler = node_of(prompt, "XDiTCogVideoXSampler")
+    assert (told[-1]["step"], told[-1]["steps"], told[-1]["node"]) == (6, 6, sampler) and told[-1]["seconds_left"] == 0
+
+    state = server.request("/cogvideox-xdit/status")
+    assert (state["label"], state["plan"], state["devices"], state["job"]) == ("idle", "cfg2", "cpu:2", None)
+    assert [(rank["rank"], rank["device"], rank["share"]) for rank in state["ranks"]] == [
+        (0, "cpu", "cfg −"),
+        (1, "cpu", "cfg +"),
+    ]
+    assert all(0 < rank["memory"]["used"] < rank["memory"]["total"] for rank in state["ranks"])
+    assert state["link"] > 0 and 0 < state["warm_minutes"] <= 30
+    (address,) = running()
+    texts = [json.dumps(state)]
+    with urllib.request.urlopen(f"{server.url}/cogvideox-xdit/log/1", timeout=60) as answer:
+        texts.append(answer.read().decode())
+    for text in texts:
+        assert text and str(address.folder) not in text and str(REPO) not in text and address.key.hex() not in text
+
+    server.request("/cogvideox-xdit/restart", {})
+    (started,) = running()
+    assert started != address
+    server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=42"))
+    assert list(running()) == [started]
+    server.request("/cogvideox-xdit/stop", {})
+    assert not running() and server.request("/cogvideox-xdit/status")["state"] == "absent"
+    with pytest.raises(RuntimeError, match="409.*no group was started yet"):
+        server.request("/cogvideox-xdit/restart", {})
+    server.run(prompt_of(*TWO_PROCESSES, "XDiTCogVideoXSampler.seed=43"))
+
+
+def test_the_planner_s_table_is_that_of_the_model_and_the_devices(server):
+    table = server.request("/cogvideox-xdit/plans?model=demo&devices=cpu:2&width=96&height=64&length=17")
+    assert {row["plan"] for row in table["rows"]} >= {"cfg2", "ulysses2", "ring2"}
+    (chosen,) = [row for row in table["rows"] if row["chosen"]]
+    assert chosen["plan"] == "cfg2" and table["reason"].startswith("cfg2 is predicted")
+    with pytest.raises(RuntimeError, match="409.*length is 10"):
+        server.request("/cogvideox-xdit/plans?length=10")
 
 
 def test_unload_models_makes_the_group_let_go(server, prompt_of):

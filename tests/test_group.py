@@ -24,6 +24,7 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from parallel_backend.executor.factory import ExecutorCache
 from parallel_backend.executor.group import GroupExecutor
+from parallel_backend.executor.overview import share_of_rank
 from parallel_backend.group import codec, fork_server_client, ownership, preflight, protocol, registry
 from parallel_backend.group.codec import Message
 from parallel_backend.group.ownership import OwnerWatch, is_held
@@ -689,3 +690,16 @@ def test_a_group_is_kept_for_any_plan_but_not_for_a_model_whose_heads_do_not_fit
     kept = keeper.get(Plan(cfg=2, fsdp=2), devices)
     assert keeper.on(devices, Workload(30, offload="model")) is kept
     assert keeper.on(devices, Workload(30, offload="group")) is None
+
+
+@pytest.mark.parametrize(
+    "plan, shares",
+    [
+        ("single", ["all"]),
+        ("cfg2", ["cfg −", "cfg +"]),
+        ("cfg2-ulysses2", ["cfg −, sequence 1/2", "cfg −, sequence 2/2", "cfg +, sequence 1/2", "cfg +, sequence 2/2"]),
+        ("ulysses2-pipefusion2", ["stage 1/2, sequence 1/2", "stage 1/2, sequence 2/2", "stage 2/2, sequence 1/2", "stage 2/2, sequence 2/2"]),
+    ],
+)  # fmt: skip
+def test_the_share_of_each_rank_is_described(plan, shares):
+    assert [share_of_rank(Plan.parse(plan), rank) for rank in range(len(shares))] == shares

@@ -42,6 +42,7 @@ class Lines:
 
     def __init__(self):
         self._lock = threading.Lock()
+        self._last_prompt: str | None = None
         self._workflows: OrderedDict[str | None, dict[str, NodeLines]] = OrderedDict()
 
     def add(self, line: str, level: int, node_id: str, execution: Execution) -> str:
@@ -50,6 +51,7 @@ class Lines:
         A new prompt drops the lines that the node has from the previous one. Without a prompt id only the new line is kept.
         """
         with self._lock:
+            self._last_prompt = execution.prompt_id
             nodes = self._workflows.setdefault(execution.workflow, {})
             self._workflows.move_to_end(execution.workflow)
             while len(self._workflows) > KEPT_WORKFLOWS:
@@ -76,6 +78,18 @@ class Lines:
                 node_id: [{"text": line, "level": logging.getLevelName(level).lower()} for line, level in found.in_order()]
                 for node_id, found in nodes.items()
             }
+
+    def warnings(self) -> list[str]:
+        """Returns the warnings and errors of the prompt that ran last, in whichever node."""
+        with self._lock:
+            nodes = next(reversed(self._workflows.values()), {})
+            return [
+                line
+                for found in nodes.values()
+                if found.prompt_id == self._last_prompt
+                for line, level in found.in_order()
+                if level >= logging.WARNING
+            ]
 
 
 def executing() -> Execution:

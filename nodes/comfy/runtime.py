@@ -1,12 +1,10 @@
 """Everything of ComfyUI's that the nodes touch: progress, interrupts, memory, and who runs jobs; folders are in :mod:`.model_folders`."""
 
-import atexit
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
-from weakref import WeakKeyDictionary
 
 import comfy.model_management as management
 import comfy.utils
@@ -19,7 +17,6 @@ from ...parallel_backend.cogvideox.offload import working_bytes
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ...parallel_backend.executor.base import Executor
-from ...parallel_backend.executor.factory import ExecutorCache
 from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.executor.prepare import CheckedJob, PreparedJob, check_job, prepare
 from ...parallel_backend.executor.resolve import SET_BY_USER
@@ -29,21 +26,19 @@ from ...parallel_backend.jobs import Job, Report, Result, SampleJob
 from ...parallel_backend.plan import AUTO, Plan
 from ...parallel_backend.planner.cost_model import HEADROOM
 from . import lines
+from .executors import chosen as _chosen
+from .executors import groups as _groups
+from .executors import held as _held
+from .executors import local_executors as _local
 from .model_folders import find_lora, find_model, lora_files, model_names  # noqa: F401 - nodes ask the host for these
 from .model_patcher import HeldWeights
+from .progress import jobs
 from .stage_watch import StageWatch
 
 logger = logging.getLogger(__name__)
 
 SLACK = 0.02
 """Of weights: ComfyUI makes room for a tenth more of them, a job leaves a tenth of what is free, which is a little more than that."""
-
-_groups = ExecutorCache()
-_held: dict[Executor, HeldWeights] = {}
-_local: dict[torch.device, LocalExecutor] = {}
-_chosen: WeakKeyDictionary[Executor, str] = WeakKeyDictionary()
-"""The line that says which plan ``auto`` chose for an executor, and why."""
-atexit.register(_groups.close)
 
 
 def text_device() -> torch.device:
@@ -205,6 +200,7 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
 
     def on_step(step: int, steps: int) -> None:
         watch.stop()
+        progress.on_step(step, steps)
         if not management.processing_interrupted():
             bar.update_absolute(step, steps)
 
@@ -218,7 +214,8 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
         return management.processing_interrupted()
 
     held = make_room_for(executor, checked)
-    with interruptible(), StageWatch(executor, node_id or lines.executing().node_id) as watch:
+    node_id = node_id or lines.executing().node_id
+    with interruptible(), jobs.running(executor, checked.job, node_id) as progress, StageWatch(executor, node_id) as watch:
         try:
             result = executor.run_checked(checked, on_step, should_stop, on_picture)
         except Exception:

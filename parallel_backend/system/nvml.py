@@ -1,10 +1,21 @@
-"""What the driver knows of GPUs, asked without a CUDA context: free memory, and its own version."""
+"""What the driver knows of GPUs, asked without a CUDA context: free and total memory, and its own version."""
 
 import torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the free bytes of a GPU.
+    """Returns the free bytes of a GPU."""
+    return free_and_total(device)[0]
+
+
+def used_and_total(device: torch.device) -> tuple[int, int]:
+    """Returns the bytes of a GPU in use, by whichever process, and in all."""
+    free, total = free_and_total(device)
+    return total - free, total
+
+
+def free_and_total(device: torch.device) -> tuple[int, int]:
+    """Returns the free bytes of a GPU, and all of them.
 
     NVML knows them without a CUDA context, which takes about 0.5 GB of a GPU that this process may never use. Where it cannot
     answer, as for a part of a GPU (MIG), CUDA does.
@@ -14,9 +25,10 @@ def free_bytes(device: torch.device) -> int:
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return int(memory.free), int(memory.total)
     except Exception:  # not installed, no driver library, no such GPU: each library version has other errors
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)
 
 
 def driver_version() -> str:

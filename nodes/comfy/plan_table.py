@@ -1,0 +1,69 @@
+"""The planner's table for a model, a size and devices, and the values that *xDiT Backend* can have here."""
+
+from typing import Any
+
+import torch
+
+from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from ...parallel_backend.devices import Devices
+from ...parallel_backend.errors import RequestError
+from ...parallel_backend.executor.resolve import machine_of
+from ...parallel_backend.plan import AUTO, SINGLE
+from ...parallel_backend.planner.planner import approximations, choose, predictions
+from ...parallel_backend.validation import check_size
+from ...parallel_backend.workload import work_of
+from .model_folders import find_model
+
+CPU_PROCESSES = 2
+"""Processes on the CPU that are suggested where there is no GPU."""
+
+
+def of_query(query: dict[str, str]) -> dict[str, Any]:
+    """Returns the table for the fields ``model``, ``width``, ``height``, ``length``, ``cfg`` and ``devices``, as plain values.
+
+    Raises:
+        RequestError: for a field that makes no sense.
+    """
+    checkpoint = Checkpoint.open(find_model(query.get("model", "demo")))
+    devices = Devices.parse(query.get("devices") or AUTO)
+    default = dict(zip(("width", "height", "length"), checkpoint.default_size))
+    try:
+        width, height, frames = (int(query.get(name) or value) for name, value in default.items())
+        guided = float(query.get("cfg") or 6.0) > 1
+    except ValueError as error:
+        raise RequestError(f"the size or cfg is no number: {error}") from None
+    check_size(width, height, frames, names={"frames": "length"})
+    machine = machine_of(devices)
+    work = work_of(checkpoint, devices.first, size=(width, height, frames), guided=guided)
+    found = predictions(work, machine, devices.count) + approximations(work, machine, devices.count)
+    chosen, reason = choose(work, machine, devices.count)
+    rows = [
+        {
+            "plan": str(each.plan),
+            "devices": str(devices.first_of(each.plan.world_size)),
+            "seconds": each.total if machine.knows_seconds else None,
+            "relative": each.total / min(one.total for one in found),
+            "memory": each.needed,
+            "fits": bool(each.fits),
+            "exact": each.plan.is_exact,
+            "chosen": each.plan == chosen,
+        }
+        for each in sorted(found, key=lambda each: each.total)
+    ]
+    return {
+        "model": checkpoint.name,
+        "size": [width, height, frames],
+        "devices": str(devices),
+        "free_memory": machine.free,
+        "reason": reason,
+        "rows": rows,
+        "suggested": {"devices": device_choices(), "plan": [AUTO, *dict.fromkeys([SINGLE, *(row["plan"] for row in rows)])]},
+    }
+
+
+def device_choices() -> list[str]:
+    """Returns devices that a group can have here: ``auto``, and the first GPUs, or processes on the CPU."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        return [AUTO, "cpu", f"cpu:{CPU_PROCESSES}"]
+    return [AUTO, *(",".join(map(str, range(count))) for count in range(1, gpus + 1))]
