@@ -1,0 +1,65 @@
+// The state of the group: asked of the server, and kept up to date by its events.
+import { api } from "../../../scripts/api.js";
+
+const BASE = "/cogvideox-xdit";
+const listeners = new Set();
+const close = new Set();
+let state = { state: "absent", label: "absent", ranks: [], warnings: [] };
+let timer;
+let asking = false;
+
+// Calls a function with each new state, and once with the present one. Returns a function that ends this.
+// A group that does nothing is asked every few seconds only for a listener that is closely watched, as the open panel is.
+export function watch(listener, { closely = false } = {}) {
+  listeners.add(listener);
+  if (closely) close.add(listener);
+  listener(state);
+  schedule(0);
+  return () => listeners.delete(listener) && close.delete(listener);
+}
+
+export async function refresh() {
+  if (asking) return;
+  asking = true;
+  try {
+    const answer = await api.fetchApi(`${BASE}/status`);
+    if (answer.ok) {
+      state = await answer.json();
+      for (const listener of listeners) listener(state);
+    }
+  } catch {
+    // ComfyUI is not there; the front end says so itself
+  } finally {
+    asking = false;
+    const changes = state.job || ["starting", "recovering"].includes(state.state);
+    schedule(changes ? 1000 : close.size ? 5000 : 60000);
+  }
+}
+
+function schedule(milliseconds) {
+  clearTimeout(timer);
+  if (listeners.size) timer = setTimeout(refresh, milliseconds);
+}
+
+// Asks for free, stop or restart. Returns what was done, or why it was not.
+export async function act(name) {
+  const answer = await api.fetchApi(`${BASE}/${name}`, { method: "POST" });
+  const said = await answer.json();
+  await refresh();
+  return said;
+}
+
+export async function plans(query) {
+  const answer = await api.fetchApi(`${BASE}/plans?${new URLSearchParams(query)}`);
+  return answer.json();
+}
+
+export const logAddress = (rank) => api.apiURL(`${BASE}/log/${rank}`);
+
+api.addEventListener("cogvideox-xdit.progress", ({ detail }) => {
+  if (!detail.kind || detail.step < 2) return schedule(0);
+  const label = detail.kind === "sample" ? `sampling ${detail.step} of ${detail.steps}` : state.label;
+  state = { ...state, job: detail, label };
+  for (const listener of listeners) listener(state);
+});
+api.addEventListener("cogvideox-xdit.line", () => schedule(0));

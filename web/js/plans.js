@@ -1,0 +1,38 @@
+// The planner's table for the model, size and devices of the open workflow. A click on a plan fills xDiT Backend.
+import { bar, element, gib, seconds } from "./elements.js";
+import { nodes, question, setValue } from "./graph.js";
+import { plans } from "./group.js";
+
+export async function planTable() {
+  const table = await plans(question());
+  if (table.error) return element("div", { class: "xdit-note" }, table.error);
+  const [width, height, length] = table.size;
+  const most = Math.max(...table.rows.map((row) => row.relative));
+  const room = table.free_memory ?? Math.max(...table.rows.map((row) => row.memory));
+  return element(
+    "div",
+    { class: "xdit-plans" },
+    element("div", { class: "xdit-faint" }, `${table.model}, ${width}×${height}, ${length} frames, on ${table.devices}`),
+    element("div", { class: "xdit-faint" }, `auto: ${table.reason}`),
+    ...table.rows.map((row) => planRow(row, most, room)),
+  );
+}
+
+function planRow(row, most, room) {
+  const time = row.seconds === null ? `${row.relative.toFixed(2)}×` : `${seconds(row.seconds)} a step`;
+  const marks = [row.chosen && "auto", !row.exact && "not exact", !row.fits && "does not fit"].filter(Boolean);
+  return element(
+    "button",
+    { class: `xdit-card xdit-plan${row.fits ? "" : " xdit-unfit"}`, title: "Fill xDiT Backend with this plan", onclick: () => fill(row) },
+    element("div", { class: "xdit-row" }, element("b", {}, row.plan), element("span", {}, marks.join(", "))),
+    element("div", { class: "xdit-row" }, bar(row.relative / most, "time"), element("span", {}, time)),
+    element("div", { class: "xdit-row" }, bar(row.memory / room), element("span", {}, `${gib(row.memory)} GiB`)),
+  );
+}
+
+function fill(row) {
+  for (const node of nodes("XDiTBackend")) {
+    setValue(node, "plan", row.plan);
+    setValue(node, "devices", row.devices);
+  }
+}
