@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..parallel_backend.config import CONFIG
 from ..parallel_backend.plan import AUTO
 from .backend import XDiTBackend
-from .comfy import errors, routes, runtime, submission
+from .comfy import errors, examples, routes, runtime, submission
 from .conditioning import EmptyCogVideoXLatent
 from .control_to_video import CogVideoXControlToVideo
 from .decoding import CogVideoXDecode
@@ -39,6 +39,7 @@ class CogVideoXExtension(ComfyExtension):
         """Returns the pack's nodes in the order of the menu, and adds the pack's routes to ComfyUI's server."""
         errors.name_plainly()
         submission.watch()
+        examples.offer()
         routes.register()  # not in on_load, which ComfyUI 0.3.64 does not call
         if CONFIG.preload:
             runtime.warm_up(AUTO, AUTO)

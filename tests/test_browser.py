@@ -71,6 +71,46 @@ TWO = {"XDiTBackend__devices": "cpu:2", "XDiTCogVideoXSampler__steps": 8}
 SHOWN = "document.body.innerText"
 
 
+BOXES = """app.graph.nodes.map((node) => {
+  const shown = document.querySelector(`[data-node-id="${node.id}"]`);
+  const { width, height } = shown?.getBoundingClientRect() ?? {};
+  const [left, top] = [node.pos[0], node.pos[1] - 30];
+  return shown
+    ? [node.title, left, top, width / app.canvas.ds.scale, height / app.canvas.ds.scale]
+    : [node.title, left, top, node.size[0], node.size[1] + 30];
+})"""
+"""Title, left, top, width and height of each node, with its title bar, which is 30 high."""
+LINES = """for (const node of app.graph.nodes)
+  if (node.type.startsWith('XDiT')) app.api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text: 'a line of text '.repeat(8) })
+"""
+"""Shows in each node of the pack what a run may say."""
+
+
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_the_shipped_workflows_are_readable_when_they_are_dropped_and_with_lines(renderer, page):
+    page.run(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {json.dumps(renderer == 'vue')})")
+    try:
+        for path in sorted((REPO / "workflows").glob("*.json")):
+            load(page, path)
+            count = len(json.loads(path.read_text())["nodes"])
+            if renderer == "vue":
+                page.wait(f"document.querySelectorAll('[data-node-id]').length >= {count}")
+            assert page.run("app.graph.nodes.filter((node) => !LiteGraph.registered_node_types[node.type]).length") == 0, (
+                path.name
+            )
+            page.run(LINES)
+            page.run("app.canvas.draw(true, true)")
+            page.run("new Promise((done) => setTimeout(done, 500))")  # the page lays the text out
+            boxes = page.run(BOXES)
+            assert len(boxes) == count
+            for place, (title, left, top, width, height) in enumerate(boxes):
+                for other, other_left, other_top, other_width, other_height in boxes[:place]:
+                    apart = left >= other_left + other_width or other_left >= left + width
+                    assert apart or top >= other_top + other_height or other_top >= top + height, (path.name, title, other)
+    finally:
+        page.run("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
 def test_a_fallback_is_in_the_node_after_success_and_after_a_reload(page, server, broken_python):
     broken_python[0].touch()
     listen(page)

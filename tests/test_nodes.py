@@ -123,3 +123,11 @@ def test_the_nodes_of_a_shipped_workflow_do_not_overlap(path):
             apart = left >= other_left + other_width or other_left >= left + width
             title = 30  # a node's title stands above its position
             assert apart or top - title >= other_top + other_height or other_top - title >= top + height
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_comfyui_without_the_pack_can_name_it(path):
+    """The front end and the manager read these properties of a node that is missing."""
+    for node in json.loads(path.read_text())["nodes"]:
+        expected = "comfyui-cogvideox-xdit" if node["type"].startswith("XDiT") else "comfy-core"
+        assert node["properties"]["cnr_id"] == expected and node["properties"]["ver"], node["type"]
