@@ -1,10 +1,13 @@
 """A checkpoint is run as it was trained, the user can choose otherwise, and is told what was concluded from what."""
 
+import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.description import conclusions
@@ -115,3 +118,19 @@ def test_choices_go_over_the_socket(make_job, checkpoints):
 )
 def test_the_user_is_told_what_was_concluded_from_what(like, choices, lines, checkpoints):
     assert conclusions(Checkpoint.of(Model(str(checkpoints[like]), **choices))) == lines
+
+
+def test_a_start_image_model_without_the_learned_positions_of_its_configuration_is_told_what_to_change(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["5b-i2v"], tmp_path / "finetune")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    del weights["patch_embed.pos_embedding"]
+    save_file(weights, file)
+    with pytest.raises(
+        RequestError, match="set use_learned_positional_embeddings to false in transformer/config.json, and task to image"
+    ):
+        Checkpoint.open(folder).load_transformer(torch.float32)
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_learned_positional_embeddings": False}))
+    found = Checkpoint.of(Model(str(folder), task="image"))
+    assert found.task == "image" and found.load_transformer(torch.float32) is not None

@@ -110,7 +110,13 @@ def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
         RequestError: if the checkpoint lacks a weight, or has it in another shape.
     """
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    if missing := sorted(shapes.keys() - stored.keys()):
+    missing = sorted(shapes.keys() - stored.keys())
+    if missing == ["patch_embed.pos_embedding"]:
+        raise RequestError(
+            f"the configuration asks for learned positions, and the weights have no {missing[0]}: set use_learned_positional_embeddings to "
+            "false in transformer/config.json, and task to image in Load CogVideoX (--task image)"
+        )
+    if missing:
         raise RequestError(f"the transformer lacks {len(missing)} weights, such as {missing[0]}; download it again")
     for name, shape in shapes.items():
         if stored[name].shape != shape:
