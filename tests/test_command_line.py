@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 from parallel_backend.cli import generate as generating
-from parallel_backend.cli import inputs
+from parallel_backend.cli import inputs, serve
 from parallel_backend.cli.console import Progress, Table
 from parallel_backend.cli.parser import build_parser, main
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
 from parallel_backend.executor import feasible
 from parallel_backend.executor.resolve import resolve
@@ -686,6 +687,16 @@ def test_a_second_serve_on_the_same_devices_says_so_and_stop_says_what_it_leaves
     assert titles.split()[:4] == ["plan", "devices", "state", "up"]
     assert row.split()[:3] == ["ulysses2", "cpu:2", "starting"] and row.split()[-1] == str(os.getpid())
     assert logs == f"logs of ulysses2 on cpu:2: {served.folder}/logs"
+
+
+def test_serve_compares_gpus_only_with_processes_that_number_them_alike(served, monkeypatch):
+    served.add(devices="0,1")
+    serve.check_unserved(Devices("cuda", (2, 3)))
+    serve.check_unserved(Devices("cpu", (0, 1)))
+    with pytest.raises(RequestError, match="serve keeps plan ulysses2 on 0,1 already"):
+        serve.check_unserved(Devices("cuda", (1, 2)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")  # what this process started with is seen from outside
+    serve.check_unserved(Devices("cuda", (1, 2)))
 
 
 def test_help_says_the_default_of_every_option_that_has_one():

@@ -45,6 +45,8 @@ def test_a_prompt_that_is_too_long_says_what_is_cut_off(encoder, caplog):
         assert not caplog.messages
         encoder.tokenize("red blue " * 20 + "green")
     assert "32 are used; cut off: '" in caplog.text
+    assert text_module.shortened("a red circle") == "a red circle"
+    assert text_module.shortened("word " * 20) == "word " * 12 + "… and 8 more words"
     assert caplog.messages[0].endswith("green'")
 
 
