@@ -395,3 +395,18 @@ show(states=states, demo=loader.fingerprint_inputs(model_name="demo"), gone=load
     first, same, *changed = shown["states"]
     assert first == same and len({first, *changed}) == 4
     assert isinstance(shown["demo"], str) and shown["gone"] is None
+
+
+def test_the_example_video_is_put_into_the_input_folder_and_replaces_no_other(in_comfyui):
+    shown, _ = in_comfyui("""
+import folder_paths
+examples, target = part("nodes.comfy.examples"), Path(folder_paths.get_input_directory()) / "example.mp4"
+target.unlink(missing_ok=True)
+examples.offer()
+copied = target.read_bytes() == examples.EXAMPLE.read_bytes()
+target.write_bytes(b"the user's own")
+examples.offer()
+show(copied=copied, kept=target.read_bytes() == b"the user's own")
+target.unlink()
+""")
+    assert shown == {"copied": True, "kept": True}
