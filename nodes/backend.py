@@ -6,15 +6,9 @@ from ..parallel_backend.errors import RequestError
 from ..parallel_backend.executor.resolve import check_strings
 from ..parallel_backend.jobs import SampleJob
 from ..parallel_backend.plan import AUTO
-from .base import CogVideoXNode
+from .base import CogVideoXNode, advanced, schema
 from .comfy import errors, runtime, submission
 from .comfy.types import CATEGORY, BackendHandle, BackendSocket
-
-
-def advanced(widget: io.WidgetInput) -> io.WidgetInput:
-    """Hides a widget among the node's advanced ones. The oldest supported ComfyUI lacks the argument ``advanced``."""
-    widget.extra_dict["advanced"] = True
-    return widget
 
 
 class XDiTBackend(CogVideoXNode):
@@ -22,9 +16,11 @@ class XDiTBackend(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTBackend",
             display_name="xDiT Backend",
+            aliases="multi gpu, multigpu, parallel, distributed, xdit, xfuser, ulysses, "
+            "usp, ring attention, sequence parallel, tensor parallel, cfg parallel, fsdp, pipefusion",
             category=CATEGORY,
             description="Splits each step over several GPUs. A group of processes, one per GPU, starts once and stays warm. "
             "If none can start, the work is done in ComfyUI's own process and the node says so.",

@@ -13,6 +13,24 @@ from .comfy import errors
 from .inputs import check_video_size, checked
 
 
+def schema(*, aliases: str, **fields: Any) -> io.Schema:
+    """Returns a node's schema.
+
+    Args:
+        aliases: other words that users search for, with commas between. ComfyUI 0.3.64 does not know them.
+        fields: of the schema.
+    """
+    if "search_aliases" in inspect.signature(io.Schema).parameters:
+        fields["search_aliases"] = aliases.split(", ")
+    return io.Schema(**fields)
+
+
+def advanced(widget: io.WidgetInput) -> io.WidgetInput:
+    """Hides a widget among the node's advanced ones. ComfyUI 0.3.64 lacks the argument ``advanced``."""
+    widget.extra_dict["advanced"] = True
+    return widget
+
+
 class CogVideoXNode(io.ComfyNode):
     """A node that checks and converts its inputs as its schema declares, whether ComfyUI or a script calls it."""
 

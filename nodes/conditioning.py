@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import empty_latent
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY
 
 CONCAT, CONCAT_MASK = "concat_latent_image", "concat_mask"
@@ -52,9 +52,10 @@ class EmptyCogVideoXLatent(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTEmptyCogVideoXLatent",
             display_name="Empty CogVideoX Latent",
+            aliases="empty latent video, t2v, text to video, size",
             category=CATEGORY,
             description="Sets the size of a video that is made from text alone.",
             inputs=size_inputs(),

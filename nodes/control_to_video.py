@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.jobs import empty_latent
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY
 from .conditioning import CONTROL, with_values
 from .videos import FITTED, checkpoint_of, conditioned_inputs, conditioned_outputs, fit_video, rate_inputs, rate_output
@@ -15,9 +15,10 @@ class CogVideoXControlToVideo(CogVideoXNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         share = {"min": 0.0, "max": 1.0, "step": 0.01}
-        return io.Schema(
+        return schema(
             node_id="XDiTCogVideoXControlToVideo",
             display_name="CogVideoX Control To Video",
+            aliases="pose, canny, depth, controlnet, control video",
             category=CATEGORY,
             description="Encodes a control video (poses, edges, depth …) for a control model, such as "
             "CogVideoX-Fun-V1.1-5b-Control or CogVideoX-Fun-V1.1-5b-Pose.",

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.checkpoint.facts import SPATIAL
 from ..parallel_backend.jobs import TILINGS, DecodeJob
 from ..parallel_backend.validation import check_latent
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy import runtime
 from .comfy.types import BACKEND, CATEGORY, BackendSocket
 from .comfy.vae import VaeHandle
@@ -16,9 +16,10 @@ class CogVideoXDecode(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTCogVideoXVAEDecode",
             display_name="CogVideoX VAE Decode",
+            aliases="vae decode tiled, tiled decode, parallel vae",
             category=CATEGORY,
             description="Decodes a latent to frames: as a whole if it fits in memory, otherwise in blended tiles.",
             inputs=[

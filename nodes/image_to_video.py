@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.pipeline import conditions, validation
 from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy import runtime
 from .comfy.types import CATEGORY
 from .conditioning import CONCAT, IMAGE_SCALE, with_values
@@ -28,9 +28,10 @@ class CogVideoXImageToVideo(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTCogVideoXImageToVideo",
             display_name="CogVideoX Image To Video",
+            aliases="i2v, image to video, start image, first last frame, flf2v",
             category=CATEGORY,
             description="Encodes a start image for an image-to-video model, such as CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V, "
             "or a start and an end image for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP.",

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.jobs import empty_latent
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY
 from .conditioning import with_values
 from .videos import (
@@ -26,9 +26,10 @@ class CogVideoXInpaint(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTCogVideoXInpaint",
             display_name="CogVideoX Inpaint",
+            aliases="inpainting, inpaint video, mask, outpaint",
             category=CATEGORY,
             description="Encodes a video without the masked part, for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP or "
             "CogVideoX-Fun-V1.5-5b-InP, which replaces that part.",

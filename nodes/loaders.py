@@ -6,7 +6,7 @@ from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.checkpoint.description import describe
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, QUANTIZES, SNR_SHIFTS, TASKS, Model
-from .base import CogVideoXNode
+from .base import CogVideoXNode, advanced, schema
 from .comfy import runtime
 from .comfy.clip import ClipHandle
 from .comfy.types import CATEGORY, ModelHandle, ModelSocket
@@ -96,9 +96,10 @@ class LoadCogVideoX(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTLoadCogVideoX",
             display_name="Load CogVideoX",
+            aliases="checkpoint loader, model loader, diffusers loader, cogvideo, t2v, i2v",
             category=CATEGORY,
             description="Opens a CogVideoX model in diffusers layout from models/CogVideo or models/diffusers, or a "
             "transformer alone from a file in models/diffusion_models.",
@@ -127,7 +128,7 @@ class LoadCogVideoX(CogVideoXNode):
                     "decides by free memory for each job.",
                 ),
                 *speed_inputs(),
-                *choice_inputs(),
+                *map(advanced, choice_inputs()),
                 quantize_input(),
             ],
             outputs=[

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.transformer.lora import LoraFile
 from ..parallel_backend.model import MAX_STRENGTH, Lora
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy import runtime
 from .comfy.types import CATEGORY, ModelSocket
 
@@ -16,9 +16,10 @@ class LoadCogVideoXLora(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTCogVideoXLoRA",
             display_name="Load CogVideoX LoRA",
+            aliases="lora loader, load lora",
             category=CATEGORY,
             description="Adds a LoRA to a model, in the layout of diffusers, CogVideoX-Fun or ComfyUI. Chain the node for "
             "several.",

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..parallel_backend.jobs import MAX_SEED, SCHEDULERS, SampleJob
 from ..parallel_backend.plan import AUTO
 from ..parallel_backend.validation import timesteps_of
-from .base import CogVideoXNode
+from .base import CogVideoXNode, advanced, schema
 from .comfy import runtime
 from .comfy.types import BACKEND, CATEGORY, BackendSocket, ModelSocket
 from .conditioning import conditions_of, text_fields
@@ -19,9 +19,10 @@ class CogVideoXSampler(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTCogVideoXSampler",
             display_name="CogVideoX Sampler",
+            aliases="ksampler, t2v, text to video, multi gpu, ddim, dpm",
             category=CATEGORY,
             description="Samples a video. With an xDiT Backend every step is split over its devices. The same seed gives the "
             "same video with every plan except pipefusion, whose video is close to it.",
@@ -64,12 +65,14 @@ class CogVideoXSampler(CogVideoXNode):
                     "steps on the latent, in 60 % of the time.",
                 ),
                 BackendSocket.Input("backend", optional=True, tooltip=BACKEND),
-                io.String.Input(
-                    "timesteps",
-                    default="",
-                    optional=True,
-                    tooltip="The noise levels of the steps by hand, descending from at most 999, instead of the scheduler's own; steps "
-                    "then has no effect. For LoRAs of few steps: TDM's for 2b was trained at 999, 856, 665, 399, with cfg 1.",
+                advanced(
+                    io.String.Input(
+                        "timesteps",
+                        default="",
+                        optional=True,
+                        tooltip="The noise levels of the steps by hand, descending from at most 999, instead of the scheduler's own; steps "
+                        "then has no effect. For LoRAs of few steps: TDM's for 2b was trained at 999, 856, 665, 399, with cfg 1.",
+                    )
                 ),
                 io.Noise.Input(
                     "noise",

@@ -16,7 +16,7 @@ from ..parallel_backend.errors import RequestError, WriteFailure, reason_of
 from ..parallel_backend.media import video
 from ..parallel_backend.media.pictures import checked_pictures
 from ..parallel_backend.system.files import check_writable
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy import runtime
 from .comfy.types import CATEGORY
 
@@ -86,9 +86,10 @@ class SaveVideo(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTSaveVideo",
             display_name="Save Video (MP4)",
+            aliases="mp4, video combine, h264",
             category=CATEGORY,
             description="Writes H.264 in MP4 to the output folder. Drag the file into ComfyUI to get its workflow back.",
             inputs=[

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY
 from .conditioning import size_inputs
 from .videos import FITTED, checkpoint_of, fit_video, rate_inputs, rate_output
@@ -13,9 +13,10 @@ class CogVideoXVideoToVideo(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTCogVideoXVideoToVideo",
             display_name="CogVideoX Video To Video",
+            aliases="v2v, vid2vid, video to video",
             category=CATEGORY,
             description="Resizes, shortens and encodes a video for the sampler, whose denoise sets how much is replaced.",
             inputs=[

@@ -5,7 +5,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..parallel_backend.model import WINDOW_SCHEDULES, Windows
-from .base import CogVideoXNode
+from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY, ModelSocket
 
 
@@ -14,9 +14,10 @@ class CogVideoXContextWindows(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="XDiTCogVideoXContextWindows",
             display_name="CogVideoX Context Windows",
+            aliases="long video, context options, context window, sliding window, freenoise",
             category=CATEGORY,
             description="For videos longer than the model was trained for: every step runs the model on overlapping windows "
             "of frames and blends the results. A step takes as many times longer as there are windows, and needs the memory "

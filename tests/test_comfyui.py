@@ -201,6 +201,25 @@ def test_a_backend_that_cannot_start_falls_back_and_says_so(server, prompt_of):
     assert "plan single on cpu:1: one device: nothing to split" in server.log()
 
 
+def test_nodes_are_found_by_the_words_that_users_search_for(object_info):
+    if not any("search_aliases" in info for info in object_info.values()):
+        pytest.skip("this ComfyUI knows no search aliases")
+    ours = {name: info["search_aliases"] for name, info in object_info.items() if info["category"] == "CogVideoX xDiT"}
+    assert len(ours) == 12 and all(ours.values())
+    assert {"multi gpu", "ulysses", "tensor parallel"} <= set(ours["XDiTBackend"]) and "i2v" in ours[
+        "XDiTCogVideoXImageToVideo"
+    ]
+    advanced = {
+        name
+        for node in ours
+        for group in object_info[node]["input"].values()
+        if isinstance(group, dict)
+        for name, (_, *about) in group.items()
+        if about and about[0].get("advanced")
+    }
+    assert advanced == {"pipefusion_warmup", "task", "snr_shift", "timesteps"}
+
+
 def test_core_nodes_fit_in_between(server, prompt_of, object_info):
     """CLIP Text Encode is in the workflow already; VAE Decode, tiled too, VAE Encode and Save Video come in here."""
     prompt = prompt_of()
