@@ -1,6 +1,8 @@
 """Environment variables: a value that makes no sense is named and costs nothing else."""
 
 import dataclasses
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -12,6 +14,7 @@ from parallel_backend.config import Config
 from parallel_backend.system import folders
 
 from .conftest import REPO
+from .support import front_end
 
 SETTINGS = {variable: field for field, variable in Config.settings()}
 TABLE = REPO / "docs" / "variables.md"
@@ -102,3 +105,56 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(folders.os.path, "expanduser", lambda path: path)  # as Python answers for an unknown user
     assert folders.preferred_cache() == folders.temporary_cache()
+
+
+@pytest.fixture(scope="module")
+def pack():
+    """The pack's entry point as a module, without its nodes."""
+    spec = importlib.util.spec_from_file_location("entry_point", REPO / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def read_with(pack, monkeypatch, tmp_path):
+    """Reads the configuration with settings of ComfyUI, and with variables that are set already."""
+
+    def read(settings: str, **variables: str) -> Config:
+        environment = dict(variables)
+        monkeypatch.setattr(pack.os, "environ", environment)
+        (tmp_path / "comfy.settings.json").write_text(settings)
+        pack.use_settings(tmp_path / "comfy.settings.json")
+        return Config.read(environment)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"CogVideoX-xDiT.IdleMinutes": 5, "CogVideoX-xDiT.MemoryGiB": 20.5}, Config(idle_minutes=5.0, memory_gib=20.5)),
+        ({"CogVideoX-xDiT.Python": "/a/python", "CogVideoX-xDiT.Preload": True}, Config(python="/a/python", preload=1.0)),
+        ({"CogVideoX-xDiT.IdleMinutes": 0, "CogVideoX-xDiT.Preload": False}, Config(idle_minutes=0.0)),
+        ({"CogVideoX-xDiT.MemoryGiB": 0, "CogVideoX-xDiT.Python": "", "Comfy.Locale": "zh"}, Config()),
+        ({"CogVideoX-xDiT.IdleMinutes": None}, Config()),
+    ],
+)
+def test_settings_of_comfyui_set_variables(settings, expected, read_with):
+    found = read_with(json.dumps(settings))
+    assert found == expected and not found.rejected
+
+
+def test_a_variable_counts_more_than_a_setting(read_with):
+    assert read_with('{"CogVideoX-xDiT.IdleMinutes": 5}', XDIT_IDLE_MINUTES="7") == Config(idle_minutes=7.0)
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", "3", '"text"'])
+def test_settings_that_cannot_be_read_are_ignored(broken, read_with):
+    assert read_with(broken) == Config()
+
+
+def test_the_page_and_the_server_know_the_same_settings(pack):
+    shown = {name.replace("_", ".") for name in front_end.settings((REPO / "web" / "js" / "settings.js").read_text("utf-8"))}
+    assert shown == set(pack.SETTINGS)
+    assert set(pack.SETTINGS.values()) <= {variable for _, variable in Config.settings()}
