@@ -1,11 +1,14 @@
 """The Chinese words beside the English ones: none is missing, none is left over, and both say the same numbers and names.
+The Chinese README is held to the English one too, so that a change of one is noticed in the other.
 
 English needs no file in ``locales``: the front end shows the words of a node's schema, and of a setting or command, if the user's
 locale has no entry. Words in ``locales`` are also compiled as messages, in which some characters are syntax; a schema's are not.
 """
 
+import calendar
 import json
 import re
+from collections import Counter
 
 import pytest
 
@@ -24,6 +27,9 @@ SYNTAX = re.compile(r"[{}@|]")
 """What the front end does not show as it is in a word of a locale: a place for a value, a link, a plural."""
 NAMES_AND_NUMBERS = re.compile(r"[\w./%:+-]*[\d_/%][\w./%:+-]*", re.ASCII)
 CODE, BOLD = re.compile(r"`[^`]+`"), re.compile(r"\*\*([^*]+)\*\*")
+BLOCK, COMMENT = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL), re.compile(r"[ ]+# .*")
+LINK, NUMBER = re.compile(r"\]\(([^)]+)\)"), re.compile(r"\d+(?:\.\d+)*")
+MONTH = re.compile(rf"\b({'|'.join(calendar.month_name[1:])})(?= \d{{4}})")
 
 
 def of_locale(name: str) -> dict[str, str]:
@@ -77,7 +83,7 @@ def facts(text: str) -> set[str]:
     return {*CODE.findall(text), *(found.strip(".:,-") for found in NAMES_AND_NUMBERS.findall(prose))}
 
 
-def compare(translated: set[str], expected: set[str], what: str) -> None:
+def compare(translated: set[str] | Counter, expected: set[str] | Counter, what: str) -> None:
     assert not expected - translated, f"{what} lacks {sorted(expected - translated)}"
     assert not translated - expected, f"{what} has {sorted(translated - expected)}, which nothing uses"
 
@@ -156,3 +162,65 @@ def test_settings_and_commands_are_found_in_javascript():
     assert front_end.commands(source) == {"Pack_Stop", "Pack_Logs"}
     with pytest.raises(ValueError):
         front_end.settings("const idle = { id: PREFIX + 'Idle', defaultValue: 1 };")
+
+
+def readmes() -> tuple[str, str]:
+    """The English and the Chinese README. Both have months as numbers: ``11 2026`` and ``2026 年 11 月``."""
+    english, chinese = ((REPO / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+    return MONTH.sub(lambda found: str(list(calendar.month_name).index(found[1])), english), chinese
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a README's code blocks, without comments."""
+    return [COMMENT.sub("", line) for block in BLOCK.findall(text) for line in block.splitlines()]
+
+
+def parts(text: str) -> list[str]:
+    """A README's headings, table rows, pictures and list items, each with the text and the comments of code blocks after it."""
+    prose = BLOCK.sub(lambda block: " ".join(COMMENT.findall(block[0])), text)
+    return re.split(r"\n(?=#+ |\||!|- )", prose)
+
+
+def kept(part: str) -> Counter:
+    """What a translation keeps of a part, and how often: the sign that starts it, cells of a table row, inline code, numbers."""
+    sign = re.match(r"#+ |\||!|- ", part)
+    words = LINK.sub("]", part)
+    cells = part.splitlines()[0].count("|") if part.startswith("|") else 0
+    return Counter([sign[0], *"|" * cells, *CODE.findall(words), *NUMBER.findall(CODE.sub(" ", words))])
+
+
+def test_the_readmes_have_the_same_commands():
+    english, chinese = map(commands, readmes())
+    assert any(line.startswith("git clone ") for line in english)
+    assert chinese == english
+
+
+def test_the_readmes_have_the_same_headings_tables_lists_code_and_numbers():
+    english, chinese = map(parts, readmes())
+    for ours, theirs in zip(english, chinese):
+        compare(kept(theirs), kept(ours), f"the Chinese of {ours.splitlines()[0]!r}, {theirs.splitlines()[0]!r},")
+    assert len(chinese) == len(english), "one of the READMEs has more at its end"
+
+
+def test_the_readmes_link_to_the_same_pages_and_these_exist():
+    english, chinese = (Counter(LINK.findall(text)) for text in readmes())
+    help_pages = {f"web/docs/{page.parent.name}/zh.md" for page in PAGES.glob("*/zh.md")}
+    assert english - chinese == Counter({"README.zh-CN.md": 1})
+    assert chinese - english == Counter({"README.md": 1, **dict.fromkeys(help_pages, 1)})
+    files = {target.partition("#")[0] for target in english | chinese if "://" not in target}
+    assert not {name for name in files if not (REPO / name).is_file()}
+
+
+def test_the_chinese_readme_names_each_node_as_its_help_page_does():
+    english, chinese = readmes()
+    for page in PAGES.glob("*/zh.md"):
+        node = page.parent.name
+        name, translated = (path.read_text("utf-8").splitlines()[0].removeprefix("# ") for path in (PAGES / f"{node}.md", page))
+        assert f"\n| {name} | " in english
+        assert f"\n| [{translated}](web/docs/{node}/zh.md) | " in chinese
+
+
+def test_the_chinese_readme_has_the_way_for_china_before_the_download():
+    _, chinese = readmes()
+    assert chinese.index("在中国大陆") < chinese.index("parallel_backend download")
+    assert "--source modelscope" in chinese and "HF_ENDPOINT=" in chinese
