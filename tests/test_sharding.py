@@ -1,5 +1,6 @@
 """Plans that split weights give the latents of ``single``, each rank with its part of them alone."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.resolve import resolve
+from parallel_backend.parallel.fsdp import check_dtypes
 from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 
@@ -153,3 +155,23 @@ def test_splitting_frees_room_and_gathering_takes_some_back(jobs):
     assert offload.choose_offload("auto", working=2**20, **{**settings, "free": 2**31}) == ("none", None)
     mode, note = offload.choose_offload("auto", working=2**20, **settings)
     assert mode == "model" and "use more fsdp" in note
+
+
+INT8 = {torch.bfloat16, torch.float32, torch.int8}
+FP8 = {torch.bfloat16, torch.float32, torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize(
+    "version, dtypes, words",
+    [
+        ("2.7.1", {torch.bfloat16}, None),
+        ("2.7.1", FP8, "torch 2.8 or newer for weights in FP8, this is 2.7.1; use quantize off, or tensor"),
+        ("2.8.0+cu126", FP8, None),
+        ("2.11.0+cu130", INT8, "torch 2.12 or newer for weights in int8, this is 2.11.0"),
+        ("2.12.0", INT8, None),
+    ],
+)
+def test_quantised_weights_are_sharded_only_by_a_torch_that_can(version, dtypes, words, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(RequestError, match=words) if words else nullcontext():
+        check_dtypes(dtypes)
