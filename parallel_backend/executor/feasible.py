@@ -35,7 +35,8 @@ def check_cores(devices: Devices) -> None:
 def check_feasible(prepared: PreparedJob) -> None:
     """Checks that the devices have the cores, the memory and the speed for a job.
 
-    On a GPU the weights do not count, as they may be offloaded, and neither does what other programs use now.
+    On a GPU only the least that a step takes counts: that of compiled blocks, without weights, which may be offloaded, and without what
+    other programs use now.
 
     Raises:
         RequestError: if they have not.
@@ -48,7 +49,7 @@ def check_feasible(prepared: PreparedJob) -> None:
     _, _, frames, height, width = job.latent.shape
     what = f"a step at {width * 8}x{height * 8} with {frames * 4 - 3} frames is predicted to"
     advice = "use a smaller size, fewer frames, context windows, or more devices"
-    need = working_bytes(plan.replica, work)
+    need = working_bytes(plan.replica, work, compiled=devices.kind != "cpu")
     if devices.kind == "cpu":
         need, free, where = (need + weight_bytes(plan.replica, work)) * devices.count, usable_memory(), "of main memory"
         days = computation(Plan(), work, CPU) * CPU_CORES / usable_cores() * job.steps_to_run / DAY
