@@ -105,6 +105,16 @@ def test_weights_stay_pinned_where_host_memory_is_large_enough_and_else_a_note_s
     assert note is None if pinned else f"takes {4 * ranks} GiB of host memory, {gib} are free" in note
 
 
+def test_pinned_weights_leave_the_host_s_memory_with_those_on_the_gpu(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: emptied.append("host"), raising=False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("gpu"))
+    offload.release(torch.device("cuda", 0))
+    assert emptied == ["gpu", "host"]
+    offload.release(CPU)
+    assert len(emptied) == 2
+
+
 @pytest.mark.parametrize("device", [MPS, XPU], ids=str)
 def test_text_is_encoded_on_any_gpu_that_has_room(device, checkpoints, gpus, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20 * GIB))

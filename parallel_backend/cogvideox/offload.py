@@ -78,11 +78,15 @@ def reset_peak(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Frees unused cached memory; collects garbage first, as offload hooks are reference cycles."""
+    """Frees unused cached memory, of the device and pinned; collects garbage first, as offload hooks are reference cycles."""
     gc.collect()
     api = api_of(device)
     if hasattr(api, "empty_cache"):
         api.empty_cache()
+    if device.type == "cuda":  # else a transformer that was offloaded by blocks would go on taking the host's memory
+        empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+        if empty:  # torch 2.13 has the public one
+            empty()
 
 
 def synchronize(device: torch.device) -> None:
