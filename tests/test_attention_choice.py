@@ -157,6 +157,14 @@ def test_one_whose_log_sum_exp_is_wrong_is_not_chosen(register):
     assert chosen()[0] == "fast"
 
 
+def test_a_log_sum_exp_is_not_asked_for_where_there_are_no_rings(register, monkeypatch):
+    register("fast", 1.0, attend_with_sums=broken)
+    assert chosen()[0] == "torch"
+    register.forget()
+    monkeypatch.setattr(trial, "WITH_RINGS", ("cuda",))
+    assert chosen()[0] == "fast"
+
+
 def test_one_alone_is_not_timed_and_where_none_is_right_torch_s_is_left(register):
     register("bad", 0.1, wrong)
     assert chosen() == ("torch", (f"attention: torch; without bad: {trial.WRONG}",))
