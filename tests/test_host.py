@@ -239,7 +239,7 @@ extension, server = part("nodes"), part("parallel_backend.group.fork_server_clie
 def begins(devices, plan):
     part("nodes.backend").XDiTBackend.execute(devices, plan)
     return server._kept is not None
-begun = [begins("cpu:2", "single"), begins("cpu", "auto"), begins("cpu:2", "ulysses3"), begins("cpu:2", "cfg2")]
+begun = [begins("cpu", "single"), begins("cpu", "auto"), begins("cpu:3", "ulysses3"), begins("cpu:2", "cfg2")]
 server._kept.close(); server._kept = None
 extension.runtime.Devices.parse = classmethod(lambda cls, text: cls("cpu", (0, 1)))
 at_start = []

@@ -76,7 +76,8 @@ def test_cogvideox_1_5_takes_an_image_at_any_size_up_to_its_positions(pipelines,
     (image,) = pictures(1, width=80, height=48)
     size = (80, 48, 17)
     expected = reference(pipelines["1.5-5b-i2v"], size=size, steps=6, scheduler="dpm", image=image, num_frames=17)
-    job = make_job("1.5-5b-i2v", size=size, steps=6, image=encode(local, checkpoints["1.5-5b-i2v"], [image]))
+    image = encode(local, checkpoints["1.5-5b-i2v"], [image])
+    job = make_job("1.5-5b-i2v", size=size, steps=6, scheduler="dpm", image=image)
     assert (local.sample(job).tensor - expected).abs().max() <= TOLERANCE
 
 

@@ -204,4 +204,4 @@ def test_a_transformer_that_cannot_be_read_meanwhile_is_left_to_the_job(make_job
     with caplog.at_level(logging.INFO):
         states, loaded = encode_prompts([PROMPT], job, Checkpoint.open(job.model.path), executor)
     assert list(states) == [PROMPT] and loaded.load_seconds == 0
-    assert "the transformer was not loaded while the text was encoded: rank 1 failed" in caplog.messages
+    assert "the transformer was not loaded while the text was encoded: rank 1 failed (details in the log)" in caplog.messages

@@ -220,5 +220,5 @@ def ending(server, name: str, info: dict) -> str:
 def is_expected(name: str, ended: str) -> bool:
     """Returns whether a node's result is the one in the tables."""
     if name in REFUSED:
-        return ended.startswith(("NotHere: ", "RequestError: ")) and REFUSED[name] in ended and "\n" not in ended
+        return ended.startswith("CogVideoXError: ") and REFUSED[name] in ended and "\n" not in ended
     return OTHERS[name] in ended if name in OTHERS else ended == "works"
