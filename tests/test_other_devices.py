@@ -109,6 +109,7 @@ def test_pinned_weights_leave_the_host_s_memory_with_those_on_the_gpu(monkeypatc
     emptied = []
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: emptied.append("host"), raising=False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("gpu"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     offload.release(torch.device("cuda", 0))
     assert emptied == ["gpu", "host"]
     offload.release(CPU)

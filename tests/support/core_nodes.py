@@ -68,6 +68,7 @@ CANNOT_RUN = {
     "CLIP_VISION_OUTPUT": "unCLIPConditioning TextEncodeHunyuanVideo_ImageToVideo",
     "CONTROL_NET": "ControlNetApply ControlNetApplyAdvanced ControlNetApplySD3 ControlNetInpaintingAliMamaApply",
     "DA3_MODEL": "DA3Inference",
+    "DISPLAY, or EGL without one": "GLSLShader",
     "FACE_DETECTION_MODEL": "MediaPipeFaceLandmarker",
     "FACE_LANDMARKS": "MediaPipeFaceMeshVisualize",
     "GLIGEN": "GLIGENTextBoxApply",
