@@ -210,14 +210,15 @@ class Plan:
             devices: on each host.
             nodes: number of hosts.
         Raises:
-            RequestError: with every degree.
+            RequestError: with the degrees that multiply to its devices.
         """
         if self.world_size != devices * nodes:
             given = f"{devices * nodes} were given" + (f", {devices} on each of {nodes} hosts" if nodes > 1 else "")
-            factors = " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if f.name != "fsdp")
-            raise RequestError(
-                f"plan '{self}' needs {self.world_size} devices ({factors}) but {given}; change the plan, or the devices"
-            )
+            degrees = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "fsdp"}
+            factors = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+            product = f" ({' x '.join(factors)})" if len(factors) > 1 else ""
+            need = f"{self.world_size} devices{product}" if factors else "1 device"
+            raise RequestError(f"plan '{self}' needs {need} but {given}; change the plan, or the devices")
 
 
 def divisors(heads: int) -> str:
