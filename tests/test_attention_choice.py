@@ -1,6 +1,8 @@
 """Which attention function a job uses: what each needs, which are right, which is the fastest, what ranks agree on, what is refused."""
 
 import json
+import sys
+import types
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -413,3 +415,9 @@ def test_the_benchmark_lists_every_function_and_what_is_chosen(register, capsys)
     assert "approximate  error 0.0300, of near ones 0.0300" in found["rough"]
     assert found["bad"].endswith(f"not used: {trial.WRONG}") and found["fp8"].endswith("it needs a Hopper GPU, such as an H100")
     assert lines[-1] == f"attention: fast; without bad: {trial.WRONG}"
+
+
+def test_a_stand_in_of_another_pack_for_a_package_is_not_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    sys.modules["flash_attn"].__spec__ = None
+    assert "flash-attn, which is not installed" in registry.FUNCTIONS["flash2"].needs.missing_package()

@@ -74,9 +74,17 @@ class Needs:
 
     def missing_package(self) -> str | None:
         """Returns which package is not installed, or None."""
-        if not self.modules or any(find_spec(name) for name in self.modules):
+        if not self.modules or any(map(is_installed, self.modules)):
             return None
         return f"it needs the package {self.package}, which is not installed"
+
+
+def is_installed(module: str) -> bool:
+    """Returns whether a module can be found. Other packs put stand-ins into ``sys.modules``, of which some have no specification."""
+    try:
+        return find_spec(module) is not None
+    except ValueError:
+        return False
 
 
 def version(capability: tuple[int, int]) -> str:
