@@ -121,10 +121,10 @@ def test_functions_are_offered_where_their_needs_are_met(capability, dtype, head
     monkeypatch.setattr(torch.version, "hip", "6.4" if capability == "amd" else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if capability == "amd" else capability)
     kind = Kind(GPU, dtype, head_dim)
-    monkeypatch.setattr("parallel_backend.cogvideox.attention.function.find_spec", lambda name: name)
+    monkeypatch.setattr("parallel_backend.cogvideox.attention.function.has_module", lambda name: True)
     assert [function.name for function in registry.usable(kind)] == able.split()
     assert {each.name for each in registry.to_time(kind)} == set(able.split()) - {"hopper", "torch", "int8", "sage", "fp8"}
-    monkeypatch.setattr("parallel_backend.cogvideox.attention.function.find_spec", lambda name: None)
+    monkeypatch.setattr("parallel_backend.cogvideox.attention.function.has_module", lambda name: False)
     assert {each.name for each in registry.usable(kind)} == set(able.split()) - {"flash3", "flash2", "int8", "sage"}
 
 

@@ -477,7 +477,7 @@ def test_where_no_group_can_start_the_reason_is_one_line(start_group, monkeypatc
     with pytest.raises(GroupUnavailable, match="need Linux \\(this is darwin\\)"):
         start_group("cfg2")
     monkeypatch.undo()
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "has_module", lambda name: False)
     with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
         start_group("cfg2")
 
@@ -671,7 +671,7 @@ def test_a_request_that_makes_no_sense_leaves_the_group_that_is_kept_alone(monke
         assert kept.status()["state"] == "ready"
         with pytest.raises(RequestError, match="needs 3 devices"):
             keeper.get(Plan(ring=3), devices)
-        monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+        monkeypatch.setattr(preflight, "has_module", lambda name: False)
         with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
             keeper.get(Plan(ulysses=2), devices)
         assert keeper.get(plan, devices) is kept

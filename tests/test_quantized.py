@@ -135,7 +135,7 @@ def kitchen(monkeypatch) -> SimpleNamespace:
     }
     found = SimpleNamespace(int8_linear=None, list_backends=lambda: backends, backends=backends)
     monkeypatch.setitem(sys.modules, "comfy_kitchen", found)
-    monkeypatch.setattr(quantized_linear, "find_spec", lambda name: found)
+    monkeypatch.setattr(quantized_linear, "has_module", lambda name: found is not None)
     return found
 
 
@@ -146,7 +146,7 @@ def test_a_comfy_kitchen_that_cannot_do_it_is_refused_with_the_reason(kitchen, o
     assert why_no_kitchen(GPU) == "comfy-kitchen has no kernels here (cuda: built for CUDA 13)"
     del kitchen.int8_linear
     assert "too old" in why_no_kitchen(GPU)
-    monkeypatch.setattr(quantized_linear, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantized_linear, "has_module", lambda name: False)
     on_gpu_of("RTX 3090", (8, 6))
     monkeypatch.setattr(quantized_linear, "why_no_kitchen", why_no_kitchen)
     said = quantized_linear.missing("int8", GPU)

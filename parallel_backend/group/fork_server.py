@@ -18,9 +18,9 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import NoReturn
 
+from ..system.modules import has_module
 from ..system.processes import end_with, set_name
 
 HELLO = b"."
@@ -67,7 +67,7 @@ def preload() -> None:
     os.environ.update(WITHOUT_CUDA)
     gc.disable()  # collections take a quarter of the time, and find nothing
     with absent(UNUSED):
-        for name in (*MODULES, *(KERNELS if find_spec("triton") else ())):
+        for name in (*MODULES, *(KERNELS if has_module("triton") else ())):
             try:
                 importlib.import_module(name)
             except Exception:

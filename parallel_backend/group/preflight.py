@@ -4,7 +4,6 @@ import os
 import re
 import socket
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupUnavailable, RequestError
 from ..plan import Plan
+from ..system.modules import has_module
 
 PACK = Path(__file__).resolve().parents[2]
 """The folder that holds ``parallel_backend``."""
@@ -46,7 +46,7 @@ def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:
             raise RequestError(f"plan '{plan}': each replica is a separate group; one group takes plan '{plan.replica}'")
     if not sys.platform.startswith("linux"):
         raise GroupUnavailable(f"xDiT groups need Linux (this is {sys.platform}); on Windows use WSL2")
-    if not CONFIG.python and find_spec("xfuser") is None:
+    if not CONFIG.python and not has_module("xfuser"):
         raise GroupUnavailable("xfuser is not installed: pip install xfuser, or set XDIT_PYTHON to a Python that has it")
     if nodes == 1:
         loopback()

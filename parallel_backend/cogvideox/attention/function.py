@@ -5,10 +5,10 @@ Tensors are ``[batch, tokens, heads, head_dim]``, the layout of the projections'
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
+from ...system.modules import has_module
 from ..kernels.block_torch import quantize
 from .operands import factors
 from .torch_attention import NEAR, Attention
@@ -74,17 +74,9 @@ class Needs:
 
     def missing_package(self) -> str | None:
         """Returns which package is not installed, or None."""
-        if not self.modules or any(map(is_installed, self.modules)):
+        if not self.modules or any(map(has_module, self.modules)):
             return None
         return f"it needs the package {self.package}, which is not installed"
-
-
-def is_installed(module: str) -> bool:
-    """Returns whether a module can be found. Other packs put stand-ins into ``sys.modules``, of which some have no specification."""
-    try:
-        return find_spec(module) is not None
-    except ValueError:
-        return False
 
 
 def version(capability: tuple[int, int]) -> str:

@@ -11,10 +11,11 @@ import torch
 from ...devices import has_bf16
 from ...errors import RequestError
 from ...model import DTYPES, Model
+from ...system.modules import has_module
 from . import bundled, kinds, shards, single_file, tasks, weights
 from .facts import SCHEDULER_CLASSES, CheckpointFacts
 from .index import folder_of, lender_of, read_config, read_index, state
-from .libraries import dtype_argument, has_module
+from .libraries import dtype_argument
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"

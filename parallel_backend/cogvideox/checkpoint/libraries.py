@@ -1,15 +1,5 @@
 """What the installed libraries can do."""
 
-from importlib.util import find_spec
-
-
-def has_module(name: str) -> bool:
-    """Returns whether a module can be imported, importing at most its parent package."""
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
 
 def dtype_argument(cls) -> str:
     """Returns the name of the dtype argument of ``cls.from_pretrained``: diffusers and transformers both renamed it."""

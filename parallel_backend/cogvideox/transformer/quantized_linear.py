@@ -5,11 +5,11 @@ by comfy-kitchen, which ComfyUI installs. A fast mode: it changes the video; REA
 """
 
 import math
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
+from ...system.modules import has_module
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.shards import BLOCKS, BY_COLUMNS, BY_ROWS, put
 from ..kernels.block_torch import SMALLEST, quantize_rows
@@ -136,7 +136,7 @@ def missing(kind: str, device: torch.device) -> str | None:
 @once
 def why_no_kitchen(device: torch.device) -> str | None:
     """Returns why comfy-kitchen has no int8 product that is faster than one in 16 bits, in one line, or None."""
-    if find_spec("comfy_kitchen") is None:
+    if not has_module("comfy_kitchen"):
         return "the package comfy-kitchen is missing (pip install comfy-kitchen)"
     import comfy_kitchen
 

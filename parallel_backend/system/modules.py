@@ -1,0 +1,14 @@
+"""Looks for modules without importing them."""
+
+from importlib.util import find_spec
+
+
+def has_module(name: str) -> bool:
+    """Returns whether a module can be imported, importing at most its parent package.
+
+    Other packs put stand-ins into ``sys.modules``. One without a specification is not the package.
+    """
+    try:
+        return find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
