@@ -6,10 +6,10 @@ from pathlib import Path
 
 WEB_DIRECTORY = "./web"
 SETTINGS = {
-    "CogVideoX-xDiT.IdleMinutes": "XDIT_IDLE_MINUTES",
-    "CogVideoX-xDiT.MemoryGiB": "XDIT_MEMORY_GIB",
-    "CogVideoX-xDiT.Python": "XDIT_PYTHON",
-    "CogVideoX-xDiT.Preload": "XDIT_PRELOAD",
+    "CogVideoX-xDiT.Processes.IdleMinutes": "XDIT_IDLE_MINUTES",
+    "CogVideoX-xDiT.Processes.MemoryGiB": "XDIT_MEMORY_GIB",
+    "CogVideoX-xDiT.Processes.Python": "XDIT_PYTHON",
+    "CogVideoX-xDiT.Processes.Preload": "XDIT_PRELOAD",
 }
 """The variable that each setting of ``web/js/settings.js`` stands for."""
 NONE = {"XDIT_MEMORY_GIB": 0, "XDIT_PYTHON": ""}

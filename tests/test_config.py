@@ -133,11 +133,11 @@ def read_with(pack, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "settings, expected",
     [
-        ({"CogVideoX-xDiT.IdleMinutes": 5, "CogVideoX-xDiT.MemoryGiB": 20.5}, Config(idle_minutes=5.0, memory_gib=20.5)),
-        ({"CogVideoX-xDiT.Python": "/a/python", "CogVideoX-xDiT.Preload": True}, Config(python="/a/python", preload=1.0)),
-        ({"CogVideoX-xDiT.IdleMinutes": 0, "CogVideoX-xDiT.Preload": False}, Config(idle_minutes=0.0)),
-        ({"CogVideoX-xDiT.MemoryGiB": 0, "CogVideoX-xDiT.Python": "", "Comfy.Locale": "zh"}, Config()),
-        ({"CogVideoX-xDiT.IdleMinutes": None}, Config()),
+        ({"CogVideoX-xDiT.Processes.IdleMinutes": 5, "CogVideoX-xDiT.Processes.MemoryGiB": 20.5}, Config(idle_minutes=5.0, memory_gib=20.5)),
+        ({"CogVideoX-xDiT.Processes.Python": "/a/python", "CogVideoX-xDiT.Processes.Preload": True}, Config(python="/a/python", preload=1.0)),
+        ({"CogVideoX-xDiT.Processes.IdleMinutes": 0, "CogVideoX-xDiT.Processes.Preload": False}, Config(idle_minutes=0.0)),
+        ({"CogVideoX-xDiT.Processes.MemoryGiB": 0, "CogVideoX-xDiT.Processes.Python": "", "Comfy.Locale": "zh"}, Config()),
+        ({"CogVideoX-xDiT.Processes.IdleMinutes": None}, Config()),
     ],
 )
 def test_settings_of_comfyui_set_variables(settings, expected, read_with):
@@ -146,7 +146,7 @@ def test_settings_of_comfyui_set_variables(settings, expected, read_with):
 
 
 def test_a_variable_counts_more_than_a_setting(read_with):
-    assert read_with('{"CogVideoX-xDiT.IdleMinutes": 5}', XDIT_IDLE_MINUTES="7") == Config(idle_minutes=7.0)
+    assert read_with('{"CogVideoX-xDiT.Processes.IdleMinutes": 5}', XDIT_IDLE_MINUTES="7") == Config(idle_minutes=7.0)
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", "3", '"text"'])

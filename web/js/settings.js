@@ -5,7 +5,7 @@ app.registerExtension({
   name: "CogVideoX-xDiT.Settings",
   settings: [
     {
-      id: "CogVideoX-xDiT.IdleMinutes",
+      id: "CogVideoX-xDiT.Processes.IdleMinutes",
       name: "Minutes without a job after which a group ends",
       tooltip: "The next job starts it again in seconds. 0: it never ends by itself. Counts from the next start of ComfyUI.",
       type: "number",
@@ -13,7 +13,7 @@ app.registerExtension({
       attrs: { min: 0 },
     },
     {
-      id: "CogVideoX-xDiT.MemoryGiB",
+      id: "CogVideoX-xDiT.Processes.MemoryGiB",
       name: "GiB of each GPU for a group",
       tooltip: "Leaves the rest to other programs. 0: all that is free. Counts from the next start of ComfyUI.",
       type: "number",
@@ -21,14 +21,14 @@ app.registerExtension({
       attrs: { min: 0 },
     },
     {
-      id: "CogVideoX-xDiT.Python",
+      id: "CogVideoX-xDiT.Processes.Python",
       name: "Interpreter of the group",
       tooltip: "A path to another Python that has xfuser. Empty: ComfyUI's own. Counts from the next start of ComfyUI.",
       type: "text",
       defaultValue: "",
     },
     {
-      id: "CogVideoX-xDiT.Preload",
+      id: "CogVideoX-xDiT.Processes.Preload",
       name: "Prepare groups when ComfyUI starts",
       tooltip: "The imports of a group are done at once, which takes 0.5 GB of main memory; the first run then starts sooner. Counts from the next start of ComfyUI.",
       type: "boolean",
