@@ -16,8 +16,6 @@ from .planner.work import Work
 
 PROCESS_BYTES = 3 * 2**30
 """Host memory of a process beside weights: Python's modules, CUDA's context, pinned buffers. Assumed."""
-STRIP_MARGIN = 1.2
-"""See :mod:`parallel_backend.engine.vae_jobs`."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,6 @@ def is_tiled(size: tuple[int, int, int], dtype: torch.dtype, left: int, ranks: i
     """
     width, height, frames = size
     need = tiling.decode_bytes((1, 16, (frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL), dtype)
-    if ranks > 1 and STRIP_MARGIN * need / ranks <= HEADROOM * left:
+    if ranks > 1 and tiling.STRIP_MARGIN * need / ranks <= HEADROOM * left:
         return False
     return need > HEADROOM * left

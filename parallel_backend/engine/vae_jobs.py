@@ -10,14 +10,12 @@ from ..cogvideox.checkpoint.facts import SPATIAL
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.stopping import stoppable
 from ..cogvideox.vae import codec, layers, tiling
+from ..cogvideox.vae.tiling import STRIP_MARGIN
 from ..errors import OutOfMemory
 from ..jobs import DecodeJob, EncodeJob
 from ..parallel.rank import RankContext
 from ..parallel.vae_rows import Strips, shared
 from .model_cache import ModelCache, Note, can_compile
-
-STRIP_MARGIN = 1.2
-"""Safety factor on the estimated memory of a strip: a rank that runs out of memory there ends the group."""
 
 
 class VaeJobs:

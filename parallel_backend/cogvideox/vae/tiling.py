@@ -13,6 +13,8 @@ BYTES_PER_PIXEL = 4_000
 with eight frames in flight: 20.1 GiB including 10.8 of weights, 3600 (h200-kernels.json); plus a tenth for the convolutions of
 other GPUs. Diffusers' own layers need 5800."""
 FRAMES_IN_FLIGHT = 8
+STRIP_MARGIN = 1.2
+"""Safety factor on the estimated memory of a strip: a rank that runs out of memory there ends the group."""
 
 
 def decode_bytes(latent_shape: tuple[int, ...], dtype: torch.dtype) -> int:
