@@ -133,8 +133,14 @@ def read_with(pack, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "settings, expected",
     [
-        ({"CogVideoX-xDiT.Processes.IdleMinutes": 5, "CogVideoX-xDiT.Processes.MemoryGiB": 20.5}, Config(idle_minutes=5.0, memory_gib=20.5)),
-        ({"CogVideoX-xDiT.Processes.Python": "/a/python", "CogVideoX-xDiT.Processes.Preload": True}, Config(python="/a/python", preload=1.0)),
+        (
+            {"CogVideoX-xDiT.Processes.IdleMinutes": 5, "CogVideoX-xDiT.Processes.MemoryGiB": 20.5},
+            Config(idle_minutes=5.0, memory_gib=20.5),
+        ),
+        (
+            {"CogVideoX-xDiT.Processes.Python": "/a/python", "CogVideoX-xDiT.Processes.Preload": True},
+            Config(python="/a/python", preload=1.0),
+        ),
         ({"CogVideoX-xDiT.Processes.IdleMinutes": 0, "CogVideoX-xDiT.Processes.Preload": False}, Config(idle_minutes=0.0)),
         ({"CogVideoX-xDiT.Processes.MemoryGiB": 0, "CogVideoX-xDiT.Processes.Python": "", "Comfy.Locale": "zh"}, Config()),
         ({"CogVideoX-xDiT.Processes.IdleMinutes": None}, Config()),

@@ -11,7 +11,7 @@ import torch
 from . import bundled, shards, weights
 from .catalogue import Published, published
 from .checkpoint import Checkpoint
-from .single_file import SAMPLE_SIZES, scheduler_config
+from .single_file import SAMPLE_SIZES, scheduler_config, vae_config
 
 VAE_ELEMENTS, TEXT_ENCODER_ELEMENTS = 215_583_907, 4_762_310_656
 """Weight elements of the VAE and of the encoder of T5 v1.1 XXL, which all published models share."""
@@ -64,12 +64,13 @@ def configuration(model: Published) -> dict[str, Any]:
 @cache
 def unread(model: Published) -> UnreadCheckpoint:
     """Returns a published model as a checkpoint whose weights are not there."""
-    vae = {"scaling_factor": 1.15258426 if model.base == "2b" else 0.7}
     path, config = Path(model.repository), configuration(model)
     shapes = {name: tuple(weight.shape) for name, weight in shards.skeleton(config, torch.bfloat16).state_dict().items()}
     elements = {"transformer": sum(map(math.prod, shapes.values())), "vae": VAE_ELEMENTS, "text_encoder": TEXT_ENCODER_ELEMENTS}
     stored = {name: weights.Stored(path, name, shape) for name, shape in shapes.items()}
-    return UnreadCheckpoint(path, config, vae, scheduler_config(config), elements, PIPELINES.get(model.task), stored=stored)
+    return UnreadCheckpoint(
+        path, config, vae_config(config), scheduler_config(config), elements, PIPELINES.get(model.task), stored=stored
+    )
 
 
 def find(name: str) -> Checkpoint:

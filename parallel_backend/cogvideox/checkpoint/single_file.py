@@ -79,10 +79,14 @@ def read(path: Path) -> tuple[dict, dict, dict, dict[str, int]]:
     config = transformer_config(path, found)
     check_names(path, set(found), config)
     check_dtypes(path, found)
-    small = config["num_attention_heads"] == HEADS_OF_2B
-    vae = {"scaling_factor": 1.15258426 if small else 0.7, "invert_scale_latents": config["ofs_embed_dim"] is not None}
     elements = {"transformer": sum(math.prod(entry["shape"]) for entry in found.values())}
-    return config, vae, scheduler_config(config), elements
+    return config, vae_config(config), scheduler_config(config), elements
+
+
+def vae_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what of the published VAE's configuration depends on the model, given its transformer's configuration."""
+    small = config["num_attention_heads"] == HEADS_OF_2B
+    return {"scaling_factor": 1.15258426 if small else 0.7, "invert_scale_latents": config.get("ofs_embed_dim") is not None}
 
 
 def scheduler_config(config: dict[str, Any]) -> dict[str, Any]:
