@@ -1,5 +1,6 @@
 """A group that is killed or hangs: noticed, named, started again, and the video is the one of an undisturbed run."""
 
+import itertools
 import os
 import signal
 import threading
@@ -161,18 +162,23 @@ def test_ranks_that_hang_are_given_up_after_their_own_time_and_the_one_behind_is
 
 def test_a_heartbeat_is_read_whole_while_another_process_writes_it():
     board = Board.create(1)
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child == 0:
-        for count in range(1, 20_000):
+        for count in itertools.count(1):  # until it is killed: however rarely the reader runs, it finds a writer at work
             board.beat(0, Heartbeat(count, "x" * (count % 700), float(count)))
-        os._exit(0)
-    seen, last = 0, 0
-    while os.waitpid(child, os.WNOHANG)[0] == 0 or last < 19_999:
-        found = board.heartbeat(0)
-        if found:
-            assert (found.doing, found.seconds) == ("x" * (found.count % 700), float(found.count)) and found.count >= last
-            seen, last = seen + 1, found.count
-    assert seen > 10
+            if os.getppid() != parent:
+                os._exit(1)
+    counts, end = [0], time.monotonic() + 120
+    try:
+        while len(counts) < 1000 and time.monotonic() < end:
+            found = board.heartbeat(0)
+            if found and found.count != counts[-1]:
+                assert (found.doing, found.seconds) == ("x" * (found.count % 700), float(found.count))
+                counts.append(found.count)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert len(counts) == 1000 and counts == sorted(counts)
 
 
 def test_what_goes_on_within_a_heartbeat_is_reported_without_another_count():
