@@ -28,6 +28,8 @@ WAITED_FOR_FLAGS = (WAITING, FLASH_3[0])
 """Of those in which one rank's attention held up the flags that another one waited for, with Ulysses."""
 NEWEST = "h200-kernels.json"
 """Of a version with kernels of its own between products, and values in FP8 too (NOTES); before it they were in 16 bits."""
+NO_PEER_ACCESS = "h100x2-no-p2p-2026-11-26.json"
+"""Of two GPUs that exchange through host memory: ``NCCL_P2P_DISABLE=1``."""
 CUDNN_FP16 = {"H100": 423e12, "H200": 436e12}
 """Its operations a second."""
 PAGE = Path(__file__).with_name("NOTES.md")
