@@ -176,7 +176,7 @@ def executor_for(backend, checked: CheckedJob, node_id: str | None) -> Executor:
         report_plan(prepared, node_id)
         return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)
     executor = _groups.get(plan, devices, among=among if backend.plan == AUTO else None)
-    executor.start()
+    executor.start(checked.checkpoint)
     for replaced in [held for held in _held if held not in (executor, *_local.values())]:
         del _held[replaced]  # its group has ended, and ComfyUI must not count it
     if line := report_plan(prepared, node_id):

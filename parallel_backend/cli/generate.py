@@ -140,7 +140,7 @@ def produce(request: VideoRequest, plan: Plan, devices: Devices) -> Made:
     executor, began = open_executor(plan, devices), time.time()
     with Progress() as on_step, Writer() as writer:
         try:
-            executor.start()  # a group starts while the text is encoded
+            executor.start(request.checked.checkpoint)  # a group starts while the text is encoded
             texts = [*(one.prompt for one in videos), *([request.negative_prompt] if job.guided else [])]
             states, loaded = encode_prompts(texts, job, request.checked.checkpoint, executor)
             conditions = {

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.vae.preview import PictureListener
 from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from ..plan import Plan
+from ..system.read_ahead import read_ahead
 from .prepare import CheckedJob, check_job
 
 StepListener = Callable[[int, int], None]
@@ -156,8 +158,14 @@ class Executor(ABC):
             sampled = self._run(job, within(jobs, place, on_step), should_stop)
             on_video(place, sampled, self.decode(decode(place, sampled), should_stop=should_stop))
 
-    def start(self) -> None:
-        """Starts what the first job needs, without waiting for it."""
+    def start(self, expected: Checkpoint | None = None) -> None:
+        """Starts what the first job needs, without waiting for it.
+
+        Args:
+            expected: the checkpoint of that job, whose transformer the system reads meanwhile.
+        """
+        if expected:
+            read_ahead(expected.files("transformer"))
 
     def is_usable(self) -> bool:
         """Whether it can run another job; False once the group that it was attached to has ended."""

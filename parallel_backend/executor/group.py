@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..devices import Devices
@@ -83,8 +84,8 @@ class GroupExecutor(Executor):
     def torch_devices(self) -> tuple[torch.device, ...]:
         return Devices.parse(self.devices).torch_devices
 
-    def start(self) -> None:
-        """Starts the group if it is not running. Does not wait for it to answer.
+    def start(self, expected: Checkpoint | None = None) -> None:
+        """See :meth:`Executor.start`. A group that is running is left alone.
 
         Raises:
             GroupUnavailable: when it cannot start, or recently failed to start and nothing has changed.
@@ -99,6 +100,7 @@ class GroupExecutor(Executor):
                     self._launcher.stop()
                 failures.check(str(self.plan), self.devices)
                 self.address = self._launcher.start()
+                super().start(expected)
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`. A group that is not running is ``absent``."""

@@ -54,8 +54,8 @@ class ReplicasExecutor(Executor):
     def torch_devices(self) -> tuple[torch.device, ...]:
         return self.devices.torch_devices
 
-    def start(self) -> None:
-        """Starts the groups that are not running, without waiting for them.
+    def start(self, expected: Checkpoint | None = None) -> None:
+        """See :meth:`Executor.start`. Groups that are running are left alone.
 
         Raises:
             GroupUnavailable: when no group can start.
@@ -64,7 +64,7 @@ class ReplicasExecutor(Executor):
         errors: list[GroupUnavailable] = []
         for replica in self.replicas:
             try:
-                replica.start()
+                replica.start(expected)
             except GroupUnavailable as error:
                 errors.append(error)
         if len(errors) == len(self.replicas):
