@@ -49,15 +49,17 @@ def generate(
     prompt: str,
     *,
     image: torch.Tensor | None = None,
+    model: Model | None = None,
     **settings,
 ) -> torch.Tensor:
     """One clip ``[frames, height, width, 3]`` for a prompt, everything else as the sampler node has it.
 
     Args:
         image: the start image ``[1, height, width, 3]`` in 0..1, for a model that takes one.
+        model: the checkpoint with options; None for none.
     """
     width, height, frames = checkpoint.default_size
-    model = Model(str(checkpoint.path))
+    model = model or Model(str(checkpoint.path))
     positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in (prompt, settings.pop("negative_prompt", "")))
     if image is not None:
         settings["image"] = executor.encode(EncodeJob(model, image)).tensor

@@ -1,15 +1,19 @@
 """The benchmark of one to eight GPUs asks for what the command line and the planner know; that it runs is for `--small` to show.
 The table of a group's life is made here on CPUs, as on GPUs."""
 
+import json
 import math
 
+import imageio.v3 as iio
 import pytest
+import torch
 
-from benchmarks import group
+from benchmarks import group, quality
 from benchmarks.gpus import PHASES
 from parallel_backend.cli.bench_pipelines import XDIT
 from parallel_backend.cli.bench_table import chosen_precisions
 from parallel_backend.cli.parser import build_parser
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.plan import Plan
 
 from .conftest import workers
@@ -66,3 +70,37 @@ def test_the_table_of_a_group_s_life_is_made_on_cpus_too(monkeypatch, capsys, ca
     cold, warm, first, loading, *_, left, _ = (float(value) for _, value, _ in rows)
     assert min(cold, warm, first) > 0 and loading < first and left == 0
     assert "rank 0 was killed by SIGKILL" in caplog.text and not workers()
+
+
+def test_the_table_of_quality_compares_each_mode_with_lossless(checkpoints, monkeypatch, tmp_path, capsys):
+    words = [
+        "--model",
+        checkpoints["5b"],
+        "--devices",
+        "cpu",
+        "--count",
+        1,
+        "--steps",
+        6,
+        "--modes",
+        "lossless+cache2,fp8,int8",
+    ]
+    words += ["--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "rows.json", "--sheet", tmp_path / "sheet.webp"]
+    (tmp_path / "prompts.txt").write_text("a red ball\n\na blue ball\n")
+    monkeypatch.setattr("sys.argv", ["quality", *map(str, words)])
+    monkeypatch.setattr(Checkpoint, "default_size", (48, 32, 5))
+    quality.main()
+    lossless, *others = json.loads((tmp_path / "rows.json").read_text())
+    assert lossless["psnr"] is None and lossless["right"] is None
+    assert [row["mode"] for row in others] == ["lossless+cache2", "fp8", "int8"]
+    assert all(row["psnr"] < 99 and row["ssim"] < 0.9999 and row["least_psnr"] == row["psnr"] for row in others)
+    cached, *quantized = others  # steps that are left out of random weights make another video, rounding does not
+    assert all(row["psnr"] > cached["psnr"] + 5 and row["ssim"] > cached["ssim"] + 0.2 for row in quantized)
+    assert iio.imread(tmp_path / "sheet.webp").shape[1] == 4 * (quality.WIDTH + quality.GAP) - quality.GAP
+    assert "1 prompts, 6 steps" in capsys.readouterr().out
+
+
+def test_a_clip_is_as_like_itself_as_can_be_and_less_like_a_blurred_one():
+    clip = torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    assert quality.ssim(clip, clip) == pytest.approx(1)
+    assert quality.ssim(clip, clip.roll(1, 1) / 2 + clip / 2) < 0.9
