@@ -26,6 +26,8 @@ LIKES = (
     "2b", "5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v", "2b-i2v",
     "2b-control", "5b-control", "1.5-5b-control", "2b-inp", "5b-inp", "1.5-5b-inp",
 )  # fmt: skip
+CONTROLNETS = ("2b-controlnet", "5b-controlnet")
+"""ControlNets beside a model of the same size."""
 SMALL_SIZE = {"sample_width": 12, "sample_height": 8, "sample_frames": 17}
 
 
@@ -197,16 +199,82 @@ def build(
     return output
 
 
+def build_controlnet(output: Path, *, like: str, full_size: bool = False, seed: int = 0, **changes) -> Path:
+    """Saves a ControlNet as TheDenk/cogvideox-controlnet publishes them: ``config.json`` and one file of weights.
+
+    Args:
+        output: folder to make.
+        like: ``2b`` or ``5b``.
+        full_size: the real shapes with eight blocks, in the dtype of the real model; else small, two blocks, float32.
+        seed: of all weights.
+        changes: of the configuration, such as ``out_proj_dim``.
+    """
+    from safetensors.torch import save_file
+
+    from parallel_backend.cogvideox.checkpoint.controlnet import CLASS
+
+    model = transformer_config(like, full_size)
+    heads = {name: model[name] for name in ("num_attention_heads", "attention_head_dim")}
+    sizes = {} if full_size else {"max_text_seq_length": model["max_text_seq_length"], **SMALL_SIZE}
+    config = {"_class_name": CLASS, "in_channels": 3, "downscale_coef": 8, "vae_channels": 16, "num_layers": 8 if full_size else 2,
+              "time_embed_dim": model.get("time_embed_dim", 512), "patch_size": 2, "use_rotary_positional_embeddings": False,
+              "out_proj_dim": None, **heads, **sizes, **changes}  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.float32 if not full_size else torch.float16 if like == "2b" else torch.bfloat16
+    tensors = {
+        name: drawn(name, shape, generator).to(dtype)
+        for name, shape in controlnet_shapes(config, model.get("text_embed_dim", 4096)).items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output / "diffusion_pytorch_model.safetensors")
+    (output / "config.json").write_text(json.dumps(config, indent=1))
+    return output
+
+
+def controlnet_shapes(config: dict, text_features: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each weight of a ControlNet with this configuration."""
+    head, features = config["attention_head_dim"], config["num_attention_heads"] * config["attention_head_dim"]
+    time, pixels = config["time_embed_dim"], config["in_channels"] * config["downscale_coef"] ** 2
+    first, second, patch = pixels // 2, pixels // 4, config["patch_size"]
+    layers = {
+        "controlnet_encode_first.0": (first, pixels, 1, 1), "controlnet_encode_first.1": (first,),
+        "controlnet_encode_second.0": (second, first, 1, 1), "controlnet_encode_second.1": (second,),
+        "patch_embed.proj": (features, config["vae_channels"] + second, patch, patch), "patch_embed.text_proj": (features, text_features),
+        "time_embedding.linear_1": (time, features), "time_embedding.linear_2": (time, time),
+    }  # fmt: skip
+    for number in range(config["num_layers"]):
+        for name, shape in {
+            "norm1.linear": (6 * features, time), "norm1.norm": (features,), "norm2.linear": (6 * features, time), "norm2.norm": (features,),
+            **{f"attn1.to_{part}": (features, features) for part in ("q", "k", "v", "out.0")},
+            "attn1.norm_q": (head,), "attn1.norm_k": (head,), "ff.net.0.proj": (4 * features, features), "ff.net.2": (features, 4 * features),
+        }.items():  # fmt: skip
+            layers[f"transformer_blocks.{number}.{name}"] = shape
+        if config["out_proj_dim"]:
+            layers[f"out_projectors.{number}"] = (config["out_proj_dim"], features)
+    weights = {f"{name}.weight": shape for name, shape in layers.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
+
+
+def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Returns a weight as :func:`fill` draws it; norms scale by one."""
+    if len(shape) > 1:
+        return torch.randn(shape, generator=generator) * torch.Size(shape[1:]).numel() ** -0.5
+    return torch.randn(shape, generator=generator) * 0.02 if name.endswith("bias") else torch.ones(shape)
+
+
 def main() -> None:
     """The command of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--like", choices=LIKES, required=True)
+    parser.add_argument("--like", choices=LIKES + CONTROLNETS, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--text-layers", type=int, help="of the text encoder; the real 24 are 9 GiB")
     args = parser.parse_args()
+    if args.like in CONTROLNETS:
+        build_controlnet(args.output, like=args.like.partition("-")[0], full_size=args.full_size, seed=args.seed)
+        return
     build(
         args.output,
         like=args.like,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from .errors import RequestError
-from .model import Model, Windows
+from .model import ControlNet, Model, Windows
 from .validation import (
     CHANNELS,
     between,
@@ -115,6 +115,10 @@ class SampleJob:
     """Where to start instead of noise from the seed: of unit variance, shaped like ``latent``, its first dimension 1 or the batch."""
     timesteps: tuple[int, ...] = ()
     """The timesteps of the steps by hand, descending from at most 999; empty for the scheduler's own."""
+    controlnets: tuple[ControlNet, ...] = ()
+    """ControlNets, whose changes add up."""
+    controlnet_videos: torch.Tensor | None = None
+    """Their encoded control videos, one after the other: ``[1 or batch, channels, latent frames, height/8, width/8]``."""
 
     def __post_init__(self):
         check_latent(self.latent)
@@ -196,6 +200,8 @@ class WindowJob:
     """Guidance scale; not used without ``negative``."""
     negative: torch.Tensor | None = None
     """None if the step is not guided."""
+    controlnets: tuple[ControlNet, ...] = ()
+    """As they are in this step. Their encoded control videos are the last channels of ``seen``."""
 
     @property
     def guided(self) -> bool:

@@ -1,6 +1,6 @@
-"""The model of a job: its files, precision, offload, LoRAs and windows."""
+"""The model of a job: its files, precision, offload, LoRAs, ControlNets and windows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,29 @@ class Lora:
 
     def __post_init__(self):
         between("LoRA strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """A ControlNet: blocks beside the transformer's, which make it follow a control video. LoRAs and quantisation do not apply to it."""
+
+    path: str
+    """A folder with ``config.json`` and weights, or a ``.safetensors`` file."""
+    strength: float = 1.0
+    """Factor for what it adds; 0 leaves the model as it is."""
+    start: float = 0.0
+    """Share of the steps at which it starts."""
+    end: float = 1.0
+    """Share of the steps at which it ends."""
+
+    def __post_init__(self):
+        between("ControlNet strength", self.strength, 0.0, MAX_STRENGTH)
+        between("ControlNet start", self.start, 0.0, 1.0)
+        between("ControlNet end", self.end, self.start, 1.0)
+
+    def at(self, done: float) -> "ControlNet":
+        """Returns it as it is after a share of the steps: without strength if it is off then."""
+        return self if self.start <= done <= self.end else replace(self, strength=0.0)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *,
 
 
 def check_conditions(job: Any) -> None:
-    """Raises RequestError unless the control video, the noise, the masked video and the mask of a sampling job fit its latent."""
+    """Raises RequestError unless the control videos, the noise, the masked video and the mask of a sampling job fit its latent."""
     between("control_strength", job.control_strength, 0.0, 10.0)
     between("control_start", job.control_start, 0.0, 1.0)
     between("control_end", job.control_end, job.control_start, 1.0)
@@ -106,6 +106,11 @@ def check_conditions(job: Any) -> None:
         check_condition("control video's latent", job.control, job.latent, channels=channels, node=node)
     if job.noise is not None:
         check_condition("noise", job.noise, job.latent, channels=channels, node="the sampler's latent")
+    if (job.controlnet_videos is None) == bool(job.controlnets):
+        raise RequestError("a ControlNet and its encoded control video go together; use Apply CogVideoX ControlNet")
+    if job.controlnet_videos is not None:
+        videos, node = job.controlnet_videos, "Apply CogVideoX ControlNet"
+        check_condition("ControlNet's video", videos, job.latent, channels=videos.shape[1], node=node)
     if (job.masked_video is None) != (job.mask is None):
         raise RequestError("a masked video and its mask go together; use CogVideoX Inpaint or CogVideoX Image To Video")
     if job.mask is not None:

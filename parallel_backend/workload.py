@@ -1,12 +1,13 @@
 """What a job computes and keeps, for the planner."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from .cogvideox.attention.registry import can_ring
+from .cogvideox.checkpoint import controlnet
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from .cogvideox.offload import block_parts
@@ -122,4 +123,7 @@ def work_of_job(job: SampleJob, checkpoint: Checkpoint, device: torch.device) ->
     """Returns the work of one step of a job; of one window, if it has several."""
     batch, frames, height, width = forward_size(job, checkpoint)
     size = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1)
-    return work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, model=job.model)
+    work = work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, model=job.model)
+    files = controlnet.open_all(job.controlnets, checkpoint)
+    beside = controlnet.weight_bytes(job.controlnets, checkpoint.dtype(job.model.dtype, device))
+    return replace(work, rest=work.rest + beside, beside=sum(file.layers for file in files))

@@ -223,7 +223,7 @@ def as_controlnet(state: dict[str, torch.Tensor]) -> None:
 
 KINDS = [
     (replaced("ff.net.2.weight", "ff.net.2.Q4_0_qweight"), "is quantised as GGUF inside safetensors.*; use the file in bf16"),
-    (as_controlnet, "is a ControlNet, which goes with a model and is not supported; use a control model"),
+    (as_controlnet, "is a ControlNet, which goes with a model; use Load CogVideoX ControlNet"),
     (fused, "has fused query, key and value layers .*; use the model as it was before"),
     (in_sat_layout, "has the layout of CogVideoX's training code .SAT.; convert it with tools/convert_weight_sat2hf.py"),
 ]

@@ -9,7 +9,7 @@ import logging
 import torch
 
 from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from ...parallel_backend.cogvideox.offload import transformer_bytes
+from ...parallel_backend.cogvideox.offload import job_weight_bytes
 from ...parallel_backend.errors import GroupFailure
 from ...parallel_backend.executor.base import Executor
 from ...parallel_backend.jobs import Job, SampleJob
@@ -47,9 +47,7 @@ class HeldWeights:
         part = "transformer" if isinstance(job, SampleJob) else "vae"
         dtype = checkpoint.dtype(job.model.dtype, self.load_device)
         if part == "transformer":
-            self._wanted = {
-                part: transformer_bytes(checkpoint, self.executor.plan, dtype, quantized=job.model.quantization != "off")
-            }
+            self._wanted = {part: job_weight_bytes(job, checkpoint, self.executor.plan, dtype)}
         else:
             self._wanted = {part: checkpoint.weight_bytes(part, dtype)}
         if self._loaded.get(part) != self._wanted[part]:

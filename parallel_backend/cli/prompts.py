@@ -50,8 +50,8 @@ def encode_prompts(
 def job_bytes(job: SampleJob, checkpoint: Checkpoint, executor: Executor) -> int:
     """Returns the bytes that a rank needs for a job, the VAE included."""
     plan, dtype = executor.plan.replica, checkpoint.dtype(job.model.dtype, executor.torch_devices[0])
-    transformer = offload.transformer_bytes(checkpoint, plan, dtype, quantized=job.model.quantization != "off")
-    return transformer + offload.working_bytes(job, checkpoint, plan, dtype) + checkpoint.weight_bytes("vae", dtype)
+    weights = offload.job_weight_bytes(job, checkpoint, plan, dtype) + checkpoint.weight_bytes("vae", dtype)
+    return weights + offload.working_bytes(job, checkpoint, plan, dtype)
 
 
 def report_of(loaded: Future) -> Report:

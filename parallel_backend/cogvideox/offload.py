@@ -14,9 +14,10 @@ from ..plan import Plan
 from ..planner.cost_model import GATHERED, HEADROOM, kept_factor, working_factor
 from ..planner.work import stage_layers
 from ..system.limits import usable_memory
-from .checkpoint import shards
+from .checkpoint import controlnet, shards
 from .checkpoint.checkpoint import Checkpoint
 from .pipeline.windows import Layout, forward_size
+from .transformer import controlnet as control_branch
 from .transformer import quantized_linear, step_cache
 from .vae import tiling
 
@@ -127,6 +128,13 @@ def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *,
     return rest + blocks * stage_layers(plan, checkpoint.layers) // checkpoint.layers // plan.fsdp
 
 
+def job_weight_bytes(job: SampleJob | WindowJob, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
+    """Returns the bytes of the transformer's weights that each rank of a plan keeps for a job, and of the job's ControlNets."""
+    quantized = job.model.quantization != "off"
+    own = transformer_bytes(checkpoint, plan, dtype, quantized=quantized)
+    return own + controlnet.weight_bytes(job.controlnets, dtype)
+
+
 def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, quantized: bool = False) -> int:
     """Returns the bytes of all blocks' weights on a rank, with whole blocks as FSDP gathers them."""
     vectors, matrices = block_parts(checkpoint, dtype, quantized=quantized)
@@ -153,7 +161,7 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     halves = 2 // plan.cfg if job.guided else 1
     tokens = (checkpoint.tokens(frames, height, width) + checkpoint.text_tokens) // plan.sequence
     kept = kept_factor(plan, checkpoint.layers) + (step_cache.STATES if job.model.step_cache else 0)
-    factor = working_factor(plan) + windows * kept
+    factor = working_factor(plan) + windows * kept + control_branch.STATES * len(job.controlnets)
     states = int(factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize)
     if plan.fsdp == 1:
         return states

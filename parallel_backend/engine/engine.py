@@ -192,8 +192,7 @@ class Engine:
             raise self._out_of_memory(where, job, checkpoint, dtype) from error
         finally:
             if self.cache.offload == "model":
-                transformer.to("cpu")
-                offload.release(self.device)
+                self.cache.make_room()
         self._note(caches.note)
         self._note(previews and previews.note)
         self._note(choice.note_of_twice(self.device))
@@ -204,7 +203,7 @@ class Engine:
 
     def _runtime(self, dtype: torch.dtype) -> Runtime:
         """Returns what this rank computes with, once its transformer is loaded."""
-        return Runtime(self.device, dtype, self.context, self.cache.attention)
+        return Runtime(self.device, dtype, self.context, self.cache.attention, self.cache.branches)
 
     def _previews(
         self, job: SampleJob, checkpoint: Checkpoint, dtype, show: PictureListener | None, go_on: WindowCallback

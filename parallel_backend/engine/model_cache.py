@@ -9,13 +9,14 @@ import torch
 from ..cogvideox import offload
 from ..cogvideox.attention import choice, registry
 from ..cogvideox.attention.function import AttentionFunction, Kind
-from ..cogvideox.checkpoint import weights
+from ..cogvideox.checkpoint import controlnet, weights
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.kernels import probe
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.pipeline.windows import forward_size
 from ..cogvideox.stopping import check
 from ..cogvideox.transformer import block, lora, positions, quantized_linear
+from ..cogvideox.transformer.controlnet import ControlBranch, load
 from ..errors import Cancelled, RequestError
 from ..jobs import SampleJob, WindowJob
 from ..model import Model
@@ -45,7 +46,7 @@ def tokens_of(job: SampleJob | WindowJob, checkpoint: Checkpoint) -> int:
 
 
 class ModelCache:
-    """Holds at most one transformer and one VAE, and loads one again only when a job needs another.
+    """Holds at most one transformer with its ControlNets, and one VAE, and loads one again only when a job needs another.
 
     Args:
         context: the rank, its device and its share of each forward.
@@ -131,8 +132,35 @@ class ModelCache:
         )
         block.use(transformer, compiled=compiled)
         positions.use(transformer, interpolated=checkpoint.interpolates_positions)
+        for branch in self._load_branches(job, checkpoint, dtype, mode):
+            block.use(branch, compiled=compiled and mode not in IN_PARTS)
         self.offload = mode
         return transformer
+
+    @property
+    def branches(self) -> tuple[ControlBranch, ...]:
+        """The ControlNets of the last sampling job."""
+        return tuple(self.held["controlnets"][1]) if "controlnets" in self.held else ()
+
+    def _load_branches(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype, mode: str) -> tuple[ControlBranch, ...]:
+        """Loads a job's ControlNets and frees others. Weights that wait on the CPU are loaded layer by layer."""
+        files = controlnet.open_all(job.controlnets, checkpoint)
+        hooks = mode in IN_PARTS
+        key = (dtype, hooks, *((file.path, weights.fingerprint(file.files)) for file in files))
+        if "controlnets" in self.held and self.held["controlnets"][0] != key:
+            self.held.pop("controlnets")
+            offload.release(self.device)
+        if files and "controlnets" not in self.held:
+            self.stage("reading the ControlNet")
+            home = torch.device("cpu") if hooks else self.device
+            found = torch.nn.ModuleList(load(file, dtype, home) for file in files)
+            offload.place(found, "sequential" if hooks else mode, self.device)
+            self.held["controlnets"] = (key, found)
+        elif files and not hooks:
+            self.held["controlnets"][1].to(self.device)
+        if files and mode == "group":
+            self.note("offload 'group': the ControlNet's weights are loaded layer by layer, which is slower than by blocks")
+        return self.branches
 
     def _check_quantization(self, model: Model) -> None:
         """Raises RequestError on all ranks if a rank's device does not support the quantised layers that the job asks for."""
@@ -214,7 +242,7 @@ class ModelCache:
             return "none"  # the CPU shares the GPU's memory
         mode, note = offload.choose_offload(
             job.model.offload,
-            weights=offload.transformer_bytes(checkpoint, self.context.plan, dtype, quantized=job.model.quantization != "off"),
+            weights=offload.job_weight_bytes(job, checkpoint, self.context.plan, dtype),
             working=offload.working_bytes(job, checkpoint, self.context.plan, dtype),
             others=checkpoint.weight_bytes("vae", dtype),
             layers=checkpoint.layers,
@@ -255,7 +283,8 @@ class ModelCache:
         return self._load("vae", checkpoint, dtype, lambda: checkpoint.load_vae(dtype)).to(self.device)
 
     def make_room(self) -> None:
-        """Moves the transformer off the device, to free memory for the VAE; the next job that needs it moves it back."""
-        if "transformer" in self.held and self.offload not in IN_PARTS:
-            self.held["transformer"][1].to("cpu")
+        """Moves the transformer and its ControlNets off the device, to free memory; the next job that needs them moves them back."""
+        for part in ("transformer", "controlnets"):
+            if part in self.held and self.offload not in IN_PARTS:
+                self.held[part][1].to("cpu")
         offload.release(self.device)

@@ -17,6 +17,7 @@ from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
 from ..errors import GroupFailure, GroupUnavailable
 from ..jobs import Job, Progress, Report, Result, SampleJob, WindowJob
+from ..model import ControlNet
 from ..parallel.rank import RankContext
 from ..plan import Plan
 from ..workload import has_windows_to_share
@@ -142,11 +143,16 @@ class ReplicasExecutor(Executor):
         started = began = time.perf_counter()
 
         def elsewhere(
-            parts: list[torch.Tensor], prompts: list[torch.Tensor], timestep: int, scale: float
+            parts: list[torch.Tensor],
+            prompts: list[torch.Tensor],
+            timestep: int,
+            scale: float,
+            nets: tuple[ControlNet, ...],
         ) -> list[torch.Tensor]:
             nonlocal scheduler
             *negative, positive = (prompt.contiguous() for prompt in prompts)
-            jobs = [WindowJob(job.model, part.contiguous(), positive, timestep, scale, *negative) for part in parts]
+            about = (positive, timestep, scale, *negative)
+            jobs = [WindowJob(job.model, part.contiguous(), *about, controlnets=nets) for part in parts]
             scheduler = ReplicaScheduler(self._pool, self._names, jobs, self._closed.is_set, after=scheduler)
             scheduler.run(silent, should_stop)
             results = [scheduler.results[number][0] for number in range(len(jobs))]

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import RequestError
 from ..jobs import JOBS, Job, Progress
-from ..model import Lora, Model, Windows
+from ..model import ControlNet, Lora, Model, Windows
 
 
 def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -25,6 +25,8 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors |= {f"{item.name}.{name}": tensor for name, tensor in inner.items()}
         elif isinstance(value, Windows):
             plain[item.name] = asdict(value)
+        elif item.name == "controlnets":
+            plain |= {item.name: [asdict(net) for net in value]} if value else {}
         elif value != item.default:  # so an older version that lacks the field understands the message
             plain[item.name] = value
     return plain, tensors
@@ -60,6 +62,8 @@ def join_fields(kind: str, plain: dict[str, Any], tensors: dict[str, torch.Tenso
             values["progress"] = Progress(**plain["progress"], **inner)
         if "windows" in plain:
             values["windows"] = Windows(**plain["windows"])
+        if "controlnets" in plain:
+            values["controlnets"] = tuple(ControlNet(**net) for net in plain["controlnets"])
         return JOBS[kind](**values)
     except (KeyError, TypeError) as error:
         raise RequestError(f"a {kind} job does not fit: {error}") from error

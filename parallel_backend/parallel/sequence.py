@@ -85,6 +85,8 @@ class JointSequence:
             self.shared = UlyssesAttention(group.device_group, rank=self.rank, size=self.size)
         block.attach(transformer)
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for own_block in transformer.transformer_blocks:
+            own_block.register_forward_hook(self._add_controls, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_pre_hook(self._scatter, with_kwargs=True)
         transformer.transformer_blocks[0].register_forward_hook(self._after_first, with_kwargs=True)
         transformer.transformer_blocks[-1].register_forward_hook(self._after_last, with_kwargs=True)
@@ -93,8 +95,9 @@ class JointSequence:
     def _begin(self, module, args, kwargs):
         """Determines this rank's chunk and replaces the blocks' arguments.
 
-        A forward's ``attention_kwargs`` have ``attention``, the function, and ``cache``, a
-        :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache` or None.
+        A forward's ``attention_kwargs`` have ``attention``, the function, ``cache``, a
+        :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache` or None, and ``controls``, a
+        :class:`parallel_backend.cogvideox.transformer.controlnet.Control` for each ControlNet that is on.
         """
         _, frames, _, height, width = kwargs["hidden_states"].shape
         patch = self.config.patch_size
@@ -106,7 +109,9 @@ class JointSequence:
         cache: StepCache | None = kwargs["attention_kwargs"]["cache"]
         if cache is not None:
             cache.begin()
-        about = {"text": self.chunk.local_text, "cache": cache}
+        inputs = {"latents": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"], "timestep": kwargs["timestep"]}
+        controls = [control.begin(self.chunk.of_joint, **inputs) for control in kwargs["attention_kwargs"]["controls"]]
+        about = {"text": self.chunk.local_text, "cache": cache, "controls": controls}
         rows = None if rotary is None else self.chunk.of_rotary(*rotary)
         about |= self._attention(kwargs["attention_kwargs"]["attention"], kwargs["hidden_states"])
         return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about}
@@ -129,6 +134,13 @@ class JointSequence:
         chunk = self.chunk.of_joint(joint)
         none = chunk.new_empty(len(chunk), 0, chunk.shape[2])
         return args, {**kwargs, "encoder_hidden_states": none, "hidden_states": chunk}
+
+    def _add_controls(self, module, args, kwargs, output):
+        """Adds to a block's output what ControlNets add; not where the block was skipped."""
+        about = kwargs["attention_kwargs"]
+        if about["cache"] is None or not about["cache"].reusing:
+            for control in about["controls"]:
+                control.add_to(output[0], kwargs["image_rotary_emb"], about)
 
     def _after_first(self, module, args, kwargs, output):
         """Lets the step cache decide whether the other blocks run."""

@@ -40,6 +40,8 @@ class Work:
     """``auto``, ``on`` or ``off``."""
     can_ring: bool = True
     """Whether its attention function works in a ring."""
+    beside: int = 0
+    """Blocks of ControlNets, whose weights count as ``rest``: every rank has them whole."""
 
     @property
     def videos(self) -> int:
@@ -54,12 +56,12 @@ class Work:
     @property
     def products(self) -> float:
         """Floating-point operations of a step's matrix products."""
-        return 24 * self.tokens * self.features**2 * self.layers * self.prompts
+        return 24 * self.tokens * self.features**2 * (self.layers + self.beside) * self.prompts
 
     @property
     def attention(self) -> float:
         """Floating-point operations of a step's attention."""
-        return 4 * self.tokens**2 * self.features * self.layers * self.prompts
+        return 4 * self.tokens**2 * self.features * (self.layers + self.beside) * self.prompts
 
     def is_compiled(self, machine: Machine) -> bool:
         """Whether blocks run compiled on this machine."""

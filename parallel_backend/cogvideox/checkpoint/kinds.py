@@ -22,8 +22,8 @@ OTHER_FORMS = {
     r"(scale|quant)[^.]*$": "is quantised with scales; use the plain bf16 or fp16 file, or plain FP8",
     r"(^|\.)mixins\.|query_key_value": "has the layout of CogVideoX's training code (SAT); convert it with "
     "tools/convert_weight_sat2hf.py of zai-org/CogVideo, or use the model in diffusers layout",
-    r"controlnet_encode|controlnet_blocks|out_projectors": "is a ControlNet, which goes with a model and is not supported; use a control "
-    "model, such as CogVideoX-Fun-V1.1-5b-Control",
+    r"controlnet_encode|controlnet_blocks|out_projectors": "is a ControlNet, which goes with a model; use Load CogVideoX ControlNet and "
+    "Apply CogVideoX ControlNet (--controlnet)",
     r"\.to_qkv\.": "has fused query, key and value layers (diffusers' fuse_qkv_projections); use the model as it was before they were fused",
 }
 """Patterns of weight names that only other forms of a CogVideoX have, with what they are and what to do."""

@@ -92,11 +92,17 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype):
 
     Computed buffers that are not stored, such as 2b's positions, are allocated, in float32.
     """
-    from accelerate import init_empty_weights
     from diffusers import CogVideoXTransformer3DModel
 
+    return empty(lambda: CogVideoXTransformer3DModel.from_config(config), dtype)
+
+
+def empty(make: Callable[[], nn.Module], dtype: torch.dtype):
+    """Creates a module with its parameters on the meta device; see :func:`skeleton`."""
+    from accelerate import init_empty_weights
+
     with init_empty_weights():
-        model = CogVideoXTransformer3DModel.from_config(config)
+        model = make()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))

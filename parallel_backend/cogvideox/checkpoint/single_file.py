@@ -54,17 +54,17 @@ Entries = dict[str, dict[str, Any]]
 def is_cogvideox(path: Path) -> bool:
     """Returns whether a file is a CogVideoX transformer, by its header. Fast, as lists of files are refreshed often."""
     try:
-        return has_anchor(path, weights.fingerprint([path]))
+        return has_weight(path, weights.fingerprint([path]), ANCHOR)
     except OSError:
         return False
 
 
 @lru_cache(maxsize=4096)
-def has_anchor(path: Path, state: tuple) -> bool:
-    """Returns whether a file's header has :data:`ANCHOR`; cached by the fingerprint ``state``."""
+def has_weight(path: Path, state: tuple, name: str) -> bool:
+    """Returns whether a file's header has a weight whose name ends in ``name``; cached by the fingerprint ``state``."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return path.suffix in SUFFIXES and length <= weights.MAX_HEADER and f'{ANCHOR}"'.encode() in file.read(length)
+        return path.suffix in SUFFIXES and length <= weights.MAX_HEADER and f'{name}"'.encode() in file.read(length)
 
 
 def read(path: Path) -> tuple[dict, dict, dict, dict[str, int]]:

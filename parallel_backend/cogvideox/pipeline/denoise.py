@@ -10,6 +10,7 @@ import torch
 
 from ...errors import Cancelled, NotFinite
 from ...jobs import Progress, SampleJob
+from ...model import ControlNet
 from ..checkpoint.checkpoint import Checkpoint
 from .forward import Forward, Runtime, prompts_of, text_of
 from .sampling import Sampling
@@ -19,8 +20,9 @@ StepCallback = Callable[[Progress, int], bool]
 """Called after each step with the progress and the total number of steps; False cancels."""
 WindowCallback = Callable[[], bool]
 """Called between the windows of a step; False cancels."""
-Elsewhere = Callable[[list[torch.Tensor], list[torch.Tensor], int, float], list[torch.Tensor]]
-"""Predicts all windows of a step in other processes, given their model inputs, the prompts, the timestep and the guidance scale."""
+Elsewhere = Callable[[list[torch.Tensor], list[torch.Tensor], int, float, tuple[ControlNet, ...]], list[torch.Tensor]]
+"""Predicts all windows of a step in other processes, given their model inputs, the prompts, the timestep, the guidance scale and the
+ControlNets as they are in this step."""
 
 
 def never() -> bool:
@@ -93,8 +95,9 @@ class LocalWindows:
         """
         step = self._sampling.done
         timestep, text = self._timesteps[step], self._text[self._sampling.numbers[step]]
+        nets = self._sampling.controlnets(step)
         for window, part in zip(windows, parts):
-            yield self._forward.predict(part, timestep, scale, text=text, cache=self._caches.of(window.frames))
+            yield self._forward.predict(part, timestep, scale, text=text, nets=nets, cache=self._caches.of(window.frames))
 
 
 @torch.inference_mode()
@@ -129,13 +132,13 @@ def denoise(
     unreported: Ended | None = None
     while sampling.done < sampling.total:
         step = sampling.done
-        if sampling.numbers[step] != sampling.numbers[max(step - 1, 0)]:
+        if sampling.turns(step):
             caches.expire()
         seen, scale, windows = sampling.model_input(), sampling.guidance_scale(), sampling.layout.at(step)
         parts = [seen[:, window.frames] for window in windows]
         if elsewhere:
             prompts = prompts_of(job, sampling.numbers[step])
-            predictions = elsewhere(parts, prompts, int(sampling.timesteps[step]), scale)
+            predictions = elsewhere(parts, prompts, int(sampling.timesteps[step]), scale, sampling.controlnets(step))
         else:
             predictions = local.predict(windows, parts, scale)
         velocity = blend(sampling, windows, predictions, callbacks.on_window)

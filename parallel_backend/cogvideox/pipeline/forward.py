@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from ...jobs import SampleJob, WindowJob
+from ...model import ControlNet
 from ..attention.function import AttentionFunction
 from ..attention.registry import FUNCTIONS, LAST_RESORT
 from ..checkpoint.checkpoint import Checkpoint
+from ..transformer.controlnet import Control, ControlBranch
 from ..transformer.positions import rotary_tables
 
 
@@ -25,6 +27,8 @@ class Runtime:
     """How ranks share the work; a :class:`parallel_backend.parallel.rank.RankContext`."""
     attention: AttentionFunction = FUNCTIONS[LAST_RESORT]
     """Of the blocks."""
+    branches: tuple[ControlBranch, ...] = ()
+    """The job's ControlNets, on the device."""
 
 
 def prompts_of(job: SampleJob | WindowJob, numbers: tuple[int, int] = (0, 0)) -> list[torch.Tensor]:
@@ -67,20 +71,29 @@ class Forward:
         return cls(transformer, rotary, ofs, runtime, prompts, checkpoint.patch_size_t or 1)
 
     def predict(
-        self, seen: torch.Tensor, timestep: torch.Tensor, scale: float, *, text: torch.Tensor, cache=None
+        self,
+        seen: torch.Tensor,
+        timestep: torch.Tensor,
+        scale: float,
+        *,
+        text: torch.Tensor,
+        nets: Sequence[ControlNet] = (),
+        cache=None,
     ) -> torch.Tensor:
         """Predicts the guided velocity of one window, float32. The result depends on the arguments only.
 
         Frames that do not fill a token are followed by zeros: VideoX-Fun's models of CogVideoX 1.5 make a single frame so.
 
         Args:
-            seen: noisy latents concatenated with the condition, ``[batch, frames, channels, height, width]``.
+            seen: noisy latents concatenated with the condition and the control videos, ``[batch, frames, channels, height, width]``.
             timestep: of all frames; a tensor on the device, as copying it there would synchronize.
             scale: guidance scale; ignored with one prompt.
             text: states of this rank's prompts, ``[prompts * batch, tokens, features]``.
+            nets: the runtime's ControlNets as they are in this step.
             cache: of this window, or None.
         """
         mine, frames = len(text) // len(seen), seen.shape[1]
+        seen, controls = self._split(seen, nets, mine)
         if lacking := -frames % self.token:
             seen = torch.cat([seen, torch.zeros_like(seen[:, :1]).repeat(1, lacking, 1, 1, 1)], dim=1)
         predicted = self.transformer(
@@ -89,7 +102,7 @@ class Forward:
             timestep=timestep.expand(len(text)).to(seen.device),
             ofs=self.ofs,
             image_rotary_emb=self.rotary,
-            attention_kwargs={"cache": cache, "attention": self.runtime.attention},
+            attention_kwargs={"cache": cache, "attention": self.runtime.attention, "controls": controls},
             return_dict=False,
         )[0]
         predicted = [half[:, :frames].float() for half in self.runtime.context.gather(predicted.chunk(mine), of=self.prompts)]
@@ -97,6 +110,16 @@ class Forward:
             return predicted[0]
         negative, positive = predicted
         return negative + scale * (positive - negative)
+
+    def _split(self, seen: torch.Tensor, nets: Sequence[ControlNet], prompts: int) -> tuple[torch.Tensor, list[Control]]:
+        """Returns the transformer's input, and what each ControlNet that is on gets for so many prompts."""
+        branches = self.runtime.branches
+        channels = [branch.channels for branch in branches]
+        seen, *videos = seen.split([seen.shape[2] - sum(channels), *channels], dim=2)
+        parts = zip(branches, videos, nets)
+        return seen, [
+            Control(branch, torch.cat([video] * prompts), net.strength) for branch, video, net in parts if net.strength
+        ]
 
 
 @torch.inference_mode()
@@ -106,4 +129,4 @@ def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, runtime:
     prompts = prompts_of(job)
     text = text_of(runtime.context.share(prompts), len(seen)).to(device=runtime.device, dtype=runtime.dtype)
     forward = Forward.of(transformer, checkpoint, seen, runtime, prompts=len(prompts))
-    return forward.predict(seen, torch.tensor(job.timestep), job.scale, text=text).cpu()
+    return forward.predict(seen, torch.tensor(job.timestep), job.scale, text=text, nets=job.controlnets).cpu()

@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 
 from ...jobs import Progress, SampleJob
+from ...model import ControlNet
 from ..checkpoint.checkpoint import Checkpoint
 from . import conditions
 from .conditions import COMFYUI_TO_DIFFUSERS
@@ -79,6 +80,7 @@ class Sampling:
         """Noisy latents ``[batch, frames, channels, height, width]``."""
         self._noise = Noise(generator, job.drawn)
         self._condition_at = conditions.make(job, checkpoint, self.latents)
+        self._videos = None if job.controlnet_videos is None else conditions.fit(job.controlnet_videos, self.latents)
         self.numbers = [job.prompts_of(step) for step in range(self.total)]
         """For each step the indices of its negative and positive prompts."""
         self.done = 0
@@ -98,9 +100,18 @@ class Sampling:
         return len(self.timesteps)
 
     def model_input(self) -> torch.Tensor:
-        """Returns the latents of the next step, concatenated with the condition, if any."""
-        condition = self._condition_at(self.done / self.total)
-        return self.latents if condition is None else torch.cat([self.latents, condition], dim=2)
+        """Returns the latents of the next step, concatenated with the condition and the encoded control videos, if any."""
+        parts = [self.latents, self._condition_at(self.done / self.total), self._videos]
+        return torch.cat([part for part in parts if part is not None], dim=2)
+
+    def controlnets(self, step: int) -> tuple[ControlNet, ...]:
+        """Returns the ControlNets as they are in a step."""
+        return tuple(net.at(step / self.total) for net in self.job.controlnets)
+
+    def turns(self, step: int) -> bool:
+        """Returns whether a step has another prompt or other ControlNets than the one before, so that earlier steps predict nothing."""
+        before = max(step - 1, 0)
+        return self.numbers[step] != self.numbers[before] or self.controlnets(step) != self.controlnets(before)
 
     def guidance_scale(self) -> float:
         """Returns the guidance scale of the next step."""

@@ -7,6 +7,7 @@ from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
 from ...model import ATTENTIONS
 from ...plan import Plan
 from ..attention import registry
+from ..checkpoint import controlnet
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.facts import SPATIAL, TEMPORAL
 from ..transformer.lora import open_all
@@ -69,6 +70,11 @@ def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
     if plan.pipefusion == 1:
         return
     other = plan.without_pipefusion
+    if job.controlnets:
+        raise RequestError(
+            f"plan '{plan}': a ControlNet's blocks run beside the model's first ones, and a pipeline's stages would each need the "
+            f"ControlNet's tokens of the stage before; use plan '{other}'"
+        )
     if job.model.step_cache:
         raise RequestError(
             f"plan '{plan}': a step cache decides after the first block, when other stages are running already; "
@@ -96,18 +102,20 @@ def check_ring(plan: Plan, attention: str) -> None:
 def check_window(checkpoint: Checkpoint, job: WindowJob) -> None:
     """Raises RequestError if a window of another rank's job is for a different checkpoint."""
     _, frames, channels, _, _ = job.seen.shape
-    if channels != checkpoint.in_channels or checkpoint.padding_frames(frames):
+    wanted = checkpoint.in_channels + sum(file.channels for file in controlnet.open_all(job.controlnets, checkpoint))
+    if channels != wanted or checkpoint.padding_frames(frames):
         raise RequestError(
-            f"a window has {channels} channels and {frames} frames; {checkpoint.name} takes {checkpoint.in_channels} channels "
+            f"a window has {channels} channels and {frames} frames; {checkpoint.name} takes {wanted} channels "
             f"and a multiple of {checkpoint.patch_size_t or 1} frames"
         )
 
 
 def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
-    """Checks a job's task, LoRAs, size, frames and text states."""
+    """Checks a job's task, LoRAs, ControlNets, size, frames and text states."""
     name = checkpoint.name
     check_task(checkpoint, job)
     open_all(job.model.loras, checkpoint)
+    check_controlnets(checkpoint, job)
     check_positions(checkpoint, *job.latent.shape[3:])
     check_windows(checkpoint, job)
     check_padding(checkpoint, job)
@@ -125,6 +133,16 @@ def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
                 f"{side} conditioning has {text.shape[-2]} tokens; {name} takes {checkpoint.text_tokens}: "
                 "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
             )
+
+
+def check_controlnets(checkpoint: Checkpoint, job: SampleJob) -> None:
+    """Raises RequestError unless a job's ControlNets were made for models of this shape, and encoded their control videos."""
+    wanted = [file.channels for file in controlnet.open_all(job.controlnets, checkpoint)]
+    if wanted and job.controlnet_videos.shape[1] != sum(wanted):
+        raise RequestError(
+            f"the ControlNets' videos have {job.controlnet_videos.shape[1]} channels and the ControlNets take "
+            f"{' + '.join(map(str, wanted))}; use Apply CogVideoX ControlNet"
+        )
 
 
 def check_end_image(checkpoint: Checkpoint) -> None:
