@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -17,6 +18,7 @@ from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.checkpoint.controlnet import ControlNetFile, is_controlnet, weight_bytes
 from parallel_backend.cogvideox.pipeline.denoise import Callbacks, denoise
 from parallel_backend.cogvideox.pipeline.forward import Runtime
+from parallel_backend.cogvideox.pipeline.image import cover
 from parallel_backend.cogvideox.pipeline.validation import check, check_plan
 from parallel_backend.cogvideox.transformer.controlnet import encode, load
 from parallel_backend.cogvideox.transformer.step_cache import StepCaches
@@ -24,12 +26,13 @@ from parallel_backend.errors import RequestError
 from parallel_backend.executor.prepare import check_job
 from parallel_backend.group.job_fields import join_fields, split_fields
 from parallel_backend.jobs import SampleJob, WindowJob
+from parallel_backend.media.reading import pictures
 from parallel_backend.model import ControlNet, Windows
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
 from parallel_backend.planner.cost_model import weight_bytes as predicted_weight_bytes
 
-from .conftest import TOLERANCE
+from .conftest import NEGATIVE, PROMPT, TOLERANCE
 from .support.controlnet_reference import controlled
 from .support.diffusers_reference import reference
 from .support.ranks import results_of
@@ -344,3 +347,21 @@ def test_a_control_video_of_another_size_is_refused(shape, words, make_job, nets
 def test_a_value_that_makes_no_sense_is_refused(change, words):
     with pytest.raises(RequestError, match=f"ControlNet {words}"):
         ControlNet("net", **change)
+
+
+def test_the_command_line_makes_the_same_latents(run, nets, checkpoints, make_controlled, local, tmp_path):
+    lines = (video_of(48, 48, 9)).mul(255).byte().numpy()
+    iio.imwrite(tmp_path / "lines.mp4", lines, plugin="pyav", codec="libx264", fps=8)
+    video = torch.cat([cover(picture, width=48, height=48) for picture in pictures(str(tmp_path / "lines.mp4"), "video")])
+    common = ["generate", "--model", checkpoints["5b"], "--prompt", PROMPT, "--negative-prompt", NEGATIVE, "--width", 48, "--height", 48,
+              "--steps", 2, "--seed", 3, "--scheduler", "ddim", "--devices", "cpu", "--output", tmp_path / "out.mp4"]  # fmt: skip
+    options = ["--controlnet", nets["5b"], "--controlnet-video", tmp_path / "lines.mp4", "--controlnet-strength", 0.5]
+    options += ["--controlnet-end", 0.4]
+    done = run(*common, *options, "--save-latents", tmp_path / "out.latent")
+    assert done.returncode == 0, done.stderr
+    job = make_controlled("5b", "5b", about={"strength": 0.5, "end": 0.4}, size=(48, 48, 9), steps=2, scheduler="ddim")
+    job = replace(job, controlnet_videos=encode(ControlNetFile.open(nets["5b"]), video))
+    assert (load_file(tmp_path / "out.latent")["latent_tensor"] - local.sample(job).tensor).abs().max() <= TOLERANCE
+    for alone in (options[:2], options[2:4]):
+        done = run(*common, *alone)
+        assert (done.returncode, "--controlnet and --controlnet-video go together" in done.stderr) == (2, True)

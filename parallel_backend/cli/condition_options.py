@@ -22,6 +22,13 @@ def add_condition_options(parser: ArgumentParser) -> None:
     group.add_argument("--control-strength", type=float, default=1.0, help="scale of the control video's latent")
     group.add_argument("--control-start", type=float, default=0.0, help="share of the steps at which control begins")
     group.add_argument("--control-end", type=float, default=1.0, help="share of the steps at which control ends")
+    group.add_argument(
+        "--controlnet", metavar="PATH", help="ControlNet for CogVideoX 1.0: a folder with config.json, or a .safetensors file"
+    )
+    group.add_argument("--controlnet-video", metavar="FILE", help="video of edges for --controlnet")
+    group.add_argument("--controlnet-strength", type=float, default=1.0, help="scale of what the ControlNet adds")
+    group.add_argument("--controlnet-start", type=float, default=0.0, help="share of the steps at which the ControlNet begins")
+    group.add_argument("--controlnet-end", type=float, default=1.0, help="share of the steps at which the ControlNet ends")
     group.add_argument("--video", help="video to start from; resized and cropped as --image")
     group.add_argument("--mask", help="image or video, white where --video is to be replaced; for an inpaint model")
     group.add_argument(
@@ -33,7 +40,7 @@ def add_condition_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--source-fps",
         type=float,
-        help="frames a second of --video, --control-video and --mask, of which every n-th is used so that they are nearest to the "
+        help="frames a second of --video, --control-video, --controlnet-video and --mask, of which every n-th is used so that they are nearest to the "
         "model's own rate; 0 uses every frame (default: as the file says)",
     )
     group.add_argument(

@@ -114,7 +114,7 @@ def read_request(args: Namespace) -> VideoRequest:
         pipefusion_warmup=args.pipefusion_warmup,
         **{"latent": latent, **fields, **ready},
     )
-    source = args.video or args.control_video
+    source = args.video or args.control_video or args.controlnet_video
     fps = video.checked_fps(args.fps or (inputs.rate_of(source, args, checkpoint).fps if source else checkpoint.default_fps))
     return VideoRequest(videos, check_job(job), pixels, args.negative_prompt, args.tiling, fps)
 

@@ -4,30 +4,33 @@ import logging
 import mimetypes
 from argparse import Namespace
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.checkpoint.controlnet import open_all
 from ..cogvideox.checkpoint.facts import whole_frames
 from ..cogvideox.pipeline.conditions import between_images, fit_mask, latent_mask, shown, shows_nothing
 from ..cogvideox.pipeline.image import cover
 from ..cogvideox.pipeline.validation import check_end_image
+from ..cogvideox.transformer.controlnet import encode
 from ..errors import RequestError
 from ..media.frame_rate import FrameRate
 from ..media.reading import frames_per_second, pictures
 from ..media.video import checked_fps
+from ..model import ControlNet
 from ..validation import between, check_size
 
 logger = logging.getLogger(__name__)
 
 
-def read(
-    args: Namespace, size: dict[str, int], checkpoint: Checkpoint
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def read(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Reads the user's files, for the fields of a SampleJob.
 
     Args:
-        args: with ``image``, ``end_image``, ``control_video``, ``video``, ``mask``, ``denoise`` and ``frames``.
+        args: with ``image``, ``end_image``, ``control_video``, ``controlnet``, ``video``, ``mask``, ``denoise`` and ``frames``.
         size: width, height and most frames of the video to make. ``frames`` is set to those of a video that is given.
         checkpoint: the model that they are for.
     Returns:
@@ -45,6 +48,7 @@ def read(
     pixels = read_videos(args, size, checkpoint)
     if pixels:
         size["frames"] = len(next(iter(pixels.values())))
+    ready = read_controlnet(args, checkpoint, pixels.pop("controlnet", None))
     frames = size["frames"]
     start, end = (
         None if path is None else cover(next(pictures(path, "image")), **edges) for path in (args.image, args.end_image)
@@ -58,19 +62,41 @@ def read(
     elif checkpoint.task == "inpaint" and (start is not None or end is not None):
         video, mask = between_images(start, end, frames=frames)
     else:
-        return pixels | ({} if start is None else {"image": start}), {}
+        return pixels | ({} if start is None else {"image": start}), ready
     if shows_nothing(mask):
-        return pixels, {}
+        return pixels, ready
     noise = checkpoint.reference_noise if args.noise_aug_strength is None else args.noise_aug_strength
     between("noise-aug-strength", noise, 0.0, 1.0)
     pixels["masked_video"] = shown(video, mask, noise=noise)
-    return pixels, {"mask": latent_mask(mask)}
+    return pixels, ready | {"mask": latent_mask(mask)}
+
+
+def read_controlnet(args: Namespace, checkpoint: Checkpoint, video: torch.Tensor | None) -> dict[str, Any]:
+    """Returns the ControlNet and its encoded control video, for the fields of a SampleJob; empty if none is given.
+
+    Args:
+        args: with ``controlnet`` and its settings.
+        checkpoint: the model.
+        video: ``[frames, height, width, 3]`` in 0..1; None if none is given.
+    Raises:
+        RequestError: if one of both is missing, or the ControlNet does not fit the model.
+    """
+    if (args.controlnet is None) != (video is None):
+        raise RequestError("--controlnet and --controlnet-video go together; give both")
+    if args.controlnet is None:
+        return {}
+    path = Path(args.controlnet).expanduser().absolute()
+    net = ControlNet(str(path), args.controlnet_strength, args.controlnet_start, args.controlnet_end)
+    (file,) = open_all([net], checkpoint)
+    logger.info(file.describe)
+    return {"controlnets": (net,), "controlnet_videos": encode(file, video)}
 
 
 def read_videos(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Reads the videos that are given, cut to one length: ``--frames``, or as many as all have and the model takes."""
     edges = {"width": size["width"], "height": size["height"]}
-    paths = {field: path for field, path in (("latent", args.video), ("control", args.control_video)) if path is not None}
+    given = {"latent": args.video, "control": args.control_video, "controlnet": args.controlnet_video}
+    paths = {field: path for field, path in given.items() if path is not None}
     videos = {}
     for field, path in paths.items():
         rate = rate_of(path, args, checkpoint)
