@@ -4,10 +4,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..parallel_backend.config import CONFIG
 from ..parallel_backend.plan import AUTO
+from .apply_controlnet import ApplyCogVideoXControlNet
 from .backend import XDiTBackend
 from .comfy import errors, examples, routes, runtime, submission
 from .conditioning import EmptyCogVideoXLatent
 from .control_to_video import CogVideoXControlToVideo
+from .controlnet import LoadCogVideoXControlNet
 from .decoding import CogVideoXDecode
 from .image_to_video import CogVideoXImageToVideo
 from .inpainting import CogVideoXInpaint
@@ -27,6 +29,8 @@ NODES: list[type[io.ComfyNode]] = [
     CogVideoXVideoToVideo,
     CogVideoXControlToVideo,
     CogVideoXInpaint,
+    LoadCogVideoXControlNet,
+    ApplyCogVideoXControlNet,
     CogVideoXSampler,
     CogVideoXDecode,
     SaveVideo,

@@ -1,6 +1,7 @@
 """Empty latents, and the core's conditioning as the text states and conditions of a job."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import node_helpers
@@ -9,16 +10,18 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import empty_latent
+from ..parallel_backend.model import ControlNet
 from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY
 
 CONCAT, CONCAT_MASK = "concat_latent_image", "concat_mask"
 """The core's keys in a conditioning for a latent that is concatenated to the noise, and for the mask of what is replaced."""
-IMAGE_SCALE, CONTROL = "cogvideox_image_scale", "cogvideox_control"
-"""This pack's keys for a name of ``jobs.IMAGE_SCALES``, and for the fields of a job that a control video sets."""
+IMAGE_SCALE, CONTROL, CONTROLNETS = "cogvideox_image_scale", "cogvideox_control", "cogvideox_controlnets"
+"""This pack's keys for a name of ``jobs.IMAGE_SCALES``, for the fields of a job that a control video sets, and for a tuple of
+:class:`ControlInput`."""
 START, END = "start_percent", "end_percent"
 """The core's keys for the range of steps of a prompt, as shares of all steps."""
-USED = {"pooled_output", CONCAT, CONCAT_MASK, IMAGE_SCALE, CONTROL, START, END}
+USED = {"pooled_output", CONCAT, CONCAT_MASK, IMAGE_SCALE, CONTROL, CONTROLNETS, START, END}
 """Keys without a warning: all that the sampler reads, and the pooled output, which T5 does not have."""
 
 
@@ -72,15 +75,48 @@ def with_values(positive, negative, values: dict) -> tuple:
     return tuple(node_helpers.conditioning_set_values(prompt, values) for prompt in (positive, negative))
 
 
+@dataclass(frozen=True, eq=False)
+class ControlInput:
+    """A ControlNet and its encoded control video."""
+
+    net: ControlNet
+    video: torch.Tensor
+
+
+def with_controlnet(conditioning, net: ControlNet, video: torch.Tensor) -> list:
+    """Adds a ControlNet to the conditioning of a prompt, after those that it has."""
+    added = ControlInput(net, video)
+    return [[states, {**options, CONTROLNETS: (*options.get(CONTROLNETS, ()), added)}] for states, options in conditioning]
+
+
+def controlnet_fields(given: tuple[ControlInput, ...]) -> dict:
+    """Returns ControlNets as fields of a sampling job.
+
+    Raises:
+        RequestError: if their videos have different sizes.
+    """
+    if not given:
+        return {}
+    if len({one.video.shape[2:] for one in given}) > 1:
+        raise RequestError(
+            "the control videos of several ControlNets have different sizes or lengths; connect the latent of each Apply CogVideoX "
+            "ControlNet to the next one, and give the shortest video first"
+        )
+    return {"controlnets": tuple(one.net for one in given), "controlnet_videos": torch.cat([one.video for one in given], dim=1)}
+
+
 def conditions_of(conditioning, name: str, say: Callable[[str], None]) -> dict:
     """Returns the images and videos of a conditioning as fields of a sampling job; see :func:`text_fields`."""
-    carried = [options for _, options in conditioning if CONCAT in options or CONTROL in options]
+    carried = [options for _, options in conditioning if {CONCAT, CONTROL, CONTROLNETS} & options.keys()]
     if not carried:
         return {}
     options = carried[0]
-    if any(other.get(key) is not options.get(key) for other in carried for key in (CONCAT, CONTROL)):
+    nets = options.get(CONTROLNETS, ())
+    if any(other.get(key) is not options.get(key) for other in carried for key in (CONCAT, CONTROL)) or any(
+        other.get(CONTROLNETS, ()) != nets for other in carried
+    ):
         say(f"the prompts of {name} carry different images or videos; those of the first are used")
-    fields = dict(options.get(CONTROL, {}))
+    fields = options.get(CONTROL, {}) | controlnet_fields(nets)
     if CONCAT not in options:
         return fields
     if CONCAT_MASK in options:

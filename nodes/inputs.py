@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.media.pictures import check_finite, checked_latent, checked_mask, checked_pictures
 from ..parallel_backend.validation import between, check_size
-from .comfy.types import BackendHandle, BackendSocket, ModelHandle, ModelSocket
+from .comfy.types import BackendHandle, BackendSocket, ControlNetHandle, ControlNetSocket, ModelHandle, ModelSocket
 
 
 def checked(value: Any, declared: io.Input) -> Any:
@@ -150,5 +150,6 @@ CHECKS: dict[str, Callable[[Any, Any], Any]] = {
     io.Noise.io_type: noise,
     ModelSocket.io_type: handle(ModelHandle, "Load CogVideoX"),
     BackendSocket.io_type: handle(BackendHandle, "xDiT Backend"),
+    ControlNetSocket.io_type: handle(ControlNetHandle, "Load CogVideoX ControlNet"),
 }
 """The check for each type of input."""

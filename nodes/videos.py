@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.checkpoint.controlnet import ControlNetFile
 from ..parallel_backend.cogvideox.checkpoint.facts import TEMPORAL, whole_frames
 from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.cogvideox.pipeline.image import cover
@@ -19,6 +20,7 @@ COVERED = "It is resized to cover the video's size, keeps its aspect ratio, and 
 AS_TRAINED = -1.0
 """Noise on the images as the checkpoint says."""
 FITTED = f"At most the first length frames are used. {COVERED}"
+FITTED_TO_LATENT = f"At most the first frames are used, as many as the latent has. {COVERED}"
 
 
 def conditioned_inputs() -> list:
@@ -35,21 +37,23 @@ def model_input() -> io.Input:
     )
 
 
+def source_fps_input() -> io.Input:
+    """Returns the input for the clip's rate."""
+    return io.Float.Input(
+        "source_fps",
+        default=0.0,
+        min=0.0,
+        max=1000.0,
+        step=0.01,
+        optional=True,
+        tooltip="Frames a second of the clip: connect fps of Get Video Components. Every n-th frame is used, so that they are "
+        "nearest to the rate that the model was trained at. 0: every frame is used.",
+    )
+
+
 def rate_inputs() -> list:
     """Returns inputs for the clip's rate and the model, which says what rate it was trained at."""
-    return [
-        io.Float.Input(
-            "source_fps",
-            default=0.0,
-            min=0.0,
-            max=1000.0,
-            step=0.01,
-            optional=True,
-            tooltip="Frames a second of the clip: connect fps of Get Video Components. Every n-th frame is used, so that they are "
-            "nearest to the rate that the model was trained at. 0: every frame is used.",
-        ),
-        model_input(),
-    ]
+    return [source_fps_input(), model_input()]
 
 
 def noise_input() -> io.Input:
@@ -89,13 +93,18 @@ def conditioned_outputs() -> list:
 
 
 def fit_video(
-    video: torch.Tensor, checkpoint: Checkpoint | None, source_fps: float, *, size: tuple[int, int, int], node_id: str | None
+    video: torch.Tensor,
+    checkpoint: Checkpoint | ControlNetFile | None,
+    source_fps: float,
+    *,
+    size: tuple[int, int, int],
+    node_id: str | None,
 ) -> tuple[torch.Tensor, FrameRate]:
     """Resizes the first frames of a video that are used. Shows what is done, and warns if there are fewer than requested.
 
     Args:
         video: ``[frames, height, width, channels]`` in 0..1.
-        checkpoint: of the model, which determines its rate and how many latent frames make a whole token; None if unknown.
+        checkpoint: of the model, or a ControlNet: determines the rate and how many latent frames make a whole token; None if unknown.
         source_fps: rate of the video; 0 if unknown.
         size: width and height of the result in pixels, and its frames at most; it has 4k+1, or 8k+5 with tokens of two latent
             frames.
@@ -115,7 +124,7 @@ def fit_video(
     return cover(video[:frames], width=width, height=height), rate
 
 
-def rate_of(checkpoint: Checkpoint | None, source_fps: float, node_id: str | None) -> FrameRate:
+def rate_of(checkpoint: Checkpoint | ControlNetFile | None, source_fps: float, node_id: str | None) -> FrameRate:
     """Returns which frames of a video are used, and shows it."""
     trained = checkpoint.default_fps if checkpoint else None
     if source_fps and trained:

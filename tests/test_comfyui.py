@@ -349,7 +349,7 @@ def prepared(server, checkpoints):
 
 def test_the_workflows_for_other_models_run_as_they_are_dragged_in(server, prepared):
     """Every task that the demo models do not do; the rest of the shipped workflows run in tests of their own."""
-    for name in ("first-last-frame", "inpaint", "control", "long-video", "four-steps"):
+    for name in ("first-last-frame", "inpaint", "control", "controlnet", "long-video", "four-steps"):
         workflow = json.loads((REPO / "workflows" / f"{name}.json").read_text())
         prompt = to_api(workflow, prepared)
         settings = SETTINGS.get(name, ["XDiTEmptyCogVideoXLatent.length=33"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.random_weights import build_controlnet
 from parallel_backend.cogvideox.checkpoint.bundled import DEMO, find
 
 from .conftest import REPO, wait_until, workers
@@ -23,8 +24,10 @@ COMFYUI_ALONE = "core-nodes"
 """Needs the loaders of a real ComfyUI; tests/test_comfyui.py runs it there."""
 SMALL = {"width": 48, "height": 48, "length": 5}
 SETTINGS = {}
-MODELS = ("5b-control", "5b-inp")
+MODELS = ("5b", "5b-control", "5b-inp")
 """The small models that workflows need beside those that come with the pack."""
+EDGES = "edges"
+"""A ControlNet for the small 5b."""
 for name, node, like in (
     ("control", "XDiTCogVideoXControlToVideo", "5b-control"),
     ("first-last-frame", "XDiTCogVideoXImageToVideo", "5b-inp"),
@@ -37,9 +40,14 @@ SETTINGS["four-steps"] = [
     *(f"XDiTEmptyCogVideoXLatent.{key}={SMALL[key]}" for key in SMALL),
 ]
 SETTINGS["inpaint"].append("LoadImage.image=mask.png")
+SETTINGS["controlnet"] = [
+    "XDiTLoadCogVideoX.model_name=CogVideo/5b",
+    f"XDiTLoadCogVideoXControlNet.controlnet_name={EDGES}",
+    *(f"XDiTEmptyCogVideoXLatent.{key}={SMALL[key]}" for key in SMALL),
+]
 SHAPES = {
     "long-video": (49, 64, 96, 3),
-    **dict.fromkeys(("control", "first-last-frame", "inpaint", "four-steps"), (5, 48, 48, 3)),
+    **dict.fromkeys(("control", "controlnet", "first-last-frame", "inpaint", "four-steps"), (5, 48, 48, 3)),
 }
 RUN_ALL = """
 import logging, traceback
@@ -64,6 +72,7 @@ def prepare(folder, checkpoints) -> None:
     """Models and input as the shipped workflows name them: small models, and the files of Load Image and Load Video."""
     for like in MODELS:
         shutil.copytree(checkpoints[like], folder / "models" / "CogVideo" / like)
+    build_controlnet(folder / "models" / "controlnet" / EDGES, like="5b")
     (folder / "models" / "loras").mkdir(exist_ok=True)
     write(folder / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(find(DEMO))))
     (folder / "input").mkdir(exist_ok=True)

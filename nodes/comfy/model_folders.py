@@ -1,4 +1,4 @@
-"""The models and LoRAs in ComfyUI's folders and in the Hugging Face cache, by the names that nodes show.
+"""The models, LoRAs and ControlNets in ComfyUI's folders and in the Hugging Face cache, by the names that nodes show.
 
 A name is the kind of folder and the path inside it. Saved workflows contain it. If two folders of a kind contain the same name,
 the first one keeps it, and the second name is followed by its folder.
@@ -11,6 +11,7 @@ from pathlib import Path
 import folder_paths
 
 from ...parallel_backend.cogvideox.checkpoint import bundled, single_file
+from ...parallel_backend.cogvideox.checkpoint.controlnet import is_controlnet
 from ...parallel_backend.cogvideox.transformer.lora import SUFFIXES
 from ...parallel_backend.errors import RequestError
 
@@ -19,8 +20,10 @@ MODEL_FOLDERS = ("CogVideo", "diffusers", "CogVideoX_Fun", "Fun_Models", "VideoX
 FILES = "diffusion_models"
 LORA_FOLDERS = {"loras": "", "cogvideox_loras": "CogVideo/loras/"}
 """ComfyUI's name of each kind of folder, and the prefix of the names shown. The second kind is the CogVideoX wrapper's."""
-INSIDE = {"cogvideox_loras": "CogVideo/loras"}
+INSIDE = {"cogvideox_loras": "CogVideo/loras", "cogvideox_controlnets": "CogVideo/ControlNet"}
 """The path inside ComfyUI's models folder, for a kind whose folder is not named after it."""
+CONTROLNET_FOLDERS = {"controlnet": "", "cogvideox_controlnets": "CogVideo/ControlNet/"}
+"""Likewise for ControlNets."""
 HUB = "huggingface"
 LEVELS = 3
 """The depth to which folders are searched for checkpoints, such as ``CogVideo/ORG/NAME``."""
@@ -119,18 +122,22 @@ def find_model(name: str) -> Path:
     return found[name]
 
 
+def files_of(kind: str) -> Iterator[tuple[Path, str]]:
+    """Yields the folder of each .safetensors file of a kind, and its path inside. The wrapper's kinds are in each ``CogVideo``, too."""
+    roots = roots_of(kind)
+    if kind in INSIDE:
+        roots += [root / Path(INSIDE[kind]).name for root in roots_of("CogVideo")]
+    for root in dict.fromkeys(roots):
+        names, _ = folder_paths.recursive_search(str(root), [".git"])
+        yield from ((root, name) for name in sorted(names) if name.endswith(SUFFIXES))
+
+
 def lora_files() -> dict[str, Path]:
     """Returns the LoRA files that can be loaded, by the name shown."""
     found: dict[str, Path] = {}
     for kind, shown in LORA_FOLDERS.items():
-        roots = roots_of(kind)
-        if kind in INSIDE:
-            roots += [root / "loras" for root in roots_of("CogVideo")]
-        for root in dict.fromkeys(roots):
-            names, _ = folder_paths.recursive_search(str(root), [".git"])
-            for name in sorted(names):
-                if name.endswith(SUFFIXES):
-                    add(found, shown + name, root / name, root)
+        for root, name in files_of(kind):
+            add(found, shown + name, root / name, root)
     return found
 
 
@@ -146,3 +153,33 @@ def find_lora(name: str) -> Path:
             f"there is no LoRA '{name}' in models/loras or models/CogVideo/loras; put its .safetensors file there"
         )
     return files[name]
+
+
+def controlnets() -> dict[str, Path]:
+    """Returns the ControlNets for CogVideoX, folders and files, by the name shown. Others in the same folders are left out."""
+    found: dict[str, Path] = {}
+    for kind, shown in CONTROLNET_FOLDERS.items():
+        for root, path in dict.fromkeys((root, controlnet_of(root / name)) for root, name in files_of(kind)):
+            if is_controlnet(path):
+                add(found, shown + path.relative_to(root).as_posix(), path, root)
+    return found
+
+
+def controlnet_of(path: Path) -> Path:
+    """Returns what a file of weights is a part of: its folder if that has a configuration, else the file itself."""
+    return path.parent if (path.parent / "config.json").is_file() else path
+
+
+def find_controlnet(name: str) -> Path:
+    """Returns the folder or file of a ControlNet.
+
+    Raises:
+        RequestError: for a name that is not in the list.
+    """
+    found = controlnets()
+    if name not in found:
+        raise RequestError(
+            f"there is no ControlNet '{name}' in models/controlnet or models/CogVideo/ControlNet; put its folder there, such as that of "
+            "TheDenk/cogvideox-5b-controlnet-canny-v1"
+        )
+    return found[name]

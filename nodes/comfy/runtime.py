@@ -30,7 +30,14 @@ from .executors import chosen as _chosen
 from .executors import groups as _groups
 from .executors import held as _held
 from .executors import local_executors as _local
-from .model_folders import find_lora, find_model, lora_files, model_names  # noqa: F401 - nodes ask the host for these
+from .model_folders import (  # noqa: F401 - nodes ask the host for these
+    controlnets,
+    find_controlnet,
+    find_lora,
+    find_model,
+    lora_files,
+    model_names,
+)
 from .model_patcher import HeldWeights
 from .progress import jobs
 from .stage_watch import StageWatch

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 
 from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from ...parallel_backend.cogvideox.checkpoint.controlnet import ControlNetFile
 from ...parallel_backend.jobs import SampleJob
 from ...parallel_backend.model import Model, Windows
 
@@ -14,6 +15,7 @@ BACKEND = "The devices that share the work. Without it the work is done in Comfy
 
 ModelSocket = io.Custom("COGVIDEOX_XDIT_MODEL")
 BackendSocket = io.Custom("XDIT_BACKEND")
+ControlNetSocket = io.Custom("COGVIDEOX_XDIT_CONTROLNET")
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,10 @@ class BackendHandle:
     devices: str
     plan: str
     pipefusion_warmup: int = SampleJob.pipefusion_warmup
+
+
+@dataclass(frozen=True)
+class ControlNetHandle:
+    """The value of a ControlNet socket."""
+
+    file: ControlNetFile
