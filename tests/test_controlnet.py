@@ -45,12 +45,11 @@ NETS = {
 }
 """As its author trains one for 2b and for 5b; and one without positions of its own, with projectors."""
 CASES = [
-    ("2b", "2b", {"size": (96, 64, 17), "scheduler": "ddim"}, {}),
-    ("2b", "2b", {"size": (80, 48, 13), "scheduler": "dpm", "batch": 2}, {"strength": 0.6, "start": 0.25, "end": 0.5}),
-    ("5b", "5b", {"size": (96, 64, 17), "scheduler": "dpm", "cfg": 1.0}, {"strength": 1.5}),
-    ("5b", "5b", {"size": (48, 80, 9), "scheduler": "ddim"}, {"end": 0.6}),
-    ("5b", "rotary", {"size": (48, 48, 5), "scheduler": "dpm"}, {}),
-    ("5b-i2v", "5b", {"size": (96, 64, 9), "scheduler": "dpm"}, {"strength": 0.7, "end": 0.6}),
+    ("2b", "2b", {"size": (64, 48, 13), "scheduler": "ddim"}, {}),
+    ("2b", "2b", {"size": (80, 48, 9), "scheduler": "dpm", "batch": 2}, {"strength": 0.6, "start": 0.25, "end": 0.5}),
+    ("5b", "5b", {"size": (48, 80, 9), "scheduler": "dpm", "cfg": 1.0}, {"strength": 1.5}),
+    ("5b", "rotary", {"size": (48, 48, 5), "scheduler": "ddim"}, {}),
+    ("5b-i2v", "5b", {"size": (96, 64, 5), "scheduler": "dpm"}, {"strength": 0.7, "end": 0.5}),
 ]
 """The model, the ControlNet, the job and the ControlNet's settings."""
 PLANS = ["cfg2", "ulysses2", "ring2", "tensor2", "cfg2-fsdp2", "ulysses2-ring2"]
