@@ -7,34 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend.cogvideox.checkpoint import bundled, catalogue, download, hubs
+from parallel_backend.cogvideox.checkpoint import bundled, catalogue, download, hubs, published
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.errors import Cancelled
 
-from .support.hub_server import COMMIT, HubServer
-
-NAME = "zai-org/CogVideoX-5b"
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-DECOYS = (
-    "README.md", "teaser.png", ".gitattributes", "transformer/diffusion_pytorch_model.bin", "transformer/picture.png",
-    "transformer/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16-00001-of-00002.safetensors",
-    "text_encoder/pytorch_model.pt", "safety/config.json", "assets/a/b.json",
-)  # fmt: skip
+from .support.hub_server import COMMIT, DECOYS, NAME, WEIGHTS, serving
 
 
 @pytest.fixture
 def hub(checkpoints, monkeypatch, tmp_path):
     """The server, with a small model under the name of the 5b and with files that nobody needs."""
-    source = checkpoints["5b"]
-    files = {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*") if path.is_file()}
-    server = HubServer(NAME, "ZhipuAI/CogVideoX-5b", files | {"LICENSE": b"do good"} | dict.fromkeys(DECOYS, b"not needed"))
-    address = server.start()
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    monkeypatch.setattr(hubs, "MODELSCOPE", address)
-    monkeypatch.setitem(hubs.HUBS, "modelscope", lambda: hubs.ModelScope(address))
-    monkeypatch.setattr(bundled.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "ComfyUI" / "models").mkdir(parents=True)
-    yield server
-    server.close()
+    with serving(checkpoints["5b"]) as (server, address):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setattr(hubs, "MODELSCOPE", address)
+        monkeypatch.setitem(hubs.HUBS, "modelscope", lambda: hubs.ModelScope(address))
+        monkeypatch.setattr(bundled.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        (tmp_path / "ComfyUI" / "models").mkdir(parents=True)
+        yield server
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -89,7 +78,7 @@ def test_a_cut_connection_is_resumed_in_the_same_run_or_in_the_next(hub, run, tm
     hub.cuts[WEIGHTS] = [1000, 0, 500, *[0] * 20]
     ask = ("download", "5b", "--output", tmp_path / "model")
     cut = run(*ask)
-    assert cut.returncode == 1 and "run the same command again" in cut.stderr and "Traceback" not in cut.stderr
+    assert cut.returncode == 1 and "try again: it goes on where it stopped" in cut.stderr and "Traceback" not in cut.stderr
     done = tmp_path / "model" / f"{WEIGHTS}.partial"
     there = done.stat().st_size
     assert there == 1500 and {(WEIGHTS, 1000), (WEIGHTS, 1500)} < set(hub.asked)
@@ -99,6 +88,32 @@ def test_a_cut_connection_is_resumed_in_the_same_run_or_in_the_next(hub, run, tm
     assert run(*ask).returncode == 0
     assert (WEIGHTS, there) in hub.asked and (WEIGHTS, 0) not in hub.asked
     assert content(tmp_path / "model")[WEIGHTS] == hub.files[WEIGHTS]
+
+
+def test_each_chunk_is_reported_and_a_cancelled_download_goes_on_where_it_stopped(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundled.constants, "DOWNLOAD_CHUNK_SIZE", 100)
+    wanted = download.prepare(hubs.HuggingFace(), NAME, tmp_path / "model")
+    limit, done = len(hub.files[WEIGHTS]) // 2, []
+
+    def report(there: int) -> None:
+        done.append(there)
+        if there >= limit:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        download.download(wanted, report)
+    assert done == sorted(done) and len(done) > limit // 100 / 2 and done[-1] - done[-2] <= 100
+    hub.asked.clear()
+    limit, before = wanted.size + 1, done[-1]
+    done.clear()
+    download.download(wanted, report)
+    assert done == sorted(done) and done[0] >= before and done[-1] == wanted.size
+    assert 0 < hub.asked[0][1] < len(hub.files[hub.asked[0][0]])
+
+
+def test_the_size_in_the_catalogue_is_that_of_the_weights():
+    for model in {model.base: model for model in catalogue.MODELS.values()}.values():
+        assert catalogue.GIGABYTES[model.base] == round(sum(published.unread(model).elements.values()) * 2 / 1e9)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "model_index.json"])
@@ -136,7 +151,7 @@ def test_a_disk_that_becomes_full_is_one_line(hub, run, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and "cannot be written in" in last and "free space, and run the same command again" in last
+    assert done.returncode == 1 and "cannot be written in" in last and "free space, and try again" in last
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 ORGANISATIONS = {"zai-org": "ZhipuAI", "alibaba-pai": "PAI"}
 """The same organisations on the Hugging Face hub and on ModelScope."""
 DOWNLOAD = "python -m parallel_backend download"
+APACHE, COGVIDEOX = "Apache 2.0", "CogVideoX licence"
+GIGABYTES = {"2b": 13, "5b": 21, "1.5-5b": 21}
+"""About how much is downloaded for each base: transformer, text encoder and VAE in 16 bits. The hub knows it exactly."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,21 @@ class Published:
     base: str
     """``2b``, ``5b`` or ``1.5-5b``: the model's shape."""
     task: str = "text"
+    licence: str = COGVIDEOX
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that it is downloaded into: NAME of ORG/NAME."""
+        return self.repository.partition("/")[2]
+
+    @property
+    def terms(self) -> str:
+        """About its size, and its licence."""
+        return f"{GIGABYTES[self.base]} GB, {self.licence}"
 
 
 MODELS = {
-    "2b": Published("zai-org/CogVideoX-2b", "2b"),
+    "2b": Published("zai-org/CogVideoX-2b", "2b", licence=APACHE),
     "5b": Published("zai-org/CogVideoX-5b", "5b"),
     "5b-i2v": Published("zai-org/CogVideoX-5b-I2V", "5b", "image"),
     "1.5": Published("zai-org/CogVideoX1.5-5B", "1.5-5b"),
@@ -38,6 +52,11 @@ def published(name: str) -> Published | None:
     """Returns the published model with a short name or a repository, in capital or small letters; None if there is none."""
     by_repository = {model.repository.lower(): model for model in MODELS.values()}
     return (MODELS | by_repository).get(name.lower())
+
+
+def named_after(folder: str) -> str | None:
+    """Returns the short name of the published model whose folder has a name, in capital or small letters; None if there is none."""
+    return next((name for name, model in MODELS.items() if model.folder.lower() == folder.lower()), None)
 
 
 def repository_of(name: str) -> str | None:

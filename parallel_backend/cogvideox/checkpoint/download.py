@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -99,26 +100,33 @@ def prepare(hub: Hub, repository: str, folder: Path | None) -> Download:
     return Download(hub, found, files, bundled.folder_in_cache(found.name) / "snapshots" / found.commit, is_cached=True)
 
 
-def download(wanted: Download) -> None:
+def download(wanted: Download, on_bytes: Callable[[int], None] = lambda done: None) -> None:
     """Downloads what is missing, and checks all files. What a cut leaves is used by the next call.
 
+    Args:
+        wanted: what and where to.
+        on_bytes: called after each chunk with the bytes that are there of all files. To stop, it raises
+            :class:`..errors.Cancelled`, and what is there stays.
     Raises:
         WriteFailure: if the disk is full, or has too little space from the start.
         Failure: if the hub does not answer, or a file is not what the hub says it is. That file is removed.
     """
     check_space(wanted)
     (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
+    done = 0
     for number, file in enumerate(wanted.files, 1):
         logger.info("%d of %d: %s (%.2f GB)", number, len(wanted.files), file.path, file.size / GB)
         try:
-            fetch(wanted, file)
+            fetch(wanted, file, lambda there, before=done: on_bytes(before + there))
         except OSError as error:
             if error.errno not in FULL:
                 raise Failure(f"{file.path} cannot be written in {wanted.folder}: {error.strerror or error}") from error
             raise WriteFailure(
-                f"{file.path} cannot be written in {wanted.folder}: {error.strerror}; free space, and run the same command again: "
+                f"{file.path} cannot be written in {wanted.folder}: {error.strerror}; free space, and try again: "
                 "it goes on where it stopped"
             ) from error
+        done += file.size
+        on_bytes(done)
     if wanted.is_cached:
         main = wanted.folder.parents[1] / "refs" / "main"
         main.parent.mkdir(exist_ok=True)
@@ -133,7 +141,7 @@ def check_space(wanted: Download) -> None:
     if missing > free:
         raise WriteFailure(
             f"{wanted.repository.name} needs {missing / GB:.1f} GB more in {wanted.folder}, and {free / GB:.1f} GB are free; "
-            "free space, or choose another folder with --output"
+            "free space, or download to another disk with --output"
         )
 
 
@@ -150,8 +158,8 @@ def partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
-def fetch(wanted: Download, file: RemoteFile) -> None:
-    """Downloads one file if it is not there, or is another one."""
+def fetch(wanted: Download, file: RemoteFile, on_bytes: Callable[[int], None]) -> None:
+    """Downloads one file if it is not there, or is another one. ``on_bytes`` gets the bytes that are there of this file."""
     path = wanted.folder / file.path
     if path.is_file() and is_right(path, file):
         return
@@ -162,7 +170,7 @@ def fetch(wanted: Download, file: RemoteFile) -> None:
     while True:
         before = present(unfinished)
         try:
-            append(wanted, file, unfinished)
+            append(wanted, file, unfinished, on_bytes)
             break
         except Failure as error:
             if present(unfinished) <= before:
@@ -170,19 +178,33 @@ def fetch(wanted: Download, file: RemoteFile) -> None:
             logger.warning("%s: %s; going on at %.2f GB", file.path, reason_of(error), present(unfinished) / GB)
     if not is_right(unfinished, file):
         unfinished.unlink()
-        raise Failure(
-            f"{file.path} is not what {wanted.hub.endpoint} says it is (size or hash), so it was removed; run the same command again"
-        )
+        raise Failure(f"{file.path} is not what {wanted.hub.endpoint} says it is (size or hash), so it was removed; try again")
     unfinished.replace(path)
 
 
-def append(wanted: Download, file: RemoteFile, unfinished: Path) -> None:
+class Watched:
+    """A file that reports its position after each write."""
+
+    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], None]):
+        self._file, self._on_bytes = file, on_bytes
+
+    def write(self, chunk: bytes) -> int:
+        """Writes a chunk, and reports it."""
+        written = self._file.write(chunk)
+        self._on_bytes(self._file.tell())
+        return written
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+
+def append(wanted: Download, file: RemoteFile, unfinished: Path, on_bytes: Callable[[int], None]) -> None:
     """Downloads what is missing of a file to the end of ``unfinished``. What comes before a cut stays there."""
     with unfinished.open("r+b" if unfinished.exists() else "w+b") as written, answering(wanted.hub.endpoint):
         start = written.seek(0, os.SEEK_END)
         http_get(
             wanted.hub.url(wanted.repository, file),
-            written,
+            Watched(written, on_bytes),
             resume_size=start,
             headers=wanted.hub.headers,
             expected_size=file.size,

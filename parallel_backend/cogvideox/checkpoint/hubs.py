@@ -9,7 +9,7 @@ from urllib.parse import quote
 from huggingface_hub import HfApi, constants, errors, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session
 
-from ...errors import Failure, RequestError, reason_of
+from ...errors import Cancelled, Failure, RequestError, reason_of
 from ...system.files import FULL
 from . import catalogue
 
@@ -131,12 +131,12 @@ def answering(endpoint: str) -> Iterator[None]:
     """Within the context, whatever goes wrong is raised as a Failure of one line, but for a disk that is full."""
     try:
         yield
-    except (RequestError, Failure):
+    except (RequestError, Failure, Cancelled):
         raise
     except Exception as error:  # the hub's library has changed its errors from one version to the next
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         raise Failure(
-            f"{endpoint} does not answer as expected: {reason_of(error)}; check the network, and run the same command again. "
-            "From China, --source modelscope or a mirror in HF_ENDPOINT may work better"
+            f"{endpoint} does not answer as expected: {reason_of(error)}; check the network and try again: it goes on where it "
+            "stopped. From China, ModelScope or a mirror in HF_ENDPOINT may work better"
         ) from error
