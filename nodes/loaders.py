@@ -7,8 +7,10 @@ from ..parallel_backend.cogvideox.checkpoint.description import describe
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, QUANTIZES, SNR_SHIFTS, TASKS, Model
 from .base import CogVideoXNode, advanced, schema
-from .comfy import runtime
+from .comfy import errors, runtime, submission
 from .comfy.clip import ClipHandle
+from .comfy.downloads import OFF, SOURCES, find_or_download
+from .comfy.model_folders import NotDownloaded, offers
 from .comfy.types import CATEGORY, ModelHandle, ModelSocket
 from .comfy.vae import VaeHandle
 
@@ -91,6 +93,32 @@ def quantize_input() -> io.Combo.Input:
     )
 
 
+def model_input() -> io.Combo.Input:
+    """Returns the input for the model: those that are here, and then those that can be downloaded."""
+    here = runtime.model_names()
+    return io.Combo.Input(
+        "model_name",
+        options=[*here, *offers(here)],
+        tooltip="A folder in models/CogVideo or models/diffusers, a model in the Hugging Face cache, or a "
+        ".safetensors file in models/diffusion_models or models/CogVideo. A file has no text encoder and no VAE: "
+        "use the core's CLIPLoader (type cogvideox) and VAELoader. 'demo' is a small model that is part of the "
+        "pack. Names with a size are not here yet: set download.",
+    )
+
+
+def download_input() -> io.Combo.Input:
+    """Returns the input for downloading a model that is not here."""
+    return io.Combo.Input(
+        "download",
+        options=list(SOURCES),
+        default=OFF,
+        optional=True,
+        tooltip="Where to download the model from if it is not here yet, into models/CogVideo, when the workflow runs. "
+        "Read its licence first. A cancelled or interrupted download goes on where it stopped. HF_ENDPOINT names a mirror of "
+        "Hugging Face. A model that is here is never downloaded again.",
+    )
+
+
 class LoadCogVideoX(CogVideoXNode):
     """Opens a checkpoint folder, or a transformer's file, as model, CLIP and VAE. Weights are read later, where they run."""
 
@@ -104,14 +132,7 @@ class LoadCogVideoX(CogVideoXNode):
             description="Opens a CogVideoX model in diffusers layout from models/CogVideo or models/diffusers, or a "
             "transformer alone from a file in models/diffusion_models.",
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=runtime.model_names(),
-                    tooltip="A folder in models/CogVideo or models/diffusers, a model in the Hugging Face cache, or a "
-                    ".safetensors file in models/diffusion_models or models/CogVideo. A file has no text encoder and no VAE: "
-                    "use the core's CLIPLoader (type cogvideox) and VAELoader. 'demo' is a small model that is part of the "
-                    "pack.",
-                ),
+                model_input(),
                 io.Combo.Input(
                     "dtype",
                     options=["auto", *DTYPES],
@@ -130,6 +151,7 @@ class LoadCogVideoX(CogVideoXNode):
                 *speed_inputs(),
                 *map(advanced, choice_inputs()),
                 quantize_input(),
+                download_input(),
             ],
             outputs=[
                 ModelSocket.Output(display_name="model"),
@@ -148,6 +170,24 @@ class LoadCogVideoX(CogVideoXNode):
             return None
 
     @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        """Refuses a model that does not exist or is not downloaded, before the workflow runs.
+
+        With this ComfyUI does not hold the name to the list, so a workflow stays valid after its model is downloaded. ComfyUI reports
+        what this returns once for each argument, so there is one only. The name is None if it comes from another node.
+        """
+        node_id = cls.hidden.unique_id
+        try:
+            if model_name is not None:
+                runtime.find_model(model_name)
+        except NotDownloaded as missing:
+            if submission.value_of(node_id, "download") == OFF:
+                return errors.refuse(str(missing), node_id)
+        except RequestError as error:
+            return errors.refuse(str(error), node_id)
+        return True
+
+    @classmethod
     def execute(
         cls,
         model_name: str,
@@ -160,11 +200,13 @@ class LoadCogVideoX(CogVideoXNode):
         snr_shift: str = "auto",
         attention: str = "auto",
         quantize: str = "off",
+        download: str = OFF,
     ) -> io.NodeOutput:
-        """Opens and checks the checkpoint."""
+        """Opens and checks the checkpoint, which is downloaded first if it is not here and the user wants that."""
         fast = {"compile": compile, "fp8": fp8, "step_cache": step_cache, "attention": attention, "quantize": quantize}
         taken = {"task": task, "snr_shift": snr_shift}
-        model = Model(str(runtime.find_model(model_name)), dtype=dtype, offload=offload, **fast, **taken)
+        path = find_or_download(model_name, download, cls.hidden.unique_id)
+        model = Model(str(path), dtype=dtype, offload=offload, **fast, **taken)
         checkpoint = Checkpoint.of(model)
         for line in describe(checkpoint):
             runtime.say(line, cls.hidden.unique_id)

@@ -6,6 +6,7 @@ Needs a ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI; elsewhere tests/test_workflo
 import json
 import re
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +28,7 @@ from .conftest import REPO, TOLERANCE, Broken, made, wait_until, workers
 from .support import core_nodes
 from .support.comfyui_server import ComfyUIServer, find_comfyui
 from .support.core_files import in_model_folders
+from .support.hub_server import WEIGHTS, serving
 from .support.lora_files import diffusers_layout, random_change, write
 from .test_workflows import MODELS, SETTINGS, SHAPES, prepare
 
@@ -42,9 +44,16 @@ SLOW = ("XDiTEmptyCogVideoXLatent.width=320", "XDiTEmptyCogVideoXLatent.height=1
 
 
 @pytest.fixture(scope="module")
-def started():
+def hub(checkpoints):
+    """A hub on this machine, with a small model under the name of the 5b, and its address."""
+    with serving(checkpoints["5b"]) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def started(hub):
     """One ComfyUI for the whole file."""
-    starting = ComfyUIServer()
+    starting = ComfyUIServer(env={"HF_ENDPOINT": hub[1]})
     (starting.base / "custom_nodes").mkdir(parents=True)
     shutil.copy(REPO / "tests" / "support" / "narrow_core.py", starting.base / "custom_nodes")
     with ExitStack() as stack:
@@ -459,8 +468,9 @@ def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of,
         (server.base / "models" / kind).mkdir(exist_ok=True)
         shutil.copytree(checkpoints[like], server.base / "models" / kind / f"my {like}")
     options = server.object_info("XDiTLoadCogVideoX")["XDiTLoadCogVideoX"]["input"]["required"]["model_name"][1]["options"]
-    assert options == ["demo", "demo-i2v", "CogVideo/my 2b", "diffusers/my 1.5-5b"]
-    for name in options[2:]:
+    assert options[:4] == ["demo", "demo-i2v", "CogVideo/my 2b", "diffusers/my 1.5-5b"]
+    assert all(" GB, " in option for option in options[4:])
+    for name in options[2:4]:
         server.run(prompt_of(f"XDiTLoadCogVideoX.model_name={name}"))
     assert "my 2b: CogVideoX 1.0, text to video, 3 layers, 4 heads, sincos, fp32, ddim, 96x64x17 at 8 fps" in server.log()
     assert "my 1.5-5b: CogVideoX 1.5" in server.log()
@@ -468,6 +478,49 @@ def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of,
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(RuntimeError, match="it is cut off; download it again"):
         server.run(prompt_of("XDiTLoadCogVideoX.model_name=CogVideo/my 2b", "XDiTLoadCogVideoX.dtype=fp32"))
+
+
+def test_a_model_is_downloaded_if_the_user_says_so_and_a_cancelled_download_goes_on(server, hub, object_info):
+    served, _ = hub
+    offer = "CogVideo/CogVideoX-5b (download: 21 GB, CogVideoX licence)"
+    assert (
+        offer in server.object_info("XDiTLoadCogVideoX")["XDiTLoadCogVideoX"]["input"]["required"]["model_name"][1]["options"]
+    )
+    prompt = to_api(WORKFLOW, object_info)
+    apply_settings(prompt, ["XDiTCogVideoXSampler.steps=2", *SMALL_LATENT], object_info)
+    loader = node_of(prompt, "XDiTLoadCogVideoX")
+    prompt[loader]["inputs"]["model_name"] = offer
+    with pytest.raises(RuntimeError, match="CogVideoX-5b is not downloaded .*set download in Load CogVideoX to huggingface or"):
+        server.queue(prompt)
+    assert not served.asked
+
+    prompt[loader]["inputs"]["download"] = "huggingface"
+    served.held[WEIGHTS] = threading.Event()
+    prompt_id = server.queue(prompt)
+    wait_until(lambda: (WEIGHTS, 0) in served.asked)
+    server.interrupt()
+    served.held.pop(WEIGHTS).set()
+    assert list(server.events(prompt_id))[-1]["type"] == "execution_interrupted"
+    folder = server.base / "models" / "CogVideo" / "CogVideoX-5b"
+    assert list(folder.rglob("*.partial")) and not (folder / "transformer" / "config.json").exists()
+    asked = list(served.asked)
+
+    events = list(server.events(server.queue(prompt)))
+    assert events[-1]["type"] == "execution_success", server.log_tail()
+    bars = [event["data"] for event in events if event["type"] == "progress" and event["data"]["node"] == loader]
+    assert bars and bars[-1]["value"] == bars[-1]["max"] > 1_000_000
+    texts = [event["data"]["text"] for event in events if event["type"] == "text" and event["data"]["node"] == loader]
+    assert f"downloaded into {folder}, and checked" in texts[-1]
+    before, after = ({name for name, _ in some} for some in (asked, served.asked[len(asked) :]))
+    assert before & after <= {WEIGHTS}
+
+    served.asked.clear()
+    prompt[loader]["inputs"]["download"] = "off"
+    for name in (offer, "CogVideo/CogVideoX-5b"):
+        prompt[loader]["inputs"]["model_name"] = name
+        server.run(prompt)
+    assert not served.asked
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(

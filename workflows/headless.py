@@ -173,16 +173,17 @@ def apply_settings(prompt: dict, settings, object_info: dict) -> None:
             raise ValueError(f"--set {setting!r}: {text!r} is no {kind}") from None
 
 
-def check(prompt: dict, object_info: dict) -> None:
+def check(prompt: dict, object_info: dict, node_class=lambda name: None) -> None:
     """Holds a prompt to what its nodes declare, as ComfyUI does. ValueError: input missing, not listed or out of range."""
     for name, node in prompt.items():
         info = object_info[node["class_type"]]
+        own = checked_by_node(node_class(node["class_type"]))
         for field, spec in specs(info).items():
             kind, value = widget_kind(spec), node["inputs"].get(field)
             where = f"node {name} ({node['_meta']['title']}): {field}"
             if field not in node["inputs"] and field in info["input"].get("required", {}):
                 raise ValueError(f"{where} is not connected")
-            if kind is None or field not in node["inputs"] or is_link(value):
+            if kind is None or field not in node["inputs"] or is_link(value) or field in own:
                 continue
             if kind in ("COMBO", DYNAMIC) and not isinstance(value, dict) and value not in choices(spec):
                 raise ValueError(f"{where} {value!r} is not one of {choices(spec)}")
@@ -190,13 +191,18 @@ def check(prompt: dict, object_info: dict) -> None:
                 raise ValueError(f"{where} {value} is not between {spec[1].get('min')} and {spec[1].get('max')}")
 
 
+def checked_by_node(kind) -> set:
+    """The inputs that a node looks at itself, before anything runs."""
+    return set(inspect.signature(kind.validate_inputs).parameters) if "validate_inputs" in getattr(kind, "__dict__", ()) else set()
+
+
 def validate(prompt: dict, node_class) -> None:
     """Asks the nodes that look at their inputs before anything runs, as ComfyUI does. ValueError with what they say."""
     for name, node in prompt.items():
         kind = node_class(node["class_type"])
-        if "validate_inputs" not in vars(kind):
+        asked = checked_by_node(kind)
+        if not asked:
             continue
-        asked = inspect.signature(kind.validate_inputs).parameters
         said = kind.validate_inputs(**{field: value for field, value in node["inputs"].items() if field in asked and not is_link(value)})
         if said is not True:
             raise ValueError(f"node {name} ({node['_meta']['title']}): {said}")
@@ -213,7 +219,7 @@ def run(workflow_path, output_dir="output", *, input_dir="input", models_dir="mo
     info = {name: node_info(runtime.get_node_class(name)) for name in runtime.list_nodes()}
     prompt = to_api(workflow, info)
     apply_settings(prompt, settings, info)
-    check(prompt, info)
+    check(prompt, info, runtime.get_node_class)
     validate(prompt, runtime.get_node_class)
     saved = execute(prompt, workflow, runtime.get_node_class, on_progress or (lambda *progress: None))
     return [Path(output_dir, result["subfolder"], result["filename"]) for result in saved if result.get("type") == "output"]

@@ -5,12 +5,12 @@ the first one keeps it, and the second name is followed by its folder.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import folder_paths
 
-from ...parallel_backend.cogvideox.checkpoint import bundled, single_file
+from ...parallel_backend.cogvideox.checkpoint import bundled, catalogue, single_file
 from ...parallel_backend.cogvideox.checkpoint.controlnet import is_controlnet
 from ...parallel_backend.cogvideox.transformer.lora import SUFFIXES
 from ...parallel_backend.errors import RequestError
@@ -25,6 +25,8 @@ INSIDE = {"cogvideox_loras": "CogVideo/loras", "cogvideox_controlnets": "CogVide
 CONTROLNET_FOLDERS = {"controlnet": "", "cogvideox_controlnets": "CogVideo/ControlNet/"}
 """Likewise for ControlNets."""
 HUB = "huggingface"
+OFFER = " (download: "
+"""In the name of a model that is not here, what stands between the name that it is going to have and its size."""
 LEVELS = 3
 """The depth to which folders are searched for checkpoints, such as ``CogVideo/ORG/NAME``."""
 
@@ -105,21 +107,62 @@ def model_names() -> list[str]:
     return [*bundled.shipped(), *model_folders(), *model_files()]
 
 
+def offers(names: Iterable[str]) -> list[str]:
+    """Returns the names of published models that are not here, each with its size and licence.
+
+    Args:
+        names: of the models that are here.
+    """
+    here = {catalogue.named_after(last_part(name)) for name in names}
+    return [
+        f"{MODEL_FOLDERS[0]}/{model.folder}{OFFER}{model.terms})"
+        for short, model in catalogue.MODELS.items()
+        if short not in here
+    ]
+
+
+def last_part(name: str) -> str:
+    """Returns the name of a model's folder in a name that is shown."""
+    return name.partition(" (")[0].rpartition("/")[2]
+
+
+class NotDownloaded(RequestError):
+    """A published model that is not here. ``short`` is its name in the catalogue."""
+
+    def __init__(self, short: str):
+        model = catalogue.MODELS[short]
+        super().__init__(
+            f"{model.folder} is not downloaded ({model.terms}): set download in Load CogVideoX to huggingface or modelscope, or "
+            f"run {catalogue.DOWNLOAD} {short}"
+        )
+        self.short = short
+
+
 def find_model(name: str) -> Path:
     """Returns the folder or file of a model.
 
+    A published model is found under any name that ends with its folder's, so that a workflow works before and after the download,
+    and on a computer that has the model elsewhere.
+
     Raises:
-        RequestError: for a name that is not in the list.
+        NotDownloaded: for a published model that is not here.
+        RequestError: for another name that is not in the list.
     """
     if name in bundled.shipped():
         return bundled.shipped()[name]
     found = model_folders() | model_files()
-    if name not in found:
+    if name in found:
+        return found[name]
+    short = catalogue.named_after(last_part(name))
+    if short is None:
         raise RequestError(
             f"there is no model '{name}'; put a folder into models/CogVideo or models/diffusers, or a .safetensors file into "
             "models/diffusion_models"
         )
-    return found[name]
+    same = [path for other, path in found.items() if catalogue.named_after(last_part(other)) == short]
+    if not same:
+        raise NotDownloaded(short)
+    return same[0]
 
 
 def files_of(kind: str) -> Iterator[tuple[Path, str]]:
