@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Threads that spin as long as they do by default are fifty times slower on a machine with other work.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test soak setup lint clean
+.PHONY: demo test readme soak setup lint clean
 
 demo: setup
 	@mkdir -p output
@@ -18,6 +18,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=5
 	tests/lowest.sh
+
+# Follows the README in an empty folder with an empty environment. WORDS=--all includes `make test`.
+readme:
+	$(PYTHON) -m tests.follow_readme --torch "$(TORCH) triton" $(WORDS)
 
 soak: setup
 	$(BIN)/python -m benchmarks.soak

@@ -19,8 +19,7 @@ def hub(checkpoints, monkeypatch, tmp_path):
     """The server, with a small model under the name of the 5b and with files that nobody needs."""
     with serving(checkpoints["5b"]) as (server, address):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        monkeypatch.setattr(hubs, "MODELSCOPE", address)
-        monkeypatch.setitem(hubs.HUBS, "modelscope", lambda: hubs.ModelScope(address))
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", address)
         monkeypatch.setattr(bundled.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         (tmp_path / "ComfyUI" / "models").mkdir(parents=True)
         yield server

@@ -49,8 +49,7 @@ folders.models_dir = str(models)
 for paths, _ in folders.folder_names_and_paths.values():
     paths[:] = [path.replace({str(in_comfyui.__self__.folder)!r}, str(models)) for path in paths]
 importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE = {str(tmp_path / "cache")!r}
-os.environ["HF_ENDPOINT"] = {hub.address!r}
-part("parallel_backend.cogvideox.checkpoint.hubs").HUBS["modelscope"].__init__.__defaults__ = ({hub.address!r},)
+os.environ["HF_ENDPOINT"] = os.environ["MODELSCOPE_ENDPOINT"] = {hub.address!r}
 time.sleep = lambda seconds: None
 """
     return lambda code: in_comfyui(models + NODES + code)

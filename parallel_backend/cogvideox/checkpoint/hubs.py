@@ -88,13 +88,13 @@ class HuggingFace:
 
 
 class ModelScope:
-    """modelscope.cn, which is fast in China."""
+    """modelscope.cn, which is fast in China, or another one that ``MODELSCOPE_ENDPOINT`` names."""
 
     title = "ModelScope"
     headers: dict[str, str] = {}
 
-    def __init__(self, endpoint: str = MODELSCOPE):
-        self.endpoint = endpoint
+    def __init__(self):
+        self.endpoint = os.environ.get("MODELSCOPE_ENDPOINT") or MODELSCOPE
 
     def look(self, repository: str) -> Repository:
         """Asks which files a repository has; see :meth:`HuggingFace.look`."""
