@@ -20,11 +20,12 @@ WORDS = (
     "crosses cat dog panda boat sea sun moon city street forest mountain river snow rain night day ground"
 ).split()
 
-CONDITION_CHANNELS = {"": 0, "i2v": 16, "control": 16, "inp": 17}
+CONDITION_CHANNELS = {"": 0, "i2v": 16, "control": 16, "inp": 17, "void": 32}
 """What is concatenated to the noise, by the end of a like's name."""
 LIKES = (
     "2b", "5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v", "2b-i2v",
     "2b-control", "5b-control", "1.5-5b-control", "2b-inp", "5b-inp", "1.5-5b-inp",
+    "1.5-5b-void",
 )  # fmt: skip
 CONTROLNETS = ("2b-controlnet", "5b-controlnet")
 """ControlNets beside a model of the same size."""

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..parallel_backend.errors import RequestError
 from ..parallel_backend.jobs import empty_latent
 from ..parallel_backend.model import ControlNet
+from ..parallel_backend.validation import CHANNELS
 from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY
 
@@ -119,9 +120,12 @@ def conditions_of(conditioning, name: str, say: Callable[[str], None]) -> dict:
     fields = options.get(CONTROL, {}) | controlnet_fields(nets)
     if CONCAT not in options:
         return fields
+    latent = options[CONCAT]
     if CONCAT_MASK in options:
-        return {**fields, "masked_video": options[CONCAT], "mask": options[CONCAT_MASK]}
-    return {**fields, "image": options[CONCAT], "image_scale": options.get(IMAGE_SCALE, "auto")}
+        return {**fields, "masked_video": latent, "mask": options[CONCAT_MASK]}
+    if latent.shape[1:2] == (2 * CHANNELS,):  # for object removal: the mask, encoded, and the video
+        return {**fields, "mask": latent[:, :CHANNELS], "masked_video": latent[:, CHANNELS:]}
+    return {**fields, "image": latent, "image_scale": options.get(IMAGE_SCALE, "auto")}
 
 
 def text_fields(conditioning, name: str, *, limit: int, say: Callable[[str], None]) -> dict:

@@ -147,20 +147,25 @@ def inpaint_values(
 ) -> dict:
     """Returns an inpaint model's inputs as values of a conditioning: the encoded video without the masked part, and the mask.
 
-    Empty if the mask covers the whole video.
+    Empty if the mask covers the whole video. For an object removal model both are in one latent, as of the core's VOIDInpaintConditioning.
 
     Args:
         vae: encodes the video.
-        video, mask: see :func:`.conditions.shown`.
+        video, mask: see :func:`.conditions.to_show`.
         noise: for pixels in -1..1; ``AS_TRAINED`` follows the checkpoint.
         checkpoint: of the model; None if unknown.
         node_id: the node that shows a warning.
     """
-    if conditions.shows_nothing(mask):
+    removes = checkpoint is not None and checkpoint.removes
+    if not removes and conditions.shows_nothing(mask):
         return {}
     if noise < 0:
         noise = checkpoint.reference_noise if checkpoint else 0.0
         if checkpoint is None:
             line = "no noise on what the model is shown: the core's VAE does not say how it was trained; connect the model too"
             runtime.say(line, node_id, level=logging.WARNING)
-    return {CONCAT: vae.encode(conditions.shown(video, mask, noise=noise)), CONCAT_MASK: conditions.latent_mask(mask)}
+    pixels, ready = conditions.to_show(video, mask, noise=noise, removes=removes)
+    encoded = {name: vae.encode(shown) for name, shown in pixels.items()}
+    if removes:
+        return {CONCAT: torch.cat([encoded["mask"], encoded["masked_video"]], dim=1)}
+    return {CONCAT: encoded["masked_video"], CONCAT_MASK: ready["mask"]}

@@ -95,9 +95,11 @@ class SampleJob:
     control_end: float = 1.0
     """Share of the steps at which control ends."""
     masked_video: torch.Tensor | None = None
-    """For inpaint models: the video as an unscaled VAE latent like ``control``, black where it is replaced."""
+    """For inpaint models: the video as an unscaled VAE latent like ``control``, black where it is replaced. For object removal models:
+    the whole video."""
     mask: torch.Tensor | None = None
-    """Goes with ``masked_video``: ``[1 or batch, 1, latent frames, height/8, width/8]``, 1 where the video is replaced."""
+    """Goes with ``masked_video``: ``[1 or batch, 1, latent frames, height/8, width/8]``, 1 where the video is replaced. For object
+    removal models: as an unscaled VAE latent; see :mod:`parallel_backend.cogvideox.pipeline.removal`."""
     batch_size: int = 0
     """If the job is one video of a batch, the size of the batch; 0 for a whole job."""
     batch_index: int = 0

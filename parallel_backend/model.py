@@ -15,7 +15,7 @@ COMPILES = ("auto", "on", "off")
 ATTENTIONS = (AUTO, "hopper", "cudnn", "flash", "efficient", "flash3", "flash2", "torch", "int8", "sage", "fp8")
 """Attention functions; see :mod:`parallel_backend.cogvideox.attention.registry`. The last three are not exact."""
 OFFLOADS = ("auto", "none", "model", "group", "sequential")
-TASKS = ("auto", "text", "image", "control", "inpaint")
+TASKS = ("auto", "text", "image", "control", "inpaint", "removal")
 """What a checkpoint makes a video from; see :mod:`parallel_backend.cogvideox.checkpoint.tasks`."""
 SNR_SHIFTS = ("auto", "on", "off")
 WINDOW_SCHEDULES = ("static", "uniform")

@@ -116,7 +116,8 @@ def check_conditions(job: Any) -> None:
     if job.mask is not None:
         node = "CogVideoX Inpaint or CogVideoX Image To Video"
         check_condition("masked video's latent", job.masked_video, job.latent, channels=channels, node=node)
-        check_condition("mask", job.mask, job.latent, channels=1, node=node)
+        is_encoded = job.mask.shape[1:2] == (channels,)  # for object removal
+        check_condition("mask", job.mask, job.latent, channels=channels if is_encoded else 1, node=node)
 
 
 def check_text(name: str, text: torch.Tensor, starts: tuple[float, ...], batch: int) -> None:

@@ -29,7 +29,7 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     default = dict(zip(("width", "height", "length"), checkpoint.default_size))
     try:
         width, height, frames = (int(query.get(name) or value) for name, value in default.items())
-        guided = float(query.get("cfg") or 6.0) > 1
+        guided = float(query.get("cfg") or checkpoint.default_cfg) > 1
     except ValueError as error:
         raise RequestError(f"the size or cfg is no number: {error}") from None
     check_size(width, height, frames, names={"frames": "length"})

@@ -23,7 +23,7 @@ from ..model import Model
 from ..system.files import check_writable, whole_file
 from . import bench_pipelines as pipelines
 from .console import Table, quiet_libraries, show
-from .options import model_of, size_of
+from .options import cfg_of, model_of, size_of
 
 COLUMNS = {
     "name": "name",
@@ -108,23 +108,23 @@ def run(args: Namespace) -> int:
     )
     if args.decode or args.diffusers != "none":
         checkpoint.check_whole()
-    size = size_of(args, checkpoint)
+    size, cfg = size_of(args, checkpoint), cfg_of(args, checkpoint)
     positive, negative = text_states(checkpoint)
     job = SampleJob(
         model,
         positive,
         empty_latent(**size, channels=checkpoint.channels),
-        negative if args.cfg > 1 else None,
+        negative if cfg > 1 else None,
         seed=0,
         steps=args.steps,
-        cfg=args.cfg,
+        cfg=cfg,
         scheduler=args.scheduler,
         pipefusion_warmup=args.pipefusion_warmup,
     )
     checked = check_job(job)
     device = Devices.parse(args.devices).first
     peak, work = measured_peak(device), operations(checkpoint, job)
-    about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {args.cfg}"
+    about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {cfg}"
     show(f"{about}; {work / 1e12:.3g} TFLOP a step" + (f", {peak / 1e12:.0f} TFLOP/s at most a GPU" if peak else ""))
     fields, table = table_of(args, wanted, has_peak=peak is not None)
     table.show_titles()
@@ -134,7 +134,7 @@ def run(args: Namespace) -> int:
             check_writable(path)
     if kept and kept.exists():
         reference = load_file(kept)["latent"]
-    common = {"model": checkpoint.path.name, "device": device_name(device), "cfg": args.cfg, **size}
+    common = {"model": checkpoint.path.name, "device": device_name(device), "cfg": cfg, **size}
     common |= {name: getattr(args, name) for name in ("dtype", "offload", "tiling", "attention")}
     for row, latent in measured(args, checked, *wanted):
         if reference is None and latent is not None:

@@ -30,7 +30,14 @@ def add_condition_options(parser: ArgumentParser) -> None:
     group.add_argument("--controlnet-start", type=float, default=0.0, help="share of the steps at which the ControlNet begins")
     group.add_argument("--controlnet-end", type=float, default=1.0, help="share of the steps at which the ControlNet ends")
     group.add_argument("--video", help="video to start from; resized and cropped as --image")
-    group.add_argument("--mask", help="image or video, white where --video is to be replaced; for an inpaint model")
+    group.add_argument(
+        "--mask",
+        help="image or video, white where --video is to be replaced; for an inpaint model, or an object removal model, for which grey is "
+        "what the removal affects",
+    )
+    group.add_argument(
+        "--invert-mask", action="store_true", help="--mask is black where --video is to be replaced, as VOID's quadmask_0.mp4"
+    )
     group.add_argument(
         "--noise-aug-strength",
         type=float,

@@ -32,6 +32,11 @@ def add_options(parser: ArgumentParser) -> None:
 
 def download(args: Namespace) -> int:
     """Downloads a model, after saying its size and licence."""
+    if alone := catalogue.ALONE.get(args.model.lower()):
+        raise RequestError(
+            f"{args.model} is published as transformers in single files: get those of {alone.repository} into ComfyUI's "
+            "models/diffusion_models"
+        )
     repository = catalogue.repository_of(args.model)
     if repository is None:
         raise RequestError(

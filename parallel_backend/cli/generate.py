@@ -26,7 +26,7 @@ from ..system.files import check_writable
 from ..validation import timesteps_of
 from . import inputs
 from .console import Progress, quiet_libraries, show, show_json
-from .options import denoise_of, model_of, size_of, windows_of
+from .options import cfg_of, denoise_of, model_of, size_of, windows_of
 from .outputs import Video, videos_of
 from .prompts import encode_prompts
 from .writer import Writer
@@ -103,7 +103,7 @@ def read_request(args: Namespace) -> VideoRequest:
         seed=videos[-1].seed,
         steps=len(timesteps) or args.steps,
         timesteps=timesteps,
-        cfg=args.cfg,
+        cfg=cfg_of(args, checkpoint),
         scheduler=args.scheduler,
         dynamic_cfg=args.dynamic_cfg,
         windows=windows_of(args),

@@ -12,7 +12,7 @@ import torch
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.checkpoint.controlnet import open_all
 from ..cogvideox.checkpoint.facts import whole_frames
-from ..cogvideox.pipeline.conditions import between_images, fit_mask, latent_mask, shown, shows_nothing
+from ..cogvideox.pipeline.conditions import between_images, fit_mask, to_show
 from ..cogvideox.pipeline.image import cover
 from ..cogvideox.pipeline.validation import check_end_image
 from ..cogvideox.transformer.controlnet import encode
@@ -57,18 +57,17 @@ def read(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> tuple
         if start is not None or end is not None:
             raise RequestError("an image and a mask both say what is kept of the video; give one of them")
         step = rate_of(args.video, args, checkpoint).step
-        mask = fit_mask(read_mask(args.mask, frames, step), frames=frames, **edges)
+        mask = read_mask(args.mask, frames, step)
+        mask = fit_mask(1 - mask if args.invert_mask else mask, frames=frames, **edges)
         video = pixels["latent"] if args.denoise is not None and args.denoise < 1 else pixels.pop("latent")
     elif checkpoint.task == "inpaint" and (start is not None or end is not None):
         video, mask = between_images(start, end, frames=frames)
     else:
         return pixels | ({} if start is None else {"image": start}), ready
-    if shows_nothing(mask):
-        return pixels, ready
     noise = checkpoint.reference_noise if args.noise_aug_strength is None else args.noise_aug_strength
     between("noise-aug-strength", noise, 0.0, 1.0)
-    pixels["masked_video"] = shown(video, mask, noise=noise)
-    return pixels, ready | {"mask": latent_mask(mask)}
+    shown, masks = to_show(video, mask, noise=noise, removes=checkpoint.removes)
+    return pixels | shown, ready | masks
 
 
 def read_controlnet(args: Namespace, checkpoint: Checkpoint, video: torch.Tensor | None) -> dict[str, Any]:

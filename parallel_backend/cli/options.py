@@ -66,7 +66,7 @@ def add_model_options(parser: ArgumentParser) -> None:
     )
     add_size_options(parser)
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--cfg", type=float, default=6.0, help="guidance scale; 1 turns guidance off")
+    add_cfg_option(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="auto", help="auto: the checkpoint's own")
     parser.add_argument(
         "--pipefusion-warmup",
@@ -91,6 +91,18 @@ def add_rounding_options(parser: ArgumentParser) -> None:
         default="off",
         help="linears: an older form of --quantize fp8; all: attention in FP8 too (Hopper)",
     )
+
+
+def add_cfg_option(parser: ArgumentParser) -> None:
+    """Adds the option for the guidance scale."""
+    parser.add_argument(
+        "--cfg", type=float, help="guidance scale; 1 turns guidance off (default: 6, and 1 for an object removal model)"
+    )
+
+
+def cfg_of(args: Namespace, checkpoint: Checkpoint) -> float:
+    """Returns the guidance scale; the checkpoint's own if not given."""
+    return checkpoint.default_cfg if args.cfg is None else args.cfg
 
 
 def add_size_options(parser: ArgumentParser) -> None:

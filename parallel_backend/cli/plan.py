@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..cogvideox.checkpoint import published
-from ..cogvideox.checkpoint.catalogue import MODELS
+from ..cogvideox.checkpoint.catalogue import ALONE, MODELS
 from ..devices import Devices
 from ..errors import RequestError
 from ..fit import Fit, fit
@@ -20,12 +20,14 @@ from ..planner.planner import approximations, choose, predictions
 from ..validation import check_size
 from ..workload import work_of
 from .console import show, show_json
-from .options import add_rounding_options, add_size_options, size_of
+from .options import add_cfg_option, add_rounding_options, add_size_options, cfg_of, size_of
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``plan``."""
-    parser.add_argument("--model", required=True, help=f"as in generate; or {', '.join(MODELS)}, which need not be downloaded")
+    parser.add_argument(
+        "--model", required=True, help=f"as in generate; or {', '.join(MODELS | ALONE)}, which need not be downloaded"
+    )
     parser.add_argument("--gpus", type=int, help="GPUs of each host (default: those of this machine)")
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that form one group")
     parser.add_argument(
@@ -36,7 +38,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--gpu", metavar="NAME", help=f"such as 3090; known are {', '.join(KNOWN)} (default: those of this machine)"
     )
     parser.add_argument("--link", choices=tuple(LINKS), help="link between the GPUs (default: the GPU's own)")
-    parser.add_argument("--cfg", type=float, default=6.0, help="guidance scale; 1 turns guidance off")
+    add_cfg_option(parser)
     add_size_options(parser)
     add_rounding_options(parser)
     parser.add_argument("--count", type=int, default=1, metavar="N", help="videos to make; replicas may share them")
@@ -53,7 +55,7 @@ def plan(args: Namespace) -> int:
         raise RequestError(f"memory-gib is {args.memory_gib:g}; give what one GPU has, such as 24")
     if args.count < 1:
         raise RequestError(f"count is {args.count}; use 1 or more")
-    size = size_of(args, checkpoint)
+    size, guided = size_of(args, checkpoint), cfg_of(args, checkpoint) > 1
     check_size(**size, batch=1)
     if args.nnodes < 1:
         raise RequestError(f"nnodes is {args.nnodes}; use 1 or more")
@@ -62,7 +64,7 @@ def plan(args: Namespace) -> int:
     count = each * args.nnodes
     machine = hardware.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
     model = Model(str(checkpoint.path), fp8=args.fp8, quantize=args.quantize)
-    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=args.cfg > 1, model=model)
+    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=guided, model=model)
     found = predictions(work, machine, count, jobs=args.count)
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
     found.sort(key=lambda each: each.total)

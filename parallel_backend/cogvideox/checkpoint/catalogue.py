@@ -46,12 +46,15 @@ MODELS = {
     "fun-1.5-inp": Published("alibaba-pai/CogVideoX-Fun-V1.5-5b-InP", "1.5-5b", "inpaint"),
 }
 """The published models by their short names."""
+ALONE = {"void": Published("netflix/void-model", "1.5-5b", "removal")}
+"""Models that are published as single files of the transformer, which ``download`` does not get. ``plan`` knows them too."""
 
 
 def published(name: str) -> Published | None:
     """Returns the published model with a short name or a repository, in capital or small letters; None if there is none."""
-    by_repository = {model.repository.lower(): model for model in MODELS.values()}
-    return (MODELS | by_repository).get(name.lower())
+    known = MODELS | ALONE
+    by_repository = {model.repository.lower(): model for model in known.values()}
+    return (known | by_repository).get(name.lower())
 
 
 def named_after(folder: str) -> str | None:
@@ -61,7 +64,7 @@ def named_after(folder: str) -> str | None:
 
 def repository_of(name: str) -> str | None:
     """Returns the ORG/NAME that a name means: that of a published model, or the name itself; None for any other text."""
-    if model := published(name):
+    if (model := published(name)) and name.lower() not in ALONE:
         return model.repository
     return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", name, re.ASCII) else None
 

@@ -21,6 +21,8 @@ TRAINED_AT = (1360, 768)
 REACH = 300 * SPATIAL
 """Width and height that the positions of CogVideoX 1.5 reach, in its published configurations. Early ones had the trained size, of the
 same weights."""
+REMOVAL_SIZE, REMOVAL_FPS = (672, 384), 12
+"""Width, height and frames per second of object removal (Netflix/void-model 66e9c0e, ``config/quadmask_cogvideox.py``)."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,17 @@ class CheckpointFacts:
 
     @property
     def is_fun(self) -> bool:
-        """Whether it belongs to VideoX-Fun's family, as control and inpaint models do.
+        """Whether it belongs to VideoX-Fun's family, as control, inpaint and removal models do.
 
-        It was trained without padding frames, at 8 frames per second, at many sizes (see
-        :mod:`parallel_backend.cogvideox.transformer.positions`), and with a noise schedule of its own (:attr:`snr_shift_scale`).
+        It was trained without padding frames, at many sizes (see :mod:`parallel_backend.cogvideox.transformer.positions`), and with a
+        noise schedule of its own (:attr:`snr_shift_scale`).
         """
-        return self.task in ("control", "inpaint")
+        return self.task in ("control", "inpaint", "removal")
+
+    @property
+    def removes(self) -> bool:
+        """Whether it removes objects from a video, as VOID does."""
+        return self.task == "removal"
 
     @property
     def configured_snr_shift(self) -> float:
@@ -195,10 +202,9 @@ class CheckpointFacts:
     @property
     def default_size(self) -> tuple[int, int, int]:
         """Width in pixels, height in pixels, and number of frames that the model was trained for."""
-        size = self.positions_size
+        size, frames = self.positions_size, self.transformer.get("sample_frames", 49)
         if self.patch_size_t is not None:
-            size = tuple(map(min, size, TRAINED_AT))
-        frames = self.transformer.get("sample_frames", 49)
+            size = tuple(map(min, size, REMOVAL_SIZE if self.removes else TRAINED_AT))
         if self.is_fun:  # trained without padding: 85 frames for a configuration's 81
             frames += self.padding_frames((frames - 1) // TEMPORAL + 1) * TEMPORAL
         return *size, frames
@@ -213,13 +219,23 @@ class CheckpointFacts:
 
     @property
     def most_frames(self) -> int:
-        """Number of frames of the longest training videos. CogVideoX 1.5 was also trained at twice its default of 81 (161)."""
+        """Number of frames of the longest training videos. CogVideoX 1.5 was also trained at twice its default of 81 (161).
+
+        Object removal makes longer videos in windows of its default.
+        """
         frames = self.default_size[2]
-        return frames if self.patch_size_t is None else 2 * frames - 1
+        return frames if self.patch_size_t is None or self.removes else 2 * frames - 1
+
+    @property
+    def default_cfg(self) -> float:
+        """Guidance scale: 6, and 1, which is none, for object removal."""
+        return 1.0 if self.removes else 6.0
 
     @property
     def default_fps(self) -> int:
-        """Frames per second: 16 for CogVideoX 1.5, 8 for CogVideoX 1.0 and all of VideoX-Fun's models."""
+        """Frames per second: 16 for CogVideoX 1.5, 8 for CogVideoX 1.0 and all of VideoX-Fun's models, 12 for object removal."""
+        if self.removes:
+            return REMOVAL_FPS
         return 8 if self.patch_size_t is None or self.is_fun else 16
 
     def weight_bytes(self, part: str, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ VAE_ELEMENTS, TEXT_ENCODER_ELEMENTS = 215_583_907, 4_762_310_656
 """Weight elements of the VAE and of the encoder of T5 v1.1 XXL, which all published models share."""
 HEADS = {"2b": (30, 30), "5b": (42, 48), "1.5-5b": (42, 48)}
 """Blocks and heads of each base."""
-CONDITION_CHANNELS = {"text": 0, "image": 16, "control": 16, "inpaint": 17}
+CONDITION_CHANNELS = {"text": 0, "image": 16, "control": 16, "inpaint": 17, "removal": 32}
 """Input channels beside the noise, by task."""
 PIPELINES = {"text": "CogVideoXPipeline", "image": "CogVideoXImageToVideoPipeline"}
 """The pipeline class in a model's index, by task; VideoX-Fun's models have their own."""

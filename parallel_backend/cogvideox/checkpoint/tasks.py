@@ -9,6 +9,7 @@ TASKS = {
     "image": "image to video",
     "control": "control video to video",
     "inpaint": "inpainting, first and last frame",
+    "removal": "object removal",
 }
 """What a checkpoint makes a video from, and its name in messages."""
 IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
@@ -17,16 +18,21 @@ IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
 
 def possible(channels: int, in_channels: int) -> tuple[str, ...]:
     """Returns the tasks of published models with these channels of noise and of input; none if the numbers are unknown."""
-    by_channels = {channels: ("text",), 2 * channels: ("image", "control"), 2 * channels + 1: ("inpaint",)}
+    by_channels = {
+        channels: ("text",),
+        2 * channels: ("image", "control"),
+        2 * channels + 1: ("inpaint",),
+        3 * channels: ("removal",),
+    }
     return by_channels.get(in_channels, ())
 
 
 def infer(tasks: tuple[str, ...], transformer: dict[str, Any], pipeline: str | None) -> tuple[str | None, str]:
     """Returns the task and the reason for it, in a few words.
 
-    Published models: 16 channels are noise only. 33 are VideoX-Fun's InP (noise, mask, masked video). 32 are noise and either a
-    start image (5b-I2V has learned positions, 1.5-5B-I2V an ``ofs`` embedding) or a control video (Fun Control and Pose, which have
-    neither: VideoX-Fun's issue 176). Other models of 32 channels, such as a start-image finetune of 2b, are identified by the pipeline
+    Published models: 16 channels are noise only. 33 are VideoX-Fun's InP (noise, mask, masked video). 48 are VOID (noise, encoded mask,
+    video). 32 are noise and either a start image (5b-I2V has learned positions, 1.5-5B-I2V an ``ofs`` embedding) or a control video
+    (Fun Control and Pose, which have neither: VideoX-Fun's issue 176). Other models of 32 channels, such as a start-image finetune of 2b, are identified by the pipeline
     in ``model_index.json``. A folder without that file, such as the CogVideoX wrapper's, and a single file are taken for a control model.
 
     Args:

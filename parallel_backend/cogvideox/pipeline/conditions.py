@@ -1,9 +1,9 @@
-"""Conditions that are concatenated to the noise: a start image, a control video, or a masked video and its mask.
+"""Conditions that are concatenated to the noise: a start image, a control video, or a video and its mask.
 
 The channel order is that of the published models: 16 channels of noise, then 16 of a start image, 16 of a control video, or 1
 of a mask and 16 of a masked video. The first two follow diffusers' pipelines. Inpainting follows VideoX-Fun
 (aigc-apps/VideoX-Fun 804a425, ``pipeline_cogvideox_fun_inpaint.py``, and ``scripts/cogvideox_fun/train.py``, which trained the
-models):
+models). Object removal is in :mod:`.removal`.
 
 - The mask is thresholded at 0.5 to 0 or 1; 1 is to be replaced. The video is black (-1) there, and the VAE encodes all of it to
   the posterior's mean.
@@ -26,6 +26,7 @@ from ...errors import RequestError
 from ...jobs import SampleJob
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.facts import SPATIAL, TEMPORAL
+from . import removal
 from .image import cover
 
 COMFYUI_TO_DIFFUSERS = "batch channels frames height width -> batch frames channels height width"
@@ -65,11 +66,32 @@ def image_condition(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tenso
 
 
 def known(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torch.Tensor:
-    """Returns the inverted mask and the masked video; zeros if nothing is known."""
+    """Returns the inverted mask, or the encoded one, and the masked video; zeros if nothing is known."""
     if job.mask is None:
         return torch.zeros_like(latents[:, :, :1]).repeat(1, 1, 1 + latents.shape[2], 1, 1)
-    seen = torch.cat([fit(1 - job.mask, latents), fit(job.masked_video, latents)], dim=2)
+    mask = job.mask if checkpoint.removes else 1 - job.mask
+    seen = torch.cat([fit(mask, latents), fit(job.masked_video, latents)], dim=2)
     return seen * checkpoint.scaling_factor
+
+
+def to_show(
+    video: torch.Tensor, mask: torch.Tensor, *, noise: float, removes: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns what a model is shown of a video and a mask, by field of a :class:`SampleJob`.
+
+    Args:
+        video: ``[frames, height, width, 3]`` in 0..1.
+        mask: ``[frames, height, width]`` in 0..1.
+        noise: see :func:`shown`.
+        removes: whether it is for an object removal model, else for an inpaint model.
+    Returns:
+        The pixels for the VAE to encode, and what needs no encoding. Both are empty if an inpaint model is shown nothing.
+    """
+    if removes:
+        return {"masked_video": add_noise(video, noise), "mask": removal.shown_mask(mask)}, {}
+    if shows_nothing(mask):
+        return {}, {}
+    return {"masked_video": shown(video, mask, noise=noise)}, {"mask": latent_mask(mask)}
 
 
 def between_images(start: torch.Tensor | None, end: torch.Tensor | None, *, frames: int) -> tuple[torch.Tensor, torch.Tensor]:

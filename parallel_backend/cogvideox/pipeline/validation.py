@@ -17,17 +17,20 @@ TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
 IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
 CONTROL_MODELS = "CogVideoX-Fun-V1.1-5b-Control or CogVideoX-Fun-V1.1-5b-Pose"
 INPAINT_MODELS = "CogVideoX-Fun-V1.1-5b-InP or CogVideoX-Fun-V1.5-5b-InP"
+REMOVAL_MODELS = "VOID"
 MAKES = {
     "text": "makes videos from text alone",
     "image": "makes videos from a start image",
     "control": "makes videos from a control video",
     "inpaint": "makes what is missing of a video",
+    "removal": "removes objects from a video",
 }
 """What a checkpoint of each task does; messages put its name in front."""
 CONDITIONS = {
     "image": ("image", f"for a start image use an image-to-video model, such as {IMAGE_MODELS}"),
     "control": ("control", f"for a control video use a control model, such as {CONTROL_MODELS}"),
     "inpaint": ("mask", f"for an end image or a mask use an inpaint model, such as {INPAINT_MODELS}"),
+    "removal": ("mask", f"to remove an object use an object removal model, such as {REMOVAL_MODELS}"),
 }
 """By task: the job's field that only its models take, and advice naming those models."""
 
@@ -157,7 +160,8 @@ def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
     if checkpoint.task is None:
         raise RequestError(
             f"{name} takes {checkpoint.in_channels} channels, which is not supported yet; use a text-to-video ({TEXT_MODELS}), "
-            f"image-to-video ({IMAGE_MODELS}), control ({CONTROL_MODELS}) or inpaint model ({INPAINT_MODELS})"
+            f"image-to-video ({IMAGE_MODELS}), control ({CONTROL_MODELS}), inpaint ({INPAINT_MODELS}) or object removal model "
+            f"({REMOVAL_MODELS})"
         )
     if checkpoint.task == "inpaint" and job.image is not None:
         raise RequestError(
@@ -165,7 +169,7 @@ def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
             "give CogVideoX Image To Video the VAE of this checkpoint"
         )
     for task, (given, who_takes_it) in CONDITIONS.items():
-        if task != checkpoint.task and getattr(job, given) is not None:
+        if not takes(checkpoint, given) and getattr(job, given) is not None:
             choice = f"; if {name} is one, set task to {task}" if task in checkpoint.possible_tasks else ""
             raise RequestError(f"{name} {MAKES[checkpoint.task]}; {who_takes_it}{choice}")
     if job.image is None and checkpoint.task == "image":
@@ -177,6 +181,28 @@ def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
         raise RequestError(
             f"{name} needs a control video (CogVideoX Control To Video, or --control-video); "
             f"from text alone use a text-to-video model, such as {TEXT_MODELS}"
+        )
+    check_mask(checkpoint, job)
+
+
+def takes(checkpoint: Checkpoint, given: str) -> bool:
+    """Returns whether a model takes the condition in a field of a job."""
+    return CONDITIONS.get(checkpoint.task, ("",))[0] == given
+
+
+def check_mask(checkpoint: Checkpoint, job: SampleJob) -> None:
+    """Raises RequestError unless the mask has the form that the model takes: encoded for object removal, else one channel."""
+    if job.mask is None:
+        if checkpoint.removes:
+            raise RequestError(
+                f"{checkpoint.name} needs a video and a mask of what to remove (CogVideoX Inpaint, or --video and --mask)"
+            )
+        return
+    if job.mask.shape[1] != checkpoint.in_channels - 2 * checkpoint.channels:
+        other = "inpaint" if checkpoint.removes else "object removal"
+        raise RequestError(
+            f"{checkpoint.name} {MAKES[checkpoint.task]}, and the mask was made for an {other} model; connect this model to CogVideoX "
+            "Inpaint, or its VAE"
         )
 
 
