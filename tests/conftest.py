@@ -61,6 +61,7 @@ LONG = (
     "demo",
     "replicas",
     "core_parts",
+    "removal",
     "host",
     "offload",
 )

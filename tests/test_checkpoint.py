@@ -16,6 +16,7 @@ from parallel_backend.model import DTYPES, Model
 
 IMAGE, VIDEO = torch.ones(1, 16, 1, 8, 12), torch.ones(1, 16, 3, 8, 12)
 INPAINT = {"masked_video": VIDEO, "mask": VIDEO[:, :1]}
+REMOVAL = {"masked_video": VIDEO, "mask": VIDEO}
 
 
 def configure(folder, **changes) -> None:
@@ -50,7 +51,7 @@ def test_what_a_checkpoint_can_do_comes_from_its_configurations(checkpoints):
 
 
 def test_what_a_video_is_made_from_comes_from_the_configurations_and_not_from_the_name(checkpoints, broken):
-    tasks = {"": "text", "i2v": "image", "control": "control", "inp": "inpaint"}
+    tasks = {"": "text", "i2v": "image", "control": "control", "inp": "inpaint", "void": "removal"}
     found = {like: Checkpoint.open(path) for like, path in checkpoints.items()}
     assert {like: checkpoint.task for like, checkpoint in found.items()} == {like: tasks[parse(like)[1]] for like in found}
     assert "CogVideoX 1.0, text to video, 3 layers, 4 heads, rotary, fp32" in found["5b"].describe
@@ -59,8 +60,9 @@ def test_what_a_video_is_made_from_comes_from_the_configurations_and_not_from_th
     assert "CogVideoX 1.0, control video to video, 3 layers, 4 heads, sincos, fp32" in found["2b-control"].describe
     assert "CogVideoX 1.5, inpainting, first and last frame, 3 layers, 4 heads, rotary, fp32" in found["1.5-5b-inp"].describe
     assert (found["5b-i2v"].ofs, found["1.5-5b-i2v"].ofs) == (None, 2.0)
-    configure(broken, in_channels=48)
-    assert "not supported yet (48 channels in)" in Checkpoint.open(broken).describe
+    assert "CogVideoX 1.5, object removal, 3 layers, 4 heads, rotary, fp32" in found["1.5-5b-void"].describe
+    configure(broken, in_channels=40)
+    assert "not supported yet (40 channels in)" in Checkpoint.open(broken).describe
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,14 @@ def test_the_published_fun_models_make_whole_tokens_at_8_frames_a_second_and_kno
     assert Checkpoint.open(broken).reference_noise == 0.0563
 
 
+def test_the_published_removal_model_makes_windows_of_85_frames_at_12_a_second_without_guidance(broken):
+    configure(broken, in_channels=48, patch_size_t=2, sample_width=300, sample_height=300, sample_frames=81)
+    checkpoint = Checkpoint.open(broken)
+    assert (checkpoint.default_size, checkpoint.most_frames) == ((672, 384, 85), 85)
+    assert (checkpoint.default_fps, checkpoint.default_cfg) == (12, 1.0)
+    assert "672x384x85 at 12 fps" in checkpoint.describe
+
+
 @pytest.mark.parametrize("like, auto", [("5b-i2v", 0.7), ("1.5-5b-i2v", 1 / 0.7), ("2b-i2v", 1.15258426)])
 def test_a_start_image_is_scaled_as_the_checkpoint_says_or_as_a_person_says(like, auto, checkpoints):
     checkpoint = Checkpoint.open(checkpoints[like])
@@ -113,8 +123,8 @@ def test_the_published_1_5_says_how_far_its_positions_reach_and_not_its_size(che
     [
         ("5b", {}, {"image": IMAGE}, "text alone; .* image-to-video model, such as CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"),
         ("5b-i2v", {}, {}, "needs a start image .* text-to-video model, such as CogVideoX-2b"),
-        ("5b", {"in_channels": 48}, {}, "takes 48 channels, which is not supported yet; .*CogVideoX-5b-I2V"),
-        ("5b", {"in_channels": 48}, {"image": IMAGE}, "takes 48 channels"),
+        ("5b", {"in_channels": 40}, {}, "takes 40 channels, which is not supported yet; .*CogVideoX-5b-I2V"),
+        ("5b", {"in_channels": 40}, {"image": IMAGE}, "takes 40 channels"),
         ("5b", {}, {"control": VIDEO}, "text alone; for a control video use a control model, such as .*-Control or .*-Pose"),
         ("5b", {}, INPAINT, "text alone; for an end image or a mask use an inpaint model, such as .*-InP"),
         ("5b-i2v", {}, {"image": IMAGE, "control": VIDEO}, "from a start image; for a control video use a control model"),
@@ -123,6 +133,12 @@ def test_the_published_1_5_says_how_far_its_positions_reach_and_not_its_size(che
         ("5b-control", {}, {"control": VIDEO, "image": IMAGE}, "from a control video; for a start image use an image-to-video"),
         ("5b-inp", {}, {"control": VIDEO}, "what is missing of a video; for a control video use a control model"),
         ("5b-inp", {}, {"image": IMAGE}, "takes a start image as a masked video.*the VAE of this checkpoint"),
+        ("5b-inp", {}, REMOVAL, "what is missing of a video, and the mask was made for an object removal model; connect"),
+        ("1.5-5b-void", {}, INPAINT, "removes objects from a video, and the mask was made for an inpaint model; connect"),
+        ("1.5-5b-void", {}, {}, "needs a video and a mask of what to remove \\(CogVideoX Inpaint, or --video and --mask\\)"),
+        ("1.5-5b-void", {}, {"image": IMAGE}, "removes objects from a video; for a start image use an image-to-video model"),
+        ("1.5-5b-void", {}, {"control": VIDEO}, "removes objects from a video; for a control video use a control model"),
+        ("1.5-5b-void", {}, REMOVAL, "needs a multiple of 2 latent frames and the video has 3: use 13 frames"),
         ("1.5-5b-inp", {}, {}, "needs a multiple of 2 latent frames and the video has 3: use 13 frames"),
         ("1.5-5b-control", {}, {"control": VIDEO}, "needs a multiple of 2 latent frames and the video has 3: use 13 frames"),
         ("5b-i2v", {}, {"size": (80, 48, 9), "image": IMAGE[..., :6, :10]}, "positions for 96x64 only .* 80x48; use 96x64"),
