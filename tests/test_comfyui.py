@@ -17,7 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from parallel_backend.cogvideox.checkpoint.bundled import DEMO, find
 from parallel_backend.executor.group import GroupExecutor
@@ -461,6 +461,55 @@ def test_a_start_image_through_the_core_s_vae_gives_what_ours_gives(server, core
     ours, core = latents.values()
     assert ours.shape == (1, 16, 5, 8, 12)
     assert (ours - core).abs().max() <= TOLERANCE
+
+
+VOID = [
+    "XDiTBackend.devices=cpu:2", "XDiTCogVideoXInpaint.width=64", "XDiTCogVideoXInpaint.height=48", "CLIPLoader.clip_name=t5.safetensors",
+    "VAELoader.vae_name=1.5-5b-void.safetensors", "LoadImage.image=mask.png",
+]  # fmt: skip
+ITS_MODEL = "diffusion_models/1.5-5b-void.safetensors"
+
+
+@pytest.mark.usefixtures("core_knows_cogvideox")
+def test_an_object_is_removed_in_one_pass_and_in_two_with_the_core_s_noise(server, core_models):
+    """The second time the condition is the core's own too."""
+    flow = server.base / "models" / "optical_flow" / "raft.safetensors"
+    flow.parent.mkdir(exist_ok=True)
+    parts = ("feature_encoder", "context_encoder", "update_block")
+    save_file(
+        {f"{part}.{name}": torch.zeros(1, *[1] * (name == "weight")) for part in parts for name in ("weight", "bias")}, flow
+    )
+    with in_model_folders(core_models, server.base / "models"):
+        prepare(server.base, {})
+        info = server.object_info()
+        if "VOIDWarpedNoise" not in info:
+            pytest.skip("the core of this ComfyUI has no nodes for VOID")
+        one, two = (json.loads((REPO / "workflows" / f"remove-object{end}.json").read_text()) for end in ("", "-twice"))
+        once, twice = to_api(one, info), to_api(two, info)
+        few = [*VOID, f"XDiTLoadCogVideoX.model_name={ITS_MODEL}", "XDiTCogVideoXSampler.steps=2"]
+        apply_settings(once, [*few, "XDiTBackend.plan=ulysses2", "XDiTSaveVideo.filename_prefix=removed"], info)
+        server.run(once, workflow=one)
+        for node in twice.values():
+            settings = {"XDiTLoadCogVideoX": {"model_name": ITS_MODEL}, "XDiTCogVideoXSampler": {"steps": 2}}
+            node["inputs"] |= settings.get(node["class_type"], {})
+        apply_settings(
+            twice, [*VOID, "XDiTSaveVideo.filename_prefix=twice", "OpticalFlowLoader.model_name=raft.safetensors"], info
+        )
+        inpaint = twice[node_of(twice, "XDiTCogVideoXInpaint")]
+        theirs = {"quadmask": inpaint["inputs"]["mask"], "width": 64, "height": 48, "length": 13, "batch_size": 1}
+        kept = {name: inpaint["inputs"][name] for name in ("positive", "negative", "vae", "video")}
+        twice[node_of(twice, "XDiTSaveVideo")]["inputs"]["fps"] = 12.0
+        inpaint |= {"class_type": "VOIDInpaintConditioning", "inputs": kept | theirs}
+        server.run(twice)
+    assert frames_of_video(server, "removed").shape == (37, 48, 64, 3)
+    assert frames_of_video(server, "twice").shape == (13, 48, 64, 3)
+    assert "1.5-5b-void.safetensors: CogVideoX 1.5, object removal, 3 layers, 2 heads, rotary, fp32" in server.log()
+
+
+def frames_of_video(server, name: str) -> np.ndarray:
+    """The frames of the one video whose name starts so."""
+    (path,) = [path for path in server.output_files() if path.name.startswith(f"{name}_") and path.suffix == ".mp4"]
+    return iio.imread(path, plugin="pyav")
 
 
 def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of, checkpoints):

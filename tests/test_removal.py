@@ -1,7 +1,7 @@
 """Object removal (VOID): the condition of its training, and the latents of ComfyUI's own nodes in both passes and every plan."""
 
 import subprocess
-from functools import partial
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,9 +20,7 @@ from parallel_backend.plan import Plan
 from .conftest import REPO, TOLERANCE, Broken, made
 from .support import void
 from .support.comfyui_server import find_comfyui, find_python
-from .support.core_files import HEAD_OF_THE_CORE, PUBLISHED
 from .support.norms import without_norms
-from .support.single_files import republish, save_as
 
 LIKE = "1.5-5b-void"
 WIDTH, HEIGHT, FRAMES = 96, 64, 13
@@ -114,15 +112,6 @@ def test_one_window_gives_the_latents_of_its_authors_formula(cfg, pipeline, chec
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    """A checkpoint with heads of the size that the core assumes, and its transformer as a file with the core's names."""
-    root = tmp_path_factory.mktemp("void")
-    found = republish(checkpoints[LIKE], root / "void", **PUBLISHED, **HEAD_OF_THE_CORE)
-    save_as(found, root / "void.safetensors", "core")
-    return found
-
-
-@pytest.fixture(scope="module")
 def given() -> dict[str, torch.Tensor]:
     """What both sides are given."""
     generator = torch.Generator().manual_seed(9)
@@ -132,7 +121,10 @@ def given() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def from_core(folder, given, tmp_path_factory) -> dict[str, torch.Tensor] | Broken:
+def from_core(made_core_models, given, tmp_path_factory) -> dict[str, torch.Tensor] | Broken:
+    if isinstance(made_core_models, Broken):
+        return made_core_models
+    files = made_core_models[LIKE]
     exchange = tmp_path_factory.mktemp("exchange")
     save_file(given, exchange / "given.safetensors")
     command = [
@@ -140,8 +132,8 @@ def from_core(folder, given, tmp_path_factory) -> dict[str, torch.Tensor] | Brok
         REPO / "tests" / "support" / "void_core.py",
         find_comfyui(),
         exchange / "given.safetensors",
-        folder.with_suffix(".safetensors"),
-        folder / "vae" / "diffusion_pytorch_model.safetensors",
+        files.transformer,
+        files.vae,
         exchange / "found.safetensors",
     ]
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
@@ -157,24 +149,24 @@ def core(from_core) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def job_of(core, folder, given) -> partial:
+def job_of(core, core_models, given) -> Callable[..., SampleJob]:
     """Makes the job of a pass of the core, with the core's own condition and noise."""
 
     def make(name: str, **settings) -> SampleJob:
         mask, video = core["condition"].chunk(2, dim=1)
         texts = given["positive"], empty_latent(width=WIDTH, height=HEIGHT, frames=FRAMES), given["negative"]
         settings = {"steps": 4, **settings}
-        model = Model(str(folder.with_suffix(".safetensors")))
+        model = Model(str(core_models[LIKE].transformer))
         return SampleJob(model, *texts, mask=mask, masked_video=video, noise=core[f"noise of {name}"], **settings)
 
     return make
 
 
 @needs_core
-def test_the_core_s_condition_is_ours_but_for_three_things_that_the_training_does_otherwise(given, core, folder):
+def test_the_core_s_condition_is_ours_but_for_three_things_that_the_training_does_otherwise(given, core, core_models):
     """It hides the video, scales the mask to -1..1, and keeps a fourth level."""
     video, stored = given["video"], given["stored mask"]
-    vae = Checkpoint.open(folder).load_vae(torch.float32)
+    vae = Checkpoint.open(core_models[LIKE].folder).load_vae(torch.float32)
     without_norms(vae)  # the core takes their statistics over other chunks of frames
     as_core = torch.cat([codec.encode(vae, core[f"{name} pixels"]) for name in ("mask", "video")], dim=1)
     assert difference(as_core, core["condition"]) <= TOLERANCE

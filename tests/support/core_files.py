@@ -41,14 +41,14 @@ class CoreFiles:
 
 
 def make(checkpoints: dict[str, Path], root: Path) -> dict[str, CoreFiles]:
-    """Makes the files of a small CogVideoX 1.5 text-to-video and image-to-video model, with one T5 for both."""
+    """Makes the files of small models of CogVideoX 1.5: text to video, image to video and object removal, with one T5 for all."""
     text = root / "text"
     encoder = T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **T5)).eval()
     fill(encoder, torch.Generator().manual_seed(6))
     encoder.save_pretrained(text / "text_encoder")
     shutil.copytree(find_comfyui() / "comfy" / "text_encoders" / "t5_tokenizer", text / "tokenizer")
     found = {}
-    for like in ("1.5-5b", "1.5-5b-i2v"):
+    for like in ("1.5-5b", "1.5-5b-i2v", "1.5-5b-void"):
         folder = republish(checkpoints[like], root / like, **PUBLISHED, **HEAD_OF_THE_CORE)
         for part in ("text_encoder", "tokenizer"):
             shutil.rmtree(folder / part)

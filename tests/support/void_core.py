@@ -1,8 +1,8 @@
 """Runs ComfyUI's own VOID nodes (0.33, comfy_extras/nodes_void.py) on small weights, in ComfyUI's interpreter.
 
 ``python void_core.py COMFYUI GIVEN TRANSFORMER VAE RESULT``; GIVEN and RESULT are safetensors files. Three things are not as shipped:
-the VAE is as narrow as the tests' (tests/support/narrow_core.py) and has no norms, the latents have the scale of 5b, which the core
-chooses for 48 heads, and the optical flow of the warped noise is a constant.
+VAE and optical flow are the tests' (tests/support/narrow_core.py), the VAE has no norms, and the latents have the scale of 5b, which
+the core chooses for 48 heads.
 """
 
 import sys
@@ -19,20 +19,13 @@ import comfy.latent_formats  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
-import narrow_core  # noqa: E402, F401
+import narrow_core  # noqa: E402
 from comfy_extras import nodes_custom_sampler as sampling  # noqa: E402
 from comfy_extras import nodes_void as void  # noqa: E402
 from norms import without_norms  # noqa: E402
 
 TRAINED_SIGMA = 1e7
 """Instead of the core's first sigma, 4518.6: of a noise schedule that ends at no signal at all, as was trained."""
-
-
-class Flow(torch.nn.Module):
-    """In place of RAFT: everything moves by one pixel and a half to the right."""
-
-    def forward(self, one, other):
-        return [torch.cat([torch.full_like(one[:, :1], 1.5), torch.zeros_like(one[:, :1])], dim=1)]
 
 
 class Kept:
@@ -74,7 +67,7 @@ def main() -> None:
     conditioned = run(void.VOIDInpaintConditioning, *prompts, vae, given["video"], mask, *size)
     found |= {"mask": mask, "condition": conditioned[0][0][1]["concat_latent_image"]}
     found |= dict(zip(("mask pixels", "video pixels"), vae.pixels))
-    flow = comfy.model_patcher.ModelPatcher(Flow(), torch.device("cpu"), torch.device("cpu"))
+    flow = comfy.model_patcher.ModelPatcher(narrow_core.Flow(), torch.device("cpu"), torch.device("cpu"))
     torch.manual_seed(7)
     (warped,) = run(void.VOIDWarpedNoise, flow, given["video"], *size)
     (drawn,), (source,) = run(sampling.RandomNoise, 11), run(void.VOIDWarpedNoiseSource, warped)
