@@ -321,6 +321,7 @@ def test_a_plan_is_chosen_for_the_length_and_windows_that_are_sampled(run, check
         ("5b-inp", ("--video", "video.mp4", "--mask", "video.mp4", "--denoise", "0.5"), ["masked_video", "latent"], 9),
         ("5b-inp", ("--video", "video.mp4", "--image", "image.png"), ["masked_video", "latent"], 9),
         ("1.5-5b-inp", ("--video", "video.mp4"), ["latent"], 5),
+        ("1.5-5b-void", ("--video", "video.mp4", "--mask", "video.mp4"), ["masked_video", "mask"], 5),
         ("1.5-5b-control", ("--control-video", "video.mp4"), ["control"], 5),
         ("5b-control", ("--control-video", "video.mp4", "--video", "video.mp4"), ["control", "latent"], 9),
         ("5b-i2v", ("--image", "image.png"), ["image"], 17),
@@ -333,15 +334,29 @@ def test_files_are_read_for_the_fields_that_the_model_takes(like, more, encoded,
     size = {"width": 48, "height": 32, "frames": args.frames or 17}
     pixels, ready = inputs.read(args, size, Checkpoint.open(checkpoints[like]))
     assert set(pixels) == set(encoded) and size["frames"] == frames
-    assert set(ready) == ({"mask"} if "masked_video" in encoded else set())
+    assert set(ready) == ({"mask"} if "masked_video" in encoded else set()) - set(encoded)
     assert {video.shape for video in pixels.values()} == {(1 if encoded == ["image"] else frames, 32, 48, 3)}
     for mask in ready.values():
         assert mask.shape == (1, 1, (frames - 1) // 4 + 1, 4, 6)
 
 
+def test_a_mask_may_be_the_other_way_round(checkpoints, files):
+    arguments = ["generate", "--model", "x", "--prompt", "x", "--output", "x.mp4", "--video", files["video.mp4"]]
+    shown = []
+    for more in ([], ["--invert-mask"]):
+        args = build_parser().parse_args([*arguments, "--mask", files["image.png"], *more])
+        size = {"width": 48, "height": 32, "frames": 5}
+        shown.append(inputs.read(args, size, Checkpoint.open(checkpoints["1.5-5b-void"]))[0]["mask"] * 2 - 1)
+    levels = [sorted({*(255 - mask * 255).round().int().flatten().tolist()}) for mask in shown]
+    assert all(set(found) <= {0, 63, 127, 255} and len(found) > 1 for found in levels)
+    assert not torch.equal(*shown)
+    assert ((shown[0] + shown[1] - 1).abs() <= 0.26).all()  # they add up to 1, but for the levels
+
+
 @pytest.mark.parametrize(
     "like, more",
     [
+        ("1.5-5b-void", ("--video", "video.mp4", "--mask", "image.png")),
         ("5b-inp", ("--image", "image.png", "--end-image", "image.png")),
         ("5b-control", ("--control-video", "video.mp4", "--control-strength", "0.5")),
     ],
@@ -509,6 +524,17 @@ def test_plan_is_asked_about_gpus_that_are_not_here(run, checkpoints):
     assert in_int8["plans"][0]["step_seconds"] != several["plans"][0]["step_seconds"]
     wrong = run("plan", "--model", checkpoints["5b"], "--gpu", "GTX 970")
     assert wrong.returncode == 2 and "gpu 'GTX 970' is not known; use one of H200, H100, " in wrong.stderr
+
+
+def test_plan_gives_object_removal_no_guidance_unless_it_is_asked_for(run):
+    chosen = {}
+    for more in ((), ("--cfg", 6)):
+        asked = run("plan", "--model", "void", "--gpu", "H100", "--gpus", 2, "--json", *more)
+        found = json.loads(asked.stdout)
+        chosen[more] = found["plan"], any("cfg" in each["plan"] for each in found["plans"])
+    assert chosen == {(): ("ulysses2", False), ("--cfg", 6): ("cfg2", True)}
+    assert "netflix/void-model: CogVideoX 1.5, object removal, 42 layers" in run("plan", "--model", "void", "--gpus", 1).stdout
+    assert "void is published as transformers in single files" in run("download", "void").stderr
 
 
 def test_plan_answers_for_a_model_that_is_not_downloaded_and_says_how_it_fits(run):

@@ -22,7 +22,15 @@ class CoreVAE:
     def encode(self, pixels):
         return torch.ones(1, 16, (len(pixels) - 1) // 4 + 1, pixels.shape[1] // 8, pixels.shape[2] // 8)
 """
-LIKES = {"text": "5b", "i2v": "2b-i2v", "control": "5b-control", "inp": "5b-inp", "inp15": "1.5-5b-inp", "v2v15": "1.5-5b"}
+LIKES = {
+    "text": "5b",
+    "i2v": "2b-i2v",
+    "control": "5b-control",
+    "inp": "5b-inp",
+    "inp15": "1.5-5b-inp",
+    "v2v15": "1.5-5b",
+    "void": "1.5-5b-void",
+}
 
 
 @pytest.fixture
@@ -48,6 +56,21 @@ fields = {"masked_video": encode(model, conditions.shown(covered, known)), "mask
 equal["inpaint"] = torch.equal(sampled(model, found), expected(model, **fields))
 keys = sorted(found[0][0][1])
 all_new = sorted(call(Inpaint, **prompts, vae=vae, video=clip, mask=torch.ones(1, 40, 100), **size)[0][0][1])
+
+model, vae = handles(void)
+quad = torch.linspace(0, 1, 40)[None, :, None].expand(11, 40, 100)
+five = {**size, "length": 5}
+found = call(Inpaint, **prompts, vae=vae, video=clip, mask=quad, **five)
+known = conditions.fit_mask(quad, frames=5, width=48, height=32)
+pixels, _ = conditions.to_show(covered[:5], known, noise=0.0, removes=True)
+fields = {name: encode(model, part) for name, part in pixels.items()}
+latent = jobs.empty_latent(width=48, height=32, frames=5)
+wanted = host.local().sample(jobs.SampleJob(model.model, positive[0][0], latent, negative[0][0], seed=3, steps=2, **fields)).tensor
+equal["void"] = torch.equal(sampled(model, found), wanted)
+of_the_core = found[0][0][1]["concat_latent_image"]  # as its VOIDInpaintConditioning lays it out
+equal["void as the core"] = torch.equal(of_the_core, torch.cat([fields["mask"], fields["masked_video"]], dim=1))
+all_removed = call(Inpaint, **prompts, vae=CoreVAE(), model=model, video=clip, mask=torch.ones(1, 40, 100), **five)[0][0][1]
+model, vae = handles(inp)
 
 found = call(Node, **prompts, vae=vae, start_image=clip[:1], end_image=clip[-1:], **size)
 ends = [image.cover(one, width=48, height=32) for one in (clip[:1], clip[-1:])]
@@ -85,10 +108,13 @@ finally:
     path.write_text(before)
 video, known = conditions.between_images(covered[:1], None, frames=9)
 equal["noise"] = torch.equal(noisy, encode(model, conditions.add_noise(video, 0.0563)))
-show(equal=equal, keys=keys, all_new=all_new, shapes={name: list(shape) for name, shape in shapes.items()},
+show(equal=equal, keys=keys, all_new=all_new, all_removed=list(all_removed["concat_latent_image"].shape), shapes={name: list(shape) for name, shape in shapes.items()},
      mask=end["concat_mask"][0, 0, :, 0, 0].tolist())
 """)
-    assert shown["equal"] == dict.fromkeys(("control", "inpaint", "ends", "nothing", "raw", "video", "noise"), True)
+    assert shown["equal"] == dict.fromkeys(
+        ("control", "inpaint", "void", "void as the core", "ends", "nothing", "raw", "video", "noise"), True
+    )
+    assert shown["all_removed"] == [1, 32, 2, 4, 6]
     assert shown["keys"] == ["concat_latent_image", "concat_mask", "pooled_output"]  # the core's own
     assert shown["all_new"] == ["pooled_output"]
     assert shown["mask"] == [1, 1, 1]  # VideoX-Fun's mask looks at the middle two of every four frames

@@ -21,7 +21,7 @@ LEVELS, EDGES = (0, 63, 127, 255), (31, 95, 191)
 
 def rounded(mask: torch.Tensor) -> torch.Tensor:
     """Rounds a mask in 0..1, where 1 is removed, to the levels of the training."""
-    return (torch.tensor(LEVELS) / 255)[torch.bucketize(mask, torch.tensor(EDGES) / 255)]
+    return (torch.tensor(LEVELS) / 255)[torch.bucketize(mask.contiguous(), torch.tensor(EDGES) / 255)]
 
 
 def shown_mask(mask: torch.Tensor) -> torch.Tensor:
