@@ -29,14 +29,18 @@ class CogVideoXInpaint(CogVideoXNode):
         return schema(
             node_id="XDiTCogVideoXInpaint",
             display_name="CogVideoX Inpaint",
-            aliases="inpainting, inpaint video, mask, outpaint",
+            aliases="inpainting, inpaint video, mask, outpaint, void, remove object",
             category=CATEGORY,
             description="Encodes a video without the masked part, for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP or "
-            "CogVideoX-Fun-V1.5-5b-InP, which replaces that part.",
+            "CogVideoX-Fun-V1.5-5b-InP, which replaces that part; or the whole video and the mask for VOID, which removes an object.",
             inputs=[
                 *conditioned_inputs(),
                 io.Image.Input("video", tooltip=f"The video to change. {FITTED}"),
-                io.Mask.Input("mask", tooltip="White is replaced, black is kept. One mask for every frame, or one for all."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="White is replaced, black is kept. For VOID white is removed and grey is what the removal affects. One mask for every "
+                    "frame, or one for all.",
+                ),
                 *rate_inputs(),
                 noise_input(),
             ],

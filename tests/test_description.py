@@ -58,6 +58,11 @@ def test_a_choice_reaches_the_sampler_and_a_cached_model_follows_it(make_job, lo
     assert local.engine.cache.loads == loads
 
 
+def test_object_removal_says_how_it_was_made_to_be_run(checkpoints):
+    (line,) = conclusions(Checkpoint.open(checkpoints["1.5-5b-void"]))
+    assert line == "made for cfg 1 and windows of 21 frames; its authors run a second pass, of the same shape, with cfg 6"
+
+
 def test_a_task_that_the_user_sets_is_the_one_of_a_model_of_that_task(make_job, local, checkpoints):
     """A start-image finetune of 2b is taken for a control model where its file says nothing of the pipeline."""
     model, image = Model(str(checkpoints["2b-control"]), task="image"), torch.randn(1, 16, 1, 6, 6)

@@ -98,7 +98,7 @@ def test_comfyui_starts_without_anything_slow(listing):
 def test_a_shipped_workflow_has_all_its_widgets_and_explains_itself(path, nodes):
     workflow = json.loads(path.read_text())
     if missing := {node["type"] for node in workflow["nodes"]} - {*nodes, "MarkdownNote"}:
-        pytest.skip(f"{path.name} needs {', '.join(missing)} of a real ComfyUI; tests/test_comfyui.py runs it there")
+        pytest.skip(f"{path.name} needs {', '.join(sorted(missing))} of a real ComfyUI; tests/test_comfyui.py runs it there")
     prompt = to_api(workflow, nodes)
     for name, node in prompt.items():
         for field, _, group, _ in inputs_of(nodes[node["class_type"]]):

@@ -51,6 +51,7 @@ CASES = [
     ("5b-inp", {"size": (48, 48, 5), "steps": 3, "scheduler": "ddim", **masked(2, 6, 6)}),
     ("1.5-5b-inp", {"size": (64, 48, 5), "steps": 3, "cfg": 1.0, **masked(2, 6, 8)}),
     ("1.5-5b-inp", {"size": (64, 48, 1), "steps": 3, **masked(1, 6, 8)}),
+    ("1.5-5b-void", {"size": (64, 48, 5), "steps": 3, "cfg": 1.0, **masked(2, 6, 8), "mask": torch.randn(1, 16, 2, 6, 8)}),
 ]
 
 PICTURES = [

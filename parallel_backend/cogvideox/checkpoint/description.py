@@ -27,6 +27,11 @@ def conclusions(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.reference_noise:
         why = "taken for CogVideoX-Fun-V1.1-5b-InP (0 is right for V1.0)" if checkpoint.is_file else "as its configuration says"
         lines.append(f"noise_aug_strength {checkpoint.reference_noise:g} on what it is shown, {why}")
+    if checkpoint.removes:
+        frames = checkpoint.default_size[2]
+        lines.append(
+            f"made for cfg 1 and windows of {frames} frames; its authors run a second pass, of the same shape, with cfg 6"
+        )
     if unused := checkpoint.unused_weights:
         lines.append(f"{len(unused)} weights are not used, such as {min(unused)}: {addition_of(unused)}")
     return lines
