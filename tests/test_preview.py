@@ -63,7 +63,19 @@ def test_pictures_come_now_and_then(make_job, local, monkeypatch, configure):
     configure(preview, preview_seconds=5.0)
     monkeypatch.setattr(preview, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     local.sample(job, on_picture=shown.append)
-    assert 1 < len(shown) < 8
+    assert 2 < len(shown) < 8
+
+
+def test_the_last_picture_is_of_the_result_however_short_the_job_is(make_job, local, configure):
+    """Three of six steps: where the number does not divide 1000, the result is not what the last step takes for clean."""
+    configure(preview, preview_seconds=1e9)
+    noisy = torch.randn(1, 16, 5, 6, 8, generator=torch.Generator().manual_seed(1))
+    job, shown = make_job("5b", size=SIZE, steps=6, latent=noisy, denoise=0.5), []
+    result = local.sample(job, on_picture=shown.append)
+    assert len(shown) == 2
+    module = local.engine.cache.held["vae"][1]
+    expected = preview.picture(module, result.tensor[0].transpose(0, 1))
+    assert (shown[1].int() - expected.int()).abs().max() <= 1
 
 
 def test_a_job_whose_caller_wants_none_or_whose_model_cannot_loads_no_vae(make_job, at_every_step, monkeypatch):
@@ -129,4 +141,4 @@ show(found=found)
     without, with_pictures = shown["found"]
     assert [one[2] for one in without] == [None] * len(without)
     pictures = [one for one in with_pictures if one[2]]
-    assert [one[:2] for one in pictures] == [[1, 2]] and pictures[0][2] == ["JPEG", 3 * 64, 48, 512]
+    assert [one[:2] for one in pictures] == [[1, 2], [2, 2]] and pictures[0][2] == ["JPEG", 3 * 64, 48, 512]

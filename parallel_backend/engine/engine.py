@@ -174,7 +174,8 @@ class Engine:
             short = self.device.type == "cuda" and steps[-1] < SHORT_SECONDS
             go_on = on_step(progress, total)
             if previews and go_on:
-                previews.look(progress.clean)
+                is_last = progress.step == total  # its latents are the result, which need not be what it took for clean
+                previews.look(progress.latents if is_last else progress.clean, is_last=is_last)
                 go_on = on_window()
             go_on, ahead = self.context.agree(go_on, short)
             began = ended if under_way else time.perf_counter()  # a report that the device waits for is not part of a step

@@ -58,7 +58,8 @@ def picture(vae, latent: torch.Tensor) -> torch.Tensor:
 class Previews:
     """The previews of one job.
 
-    On a GPU, a preview is shown at a later step than the one that it was decoded from, so that nothing waits for the device.
+    On a GPU, a preview is shown at a later step than the one that it was decoded from, so that nothing waits for the device. The
+    last step always has one, and waits for it: that is the finished video.
 
     Args:
         vae: see :func:`picture`.
@@ -75,29 +76,34 @@ class Previews:
         self.note: str | None = None
         """Why there are no more previews; None if there are."""
 
-    def look(self, clean: torch.Tensor) -> None:
+    def look(self, latent: torch.Tensor, *, is_last: bool = False) -> None:
         """Shows a completed preview and, if it is time, starts another one.
 
         Args:
-            clean: predicted by a step, scaled: ``[batch, frames, channels, height/8, width/8]``. The first video is shown.
+            latent: what a step takes for the clean one, scaled: ``[batch, frames, channels, height/8, width/8]``. The first video
+                is shown.
+            is_last: whether the latent is the job's result.
         """
-        if self._coming and self._coming[1].query():
+        if is_last:
+            self._coming = None
+        elif self._coming and self._coming[1].query():
             self._show(self._coming[0])
             self._coming = None
-        if self.note or self._coming or time.monotonic() - self._last < CONFIG.preview_seconds:
+        is_time = is_last or time.monotonic() - self._last >= CONFIG.preview_seconds
+        if self.note or self._coming or not is_time:
             return
         self._last = time.monotonic()
         try:
             with stoppable(stops(self._vae), self._go_on, "a picture was made"):
-                made = picture(self._vae, clean[0, self._skipped :] / self._scaling)
-            if made.is_cuda:
+                made = picture(self._vae, latent[0, self._skipped :] / self._scaling)
+            if made.is_cuda and not is_last:
                 there = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made, non_blocking=True)
                 self._coming = there, torch.cuda.current_stream(made.device).record_event()
+                return
         except Cancelled:  # the caller checks for cancellation as well
             return
         except Exception as error:  # a failed preview must not fail the job
             self.note = why_none(error)
             self._vae.to("cpu")
             return
-        if not made.is_cuda:
-            self._show(made.cpu())
+        self._show(made.cpu())
