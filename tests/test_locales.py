@@ -5,6 +5,7 @@ English needs no file in ``locales``: the front end shows the words of a node's 
 locale has no entry. Words in ``locales`` are also compiled as messages, in which some characters are syntax; a schema's are not.
 """
 
+import ast
 import calendar
 import json
 import re
@@ -28,6 +29,8 @@ SYNTAX = re.compile(r"[{}@|]")
 NAMES_AND_NUMBERS = re.compile(r"[\w./%:+-]*[\d_/%][\w./%:+-]*", re.ASCII)
 CODE, BOLD = re.compile(r"`[^`]+`"), re.compile(r"\*\*([^*]+)\*\*")
 BLOCK, COMMENT = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL), re.compile(r"[ ]+# .*")
+PLACE = re.compile(r"{\w+}")
+"""Where the page puts a value into a text."""
 LINK, NUMBER = re.compile(r"\]\(([^)]+)\)"), re.compile(r"\d+(?:\.\d+)*")
 MONTH = re.compile(rf"\b({'|'.join(calendar.month_name[1:])})(?= \d{{4}})")
 
@@ -141,6 +144,28 @@ def test_every_setting_and_command_is_there_in_chinese_and_no_other():
     compare(set(of_locale("commands")), commands, "locales/zh/commands.json")
 
 
+def test_every_word_of_the_page_is_there_in_chinese_and_says_the_same():
+    chinese = front_end.table((REPO / "web" / "js" / "words.js").read_text("utf-8"), "CHINESE")
+    said = set.union(*(front_end.said(path.read_text("utf-8")) for path in (REPO / "web").rglob("*.js")))
+    compare(set(chinese), said | said_by_the_server(), "web/js/words.js")
+    for english, text in chinese.items():
+        assert CHINESE.search(text), f"web/js/words.js is not Chinese: {text}"
+        assert sorted(PLACE.findall(text)) == sorted(PLACE.findall(english)), f"web/js/words.js: {english}"
+
+
+def said_by_the_server() -> set[str]:
+    """What the page translates of the server's answers: names of states, and what free, stop and restart did."""
+    (states,) = re.findall(r"`state` \(([^)]+)\)", (REPO / "docs" / "routes.md").read_text("utf-8"))
+    actions = [
+        node
+        for node in ast.parse((REPO / "nodes" / "comfy" / "state.py").read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name in ("free", "stop", "restart")
+    ]
+    assert len(actions) == 3
+    done = {node.value.value for action in actions for node in ast.walk(action) if isinstance(node, ast.Return)}
+    return {name.strip("`") for name in states.split(", ")} | done
+
+
 def test_settings_and_commands_are_found_in_javascript():
     source = """
     const tab = { id: "Pack.panel", title: "{ not a command", render: (box) => { box.id = "x"; } };
@@ -161,7 +186,7 @@ def test_settings_and_commands_are_found_in_javascript():
     }
     assert front_end.commands(source) == {"Pack_Stop", "Pack_Logs"}
     with pytest.raises(ValueError):
-        front_end.settings("const idle = { id: PREFIX + 'Idle', defaultValue: 1 };")
+        front_end.settings("app.registerExtension({ settings: [{ id: PREFIX + 'Idle', defaultValue: 1 }] });")
 
 
 def readmes() -> tuple[str, str]:

@@ -16,6 +16,8 @@ def settings(source: str) -> dict[str, set[str]]:
         ValueError: if the id of a setting is not written out.
     """
     found = {}
+    if not re.search(r"\bsettings: \[", NO_CODE.sub("", source)):  # a dialog has a defaultValue too
+        return found
     for name, own in _objects(source):
         if not _has_key(own, "defaultValue"):
             continue
@@ -32,6 +34,17 @@ def settings(source: str) -> dict[str, set[str]]:
 def commands(source: str) -> set[str]:
     """Returns the ids of the commands that a module registers: objects with the keys ``id`` and ``function``."""
     return {_key(name) for name, own in _objects(source) if _has_key(own, "function")}
+
+
+def said(source: str) -> set[str]:
+    """Returns the English texts that a module shows with ``say``, if they are written there."""
+    return {text[1:-1] for text in re.findall(rf"\bsay\(\s*({STRING})", source)}
+
+
+def table(source: str, name: str) -> dict[str, str]:
+    """Returns the texts of a constant object of a module, by key."""
+    (body,) = re.findall(rf"^const {name} = {{\n(.*?)^}};", source, re.MULTILINE | re.DOTALL)
+    return {key.strip("\"'"): text[1:-1] for key, text in re.findall(rf"^\s*({STRING}|\w+): ({STRING}),$", body, re.MULTILINE)}
 
 
 def _objects(source: str) -> list[tuple[str, str]]:

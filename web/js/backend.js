@@ -2,14 +2,17 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { nodes, question, setValue } from "./graph.js";
-import { plans, watch } from "./group.js";
+import { labelOf, plans, watch } from "./group.js";
+import { say } from "./words.js";
 
 let suggested = { devices: ["auto"], plan: ["auto", "single"] };
 let line = "";
 
-function describe({ is_group: isGroup, ranks, state, label, plan }) {
-  if (!isGroup || state === "absent") return "no group runs";
-  return `${ranks.length} ranks, ${state === "idle" ? "warm" : label}, ${plan}`;
+function describe(state) {
+  const { is_group: isGroup, ranks, plan } = state;
+  if (!isGroup || state.state === "absent") return say("no group runs");
+  if (state.state === "idle") return say("{count} ranks, warm, {plan}", { count: ranks.length, plan });
+  return say("{count} ranks, {state}, {plan}", { count: ranks.length, state: labelOf(state), plan });
 }
 
 function show(state) {

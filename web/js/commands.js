@@ -1,11 +1,12 @@
 // The panel's buttons as commands, for the menu, the command search and key bindings.
 import { app } from "../../../scripts/app.js";
 import { act, logAddress } from "./group.js";
+import { say } from "./words.js";
 
 async function run(name) {
   const answer = await act(name);
   const severity = answer.error ? "warn" : "info";
-  app.extensionManager.toast.add({ severity, summary: "CogVideoX xDiT", detail: answer.error ?? answer.done, life: 5000 });
+  app.extensionManager.toast.add({ severity, summary: "CogVideoX xDiT", detail: answer.error ?? say(answer.done), life: 5000 });
 }
 
 const commands = [

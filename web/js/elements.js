@@ -1,4 +1,5 @@
 // Makes elements of a page. Text is set as text, never as markup.
+import { say } from "./words.js";
 
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -19,6 +20,6 @@ export function bar(share, kind = "") {
 export const gib = (bytes) => (bytes / 2 ** 30).toFixed(1);
 
 export function seconds(value) {
-  if (value >= 90) return `${Math.round(value / 60)} min`;
-  return `${value >= 10 ? Math.round(value) : value.toPrecision(2)} s`;
+  if (value >= 90) return say("{number} min", { number: Math.round(value / 60) });
+  return say("{number} s", { number: value >= 10 ? Math.round(value) : value.toPrecision(2) });
 }

@@ -1,10 +1,11 @@
 // The state of the group: asked of the server, and kept up to date by its events.
 import { api } from "../../../scripts/api.js";
+import { say } from "./words.js";
 
 const BASE = "/cogvideox-xdit";
 const listeners = new Set();
 const close = new Set();
-let state = { state: "absent", label: "absent", ranks: [], warnings: [] };
+let state = { state: "absent", ranks: [], warnings: [] };
 let timer;
 let asking = false;
 
@@ -54,12 +55,20 @@ export async function plans(query) {
   return answer.json();
 }
 
+// Returns the state in a few words, such as "loading 43%" or "sampling 21 of 50".
+export function labelOf({ state: name, label, job }) {
+  const share = label?.match(/\d+%/)?.[0];
+  if (name === "loading" && share) return say("loading {share}", { share });
+  if (name === "sampling" && job) return say("sampling {step} of {steps}", job);
+  if (name === "recovering" && job) return say("recovering {step} of {steps}", job);
+  return say(name);
+}
+
 export const logAddress = (rank) => api.apiURL(`${BASE}/log/${rank}`);
 
 api.addEventListener("cogvideox-xdit.progress", ({ detail }) => {
   if (!detail.kind || detail.step < 2) return schedule(0);
-  const label = detail.kind === "sample" ? `sampling ${detail.step} of ${detail.steps}` : state.label;
-  state = { ...state, job: detail, label };
+  state = { ...state, job: detail, state: detail.kind === "sample" ? "sampling" : state.state };
   for (const listener of listeners) listener(state);
 });
 api.addEventListener("cogvideox-xdit.line", () => schedule(0));

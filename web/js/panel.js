@@ -1,31 +1,33 @@
 // The sidebar panel "GPUs": what the group is and does, and buttons to free, stop and start it.
 import { app } from "../../../scripts/app.js";
 import { bar, element, gib, seconds } from "./elements.js";
-import { act, logAddress, watch } from "./group.js";
+import { act, labelOf, logAddress, watch } from "./group.js";
 import { planTable } from "./plans.js";
+import { say } from "./words.js";
 
 const BUSY = ["starting", "loading", "sampling", "decoding", "encoding", "recovering"];
 
 function heading(state) {
   const kind = state.state === "idle" ? "good" : BUSY.includes(state.state) ? "busy" : "";
-  return element("div", { class: "xdit-row" }, element("h3", {}, "xDiT group"), element("span", { class: `xdit-badge ${kind}` }, state.label));
+  const badge = element("span", { class: `xdit-badge ${kind}` }, labelOf(state));
+  return element("div", { class: "xdit-row" }, element("h3", {}, say("xDiT group")), badge);
 }
 
 function summary(state) {
-  if (!state.plan) return element("div", { class: "xdit-faint" }, "A job on an xDiT Backend starts a group.");
+  if (!state.plan) return element("div", { class: "xdit-faint" }, say("A job on an xDiT Backend starts a group."));
   const { job } = state;
   const facts = [
-    job?.step && `step ${job.step} of ${job.steps}`,
-    job?.step_seconds && `${job.step_seconds.toPrecision(2)} s/step`,
-    job?.seconds_left && `${seconds(job.seconds_left)} left`,
-    state.warm_minutes > 0 && `warm for ${Math.ceil(state.warm_minutes)} min`,
-    !state.is_group && "in ComfyUI's own process",
+    job?.step && say("step {step} of {steps}", job),
+    job?.step_seconds && say("{seconds} s/step", { seconds: job.step_seconds.toPrecision(2) }),
+    job?.seconds_left && say("{time} left", { time: seconds(job.seconds_left) }),
+    state.warm_minutes > 0 && say("warm for {minutes} min", { minutes: Math.ceil(state.warm_minutes) }),
+    !state.is_group && say("in ComfyUI's own process"),
   ].filter(Boolean);
   return element(
     "div",
     {},
-    element("b", {}, `${state.plan} on ${state.devices}`),
-    element("div", { class: "xdit-faint" }, state.why ?? (state.is_group ? "as set in xDiT Backend" : "")),
+    element("b", {}, say("{plan} on {devices}", state)),
+    element("div", { class: "xdit-faint" }, state.why ?? (state.is_group ? say("as set in xDiT Backend") : "")),
     element("div", { class: "xdit-faint" }, facts.join(" · ")),
     job?.steps ? bar(job.step / job.steps, "time") : null,
   );
@@ -42,20 +44,20 @@ function card(rank, isGroup) {
       "div",
       { class: "xdit-row xdit-faint" },
       element("span", {}, `${gib(used)} / ${gib(total)} GiB`),
-      isGroup ? element("a", { href: logAddress(rank.rank), target: "_blank" }, "log ↗") : null,
+      isGroup ? element("a", { href: logAddress(rank.rank), target: "_blank" }, say("log ↗")) : null,
     ),
     rank.doing ? element("div", { class: "xdit-faint" }, rank.doing) : null,
   );
 }
 
 function details(state) {
-  const link = state.link ? `link ${(state.link / 1e9).toPrecision(2)} GB/s · ${Math.round(state.latency * 1e6)} µs` : "";
+  const speed = state.link && { rate: (state.link / 1e9).toPrecision(2), latency: Math.round(state.latency * 1e6) };
   return element(
     "div",
     {},
     ...(state.warnings ?? []).map((line) => element("div", { class: "xdit-note" }, line)),
-    state.last_error ? element("div", { class: "xdit-note error" }, `last error: ${state.last_error}`) : null,
-    element("div", { class: "xdit-faint" }, link),
+    state.last_error ? element("div", { class: "xdit-note error" }, say("last error: {error}", { error: state.last_error })) : null,
+    speed ? element("div", { class: "xdit-faint" }, say("link {rate} GB/s · {latency} µs", speed)) : null,
   );
 }
 
@@ -64,8 +66,8 @@ function render(container) {
   const said = element("div", { class: "xdit-faint xdit-said" });
   const table = element("div");
   const button = (label, name, kind = "") =>
-    element("button", { class: `xdit-button ${kind}`, "data-action": name, onclick: async () => say(await act(name)) }, label);
-  const say = (answer) => (said.textContent = answer.error ?? answer.done);
+    element("button", { class: `xdit-button ${kind}`, "data-action": name, onclick: async () => tell(await act(name)) }, label);
+  const tell = (answer) => (said.textContent = answer.error ?? say(answer.done));
   const showPlans = async () => table.replaceChildren(...(table.firstChild ? [] : [await planTable()]));
   container.replaceChildren(
     element(
@@ -76,10 +78,10 @@ function render(container) {
       element(
         "div",
         { class: "xdit-row xdit-buttons" },
-        button("Free memory", "free"),
-        button("Stop group", "stop", "danger"),
-        button("Restart", "restart"),
-        element("button", { class: "xdit-button", "data-action": "plans", onclick: showPlans }, "Plans…"),
+        button(say("Free memory"), "free"),
+        button(say("Stop group"), "stop", "danger"),
+        button(say("Restart"), "restart"),
+        element("button", { class: "xdit-button", "data-action": "plans", onclick: showPlans }, say("Plans…")),
       ),
       said,
       table,
@@ -98,8 +100,8 @@ app.registerExtension({
     app.extensionManager.registerSidebarTab({
       id: "cogvideox-xdit",
       icon: "pi pi-server",
-      title: "GPUs",
-      tooltip: "The processes of the xDiT group: state, memory, plans",
+      title: say("GPUs"),
+      tooltip: say("The processes of the xDiT group: state, memory, plans"),
       type: "custom",
       render: (container) => {
         leave();

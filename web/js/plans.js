@@ -2,28 +2,31 @@
 import { bar, element, gib, seconds } from "./elements.js";
 import { nodes, question, setValue } from "./graph.js";
 import { plans } from "./group.js";
+import { say } from "./words.js";
 
 export async function planTable() {
   const table = await plans(question());
   if (table.error) return element("div", { class: "xdit-note" }, table.error);
   const [width, height, length] = table.size;
+  const what = say("{model}, {width}×{height}, {length} frames, on {devices}", { ...table, width, height, length });
   const most = Math.max(...table.rows.map((row) => row.relative));
   const room = table.free_memory ?? Math.max(...table.rows.map((row) => row.memory));
   return element(
     "div",
     { class: "xdit-plans" },
-    element("div", { class: "xdit-faint" }, `${table.model}, ${width}×${height}, ${length} frames, on ${table.devices}`),
-    element("div", { class: "xdit-faint" }, `auto: ${table.reason}`),
+    element("div", { class: "xdit-faint" }, what),
+    element("div", { class: "xdit-faint" }, say("auto: {reason}", table)),
     ...table.rows.map((row) => planRow(row, most, room)),
   );
 }
 
 function planRow(row, most, room) {
-  const time = row.seconds === null ? `${row.relative.toFixed(2)}×` : `${seconds(row.seconds)} a step`;
-  const marks = [row.chosen && "auto", !row.exact && "not exact", !row.fits && "does not fit"].filter(Boolean);
+  const time = row.seconds === null ? `${row.relative.toFixed(2)}×` : say("{time} a step", { time: seconds(row.seconds) });
+  const marks = [row.chosen && "auto", !row.exact && say("not exact"), !row.fits && say("does not fit")].filter(Boolean);
+  const kind = row.fits ? "" : "xdit-unfit";
   return element(
     "button",
-    { class: `xdit-card xdit-plan${row.fits ? "" : " xdit-unfit"}`, title: "Fill xDiT Backend with this plan", onclick: () => fill(row) },
+    { class: `xdit-card xdit-plan ${kind}`, title: say("Fill xDiT Backend with this plan"), onclick: () => fill(row) },
     element("div", { class: "xdit-row" }, element("b", {}, row.plan), element("span", {}, marks.join(", "))),
     element("div", { class: "xdit-row" }, bar(row.relative / most, "time"), element("span", {}, time)),
     element("div", { class: "xdit-row" }, bar(row.memory / room), element("span", {}, `${gib(row.memory)} GiB`)),
