@@ -1,14 +1,18 @@
 """What a user sees: the pack in a real ComfyUI, in headless Chromium."""
 
 import json
+import os
+import signal
 import sys
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 
 from .conftest import REPO, wait_until, workers
 from .support.browser import Page, find_chromium
 from .support.comfyui_server import ComfyUIServer, find_comfyui
+from .test_locales import CHINESE, KEPT
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,9 +36,9 @@ def broken_python(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(broken_python):
     with ComfyUIServer(env={"XDIT_PYTHON": str(broken_python[1])}) as started:
-        body = json.dumps(True).encode()
-        headers = {"Content-Type": "application/json"}
-        urllib.request.urlopen(urllib.request.Request(f"{started.url}/settings/Comfy.TutorialCompleted", body, headers))
+        for name, value in {"Comfy.TutorialCompleted": True, "Comfy.Window.UnloadConfirmation": False}.items():
+            request = urllib.request.Request(f"{started.url}/settings/{name}", json.dumps(value).encode())
+            urllib.request.urlopen(request)
         yield started
 
 
@@ -66,9 +70,61 @@ def listen(page: Page) -> None:
         page.run(f"app.api.addEventListener('{event}', () => {{ window.ended = '{event}'; }})")
 
 
-T2V = REPO / "workflows" / "t2v.json"
+@contextmanager
+def renderer(page: Page, name: str):
+    """Within, the page draws nodes with the renderer ``classic`` or ``vue``."""
+    setting = "app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {})"
+    page.run(setting.format(json.dumps(name == "vue")))
+    try:
+        yield
+    finally:
+        page.run(setting.format("false"))
+
+
+def middle(element: str) -> str:
+    """JavaScript for the middle of an element in the window."""
+    return f"(({{ left, top, width, height }}) => [left + width / 2, top + height / 2])(({element}).getBoundingClientRect())"
+
+
+def choose(page: Page, rendered: str, name: str, value: str) -> None:
+    """Opens the list of a widget of xDiT Backend with the mouse, and clicks on a value."""
+    widget = LIST_OF_CLASSIC.replace("NAME", name)
+    if rendered == "vue":
+        widget = f"document.querySelector(`[data-node-id='${{{BACKEND}.id}}'] button[aria-label={name}]`)"
+        page.wait(widget)
+        widget = middle(widget)
+    page.click(widget)
+    entries = "[role=option]" if rendered == "vue" else ".litemenu-entry"
+    entry = f"[...document.querySelectorAll('{entries}')].find((each) => each.innerText.trim() === '{value}')"
+    page.wait(entry)
+    page.click(middle(entry))
+
+
+T2V, I2V = (REPO / "workflows" / f"{name}.json" for name in ("t2v", "i2v"))
 TWO = {"XDiTBackend__devices": "cpu:2", "XDiTCogVideoXSampler__steps": 8}
 SHOWN = "document.body.innerText"
+BACKEND = "app.graph.nodes.find((node) => node.type === 'XDiTBackend')"
+NODES = json.loads((REPO / "tests" / "frozen_nodes.json").read_text())
+ONE_OF_EACH = """(() => {
+  app.graph.clear();
+  for (const [place, type] of TYPES.entries()) {
+    const node = LiteGraph.createNode(type);
+    node.pos = [400 * (place % 4), 500 * Math.floor(place / 4)];
+    app.graph.add(node);
+  }
+})()"""
+LABELS = """app.graph.nodes.map((node) => [
+  node.title,
+  ...node.widgets?.map((widget) => widget.label ?? widget.name) ?? [],
+  ...[...node.inputs, ...node.outputs].map((slot) => slot.label ?? slot.localized_name ?? slot.name),
+])"""
+"""What each node shows: its title, and the names of its widgets, inputs and outputs."""
+LIST_OF_CLASSIC = f"""(({{ canvas, ds }}, node) => {{
+  const {{ left, top }} = canvas.getBoundingClientRect();
+  const y = node.widgets.find((widget) => widget.name === 'NAME').y + 10;
+  const [x, down] = ds.convertOffsetToCanvas([node.pos[0] + node.size[0] / 2, node.pos[1] + y]);
+  return [left + x, top + down];
+}})(app.canvas, {BACKEND})"""
 
 
 BOXES = """app.graph.nodes.map((node) => {
@@ -86,14 +142,13 @@ LINES = """for (const node of app.graph.nodes)
 """Shows in each node of the pack what a run may say."""
 
 
-@pytest.mark.parametrize("renderer", ["classic", "vue"])
-def test_the_shipped_workflows_are_readable_when_they_are_dropped_and_with_lines(renderer, page):
-    page.run(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {json.dumps(renderer == 'vue')})")
-    try:
+@pytest.mark.parametrize("rendered", ["classic", "vue"])
+def test_the_shipped_workflows_are_readable_when_they_are_dropped_and_with_lines(rendered, page):
+    with renderer(page, rendered):
         for path in sorted((REPO / "workflows").glob("*.json")):
             load(page, path)
             count = len(json.loads(path.read_text())["nodes"])
-            if renderer == "vue":
+            if rendered == "vue":
                 page.wait(f"document.querySelectorAll('[data-node-id]').length >= {count}")
             assert page.run("app.graph.nodes.filter((node) => !LiteGraph.registered_node_types[node.type]).length") == 0, (
                 path.name
@@ -107,8 +162,27 @@ def test_the_shipped_workflows_are_readable_when_they_are_dropped_and_with_lines
                 for other, other_left, other_top, other_width, other_height in boxes[:place]:
                     apart = left >= other_left + other_width or other_left >= left + width
                     assert apart or top >= other_top + other_height or other_top >= top + height, (path.name, title, other)
-    finally:
-        page.run("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
+@pytest.mark.parametrize("rendered", ["classic", "vue"])
+def test_devices_and_plan_are_chosen_from_lists_or_typed_and_kept_as_they_are(rendered, page):
+    values = f"{BACKEND}.widgets.slice(0, 2).map((widget) => widget.value).join(' ')"
+    with renderer(page, rendered):
+        load(page, T2V)
+        page.run(f"app.canvas.centerOnNode({BACKEND})")
+        page.run("new Promise((done) => setTimeout(done, 500))")  # the page moves the canvas
+        choose(page, rendered, "devices", "cpu:2")
+        page.wait(f"{BACKEND}.widgets[1].options.values.includes('ring2')")  # it fits two devices
+        choose(page, rendered, "plan", "ring2")
+        page.wait(f"{values} === 'cpu:2 ring2'")
+        choose(page, rendered, "plan", "other…")
+        page.wait("document.activeElement.value === 'ring2'")  # in the dialog
+        page.type("cfg2-fsdp2")
+        page.wait(f"{values} === 'cpu:2 cfg2-fsdp2'")
+        page.run("app.loadGraphData(app.graph.serialize()).then(() => true)")
+        assert page.run(values) == "cpu:2 cfg2-fsdp2"
+        sent = page.run(f"app.graphToPrompt().then(({{ output }}) => output[{BACKEND}.id].inputs)")
+        assert (sent["devices"], sent["plan"]) == ("cpu:2", "cfg2-fsdp2")
 
 
 def test_a_fallback_is_in_the_node_after_success_and_after_a_reload(page, server, broken_python):
@@ -142,12 +216,25 @@ def test_the_panel_shows_the_group_fills_the_node_and_stops_the_group(page, brok
     page.run("document.querySelector('[data-action=plans]').click()")
     page.wait("document.querySelector('.xdit-plan')")
     page.run("[...document.querySelectorAll('.xdit-plan')].find((row) => row.innerText.includes('cfg2')).click()")
-    backend = "app.graph.nodes.find((node) => node.type === 'XDiTBackend')"
-    assert page.run(f"{backend}.widgets.slice(0, 2).map((widget) => widget.value)") == ["cpu:2", "cfg2"]
+    assert page.run(f"{BACKEND}.widgets.slice(0, 2).map((widget) => widget.value)") == ["cpu:2", "cfg2"]
 
     page.run("document.querySelector('[data-action=stop]').click()")
     page.wait("document.querySelector('.xdit-badge').innerText === 'absent'")
     assert wait_until(lambda: len(workers()) == before)
+
+
+def test_an_image_to_video_that_loses_a_rank_succeeds_and_says_so(page):
+    before = set(workers())
+    listen(page)
+    size = {"XDiTCogVideoXImageToVideo__width": 320, "XDiTCogVideoXImageToVideo__height": 192}
+    load(page, I2V, **TWO, **size, XDiTBackend__plan="ulysses2")
+    page.run("window.step = 0; app.api.addEventListener('cogvideox-xdit.progress', (event) => { step = event.detail.step; })")
+    page.run("window.ended = undefined; app.queuePrompt(0).then(() => true)")
+    page.wait("step > 0")
+    os.kill(max(set(workers()) - before), signal.SIGKILL)
+    page.wait("window.ended")
+    assert page.run("ended") == "execution_success"
+    page.wait(f"/rank . was killed.*the group was started again and went on after step/.test({SHOWN})")
 
 
 def test_a_refused_input_and_a_failed_node_say_why_in_the_page(page):
@@ -159,3 +246,29 @@ def test_a_refused_input_and_a_failed_node_say_why_in_the_page(page):
     run(page)
     assert page.run("ended") == "execution_error"
     page.wait(f"{SHOWN}.split('length is 10; it must be 4k+1').length > 2")  # in the node and in a toast
+
+
+def test_a_chinese_user_finds_no_english_label_on_a_node_and_a_chinese_panel(page, server):
+    settings = "app.extensionManager.setting"
+    page.run(f"{settings}.set('Comfy.Node.AlwaysShowAdvancedWidgets', true)")
+    page.run(f"{settings}.set('Comfy.Locale', 'zh').then(() => {{ window.isOld = true; }})")
+    page.open(server.url)
+    page.wait(f"!window.isOld && {READY} && app.graph.nodes.length")  # the page has loaded the last workflow again
+    page.run(ONE_OF_EACH.replace("TYPES", json.dumps(list(NODES))))
+    labels = page.run(LABELS)
+    assert len(labels) == len(NODES) and sum(map(len, labels)) > 100
+    assert [label for label in sum(labels, []) if not is_chinese(label)] == []
+    with renderer(page, "vue"):
+        page.wait(
+            f"document.querySelectorAll('[data-node-id]').length === {len(NODES)} && {SHOWN}.includes('pipefusion 预热步数')"
+        )
+        shown = page.run("[...document.querySelectorAll('[data-node-id]')].map((node) => node.innerText).join('\\n')")
+    assert not set(shown.splitlines()) & {name for node in NODES.values() for name, *_ in node["inputs"]}
+    page.run("document.querySelector('.pi-server').closest('button').click()")
+    page.wait("document.querySelector('.xdit-panel .xdit-badge')")
+    texts = page.run("[...document.querySelectorAll('.xdit-panel :is(h3, .xdit-badge, button)')].map((each) => each.innerText)")
+    assert len(texts) >= 6 and all(map(is_chinese, texts))
+
+
+def is_chinese(label: str) -> bool:
+    return label in KEPT | {"CLIP"} or CHINESE.search(label) is not None

@@ -631,7 +631,7 @@ def test_every_core_node_works_with_our_objects_or_is_refused_in_one_sentence(se
     assert {name: ended for name, ended in endings.items() if not core_nodes.is_expected(name, ended)} == {}
 
 
-ROUTES = ["GET status", "GET lines", "GET plans", "GET log/0", "POST free", "POST stop", "POST restart"]
+ROUTES = ["GET status", "GET lines", "GET plans", "GET choices", "GET log/0", "POST free", "POST stop", "POST restart"]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -687,6 +687,14 @@ def test_the_planner_s_table_is_that_of_the_model_and_the_devices(server):
     assert chosen["plan"] == "cfg2" and table["reason"].startswith("cfg2 is predicted")
     with pytest.raises(RuntimeError, match="409.*length is 10"):
         server.request("/cogvideox-xdit/plans?length=10")
+
+
+def test_the_lists_of_the_backend_have_the_devices_that_are_here_and_the_plans_that_fit_them(server):
+    choices = server.request("/cogvideox-xdit/choices?model=demo&devices=cpu:2&width=96&height=64&length=17")
+    assert choices["plan"] == ["auto", "cfg2", "ulysses2", "ring2", "pipefusion2"]
+    assert choices["devices"][:2] == (["auto", "0"] if torch.cuda.is_available() else ["auto", "cpu"])
+    assert server.request("/cogvideox-xdit/choices?devices=cpu")["plan"] == ["auto", "single"]
+    assert server.request("/cogvideox-xdit/choices?devices=99")["plan"] == ["auto"]
 
 
 def test_unload_models_makes_the_group_let_go(server, prompt_of):

@@ -6,9 +6,9 @@ import torch
 
 from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.devices import Devices
-from ...parallel_backend.errors import RequestError
+from ...parallel_backend.errors import Failure, RequestError
 from ...parallel_backend.executor.resolve import machine_of
-from ...parallel_backend.plan import AUTO, SINGLE
+from ...parallel_backend.plan import AUTO
 from ...parallel_backend.planner.planner import approximations, choose, predictions
 from ...parallel_backend.validation import check_size
 from ...parallel_backend.workload import work_of
@@ -57,7 +57,24 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
         "free_memory": machine.free,
         "reason": reason,
         "rows": rows,
-        "suggested": {"devices": device_choices(), "plan": [AUTO, *dict.fromkeys([SINGLE, *(row["plan"] for row in rows)])]},
+    }
+
+
+def choices_of_query(query: dict[str, str]) -> dict[str, list[str]]:
+    """Returns devices that are here, and plans that fit the model, the size and the devices, the fastest first.
+
+    Args:
+        query: as of :func:`of_query`. If it makes no sense, the only plan is ``auto``.
+    """
+    try:
+        table = of_query(query)
+    except (RequestError, Failure):
+        return {"devices": device_choices(), "plan": [AUTO]}
+    together = None if query.get("devices", AUTO) == AUTO else table["devices"]
+    rows = [row for row in table["rows"] if row["fits"] and together in (None, row["devices"])]
+    return {
+        "devices": device_choices(),
+        "plan": [AUTO, *(row["plan"] for row in sorted(rows, key=lambda row: not row["exact"]))],
     }
 
 

@@ -39,6 +39,10 @@ def register() -> None:
     async def plans(request: web.Request) -> web.Response:
         return await answer(plan_table.of_query, dict(request.query))
 
+    @routes.get(f"/{PREFIX}/choices")
+    async def choices(request: web.Request) -> web.Response:
+        return await answer(plan_table.choices_of_query, dict(request.query))
+
     @routes.get(f"/{PREFIX}/log/{{rank:\\d+}}")
     async def log(request: web.Request) -> web.Response:
         try:

@@ -87,6 +87,19 @@ class Page:
 
         self._until(is_true, f"this did not become true: {script}")
 
+    def click(self, script: str) -> None:
+        """Clicks on the place ``[x, y]`` in the window that a JavaScript expression gives, as with a mouse."""
+        x, y = self.run(script)
+        for event, buttons in (("mouseMoved", 0), ("mousePressed", 1), ("mouseReleased", 0)):
+            self._send("Input.dispatchMouseEvent", type=event, x=x, y=y, button="left", buttons=buttons, clickCount=1)
+
+    def type(self, text: str) -> None:
+        """Types a text in the place of what the focused field has, and presses Enter."""
+        self.run("document.activeElement.select()")
+        self._send("Input.insertText", text=text)
+        for event in ("keyDown", "keyUp"):
+            self._send("Input.dispatchKeyEvent", type=event, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+
     def screenshot(self, path: Path) -> None:
         """Writes what the window shows as PNG."""
         path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot")["data"]))

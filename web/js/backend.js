@@ -1,11 +1,14 @@
-// xDiT Backend: the state of the group in the node, and devices and plans to choose from in its menu. Other text can still be typed.
+// xDiT Backend: the state of the group in the node, and lists of the devices that are there and of the plans that fit.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { nodes, question, setValue } from "./graph.js";
-import { labelOf, plans, watch } from "./group.js";
+import { makeList } from "./choices.js";
+import { nodes, question } from "./graph.js";
+import { choices, labelOf, watch } from "./group.js";
 import { say } from "./words.js";
 
-let suggested = { devices: ["auto"], plan: ["auto", "single"] };
+const LISTS = ["devices", "plan"];
+const lists = new WeakMap();
+const asked = new WeakMap();
 let line = "";
 
 function describe(state) {
@@ -29,28 +32,31 @@ function showLine() {
   }
 }
 
+// Asks for each node's values again, if the workflow has changed what they depend on.
 async function askAgain() {
-  if (!nodes("XDiTBackend").length) return;
-  const table = await plans(question());
-  if (table.suggested) suggested = table.suggested;
+  for (const node of nodes("XDiTBackend")) {
+    const query = question(node);
+    const key = JSON.stringify(query);
+    if (asked.get(node) === key) continue;
+    asked.set(node, key);
+    const values = await choices(query);
+    for (const name of LISTS) lists.get(node)?.[name](values[name]);
+  }
 }
 
 app.registerExtension({
   name: "CogVideoX-xDiT.Backend",
+  nodeCreated(node) {
+    if (node.comfyClass !== "XDiTBackend") return;
+    lists.set(node, Object.fromEntries(LISTS.map((name) => [name, makeList(node, name)])));
+  },
   setup() {
     watch(show);
+    api.addEventListener("graphChanged", askAgain);
     app.canvas.canvas.addEventListener("litegraph:set-graph", () => setTimeout(showLine));
   },
   afterConfigureGraph() {
     askAgain();
     setTimeout(showLine);
-  },
-  getNodeMenuItems(node) {
-    if (node.type !== "XDiTBackend") return [];
-    askAgain();
-    return Object.entries(suggested).map(([name, values]) => ({
-      content: `xDiT ${name}`,
-      submenu: { options: values.map((value) => ({ content: value, callback: () => setValue(node, name, value) })) },
-    }));
   },
 });

@@ -20,11 +20,17 @@ export function setValue(node, name, value) {
   widget.value = value;
   widget.callback?.(value);
   node.setDirtyCanvas?.(true, true);
-  app.extensionManager.workflow?.activeWorkflow?.changeTracker?.checkState?.();
+  noteChange();
 }
 
-// The model, size and devices that the workflow asks for, as the planner's route takes them.
-export function question() {
+// Has the page see a change, which it can undo, save, and report.
+export function noteChange() {
+  const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
+  (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker); // the second in ComfyUI 0.3.64
+}
+
+// The model and size that the workflow asks for, and the devices of an xDiT Backend, as the planner's route takes them.
+export function question(backend = nodes("XDiTBackend")[0]) {
   const all = app.rootGraph ?? app.graph;
   const sized = (all?.nodes ?? all?._nodes ?? []).find((node) => ["width", "height", "length"].every((name) => valueOf(node, name)));
   const query = {
@@ -33,7 +39,7 @@ export function question() {
     height: valueOf(sized, "height"),
     length: valueOf(sized, "length"),
     cfg: valueOf(nodes("XDiTCogVideoXSampler")[0], "cfg"),
-    devices: valueOf(nodes("XDiTBackend")[0], "devices"),
+    devices: valueOf(backend, "devices"),
   };
   return Object.fromEntries(Object.entries(query).filter(([, value]) => value !== undefined));
 }

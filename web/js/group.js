@@ -51,7 +51,16 @@ export async function act(name) {
 }
 
 export async function plans(query) {
-  const answer = await api.fetchApi(`${BASE}/plans?${new URLSearchParams(query)}`);
+  return ask("plans", query);
+}
+
+// Returns devices that are there, and plans that fit.
+export async function choices(query) {
+  return ask("choices", query);
+}
+
+async function ask(route, query) {
+  const answer = await api.fetchApi(`${BASE}/${route}?${new URLSearchParams(query)}`);
   return answer.json();
 }
 

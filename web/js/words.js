@@ -46,6 +46,7 @@ const CHINESE = {
   "Fill xDiT Backend with this plan": "把这个方案填入 xDiT 后端",
   "{count} ranks, warm, {plan}": "{count} 个进程，待命，{plan}",
   "{count} ranks, {state}, {plan}": "{count} 个进程，{state}，{plan}",
+  "other…": "其他…",
 };
 
 // Returns an English text in the language of ComfyUI, with values in the place of {names}.
