@@ -27,6 +27,11 @@ def checked(value: Any, declared: io.Input) -> Any:
     return check(value, declared) if check else value
 
 
+def label(declared: io.Input) -> str:
+    """Returns an input's name as the node shows it, which is the core's for the same thing. ComfyUI 0.3.64 shows the id."""
+    return declared.display_name or declared.id
+
+
 def number(value: Any, declared: io.Input) -> int | float:
     """Checks a number against the input's limits. Also accepts a number as text, and a tensor or array with one element."""
     try:
@@ -34,8 +39,8 @@ def number(value: Any, declared: io.Input) -> int | float:
         whole = isinstance(value, int) or isinstance(value, str) and value.strip().isdigit()
         found = int(value) if whole else float(value)  # a float would round a seed of 64 bits
     except (TypeError, ValueError, RuntimeError):
-        raise RequestError(f"{declared.id} is {shown(value)}; it must be a number") from None
-    between(declared.id, found, declared.min, declared.max)
+        raise RequestError(f"{label(declared)} is {shown(value)}; it must be a number") from None
+    between(label(declared), found, declared.min, declared.max)
     return found
 
 
@@ -43,7 +48,7 @@ def whole_number(value: Any, declared: io.Input) -> int:
     """Checks a whole number against the input's limits. Also accepts a float without a fraction."""
     found = number(value, declared)
     if found != int(found):
-        raise RequestError(f"{declared.id} is {found}; it must be a whole number, such as {round(found)}")
+        raise RequestError(f"{label(declared)} is {found}; it must be a whole number, such as {round(found)}")
     return int(found)
 
 
@@ -51,26 +56,26 @@ def text(value: Any, declared: io.Input) -> str:
     """Checks text. Also accepts a number."""
     if isinstance(value, str | int | float):
         return str(value)
-    raise RequestError(f"{declared.id} is {shown(value)}; it must be text")
+    raise RequestError(f"{label(declared)} is {shown(value)}; it must be text")
 
 
 def switch(value: Any, declared: io.Input) -> bool:
     """Checks True or False. Also accepts 1 and 0."""
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
-    raise RequestError(f"{declared.id} is {shown(value)}; it must be True or False")
+    raise RequestError(f"{label(declared)} is {shown(value)}; it must be True or False")
 
 
 def latent(value: Any, declared: io.Input) -> dict:
     """Checks the core's latent."""
     if not isinstance(value, dict) or "samples" not in value:
-        raise RequestError(f"{declared.id} is {shown(value)}; connect a latent, such as that of Empty CogVideoX Latent")
-    return {**value, "samples": checked_latent(value["samples"], declared.id)}
+        raise RequestError(f"{label(declared)} is {shown(value)}; connect a latent, such as that of Empty CogVideoX Latent")
+    return {**value, "samples": checked_latent(value["samples"], label(declared))}
 
 
 def conditioning(value: Any, declared: io.Input) -> list:
     """Checks the core's conditioning. Refuses the CogVideoX wrapper's, which has the same socket name."""
-    name = declared.id
+    name = label(declared)
     if isinstance(value, torch.Tensor):
         raise RequestError(
             f"{name} comes from the CogVideoX wrapper, whose conditioning is a bare tensor; "
@@ -105,7 +110,9 @@ def checked_vae(value: Any, declared: io.Input) -> Any:
 def noise(value: Any, declared: io.Input) -> Any:
     """Checks the core's noise, an object that makes it for a latent."""
     if not hasattr(value, "generate_noise"):
-        raise RequestError(f"{declared.id} is {shown(value)}; connect the core's RandomNoise or another node that makes noise")
+        raise RequestError(
+            f"{label(declared)} is {shown(value)}; connect the core's RandomNoise or another node that makes noise"
+        )
     return value
 
 
@@ -114,7 +121,7 @@ def handle(kind: type, source: str) -> Callable[[Any, io.Input], Any]:
 
     def check(value: Any, declared: io.Input) -> Any:
         if not isinstance(value, kind):
-            raise RequestError(f"{declared.id} is {shown(value)}; connect {source}")
+            raise RequestError(f"{label(declared)} is {shown(value)}; connect {source}")
         return value
 
     return check
@@ -142,8 +149,8 @@ CHECKS: dict[str, Callable[[Any, Any], Any]] = {
     io.String.io_type: text,
     io.Combo.io_type: text,
     io.Boolean.io_type: switch,
-    io.Image.io_type: lambda value, declared: checked_pictures(value, declared.id),
-    io.Mask.io_type: lambda value, declared: checked_mask(value, declared.id),
+    io.Image.io_type: lambda value, declared: checked_pictures(value, label(declared)),
+    io.Mask.io_type: lambda value, declared: checked_mask(value, label(declared)),
     io.Latent.io_type: latent,
     io.Conditioning.io_type: conditioning,
     io.Vae.io_type: checked_vae,

@@ -135,6 +135,7 @@ class LoadCogVideoX(CogVideoXNode):
                 model_input(),
                 io.Combo.Input(
                     "dtype",
+                    display_name="weight_dtype",
                     options=["auto", *DTYPES],
                     default="auto",
                     tooltip="Precision of the weights. auto: the checkpoint's own on a GPU, fp32 on the CPU. fp32 needs "

@@ -46,6 +46,7 @@ class CogVideoXSampler(CogVideoXNode):
                 ),
                 io.Combo.Input(
                     "scheduler",
+                    display_name="sampler_name",
                     options=list(SCHEDULERS),
                     default="auto",
                     tooltip="auto is the checkpoint's own. ddim and dpm make different videos.",

@@ -26,6 +26,7 @@ class CogVideoXContextWindows(CogVideoXNode):
                 ModelSocket.Input("model"),
                 io.Int.Input(
                     "window",
+                    display_name="context_length",
                     default=Windows.frames,
                     min=5,
                     max=1025,
@@ -35,6 +36,7 @@ class CogVideoXContextWindows(CogVideoXNode):
                 ),
                 io.Int.Input(
                     "overlap",
+                    display_name="context_overlap",
                     default=Windows.overlap,
                     min=0,
                     max=1024,
@@ -44,6 +46,7 @@ class CogVideoXContextWindows(CogVideoXNode):
                 ),
                 io.Combo.Input(
                     "schedule",
+                    display_name="context_schedule",
                     options=list(WINDOW_SCHEDULES),
                     default=Windows.schedule,
                     tooltip="static: windows stay in place. uniform: windows shift from step to step, so that no seam stays "
@@ -51,6 +54,7 @@ class CogVideoXContextWindows(CogVideoXNode):
                 ),
                 io.Boolean.Input(
                     "shuffle_noise",
+                    display_name="freenoise",
                     default=Windows.shuffle_noise,
                     tooltip="Later windows start from the noise of the first one in another order (FreeNoise), so that they "
                     "show similar things. If off, every frame has its own noise.",

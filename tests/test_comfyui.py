@@ -229,6 +229,28 @@ def test_nodes_are_found_by_the_words_that_users_search_for(object_info):
     assert advanced == {"pipefusion_warmup", "task", "snr_shift", "timesteps"}
 
 
+def test_a_widget_is_called_as_the_core_calls_the_same_thing(object_info):
+    called = {
+        "XDiTCogVideoXSampler": ("KSampler", {"scheduler": "sampler_name"}),
+        "XDiTLoadCogVideoX": ("UNETLoader", {"dtype": "weight_dtype"}),
+        "XDiTCogVideoXContextWindows": (
+            "ContextWindowsManual",
+            {
+                "window": "context_length",
+                "overlap": "context_overlap",
+                "schedule": "context_schedule",
+                "shuffle_noise": "freenoise",
+            },
+        ),
+    }
+    for node, (core_node, labels) in called.items():
+        found = {
+            name: spec[1].get("display_name") for name, spec in object_info[node]["input"]["required"].items() if len(spec) > 1
+        }
+        assert {name: label for name, label in found.items() if label} == labels
+        assert set(labels.values()) <= object_info[core_node]["input"]["required"].keys()
+
+
 def test_core_nodes_fit_in_between(server, prompt_of, object_info):
     """CLIP Text Encode is in the workflow already; VAE Decode, tiled too, VAE Encode and Save Video come in here."""
     prompt = prompt_of()

@@ -68,7 +68,7 @@ def english(nodes) -> dict[str, str]:
     for node, info in nodes.items():
         found |= {f"{node}.display_name": info["display_name"], f"{node}.description": info["description"]}
         for name, options in inputs_of(info).items():
-            found[f"{node}.inputs.{name}.name"] = name
+            found[f"{node}.inputs.{name}.name"] = options.get("display_name", name)
             if options.get("tooltip"):
                 found[f"{node}.inputs.{name}.tooltip"] = options["tooltip"]
         for index, (kind, name) in enumerate(zip(info["output"], info["output_name"])):
@@ -129,11 +129,13 @@ def test_every_help_page_has_a_chinese_page_that_says_the_same(nodes):
         page, translated = ((PAGES / name).read_text("utf-8") for name in (f"{node}.md", f"{node}/zh.md"))
         assert page.splitlines()[0] == f"# {info['display_name']}"
         assert translated.splitlines()[0] == f"# {chinese[f'{node}.display_name']}"
-        compare(facts(translated) - set(inputs_of(info)), facts(page) - set(inputs_of(info)), f"web/docs/{node}/zh.md")
+        labels = {options.get("display_name", name): name for name, options in inputs_of(info).items()}
+        names = {*labels, *labels.values()}
+        compare(facts(translated) - names, facts(page) - names, f"web/docs/{node}/zh.md")
         assert translated.count("\n- ") == page.count("\n- "), f"{node}: one of the pages has more points"
         shown = "、".join(BOLD.findall(translated))
-        for name in inputs_of(info).keys() & set(", ".join(BOLD.findall(page)).split(", ")):
-            assert chinese[f"{node}.inputs.{name}.name"] in shown, f"web/docs/{node}/zh.md does not explain {name}"
+        for label in labels.keys() & set(", ".join(BOLD.findall(page)).split(", ")):
+            assert chinese[f"{node}.inputs.{labels[label]}.name"] in shown, f"web/docs/{node}/zh.md does not explain {label}"
 
 
 def test_every_setting_and_command_is_there_in_chinese_and_no_other():

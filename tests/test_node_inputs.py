@@ -74,7 +74,7 @@ for node in nodes.NODES:
                 line = str(error)
             except Exception as error:
                 line = f"{type(error).__name__} {error}"
-            if not (line.startswith(item.id + " ") or line.startswith("this VAE")) or chr(10) in line:
+            if not (line.startswith((item.display_name or item.id) + " ") or line.startswith("this VAE")) or chr(10) in line:
                 wrong.append([node.__name__, item.id, str(value)[:40], line])
 show(tried=tried, wrong=wrong, bare=bare)
 """)
