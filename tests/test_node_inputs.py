@@ -51,11 +51,11 @@ def test_every_number_text_and_switch_of_every_node_is_checked_by_its_own_schema
 VALID = {"INT": lambda item: item.default, "FLOAT": lambda item: item.default, "STRING": lambda item: item.default,
          "COMBO": lambda item: item.default or "demo", "BOOLEAN": lambda item: item.default}
 GIVEN = {"MODEL": model, "VAE": vae, "CONDITIONING": positive, "LATENT": {"samples": latent}, "IMAGE": video, "MASK": mask,
-         "COGVIDEOX_XDIT_MODEL": model, "XDIT_BACKEND": None, "NOISE": None}
+         "COGVIDEOX_XDIT_MODEL": model, "COGVIDEOX_XDIT_CONTROLNET": sockets.ControlNetHandle(None), "XDIT_BACKEND": None, "NOISE": None}
 WRONG = {"INT": ["many", [1], None, float("nan"), 2.5, "below", "above"], "FLOAT": ["many", [1], None, float("nan"), "below", "above"],
          "STRING": [[1], None], "COMBO": [[1], None], "BOOLEAN": ["maybe", 2, None], "VAE": [object()], "LATENT": [None, latent, {}],
          "CONDITIONING": [None, [], [[1, {}]], positive[0][0]], "IMAGE": ["a", None], "MASK": [5, torch.ones(2, 3, 4, 5)],
-         "COGVIDEOX_XDIT_MODEL": [5, None], "XDIT_BACKEND": [5], "NOISE": [5]}
+         "COGVIDEOX_XDIT_MODEL": [5, None], "COGVIDEOX_XDIT_CONTROLNET": [5, None], "XDIT_BACKEND": [5], "NOISE": [5]}
 tried, wrong, bare = 0, [], [node.__name__ for node in nodes.NODES if not issubclass(node, base.CogVideoXNode)]
 for node in nodes.NODES:
     inputs = node.define_schema().inputs
