@@ -25,7 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--source",
         choices=tuple(HUBS),
         default="huggingface",
-        help="the hub; HF_ENDPOINT names a mirror of Hugging Face, and HF_TOKEN your account there",
+        help="the hub; HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors, and HF_TOKEN your account at Hugging Face",
     )
     parser.set_defaults(run=download)
 
