@@ -58,7 +58,8 @@ time.sleep = lambda seconds: None
 def test_published_models_are_listed_after_those_that_are_here_and_off_refuses_them_in_one_line(call, hub):
     shown, _ = call("""
 short = "CogVideo/CogVideoX-5b"
-show(names=names(), default=loaders.LoadCogVideoX.define_schema().inputs[-1].default, offer=offer(), ran=failure(),
+table = part("nodes.comfy.plan_table").of_query({"model": offer(), "devices": "cpu:2"})
+show(names=names(), model=table["model"], size=table["size"], plans=[row["plan"] for row in table["rows"]], default=loaders.LoadCogVideoX.define_schema().inputs[-1].default, offer=offer(), ran=failure(),
      refused=[submit(model_name=name, download="off") for name in (offer(), short, "diffusers/cogvideox-5B", "nothing")],
      taken=[submit(model_name=name, download=word) for name, word in ((short, "huggingface"), (None, "off"), ("demo", "off"))])
 """)  # fmt: skip
@@ -69,6 +70,7 @@ show(names=names(), default=loaders.LoadCogVideoX.define_schema().inputs[-1].def
     *same, unknown = shown["refused"]
     assert same == [COMMAND] * 3 and unknown.startswith("there is no model 'nothing'")
     assert shown["taken"] == [True] * 3
+    assert shown["model"] == "zai-org/CogVideoX-5b" and shown["size"] == [720, 480, 49] and "cfg2" in shown["plans"]
     assert not hub.asked
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ...parallel_backend.cogvideox.checkpoint import published
 from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Failure, RequestError
@@ -12,7 +13,7 @@ from ...parallel_backend.plan import AUTO
 from ...parallel_backend.planner.planner import approximations, choose, predictions
 from ...parallel_backend.validation import check_size
 from ...parallel_backend.workload import work_of
-from .model_folders import find_model
+from .model_folders import NotDownloaded, find_model
 
 CPU_PROCESSES = 2
 """Processes on the CPU that are suggested where there is no GPU."""
@@ -24,7 +25,7 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     Raises:
         RequestError: for a field that makes no sense.
     """
-    checkpoint = Checkpoint.open(find_model(query.get("model", "demo")))
+    checkpoint = checkpoint_of(query.get("model", "demo"))
     devices = Devices.parse(query.get("devices") or AUTO)
     default = dict(zip(("width", "height", "length"), checkpoint.default_size))
     try:
@@ -76,6 +77,14 @@ def choices_of_query(query: dict[str, str]) -> dict[str, list[str]]:
         "devices": device_choices(),
         "plan": [AUTO, *(row["plan"] for row in sorted(rows, key=lambda row: not row["exact"]))],
     }
+
+
+def checkpoint_of(name: str) -> Checkpoint:
+    """Returns the checkpoint of a model in the list, also of one that is not downloaded: a plan needs only its configuration."""
+    try:
+        return Checkpoint.open(find_model(name))
+    except NotDownloaded as missing:
+        return published.find(missing.short)
 
 
 def device_choices() -> list[str]:
