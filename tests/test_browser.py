@@ -86,11 +86,11 @@ def middle(element: str) -> str:
     return f"(({{ left, top, width, height }}) => [left + width / 2, top + height / 2])(({element}).getBoundingClientRect())"
 
 
-def choose(page: Page, rendered: str, name: str, value: str) -> None:
-    """Opens the list of a widget of xDiT Backend with the mouse, and clicks on a value."""
-    widget = LIST_OF_CLASSIC.replace("NAME", name)
+def choose(page: Page, rendered: str, node: str, name: str, value: str) -> None:
+    """Opens the list of a node's widget with the mouse, and clicks on a value."""
+    widget = LIST_OF_CLASSIC.replace("NODE", node).replace("NAME", name)
     if rendered == "vue":
-        widget = f"document.querySelector(`[data-node-id='${{{BACKEND}.id}}'] button[aria-label={name}]`)"
+        widget = f"document.querySelector(`[data-node-id='${{({node}).id}}'] button[aria-label={name}]`)"
         page.wait(widget)
         widget = middle(widget)
     page.click(widget)
@@ -119,12 +119,21 @@ LABELS = """app.graph.nodes.map((node) => [
   ...[...node.inputs, ...node.outputs].map((slot) => slot.label ?? slot.localized_name ?? slot.name),
 ])"""
 """What each node shows: its title, and the names of its widgets, inputs and outputs."""
-LIST_OF_CLASSIC = f"""(({{ canvas, ds }}, node) => {{
-  const {{ left, top }} = canvas.getBoundingClientRect();
+LIST_OF_CLASSIC = """(({ canvas, ds }, node) => {
+  const { left, top } = canvas.getBoundingClientRect();
   const y = node.widgets.find((widget) => widget.name === 'NAME').y + 10;
   const [x, down] = ds.convertOffsetToCanvas([node.pos[0] + node.size[0] / 2, node.pos[1] + y]);
   return [left + x, top + down];
-}})(app.canvas, {BACKEND})"""
+})(app.canvas, NODE)"""
+SUBGRAPH = f"""(() => {{
+  const {{ node, subgraph }} = app.graph.convertToSubgraph(new Set([{BACKEND}]));
+  const [inner] = subgraph.nodes;
+  subgraph.addInput('plan', 'STRING').connect(inner.inputs.find((slot) => slot.name === 'plan'), inner);
+  app.canvas.centerOnNode(node);
+  app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState();
+}})()"""
+"""Puts xDiT Backend into a subgraph that shows the plan as its own."""
+HOST = "app.graph.nodes.find((node) => node.subgraph)"
 
 
 BOXES = """app.graph.nodes.map((node) => {
@@ -171,11 +180,11 @@ def test_devices_and_plan_are_chosen_from_lists_or_typed_and_kept_as_they_are(re
         load(page, T2V)
         page.run(f"app.canvas.centerOnNode({BACKEND})")
         page.run("new Promise((done) => setTimeout(done, 500))")  # the page moves the canvas
-        choose(page, rendered, "devices", "cpu:2")
+        choose(page, rendered, BACKEND, "devices", "cpu:2")
         page.wait(f"{BACKEND}.widgets[1].options.values.includes('ring2')")  # it fits two devices
-        choose(page, rendered, "plan", "ring2")
+        choose(page, rendered, BACKEND, "plan", "ring2")
         page.wait(f"{values} === 'cpu:2 ring2'")
-        choose(page, rendered, "plan", "other…")
+        choose(page, rendered, BACKEND, "plan", "other…")
         page.wait("document.activeElement.value === 'ring2'")  # in the dialog
         page.type("cfg2-fsdp2")
         page.wait(f"{values} === 'cpu:2 cfg2-fsdp2'")
@@ -183,6 +192,22 @@ def test_devices_and_plan_are_chosen_from_lists_or_typed_and_kept_as_they_are(re
         assert page.run(values) == "cpu:2 cfg2-fsdp2"
         sent = page.run(f"app.graphToPrompt().then(({{ output }}) => output[{BACKEND}.id].inputs)")
         assert (sent["devices"], sent["plan"]) == ("cpu:2", "cfg2-fsdp2")
+
+
+@pytest.mark.parametrize("rendered", ["classic", "vue"])
+def test_a_subgraph_that_shows_the_plan_has_the_list_and_takes_other_text_too(rendered, page):
+    with renderer(page, rendered):
+        load(page, T2V, XDiTBackend__devices="cpu:2")
+        page.run(SUBGRAPH)
+        page.wait(f"{HOST}.widgets[0].options.values.includes('ring2')")
+        page.run("new Promise((done) => setTimeout(done, 500))")  # the page moves the canvas
+        choose(page, rendered, HOST, "plan", "other…")
+        page.wait("document.activeElement.value === 'auto'")  # in the dialog
+        page.type("warp9")
+        page.wait(f"{HOST}.widgets[0].value === 'warp9'")
+        choose(page, rendered, HOST, "plan", "ring2")
+        sent = page.run("app.graphToPrompt().then(({ output }) => Object.values(output))")
+        assert [each["inputs"]["plan"] for each in sent if each["class_type"] == "XDiTBackend"] == ["ring2"]
 
 
 def test_a_fallback_is_in_the_node_after_success_and_after_a_reload(page, server, broken_python):

@@ -1,13 +1,13 @@
 // xDiT Backend: the state of the group in the node, and lists of the devices that are there and of the plans that fit.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { makeList } from "./choices.js";
-import { nodes, question } from "./graph.js";
+import { fillList, makeList } from "./choices.js";
+import { nodes, question, standIns } from "./graph.js";
 import { choices, labelOf, watch } from "./group.js";
 import { say } from "./words.js";
 
 const LISTS = ["devices", "plan"];
-const lists = new WeakMap();
+const fills = new WeakMap();
 const asked = new WeakMap();
 let line = "";
 
@@ -32,15 +32,19 @@ function showLine() {
   }
 }
 
-// Asks for each node's values again, if the workflow has changed what they depend on.
-async function askAgain() {
+// Fills each node's lists, and asks for their values again if the workflow has changed what they depend on.
+async function fillLists() {
   for (const node of nodes("XDiTBackend")) {
     const query = question(node);
     const key = JSON.stringify(query);
-    if (asked.get(node) === key) continue;
-    asked.set(node, key);
-    const values = await choices(query);
-    for (const name of LISTS) lists.get(node)?.[name](values[name]);
+    if (asked.get(node)?.key !== key) asked.set(node, { key, values: choices(query) });
+    const values = await asked.get(node).values;
+    for (const name of LISTS) {
+      for (const [owner, widget] of standIns(node, name)) {
+        if (!fills.has(widget)) fills.set(widget, fillList(owner, widget));
+        fills.get(widget)(values[name]);
+      }
+    }
   }
 }
 
@@ -48,15 +52,18 @@ app.registerExtension({
   name: "CogVideoX-xDiT.Backend",
   nodeCreated(node) {
     if (node.comfyClass !== "XDiTBackend") return;
-    lists.set(node, Object.fromEntries(LISTS.map((name) => [name, makeList(node, name)])));
+    for (const name of LISTS) {
+      const widget = makeList(node, name);
+      fills.set(widget, fillList(node, widget));
+    }
   },
   setup() {
     watch(show);
-    api.addEventListener("graphChanged", askAgain);
+    api.addEventListener("graphChanged", fillLists);
     app.canvas.canvas.addEventListener("litegraph:set-graph", () => setTimeout(showLine));
   },
   afterConfigureGraph() {
-    askAgain();
+    fillLists();
     setTimeout(showLine);
   },
 });

@@ -4,39 +4,48 @@ import { app } from "../../../scripts/app.js";
 import { noteChange, setValue } from "./graph.js";
 import { say } from "./words.js";
 
-// Makes a list of a node's text widget. Returns a function that sets the values to choose from.
+// Puts a list in the place of a node's text widget.
 export function makeList(node, name) {
-  const at = node.widgets?.findIndex((each) => each.name === name) ?? -1;
-  if (at < 0) return () => {};
+  const at = node.widgets.findIndex((each) => each.name === name);
   const [text] = node.widgets.splice(at, 1);
-  const other = say("other…");
-  const list = []; // always the same one, as the page keeps it
-  let widget = text;
-  let choices = [];
-  let last = text.value;
-
-  const options = {
-    ...text.options,
-    get values() {
-      if (widget.value !== other) last = widget.value;
-      list.splice(0, list.length, ...new Set([...choices, last]), other);
-      return list;
-    },
-    set values(_) {}, // the page sets those of inputs that are declared as lists
-  };
-
-  async function pick(value) {
-    if (value !== other) return noteChange();
-    widget.value = last;
-    const typed = await app.extensionManager.dialog.prompt({ title: node.title, message: text.label ?? name, defaultValue: last });
-    if (typed?.trim()) setValue(node, name, typed.trim());
-  }
-
-  widget = node.addWidget("combo", name, text.value, pick, options);
+  const widget = node.addWidget("combo", name, text.value, () => {}, { ...text.options, values: [text.value] });
   node.widgets.splice(at, 0, node.widgets.pop());
   Object.assign(widget, { label: text.label, tooltip: text.tooltip });
+  return widget;
+}
+
+// Gives a list its values, its present one, and "other…", which asks for a text. Returns a function that sets the values.
+export function fillList(node, widget) {
+  const other = say("other…");
+  const list = []; // always the same one, as the page keeps it
+  const { callback } = widget;
+  let choices = [];
+  let last = widget.value;
+
+  function fill() {
+    if (widget.value !== other) last = widget.value;
+    list.splice(0, list.length, ...new Set([...choices, last]), other);
+    return list;
+  }
+
+  // The page itself sets the values of inputs that are declared as lists.
+  Object.defineProperty(widget.options, "values", { configurable: true, enumerable: true, get: fill, set() {} });
+
+  widget.callback = async (value, ...others) => {
+    if (value !== other) {
+      callback?.call(widget, value, ...others);
+      return noteChange();
+    }
+    widget.value = last;
+    const typed = await app.extensionManager.dialog.prompt({
+      title: node.title,
+      message: widget.label ?? widget.name,
+      defaultValue: last,
+    });
+    if (typed?.trim()) setValue(node, widget.name, typed.trim());
+  };
   return (values) => {
     choices = values;
-    options.values; // fills the list
+    fill();
   };
 }

@@ -10,6 +10,18 @@ export function nodes(type, graph = app.rootGraph ?? app.graph) {
   return found;
 }
 
+// The widgets that stand for a widget of a node, each with its node: its own, and those of subgraphs that show it as theirs.
+export function standIns(node, name, graph = app.rootGraph ?? app.graph) {
+  const found = graph === (app.rootGraph ?? app.graph) ? [[node, node.widgets?.find((widget) => widget.name === name)]] : [];
+  const link = node.inputs?.find((slot) => slot.widget?.name === name)?.link;
+  for (const host of (graph?.nodes ?? []).filter((each) => each.subgraph)) {
+    const at = host.subgraph.inputs.findIndex((input) => host.subgraph === node.graph && input.linkIds?.includes(link));
+    found.push([host, host.widgets?.find((widget) => widget.name === host.inputs[at]?.name)]);
+    found.push(...standIns(node, name, host.subgraph));
+  }
+  return found.filter(([, widget]) => widget);
+}
+
 export function valueOf(node, name) {
   return node?.widgets?.find((widget) => widget.name === name)?.value;
 }
