@@ -17,12 +17,12 @@ from .comfy.types import CATEGORY
 
 CONCAT, CONCAT_MASK = "concat_latent_image", "concat_mask"
 """The core's keys in a conditioning for a latent that is concatenated to the noise, and for the mask of what is replaced."""
-IMAGE_SCALE, CONTROL, CONTROLNETS = "cogvideox_image_scale", "cogvideox_control", "cogvideox_controlnets"
-"""This pack's keys for a name of ``jobs.IMAGE_SCALES``, for the fields of a job that a control video sets, and for a tuple of
+IMAGE, CONTROL, CONTROLNETS = "cogvideox_image", "cogvideox_control", "cogvideox_controlnets"
+"""This pack's keys for fields of a job that go with an image, for those that a control video sets, and for a tuple of
 :class:`ControlInput`."""
 START, END = "start_percent", "end_percent"
 """The core's keys for the range of steps of a prompt, as shares of all steps."""
-USED = {"pooled_output", CONCAT, CONCAT_MASK, IMAGE_SCALE, CONTROL, CONTROLNETS, START, END}
+USED = {"pooled_output", CONCAT, CONCAT_MASK, IMAGE, CONTROL, CONTROLNETS, START, END}
 """Keys without a warning: all that the sampler reads, and the pooled output, which T5 does not have."""
 
 
@@ -120,12 +120,12 @@ def conditions_of(conditioning, name: str, say: Callable[[str], None]) -> dict:
     fields = options.get(CONTROL, {}) | controlnet_fields(nets)
     if CONCAT not in options:
         return fields
-    latent = options[CONCAT]
+    fields, latent = fields | options.get(IMAGE, {}), options[CONCAT]
     if CONCAT_MASK in options:
         return {**fields, "masked_video": latent, "mask": options[CONCAT_MASK]}
     if latent.shape[1:2] == (2 * CHANNELS,):  # for object removal: the mask, encoded, and the video
         return {**fields, "mask": latent[:, :CHANNELS], "masked_video": latent[:, CHANNELS:]}
-    return {**fields, "image": latent, "image_scale": options.get(IMAGE_SCALE, "auto")}
+    return {**fields, "image": latent}
 
 
 def text_fields(conditioning, name: str, *, limit: int, say: Callable[[str], None]) -> dict:

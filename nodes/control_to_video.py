@@ -6,7 +6,16 @@ from ..parallel_backend.jobs import empty_latent
 from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY
 from .conditioning import CONTROL, with_values
-from .videos import FITTED, checkpoint_of, conditioned_inputs, conditioned_outputs, fit_video, rate_inputs, rate_output
+from .videos import (
+    FITTED,
+    checkpoint_of,
+    conditioned_inputs,
+    conditioned_outputs,
+    fit_video,
+    rate_inputs,
+    rate_output,
+    strength_inputs,
+)
 
 
 class CogVideoXControlToVideo(CogVideoXNode):
@@ -14,7 +23,6 @@ class CogVideoXControlToVideo(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
             node_id="XDiTCogVideoXControlToVideo",
             display_name="CogVideoX Control To Video",
@@ -25,22 +33,10 @@ class CogVideoXControlToVideo(CogVideoXNode):
             inputs=[
                 *conditioned_inputs(),
                 io.Image.Input("control_video", tooltip=f"The poses, edges or depth that the video follows. {FITTED}"),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="How strongly the video follows the control video: 1 is as trained, 0 is no control.",
-                ),
-                io.Float.Input(
-                    "start_percent", default=0.0, tooltip="Share of the steps after which control starts. 0: at once.", **share
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    tooltip="Share of the steps after which control ends. With 0.5 the prompt alone decides the details.",
-                    **share,
+                *strength_inputs(
+                    strength="How strongly the video follows the control video: 1 is as trained, 0 is no control.",
+                    start="Share of the steps after which control starts. 0: at once.",
+                    end="Share of the steps after which control ends. With 0.5 the prompt alone decides the details.",
                 ),
                 *rate_inputs(),
             ],

@@ -10,7 +10,7 @@ from ..parallel_backend.jobs import IMAGE_SCALES, empty_latent
 from .base import CogVideoXNode, schema
 from .comfy import runtime
 from .comfy.types import CATEGORY
-from .conditioning import CONCAT, IMAGE_SCALE, with_values
+from .conditioning import CONCAT, IMAGE, with_values
 from .videos import (
     AS_TRAINED,
     COVERED,
@@ -20,6 +20,7 @@ from .videos import (
     inpaint_values,
     model_input,
     noise_input,
+    strength_inputs,
 )
 
 
@@ -59,6 +60,12 @@ class CogVideoXImageToVideo(CogVideoXNode):
                 ),
                 model_input(),
                 noise_input(),
+                *strength_inputs(
+                    strength="How strongly the video follows the images: 1 is as trained, 0 is none. Less leaves more to the prompt.",
+                    start="Share of the steps after which the model is shown the images. 0: at once.",
+                    end="Share of the steps after which the model is no longer shown the images. Below 1 there can be more motion.",
+                    optional=True,
+                ),
             ],
             outputs=conditioned_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -79,6 +86,9 @@ class CogVideoXImageToVideo(CogVideoXNode):
         image_scale="auto",
         model=None,
         noise_aug_strength=AS_TRAINED,
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
     ) -> io.NodeOutput:
         """Encodes the images once, for both prompts and every video of the batch.
 
@@ -90,13 +100,15 @@ class CogVideoXImageToVideo(CogVideoXNode):
         checkpoint = checkpoint_of(vae, model)
         if end_image is not None and checkpoint:
             validation.check_end_image(checkpoint)
+        shown = {"image_strength": strength, "image_start": start_percent, "image_end": end_percent}
         if end_image is None and (checkpoint is None or checkpoint.task != "inpaint"):
             image = vae.encode(cover(start_image[:1], width=width, height=height))
-            return io.NodeOutput(*with_values(positive, negative, {CONCAT: image, IMAGE_SCALE: image_scale}), latent)
+            values = {CONCAT: image, IMAGE: shown | {"image_scale": image_scale}}
+            return io.NodeOutput(*with_values(positive, negative, values), latent)
         if image_scale != "auto":
             line = "image_scale is for image-to-video models; an inpaint model's images are always scaled"
             runtime.say(line, cls.hidden.unique_id, level=logging.WARNING)
         images = (image if image is None else cover(image, width=width, height=height) for image in (start_image, end_image))
         video, mask = conditions.between_images(*images, frames=length)
-        values = inpaint_values(vae, video, mask, noise_aug_strength, checkpoint, cls.hidden.unique_id)
+        values = inpaint_values(vae, video, mask, noise_aug_strength, checkpoint, cls.hidden.unique_id) | {IMAGE: shown}
         return io.NodeOutput(*with_values(positive, negative, values), latent)

@@ -37,6 +37,21 @@ def model_input() -> io.Input:
     )
 
 
+def strength_inputs(*, strength: str, start: str, end: str, optional: bool = False) -> list:
+    """Returns inputs for how strongly and in which steps the model is shown an image or a video.
+
+    Args:
+        strength, start, end: tooltips.
+        optional: for a node that had no such inputs at first.
+    """
+    share = {"min": 0.0, "max": 1.0, "step": 0.01, "optional": optional}
+    return [
+        io.Float.Input("strength", default=1.0, tooltip=strength, **{**share, "max": 10.0}),
+        io.Float.Input("start_percent", default=0.0, tooltip=start, **share),
+        io.Float.Input("end_percent", default=1.0, tooltip=end, **share),
+    ]
+
+
 def source_fps_input() -> io.Input:
     """Returns the input for the clip's rate."""
     return io.Float.Input(

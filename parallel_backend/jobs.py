@@ -86,6 +86,12 @@ class SampleJob:
     """For a video longer than the model was trained for; None runs all frames at once."""
     image_scale: str = "auto"
     """The factor for the start image's latent: one of ``IMAGE_SCALES``; ``auto`` is the checkpoint's own."""
+    image_strength: float = 1.0
+    """Another factor for that latent, or for ``masked_video``."""
+    image_start: float = 0.0
+    """Share of the steps at which the image or masked video starts to be shown to the model."""
+    image_end: float = 1.0
+    """Share of the steps at which that ends."""
     control: torch.Tensor | None = None
     """A control video as an unscaled VAE latent ``[1 or batch, channels, latent frames, height/8, width/8]``."""
     control_strength: float = 1.0

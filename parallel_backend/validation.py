@@ -96,10 +96,15 @@ def check_condition(name: str, condition: torch.Tensor, latent: torch.Tensor, *,
 
 
 def check_conditions(job: Any) -> None:
-    """Raises RequestError unless the control videos, the noise, the masked video and the mask of a sampling job fit its latent."""
-    between("control_strength", job.control_strength, 0.0, 10.0)
-    between("control_start", job.control_start, 0.0, 1.0)
-    between("control_end", job.control_end, job.control_start, 1.0)
+    """Raises RequestError unless the control videos, the noise, the masked video and the mask of a sampling job fit its latent.
+
+    Also checks the strength and the share of the steps of a control video and of an image.
+    """
+    for name in ("control", "image"):
+        strength, start, end = (getattr(job, f"{name}_{setting}") for setting in ("strength", "start", "end"))
+        between(f"{name}_strength", strength, 0.0, 10.0)
+        between(f"{name}_start", start, 0.0, 1.0)
+        between(f"{name}_end", end, start, 1.0)
     channels = job.latent.shape[1]
     if job.control is not None:
         node = "CogVideoX Control To Video"

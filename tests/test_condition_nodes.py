@@ -72,17 +72,18 @@ equal["void as the core"] = torch.equal(of_the_core, torch.cat([fields["mask"], 
 all_removed = call(Inpaint, **prompts, vae=CoreVAE(), model=model, video=clip, mask=torch.ones(1, 40, 100), **five)[0][0][1]
 model, vae = handles(inp)
 
-found = call(Node, **prompts, vae=vae, start_image=clip[:1], end_image=clip[-1:], **size)
+found = call(Node, **prompts, vae=vae, start_image=clip[:1], end_image=clip[-1:], end_percent=0.4, **size)
 ends = [image.cover(one, width=48, height=32) for one in (clip[:1], clip[-1:])]
 video, known = conditions.between_images(*ends, frames=9)
-fields = {"masked_video": encode(model, video), "mask": conditions.latent_mask(known)}
+fields = {"masked_video": encode(model, video), "mask": conditions.latent_mask(known), "image_end": 0.4}
 equal["ends"] = torch.equal(sampled(model, found), expected(model, **fields))
 found = call(Node, **prompts, vae=vae, **size)
 equal["nothing"] = torch.equal(sampled(model, found), expected(model))
 
 model, vae = handles(i2v)
-found = call(Node, **prompts, vae=vae, start_image=clip, image_scale="raw", **size)
-fields = {"image": encode(model, covered[:1]), "image_scale": "raw"}
+seen = {"strength": 0.5, "start_percent": 0.2, "end_percent": 0.4}
+found = call(Node, **prompts, vae=vae, start_image=clip, image_scale="raw", **seen, **size)
+fields = {"image": encode(model, covered[:1]), "image_scale": "raw", "image_strength": 0.5, "image_start": 0.2, "image_end": 0.4}
 equal["raw"] = torch.equal(sampled(model, found), expected(model, **fields))
 
 _, vae = handles(text)

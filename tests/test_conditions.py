@@ -195,6 +195,30 @@ def test_strength_and_the_share_of_steps_change_the_control(make_job, local):
     assert min(apart) > 0.01
 
 
+@pytest.mark.parametrize("like", ["1.5-5b-i2v", "5b-inp"])
+def test_strength_and_the_share_of_steps_change_the_image(like, make_job, local, checkpoints):
+    """Without them nothing changes, to the bit. Outside its share an image is zeros; for an inpaint model nothing is known then."""
+    image = torch.randn(1, 16, 1, 8, 12, generator=torch.Generator().manual_seed(1))
+    video, mask = image.repeat(1, 1, 2, 1, 1), torch.zeros(1, 1, 2, 8, 12)
+    if like == "5b-inp":
+        given, half, nothing = {"masked_video": video, "mask": mask}, {"masked_video": video / 2, "mask": mask}, {}
+        plain = torch.cat([1 - mask, video], dim=1) * 0.7
+    else:
+        given, half, nothing = {"image": image}, {"image": image / 2}, {"image": torch.zeros_like(image)}
+        plain = torch.cat([image * (1 / 0.7), torch.zeros_like(image)], dim=2)
+    sample = partial(make_job, like, size=(96, 64, 5), steps=4, scheduler="ddim")
+    run = lambda **settings: local.sample(sample(**settings)).tensor  # noqa: E731
+    none, whole = run(**nothing), run(**given)
+    condition = conditions.make(sample(**given), Checkpoint.open(checkpoints[like]), torch.zeros(1, 2, 16, 8, 12))
+    assert all(torch.equal(condition(done), plain.transpose(1, 2)) for done in (0.0, 0.3, 0.75))
+    assert difference(run(**given, image_strength=0.5), run(**half)) <= TOLERANCE
+    assert difference(run(**given, image_start=0.8), none) == 0  # the last of four steps begins at 0.75
+    assert difference(run(**given, image_end=0.75), whole) == 0
+    late, early = run(**given, image_start=0.75), run(**given, image_end=0.5)
+    apart = [difference(one, other) for one, other in ((late, none), (late, whole), (early, none), (early, whole))]
+    assert min(apart) > 0.005
+
+
 def test_control_and_inpainting_go_with_a_part_of_the_steps(make_job, local):
     generator = torch.Generator().manual_seed(2)
     latent = torch.randn(2, 16, 3, 6, 10, generator=generator)

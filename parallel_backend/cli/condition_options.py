@@ -18,6 +18,11 @@ def add_condition_options(parser: ArgumentParser) -> None:
         default="auto",
         help="scaling of the start image's latent; auto: the checkpoint's own",
     )
+    group.add_argument("--image-strength", type=float, default=1.0, help="scale of the latent of the image or images")
+    group.add_argument(
+        "--image-start", type=float, default=0.0, help="share of the steps at which the model is first shown them"
+    )
+    group.add_argument("--image-end", type=float, default=1.0, help="share of the steps at which that ends")
     group.add_argument("--control-video", help="video of poses, edges or depth, for a control model")
     group.add_argument("--control-strength", type=float, default=1.0, help="scale of the control video's latent")
     group.add_argument("--control-start", type=float, default=0.0, help="share of the steps at which control begins")
