@@ -35,7 +35,7 @@ class CogVideoXImageToVideo(CogVideoXNode):
             aliases="i2v, image to video, start image, first last frame, flf2v",
             category=CATEGORY,
             description="Encodes a start image for an image-to-video model, such as CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V, "
-            "or a start and an end image for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP.",
+            "or a start and an end image for an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP, or for CogvideoX-Interpolation.",
             inputs=[
                 *conditioned_inputs(),
                 io.Image.Input(
@@ -47,7 +47,8 @@ class CogVideoXImageToVideo(CogVideoXNode):
                 io.Image.Input(
                     "end_image",
                     optional=True,
-                    tooltip=f"The video's last frame, or several. For inpaint models only. {COVERED}",
+                    tooltip="The video's last frame; for inpaint models, or with a start image for CogvideoX-Interpolation. An inpaint model "
+                    f"takes several. {COVERED}",
                 ),
                 io.Combo.Input(
                     "image_scale",
@@ -93,22 +94,23 @@ class CogVideoXImageToVideo(CogVideoXNode):
         """Encodes the images once, for both prompts and every video of the batch.
 
         The checkpoint of the model or of the VAE determines the kind of model. Without one an end image means an inpaint model.
+        Of several images an image-to-video model gets the first start image and the last end image.
         """
         latent = {"samples": empty_latent(width=width, height=height, frames=length, batch=batch_size)}
         if start_image is None and end_image is None:
             return io.NodeOutput(positive, negative, latent)
         checkpoint = checkpoint_of(vae, model)
         if end_image is not None and checkpoint:
-            validation.check_end_image(checkpoint)
+            validation.check_end_image(checkpoint, has_start=start_image is not None)
+        start, end = (one if one is None else cover(one, width=width, height=height) for one in (start_image, end_image))
         shown = {"image_strength": strength, "image_start": start_percent, "image_end": end_percent}
-        if end_image is None and (checkpoint is None or checkpoint.task != "inpaint"):
-            image = vae.encode(cover(start_image[:1], width=width, height=height))
-            values = {CONCAT: image, IMAGE: shown | {"image_scale": image_scale}}
+        if checkpoint.task != "inpaint" if checkpoint else end is None:
+            ends = {} if end is None else {"end_image": vae.encode(end[-1:])}
+            values = {CONCAT: vae.encode(start[:1]), IMAGE: {**shown, **ends, "image_scale": image_scale}}
             return io.NodeOutput(*with_values(positive, negative, values), latent)
         if image_scale != "auto":
             line = "image_scale is for image-to-video models; an inpaint model's images are always scaled"
             runtime.say(line, cls.hidden.unique_id, level=logging.WARNING)
-        images = (image if image is None else cover(image, width=width, height=height) for image in (start_image, end_image))
-        video, mask = conditions.between_images(*images, frames=length)
+        video, mask = conditions.between_images(start, end, frames=length)
         values = inpaint_values(vae, video, mask, noise_aug_strength, checkpoint, cls.hidden.unique_id) | {IMAGE: shown}
         return io.NodeOutput(*with_values(positive, negative, values), latent)

@@ -16,7 +16,7 @@ from .validation import (
     CHANNELS,
     between,
     check_conditions,
-    check_image,
+    check_images,
     check_latent,
     check_size,
     check_text,
@@ -92,6 +92,8 @@ class SampleJob:
     """Share of the steps at which the image or masked video starts to be shown to the model."""
     image_end: float = 1.0
     """Share of the steps at which that ends."""
+    end_image: torch.Tensor | None = None
+    """The video's last image, shaped like ``image`` and given with it; see :mod:`.cogvideox.pipeline.conditions`."""
     control: torch.Tensor | None = None
     """A control video as an unscaled VAE latent ``[1 or batch, channels, latent frames, height/8, width/8]``."""
     control_strength: float = 1.0
@@ -130,8 +132,7 @@ class SampleJob:
 
     def __post_init__(self):
         check_latent(self.latent)
-        if self.image is not None:
-            check_image(self.image, self.latent)
+        check_images(self)
         choice("image_scale", self.image_scale, IMAGE_SCALES)
         check_conditions(self)
         choice("scheduler", self.scheduler, SCHEDULERS)

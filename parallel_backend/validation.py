@@ -56,17 +56,28 @@ def check_latent(latent: torch.Tensor) -> None:
         raise RequestError(f"the size is {shape[4] * 8}x{shape[3] * 8}; width and height must be multiples of 16")
 
 
-def check_image(image: torch.Tensor, latent: torch.Tensor) -> None:
-    """Raises RequestError unless a start image's latent is one frame of the video's size."""
+def check_images(job: Any) -> None:
+    """Raises RequestError unless the latents of a sampling job's start and end image are one frame of the video's size each."""
+    for name, image in (("start image", job.image), ("end image", job.end_image)):
+        if image is not None:
+            check_image(name, image, job.latent)
+    if job.end_image is not None and (job.image is None or job.latent.shape[2] == 1):
+        raise RequestError(
+            "an end image goes with a start image and at least 5 frames; use CogVideoX Image To Video with both images"
+        )
+
+
+def check_image(name: str, image: torch.Tensor, latent: torch.Tensor) -> None:
+    """Raises RequestError unless the latent of an image is one frame of the video's size."""
     batch, channels, _, height, width = latent.shape
     if image.ndim != 5 or image.shape[0] not in (1, batch) or tuple(image.shape[1:3]) != (channels, 1):
         raise RequestError(
-            f"the start image's latent is {tuple(image.shape)}; it must be [1 or {batch}, {channels}, 1, height/8, width/8]: "
+            f"the {name}'s latent is {tuple(image.shape)}; it must be [1 or {batch}, {channels}, 1, height/8, width/8]: "
             "use CogVideoX Image To Video"
         )
     if tuple(image.shape[3:]) != (height, width):
         raise RequestError(
-            f"the start image is encoded for {image.shape[4] * 8}x{image.shape[3] * 8} and the video is "
+            f"the {name} is encoded for {image.shape[4] * 8}x{image.shape[3] * 8} and the video is "
             f"{width * 8}x{height * 8}; use the same size for both"
         )
 

@@ -390,8 +390,8 @@ def test_images_and_control_videos_become_a_video(like, more, checkpoints, files
         ("5b-i2v", ("--image", "image.png", "--width", "81"), "width is 81"),
         (
             "5b-i2v",
-            ("--image", "image.png", "--end-image", "image.png"),
-            "takes no end image; .* such as CogVideoX-Fun-V1.1-5b-InP",
+            ("--end-image", "image.png"),
+            "needs a start image with the end image; .* such as CogVideoX-Fun-V1.1-5b-InP",
         ),
         ("5b", ("--end-image", "image.png"), "takes no end image; for an end image or a mask use an inpaint model"),
         ("5b", ("--control-video", "video.mp4"), "text alone; for a control video use a control model"),

@@ -85,6 +85,9 @@ seen = {"strength": 0.5, "start_percent": 0.2, "end_percent": 0.4}
 found = call(Node, **prompts, vae=vae, start_image=clip, image_scale="raw", **seen, **size)
 fields = {"image": encode(model, covered[:1]), "image_scale": "raw", "image_strength": 0.5, "image_start": 0.2, "image_end": 0.4}
 equal["raw"] = torch.equal(sampled(model, found), expected(model, **fields))
+found = call(Node, **prompts, vae=vae, start_image=clip[:1], end_image=clip[:9], **size)
+fields = {"image": encode(model, covered[:1]), "end_image": encode(model, covered[-1:])}
+equal["interpolation"] = torch.equal(sampled(model, found), expected(model, **fields))
 
 _, vae = handles(text)
 latent = call(VideoToVideo, vae=vae, video=clip, **{**size, "batch_size": 2})[0]["samples"]
@@ -113,7 +116,7 @@ show(equal=equal, keys=keys, all_new=all_new, all_removed=list(all_removed["conc
      mask=end["concat_mask"][0, 0, :, 0, 0].tolist())
 """)
     assert shown["equal"] == dict.fromkeys(
-        ("control", "inpaint", "void", "void as the core", "ends", "nothing", "raw", "video", "noise"), True
+        ("control", "inpaint", "void", "void as the core", "ends", "nothing", "raw", "interpolation", "video", "noise"), True
     )
     assert shown["all_removed"] == [1, 32, 2, 4, 6]
     assert shown["keys"] == ["concat_latent_image", "concat_mask", "pooled_output"]  # the core's own
@@ -124,6 +127,7 @@ show(equal=equal, keys=keys, all_new=all_new, all_removed=list(all_removed["conc
     assert "5 of the video's 11 frames are used, not 13: this kind of model takes 8k+5" in log
     assert "9 of the video's 11 frames are used, not 13: this kind of model takes 4k+1" in log
     assert "image_scale is for image-to-video models" in log
+    assert "2b-i2v is shown the end image in the last latent frame, as CogvideoX-Interpolation's weights were trained" in log
     assert "does not use" not in log
 
 
@@ -205,7 +209,7 @@ controlled = call(Control, **prompts, vae=core, control_video=clip, strength=1.0
 def sample_with(name, found):
     return refusal(Sampler, model=by_name[name][0], positive=found[0], negative=found[1], latent=found[2], **settings)
 show(
-    end_i2v=refusal(Node, **prompts, vae=by_name["i2v"][1], start_image=clip[:1], end_image=clip[:1], **size),
+    end_i2v=refusal(Node, **prompts, vae=by_name["i2v"][1], end_image=clip[:1], **size),
     end_text=refusal(Node, **prompts, vae=by_name["text"][1], end_image=clip[:1], **size),
     ends_text=sample_with("text", ends), ends_i2v=sample_with("i2v", ends), ends_control=sample_with("control", ends),
     start_inp=sample_with("inp", start), start_control=sample_with("control", start),
@@ -222,10 +226,10 @@ show(
 """)
     assert shown.pop("loads") == 0
     words = {
-        "end_i2v": "takes no end image; for an end image or a mask use an inpaint model, such as CogVideoX-Fun-V1.1-5b-InP",
+        "end_i2v": "needs a start image with the end image; for an end image or a mask use an inpaint model, such as",
         "end_text": "takes no end image",
         "ends_text": "makes videos from text alone; for an end image or a mask use an inpaint model",
-        "ends_i2v": "makes videos from a start image; for an end image or a mask use an inpaint model",
+        "ends_i2v": "or, for frame interpolation, give CogVideoX Image To Video 2b-i2v or its VAE",
         "ends_control": "makes videos from a control video; for an end image or a mask use",
         "start_inp": "takes a start image as a masked video, and this one was encoded for an image-to-video model",
         "start_control": "makes videos from a control video; for a start image use an image-to-video model",

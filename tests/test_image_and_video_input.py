@@ -72,6 +72,36 @@ def test_a_start_image_gives_the_latents_of_diffusers(like, scheduler, settings,
     assert (latents - expected).abs().max() <= TOLERANCE
 
 
+class Interpolation(CogVideoXImageToVideoPipeline):
+    """diffusers' pipeline with its images as CogvideoX-Interpolation has them: both encoded alone, and zeros between them."""
+
+    last: Image.Image
+
+    def prepare_latents(self, image, batch, channels, frames, height, width, dtype, device, generator, latents=None):
+        last = self.video_processor.preprocess(self.last, height=height, width=width)
+        first, last = (
+            self.vae.encode(pixels[:, :, None]).latent_dist.sample(generator).transpose(1, 2) * self.vae.config.scaling_factor
+            for pixels in (image, last)
+        )
+        shape = (batch, (frames - 1) // 4 + 1, *first.shape[2:])
+        between = torch.zeros(batch, shape[1] - 2, *shape[2:])
+        return torch.randn(shape, generator=generator) * self.scheduler.init_noise_sigma, torch.cat([first, between, last], 1)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_two_images_give_the_latents_of_cogvideox_interpolation(scheduler, pipelines, make_job, local, checkpoints):
+    images, size = pictures(2, width=96, height=64), (96, 64, 17)
+    pipeline = Interpolation(**pipelines["5b-i2v"].components)
+    pipeline.last = images[1]
+    pipeline.set_progress_bar_config(disable=True)
+    expected = reference(pipeline, size=size, steps=6, scheduler=scheduler, image=images[0], num_frames=17)
+    image, end = (encode(local, checkpoints["5b-i2v"], [one]) for one in images)
+    result = local.sample(make_job("5b-i2v", size=size, steps=6, scheduler=scheduler, image=image, end_image=end))
+    assert (result.tensor - expected).abs().max() <= TOLERANCE
+    (note,) = result.report.notes
+    assert note.startswith("5b-i2v is shown the end image in the last latent frame, as CogvideoX-Interpolation's weights were")
+
+
 def test_cogvideox_1_5_takes_an_image_at_any_size_up_to_its_positions(pipelines, make_job, local, checkpoints):
     (image,) = pictures(1, width=80, height=48)
     size = (80, 48, 17)

@@ -37,7 +37,15 @@ CASES = [
     ("5b", {"size": (48, 80, 13), "denoise": 0.5, "latent": torch.randn(1, 16, 4, 10, 6)}),
     ("1.5-5b", {"size": (80, 64, 13), "scheduler": "dpm"}),
     ("1.5-5b", {"size": (48, 48, 9), "scheduler": "ddim", "lora": 1.0}),
-    ("5b-i2v", {"size": (96, 64, 9), "scheduler": "dpm", "image": torch.randn(1, 16, 1, 8, 12)}),
+    (
+        "5b-i2v",
+        {
+            "size": (96, 64, 9),
+            "scheduler": "dpm",
+            "image": torch.randn(1, 16, 1, 8, 12),
+            "end_image": torch.ones(1, 16, 1, 8, 12),
+        },
+    ),
     ("5b-i2v", {"size": (96, 64, 17), "batch": 2, "cfg": 1.0, "image": torch.randn(2, 16, 1, 8, 12)}),
     ("1.5-5b-i2v", {"size": (80, 48, 9), "scheduler": "dpm", "image": torch.randn(1, 16, 1, 6, 10), "image_end": 0.5}),
     ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm", "in_one_file": True, "lora": 0.5}),

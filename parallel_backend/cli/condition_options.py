@@ -11,7 +11,7 @@ def add_condition_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--image", help="start image, for an image-to-video or inpaint model; resized to cover and cropped at the centre"
     )
-    group.add_argument("--end-image", help="end image, for an inpaint model")
+    group.add_argument("--end-image", help="end image, for an inpaint model or weights for frame interpolation")
     group.add_argument(
         "--image-scale",
         choices=IMAGE_SCALES,

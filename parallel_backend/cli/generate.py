@@ -94,7 +94,7 @@ def read_request(args: Namespace) -> VideoRequest:
     size = size_of(args, checkpoint)
     pixels, ready, timesteps = *inputs.read(args, size, checkpoint), timesteps_of(args.timesteps)
     latent, blank = empty_latent(**size, channels=checkpoint.channels), checkpoint.blank_text()
-    fields = {name: torch.ones_like(latent[:, :, :1] if name == "image" else latent) for name in pixels}
+    fields = {name: torch.ones_like(latent[:, :, :1] if name in ("image", "end_image") else latent) for name in pixels}
     job = SampleJob(
         model,
         positive=blank,

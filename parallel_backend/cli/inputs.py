@@ -43,7 +43,7 @@ def read(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> tuple
     if args.mask is not None and args.video is None:
         raise RequestError("a mask says which part of a video is replaced, and there is no video; give --video too")
     if args.end_image is not None:
-        check_end_image(checkpoint)
+        check_end_image(checkpoint, has_start=args.image is not None)
     edges = {"width": size["width"], "height": size["height"]}
     pixels = read_videos(args, size, checkpoint)
     if pixels:
@@ -63,7 +63,7 @@ def read(args: Namespace, size: dict[str, int], checkpoint: Checkpoint) -> tuple
     elif checkpoint.task == "inpaint" and (start is not None or end is not None):
         video, mask = between_images(start, end, frames=frames)
     else:
-        return pixels | ({} if start is None else {"image": start}), ready
+        return pixels | {name: image for name, image in (("image", start), ("end_image", end)) if image is not None}, ready
     noise = checkpoint.reference_noise if args.noise_aug_strength is None else args.noise_aug_strength
     between("noise-aug-strength", noise, 0.0, 1.0)
     shown, masks = to_show(video, mask, noise=noise, removes=checkpoint.removes)

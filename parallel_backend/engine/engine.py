@@ -14,7 +14,7 @@ from ..cogvideox.attention import choice
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.denoise import Callbacks, StepCallback, WindowCallback, denoise
 from ..cogvideox.pipeline.forward import Runtime, predict_window
-from ..cogvideox.pipeline.windows import advice
+from ..cogvideox.pipeline.notes import notes
 from ..cogvideox.vae import layers
 from ..cogvideox.vae.preview import PictureListener, Previews, why_none
 from ..devices import current
@@ -162,7 +162,7 @@ class Engine:
         loaded = time.perf_counter()
         if not job.guided and self.context.plan.cfg > 1:
             self._note(f"cfg is {job.cfg}: both halves of plan '{self.context.plan}' compute the same")
-        self._note(advice(job, checkpoint))
+        self._notes += notes(job, checkpoint)
         steps: list[float] = []
         began, ahead = loaded, False
 

@@ -12,8 +12,10 @@ TASKS = {
     "removal": "object removal",
 }
 """What a checkpoint makes a video from, and its name in messages."""
-IMAGE_PIPELINE = "CogVideoXImageToVideoPipeline"
-"""Distinguishes image to video from control if the transformer of 32 channels does not."""
+INTERPOLATION_PIPELINE = "CogVideoXInterpolationPipeline"
+"""Of CogvideoX-Interpolation, which makes a video between two images."""
+IMAGE_PIPELINES = ("CogVideoXImageToVideoPipeline", INTERPOLATION_PIPELINE)
+"""They distinguish image to video from control if the transformer of 32 channels does not."""
 
 
 def possible(channels: int, in_channels: int) -> tuple[str, ...]:
@@ -47,7 +49,7 @@ def infer(tasks: tuple[str, ...], transformer: dict[str, Any], pipeline: str | N
         return "image", f"{channels} and learned positions"
     if transformer.get("ofs_embed_dim"):
         return "image", f"{channels} and an ofs embedding"
-    if pipeline == IMAGE_PIPELINE:
+    if pipeline in IMAGE_PIPELINES:
         return "image", f"{channels} and {pipeline} in model_index.json"
     return "control", f"{channels} with neither learned positions nor an ofs embedding"
 

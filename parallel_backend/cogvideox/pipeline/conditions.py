@@ -1,4 +1,4 @@
-"""Conditions that are concatenated to the noise: a start image, a control video, or a video and its mask.
+"""Conditions that are concatenated to the noise: a start and an end image, a control video, or a video and its mask.
 
 The channel order is that of the published models: 16 channels of noise, then 16 of a start image, 16 of a control video, or 1
 of a mask and 16 of a masked video. The first two follow diffusers' pipelines. Inpainting follows VideoX-Fun
@@ -14,6 +14,9 @@ models). Object removal is in :mod:`.removal`.
 - If nothing is known, mask and masked video are zeros, and the model makes a video from text only (as for nine of ten training
   examples without an image).
 - V1.1-5b was trained with noise on the images (``add_noise_in_inpaint_model``). Black pixels get no noise.
+
+Weights for frame interpolation have the shapes of 5b-I2V. They take a second image, encoded alone, in the last latent frame
+(feizc/CogvideX-Interpolation 7ed3938, ``cogvideox_interpolation/pipeline.py``).
 
 Before its start and after its end a condition is zeros. To an image-to-video model that is no image, as in one of twenty of its
 training examples (``noised_image_dropout`` of 0.05 in bilibili/Index-anisora 171fe63, whose training is that of zai-org/CogVideo), and
@@ -67,9 +70,11 @@ def control_video(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor)
 
 
 def start_image(job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor) -> torch.Tensor:
-    """Returns the start image in the first frame, which may be a padding frame, and zeros in the others."""
-    condition = torch.zeros_like(latents)
-    condition[:, :1] = fit(job.image, latents) * checkpoint.image_scale(job.image_scale) * job.image_strength
+    """Returns the start image in the first frame, which may be a padding frame, an end image in the last, and zeros in the others."""
+    condition, scale = torch.zeros_like(latents), checkpoint.image_scale(job.image_scale) * job.image_strength
+    condition[:, :1] = fit(job.image, latents) * scale
+    if job.end_image is not None:
+        condition[:, -1:] = fit(job.end_image, latents) * scale
     return condition
 
 

@@ -43,7 +43,7 @@ def starting_point(
     batch, own = job.drawn
     padding = checkpoint.padding_frames(frames)
     scheduler.set_timesteps(job.steps)
-    for encoded in (job.image, job.latent if job.denoise < 1 else None):
+    for encoded in (job.image, job.end_image, job.latent if job.denoise < 1 else None):
         if encoded is not None:
             # diffusers samples the VAE's posterior with this generator before it draws the noise. ComfyUI and this pack use the
             # posterior's mean. The numbers are drawn and discarded, so that a seed gives the same noise.

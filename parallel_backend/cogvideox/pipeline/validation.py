@@ -148,10 +148,12 @@ def check_controlnets(checkpoint: Checkpoint, job: SampleJob) -> None:
         )
 
 
-def check_end_image(checkpoint: Checkpoint) -> None:
-    """Raises RequestError unless the model takes an end image."""
-    if checkpoint.task != "inpaint":
+def check_end_image(checkpoint: Checkpoint, *, has_start: bool) -> None:
+    """Raises RequestError unless the model's task allows an end image."""
+    if checkpoint.task not in ("image", "inpaint"):
         raise RequestError(f"{checkpoint.name} takes no end image; {CONDITIONS['inpaint'][1]}")
+    if checkpoint.task == "image" and not has_start:
+        raise RequestError(f"{checkpoint.name} needs a start image with the end image; {CONDITIONS['inpaint'][1]}")
 
 
 def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
@@ -171,6 +173,8 @@ def check_task(checkpoint: Checkpoint, job: SampleJob) -> None:
     for task, (given, who_takes_it) in CONDITIONS.items():
         if not takes(checkpoint, given) and getattr(job, given) is not None:
             choice = f"; if {name} is one, set task to {task}" if task in checkpoint.possible_tasks else ""
+            if (checkpoint.task, task) == ("image", "inpaint"):
+                choice = f"; or, for frame interpolation, give CogVideoX Image To Video {name} or its VAE"
             raise RequestError(f"{name} {MAKES[checkpoint.task]}; {who_takes_it}{choice}")
     if job.image is None and checkpoint.task == "image":
         raise RequestError(

@@ -128,13 +128,3 @@ def forward_size(job: SampleJob | WindowJob, checkpoint: Checkpoint) -> tuple[in
         batch, frames, _, height, width = job.seen.shape
         return batch, frames, height, width
     return len(job.latent), Layout.of(job, checkpoint).length, *job.latent.shape[3:]
-
-
-def advice(job: SampleJob, checkpoint: Checkpoint) -> str | None:
-    """Returns a note for the user if the windows have no effect or the video would need some; else None."""
-    name, most, frames = checkpoint.name, checkpoint.most_frames, (job.latent.shape[2] - 1) * TEMPORAL + 1
-    if job.windows is not None and Layout.of(job, checkpoint).is_whole:
-        return f"the video of {frames} frames fits in one window of {job.windows.frames}: it is sampled whole"
-    if job.windows is None and job.image is None and frames > most:
-        return f"{frames} frames are more than the {most} that {name} was trained for; CogVideoX Context Windows (--window) may help"
-    return None
