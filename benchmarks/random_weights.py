@@ -25,11 +25,16 @@ CONDITION_CHANNELS = {"": 0, "i2v": 16, "control": 16, "inp": 17, "void": 32}
 LIKES = (
     "2b", "5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v", "2b-i2v",
     "2b-control", "5b-control", "1.5-5b-control", "2b-inp", "5b-inp", "1.5-5b-inp",
-    "1.5-5b-void",
+    "1.5-5b-void", "anisora-i2v",
 )  # fmt: skip
 CONTROLNETS = ("2b-controlnet", "5b-controlnet")
 """ControlNets beside a model of the same size."""
 SMALL_SIZE = {"sample_width": 12, "sample_height": 8, "sample_frames": 17}
+SIZES = {
+    "1.5-5b": {"sample_width": 300, "sample_height": 300, "sample_frames": 81},
+    "anisora": {"sample_width": 160, "sample_height": 90, "sample_frames": 49},
+}
+"""Configured sizes of the real shapes that are not those of CogVideoX 1.0."""
 
 
 def parse(like: str) -> tuple[str, str]:
@@ -39,7 +44,8 @@ def parse(like: str) -> tuple[str, str]:
 
 
 def transformer_config(like: str, full_size: bool) -> dict:
-    """Arguments of the transformer: like ``2b`` (sincos), ``5b`` (rotary) or ``1.5-5b`` (two-frame tokens), and its channels."""
+    """Arguments of the transformer: like ``2b`` (sincos), ``5b`` and ``anisora`` (rotary) or ``1.5-5b`` (two-frame tokens), and its
+    channels."""
     base, kind = parse(like)
     in_channels = 16 + CONDITION_CHANNELS[kind]
     config = {"temporal_compression_ratio": 4, "patch_size": 2, "in_channels": in_channels, "out_channels": 16}
@@ -55,10 +61,10 @@ def transformer_config(like: str, full_size: bool) -> dict:
     if full_size:
         layers, heads = (30, 30) if base == "2b" else (42, 48)
         config |= {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": 64}
-        size = {"sample_width": 300, "sample_height": 300, "sample_frames": 81}
-        return config | (size if base == "1.5-5b" else {})
+        return config | SIZES.get(base, {})
     shape = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "time_embed_dim": time_features}
-    return config | shape | {"text_embed_dim": 32, "max_text_seq_length": 32} | SMALL_SIZE
+    size = SIZES[base] if base == "anisora" else SMALL_SIZE  # by which it is recognised
+    return config | shape | {"text_embed_dim": 32, "max_text_seq_length": 32} | size
 
 
 def vae_config(like: str, full_size: bool) -> dict:

@@ -91,6 +91,8 @@ def test_the_published_fun_models_make_whole_tokens_at_8_frames_a_second_and_kno
     checkpoint = Checkpoint.open(broken)
     assert (checkpoint.default_size, checkpoint.default_fps) == ((1360, 768, 85), 8)
     assert Checkpoint.open(checkpoints["1.5-5b-i2v"]).default_fps == 16
+    anisora = Checkpoint.open(checkpoints["anisora-i2v"])
+    assert (anisora.default_size, anisora.default_fps, anisora.most_frames) == ((1280, 720, 49), 16, 97)
     assert checkpoint.reference_noise == 0
     configure(broken, add_noise_in_inpaint_model=True)
     assert Checkpoint.open(broken).reference_noise == 0.0563

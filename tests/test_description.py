@@ -110,6 +110,15 @@ def test_choices_go_over_the_socket(make_job, checkpoints):
             ],
         ),
         (
+            "anisora-i2v",
+            {},
+            [
+                "task image, as it has 32 channels in and CogVideoXImageToVideoPipeline in model_index.json; "
+                "if that is wrong, set task to control",
+                "taken for AniSora V1, as 1280x720 is in its configuration: positions count from the corner at every size",
+            ],
+        ),
+        (
             "2b-control",
             {},
             [

@@ -102,6 +102,32 @@ def test_two_images_give_the_latents_of_cogvideox_interpolation(scheduler, pipel
     assert note.startswith("5b-i2v is shown the end image in the last latent frame, as CogvideoX-Interpolation's weights were")
 
 
+def anisora_rotary(pipeline, height: int, width: int, frames: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables of AniSora V1 (``Rotary3DPositionEmbeddingMixin``): whole numbers from the corner, with frequencies for each axis."""
+    features = pipeline.transformer.config.attention_head_dim
+    lengths, angles = (frames, height // 16, width // 16), []
+    for axis, size in enumerate((features // 4, features // 8 * 3, features // 8 * 3)):
+        turns = torch.arange(lengths[axis])[:, None] / 10000 ** (torch.arange(0, size, 2) / size)
+        place = [length if own == axis else 1 for own, length in enumerate(lengths)]
+        angles.append(turns.repeat_interleave(2, dim=1).view(*place, size).expand(*lengths, size))
+    whole = torch.cat(angles, dim=-1).flatten(0, 2)
+    return whole.cos(), whole.sin()
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_anisora_takes_two_images_at_any_size(scheduler, make_job, local, checkpoints, monkeypatch):
+    monkeypatch.setattr(Interpolation, "_prepare_rotary_positional_embeddings", anisora_rotary)
+    pipeline = Interpolation.from_pretrained(checkpoints["anisora-i2v"])
+    images, given = pictures(2, width=48, height=112), {"size": (48, 112, 13), "steps": 4, "scheduler": scheduler}
+    pipeline.last = images[1]
+    pipeline.set_progress_bar_config(disable=True)
+    expected = reference(pipeline, image=images[0], num_frames=13, dynamic_cfg=True, **given)
+    image, end = (encode(local, checkpoints["anisora-i2v"], [one]) for one in images)
+    result = local.sample(make_job("anisora-i2v", image=image, end_image=end, dynamic_cfg=True, **given))
+    assert (result.tensor - expected).abs().max() <= TOLERANCE
+    assert result.report.notes == ("anisora-i2v is shown the end image in the last latent frame, as AniSora V1 was trained",)
+
+
 def test_cogvideox_1_5_takes_an_image_at_any_size_up_to_its_positions(pipelines, make_job, local, checkpoints):
     (image,) = pictures(1, width=80, height=48)
     size = (80, 48, 17)

@@ -48,6 +48,10 @@ CASES = [
     ),
     ("5b-i2v", {"size": (96, 64, 17), "batch": 2, "cfg": 1.0, "image": torch.randn(2, 16, 1, 8, 12)}),
     ("1.5-5b-i2v", {"size": (80, 48, 9), "scheduler": "dpm", "image": torch.randn(1, 16, 1, 6, 10), "image_end": 0.5}),
+    (
+        "anisora-i2v",
+        {"size": (64, 48, 9), "steps": 3, "image": torch.ones(1, 16, 1, 6, 8), "end_image": torch.ones(1, 16, 1, 6, 8)},
+    ),
     ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm", "in_one_file": True, "lora": 0.5}),
     ("5b", {"size": (80, 48, 25), "steps": 4, "scheduler": "dpm", "windows": Windows(17, 12)}),
     (

@@ -18,6 +18,11 @@ def conclusions(checkpoint: Checkpoint) -> list[str]:
     elif len(checkpoint.possible_tasks) > 1:
         (other,) = set(checkpoint.possible_tasks) - {concluded}
         lines.append(f"task {concluded}, as it has {reason}; if that is wrong, set task to {other}")
+    if checkpoint.is_anisora:
+        width, height = checkpoint.positions_size
+        lines.append(
+            f"taken for AniSora V1, as {width}x{height} is in its configuration: positions count from the corner at every size"
+        )
     if checkpoint.snr_shift_scale != checkpoint.configured_snr_shift:
         why = "as VideoX-Fun trained its models" if checkpoint.asked_snr_shift == "auto" else "as asked"
         lines.append(f"noise schedule without its configuration's SNR shift of {checkpoint.configured_snr_shift:g}, {why}")

@@ -16,6 +16,8 @@ SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMSched
 REFERENCE_NOISE = 0.0563
 """Standard deviation, for pixels in -1..1, of the noise on an inpaint model's masked video, if it was trained with noise
 (``noise_aug_strength`` of VideoX-Fun's CogVideoXFunInpaintPipeline)."""
+ANISORA_SIZE = (1280, 720)
+"""Width and height in the configuration of AniSora V1, and of no other model of CogVideoX 1.0."""
 TRAINED_AT = (1360, 768)
 """Width and height that CogVideoX 1.5 was trained for."""
 REACH = 300 * SPATIAL
@@ -91,6 +93,21 @@ class CheckpointFacts:
     def takes_image(self) -> bool:
         """Whether it makes a video from a start image only."""
         return self.task == "image"
+
+    @property
+    def is_anisora(self) -> bool:
+        """Whether it is AniSora V1, which has the shape of 5b-I2V.
+
+        It was trained at several sizes up to 1280x720 and 16 frames per second, with positions that count from the corner, and with
+        one or two images in any frames (bilibili/Index-anisora 171fe63, ``anisoraV1_train_gpu/sat``: ``dit_video_concat.py``,
+        ``diffusion_video.py`` and ``configs/cogvideox_5b_sft_fix_pretrain_gpu_720.yaml``).
+        """
+        return self.takes_image and self.rotary and self.patch_size_t is None and self.positions_size == ANISORA_SIZE
+
+    @property
+    def counts_from_corner(self) -> bool:
+        """Whether positions are whole numbers from the corner at every size: CogVideoX 1.5 and AniSora V1."""
+        return self.patch_size_t is not None or self.is_anisora
 
     @property
     def is_fun(self) -> bool:
@@ -219,12 +236,12 @@ class CheckpointFacts:
 
     @property
     def most_frames(self) -> int:
-        """Number of frames of the longest training videos. CogVideoX 1.5 was also trained at twice its default of 81 (161).
+        """Number of frames of the longest training videos: twice the default of CogVideoX 1.5 (161) and AniSora V1 (97).
 
         Object removal makes longer videos in windows of its default.
         """
         frames = self.default_size[2]
-        return frames if self.patch_size_t is None or self.removes else 2 * frames - 1
+        return 2 * frames - 1 if self.counts_from_corner and not self.removes else frames
 
     @property
     def default_cfg(self) -> float:
@@ -233,10 +250,10 @@ class CheckpointFacts:
 
     @property
     def default_fps(self) -> int:
-        """Frames per second: 16 for CogVideoX 1.5, 8 for CogVideoX 1.0 and all of VideoX-Fun's models, 12 for object removal."""
+        """Frames per second: 16 for CogVideoX 1.5 and AniSora V1, 8 for others of 1.0 and for VideoX-Fun, 12 for object removal."""
         if self.removes:
             return REMOVAL_FPS
-        return 8 if self.patch_size_t is None or self.is_fun else 16
+        return 16 if self.counts_from_corner and not self.is_fun else 8
 
     def weight_bytes(self, part: str, dtype: torch.dtype) -> int:
         """Returns the bytes of a part's weights once loaded in ``dtype``; 0 if the checkpoint does not have that part."""

@@ -27,6 +27,8 @@ def of_end_image(job: SampleJob, checkpoint: Checkpoint) -> str | None:
     if job.end_image is None:
         return None
     place = f"{checkpoint.name} is shown the end image in the last latent frame"
+    if checkpoint.is_anisora:
+        return f"{place}, as AniSora V1 was trained"
     if checkpoint.pipeline == INTERPOLATION_PIPELINE:
         return f"{place}, as {INTERPOLATION_PIPELINE} in its model_index.json asks for"
     return (

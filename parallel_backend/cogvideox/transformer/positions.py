@@ -1,6 +1,7 @@
 """The positions of video tokens: tables for rotary positions, and the sinusoidal table of VideoX-Fun's 2b models.
 
-At the size that a model is configured for, all conventions agree. At other sizes CogVideoX 1.0 follows how it was trained:
+At the size that a model is configured for, all conventions agree. At other sizes CogVideoX 1.5 and AniSora V1 count from the corner,
+and CogVideoX 1.0 follows how it was trained:
 
 - VideoX-Fun trained its models at many sizes. Rotary positions divide the crop of the configured grid into equal steps, without the
   end (numpy's ``linspace`` with ``endpoint=False``). The sinusoidal table of 2b is resized to the size, trilinear (aigc-apps/VideoX-Fun
@@ -50,10 +51,9 @@ def token_positions(checkpoint: CheckpointFacts, frames: int, height: int, width
     config = checkpoint.transformer
     patch = config.get("patch_size", 2)
     grid = (height // patch, width // patch)
-    if checkpoint.patch_size_t is not None:  # CogVideoX 1.5 counts tokens from the corner
-        return tuple(
-            torch.arange(length, dtype=torch.float32) for length in (math.ceil(frames / checkpoint.patch_size_t), *grid)
-        )
+    if checkpoint.counts_from_corner:
+        lengths = math.ceil(frames / (checkpoint.patch_size_t or 1)), *grid
+        return tuple(torch.arange(length, dtype=torch.float32) for length in lengths)
     crop = centred_region(grid, config.get("sample_height", 60) // patch, config.get("sample_width", 90) // patch)
     spaced = even_steps if checkpoint.is_fun else steps_of_diffusers
     return torch.arange(frames, dtype=torch.float32), *(spaced(*edges, length) for edges, length in zip(zip(*crop), grid))
