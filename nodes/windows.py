@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..parallel_backend.model import WINDOW_SCHEDULES, Windows
+from ..parallel_backend.model import RIFLEXES, WINDOW_SCHEDULES, Windows
 from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY, ModelSocket
 
@@ -59,11 +59,21 @@ class CogVideoXContextWindows(CogVideoXNode):
                     tooltip="Later windows start from the noise of the first one in another order (FreeNoise), so that they "
                     "show similar things. If off, every frame has its own noise.",
                 ),
+                io.Combo.Input(
+                    "riflex",
+                    options=list(RIFLEXES),
+                    default=Windows.riflex,
+                    optional=True,
+                    tooltip="on: stretches CogVideoX-5b to windows of twice its training length (RIFLEx): set window to 97. finetuned: for the "
+                    "weights that RIFLEx's authors trained for it.",
+                ),
             ],
             outputs=[ModelSocket.Output(display_name="model")],
         )
 
     @classmethod
-    def execute(cls, model, window: int, overlap: int, schedule: str, shuffle_noise: bool) -> io.NodeOutput:
+    def execute(
+        cls, model, window: int, overlap: int, schedule: str, shuffle_noise: bool, riflex: str = Windows.riflex
+    ) -> io.NodeOutput:
         """Adds the windows to the model."""
-        return io.NodeOutput(replace(model, windows=Windows(window, overlap, schedule, shuffle_noise)))
+        return io.NodeOutput(replace(model, windows=Windows(window, overlap, schedule, shuffle_noise, riflex)))

@@ -164,6 +164,11 @@ class SampleJob:
         return self.cfg > 1
 
     @property
+    def riflex(self) -> str:
+        """One of ``model.RIFLEXES``."""
+        return self.windows.riflex if self.windows else "off"
+
+    @property
     def steps_to_run(self) -> int:
         """Number of steps that ``denoise`` leaves."""
         return int(self.steps * self.denoise)
@@ -211,6 +216,8 @@ class WindowJob:
     """None if the step is not guided."""
     controlnets: tuple[ControlNet, ...] = ()
     """As they are in this step. Their encoded control videos are the last channels of ``seen``."""
+    riflex: str = "off"
+    """Of the job's windows."""
 
     @property
     def guided(self) -> bool:

@@ -19,6 +19,8 @@ TASKS = ("auto", "text", "image", "control", "inpaint", "removal")
 """What a checkpoint makes a video from; see :mod:`parallel_backend.cogvideox.checkpoint.tasks`."""
 SNR_SHIFTS = ("auto", "on", "off")
 WINDOW_SCHEDULES = ("static", "uniform")
+RIFLEXES = ("off", "on", "finetuned")
+"""Temporal positions of a long window; see :mod:`parallel_backend.cogvideox.transformer.positions`."""
 MAX_STRENGTH = 10.0
 
 
@@ -131,6 +133,8 @@ class Windows:
     """``static`` windows stay in place; ``uniform`` windows shift from step to step."""
     shuffle_noise: bool = True
     """Whether later windows start from the first one's noise in another order (FreeNoise), not from noise of their own."""
+    riflex: str = "off"
+    """``on`` stretches the model to windows of twice its training length; ``finetuned`` is for the weights of RIFLEx's authors."""
 
     def __post_init__(self):
         if self.frames < 5 or self.frames % 4 != 1:
@@ -147,3 +151,4 @@ class Windows:
                 f"windows of {self.frames} frames cannot overlap by {self.overlap}; use less, such as {two_thirds(self.frames)}"
             )
         choice("the windows' schedule", self.schedule, WINDOW_SCHEDULES)
+        choice("riflex", self.riflex, RIFLEXES)

@@ -120,7 +120,7 @@ def test_a_video_to_encode_must_be_frames_of_three_channels():
         sample(model=Model("/nowhere", loras=(Lora("/a.safetensors", -0.5), Lora("/b.safetensors")))),
         sample(model=Model("/nowhere", dtype="bf16", offload="none", compile="off", fp8="all")),
         sample(model=Model("/nowhere", quantize="int8")),
-        sample(windows=Windows(17, 4, "uniform", False)),
+        sample(windows=Windows(17, 4, "uniform", False, "on")),
         sample(control=torch.rand(1, 16, 2, 4, 4), control_strength=0.5, control_start=0.1, control_end=0.9),
         sample(image=torch.rand(1, 16, 1, 4, 4), image_strength=0.5, image_start=0.1, image_end=0.9),
         sample(masked_video=torch.rand(1, 16, 2, 4, 4), mask=torch.rand(1, 1, 2, 4, 4), image_scale="raw"),

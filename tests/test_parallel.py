@@ -53,7 +53,7 @@ CASES = [
         {"size": (64, 48, 9), "steps": 3, "image": torch.ones(1, 16, 1, 6, 8), "end_image": torch.ones(1, 16, 1, 6, 8)},
     ),
     ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm", "in_one_file": True, "lora": 0.5}),
-    ("5b", {"size": (80, 48, 25), "steps": 4, "scheduler": "dpm", "windows": Windows(17, 12)}),
+    ("5b", {"size": (80, 48, 25), "steps": 4, "scheduler": "dpm", "windows": Windows(17, 12, riflex="finetuned")}),
     (
         "1.5-5b",
         {"size": (48, 64, 29), "steps": 4, "scheduler": "ddim", "cfg": 1.0, "windows": Windows(13, 0, "uniform", False)},

@@ -41,7 +41,7 @@ CASES = [
     ("5b", {"size": (48, 48, 9), "scheduler": "ddim", "lora": 0.8}),
     ("5b", {"size": (80, 64, 9), "scheduler": "dpm", "batch": 2}),  # and without it again
     ("5b", {"size": (48, 48, 5), "scheduler": "ddim", "fp8": "linears"}),
-    ("5b", {"size": (80, 48, 25), "scheduler": "dpm", "cfg": 1.0, "windows": Windows(17, 12)}),
+    ("5b", {"size": (80, 48, 25), "scheduler": "dpm", "cfg": 1.0, "windows": Windows(17, 12, riflex="finetuned")}),
     ("1.5-5b", {"size": (80, 48, 13), "scheduler": "dpm"}),
     ("5b-i2v", {"size": (96, 64, 9), "scheduler": "dpm", "cfg": 1.0, "image": torch.randn(1, 16, 1, 8, 12)}),
 ]

@@ -128,7 +128,7 @@ def test_videos_are_sampled_and_decoded_where_a_replica_is_free(replicas, make_j
 LONG = {"size": (48, 48, 49), "steps": 3}
 """A video of 13 latent frames."""
 WINDOWED = [
-    ("5b", {"scheduler": "dpm", "windows": Windows(17, 8), **LONG}),
+    ("5b", {"scheduler": "dpm", "windows": Windows(17, 8, riflex="finetuned"), **LONG}),
     ("5b", {"scheduler": "dpm", "windows": Windows(17, 12, "uniform"), "cfg": 1.0, **LONG}),
     ("1.5-5b", {"scheduler": "ddim", "windows": Windows(13, 8), "dynamic_cfg": True, **LONG}),
     ("5b", {"windows": Windows(17, 8), "positive_starts": (0, 0.3), "negative_starts": (0, 0.6), **LONG}),

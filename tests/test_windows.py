@@ -1,5 +1,8 @@
 """Long videos in windows: what is covered, with what weight and noise, and that a loop written here gives the same latents."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
@@ -7,8 +10,10 @@ from diffusers import CogVideoXPipeline
 from parallel_backend.cli.parser import main
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.facts import CheckpointFacts
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.pipeline.windows import Layout
+from parallel_backend.cogvideox.transformer.positions import riflex_period
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.jobs import DecodeJob, empty_latent
 from parallel_backend.model import Windows
@@ -16,6 +21,7 @@ from parallel_backend.plan import Plan
 
 from .conftest import NEGATIVE, PROMPT, TOLERANCE
 from .support.diffusers_reference import SCHEDULERS
+from .support.diffusers_reference import reference as diffusers_latents
 
 LAYOUTS = [
     Layout(frames * token, length * token, overlap * token, token, shifted, True)
@@ -101,6 +107,50 @@ def test_a_long_video_is_made_of_a_long_video(scheduler, shuffled, pipelines, ma
     expected = reference(pipelines["5b"], TWO["5b"], shuffled=shuffled, skipped=3, **settings)
     result = local.sample(make_job("5b", denoise=0.5, seed=SEED, windows=windows, **settings))
     assert (result.tensor - expected).abs().max() <= TOLERANCE
+
+
+def riflex_rotary(height: int, width: int, frames: int, device, *, features: int, lowered_for: int):
+    """Tables of RIFLEx's authors for one token a frame, which is in the column 1 of the grid of 6x4 that its crop begins at."""
+    angles, axes = (
+        [],
+        ((features // 4, torch.arange(frames)), (features // 8 * 3, torch.zeros(1)), (features // 8 * 3, torch.ones(1))),
+    )
+    for size, positions in axes:
+        frequencies = 1 / 10000 ** (torch.arange(0, size, 2) / size)
+        if not angles:
+            frequencies[1] = 0.9 * 2 * torch.pi / lowered_for
+        angles.append(torch.outer(positions, frequencies).repeat_interleave(2, dim=1).expand(frames, -1))
+    whole = torch.cat(angles, dim=1)
+    return whole.cos(), whole.sin()
+
+
+@pytest.mark.parametrize("riflex, lowered_for", [("on", 65), ("finetuned", 25)])
+def test_riflex_gives_the_latents_of_its_authors_positions(riflex, lowered_for, checkpoints, make_job, local):
+    pipeline, size = CogVideoXPipeline.from_pretrained(checkpoints["5b"]), (16, 16, 257)
+    pipeline.set_progress_bar_config(disable=True)
+    features = pipeline.transformer.config.attention_head_dim
+    pipeline._prepare_rotary_positional_embeddings = partial(riflex_rotary, features=features, lowered_for=lowered_for)
+    given = {"size": size, "steps": 3, "scheduler": "ddim"}
+    result = local.sample(make_job("5b", windows=Windows(257, 128, riflex=riflex), **given))
+    expected = diffusers_latents(pipeline, num_frames=257, **given)
+    assert (result.tensor - expected).abs().max() <= TOLERANCE
+    plain = local.sample(make_job("5b", **given)).tensor
+    assert (plain - expected).abs().max() > 0.01
+    frames = (lowered_for - 1) * 4 + 1
+    assert f"riflex '{riflex}': temporal positions are stretched to {frames} frames" in result.report.notes
+
+
+def test_riflex_changes_nothing_within_a_period_and_is_for_cogvideox_5b(make_job, local):
+    windows, given = Windows(17, 12), {"size": (32, 32, 25), "steps": 2}
+    plain = local.sample(make_job("5b", windows=windows, **given)).tensor
+    result = local.sample(make_job("5b", windows=replace(windows, riflex="on"), **given))
+    assert torch.equal(result.tensor, plain)
+    period = 249  # of the small model, whose heads have 32 features; 77 frames where they have 64
+    assert result.report.notes == (f"riflex has no effect on 17 frames; it begins after {period}",)
+    assert riflex_period(CheckpointFacts(None, {"attention_head_dim": 64}, {}, {})) == 20
+    for like in ("2b", "1.5-5b"):
+        with pytest.raises(RequestError, match=f"riflex is 'on', but {like} is not of CogVideoX-5b's shape"):
+            local.sample(make_job(like, windows=replace(windows, riflex="on"), **given))
 
 
 @pytest.mark.parametrize("windows", [Windows(17, 8), Windows(49, 24, "uniform")], ids=["of its length", "longer"])
@@ -209,6 +259,7 @@ def test_a_long_step_can_be_stopped_between_its_windows(ask, done, make_job, loc
         ({"overlap": 15}, "overlap is 15 frames; it must be a multiple of 4, such as 16"),
         ({"overlap": -4}, "overlap is -4 frames.*such as 0"),
         ({"frames": 17, "overlap": 20}, "windows of 17 frames cannot overlap by 20; use less, such as 12"),
+        ({"riflex": "yes"}, "riflex is 'yes'; use one of off, on, finetuned"),
         ({"schedule": "looped"}, "schedule is 'looped'; use one of static, uniform"),
     ],
 )
@@ -239,6 +290,7 @@ def test_what_a_model_cannot_do_in_windows_is_refused_and_done_whole(like, setti
     [
         (["--overlap", "8"], "give --window too"),
         (["--no-noise-shuffle"], "give --window too"),
+        (["--riflex", "on"], "give --window too"),
         (["--window", "17", "--overlap", "20"], "cannot overlap by 20; use less, such as 12"),
         (["--window", "20"], "the window is 20 frames"),
     ],

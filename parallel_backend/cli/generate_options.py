@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 
 from ..jobs import TILINGS
-from ..model import WINDOW_SCHEDULES
+from ..model import RIFLEXES, WINDOW_SCHEDULES
 from .condition_options import add_condition_options
 from .generate import generate
 from .options import add_model_options, add_run_options
@@ -65,6 +65,12 @@ def add_window_options(parser: ArgumentParser) -> None:
         "--no-noise-shuffle",
         action="store_true",
         help="draw new noise for every frame instead of reusing the first window's in a new order",
+    )
+    group.add_argument(
+        "--riflex",
+        choices=RIFLEXES,
+        default="off",
+        help="on: stretch CogVideoX-5b to windows of twice its training length, with --window 97; finetuned: for RIFLEx's own weights",
     )
 
 

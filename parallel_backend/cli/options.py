@@ -156,9 +156,11 @@ def denoise_of(args: Namespace) -> float:
 def windows_of(args: Namespace) -> Windows | None:
     """Returns the context windows, or None."""
     if args.window is None:
-        if args.overlap is not None or args.window_schedule or args.no_noise_shuffle:
-            raise RequestError("--overlap, --window-schedule and --no-noise-shuffle need context windows; give --window too")
+        if args.overlap is not None or args.window_schedule or args.no_noise_shuffle or args.riflex != "off":
+            raise RequestError(
+                "--overlap, --window-schedule, --no-noise-shuffle and --riflex need context windows; give --window too"
+            )
         return None
     overlap = two_thirds(args.window) if args.overlap is None else args.overlap
     schedule = args.window_schedule or Windows.schedule
-    return Windows(args.window, overlap, schedule, shuffle_noise=not args.no_noise_shuffle)
+    return Windows(args.window, overlap, schedule, not args.no_noise_shuffle, args.riflex)

@@ -151,8 +151,8 @@ class ReplicasExecutor(Executor):
         ) -> list[torch.Tensor]:
             nonlocal scheduler
             *negative, positive = (prompt.contiguous() for prompt in prompts)
-            about = (positive, timestep, scale, *negative)
-            jobs = [WindowJob(job.model, part.contiguous(), *about, controlnets=nets) for part in parts]
+            about, given = (positive, timestep, scale, *negative), {"controlnets": nets, "riflex": job.riflex}
+            jobs = [WindowJob(job.model, part.contiguous(), *about, **given) for part in parts]
             scheduler = ReplicaScheduler(self._pool, self._names, jobs, self._closed.is_set, after=scheduler)
             scheduler.run(silent, should_stop)
             results = [scheduler.results[number][0] for number in range(len(jobs))]

@@ -19,12 +19,12 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             tensors[item.name] = value
         elif isinstance(value, Model):
-            plain[item.name] = split_model(value)
+            plain[item.name] = split_plain(value)
         elif isinstance(value, Progress):
             plain[item.name], inner = split_fields(value)
             tensors |= {f"{item.name}.{name}": tensor for name, tensor in inner.items()}
         elif isinstance(value, Windows):
-            plain[item.name] = asdict(value)
+            plain[item.name] = split_plain(value)
         elif item.name == "controlnets":
             plain |= {item.name: [asdict(net) for net in value]} if value else {}
         elif value != item.default:  # so an older version that lacks the field understands the message
@@ -32,14 +32,14 @@ def split_fields(record: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return plain, tensors
 
 
-def split_model(model: Model) -> dict[str, Any]:
-    """Converts a model to plain JSON values. Fields with their default are left out."""
-    defaults = {item.name: item.default for item in fields(model)}
-    return {name: value for name, value in asdict(model).items() if value != defaults[name]}
+def split_plain(record: Model | Windows) -> dict[str, Any]:
+    """Converts a model or windows to plain JSON values. Fields with their default are left out."""
+    defaults = {item.name: item.default for item in fields(record)}
+    return {name: value for name, value in asdict(record).items() if value != defaults[name]}
 
 
 def join_model(plain: dict[str, Any]) -> Model:
-    """Rebuilds and validates the model that :func:`split_model` converted."""
+    """Rebuilds and validates the model that :func:`split_plain` converted."""
     if not isinstance(plain, dict):
         raise TypeError(f"a model is not {plain!r}")
     return Model(**{**plain, "loras": tuple(Lora(**lora) for lora in plain.get("loras", ()))})

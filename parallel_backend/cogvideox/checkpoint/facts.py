@@ -172,6 +172,11 @@ class CheckpointFacts:
         return bool(self.transformer.get("use_rotary_positional_embeddings", False))
 
     @property
+    def takes_riflex(self) -> bool:
+        """Whether RIFLEx applies: it was published for CogVideoX-5b. Windows of 1.5 have half as many tokens."""
+        return self.rotary and self.patch_size_t is None
+
+    @property
     def learned_positions(self) -> bool:
         """Whether learned positions are added as well (5b-I2V). They are valid for one width and height only."""
         return bool(self.transformer.get("use_learned_positional_embeddings", False))

@@ -82,7 +82,7 @@ class LocalWindows:
         }
         self._timesteps = sampling.timesteps.to(runtime.device)
         window = latents[:, : sampling.layout.length]
-        self._forward = Forward.of(transformer, sampling.checkpoint, window, runtime, prompts=2 if job.guided else 1)
+        self._forward = Forward.of(transformer, sampling.checkpoint, job, window, runtime)
         self._sampling, self._caches = sampling, caches
 
     def predict(self, windows: Sequence[Window], parts: Sequence[torch.Tensor], scale: float) -> Iterable[torch.Tensor]:

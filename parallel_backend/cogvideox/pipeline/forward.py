@@ -63,12 +63,14 @@ class Forward:
     """Latent frames per token."""
 
     @classmethod
-    def of(cls, transformer, checkpoint: Checkpoint, latents: torch.Tensor, runtime: Runtime, *, prompts: int) -> "Forward":
-        """Prepares forward passes for ``latents`` ``[batch, frames, channels, height, width]`` of one window."""
+    def of(
+        cls, transformer, checkpoint: Checkpoint, job: SampleJob | WindowJob, latents: torch.Tensor, runtime: Runtime
+    ) -> "Forward":
+        """Prepares a job's forward passes for ``latents`` ``[batch, frames, channels, height, width]`` of one window."""
         _, frames, _, height, width = latents.shape
-        rotary = rotary_tables(checkpoint, frames, height, width, runtime.device)
+        rotary = rotary_tables(checkpoint, frames, height, width, runtime.device, riflex=job.riflex)
         ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
-        return cls(transformer, rotary, ofs, runtime, prompts, checkpoint.patch_size_t or 1)
+        return cls(transformer, rotary, ofs, runtime, 2 if job.guided else 1, checkpoint.patch_size_t or 1)
 
     def predict(
         self,
@@ -128,5 +130,5 @@ def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, runtime:
     seen = job.seen.to(device=runtime.device, dtype=runtime.dtype)
     prompts = prompts_of(job)
     text = text_of(runtime.context.share(prompts), len(seen)).to(device=runtime.device, dtype=runtime.dtype)
-    forward = Forward.of(transformer, checkpoint, seen, runtime, prompts=len(prompts))
+    forward = Forward.of(transformer, checkpoint, job, seen, runtime)
     return forward.predict(seen, torch.tensor(job.timestep), job.scale, text=text, nets=job.controlnets).cpu()

@@ -4,22 +4,38 @@ from ...jobs import SampleJob
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.facts import TEMPORAL
 from ..checkpoint.tasks import INTERPOLATION_PIPELINE
+from ..transformer.positions import riflex_frames, riflex_period
 from .windows import Layout
 
 
 def notes(job: SampleJob, checkpoint: Checkpoint) -> list[str]:
     """Returns one line for each thing to know of a job with a checkpoint."""
-    return [line for line in (of_windows(job, checkpoint), of_end_image(job, checkpoint)) if line]
+    return [line for line in (of_windows(job, checkpoint), of_riflex(job, checkpoint), of_end_image(job, checkpoint)) if line]
 
 
 def of_windows(job: SampleJob, checkpoint: Checkpoint) -> str | None:
     """Returns a note if the windows have no effect or the video would need some."""
-    name, most, frames = checkpoint.name, checkpoint.most_frames, (job.latent.shape[2] - 1) * TEMPORAL + 1
+    name, most, frames = checkpoint.name, checkpoint.most_frames, frames_of(job.latent.shape[2])
     if job.windows is not None and Layout.of(job, checkpoint).is_whole:
         return f"the video of {frames} frames fits in one window of {job.windows.frames}: it is sampled whole"
     if job.windows is None and job.image is None and frames > most:
         return f"{frames} frames are more than the {most} that {name} was trained for; CogVideoX Context Windows (--window) may help"
     return None
+
+
+def of_riflex(job: SampleJob, checkpoint: Checkpoint) -> str | None:
+    """Returns what RIFLEx does to a window, if it is on."""
+    if job.riflex == "off":
+        return None
+    frames = Layout.of(job, checkpoint).length
+    if stretched := riflex_frames(checkpoint, frames, job.riflex):
+        return f"riflex '{job.riflex}': temporal positions are stretched to {frames_of(stretched)} frames"
+    return f"riflex has no effect on {frames_of(frames)} frames; it begins after {frames_of(riflex_period(checkpoint))}"
+
+
+def frames_of(latent_frames: int) -> int:
+    """Returns the frames of a number of latent frames."""
+    return (latent_frames - 1) * TEMPORAL + 1
 
 
 def of_end_image(job: SampleJob, checkpoint: Checkpoint) -> str | None:

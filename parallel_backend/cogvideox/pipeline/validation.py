@@ -251,8 +251,15 @@ def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:
 
 
 def check_windows(checkpoint: Checkpoint, job: SampleJob) -> None:
-    """Raises RequestError if windows do not advance by whole tokens, or if only the first window would see the start image."""
+    """Raises RequestError if windows do not advance by whole tokens, or if only the first window would see the start image.
+
+    Also refuses RIFLEx where it does not apply.
+    """
     layout = Layout.of(job, checkpoint)
+    if job.riflex != "off" and not checkpoint.takes_riflex:
+        raise RequestError(
+            f"riflex is '{job.riflex}', but {checkpoint.name} is not of CogVideoX-5b's shape, which RIFLEx is for: use 'off'"
+        )
     if layout.is_whole:
         return
     if layout.stride < 1:

@@ -9,6 +9,10 @@ and CogVideoX 1.0 follows how it was trained:
 - CogVideoX's own models were trained at 720x480 only (zai-org/CogVideo 7a1af71, ``sat/dit_video_concat.py``), so their training does
   not say what other sizes are. They follow diffusers' pipelines, whose last step is shorter if the crop does not begin at 0, and which
   compute the sinusoidal table for the size.
+
+RIFLEx (arXiv 2502.15894; thu-ml/RIFLEx 18e0bc3, ``riflex_utils.py`` and ``cogvideox.py``) makes videos of twice the training length. Of
+the temporal frequencies the second one, of a period of 20 latent frames in CogVideoX-5b, makes a longer video repeat itself. It is lowered so
+that all frames are within nine tenths of its period. The authors also finetuned 5b with a fixed one, of 25 latent frames.
 """
 
 import math
@@ -19,14 +23,22 @@ import torch.nn.functional as F
 
 from ..checkpoint.facts import CheckpointFacts
 
+RIFLEX_INDEX = 1
+"""Of the temporal frequency that RIFLEx lowers, from 0."""
+RIFLEX_FINETUNED = 25
+"""Latent frames that RIFLEx's finetuned weights have it lowered for."""
 
-def rotary_tables(checkpoint: CheckpointFacts, frames: int, height: int, width: int, device: torch.device):
+
+def rotary_tables(
+    checkpoint: CheckpointFacts, frames: int, height: int, width: int, device: torch.device, *, riflex: str = "off"
+):
     """Returns cosines and sines ``[video tokens, head_dim]``, or None for models with sinusoidal positions.
 
     Args:
         checkpoint: of the model.
         frames, height, width: of the latent, including padding frames.
         device: where the tables are created.
+        riflex: one of ``model.RIFLEXES``.
     """
     if not checkpoint.rotary:
         return None
@@ -35,7 +47,29 @@ def rotary_tables(checkpoint: CheckpointFacts, frames: int, height: int, width: 
     axes = token_positions(checkpoint, frames, height, width)
     features = [checkpoint.head_dim // 4, *[checkpoint.head_dim // 8 * 3] * 2]
     tables = [get_1d_rotary_pos_embed(size, axis.to(device), use_real=True) for size, axis in zip(features, axes)]
+    if stretched := riflex_frames(checkpoint, frames, riflex):
+        angles = (axes[0].to(device) * (0.9 * 2 * math.pi / stretched))[:, None]
+        for table, values in zip(tables[0], (angles.cos(), angles.sin())):
+            table[:, 2 * RIFLEX_INDEX : 2 * RIFLEX_INDEX + 2] = values
     return tuple(joined(of_axes) for of_axes in zip(*tables))
+
+
+def riflex_frames(checkpoint: CheckpointFacts, frames: int, riflex: str) -> int | None:
+    """Returns the number of latent frames that RIFLEx lowers the frequency for, or None if it changes nothing.
+
+    Args:
+        checkpoint: of the model.
+        frames: of a window.
+        riflex: one of ``model.RIFLEXES``.
+    """
+    if riflex == "finetuned":
+        return RIFLEX_FINETUNED
+    return frames if riflex == "on" and frames > riflex_period(checkpoint) else None
+
+
+def riflex_period(checkpoint: CheckpointFacts) -> int:
+    """Returns the period of the frequency that RIFLEx lowers, in latent frames, before it does."""
+    return round(2 * math.pi * 10000 ** (2 * RIFLEX_INDEX / (checkpoint.head_dim // 4)))
 
 
 def joined(tables: tuple[torch.Tensor, ...]) -> torch.Tensor:
