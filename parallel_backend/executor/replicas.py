@@ -12,6 +12,7 @@ import torch
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.denoise import Callbacks, denoise
 from ..cogvideox.pipeline.forward import Runtime
+from ..cogvideox.pipeline.notes import notes
 from ..cogvideox.transformer.step_cache import StepCaches
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
@@ -172,7 +173,7 @@ class ReplicasExecutor(Executor):
         latent = denoise(None, checkpoint, job, runtime, callbacks, caches=caches, elsewhere=elsewhere)
         if job.preview:
             scheduler.notes.append("no previews: replicas share the windows of each step")
-        report = self._report(predicted, scheduler.notes, time.perf_counter() - started)
+        report = self._report(predicted, [*scheduler.notes, *notes(job, checkpoint)], time.perf_counter() - started)
         return Result(latent, replace(report, step_seconds=tuple(steps)))
 
     def _report(self, results: list[ReplicaResult], notes: list[str], seconds: float) -> Report:

@@ -18,7 +18,7 @@ def of_windows(job: SampleJob, checkpoint: Checkpoint) -> str | None:
     name, most, frames = checkpoint.name, checkpoint.most_frames, frames_of(job.latent.shape[2])
     if job.windows is not None and Layout.of(job, checkpoint).is_whole:
         return f"the video of {frames} frames fits in one window of {job.windows.frames}: it is sampled whole"
-    if job.windows is None and job.image is None and frames > most:
+    if job.windows is None and frames > most:
         return f"{frames} frames are more than the {most} that {name} was trained for; CogVideoX Context Windows (--window) may help"
     return None
 
