@@ -59,6 +59,7 @@ def generate(
         model: the checkpoint with options; None for none.
     """
     width, height, frames = checkpoint.default_size
+    frames = settings.pop("frames", frames)
     model = model or Model(str(checkpoint.path))
     positive, negative = (encoder.encode([encoder.tokenize(text)]) for text in (prompt, settings.pop("negative_prompt", "")))
     if image is not None:

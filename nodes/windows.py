@@ -21,7 +21,7 @@ class CogVideoXContextWindows(CogVideoXNode):
             category=CATEGORY,
             description="For videos longer than the model was trained for: every step runs the model on overlapping windows "
             "of frames and blends the results. A step takes as many times longer as there are windows, and needs the memory "
-            "of one window. Connect it between Load CogVideoX and the sampler.",
+            "of one window. From a start image, windows come one after the other. Connect it between Load CogVideoX and the sampler.",
             inputs=[
                 ModelSocket.Input("model"),
                 io.Int.Input(

@@ -94,6 +94,8 @@ class SampleJob:
     """Share of the steps at which that ends."""
     end_image: torch.Tensor | None = None
     """The video's last image, shaped like ``image`` and given with it; see :mod:`.cogvideox.pipeline.conditions`."""
+    kept: torch.Tensor | None = None
+    """The video's first frames like ``latent``, if they are not to be made; see :mod:`.executor.continuing`."""
     control: torch.Tensor | None = None
     """A control video as an unscaled VAE latent ``[1 or batch, channels, latent frames, height/8, width/8]``."""
     control_strength: float = 1.0

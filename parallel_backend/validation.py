@@ -120,6 +120,10 @@ def check_conditions(job: Any) -> None:
     if job.control is not None:
         node = "CogVideoX Control To Video"
         check_condition("control video's latent", job.control, job.latent, channels=channels, node=node)
+    if job.kept is not None:
+        check_condition(
+            "first frames", job.kept, job.latent[:, :, : job.kept.shape[2]], channels=channels, node="the sampler's latent"
+        )
     if job.noise is not None:
         check_condition("noise", job.noise, job.latent, channels=channels, node="the sampler's latent")
     if (job.controlnet_videos is None) == bool(job.controlnets):

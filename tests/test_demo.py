@@ -10,11 +10,12 @@ from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline.text import TextEncoder
 from parallel_backend.cogvideox.vae import codec
+from parallel_backend.model import Windows
 from training.drawing import draw
-from training.scenes import Scene, caption, held_out_scenes, random_scene, training_scene, vocabulary
+from training.scenes import BACKGROUNDS, COLOURS, Scene, caption, held_out_scenes, random_scene, training_scene, vocabulary
 from training.vae import psnr
 
-from .support.measures import Verdict, judge
+from .support.measures import Verdict, judge, nearest
 
 SIZE_LIMIT = 24_000_000
 QUALITIES = ("background", "colour", "shape", "motion")
@@ -119,6 +120,16 @@ def test_image_to_video_keeps_the_image_and_moves_as_it_is_told(encoder, local):
         assert kept(local, checkpoint, image, clip) >= 24, prompt
         moved += judge(clip, scene).motion
     assert moved >= 7
+
+
+@pytest.mark.slow
+def test_a_long_video_from_a_start_image_keeps_what_the_image_shows(encoder, local):
+    checkpoint = Checkpoint.open(bundled.find(bundled.DEMO_I2V))
+    scene, prompt = next(case for case in image_cases() if case[0].name == "black: yellow square left")
+    settings = {"seed": 1, "steps": 8, "frames": 25, "windows": Windows(17, 8)}
+    clip = generate(local, checkpoint, encoder, prompt, image=first_frame(scene), **settings)
+    area = (nearest(clip, [BACKGROUNDS["black"], COLOURS["yellow"]]) == 1).flatten(1).sum(1)
+    assert len(clip) == 25 and area.min() > 0.7 * area[0] and area.max() < 1.4 * area[0], area
 
 
 def test_another_prompt_with_the_same_noise_is_another_video_and_the_negative_prompt_is_heard(demo, encoder, local):

@@ -64,6 +64,7 @@ def test_a_size_that_no_cogvideox_makes_is_refused_with_the_nearest(size, words)
         ({"control_start": 1.5}, "control_start is 1.5; use 0.0 to 1.0"),
         ({"end_image": torch.ones(1, 16, 1, 4, 4)}, "an end image goes with a start image and at least 5 frames"),
         ({"image": torch.ones(1, 16, 1, 4, 4), "end_image": torch.ones(1, 16, 2, 4, 4)}, "the end image's latent is"),
+        ({"kept": torch.ones(1, 16, 3, 4, 4)}, "first frames is 32x32 with 3 latent frames and the video is 32x32 with 2"),
         ({"image_strength": 10.5}, "image_strength is 10.5; use 0.0 to 10.0"),
         ({"image_start": 0.5, "image_end": 0.4}, "image_end is 0.4; use 0.5 to 1.0"),
         ({"control_start": 0.5, "control_end": 0.4}, "control_end is 0.4; use 0.5 to 1.0"),

@@ -58,6 +58,7 @@ CASES = [
         "1.5-5b",
         {"size": (48, 64, 29), "steps": 4, "scheduler": "ddim", "cfg": 1.0, "windows": Windows(13, 0, "uniform", False)},
     ),
+    ("2b-i2v", {"size": (48, 48, 13), "steps": 2, "windows": Windows(9, 4), "image": torch.randn(1, 16, 1, 6, 6)}),
     ("2b-control", {"size": (48, 64, 5), "steps": 4, "batch": 2, "control": torch.randn(2, 16, 2, 8, 6), "control_end": 0.5}),
     ("1.5-5b-control", {"size": (64, 48, 5), "steps": 3, "control": torch.randn(1, 16, 2, 6, 8), "control_strength": 0.5}),
     ("5b-inp", {"size": (48, 48, 5), "steps": 3, "scheduler": "ddim", **masked(2, 6, 6)}),

@@ -15,6 +15,7 @@ from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.cogvideox.transformer.positions import riflex_period
 from parallel_backend.errors import Cancelled, RequestError
+from parallel_backend.executor.continuing import spans
 from parallel_backend.jobs import DecodeJob, empty_latent
 from parallel_backend.model import Windows
 from parallel_backend.plan import Plan
@@ -38,13 +39,15 @@ TWO = {  # windows of 17 frames that overlap by 12, of a video of 25 (CogVideoX 
     "1.5-5b": [(slice(0, 6), [1, 1, 3 / 4, 3 / 5, 2 / 5, 1 / 4]), (slice(2, 8), [1 / 4, 2 / 5, 3 / 5, 3 / 4, 1, 1])],
 }
 TWO["2b"] = TWO["5b"]
+IMAGES = {"2b-i2v": 1.15258426, "1.5-5b-i2v": 1 / 0.7}
+"""Image-to-video models, and the factor of a start image's latent."""
 SEED = 4
 """That swaps the two frames whose noise the second window takes over."""
 
 
 @pytest.fixture(scope="module")
 def pipelines(checkpoints):
-    found = {like: CogVideoXPipeline.from_pretrained(checkpoints[like]) for like in TWO}
+    found = {like: CogVideoXPipeline.from_pretrained(checkpoints[like]) for like in (*TWO, *IMAGES)}
     for pipeline in found.values():
         texts = pipeline.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=pipeline.transformer.config.max_text_seq_length)
         pipeline.both = torch.cat(texts[::-1])
@@ -107,6 +110,72 @@ def test_a_long_video_is_made_of_a_long_video(scheduler, shuffled, pipelines, ma
     expected = reference(pipelines["5b"], TWO["5b"], shuffled=shuffled, skipped=3, **settings)
     result = local.sample(make_job("5b", denoise=0.5, seed=SEED, windows=windows, **settings))
     assert (result.tensor - expected).abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+def continued(pipeline, image: torch.Tensor, *, scheduler: str, steps: int, scale: float) -> torch.Tensor:
+    """25 frames in two windows of 17, of which the second one continues the last 9 of the first; in ComfyUI's layout."""
+    config, factor = pipeline.transformer.config, pipeline.vae.config.scaling_factor
+    padding, kept, known, parts = 1 if config.patch_size_t else 0, 3, None, []
+    rotary = None
+    if config.use_rotary_positional_embeddings:
+        rotary = pipeline._prepare_rotary_positional_embeddings(48, 80, 5 + padding, torch.device("cpu"))
+    given = {"image_rotary_emb": rotary, "ofs": torch.tensor([2.0]) if config.ofs_embed_dim else None}
+    scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    for number in range(2):
+        generator = torch.Generator().manual_seed(SEED + number)
+        torch.randn(image.shape, generator=generator)  # where diffusers would sample the VAE's posterior
+        latents = noise = torch.randn(1, 5 + padding, 16, 6, 10, generator=generator)
+        condition, history, places = torch.zeros_like(latents), None, slice(padding, padding + kept)
+        condition[:, 0] = image[:, :, 0] * scale
+        for index, timestep in enumerate(scheduler.timesteps):
+            if known is not None:
+                latents = latents.clone()
+                latents[:, places] = scheduler.add_noise(known, noise[:, places], timestep[None])
+            seen = torch.cat([torch.cat([latents, condition], dim=2)] * 2)
+            said = pipeline.transformer(seen, pipeline.both, timestep.expand(2), **given).sample
+            velocity = torch.lerp(*said.split(1), weight=6.0)
+            if isinstance(scheduler, SCHEDULERS["ddim"]):
+                latents = scheduler.step(velocity, timestep, latents).prev_sample
+            else:
+                before = scheduler.timesteps[index - 1] if index else None
+                latents, history = scheduler.step(
+                    velocity, history, timestep, before, latents, generator=generator, return_dict=False
+                )
+        made = latents[:, padding:]
+        if known is not None:
+            return torch.cat([parts[0], made[:, kept:]], dim=1).transpose(1, 2) / factor
+        parts.append(made)
+        ending = pipeline.vae.decode(made.transpose(1, 2) / factor).sample.clamp(-1, 1)[:, :, -9:]
+        image = pipeline.vae.encode(ending[:, :, :1]).latent_dist.mode()
+        known = pipeline.vae.encode(ending).latent_dist.mode().transpose(1, 2) * factor
+
+
+@pytest.mark.parametrize("like, scheduler", [("2b-i2v", "dpm"), ("1.5-5b-i2v", "ddim")])
+def test_windows_of_a_start_image_continue_the_frames_of_the_one_before(like, scheduler, pipelines, make_job, local):
+    image = torch.randn(1, 16, 1, 6, 10, generator=torch.Generator().manual_seed(6))
+    given = {"scheduler": scheduler, "steps": 3}
+    expected, steps = continued(pipelines[like], image, scale=IMAGES[like], **given), []
+    job = make_job(like, size=(80, 48, 25), seed=SEED, windows=Windows(17, 8), image=image, **given)
+    result = local.sample(job, on_step=lambda *step: steps.append(step))
+    assert result.tensor.shape == expected.shape and (result.tensor - expected).abs().max() <= TOLERANCE
+    assert steps == [(step, 6) for step in range(1, 7)] and len(result.report.step_seconds) == 6
+    assert result.report.notes == ("2 windows, one after the other: each continues the last 9 frames of the one before",)
+
+
+@pytest.mark.parametrize(
+    "frames, length, overlap, expected",
+    [
+        (7, 5, 2, [(0, 0), (2, 3)]),
+        (8, 5, 2, [(0, 0), (3, 2)]),
+        (25, 13, 8, [(0, 0), (5, 8), (10, 8), (12, 11)]),
+        (9, 5, 1, [(0, 0), (4, 1)]),
+    ],
+)
+def test_each_frame_of_a_continued_video_is_made_once(frames, length, overlap, expected):
+    assert spans(frames, length, overlap) == expected
+    assert sum(length - kept for _, kept in expected) == frames
 
 
 def riflex_rotary(height: int, width: int, frames: int, device, *, features: int, lowered_for: int):
@@ -273,7 +342,6 @@ def test_windows_that_make_no_sense_are_refused_in_one_line(values, words):
     "like, settings, words",
     [
         ("1.5-5b", {"windows": Windows(13, 12)}, "overlap by 12 do not advance with 1.5-5b, whose tokens are 8 frames"),
-        ("5b-i2v", {"windows": Windows(13, 4), "image": torch.ones(1, 16, 1, 8, 12)}, "start image are not supported"),
     ],
 )
 def test_what_a_model_cannot_do_in_windows_is_refused_and_done_whole(like, settings, words, make_job, checkpoints):

@@ -12,6 +12,7 @@ from ..cogvideox.vae.preview import PictureListener
 from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from ..plan import Plan
 from ..system.read_ahead import read_ahead
+from . import continuing
 from .prepare import CheckedJob, check_job
 
 StepListener = Callable[[int, int], None]
@@ -41,7 +42,8 @@ def steps_of(jobs: Sequence[Job]) -> int:
 def within(jobs: Sequence[SampleJob], place: int, on_step: StepListener) -> StepListener:
     """Returns a step listener for one of several jobs that reports the steps of all jobs together."""
     before, total = steps_of(jobs[:place]), steps_of(jobs)
-    return lambda step, _: on_step(before + step, total)
+    own = steps_of([jobs[place]])
+    return lambda step, steps: on_step(before + step * own // steps, total)  # a job of several windows has the steps of all
 
 
 class Executor(ABC):
@@ -139,11 +141,21 @@ class Executor(ABC):
     ) -> Result:
         """Runs a job that was checked against its checkpoint; raises as :meth:`sample` does."""
         checked.check_plan(self.plan)
-        return self._run(checked.job, on_step, should_stop, on_picture)
+        job = checked.job
+        if not continuing.is_continued(job, checked.checkpoint):
+            return self._run(job, on_step, should_stop, on_picture)
+        windows = [job] * len(continuing.spans_of(job))
+
+        def run_part(part: Job, place: int | None = None) -> Result:
+            if place is None:
+                return self._run(part, silent, should_stop)
+            return self._run(part, within(windows, place, on_step), should_stop, on_picture)
+
+        return continuing.sample(job, run_part)
 
     def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         """Runs checked jobs one after the other."""
-        return [self._run(job, within(jobs, place, on_step), should_stop) for place, job in enumerate(jobs)]
+        return [self.run(job, within(jobs, place, on_step), should_stop) for place, job in enumerate(jobs)]
 
     def _make_all(
         self,
@@ -155,7 +167,7 @@ class Executor(ABC):
     ) -> None:
         """Runs checked jobs and decodes their latents, one after the other."""
         for place, job in enumerate(jobs):
-            sampled = self._run(job, within(jobs, place, on_step), should_stop)
+            sampled = self.run(job, within(jobs, place, on_step), should_stop)
             on_video(place, sampled, self.decode(decode(place, sampled), should_stop=should_stop))
 
     def start(self, expected: Checkpoint | None = None) -> None:

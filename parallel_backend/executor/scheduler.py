@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -193,17 +194,22 @@ class ReplicaScheduler:
         """Runs all jobs of a task. Returns the seconds that were spent loading."""
         loading, job, results = 0.0, self.jobs[number], self._unfinished[number]
 
-        def report(event: int | torch.Tensor) -> None:
-            self._events.put((number, event))
+        def report(picture: torch.Tensor) -> None:
+            self._events.put((number, picture))
 
         while job is not None:
-            result = replica.run(job, lambda step, _: report(step), self._is_stopping, report)
+            on_step = partial(self._report_step, number, steps_of([job]))
+            result = replica.run(job, on_step, self._is_stopping, report)
             loading += result.report.load_seconds
             results.append((replica, result))
             job = self.jobs[number] = self.next_job(number, results) if self.next_job else None
         self.results[number] = results if self.next_job is None else []
         self._unfinished[number] = []
         return loading
+
+    def _report_step(self, number: int, own: int, step: int, steps: int) -> None:
+        """Reports a step of a task among its own steps; a long video from a start image has those of all its windows."""
+        self._events.put((number, step * own // steps))
 
     def _drop(self, number: int, replica: GroupExecutor, error: GroupFailure) -> None:
         """Continues without a lost replica; the others run its task."""

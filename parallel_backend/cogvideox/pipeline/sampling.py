@@ -1,6 +1,7 @@
 """The state of a sampling job between steps: latents, random generator, scheduler and condition."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -33,8 +34,8 @@ def guidance(job: SampleJob, timestep: int, steps: int) -> float:
 
 def starting_point(
     job: SampleJob, checkpoint: Checkpoint, layout: Layout, scheduler, generator: torch.Generator, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the noisy latent ``[batch, frames, channels, height, width]`` and the timesteps to run, on the CPU.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the noisy latent ``[batch, frames, channels, height, width]``, the timesteps to run, and the noise, on the CPU.
 
     Noise is drawn on the CPU in the model's dtype, as diffusers' pipelines do with a CPU generator. If the job is one video of a
     batch, noise is drawn for the entire batch, so the video is the same as in the batch.
@@ -56,9 +57,33 @@ def starting_point(
     elif layout.shuffled:
         noise = noise[:, layout.noise_order(generator)]
     if job.denoise == 1:
-        return noise * scheduler.init_noise_sigma, timesteps
+        return noise * scheduler.init_noise_sigma, timesteps, noise
     clean = rearrange(job.latent * checkpoint.scaling_factor, COMFYUI_TO_DIFFUSERS).to(dtype)
-    return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps
+    return scheduler.add_noise(clean, noise, timesteps[:1]), timesteps, noise
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Frames that a job does not make. Before each step they are put in with as much noise as the others have."""
+
+    clean: torch.Tensor
+    """Scaled, ``[batch, frames, channels, height, width]``."""
+    noise: torch.Tensor
+    """Shaped like ``clean``."""
+    place: slice
+    """Of the frames in the latents, after padding frames."""
+
+    @classmethod
+    def of(cls, job: SampleJob, checkpoint: Checkpoint, latents: torch.Tensor, noise: torch.Tensor) -> "Kept":
+        """Returns those of a job, for its noisy latents and their noise."""
+        padding = checkpoint.padding_frames(job.latent.shape[2])
+        place = slice(padding, padding + job.kept.shape[2])
+        return cls(conditions.fit(job.kept * checkpoint.scaling_factor, latents), noise[:, place].to(latents), place)
+
+    def put_into(self, latents: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """Returns latents with these frames, at a cumulative alpha of the scheduler."""
+        noisy = (alpha**0.5 * self.clean + (1 - alpha) ** 0.5 * self.noise).to(latents.dtype)
+        return torch.cat([latents[:, : self.place.start], noisy, latents[:, self.place.stop :]], dim=1)
 
 
 class Sampling:
@@ -75,10 +100,12 @@ class Sampling:
         self.layout = Layout.of(job, checkpoint)
         self._scheduler = checkpoint.make_scheduler(job.scheduler)
         generator = torch.Generator("cpu").manual_seed(job.seed)
-        latents, self.timesteps = starting_point(job, checkpoint, self.layout, self._scheduler, generator, runtime.dtype)
+        start = starting_point(job, checkpoint, self.layout, self._scheduler, generator, runtime.dtype)
+        latents, self.timesteps, noise = start
         self.latents = latents.to(runtime.device)
         """Noisy latents ``[batch, frames, channels, height, width]``."""
         self._noise = Noise(generator, job.drawn)
+        self._kept = None if job.kept is None else Kept.of(job, checkpoint, self.latents, noise)
         self._condition_at = conditions.make(job, checkpoint, self.latents)
         self._videos = None if job.controlnet_videos is None else conditions.fit(job.controlnet_videos, self.latents)
         self.numbers = [job.prompts_of(step) for step in range(self.total)]
@@ -101,6 +128,8 @@ class Sampling:
 
     def model_input(self) -> torch.Tensor:
         """Returns the latents of the next step, concatenated with the condition and the encoded control videos, if any."""
+        if self._kept:
+            self.latents = self._kept.put_into(self.latents, self._scheduler.alphas_cumprod[self.timesteps[self.done]])
         parts = [self.latents, self._condition_at(self.done / self.total), self._videos]
         return torch.cat([part for part in parts if part is not None], dim=2)
 
@@ -128,5 +157,6 @@ class Sampling:
     def result(self) -> torch.Tensor:
         """Returns the unscaled latent ``[batch, channels, frames, height, width]``, float32, on the CPU."""
         padding = self.checkpoint.padding_frames(self.job.latent.shape[2])
-        result = rearrange(self.latents[:, padding:], DIFFUSERS_TO_COMFYUI).float() / self.checkpoint.scaling_factor
+        latents = self._kept.put_into(self.latents, torch.tensor(1.0)) if self._kept else self.latents
+        result = rearrange(latents[:, padding:], DIFFUSERS_TO_COMFYUI).float() / self.checkpoint.scaling_factor
         return result.cpu().contiguous()

@@ -251,10 +251,7 @@ def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:
 
 
 def check_windows(checkpoint: Checkpoint, job: SampleJob) -> None:
-    """Raises RequestError if windows do not advance by whole tokens, or if only the first window would see the start image.
-
-    Also refuses RIFLEx where it does not apply.
-    """
+    """Raises RequestError if windows do not advance by whole tokens, RIFLEx does not apply, or there is no VAE to continue an image."""
     layout = Layout.of(job, checkpoint)
     if job.riflex != "off" and not checkpoint.takes_riflex:
         raise RequestError(
@@ -268,7 +265,4 @@ def check_windows(checkpoint: Checkpoint, job: SampleJob) -> None:
             f"{checkpoint.name}, whose tokens are {layout.token * TEMPORAL} frames; use longer windows, or less overlap"
         )
     if job.image is not None:
-        raise RequestError(
-            "context windows with a start image are not supported, as only the first window would see it: use a text-to-video "
-            f"model ({TEXT_MODELS}), from text or a video, or at most {job.windows.frames} frames"
-        )
+        checkpoint.check_vae()
