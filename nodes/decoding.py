@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint.facts import SPATIAL
-from ..parallel_backend.jobs import TILINGS, DecodeJob
-from ..parallel_backend.validation import check_latent
+from ..parallel_backend.jobs import DecodeJob
+from ..parallel_backend.validation import TILINGS, check_latent
 from .base import CogVideoXNode, schema
 from .comfy import runtime
 from .comfy.types import BACKEND, CATEGORY, BackendSocket

@@ -20,12 +20,12 @@ from .validation import (
     check_latent,
     check_size,
     check_text,
+    check_tiles,
     check_timesteps,
     choice,
 )
 
 SCHEDULERS = ("auto", "ddim", "dpm")
-TILINGS = ("auto", "on", "off")
 IMAGE_SCALES = ("auto", "inverse", "raw", "scaled")
 """Factors for a start image's latent; see ``Checkpoint.image_scale``."""
 MAX_SEED = 2**64 - 1
@@ -89,9 +89,8 @@ class SampleJob:
     image_strength: float = 1.0
     """Another factor for that latent, or for ``masked_video``."""
     image_start: float = 0.0
-    """Share of the steps at which the image or masked video starts to be shown to the model."""
+    """Share of the steps at which the model is first shown the image or masked video; ``image_end`` is when that ends."""
     image_end: float = 1.0
-    """Share of the steps at which that ends."""
     end_image: torch.Tensor | None = None
     """The video's last image, shaped like ``image`` and given with it; see :mod:`.cogvideox.pipeline.conditions`."""
     kept: torch.Tensor | None = None
@@ -247,9 +246,7 @@ class DecodeJob:
 
     def __post_init__(self):
         check_latent(self.latent)
-        choice("tiling", self.tiling, TILINGS)
-        between("tile", self.tile, 64, 4096)
-        between("overlap", self.overlap, 0, self.tile // 2)
+        check_tiles(self)
 
 
 @dataclass(frozen=True)
@@ -270,9 +267,7 @@ class EncodeJob:
             raise RequestError(f"the video is {tuple(self.pixels.shape)}; it must be [frames, height, width, 3]")
         frames, height, width, _ = self.pixels.shape
         check_size(width, height, frames)
-        choice("tiling", self.tiling, TILINGS)
-        between("tile", self.tile, 64, 4096)
-        between("overlap", self.overlap, 0, self.tile // 2)
+        check_tiles(self)
 
 
 Job = SampleJob | WindowJob | DecodeJob | EncodeJob

@@ -9,6 +9,7 @@ import torch
 
 from .errors import RequestError
 
+TILINGS = ("auto", "on", "off")
 CHANNELS = 16
 """Channels of a latent."""
 TRAINED_TIMESTEPS = 1000
@@ -138,6 +139,13 @@ def check_conditions(job: Any) -> None:
         check_condition("masked video's latent", job.masked_video, job.latent, channels=channels, node=node)
         is_encoded = job.mask.shape[1:2] == (channels,)  # for object removal
         check_condition("mask", job.mask, job.latent, channels=channels if is_encoded else 1, node=node)
+
+
+def check_tiles(job: Any) -> None:
+    """Raises RequestError unless the tiles of a job of the VAE make sense."""
+    choice("tiling", job.tiling, TILINGS)
+    between("tile", job.tile, 64, 4096)
+    between("overlap", job.overlap, 0, job.tile // 2)
 
 
 def check_text(name: str, text: torch.Tensor, starts: tuple[float, ...], batch: int) -> None:

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from ..jobs import TILINGS
+from ..validation import TILINGS
 from .options import add_model_options
 
 

@@ -2,8 +2,8 @@
 
 from argparse import ArgumentParser
 
-from ..jobs import TILINGS
 from ..model import RIFLEXES, WINDOW_SCHEDULES
+from ..validation import TILINGS
 from .condition_options import add_condition_options
 from .generate import generate
 from .options import add_model_options, add_run_options
