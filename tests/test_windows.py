@@ -164,6 +164,13 @@ def test_windows_of_a_start_image_continue_the_frames_of_the_one_before(like, sc
     assert result.report.notes == ("2 windows, one after the other: each continues the last 9 frames of the one before",)
 
 
+def test_windows_of_a_start_image_need_the_model_s_own_vae(make_job, checkpoints):
+    alone = replace(Checkpoint.open(checkpoints["2b-i2v"]), elements={"transformer": 1})
+    job = make_job("2b-i2v", size=(80, 48, 25), windows=Windows(17, 8), image=torch.ones(1, 16, 1, 6, 10))
+    with pytest.raises(RequestError, match="2b-i2v has no VAE of its own; use a folder with one, or at most 17 frames"):
+        validation.check(alone, job)
+
+
 @pytest.mark.parametrize(
     "frames, length, overlap, expected",
     [

@@ -264,5 +264,8 @@ def check_windows(checkpoint: Checkpoint, job: SampleJob) -> None:
             f"windows of {job.windows.frames} frames that overlap by {job.windows.overlap} do not advance with "
             f"{checkpoint.name}, whose tokens are {layout.token * TEMPORAL} frames; use longer windows, or less overlap"
         )
-    if job.image is not None:
-        checkpoint.check_vae()
+    if job.image is not None and "vae" not in checkpoint.elements:
+        raise RequestError(
+            f"windows from a start image decode and encode frames in between, and {checkpoint.name} has no VAE of its own; use a folder "
+            f"with one, or at most {job.windows.frames} frames"
+        )
