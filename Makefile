@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 demo: setup
 	@mkdir -p output
-	@saved=$$($(BIN)/python workflows/headless.py workflows/t2v.json --output-dir output \
+	@saved=$$($(BIN)/python workflows/headless.py t2v --output-dir output \
 		--set XDiTBackend.devices=cpu:2 --set XDiTBackend.plan=cfg2 --set XDiTSaveVideo.filename_prefix=demo) \
 		&& mv "$$saved" output/t2v.mp4 && echo "output/t2v.mp4"
 

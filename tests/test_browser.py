@@ -9,9 +9,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from workflows.make import APPS, THUMBNAIL, app_path
+
 from .conftest import REPO, wait_until, workers
 from .support.browser import Page, find_chromium
-from .support.comfyui_server import ComfyUIServer, find_comfyui
+from .support.comfyui_server import PACK_NAME, ComfyUIServer, find_comfyui
+from .support.shipped import PATHS
 from .test_locales import CHINESE, KEPT
 
 pytestmark = [
@@ -20,7 +23,8 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="no Chromium here: apt-get install chromium"),
 ]
 
-READY = "window.app?.graph && app.extensionManager && document.querySelector('canvas') && true"
+READY = "window.app?.graph && app.extensionManager && app.extensionManager.workflow.activeWorkflow && app.graph.nodes.length"
+"""The page has loaded its first workflow, which would replace another one."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,7 @@ def choose(page: Page, rendered: str, node: str, name: str, value: str) -> None:
     page.click(middle(entry))
 
 
-T2V, I2V = (REPO / "workflows" / f"{name}.json" for name in ("t2v", "i2v"))
+T2V, I2V = PATHS["t2v"], PATHS["i2v"]
 TWO = {"XDiTBackend__devices": "cpu:2", "XDiTCogVideoXSampler__steps": 8}
 SHOWN = "document.body.innerText"
 BACKEND = "app.graph.nodes.find((node) => node.type === 'XDiTBackend')"
@@ -145,6 +149,9 @@ BOXES = """app.graph.nodes.map((node) => {
     : [node.title, left, top, node.size[0], node.size[1] + 30];
 })"""
 """Title, left, top, width and height of each node, with its title bar, which is 30 high."""
+NOTE_FITS = """[...document.querySelectorAll('.tiptap, .comfy-markdown-content')].slice(0, 1).every(
+  (note) => note.scrollHeight <= note.clientHeight + 1)"""
+"""The note is the first node of each workflow."""
 LINES = """for (const node of app.graph.nodes)
   if (node.type.startsWith('XDiT')) app.api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text: 'a line of text '.repeat(8) })
 """
@@ -154,7 +161,7 @@ LINES = """for (const node of app.graph.nodes)
 @pytest.mark.parametrize("rendered", ["classic", "vue"])
 def test_the_shipped_workflows_are_readable_when_they_are_dropped_and_with_lines(rendered, page):
     with renderer(page, rendered):
-        for path in sorted((REPO / "workflows").glob("*.json")):
+        for path in PATHS.values():
             load(page, path)
             count = len(json.loads(path.read_text())["nodes"])
             if rendered == "vue":
@@ -165,6 +172,7 @@ def test_the_shipped_workflows_are_readable_when_they_are_dropped_and_with_lines
             page.run(LINES)
             page.run("app.canvas.draw(true, true)")
             page.run("new Promise((done) => setTimeout(done, 500))")  # the page lays the text out
+            assert page.run(NOTE_FITS), path.name
             boxes = page.run(BOXES)
             assert len(boxes) == count
             for place, (title, left, top, width, height) in enumerate(boxes):
@@ -271,6 +279,66 @@ def test_a_refused_input_and_a_failed_node_say_why_in_the_page(page):
     run(page)
     assert page.run("ended") == "execution_error"
     page.wait(f"{SHOWN}.split('length is 10; it must be 4k+1').length > 2")  # in the node and in a toast
+
+
+LISTED = "(app.extensionManager.workflow.activeWorkflow.pendingWarnings?.missingModelCandidates ?? [])"
+"""ComfyUI's own list of missing models."""
+SAID = "[...document.querySelectorAll('.p-toast-detail')].map(({ innerText }) => innerText.split(' is missing (')).filter((one) => one[1])"
+FUN = "CogVideo/CogVideoX-Fun-V1.1-5b"
+T5, VAE = ["text_encoders", True], ["vae", True]
+
+
+@pytest.mark.parametrize(
+    "name, folder, files",
+    [
+        *((name, "", []) for name in ("t2v", "i2v", "v2v", "long-video")),
+        ("lora", f"{FUN}-InP", [["loras", True]]),
+        ("four-steps", "CogVideo/CogVideoX-2b", [["", False]]),
+        ("first-last-frame", f"{FUN}-InP", []),
+        ("inpaint", f"{FUN}-InP", []),
+        ("control", f"{FUN}-Control", []),
+        ("controlnet", "CogVideo/CogVideoX-5b", []),
+        ("remove-object", "", [["diffusion_models", True], T5, VAE]),
+        ("remove-object-twice", "", [["diffusion_models", True], T5, VAE, ["diffusion_models", True], ["optical_flow", True]]),
+        ("core-nodes", "", [["diffusion_models", True], T5, VAE]),
+    ],
+)
+def test_missing_models_are_named_before_run_and_the_demo_misses_none(name, folder, files, page):
+    load(page, PATHS[name])
+    page.run("new Promise((done) => setTimeout(done, 500))")  # a false alarm may come late
+    page.wait(f"{SAID}.map((one) => one[0]).join() === '{folder}'")
+    page.wait(f"{LISTED}.length === {len(files)}")
+    assert sorted(page.run(f"{LISTED}.map((one) => [one.directory ?? '', !!one.url])")) == sorted(files)
+
+
+def test_the_template_browser_shows_every_workflow_with_its_picture(page):
+    page.run("app.extensionManager.command.execute('Comfy.BrowseTemplates').then(() => true)")
+    pack = f"[...document.querySelectorAll('[role=dialog] *')].find((each) => !each.children.length && each.innerText === '{PACK_NAME}')"
+    page.wait(pack)
+    page.run(f"{pack}.click()")
+    for path in (*PATHS.values(), *map(app_path, APPS)):
+        card = f"document.querySelector('[data-testid=\"template-workflow-{path.stem}\"]')"
+        page.wait(f"{card}.scrollIntoView() ?? {card}.querySelector('img').naturalWidth === {THUMBNAIL}")
+        assert ("App" in page.run(f"{card}.innerText").split()) == path.stem.endswith(".app")
+    page.run(f"document.querySelector('[data-testid=\"template-workflow-{T2V.stem}\"]').click()")
+    page.wait(f"!document.querySelector('[role=dialog]') && document.title.includes('{T2V.stem}')")
+
+
+SIZE = ["width", "height", "length", "seed"]
+
+
+@pytest.mark.parametrize("name, shown", [("t2v", ["prompt", *SIZE]), ("i2v", ["image", "prompt", *SIZE])])
+def test_an_app_shows_its_inputs_and_the_video(name, shown, page):
+    load(page, app_path(name), XDiTCogVideoXSampler__steps=4)
+    page.wait("document.querySelector('[data-testid=linear-run-button]')")
+    labels = page.run("[...document.querySelectorAll('[data-testid=builder-widget-label]')].map((label) => label.innerText)")
+    assert labels == shown
+    button = (
+        "[...document.querySelectorAll('[data-testid=linear-run-button] button')].find((one) => one.innerText.trim() === 'Run')"
+    )
+    page.run(f"{button}.click()")
+    page.wait("document.querySelector('video')?.videoWidth === 96")
+    load(page, T2V)  # leaves App mode
 
 
 def test_a_chinese_user_finds_no_english_label_on_a_node_and_a_chinese_panel(page, server):

@@ -378,3 +378,15 @@ def test_the_command_refuses_a_bad_setting_in_one_line_with_status_2(command, tm
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shipped_workflow_is_found_by_its_short_name_and_by_its_old_file_name(tmp_path):
+    for short, title in headless.FILES.items():
+        file = SCRIPT.parent / f"{title}.json"
+        assert file.is_file()
+        for name in (short, f"{short}.json", f"workflows/{short}.json", file):
+            assert headless.find(name) == file
+    assert headless.find("other.json") == Path("other.json")
+    own = tmp_path / "t2v.json"
+    own.write_text("{}")
+    assert headless.find(own) == own

@@ -397,16 +397,18 @@ show(states=states, demo=loader.fingerprint_inputs(model_name="demo"), gone=load
     assert isinstance(shown["demo"], str) and shown["gone"] is None
 
 
-def test_the_example_video_is_put_into_the_input_folder_and_replaces_no_other(in_comfyui):
+def test_the_examples_are_put_into_the_input_folder_and_replace_no_other_file(in_comfyui):
     shown, _ = in_comfyui("""
 import folder_paths
-examples, target = part("nodes.comfy.examples"), Path(folder_paths.get_input_directory()) / "example.mp4"
-target.unlink(missing_ok=True)
+examples, folder = part("nodes.comfy.examples"), Path(folder_paths.get_input_directory())
+targets = {source: folder / source.name for source in examples.EXAMPLES.iterdir()}
+for target in targets.values():
+    target.unlink(missing_ok=True)
+(folder / "example.mp4").write_bytes(b"the user's own")
 examples.offer()
-copied = target.read_bytes() == examples.EXAMPLE.read_bytes()
-target.write_bytes(b"the user's own")
-examples.offer()
-show(copied=copied, kept=target.read_bytes() == b"the user's own")
-target.unlink()
+copied = sorted(target.name for source, target in targets.items() if target.read_bytes() == source.read_bytes())
+show(copied=copied, kept=(folder / "example.mp4").read_bytes() == b"the user's own")
+for target in targets.values():
+    target.unlink()
 """)
-    assert shown == {"copied": True, "kept": True}
+    assert shown == {"copied": [f"cogvideox-{name}.png" for name in ("end", "mask", "start")], "kept": True}

@@ -2,15 +2,20 @@
 
 import ast
 import json
+import re
+from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 
+from parallel_backend.cogvideox.checkpoint.bundled import DEMO, DEMO_I2V
+from parallel_backend.cogvideox.checkpoint.catalogue import MODELS
+from workflows import headless, make
 from workflows.headless import to_api
 
 from .conftest import REPO
 from .support.comfy_runtime import declared_nodes
-
-WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
+from .support.shipped import NAMES, PATHS, shipped
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +99,11 @@ def test_comfyui_starts_without_anything_slow(listing):
     assert listing["slow"] == []
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_shipped_workflow_has_all_its_widgets_and_explains_itself(path, nodes):
-    workflow = json.loads(path.read_text())
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_workflow_has_all_its_widgets_and_explains_itself(name, nodes):
+    workflow = shipped(name)
     if missing := {node["type"] for node in workflow["nodes"]} - {*nodes, "MarkdownNote"}:
-        pytest.skip(f"{path.name} needs {', '.join(sorted(missing))} of a real ComfyUI; tests/test_comfyui.py runs it there")
+        pytest.skip(f"{name} needs {', '.join(sorted(missing))} of a real ComfyUI; tests/test_comfyui.py runs it there")
     prompt = to_api(workflow, nodes)
     for name, node in prompt.items():
         for field, _, group, _ in inputs_of(nodes[node["class_type"]]):
@@ -117,9 +122,9 @@ def prompt_types(prompt: dict) -> set[str]:
     return {node["class_type"] for node in prompt.values()}
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_the_nodes_of_a_shipped_workflow_do_not_overlap(path):
-    boxes = [(*node["pos"], *node["size"]) for node in json.loads(path.read_text())["nodes"]]
+@pytest.mark.parametrize("name", NAMES)
+def test_the_nodes_of_a_shipped_workflow_do_not_overlap(name):
+    boxes = [(*node["pos"], *node["size"]) for node in shipped(name)["nodes"]]
     for index, (left, top, width, height) in enumerate(boxes):
         for other_left, other_top, other_width, other_height in boxes[:index]:
             apart = left >= other_left + other_width or other_left >= left + width
@@ -127,9 +132,57 @@ def test_the_nodes_of_a_shipped_workflow_do_not_overlap(path):
             assert apart or top - title >= other_top + other_height or other_top - title >= top + height
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_comfyui_without_the_pack_can_name_it(path):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_comfyui_without_the_pack_can_name_it(name):
     """The front end and the manager read these properties of a node that is missing."""
-    for node in json.loads(path.read_text())["nodes"]:
-        expected = "comfyui-cogvideox-xdit" if node["type"].startswith("XDiT") else "comfy-core"
-        assert node["properties"]["cnr_id"] == expected and node["properties"]["ver"], node["type"]
+    version = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    for node in shipped(name)["nodes"]:
+        pack, release = node["properties"]["cnr_id"], node["properties"]["ver"]
+        if node["type"].startswith("XDiT"):
+            assert (pack, release) == ("comfyui-cogvideox-xdit", version), node["type"]
+        else:
+            assert pack == "comfy-core" and release, node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_workflow_says_which_models_it_needs_and_where_they_belong(name):
+    """The front end reads ``properties.models``: its list of missing models has the files, and web/js/models.js says the folders."""
+    workflow = shipped(name)
+    published = {model.repository for model in MODELS.values()}
+    listed = {}
+    for node in workflow["nodes"]:
+        for model in node["properties"].get("models", ()):
+            assert model["url"].startswith("https://huggingface.co/") and not set(model) - {"name", "url", "directory"}
+            folder, last = model["url"].removeprefix("https://huggingface.co/"), Path(model["name"]).name
+            if last.endswith(".safetensors"):
+                assert folder.endswith(f"/resolve/main/{last}") or folder.endswith(f"/{model['directory']}/{last}")
+                assert model["name"] in node["widgets_values"], "the front end compares it with the widget"
+            else:
+                assert folder.partition("/")[2] == last
+                assert model["directory"] == "controlnet" or model["name"] == f"CogVideo/{last}" and folder in published
+            listed[model["name"]] = model["url"]
+    loaders = [node for node in workflow["nodes"] if node["type"] == "XDiTLoadCogVideoX"]
+    assert all(node["widgets_values"][0] in (DEMO, DEMO_I2V, *listed) for node in loaders)
+    note = workflow["nodes"][0]["widgets_values"][0]
+    assert all(url in note for url in listed.values()), "the note links to what the workflow needs"
+    assert "`" not in note, "some themes show code in colours that cannot be read"
+
+
+def test_the_files_beside_the_workflows_are_those_that_the_command_makes():
+    """``python workflows/make.py`` makes the app versions, and a thumbnail for each file of the template browser."""
+    for name in make.APPS:
+        workflow = shipped(name)
+        assert json.loads(make.app_path(name).read_text(encoding="utf-8")) == make.app_of(workflow)
+        ids = {str(node["id"]): node for node in workflow["nodes"]}
+        data = workflow["extra"]["linearData"]
+        for node, widget, *_ in data["inputs"]:
+            assert widget in [item["name"] for item in ids[node]["inputs"] if "widget" in item]
+        assert [ids[node]["type"] for node in data["outputs"]] == ["XDiTSaveVideo"]
+    files = sorted((REPO / "workflows").glob("*.json"))
+    assert files == sorted([*PATHS.values(), *map(make.app_path, make.APPS)])
+    for path in files:
+        picture = path.with_suffix(".jpg")  # the name and kind that the template browser asks for
+        assert iio.imread(picture).shape == (make.THUMBNAIL, make.THUMBNAIL, 3) and picture.stat().st_size < 20_000
+    for readme in ("README.md", "README.zh-CN.md"):
+        rows = re.findall(r"^\| (.+?) \| `(.+?)` \| .+ \| .+ \|$", (REPO / readme).read_text(encoding="utf-8"), re.MULTILINE)
+        assert {short: title for title, short in rows} == headless.FILES

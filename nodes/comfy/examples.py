@@ -1,4 +1,4 @@
-"""The video that some shipped workflows start from."""
+"""The images and the video that some shipped workflows start from."""
 
 import logging
 import shutil
@@ -8,19 +8,22 @@ import folder_paths
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "workflows" / "example.mp4"
+EXAMPLES = Path(__file__).resolve().parents[2] / "workflows" / "input"
 
 
 def offer() -> None:
-    """Copies the example video into ComfyUI's input folder, unless there is a file of that name.
+    """Copies the examples into ComfyUI's input folder, except those whose name is taken.
 
-    Load Video finds files only there, so a workflow that is dropped into the page could not run without it.
+    Load Image and Load Video find files only there, so a workflow that is dropped into the page could not run without them.
     """
-    target = Path(folder_paths.get_input_directory()) / EXAMPLE.name
-    if target.exists():
-        return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(EXAMPLE, target)
-    except OSError as error:
-        logger.warning("%s cannot be written, so the workflow v2v needs another video: %s", target, error)
+    folder = Path(folder_paths.get_input_directory())
+    for example in sorted(EXAMPLES.iterdir()):
+        target = folder / example.name
+        if target.exists():
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(example, target)
+        except OSError as error:
+            logger.warning("%s cannot be written, so some shipped workflows need another file: %s", target, error)
+            return
