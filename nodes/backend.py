@@ -28,8 +28,8 @@ class XDiTBackend(CogVideoXNode):
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="auto: every GPU. Or GPU numbers such as 0,1; or cpu:2 for two processes on the CPU. More GPUs "
-                    "make steps faster. The memory per GPU stays about the same, except with tensorN or fsdpN in the plan.",
+                    tooltip="auto: every GPU. Or GPU numbers such as 0,1; cpu:2 for two processes on the CPU; or ray for the "
+                    "GPUs of a Ray cluster, ray:8 for eight of them. More GPUs make steps faster. The memory per GPU stays about the same, except with tensorN or fsdpN in the plan.",
                 ),
                 io.String.Input(
                     "plan",

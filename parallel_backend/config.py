@@ -40,7 +40,7 @@ class Config:
     failed_start_seconds: float = 600.0
     """After this long a failed start is tried again even if nothing has changed, as not every cause can be seen."""
     wait_seconds: float = 300.0
-    """After this long ``serve`` stops waiting for the other hosts; default of its ``--wait``."""
+    """After this long without a node of a Ray cluster that has room, a job is given up."""
     loopback_seconds: float = 2.0
     """After this long the loopback network counts as broken."""
 
@@ -80,16 +80,10 @@ class Config:
     stop_seconds: float = 10.0
     """After this long processes that were asked to end get SIGTERM, and after as long again SIGKILL."""
 
-    silent_seconds: float = 10.0
-    """After this long without a message another host is lost; the same on all hosts."""
-    beat_seconds: float = 1.0
-    """Interval at which hosts send each other heartbeats."""
     retry_seconds: float = 0.5
     """Pause before a failed connection is tried again."""
-    verdict_seconds: float = 20.0
-    """After this long, and ``silent_seconds``, a host that has not ended its part of a lost group is reported."""
-    part_seconds: float = 2.0
-    """After this long a connection is closed even if the other host has not closed its side."""
+    verdict_seconds: float = 30.0
+    """After this long a node that has not ended its part of a lost group, and that Ray has not found lost, counts as lost."""
 
     rejected: Mapping[str, str] = field(default_factory=dict, compare=False)
     """The message for each field whose variable has an unusable value."""

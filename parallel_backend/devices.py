@@ -12,6 +12,8 @@ from .system.limits import usable_cores
 
 RANKS = "XDIT_RANKS"
 """Environment variable of a group's processes: the GPU index of each rank on this machine, separated by commas."""
+RAY = "ray"
+"""The user's word for the devices of a Ray cluster."""
 BF16_CAPABILITY = (8, 0)
 """Lowest compute capability with bf16 and cuDNN attention (Ampere)."""
 MOST_THREADS = 8
@@ -62,10 +64,12 @@ class Devices:
     """GPU indices as this process sees them; on the CPU 0, 1, …"""
     others: int = 0
     """Processes of other groups that run at the same time and share the CPU cores."""
+    on_ray: bool = False
+    """Whether they are devices of a Ray cluster, which ``indices`` only count."""
 
     @classmethod
     def parse(cls, text: str) -> "Devices":
-        """Parses ``auto``, ``cpu``, ``cpu:2`` (two processes), ``0,1`` or ``cuda:0,1``."""
+        """Parses ``auto``, ``cpu``, ``cpu:2`` (two processes), ``0,1``, ``cuda:0,1``, ``ray`` or ``ray:8``."""
         text = text.strip()
         gpus = torch.cuda.device_count()
         if text == "auto":
@@ -75,8 +79,10 @@ class Devices:
             if count < 1:
                 raise RequestError(f"devices '{text}' are none; use cpu:1 or more")
             return cls("cpu", tuple(range(count)))
+        if match := re.fullmatch(r"ray(?::(\d+))?", text):
+            return cls._on_ray(int(match[1]) if match[1] else None)
         if not re.fullmatch(r"(cuda:)?\d+(,(cuda:)?\d+)*", text):
-            raise RequestError(f"devices '{text}' are not understood; use auto, cpu, cpu:2, or GPU numbers such as 0,1")
+            raise RequestError(f"devices '{text}' are not understood; use auto, cpu, cpu:2, ray, or GPU numbers such as 0,1")
         indices = tuple(int(part.removeprefix("cuda:")) for part in text.split(","))
         if len(set(indices)) < len(indices) and not several_ranks_a_gpu():
             raise RequestError(f"devices '{text}' name a GPU twice")
@@ -85,7 +91,20 @@ class Devices:
             raise RequestError(f"devices '{text}': there is no GPU {missing[0]}; this machine has {has}")
         return cls("cuda", indices)
 
+    @classmethod
+    def _on_ray(cls, count: int | None) -> "Devices":
+        """Returns devices of the Ray cluster. A plan may wait for more than there are now, as nodes can be added."""
+        from .cluster import nodes
+
+        kind, sizes = nodes.devices_of(nodes.nodes())
+        count = nodes.usable(sizes) if count is None else count
+        if count < 1:
+            raise RequestError(f"devices 'ray:{count}' are none; use ray:1 or more")
+        return cls(kind, tuple(range(count)), on_ray=True)
+
     def __str__(self) -> str:
+        if self.on_ray:
+            return f"ray:{self.count}"
         return f"cpu:{self.count}" if self.kind == "cpu" else ",".join(map(str, self.indices))
 
     @property
@@ -118,9 +137,9 @@ class Devices:
         """Divides the devices among ``parts`` groups of equal size."""
         size = self.count // parts
         shares = [self.indices[first : first + size] for first in range(0, self.count, size)]
-        if self.kind == "cpu":
+        if self.kind == "cpu" or self.on_ray:
             shares = [tuple(range(size))] * parts
-        return tuple(Devices(self.kind, share, self.count - size) for share in shares)
+        return tuple(replace(self, indices=share, others=self.count - size) for share in shares)
 
     def environment(self) -> dict[str, str]:
         """Returns the variables of a group's processes, by which local rank r gets the r-th of these devices."""

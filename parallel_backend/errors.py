@@ -4,6 +4,7 @@ import logging
 import re
 from pathlib import Path
 from subprocess import CalledProcessError
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,9 @@ class GroupFailure(Failure):
         message: one line.
         details: the remote traceback or the last log lines.
     """
+
+    progress: Any = None
+    """The :class:`parallel_backend.jobs.Progress` from which another group can go on; None to begin again."""
 
     def __init__(self, message: str, *, details: str = ""):
         super().__init__(f"{message}\n{details}".rstrip())

@@ -207,13 +207,13 @@ class Plan:
         """Refuses a plan whose degrees do not multiply to the number of devices.
 
         Args:
-            devices: on each host.
-            nodes: number of hosts.
+            devices: on each machine.
+            nodes: number of machines.
         Raises:
             RequestError: with the degrees that multiply to its devices.
         """
         if self.world_size != devices * nodes:
-            given = f"{devices * nodes} were given" + (f", {devices} on each of {nodes} hosts" if nodes > 1 else "")
+            given = f"{devices * nodes} were given" + (f", {devices} on each of {nodes} machines" if nodes > 1 else "")
             degrees = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "fsdp"}
             factors = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
             product = f" ({' x '.join(factors)})" if len(factors) > 1 else ""

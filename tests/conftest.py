@@ -54,7 +54,7 @@ LONG = (
     "sharding",
     "workflows",
     "group",
-    "hosts",
+    "ray",
     "targets",
     "quantized",
     "command_line",

@@ -67,10 +67,10 @@ def test_the_settings_cannot_be_changed():
 
 
 def test_the_command_line_starts_with_variables_that_make_no_sense():
-    wrong = {name: "10s" for name in ("XDIT_SILENT_SECONDS", "XDIT_IDLE_MINUTES", "XDIT_KEEP_SECONDS")}
+    wrong = {name: "10s" for name in ("XDIT_STOPPED_SECONDS", "XDIT_IDLE_MINUTES", "XDIT_KEEP_SECONDS")}
     command = [sys.executable, "-m", "parallel_backend", "status"]
     done = subprocess.run(command, cwd=REPO, env={**os.environ, **wrong}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "XDIT_SILENT_SECONDS is '10s'; give a number such as 10" in done.stderr
+    assert done.returncode == 0 and "XDIT_STOPPED_SECONDS is '10s'; give a number such as 5" in done.stderr
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.devices import Devices, visible_index
 from parallel_backend.errors import Cancelled, GroupLost, GroupUnavailable, RequestError
 from parallel_backend.executor import paces
+from parallel_backend.executor import scheduler as scheduler_module
 from parallel_backend.executor.batch import cut
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.paces import Paces
@@ -22,7 +23,7 @@ from parallel_backend.executor.replicas import ReplicasExecutor
 from parallel_backend.executor.scheduler import Pool, ReplicaScheduler
 from parallel_backend.group import preflight
 from parallel_backend.group.job_fields import join_fields, split_fields
-from parallel_backend.jobs import DecodeJob, Result, SampleJob
+from parallel_backend.jobs import DecodeJob, Progress, Result, SampleJob
 from parallel_backend.model import Model, Windows
 from parallel_backend.plan import Plan
 
@@ -182,6 +183,8 @@ def test_what_has_one_window_or_a_step_cache_is_left_to_one_replica(replicas, ma
 class Replica:
     """One that does nothing, and can be lost on its way."""
 
+    is_replaced = False
+
     def __init__(self, *, lost_at: type | None = None):
         self.lost_at, self.ran = lost_at, []
 
@@ -193,6 +196,9 @@ class Replica:
 
     def is_there(self) -> bool:
         return self.lost_at is None
+
+    def is_ready(self) -> bool:
+        return True
 
 
 class Painter(Replica):
@@ -231,6 +237,61 @@ def test_a_video_whose_replica_is_lost_while_decoding_is_not_sampled_again(make_
     assert done == [(0, [frail, strong])]
     assert (frail.ran, strong.ran) == ([SampleJob, DecodeJob], [DecodeJob])
     assert scheduler.notes == ["replica 1 was lost, and the others do its work: it was killed"]
+
+
+class OnCluster(Replica):
+    """One whose node is lost at a step, so many times, and which is there again afterwards."""
+
+    is_replaced = True
+
+    def __init__(self, *, step: int, times: int = 1):
+        super().__init__()
+        self.step, self.times, self.begun_at = step, times, []
+
+    def run(self, job, on_step, should_stop, on_picture) -> Result:
+        self.begun_at.append(job.progress.step if job.progress else 0)
+        if len(self.begun_at) <= self.times:
+            error = GroupLost("its node was lost")
+            error.progress = Progress(self.step, torch.zeros(1), torch.zeros(1))
+            raise error
+        return super().run(job, on_step, should_stop, on_picture)
+
+    def is_there(self) -> bool:
+        return len(self.begun_at) > self.times
+
+
+def run_on(replicas, jobs) -> tuple[ReplicaScheduler, list[tuple[int, int]]]:
+    names, seen = {replica: f"replica {place}" for place, replica in enumerate(replicas, 1)}, []
+    scheduler = ReplicaScheduler(Pool(replicas), names, jobs, lambda: False)
+    scheduler.run(lambda *step: seen.append(step), lambda: False)
+    return scheduler, seen
+
+
+def test_a_video_whose_node_is_lost_goes_on_elsewhere_from_its_last_kept_step(make_job, monkeypatch):
+    job, lost, other = make_job("5b", steps=8), OnCluster(step=5), OnCluster(step=0, times=0)
+    monkeypatch.setattr(lost, "is_ready", lambda: not lost.begun_at)
+    scheduler, seen = run_on([lost, other], [job])
+    assert other.begun_at == [5]
+    assert scheduler.notes == ["replica 1 was lost, and the others do its work: its node was lost"]
+    assert seen == [(5, 8)]
+
+
+def test_a_replica_that_is_there_again_is_used_and_a_video_that_loses_every_node_is_an_error(make_job):
+    again = OnCluster(step=3, times=2)
+    run_on([again], [make_job("5b", steps=8)])
+    assert again.begun_at == [0, 3, 3]
+    with pytest.raises(GroupLost, match="its node was lost"):
+        run_on([OnCluster(step=3, times=9)], [make_job("5b", steps=8)])
+
+
+def test_a_replica_without_a_node_gets_no_video_and_none_at_all_is_an_error(make_job, monkeypatch, configure):
+    jobs, waiting, there = [make_job("5b", seed=seed) for seed in range(4)], Replica(), Replica()
+    monkeypatch.setattr(waiting, "is_ready", lambda: False)
+    run_on([waiting, there], jobs)
+    assert not waiting.ran and len(there.ran) == 4
+    configure(scheduler_module, wait_seconds=0.2)
+    with pytest.raises(GroupUnavailable, match="no replica has had a node of the Ray cluster"):
+        run_on([waiting], jobs)
 
 
 def test_decoding_is_spread_and_state_and_memory_are_of_all(replicas, make_job, local):

@@ -130,6 +130,8 @@ def warm_up(devices: str, plan: str) -> None:
     """
     try:
         found = Devices.parse(devices)
+        if found.on_ray:
+            return
         needs_group = found.count > 1 if plan == AUTO else Plan.parse(plan).world_size > 1
         if needs_group:
             check_possible(None, found)
@@ -179,7 +181,7 @@ def executor_for(backend, checked: CheckedJob, node_id: str | None) -> Executor:
         return warm
     prepared = prepare(checked, backend.plan, backend.devices)
     plan, devices = prepared.plan, prepared.devices
-    if plan.world_size == 1:
+    if plan.world_size == 1 and not devices.on_ray:
         report_plan(prepared, node_id)
         return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)
     executor = _groups.get(plan, devices, among=among if backend.plan == AUTO else None)

@@ -1,6 +1,6 @@
 """Options that several commands share, and what they mean: size, model, LoRAs and windows."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from pathlib import Path
 
 from ..cogvideox.checkpoint import bundled
@@ -14,7 +14,24 @@ from ..model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOADS, QUANTIZES, SNR
 def add_run_options(parser: ArgumentParser) -> None:
     """Adds the options for plan and devices."""
     parser.add_argument("--plan", default="auto", help="how to split each step: auto, single, or degrees such as cfg2-ulysses2")
-    parser.add_argument("--devices", default="auto", help="auto, cpu, cpu:2 (two processes), or GPU numbers such as 0,1")
+    parser.add_argument(
+        "--devices",
+        default="auto",
+        help="auto, cpu, cpu:2 (two processes), GPU numbers such as 0,1, or ray: the GPUs of a Ray cluster; ray:8 for eight of them",
+    )
+
+
+class FormerOption(Action):
+    """An option that Ray has replaced. Its use is refused."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is gone: several machines are a Ray cluster now; use --devices ray (docs/cluster.md)")
+
+
+def add_former_options(parser: ArgumentParser, *names: str) -> None:
+    """Adds options for several machines that no longer exist."""
+    for name in names:
+        parser.add_argument(name, action=FormerOption, help=SUPPRESS)
 
 
 def add_model_options(parser: ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from ..planner.planner import approximations, choose, predictions
 from ..validation import check_size
 from ..workload import work_of
 from .console import show, show_json
-from .options import add_cfg_option, add_rounding_options, add_size_options, cfg_of, size_of
+from .options import add_cfg_option, add_former_options, add_rounding_options, add_size_options, cfg_of, size_of
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -28,8 +28,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help=f"as in generate; or {', '.join(MODELS | ALONE)}, which need not be downloaded"
     )
-    parser.add_argument("--gpus", type=int, help="GPUs of each host (default: those of this machine)")
-    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that form one group")
+    parser.add_argument("--gpus", type=int, help="GPUs of each machine (default: those of this machine)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines with such GPUs, as in a Ray cluster")
+    add_former_options(parser, "--nnodes")
     parser.add_argument(
         "--memory-gib", type=float, help="memory of one GPU; if the model does not fit, plans that shard its weights are listed"
     )
@@ -57,11 +58,11 @@ def plan(args: Namespace) -> int:
         raise RequestError(f"count is {args.count}; use 1 or more")
     size, guided = size_of(args, checkpoint), cfg_of(args, checkpoint) > 1
     check_size(**size, batch=1)
-    if args.nnodes < 1:
-        raise RequestError(f"nnodes is {args.nnodes}; use 1 or more")
+    if args.nodes < 1:
+        raise RequestError(f"nodes is {args.nodes}; use 1 or more")
     present = Devices.parse("auto")
     each = args.gpus or present.count
-    count = each * args.nnodes
+    count = each * args.nodes
     machine = hardware.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
     model = Model(str(checkpoint.path), fp8=args.fp8, quantize=args.quantize)
     work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=guided, model=model)
@@ -92,8 +93,8 @@ def plan(args: Namespace) -> int:
             f"{mark:2} {str(each.plan):24} {each.seconds:9.3g} {each.peak / 2**30:9.3g} {each.needed / 2**30:9.3g}  {fits:4}{last}{exact}".rstrip()
         )
     show(machine.describe)
-    hosts = f" on {args.nnodes} hosts" if args.nnodes > 1 else ""
-    show(f"{count} GPU{'s' * (count > 1)}{hosts} ({machine.name}): {reason}")
+    where = f" on {args.nodes} machines" if args.nodes > 1 else ""
+    show(f"{count} GPU{'s' * (count > 1)}{where} ({machine.name}): {reason}")
     if fitted:
         show(how(fitted))
     return 0

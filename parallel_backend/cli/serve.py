@@ -2,86 +2,77 @@
 
 import os
 import signal
+import time
 from argparse import ArgumentParser, Namespace
 
 import psutil
 
+from ..cluster.lease import leased
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupUnavailable, RequestError
+from ..executor.factory import cluster_executor
 from ..executor.feasible import check_cores
 from ..executor.group import GroupExecutor
-from ..executor.resolve import resolve, share_of
-from ..group.hosts import Common, Place
-from ..group.launcher import Launcher
-from ..group.lending import lend
-from ..group.muster import Leader, Member
-from ..group.preflight import check_possible
+from ..executor.replicas import ReplicasExecutor
+from ..executor.resolve import resolve
 from ..group.registry import running
-from ..plan import AUTO, Plan
+from ..plan import Plan
 from ..workload import Workload
 from .console import show
-from .options import add_run_options
+from .options import add_former_options, add_run_options
+from .status import dashboard_line
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``serve``."""
     add_run_options(parser)
     parser.add_argument("--model", default="demo", help="the model that plan auto is chosen for")
-    parser.add_argument(
-        "--nnodes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="hosts that form one group, each with these devices",
-    )
-    parser.add_argument(
-        "--node-rank",
-        type=int,
-        default=0,
-        metavar="NUMBER",
-        help="number of this host: 0 on the host where jobs are sent, 1, 2, … on the others; node 0 chooses the plan for auto",
-    )
-    parser.add_argument(
-        "--rendezvous", metavar="HOST:PORT", help="address of node 0 on a private network, where the hosts meet"
-    )
-    parser.add_argument(
-        "--wait",
-        type=float,
-        default=CONFIG.wait_seconds,
-        metavar="SECONDS",
-        help="timeout for the hosts to meet",
-    )
+    add_former_options(parser, "--nnodes", "--node-rank", "--rendezvous", "--wait")
     parser.set_defaults(run=serve)
 
 
 def serve(args: Namespace) -> int:
-    """Keeps a group until it is stopped: on this host, as node 0 of several hosts, or as a host that lends devices to node 0."""
-    place = Place.asked(args.nnodes, args.node_rank, args.rendezvous, args.wait)
+    """Keeps a group until it is stopped, on this machine or on a Ray cluster."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if place and place.node:
-        return lend_devices(args, place)
     checkpoint = Checkpoint.open(bundled.find(args.model))
-    nodes = place.nodes if place else 1
-    chosen, devices, reason = resolve(args.plan, args.devices, Workload.of(checkpoint), nodes=nodes)
+    chosen, devices, reason = resolve(args.plan, args.devices, Workload.of(checkpoint), is_serving=True)
+    if devices.on_ray:
+        return serve_on_ray(chosen, devices, reason)
     check_cores(devices)
-    muster = None
-    if place is None:
-        check_unserved(devices)
-    else:
-        common = Common.here(nodes=nodes, plan=str(chosen), kind=devices.kind, processes=devices.count)
-        muster = Leader(place, common, str(devices))
-    executor = GroupExecutor(chosen, devices, muster)
+    check_unserved(devices)
+    executor = GroupExecutor(chosen, devices)
     try:
         executor.share()
         come_up(executor)
-        where = " and ".join(map(str, muster.meeting.hosts)) if muster else str(devices)
-        show(f"serving plan {chosen} on {where} ({reason}) at {executor.address.folder}; end it with stop or Ctrl-C")
+        show(f"serving plan {chosen} on {devices} ({reason}) at {executor.address.folder}; end it with stop or Ctrl-C")
         while executor.wait() != 0:
             come_up(executor)
             show(f"the group was lost; serving again at {executor.address.folder}")
+    except KeyboardInterrupt:
+        show("ending")
+    finally:
+        executor.close()
+    return 0
+
+
+def serve_on_ray(chosen: Plan, devices: Devices, reason: str) -> int:
+    """Keeps groups on the Ray cluster, and says which are up."""
+    if served := sorted({name.partition("#")[0] for name in leased() if "@" not in name}):
+        raise RequestError(f"serve keeps plan {served[0]} on the Ray cluster already; end it there with Ctrl-C")
+    executor = cluster_executor(chosen, devices, is_serving=True)
+    groups = executor.replicas if isinstance(executor, ReplicasExecutor) else [executor]
+    show(f"serving plan {chosen} on the Ray cluster ({reason}); {dashboard_line()}; end it with Ctrl-C")
+    shown = None
+    try:
+        executor.start()
+        while True:
+            up = [group.node for group in groups if group.look()["state"] in ("ready", "busy")]
+            if up != shown:
+                show(f"{len(up)} of {len(groups)} groups are up" + (f": on {', '.join(up)}" if up else ""))
+            shown = up
+            time.sleep(1)
     except KeyboardInterrupt:
         show("ending")
     finally:
@@ -110,7 +101,7 @@ def sees_the_same_gpus(pid: int) -> bool:
 
 
 def come_up(executor: GroupExecutor) -> None:
-    """Starts a group and waits until it answers. A group that is lost while it starts is started once more, or again each time a host left.
+    """Starts a group and waits until it answers. A group that is lost while it starts is started once more.
 
     Raises:
         GroupFailure: when it does not start.
@@ -121,24 +112,8 @@ def come_up(executor: GroupExecutor) -> None:
         if executor.status()["state"] != "absent":
             return
         cause, tried = executor.lost, tried + 1
-        if tried > 1 and not cause.gone:
+        if tried > 1:
             raise GroupUnavailable(
                 f"the group did not start: {cause.cause}; twice, so it is not tried again", details=cause.details
             )
         show(f"the group was lost while it started: {cause.cause}")
-
-
-def lend_devices(args: Namespace, place: Place) -> int:
-    """Runs ``serve`` on a host that is not node 0."""
-    chosen = None if args.plan == AUTO else Plan.parse(args.plan)
-    devices = Devices.parse(args.devices)
-    if chosen and args.devices == AUTO:
-        devices = share_of(chosen, devices, place.nodes)
-    check_possible(chosen, devices, place.nodes)
-    common = Common.here(nodes=place.nodes, plan=str(chosen or AUTO), kind=devices.kind, processes=devices.count)
-    muster = Member(place, common, str(devices))
-    try:
-        lend(Launcher(chosen, devices, muster), muster, show)
-    except KeyboardInterrupt:
-        show("ending")
-    return 0

@@ -1,10 +1,15 @@
 """The command ``status``: lists the groups that are running."""
 
+import os
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 
+from ..cluster import nodes as cluster
+from ..cluster.nodes import ADDRESS
 from ..cogvideox.checkpoint.bundled import name_of
-from ..errors import GroupFailure
+from ..errors import GroupFailure, RequestError
+from ..executor.factory import groups_on_cluster
 from ..executor.group import GroupExecutor
 from ..group.registry import running
 from .console import Table, show, show_json
@@ -15,6 +20,11 @@ TITLES = ("plan", "devices", "state", "up", "jobs", "queue", "model", "memory Gi
 
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``status``."""
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="show the Ray cluster and the groups on it too; without it they are shown if RAY_ADDRESS is set",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=status)
 
@@ -28,22 +38,58 @@ def status(args: Namespace) -> int:
         except GroupFailure as error:
             said = {"state": f"does not answer ({error.summary})"}
         groups.append({"folder": str(address.folder), **description, **said})
+    on_ray = args.ray or bool(os.environ.get(ADDRESS))
+    nodes = cluster.nodes() if on_ray else []
+    groups += on_cluster() if on_ray else []
     if args.json:
-        show_json({"groups": groups})
+        show_json({"groups": groups, **({"nodes": [asdict(node) for node in nodes]} if on_ray else {})})
         return 0
+    show_groups(groups)
+    for node in nodes:
+        gpus = f"{node.gpus} GPUs" + (f" ({node.gpu})" if node.gpu else "")
+        show(f"node {node.name} ({node.address}): {gpus}, {node.cpus} CPUs")
+    if on_ray:
+        show(dashboard_line())
+    return 0
+
+
+def on_cluster() -> list[dict]:
+    """Returns the state of each group on the Ray cluster."""
+    found = []
+    for name, group in groups_on_cluster().items():
+        plan, _, owner = name.partition("@")
+        try:
+            said = group.status()
+        except (GroupFailure, RequestError) as error:
+            said = {"state": f"does not answer ({error.summary if isinstance(error, GroupFailure) else error})"}
+        found.append({"folder": None, **said, "plan": plan, "devices": said.get("node"), "owner": owner or "serve"})
+    return found
+
+
+def dashboard_line() -> str:
+    """Returns where Ray's dashboard is."""
+    address = cluster.dashboard()
+    return (
+        f"Ray's dashboard: {address}"
+        if address
+        else "Ray's dashboard does not run (pip install 'ray[default]' on the head node)"
+    )
+
+
+def show_groups(groups: list[dict]) -> None:
+    """Prints a table of groups, and where their logs are."""
     if not groups:
         show("no group is running")
-        return 0
+        return
     rows = [row_of(group) for group in groups]
     table = Table.of(TITLES, rows)
     table.show_titles()
-    for group, row in zip(groups, rows):
+    for row in rows:
         table.show(row)
-        show_hosts(group)
     for group in groups:
         error = f", last error {group['last_error']}" if group.get("last_error") else ""
-        show(f"logs of {group['plan']} on {group['devices']}: {group['folder']}/logs{error}")
-    return 0
+        where = f"{group['folder']}/logs" if group["folder"] else "on its node, and in Ray's dashboard"
+        show(f"logs of {group['plan']} on {group['devices']}: {where}{error}")
 
 
 def row_of(group: dict) -> list:
@@ -66,11 +112,3 @@ def row_of(group: dict) -> list:
 def gib(sizes: list[int]) -> str:
     """Formats the memory of several ranks in GiB."""
     return "/".join(f"{size / 2**30:.1f}" for size in sizes)
-
-
-def show_hosts(group: dict) -> None:
-    """Prints a line for each host of a group, with its memory if known."""
-    for host in group.get("hosts") or ():
-        memory = group.get("memory", [])[host["first_rank"] : host["first_rank"] + host["processes"]]
-        held = f", memory {gib(memory)} GiB" if memory else ""
-        show(f"  host {host['name']} ({host['address']}, node {host['node']}): {host['ranks']} on {host['devices']}{held}")

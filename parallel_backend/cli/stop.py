@@ -20,7 +20,7 @@ def stop(args: Namespace) -> int:
     for address, description in groups.items():
         what = f"plan {description['plan']} on {description['devices']}"
         if description["node"]:
-            show(f"{what} is a part of a group whose node 0 is elsewhere: stop it there, or end serve here with Ctrl-C")
+            show(f"{what} is a part of a group on Ray that another node leads: it ends with that")
         elif args.all or description["shared"]:
             try:
                 show(f"ended {what}{ended(GroupExecutor.attach(address))} ({address.folder})")

@@ -50,6 +50,8 @@ class Executor(ABC):
     """Runs jobs, in this process or in a group of processes."""
 
     plan = Plan()
+    is_replaced = False
+    """Whether it becomes ready again by itself after it was lost."""
 
     def sample(
         self,
@@ -181,6 +183,14 @@ class Executor(ABC):
 
     def is_usable(self) -> bool:
         """Whether it can run another job; False once the group that it was attached to has ended."""
+        return True
+
+    def is_ready(self) -> bool:
+        """Whether it can begin a job; False while a cluster has no node for it."""
+        return True
+
+    def is_there(self) -> bool:
+        """Whether what runs its jobs is running, even if it does not answer yet."""
         return True
 
     def stage(self) -> str | None:

@@ -1,14 +1,18 @@
 """Opens executors, and keeps one for a process that runs many jobs."""
 
 import logging
+import random
 import threading
+from uuid import uuid4
 
+from ..cluster.lease import leased
 from ..devices import Devices
 from ..errors import GroupFailure
 from ..group.registry import shared
 from ..plan import Plan
 from ..workload import Workload
 from .base import Executor
+from .cluster import ClusterExecutor
 from .group import GroupExecutor
 from .local import LocalExecutor
 from .replicas import ReplicasExecutor
@@ -18,11 +22,43 @@ logger = logging.getLogger(__name__)
 
 def open_executor(plan: Plan, devices: Devices) -> Executor:
     """Returns this process for one device; else the group that serve keeps, if it fits; else a group or replicas of its own."""
+    if devices.on_ray:
+        return cluster_executor(plan, devices)
     if plan.world_size == 1:
         return LocalExecutor(devices.first)
     if plan.replicas > 1:
         return ReplicasExecutor(plan, devices)
     return shared_group(plan, devices) or GroupExecutor(plan, devices)
+
+
+def cluster_executor(plan: Plan, devices: Devices, *, is_serving: bool = False) -> Executor:
+    """Returns an executor for devices of the Ray cluster: of the groups that ``serve`` keeps there for this plan, or of its own.
+
+    Args:
+        plan, devices: see :func:`open_executor`.
+        is_serving: whether this process is ``serve``, so that others find its groups.
+    """
+    names = [f"{plan}#{place}" for place in range(1, plan.replicas + 1)]
+    is_owner = is_serving or not set(names) <= set(leased())
+    own = f"@{uuid4().hex[:8]}" if is_owner and not is_serving else ""
+    found = [
+        ClusterExecutor(plan.replica, share, name + own, is_replica=plan.replicas > 1, is_owner=is_owner)
+        for name, share in zip(names, devices.shared_out(plan.replicas))
+    ]
+    if not is_owner:
+        logger.warning("using the groups that serve keeps on Ray for plan '%s'", plan)
+        random.shuffle(found)  # so that several callers do not all begin with the same one
+    return found[0] if plan.replicas == 1 else ReplicasExecutor(plan, devices, found)
+
+
+def groups_on_cluster() -> dict[str, ClusterExecutor]:
+    """Returns an executor for each group on the Ray cluster that a process of this pack keeps, by its name."""
+    found = {}
+    for name in leased():
+        plan = Plan.parse(name.partition("#")[0]).replica
+        devices = Devices("cpu", tuple(range(plan.world_size)), on_ray=True)
+        found[name] = ClusterExecutor(plan, devices, name, is_owner=False)
+    return found
 
 
 def shared_group(plan: Plan, devices: Devices) -> GroupExecutor | None:

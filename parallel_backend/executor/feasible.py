@@ -25,7 +25,7 @@ MOST_A_CORE = 4
 def check_cores(devices: Devices) -> None:
     """Raises RequestError if the CPU has far too few cores for the processes."""
     cores = usable_cores()
-    if devices.kind == "cpu" and devices.count > MOST_A_CORE * cores:
+    if devices.kind == "cpu" and not devices.on_ray and devices.count > MOST_A_CORE * cores:
         raise RequestError(
             f"devices '{devices}' are {devices.count} processes, and this machine has {cores} cores; use cpu:{cores}, and at most "
             f"cpu:{MOST_A_CORE * cores}"
@@ -43,8 +43,8 @@ def check_feasible(prepared: PreparedJob) -> None:
     """
     plan, devices, job = prepared.plan, prepared.devices, prepared.job
     check_cores(devices)
-    if not isinstance(job, SampleJob):
-        return
+    if not isinstance(job, SampleJob) or devices.on_ray:
+        return  # memory and cores of the cluster's nodes are known only to them
     work = prepared.workload().work(devices.first)
     _, _, frames, height, width = job.latent.shape
     what = f"a step at {width * 8}x{height * 8} with {frames * 4 - 3} frames is predicted to"

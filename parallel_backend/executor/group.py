@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,25 +15,24 @@ from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
-from ..group import failures
+from ..group import failures, protocol
 from ..group.codec import Message
 from ..group.connection import Broken
 from ..group.exit_cause import ExitCause
 from ..group.heartbeat import Board
 from ..group.job_fields import split_fields
-from ..group.launcher import Launcher
-from ..group.muster import Muster
+from ..group.launcher import Launcher, Members
 from ..group.preflight import check_possible
 from ..group.registry import GroupAddress, running
-from ..jobs import Job, Report, Result
+from ..jobs import Job, Result
 from ..plan import Plan
 from . import recovery
 from .base import Executor, StepListener, StopSignal, never, silent
-from .group_connection import Keepsake, ask, open_connection
+from .group_connection import Keepsake, SocketChannel, answers, last_answer, open_connection, result_of
 
 logger = logging.getLogger(__name__)
 
-ABSENT, STARTING, WAITING = "absent", "starting", "waiting for the other hosts"
+ABSENT, STARTING = "absent", "starting"
 """States of a group that holds nothing."""
 
 
@@ -43,18 +43,18 @@ class GroupExecutor(Executor):
 
     Args:
         plan: how each forward is split.
-        devices: as many as the plan needs; with several hosts, this host's share of them.
-        muster: meets the other hosts, if there are any.
+        devices: as many as the plan needs; with several machines, this one's share of them.
+        members: the other machines, if there are any.
     Raises:
         RequestError, GroupUnavailable: when no such group can run here. Nothing has been started.
     """
 
-    def __init__(self, plan: Plan, devices: Devices, muster: Muster | None = None):
-        check_possible(plan, devices, muster.place.nodes if muster else 1)
+    def __init__(self, plan: Plan, devices: Devices, members: Members | None = None):
+        check_possible(plan, devices, members.nodes if members else 1)
         self.plan = plan
         self.devices = str(devices)
         self.address: GroupAddress | None = None
-        self._launcher: Launcher | None = Launcher(plan, devices, muster)
+        self._launcher: Launcher | None = Launcher(plan, devices, members=members)
         self._owner: recovery.Owner | None = None
         """The process that owns the group, when this one does not."""
         self._answered: GroupAddress | None = None
@@ -104,11 +104,11 @@ class GroupExecutor(Executor):
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`. A group that is not running is ``absent``."""
-        known = {"plan": str(self.plan), "devices": self.devices, **self._about_hosts()}
+        known = {"plan": str(self.plan), "devices": self.devices}
         if self.address is None or (self._launcher and not self._launcher.is_running()):
             return {"state": ABSENT, **known}
         if self._launcher is None and not Path(self.address.socket).exists():
-            return {"state": self._what_it_waits_for(), **known}
+            return {"state": self._state_unheard(), **known}
         try:
             return {**known, **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain}
         except GroupLost:
@@ -128,10 +128,11 @@ class GroupExecutor(Executor):
             return None
         return heartbeat and heartbeat.doing
 
-    def _about_hosts(self) -> dict[str, Any]:
-        """Returns the hosts of the group if there are several."""
-        hosts = self._description().get("hosts")
-        return {"hosts": hosts} if hosts else {}
+    def _state_unheard(self) -> str:
+        """Returns the state of a group that does not listen."""
+        if not (description := self._description()):
+            return ABSENT
+        return "part of a group on Ray that another node leads" if description["node"] else STARTING
 
     def _description(self) -> dict[str, Any]:
         """Reads the description in the group's folder; empty if the folder is gone."""
@@ -140,23 +141,12 @@ class GroupExecutor(Executor):
         except (OSError, ValueError):
             return {}
 
-    def _what_it_waits_for(self) -> str:
-        """Returns the state of a group that does not listen yet."""
-        description = self._description()
-        if not description:
-            return ABSENT
-        if description["node"]:
-            return (
-                f"part of a group whose node 0 is on {description['hosts'][0]['name']}" if "hosts" in description else WAITING
-            )
-        return WAITING if description["nodes"] > 1 and "hosts" not in description else STARTING
-
     def free(self) -> None:
         """See :meth:`Executor.free`.
 
         A group that only this process uses ends: even an idle one holds 2 to 3 GB of each GPU, and it is started again in seconds.
         """
-        if self.status()["state"] in (ABSENT, STARTING, WAITING):
+        if self.status()["state"] in (ABSENT, STARTING):
             return
         if self._launcher is None or self._launcher.is_shared:
             self._ask(Message("free"))
@@ -217,12 +207,10 @@ class GroupExecutor(Executor):
             return lost if self._launcher or lost.is_there else self._find_again(lost, should_stop)
 
         answer, notes = recovery.run_and_resume(job, ask, explain, on_picture)
-        report = {key: tuple(value) if isinstance(value, list) else value for key, value in answer.plain["report"].items()}
         if self._launcher and self._launcher.note:
             notes.append(self._launcher.note)
         losses, self._losses = self._losses, []
-        report["notes"] = (*losses, *notes, *report["notes"])
-        return Result(answer.tensors["tensor"], Report(**report))
+        return result_of(answer, [*losses, *notes])
 
     def _ask(
         self,
@@ -233,12 +221,19 @@ class GroupExecutor(Executor):
         seconds: float | None = None,
     ) -> Message:
         """Sends a request and returns its last answer; ``seconds`` is its timeout, if any."""
+        with closing(self.answers(message, should_stop, seconds)) as found:
+            return last_answer(found, on_step, kept or Keepsake())
+
+    def answers(
+        self, message: Message, should_stop: StopSignal, seconds: float | None = None, receive: Callable = protocol.receive
+    ) -> Iterator:
+        """Sends a request and yields its answers, as ``receive`` returns them. A lost group is not started again."""
         self.start()
         address = self.address
         connection = self._connect(address, should_stop)
         try:
             with connection:
-                return ask(connection, message, on_step, should_stop, kept or Keepsake(), seconds)
+                yield from answers(SocketChannel(connection, message, receive), should_stop, seconds)
         except Broken as error:
             raise self._broken(address, should_stop) from error
 
@@ -291,9 +286,7 @@ class GroupExecutor(Executor):
         """Switches to the group that the owner starts in place of the lost one. Returns why that was lost.
 
         Raises:
-            GroupError: when none comes, or only once serve runs on another host again.
+            GroupError: when none comes.
         """
         self.address, error = self._owner.next_group(lost, self.address, str(self.plan), self.devices, should_stop)
-        if isinstance(error, GroupError):
-            raise error
         return error

@@ -1,20 +1,20 @@
 """A request to a group and its answers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
-from ..errors import Cancelled, GroupError, GroupFailure, RequestError
+from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..group import protocol
 from ..group.codec import Message
-from ..group.connection import Stalled, connect, talking
+from ..group.connection import Broken, Stalled, connect, talking
 from ..group.registry import GroupAddress
-from ..jobs import Progress
+from ..jobs import Progress, Report, Result
 from .base import StepListener, StopSignal
 
 GiveUp = Callable[[Exception, float], GroupFailure | RequestError | None]
@@ -58,44 +58,83 @@ def open_connection(address: GroupAddress, should_stop: StopSignal, give_up: Giv
         time.sleep(CONFIG.poll_seconds)
 
 
-def ask(
-    connection: Connection,
-    message: Message,
-    on_step: StepListener,
-    should_stop: StopSignal,
-    kept: Keepsake,
-    seconds: float | None,
-) -> Message:
-    """Sends a request and returns its last answer. Asks the group to cancel it once the caller wants to stop.
+class Channel(Protocol):
+    """One request on its way to a group, and the answers to it."""
+
+    def receive(self, seconds: float) -> Message | bytes | None:
+        """Returns the next answer; None if none comes within ``seconds``."""
+
+    def cancel(self) -> None:
+        """Asks the group to stop the job."""
+
+
+class SocketChannel:
+    """A request over a group's socket. Every method raises Broken when the connection breaks.
 
     Args:
         connection: from :func:`open_connection`.
-        message: the request.
-        on_step: called after each step of a job.
+        message: the request, which is sent.
+        receive: receives an answer, as a message or as bytes.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        message: Message,
+        receive: Callable[[Connection], Message | bytes] = protocol.receive,
+    ):
+        self._connection = connection
+        self._receive = receive
+        with talking():
+            protocol.send(connection, message)
+
+    def receive(self, seconds: float) -> Message | bytes | None:
+        """See :meth:`Channel.receive`."""
+        with talking():
+            return self._receive(self._connection) if self._connection.poll(seconds) else None
+
+    def cancel(self) -> None:
+        """See :meth:`Channel.cancel`."""
+        with talking():
+            self._connection.send_bytes(b"cancel")
+
+
+def answers(channel: Channel, should_stop: StopSignal, seconds: float | None) -> Iterator[Message | bytes]:
+    """Yields the answers to a request. Asks the group to cancel it once the caller wants to stop.
+
+    Args:
+        channel: of the request.
         should_stop: called while no answer comes.
-        kept: receives previews and progress.
         seconds: timeout for the last answer; None waits for as long as the job takes.
     Raises:
-        Broken: when the connection breaks.
-        Cancelled: when the group has cancelled the job.
-        RequestError, GroupError: when the job failed; GroupError also after a timeout.
+        GroupError: after a timeout.
     """
-    with talking():
-        protocol.send(connection, message)
     deadline, late = seconds and time.monotonic() + seconds, f"did not answer within {seconds or 0:.0f} s"
     is_cancelled = False
     while True:
         if not is_cancelled and should_stop():
-            with talking():
-                connection.send_bytes(b"cancel")
+            channel.cancel()
             is_cancelled, deadline = True, time.monotonic() + CONFIG.cancel_seconds
             late = f"did not stop within {CONFIG.cancel_seconds:.0f} s of being asked"
         if deadline and time.monotonic() > deadline:
             raise GroupError(f"the group {late}")
-        with talking():
-            if not connection.poll(CONFIG.poll_seconds):
-                continue
-            answer = protocol.receive(connection)
+        answer = channel.receive(CONFIG.poll_seconds)
+        if answer is not None:
+            yield answer
+
+
+def last_answer(found: Iterator[Message], on_step: StepListener, kept: Keepsake) -> Message:
+    """Returns the last answer to a request, and reports what comes before it.
+
+    Args:
+        found: the answers.
+        on_step: called after each step of a job.
+        kept: receives previews and progress.
+    Raises:
+        Cancelled: when the group has cancelled the job.
+        RequestError, GroupFailure: when the job failed.
+    """
+    for answer in found:
         if answer.kind == "step":
             on_step(answer.plain["step"], answer.plain["steps"])
         elif answer.kind == "kept":
@@ -106,8 +145,18 @@ def ask(
             raise Cancelled(answer.plain["message"])
         elif answer.kind == "failed":
             raise error_of(answer.plain)
+        elif answer.kind == "lost":
+            raise loss_of(answer.plain)
         else:
             return answer
+    raise Broken("the answers ended")
+
+
+def result_of(answer: Message, notes: Sequence[str]) -> Result:
+    """Returns the result of a job from the last answer, with notes before its own."""
+    report = {key: tuple(value) if isinstance(value, list) else value for key, value in answer.plain["report"].items()}
+    report["notes"] = (*notes, *report["notes"])
+    return Result(answer.tensors["tensor"], Report(**report))
 
 
 def error_of(failure: dict[str, Any]) -> RequestError | GroupError:
@@ -118,3 +167,10 @@ def error_of(failure: dict[str, Any]) -> RequestError | GroupError:
     where = "the group" if rank is None else f"rank {rank}" + (f" on {failure['host']}" if failure.get("host") else "")
     summary = f"{where} failed: {failure['error']}: {failure['message']}"
     return GroupError(summary, rank=rank, details=failure.get("traceback", ""))
+
+
+def loss_of(plain: dict[str, Any]) -> GroupFailure:
+    """Returns the error for a ``lost`` answer, by which a machine of a cluster says what happened to its group."""
+    kinds = {kind.__name__: kind for kind in (GroupLost, GroupUnavailable)}
+    known = {name: plain[name] for name in ("came_up", "is_there") if name in plain}
+    return kinds.get(plain["error"], GroupError)(plain["message"], details=plain["details"], **known)

@@ -12,6 +12,7 @@ from ..group.heartbeat import Board
 from ..plan import Plan
 from ..system.nvml import used_and_total
 from .base import Executor
+from .cluster import ClusterExecutor
 from .group import ABSENT, STARTING, GroupExecutor
 from .replicas import ReplicasExecutor
 
@@ -26,6 +27,8 @@ def overview(executor: Executor) -> dict[str, Any]:
         return of_replicas(executor)
     if isinstance(executor, GroupExecutor):
         return of_group(executor)
+    if isinstance(executor, ClusterExecutor):
+        return executor.look()
     said, (device,) = executor.status(), executor.torch_devices
     rank = {"rank": 0, "device": str(device), "share": "all", "doing": executor.stage(), "memory": memory_of(device, None)}
     return {"plan": str(executor.plan), "devices": str(device), "state": said["state"], "ranks": [rank]}
@@ -49,7 +52,7 @@ def of_group(executor: GroupExecutor) -> dict[str, Any]:
 
 def of_replicas(executor: ReplicasExecutor) -> dict[str, Any]:
     """Returns the overview of several groups as one."""
-    parts = [of_group(replica) for replica in executor.replicas]
+    parts = [overview(replica) for replica in executor.replicas]
     ranks = [
         {**rank, "share": f"replica {place}, {rank['share']}"} for place, part in enumerate(parts, 1) for rank in part["ranks"]
     ]

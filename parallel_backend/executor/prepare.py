@@ -30,8 +30,8 @@ class CheckedJob:
 
     def check_devices(self, devices: Devices) -> None:
         """Raises RequestError when devices cannot attend as a sampling job asks for."""
-        if not isinstance(self.job, SampleJob):
-            return
+        if not isinstance(self.job, SampleJob) or devices.on_ray:
+            return  # a group on Ray checks its own devices
         model, head_dim = self.job.model, self.checkpoint.head_dim
         kinds = [Kind(device, self.checkpoint.dtype(model.dtype, device), head_dim) for device in devices.torch_devices]
         choice.check_devices(model.attention, kinds)

@@ -39,7 +39,8 @@ def run_and_resume(
     Returns:
         The answer, and a note for each loss.
     Raises:
-        GroupError: when the group is lost twice at the same step; GroupUnavailable if it did not come up either time.
+        GroupError: when the group is lost twice at the same step; GroupUnavailable if it did not come up either time. Each
+            GroupFailure has the job's progress.
     """
     notes: list[str] = []
     lost_at = None
@@ -47,14 +48,19 @@ def run_and_resume(
         kept = Keepsake(on_picture)
         try:
             return ask(job, kept), notes
-        except GroupLost as lost:
-            error = explain(lost)
+        except GroupFailure as failure:
             if kept.progress:
                 job = replace(job, progress=kept.progress)
-            done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
+            failure.progress = job.progress if isinstance(job, SampleJob) else None
+            if not isinstance(failure, GroupLost):
+                raise
+            error = explain(failure)
+            done = failure.progress.step if failure.progress else 0
             if done == lost_at:
                 kind = GroupError if error.came_up else GroupUnavailable
-                raise kind(f"{error.summary}; twice there, so it is not tried again", details=error.details) from lost
+                final = kind(f"{error.summary}; twice there, so it is not tried again", details=error.details)
+                final.progress = failure.progress
+                raise final from failure
             lost_at = done
             remedy = ("connecting", "connected") if error.is_there else ("starting the group", "the group was started")
             notes.append(f"{error.summary}; {remedy[1]} again and went on after step {done}")
@@ -128,7 +134,7 @@ class Owner:
 
     def next_group(
         self, lost: GroupLost, before: GroupAddress, plan: str, devices: str, should_stop: StopSignal
-    ) -> tuple[GroupAddress, GroupLost | GroupError]:
+    ) -> tuple[GroupAddress, GroupLost]:
         """Waits for the group that the owner starts in place of the lost one.
 
         Args:
@@ -137,7 +143,7 @@ class Owner:
             plan, devices: of both groups.
             should_stop: called while waiting.
         Returns:
-            The new group's address, and why the lost one ended: GroupError when the new one waits for serve on another host.
+            The new group's address, and why the lost one ended.
         Raises:
             GroupError: when none comes.
             Cancelled: when ``should_stop`` returns True.
@@ -154,11 +160,8 @@ class Owner:
         raise GroupError(f"{lost.summary}, and no other came; start it again with serve", details=lost.details) from lost
 
 
-def _why_restarted(cause: dict[str, Any] | None) -> GroupLost | GroupError | None:
+def _why_restarted(cause: dict[str, Any] | None) -> GroupLost | None:
     """Returns the error for an exit cause in a new group's folder; None when there is none."""
     if cause is None:
         return None
-    summary = f"the group was lost: {cause['cause']}"
-    if cause["gone"]:
-        return GroupError(f"{summary}; it goes on when serve runs there again", details=cause["details"])
-    return GroupLost(summary, details=cause["details"])
+    return GroupLost(f"the group was lost: {cause['cause']}", details=cause["details"])

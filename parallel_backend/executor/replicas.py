@@ -37,15 +37,16 @@ class ReplicasExecutor(Executor):
     Args:
         plan: with ``replicas`` above 1. Each replica has the rest of the plan.
         devices: as many as the plan needs; the first ones belong to the first replica.
+        replicas: the executors of the replicas; None for groups on this machine.
     Raises:
         RequestError, GroupUnavailable: when no such groups can run here. Nothing has been started.
     """
 
-    def __init__(self, plan: Plan, devices: Devices):
+    def __init__(self, plan: Plan, devices: Devices, replicas: Sequence[Executor] | None = None):
         plan.check_world(devices.count)
         self.plan = plan
         self.devices = devices
-        self.replicas = [GroupExecutor(plan.replica, share) for share in devices.shared_out(plan.replicas)]
+        self.replicas = replicas or [GroupExecutor(plan.replica, share) for share in devices.shared_out(plan.replicas)]
         self._names = {
             replica: f"replica {place} of {plan.replicas} ({replica.devices})" for place, replica in enumerate(self.replicas, 1)
         }
@@ -83,9 +84,10 @@ class ReplicasExecutor(Executor):
         return self._distribute([job], on_step, should_stop, on_picture)[0]
 
     def load(self, job: SampleJob, *, should_stop: StopSignal = never) -> Report:
-        """See :meth:`Executor.load`. All replicas load at once; if one fails, the others still load."""
+        """See :meth:`Executor.load`. All replicas that are ready load at once; if one fails, the others still load."""
+        ready = [replica for replica in self.replicas if replica.is_ready()]
         with ThreadPoolExecutor(len(self.replicas), thread_name_prefix="load") as threads:
-            loading = [threads.submit(replica.load, job, should_stop=should_stop) for replica in self.replicas]
+            loading = [threads.submit(replica.load, job, should_stop=should_stop) for replica in ready]
         reports = [one.result() for one in loading if not isinstance(one.exception(), GroupFailure)]
         return max(reports, key=lambda report: report.load_seconds, default=Report())
 
@@ -211,13 +213,17 @@ class ReplicasExecutor(Executor):
             "replicas": replicas,
         }
 
-    def _status_of(self, replica: GroupExecutor) -> dict[str, Any]:
+    def _status_of(self, replica: Executor) -> dict[str, Any]:
         """Returns a replica's status. One that does not start is ``absent``, and the others are still asked."""
         try:
             return replica.status()
         except GroupFailure as error:
             absent = {"state": "absent", "plan": str(replica.plan), "devices": replica.devices}
             return {**absent, "last_error": error.summary}
+
+    def is_usable(self) -> bool:
+        """See :meth:`Executor.is_usable`."""
+        return any(replica.is_usable() for replica in self.replicas)
 
     def stage(self) -> str | None:
         """See :meth:`Executor.stage`. It is the first replica's."""

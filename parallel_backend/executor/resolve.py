@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from ..devices import Devices
+from ..cluster import nodes as cluster
+from ..cluster.lease import leased
+from ..devices import RAY, Devices
 from ..errors import RequestError
 from ..group.registry import running
 from ..plan import AUTO, IN_PARTS, Plan
@@ -16,7 +18,7 @@ SET_BY_USER = "set by the user"
 """The reason for a plan that is not ``auto``."""
 
 
-def resolve(plan: str, devices: str, workload: Workload, *, nodes: int | None = None) -> tuple[Plan, Devices, str]:
+def resolve(plan: str, devices: str, workload: Workload, *, is_serving: bool = False) -> tuple[Plan, Devices, str]:
     """Resolves the user's plan and devices strings.
 
     ``auto`` devices are all GPUs, or as many as the plan needs. For an ``auto`` plan the planner predicts each plan's time and
@@ -24,22 +26,20 @@ def resolve(plan: str, devices: str, workload: Workload, *, nodes: int | None = 
 
     Args:
         plan: such as ``cfg2``, or ``auto``.
-        devices: such as ``0,1``, ``cpu:2`` or ``auto``.
+        devices: such as ``0,1``, ``cpu:2``, ``ray`` or ``auto``.
         workload: what the plan is for.
-        nodes: hosts of a group to be served, each with such devices. None for a job, which uses a group that is served if it
-            fits; see :func:`served_group`.
+        is_serving: whether it is for ``serve``. A job uses a group that is served if it fits; see :func:`served_group`.
     Returns:
-        Plan, devices of this host, and the reason in one sentence.
+        Plan, devices, and the reason in one sentence.
     Raises:
         RequestError: when plan, devices, model and offload do not fit each other.
     """
     found = Devices.parse(devices)
-    if nodes is None and (served := served_group(plan, None if devices == AUTO else found, workload)):
+    if not is_serving and plan == AUTO and (served := served_group(None if devices == AUTO else found, workload)):
         return served
-    nodes = nodes or 1
     if plan == AUTO:
-        return resolve_auto(found, workload, nodes)
-    chosen, found = matched(plan, devices, nodes)
+        return resolve_auto(found, workload)
+    chosen, found = matched(plan, devices)
     chosen.check_heads(workload.heads)
     if workload.layers is not None:
         chosen.check_layers(workload.layers)
@@ -53,48 +53,45 @@ def check_strings(plan: str, devices: str) -> None:
     Raises:
         RequestError: when this machine lacks the devices, or plan and devices do not fit each other.
     """
-    named = None if devices == AUTO else str(Devices.parse(devices))
     if plan == AUTO:
-        return
-    asked = str(Plan.parse(plan))
-    over_hosts = [each for each in running().values() if each["shared"] and each["nodes"] > 1]
-    if not any(each["plan"] == asked and named in (None, each["devices"]) for each in over_hosts):
+        Devices.parse(devices)
+    else:
         matched(plan, devices)
 
 
-def matched(plan: str, devices: str, nodes: int = 1) -> tuple[Plan, Devices]:
-    """Returns a plan that is not ``auto`` and its devices on each of ``nodes`` hosts, from the user's strings.
+def matched(plan: str, devices: str) -> tuple[Plan, Devices]:
+    """Returns a plan that is not ``auto`` and its devices, from the user's strings.
 
     Raises:
         RequestError: when they do not fit each other.
     """
     chosen, found = Plan.parse(plan), Devices.parse(devices)
-    if devices == AUTO:
-        found = share_of(chosen, found, nodes)
-    chosen.check_world(found.count, nodes)
+    if devices in (AUTO, RAY):
+        found = share_of(chosen, found)
+    chosen.check_world(found.count)
     return chosen, found
 
 
-def resolve_auto(found: Devices, workload: Workload, nodes: int) -> tuple[Plan, Devices, str]:
+def resolve_auto(found: Devices, workload: Workload) -> tuple[Plan, Devices, str]:
     """Returns the plan that is predicted to be the fastest, the devices that it uses, and the reason."""
-    found = hardware.fastest_first(found) if nodes == 1 else found
+    found = found if found.on_ray else hardware.fastest_first(found)
     machine = machine_of(found, can_shard=workload.offload not in IN_PARTS)
-    if nodes > 1:  # the network is unknown, so only the order of plans is predicted, and every host takes part
-        machine = replace(machine, knows_seconds=False)
     chosen, reason = choose(
         workload.work(found.first) if workload.work else assumed(workload.heads, workload.guided),
         machine,
-        found.count * nodes,
+        found.count,
         jobs=workload.jobs,
         can_share=workload.can_share and not is_served(found),
         unit=workload.unit,
     )
-    used = found.first_of(chosen.world_size // nodes)
-    return chosen, used, "; ".join([reason, *hardware.warnings(used)])
+    used = found.first_of(chosen.world_size)
+    return chosen, used, "; ".join([reason, *([] if used.on_ray else hardware.warnings(used))])
 
 
 def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
     """Returns the machine that the planner predicts for. Memory that a group of this pack holds counts as free: the job gets it."""
+    if devices.on_ray:
+        return replace(cluster.machine(), can_shard=can_shard)
     machine = hardware.here(devices)
     machine = replace(
         machine, can_shard=can_shard, together=tuple(replace(some, can_shard=can_shard) for some in machine.together)
@@ -104,7 +101,7 @@ def machine_of(devices: Devices, *, can_shard: bool = True) -> Machine:
 
 def is_served(devices: Devices) -> bool:
     """Whether ``serve`` keeps a group on GPUs of this machine. Replicas would need its memory."""
-    return devices.kind != "cpu" and any(group["shared"] for group in groups_on_gpus())
+    return devices.kind != "cpu" and not devices.on_ray and any(group["shared"] for group in groups_on_gpus())
 
 
 def groups_on_gpus() -> list[dict[str, Any]]:
@@ -112,15 +109,17 @@ def groups_on_gpus() -> list[dict[str, Any]]:
     return [description for description in running().values() if not description["devices"].startswith("cpu")]
 
 
-def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:
-    """Returns as many of the devices as a plan needs on each of ``nodes`` hosts.
+def share_of(plan: Plan, found: Devices) -> Devices:
+    """Returns as many of the devices as a plan needs. On a Ray cluster it may wait for more than there are now.
 
     Raises:
         RequestError: when this machine has fewer GPUs.
     """
-    count = plan.world_size // nodes
-    if plan.world_size % nodes or count == found.count:
-        return found  # the check of the plan names what does not fit
+    count = plan.world_size
+    if found.on_ray:
+        return replace(found, indices=tuple(range(count)))
+    if count == found.count:
+        return found
     if found.kind == "cpu":
         return Devices("cpu", tuple(range(count)))
     if count > found.count:
@@ -128,27 +127,29 @@ def share_of(plan: Plan, found: Devices, nodes: int = 1) -> Devices:
     return found.first_of(count)
 
 
-def served_group(plan: str, devices: Devices | None, workload: Workload) -> tuple[Plan, Devices, str] | None:
-    """Returns plan, devices here and reason of a group that ``serve`` keeps, if the user's strings and the workload fit it.
+def served_group(devices: Devices | None, workload: Workload) -> tuple[Plan, Devices, str] | None:
+    """Returns plan, devices and reason of a group that ``serve`` keeps, for a plan that is ``auto``, if the workload fits it.
 
     Args:
-        plan: the user's. A group on this host alone is found here only for ``auto``; by its plan, :mod:`.factory` finds it.
         devices: the user's; None for ``auto``, which a group on devices of the kind that is here fits.
         workload: what the group is for.
     """
+    if devices and devices.on_ray:
+        for name in leased():
+            kept = Plan.parse(name.partition("#")[0])
+            if "@" not in name and can_do(kept, workload):
+                return kept, share_of(kept, devices), "the groups that serve keeps on Ray"
+        return None
     for description in running().values():
         if not description["shared"]:
             continue
-        kept, hosts = Plan.parse(description["plan"]), description["nodes"]
+        kept = Plan.parse(description["plan"])
         try:
             where = Devices.parse(description["devices"])
         except RequestError:  # GPUs that this process does not see
             continue
-        if hosts > 1 and plan in (AUTO, str(kept)) and devices in (None, where) and kept.fits(workload.heads):
-            kept.check_offload(workload.offload)
-            return kept, where, f"the group of {hosts} hosts that serve keeps"
         same_kind = where.kind == Devices.parse(AUTO).kind if devices is None else where == devices
-        if hosts == 1 and plan == AUTO and same_kind and can_do(kept, workload):
+        if same_kind and can_do(kept, workload):
             return kept, where, "the group that serve keeps"
     return None
 

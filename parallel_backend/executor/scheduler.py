@@ -6,22 +6,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
-from ..errors import Cancelled, GroupFailure
+from ..errors import Cancelled, GroupFailure, GroupUnavailable
 from ..jobs import Job, Result, SampleJob
-from .base import StepListener, StopSignal, steps_of
-from .group import GroupExecutor
+from .base import Executor, StepListener, StopSignal, steps_of
 from .paces import Paces
 
 logger = logging.getLogger(__name__)
 
-ReplicaResult = tuple[GroupExecutor, Result]
+ReplicaResult = tuple[Executor, Result]
 """A result, after the replica that it is from."""
+MOST_LOSSES = 3
+"""A task that was lost so often without a step between is at fault itself, as when it fills a node's memory."""
 NextJob = Callable[[int, list[ReplicaResult]], Job | None]
 """Takes a task's number and its results so far, and returns its next job, or None. Called in the thread that ran the last job."""
 
@@ -33,12 +35,12 @@ class Pool:
         replicas: in the order of preference.
     """
 
-    def __init__(self, replicas: Sequence[GroupExecutor]):
+    def __init__(self, replicas: Sequence[Executor]):
         self._order = list(replicas)
-        self._busy: set[GroupExecutor] = set()
+        self._busy: set[Executor] = set()
         self._lock = threading.Lock()
 
-    def take(self, is_wanted: Callable[[GroupExecutor], bool]) -> GroupExecutor | None:
+    def take(self, is_wanted: Callable[[Executor], bool]) -> Executor | None:
         """Takes the first free replica that is wanted; None if there is none."""
         with self._lock:
             for replica in self._order:
@@ -47,7 +49,7 @@ class Pool:
                     return replica
         return None
 
-    def give_back(self, replica: GroupExecutor, *, lost: bool) -> None:
+    def give_back(self, replica: Executor, *, lost: bool) -> None:
         """Makes a replica free. A lost one is taken last from now on, in case it comes back."""
         with self._lock:
             self._busy.discard(replica)
@@ -74,7 +76,7 @@ class ReplicaScheduler:
     def __init__(
         self,
         pool: Pool,
-        names: dict[GroupExecutor, str],
+        names: dict[Executor, str],
         jobs: Sequence[Job],
         has_closed: StopSignal,
         next_job: NextJob | None = None,
@@ -95,7 +97,11 @@ class ReplicaScheduler:
         self._waiting = deque(range(len(jobs)))
         self._events: queue.SimpleQueue[tuple[int, int | torch.Tensor]] = queue.SimpleQueue()
         """Pairs of a task's number and either its steps done or a preview."""
-        self._lost: set[GroupExecutor] = after._lost if after else set()
+        self._lost: set[Executor] = after._lost if after else set()
+        self._losses: dict[int, list[int]] = {}
+        """Steps at which each task was lost."""
+        self._ready_at = time.monotonic()
+        """When a replica was last seen ready."""
         self._paces = after._paces if after else Paces()
         self._stop = threading.Event()
         self._error: Exception | None = None
@@ -161,14 +167,30 @@ class ReplicaScheduler:
             if replica:
                 self._try(number, replica)
             else:
+                self._check_ready()
                 time.sleep(CONFIG.poll_seconds)
 
-    def _is_wanted(self, replica: GroupExecutor) -> bool:
-        """Whether a replica should take a task: it is not lost, and faster ones would not finish all tasks before it."""
-        others = self.names.keys() - self._lost - {replica}
-        return replica not in self._lost and self._paces.should_begin(replica, others, left=len(self._waiting))
+    def _check_ready(self) -> None:
+        """Gives up if no replica has been ready for ``wait_seconds``."""
+        if any(replica.is_ready() for replica in self.names):
+            self._ready_at = time.monotonic()
+        elif time.monotonic() - self._ready_at > CONFIG.wait_seconds:
+            self._fail(
+                GroupUnavailable(
+                    f"no replica has had a node of the Ray cluster for {CONFIG.wait_seconds:.0f} s; `status --ray` shows the nodes"
+                )
+            )
 
-    def _try(self, number: int, replica: GroupExecutor) -> None:
+    def _is_wanted(self, replica: Executor) -> bool:
+        """Whether a replica should take a task: it is there, and faster ones would not finish all tasks before it."""
+        others = {other for other in self.names.keys() - self._lost - {replica} if other.is_ready()}
+        return (
+            replica not in self._lost
+            and replica.is_ready()
+            and self._paces.should_begin(replica, others, left=len(self._waiting))
+        )
+
+    def _try(self, number: int, replica: Executor) -> None:
         """Runs a task on a replica, handles its errors, and returns the replica to the pool."""
         lost, loading = False, None
         try:
@@ -190,7 +212,7 @@ class ReplicaScheduler:
                 replica.close()  # it may just have been started again
             self.pool.give_back(replica, lost=lost)
 
-    def _run(self, number: int, replica: GroupExecutor) -> float:
+    def _run(self, number: int, replica: Executor) -> float:
         """Runs all jobs of a task. Returns the seconds that were spent loading."""
         loading, job, results = 0.0, self.jobs[number], self._unfinished[number]
 
@@ -211,19 +233,26 @@ class ReplicaScheduler:
         """Reports a step of a task among its own steps; a long video from a start image has those of all its windows."""
         self._events.put((number, step * own // steps))
 
-    def _drop(self, number: int, replica: GroupExecutor, error: GroupFailure) -> None:
-        """Continues without a lost replica; the others run its task."""
+    def _drop(self, number: int, replica: Executor, error: GroupFailure) -> None:
+        """Continues without a lost replica; the others run its task, from the last step that was kept."""
+        job = self.jobs[number]
+        if isinstance(job, SampleJob) and error.progress:
+            job = self.jobs[number] = replace(job, progress=error.progress)
+        done = job.progress.step if isinstance(job, SampleJob) and job.progress else 0
         with self._lock:
-            self._lost.add(replica)
+            losses = self._losses.setdefault(number, [])
+            losses.append(done)
+            if not replica.is_replaced:
+                self._lost.add(replica)
             self._waiting.appendleft(number)
-            none_is_left = len(self._lost) == len(self.names)
-        if none_is_left:
+            is_over = len(self._lost) == len(self.names) or losses.count(done) == MOST_LOSSES
+        if is_over:
             self._fail(error)
             return
         self.notes.append(f"{self.names[replica]} was lost, and the others do its work: {error.summary}")
         logger.warning(self.notes[-1])
-        if isinstance(self.jobs[number], SampleJob):
-            self._events.put((number, 0))
+        if isinstance(job, SampleJob):
+            self._events.put((number, done))
 
     def _fail(self, error: Exception) -> None:
         with self._lock:

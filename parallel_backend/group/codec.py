@@ -24,6 +24,8 @@ MAX_TENSORS = {
     "done": PIXELS,
 }
 """Limit of a message's tensors in bytes, by its kind; other kinds have no tensors."""
+LAST = ("done", "failed", "cancelled", "lost")
+"""Kinds of the last answer to a request."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 """Allowed dtypes, by their name in safetensors."""
 MAX_DIMENSIONS = 6
@@ -38,7 +40,8 @@ class Message:
     """One message.
 
     Requests are ``sample``, ``load``, ``window``, ``decode``, ``encode``, ``status``, ``free``, ``stop`` and, while a job runs,
-    ``cancel``. Answers are ``step``, ``kept``, ``picture``, ``done``, ``failed`` and ``cancelled``.
+    ``cancel``. Answers are ``step``, ``kept``, ``picture``, ``done``, ``failed`` and ``cancelled``,
+    and on a cluster ``lost``.
     """
 
     kind: str

@@ -12,13 +12,13 @@ KILLED = [-getattr(signal, name) for name in KILLS if hasattr(signal, name)]  # 
 
 @dataclass(frozen=True)
 class ExitCause:
-    """Why a group, or its part on one host, ended."""
+    """Why a group, or its part on one machine, ended."""
 
     cause: str
     by_itself: bool = True
     """False if it was killed or hung: the job may succeed if it is tried again."""
     gone: bool = False
-    """Whether a whole host was lost: the group restarts only after the user starts ``serve`` there."""
+    """Whether a whole machine was lost."""
     behind: int = 0
     """For ranks that hung, the number of heartbeats they had sent. The ranks with the fewest are the cause."""
     failure: dict[str, Any] | None = None
@@ -28,7 +28,7 @@ class ExitCause:
 
     @classmethod
     def read(cls, plain: dict[str, Any]) -> "ExitCause":
-        """Parses the result of :func:`dataclasses.asdict`, received over a pipe or a network.
+        """Parses the result of :func:`dataclasses.asdict`, received from another machine.
 
         Raises:
             KeyError, TypeError, ValueError: if it is not an exit cause.
@@ -50,9 +50,9 @@ def how_it_ended(who: str, code: int) -> ExitCause:
 
 
 def first_of(causes: Sequence[ExitCause]) -> ExitCause:
-    """Returns the first cause among the reports of several hosts; the others follow from it.
+    """Returns the first cause among the reports of several machines; the others follow from it.
 
-    A lost host comes first, then a rank that was killed or hung. Of ranks that failed, it is the one that waited longest for
+    A lost machine comes first, then a rank that was killed or hung. Of ranks that failed, it is the one that waited longest for
     the others: their connections broke when it left.
     """
 

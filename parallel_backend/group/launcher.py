@@ -1,8 +1,9 @@
 """Starts and stops the processes of a group."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..config import CONFIG
 from ..devices import Devices
@@ -10,29 +11,50 @@ from ..errors import GroupUnavailable
 from ..plan import Plan
 from .exit_cause import ExitCause, how_it_ended
 from .fork_server_client import ForkServerProcess, SupervisorProcess
-from .muster import Meeting, Muster
-from .preflight import check_possible, loopback, rank_environment
+from .part import Part
+from .preflight import check_possible, interface_of, loopback, rank_environment
 from .registry import GroupAddress, Home, remove_stale
 from .start_request import HOST, StartRequest
 
 logger = logging.getLogger(__name__)
 
 
+class Members(Protocol):
+    """The other machines of a group over several, as the one that leads it sees them."""
+
+    nodes: int
+    has_trouble: bool
+
+    def meet(self) -> Part:
+        """Has the others start their ranks, and returns this machine's part."""
+
+    def watch(self, on_trouble: Callable[[], None]) -> None:
+        """Has ``on_trouble`` called when another machine's part fails."""
+
+    def verdict(self, own: ExitCause | None) -> ExitCause:
+        """Ends the group everywhere, and returns why it ended."""
+
+    def end(self) -> object:
+        """Ends the ranks of the others."""
+
+
 class Launcher:
-    """The processes of one group on this host, from :meth:`start` to :meth:`stop`.
+    """The processes of one group on this machine, from :meth:`start` to :meth:`stop`.
 
     The :mod:`.fork_server` forks a :mod:`.supervisor`, which forks one rank per device. All end when this process does.
 
     Args:
-        plan: None on a host that gets it from node 0.
-        devices: of this host.
-        muster: meets the group's other hosts, if there are any; :meth:`leave` closes it.
+        plan: of the whole group.
+        devices: of this machine.
+        part: this machine's part of the group.
+        members: on the machine that leads a group over several, the others.
     """
 
-    def __init__(self, plan: Plan | None, devices: Devices, muster: Muster | None = None):
+    def __init__(self, plan: Plan, devices: Devices, part: Part | None = None, members: Members | None = None):
         self.plan = plan
         self.devices = devices
-        self.muster = muster
+        self.part = part or Part()
+        self.members = members
         self.is_shared = False
         """Whether the user's other processes may use the group; ``serve`` sets it."""
         self.address: GroupAddress | None = None
@@ -42,43 +64,38 @@ class Launcher:
         self._home: Home | None = None
 
     @property
-    def nodes(self) -> int:
-        """Number of the group's hosts."""
-        return self.muster.place.nodes if self.muster else 1
-
-    @property
     def note(self) -> str | None:
         """A line for the user if the group's files are not in the preferred folder."""
         return self._home and self._home.note
 
     def start(self) -> GroupAddress:
-        """Starts the processes. Returns at once, or once all hosts have met; the processes answer some seconds later.
+        """Starts the processes. Returns at once, or once all machines are there; the processes answer some seconds later.
 
         Raises:
-            RequestError, GroupUnavailable: see :func:`.preflight.check_possible` and :meth:`.muster.Muster.meet`.
+            RequestError, GroupUnavailable: see :func:`.preflight.check_possible`; the latter also when a machine does not come.
         """
-        check_possible(self.plan, self.devices, self.nodes)
-        node = self.muster.place.node if self.muster else 0
+        if self.members:
+            self.part = self.members.meet()
+        check_possible(self.plan, self.devices, self.part.nodes)
         remove_stale()
         known = {
             "plan": str(self.plan),
             "devices": str(self.devices),
             "shared": self.is_shared,
             "processes": self.devices.count,
-            "nodes": self.nodes,
-            "node": node,
-            "first_rank": node * self.devices.count,
+            "nodes": self.part.nodes,
+            "node": self.part.node,
+            "first_rank": self.part.node * self.devices.count,
             "lost": self.lost and asdict(self.lost),
         }
         self.address = self._create(known)
         try:
-            meeting = self._meet() if self.muster else None
-            self.process = self._spawn(meeting)
+            self.process = self._spawn()
         except BaseException:
             self.address.remove()
             raise
-        if self.muster and not self.muster.watch(self.process.kill):
-            self.process.kill()
+        if self.members:
+            self.members.watch(self.process.kill)
         self.lost = None
         logger.info("starting %d processes for plan '%s' on %s", self.devices.count, self.plan, self.devices)
         return self.address
@@ -105,23 +122,16 @@ class Launcher:
         if home:
             home.lock.close()
 
-    def _meet(self) -> Meeting:
-        """Meets the other hosts, after closing the connections of the group's last start."""
-        self.muster.part(again=True, cause=self.lost)
-        meeting = self.muster.meet()
-        self.plan = Plan.parse(meeting.plan)
-        self.address.add(plan=meeting.plan, hosts=[{**asdict(host), "ranks": host.ranks} for host in meeting.hosts])
-        return meeting
-
-    def _spawn(self, meeting: Meeting | None) -> SupervisorProcess:
-        if meeting:
-            host, port = meeting.store
-            variables = rank_environment(self.devices, meeting.interface, is_forced=False)
-            variables[HOST] = str(meeting.hosts[self.muster.place.node])
+    def _spawn(self) -> SupervisorProcess:
+        if self.part.store:
+            store = self.part.store
+            variables = rank_environment(self.devices, interface_of(self.part.address), is_forced=False)
+            variables[HOST] = self.part.name
         else:  # loopback by number, which needs no name resolution, network or variables
-            (host, interface), port = loopback(), 0
+            host, interface = loopback()
+            store = host, 0
             variables = rank_environment(self.devices, interface, is_forced=True)
-        request = StartRequest(str(self.address.folder), str(self.plan), self.devices.kind, variables, (host, port))
+        request = StartRequest(str(self.address.folder), str(self.plan), self.devices.kind, variables, store)
         return ForkServerProcess.get(self.devices.kind).fork(request, self.address.folder / "launcher.log")
 
     def is_running(self) -> bool:
@@ -137,7 +147,7 @@ class Launcher:
         return self.is_running() and self.process.server.is_mute()
 
     def stop(self) -> None:
-        """Stops this host's processes, by request, SIGTERM and SIGKILL in turn, and removes the folder. Idempotent."""
+        """Stops the processes, by request, SIGTERM and SIGKILL in turn, and removes the folder. Idempotent."""
         if self.process is None:
             return
         for ask in (self.process.ask_to_leave, self.process.terminate, self.process.kill):
@@ -151,32 +161,33 @@ class Launcher:
                 continue
         self.process = None
         self.address.remove()
+        if self.members:
+            self.members.end()
 
     def leave(self) -> None:
-        """Closes the connections to the other hosts and releases the lock. The launcher cannot be started again."""
-        if self.muster:
-            self.muster.part(again=False, cause=self.lost)
+        """Releases the lock. The launcher cannot be started again."""
         self._give_home_up()
 
     def exit_cause(self) -> ExitCause:
-        """Returns why the group ended: which rank ended first, how, and on which host."""
+        """Returns why the group ended: which rank ended first, how, and on which machine."""
         if self.lost is None:
             own = self._own_cause()
-            self.lost = self.muster.verdict(own) if self.muster else own
+            self.lost = self.members.verdict(own) if self.members else own
         return self.lost
 
     def _own_cause(self) -> ExitCause | None:
-        """Returns why this host's part ended; None if it was asked to end, or ended because another host's part had."""
+        """Returns why this machine's part ended; None if it ended because another machine's part had."""
         try:
             status = self.process.wait(CONFIG.stop_seconds)
         except TimeoutError:
             return ExitCause("the supervisor does not end; see the logs", details=self.details())
         details, reports = self.details(), self.process.reports
+        has_trouble = self.members is not None and self.members.has_trouble
         if found := reports.get("exit"):
             cause = replace(ExitCause(**found), details=details)
-            if not (self.muster and cause.by_itself and self.muster.has_trouble):
+            if not (cause.by_itself and has_trouble):
                 return cause
-        if self.muster and (status == 0 or self.muster.has_trouble):
+        if has_trouble:
             return None
         if status == 0:
             return ExitCause("it was idle and has ended", by_itself=False)

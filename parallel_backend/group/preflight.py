@@ -33,9 +33,9 @@ def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:
     """Checks that a group can start here.
 
     Args:
-        plan: None on a host that gets it from node 0.
-        devices: of each host.
-        nodes: number of hosts.
+        plan: None if it is not known yet.
+        devices: of each machine.
+        nodes: number of machines.
     Raises:
         RequestError: when plan and devices do not match.
         GroupUnavailable: when no group can start here, with the reason and what to do.
@@ -111,12 +111,12 @@ def rank_environment(devices: Devices, interface: str | None, *, is_forced: bool
     """Returns the environment of a group's ranks.
 
     Args:
-        devices: of this host.
+        devices: of this machine.
         interface: network interface between the ranks.
         is_forced: whether it overrides the user's variables.
     """
     kept = group_environment(devices.kind)
-    # From the host's name gloo often gets an address that other hosts cannot reach.
+    # From the host's name gloo often gets an address that other machines cannot reach.
     network = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"} if interface else {}
     return {
         **kept,

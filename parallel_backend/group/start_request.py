@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 HOST = "XDIT_HOST"
-"""Environment variable of the ranks: this host's name for messages; set if the group has several hosts."""
+"""Environment variable of the ranks: this machine's name for messages; set if the group is over several machines."""
 
 
 @dataclass(frozen=True)
@@ -18,4 +18,4 @@ class StartRequest:
     environment: dict[str, str]
     """Variables of the ranks."""
     store: tuple[str, int]
-    """Host and port of the store where the ranks of all hosts meet. Port 0 is any free one, for a group on one host."""
+    """Host and port of the store where all ranks meet. Port 0 is any free one, for a group on one machine."""

@@ -1,0 +1,133 @@
+"""The other nodes of a group over several nodes, as node 0 sees them. Ray says whether they live."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..config import CONFIG
+from ..devices import Devices
+from ..errors import GroupUnavailable, reason_of
+from ..group.exit_cause import ExitCause, first_of
+from ..group.part import Part
+from ..plan import Plan
+from .actor import Presence, about_here, start_actor
+from .nodes import connect
+
+
+class Members:
+    """An actor on each other node, which holds that node's ranks. Ray starts one again, maybe on another node, when it is lost.
+
+    Args:
+        plan: of the group.
+        devices: of each node.
+        count: bundles of this actor's placement group, one for each node.
+    """
+
+    def __init__(self, plan: Plan, devices: Devices, count: int):
+        connect()
+        from ray.util import get_current_placement_group
+
+        group, about = get_current_placement_group(), (str(plan), devices.kind, count)
+        self.nodes = count
+        self._plan = plan
+        self._each = devices.count
+        self._actors = [start_actor("Ranks", about, (group, place), (devices.kind, devices.count)) for place in range(1, count)]
+        self._presences = [Presence(actor) for actor in self._actors]
+        self._parts: dict[Any, Part] = {}
+        """Each node's part, by Ray's reference to why it ends."""
+        self.has_trouble = False
+        """Whether another node's part has failed, so that this node's was ended too."""
+
+    def meet(self) -> Part:
+        """Waits for the nodes and has them start their ranks. Returns node 0's part.
+
+        Raises:
+            GroupUnavailable: after ``wait_seconds``, or when a node has another version of the pack, or cannot import it.
+        """
+        deadline = time.monotonic() + CONFIG.wait_seconds
+        while not all([presence.look() for presence in self._presences]):
+            if reason := next((presence.dead for presence in self._presences if presence.dead), None):
+                raise GroupUnavailable(f"plan '{self._plan}' does not start on another node: {reason}")
+            if time.monotonic() > deadline:
+                raise GroupUnavailable(
+                    f"the Ray cluster has had no room for {self.nodes} nodes for {CONFIG.wait_seconds:.0f} s"
+                )
+            time.sleep(CONFIG.poll_seconds)
+        here = about_here()
+        known = [(presence.known, actor) for presence, actor in zip(self._presences, self._actors)]
+        for other, _ in known:
+            if other["version"] != here["version"]:
+                raise GroupUnavailable(
+                    f"node {other['node']} has version {other['version']} of the pack, and node {here['node']} {here['version']}; "
+                    "install the same on all nodes"
+                )
+        # Parts on one node have consecutive ranks, so that the inner degrees of the plan stay on it.
+        known.sort(key=lambda pair: (pair[0]["node_id"] != here["node_id"], pair[0]["node_id"]))
+        first = Part(0, self.nodes, (here["address"], free_port(here["address"])), here["address"], self._name(0, here))
+        self._parts, self.has_trouble = {}, False
+        for number, (other, actor) in enumerate(known, 1):
+            part = replace(first, node=number, address=other["address"], name=self._name(number, other))
+            self._parts[actor.call.remote("lend", part.written())] = part
+        return first
+
+    def _name(self, number: int, about: dict[str, Any]) -> str:
+        ranks = range(number * self._each, (number + 1) * self._each)
+        which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+        return f"node {about['node']} ({about['address']}, {which})"
+
+    def watch(self, on_trouble: Callable[[], None]) -> None:
+        """Has ``on_trouble`` called in a thread when another node's part fails."""
+        threading.Thread(target=self._watch, args=(self._parts, on_trouble), name="members", daemon=True).start()
+
+    def _watch(self, parts: dict[Any, Part], on_trouble: Callable[[], None]) -> None:
+        waiting = list(parts)
+        while waiting and parts is self._parts:
+            ended, waiting = connect().wait(waiting, timeout=CONFIG.retry_seconds)
+            if any(self._cause(reference, parts[reference]) for reference in ended) and parts is self._parts:
+                self.has_trouble = True
+                on_trouble()
+                return
+
+    def _cause(self, reference: Any, part: Part) -> ExitCause | None:
+        """Returns why a node's part has ended; None if it was asked to end."""
+        ray = connect()
+        try:
+            plain = json.loads(ray.get(reference))
+        except ray.exceptions.RayError as error:
+            return ExitCause(f"{part.name} was lost: {reason_of(error)}", by_itself=False, gone=True)
+        cause = plain and ExitCause.read(plain)
+        return cause and replace(cause, cause=f"{part.name}: {cause.cause}")
+
+    def verdict(self, own: ExitCause | None) -> ExitCause:
+        """Ends the group on all nodes. Returns why it ended.
+
+        Args:
+            own: how node 0's part ended; None if another's ended first.
+        """
+        causes = self.end()
+        return first_of([*([own] if own else []), *causes] or [ExitCause("it has ended", by_itself=False)])
+
+    def end(self) -> list[ExitCause]:
+        """Ends the ranks of all other nodes. Returns why some had failed before."""
+        parts, self._parts = self._parts, {}
+        if not parts:
+            return []
+        for actor in self._actors:
+            actor.call.remote("end")
+        ended, left = connect().wait(list(parts), num_returns=len(parts), timeout=CONFIG.verdict_seconds)
+        found = [cause for reference in ended if (cause := self._cause(reference, parts[reference]))]
+        found += [ExitCause(f"{parts[reference].name} does not answer", by_itself=False, gone=True) for reference in left]
+        for presence in self._presences:
+            presence.lose()  # asked again before the next start, as some may be lost
+        return found
+
+
+def free_port(address: str) -> int:
+    """Returns a free port of this node."""
+    family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
+    with socket.create_server((address, 0), family=family) as probe:
+        return probe.getsockname()[1]

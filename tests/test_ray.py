@@ -1,0 +1,215 @@
+"""A Ray cluster: its nodes give the videos of one process, whichever of them is lost, added, or slow."""
+
+import importlib
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import types
+from contextlib import suppress
+
+import psutil
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements-ray.txt")
+
+import ray
+from ray import cloudpickle
+
+from parallel_backend.cluster import held
+from parallel_backend.devices import Devices
+from parallel_backend.errors import RequestError
+from parallel_backend.executor.cluster import ClusterExecutor
+from parallel_backend.executor.factory import open_executor
+from parallel_backend.executor.overview import overview
+from parallel_backend.executor.replicas import ReplicasExecutor
+from parallel_backend.executor.resolve import resolve
+from parallel_backend.jobs import DecodeJob
+from parallel_backend.model import Windows
+from parallel_backend.workload import Workload
+
+from .conftest import REPO, TOLERANCE, wait_until, workers
+from .support.ray_cluster import RayCluster
+
+SMALL = {"size": (48, 48, 5), "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def cluster(private_folders, kept_steps):
+    """A head and two nodes of one CPU, to which this process is connected."""
+    found = RayCluster(1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", found.address)
+        yield found
+        ray.shutdown()
+        found.close()
+    assert wait_until(lambda: not ray_processes(found.address)), "processes of Ray remain"
+
+
+def ray_processes(address: str) -> list[psutil.Process]:
+    """Returns the processes of a cluster."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(address in word for word in process.cmdline()) and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+@pytest.fixture
+def opened(cluster):
+    """Opens an executor by the user's strings, and closes it after the test: ``opened("replicas2", "ray")``."""
+    found = []
+
+    def open_one(plan: str, devices: str = "ray"):
+        plan, devices, _ = resolve(plan, devices, Workload(48))
+        found.append(open_executor(plan, devices))
+        return found[-1]
+
+    yield open_one
+    for executor in found:
+        executor.close()
+    assert wait_until(lambda: not workers()), "ranks remain"
+
+
+@pytest.mark.slow
+def test_replicas_on_two_nodes_make_the_videos_of_a_batch_and_the_windows_of_a_long_one(opened, make_job, local):
+    replicas = opened("replicas2")
+    assert isinstance(replicas, ReplicasExecutor) and str(replicas.devices) == "ray:2"
+    replicas.start()
+    assert wait_until(lambda: all(replica.is_ready() for replica in replicas.replicas))
+    batch, seen = make_job("5b", batch=3, **SMALL), []
+    result = replicas.sample(batch, on_step=lambda *step: seen.append(step))
+    assert (result.tensor - local.sample(batch).tensor).abs().max() <= TOLERANCE
+    assert seen == [(step, 9) for step in range(1, 10)] and not result.report.notes
+    windowed = make_job("5b", size=(48, 48, 33), steps=2, windows=Windows(17, 8))
+    assert (replicas.sample(windowed).tensor - local.sample(windowed).tensor).abs().max() <= TOLERANCE
+    assert len({replica._presence.known["node_id"] for replica in replicas.replicas}) == 2
+    shown = overview(replicas)
+    assert [rank["share"] for rank in shown["ranks"]] == ["replica 1, all", "replica 2, all"]
+    assert (shown["state"], shown["ranks"][0]["doing"]) == ("ready", "waiting for a job")
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_and_one_that_is_added_lose_no_video_and_their_order(opened, cluster, make_job, local):
+    jobs = [make_job("5b", size=(48, 48, 5), steps=6, seed=seed) for seed in range(10)]
+    replicas, made, happened = opened("replicas3"), {}, []  # the third waits for a node
+    replicas.start()
+    assert wait_until(lambda: sum(replica.is_ready() for replica in replicas.replicas) == 2)
+
+    def decode(number, sampled):
+        return DecodeJob(jobs[number].model, sampled.tensor)
+
+    def keep(number, sampled, decoded):
+        made[number] = sampled, decoded
+        while len(made) == 3 and threading.get_ident() not in happened:  # one waits; the others go on
+            happened.append(threading.get_ident())
+            assert wait_until(lambda: all(replica.is_ready() for replica in replicas.replicas))
+
+    def on_step(step, steps):
+        if step >= 4 and not happened:
+            victim = next(replica for replica in replicas.replicas if replica.is_ready())
+            happened.append("killed")
+            cluster.kill(victim._presence.known["node_id"])
+            for _ in range(2):
+                cluster.add()
+
+    replicas.make_all(jobs, decode, keep, on_step=on_step)
+    assert sorted(made) == list(range(10))
+    for number, job in enumerate(jobs):
+        sampled, decoded = made[number]
+        expected = local.sample(job).tensor
+        assert (sampled.tensor - expected).abs().max() <= TOLERANCE
+        assert (decoded.tensor - local.decode(decode(number, sampled)).tensor).abs().max() <= TOLERANCE
+    notes = {note for sampled, _ in made.values() for note in sampled.report.notes}
+    assert any(
+        re.search(r"replica \d of 3 \(ray:1\) was lost, and the others do its work: the group on node", note) for note in notes
+    )
+    assert all(replica.status()["jobs"] > 0 for replica in replicas.replicas)  # the added nodes too
+
+
+@pytest.mark.slow
+def test_a_group_alone_goes_on_after_its_last_step_when_its_actor_was_killed(opened, make_job, local):
+    job, killed = make_job("5b", size=(48, 48, 5), steps=30), []
+    group = opened("single")
+    assert isinstance(group, ClusterExecutor)
+
+    def kill_once(step, steps):
+        if step >= 5 and not killed:
+            killed.append(group._presence.known["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = group.sample(job, on_step=kill_once)
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    (note,) = result.report.notes
+    done = int(re.search(r"the group on node \S+ was lost: .* went on after step (\d+)", note)[1])
+    assert done >= 4 and len(result.report.step_seconds) == 30 - done
+
+
+@pytest.mark.slow
+def test_a_group_over_two_nodes_gives_the_video_of_one_and_goes_on_when_a_rank_of_the_other_was_killed(opened, make_job, local):
+    job, killed = make_job("5b", size=(48, 48, 5), steps=30), []
+    group = opened("ulysses2")
+    before = set(workers())
+
+    def kill_once(step, steps):
+        if step >= 5 and not killed:
+            (other,) = (pid for pid in set(workers()) - before if psutil.Process(pid).name() == "xdit rank 1")
+            killed.append(other)
+            os.kill(other, signal.SIGKILL)
+
+    result = group.sample(job, on_step=kill_once)
+    assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
+    (note,) = result.report.notes
+    assert re.search(r"lost: node \S+ \(\S+, rank 1\): rank 1 was killed by SIGKILL; .* went on after step \d+", note)
+    assert len(group.status()["memory"]) == 2 and len({*workers()} - before) == 2
+
+
+@pytest.mark.slow
+def test_groups_that_serve_keeps_are_used_and_shown_and_end_with_it_even_when_it_is_killed(opened, make_job, local, run):
+    command = [sys.executable, "-m", "parallel_backend", "serve", "--devices", "ray", "--plan", "replicas2"]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as serve:
+        assert "serving plan replicas2 on the Ray cluster (set by the user); Ray's dashboard " in serve.stdout.readline()
+        while "2 of 2 groups are up: on " not in (line := serve.stdout.readline()):
+            assert line, "serve has ended"
+        served = workers()
+        done = run("serve", "--devices", "ray", "--plan", "single")
+        assert done.returncode == 2 and "serve keeps plan replicas2 on the Ray cluster already" in done.stderr
+        plan, _, reason = resolve("auto", "ray", Workload(48))
+        assert (str(plan), reason) == ("replicas2", "the groups that serve keeps on Ray")
+        batch = make_job("5b", batch=2, **SMALL)
+        replicas = opened("replicas2")
+        assert (replicas.sample(batch).tensor - local.sample(batch).tensor).abs().max() <= TOLERANCE
+        replicas.close()
+        assert sorted(workers()) == sorted(served)
+        shown = run("status", "--ray").stdout
+        assert re.search(r"^replicas2#1 .* serve$", shown, re.MULTILINE)
+        assert re.search(r"^replicas2#2 .* ready .* serve$", shown, re.MULTILINE)
+        assert re.search(r"^node \S+ \(\S+\): 0 GPUs, 1 CPUs$", shown, re.MULTILINE) and "Ray's dashboard" in shown
+        serve.send_signal(signal.SIGKILL)
+    assert wait_until(lambda: not workers())
+    assert wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+
+
+# ---- without a cluster ----
+
+
+def test_the_address_of_rays_client_is_refused(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    with pytest.raises(RequestError, match="RAY_ADDRESS is ray://10.0.0.1:10001, of Ray's client; run this on a node"):
+        Devices.parse("ray")
+
+
+def test_an_actor_imports_the_pack_of_its_node_whatever_its_caller_calls_it(monkeypatch):
+    parent = types.ModuleType("as_in_comfyui")
+    parent.__path__ = [str(REPO)]
+    monkeypatch.setitem(sys.modules, "as_in_comfyui", parent)
+    sent = cloudpickle.dumps(importlib.import_module("as_in_comfyui.parallel_backend.cluster.actor").actor_class())
+    for name in [name for name in sys.modules if name.partition(".")[0] == "as_in_comfyui"]:
+        monkeypatch.delitem(sys.modules, name)
+    actor = pickle.loads(sent)("Ranks", "cfg2", "cpu", 2)
+    assert type(actor.held) is held.Ranks and str(actor.held.devices) == "cpu:1"

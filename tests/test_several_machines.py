@@ -1,0 +1,215 @@
+"""Several machines without a cluster: how groups are laid out on nodes, what ranks compare, and what is refused."""
+
+import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from parallel_backend.cli.parser import main
+from parallel_backend.cluster import nodes as cluster
+from parallel_backend.cluster.nodes import Node, layout
+from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.errors import RequestError
+from parallel_backend.executor import resolve as resolve_module
+from parallel_backend.executor.resolve import resolve
+from parallel_backend.group import job_loop
+from parallel_backend.group.codec import Message
+from parallel_backend.group.exit_cause import ExitCause, first_of
+from parallel_backend.group.job_fields import split_fields
+from parallel_backend.group.job_loop import JobLoop
+from parallel_backend.group.part import Part
+from parallel_backend.group.preflight import interface_of
+from parallel_backend.group.registry import GroupAddress, Home
+from parallel_backend.workload import Workload
+
+from .conftest import PATIENCE
+
+# ---- the nodes of a cluster ----
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """Has the cluster consist of nodes with so many GPUs of a kind: ``nodes("H100", 8, 8)``."""
+
+    def have(gpu: str | None, *sizes: int) -> None:
+        found = [Node(f"n{place}", "", 0 if gpu else size, size if gpu else 0, gpu) for place, size in enumerate(sizes)]
+        monkeypatch.setattr(cluster, "nodes", lambda: found)
+        monkeypatch.setattr(resolve_module, "leased", list)
+
+    return have
+
+
+@pytest.mark.parametrize(
+    "size, sizes, expected",
+    [
+        (8, [8, 8], (1, 8)),
+        (16, [8, 8], (2, 8)),
+        (12, [8, 4], (3, 4)),
+        (4, [2, 1, 1], (4, 1)),
+        (2, [1, 1], (2, 1)),
+    ],
+)
+def test_a_group_takes_as_few_nodes_as_hold_equal_parts_of_it(size, sizes, expected):
+    assert layout(size, sizes) == expected
+
+
+def test_a_group_that_fits_nowhere_is_refused_in_one_line():
+    with pytest.raises(RequestError, match="a group of 9 devices does not fit: the nodes of the Ray cluster have 4, 4; use"):
+        layout(9, [4, 4])
+
+
+@pytest.mark.parametrize(
+    "gpu, sizes, workload, expected",
+    [
+        ("H100", (1, 1), Workload(48), "cfg2"),
+        ("H100", (1, 1), Workload(48, guided=False, jobs=4), "replicas2"),
+        ("H100", (1, 1), Workload(48, guided=False), "single"),
+        ("H100", (8, 8), Workload(48), "cfg2-ulysses8"),
+        ("H100", (8, 8), Workload(48, guided=False, jobs=2), "replicas2-ulysses8"),
+        ("A100", (4, 2), Workload(48, jobs=6), "replicas3-cfg2"),
+        (None, (1, 1), Workload(48), "cfg2"),
+    ],
+)
+def test_auto_keeps_what_talks_much_on_a_node(gpu, sizes, workload, expected, nodes):
+    nodes(gpu, *sizes)
+    plan, devices, _ = resolve("auto", "ray", workload)
+    assert (str(plan), str(devices)) == (expected, f"ray:{plan.world_size}")
+
+
+@pytest.mark.parametrize(
+    "plan, devices, expected",
+    [
+        ("single", "ray", "ray:1"),
+        ("replicas5", "ray", "ray:5"),
+        ("cfg2", "ray:2", "ray:2"),
+        ("cfg2", "ray:3", "plan 'cfg2' needs 2 devices .*but 3 were given"),
+        ("cfg2", "ray:0", "devices 'ray:0' are none; use ray:1 or more"),
+        ("cfg2", "rays", "devices 'rays' are not understood; use auto, cpu, cpu:2, ray, or GPU numbers"),
+    ],
+)
+def test_a_plan_takes_the_devices_that_it_needs(plan, devices, expected, nodes):
+    nodes(None, 2)
+    try:
+        assert str(resolve(plan, devices, Workload(48))[1]) == expected  # the others may wait for nodes
+    except RequestError as error:
+        assert re.match(expected, str(error))
+
+
+def test_a_cluster_without_devices_is_refused(nodes):
+    nodes(None, 0)
+    with pytest.raises(RequestError, match="the Ray cluster has no GPU and no CPU; add nodes with `ray start"):
+        resolve("auto", "ray", Workload(48))
+
+
+def test_absent_ray_is_said_in_one_line(monkeypatch, run):
+    monkeypatch.setattr(cluster, "has_module", lambda name: False)
+    done = run("generate", "--model", "demo", "--prompt", "x", "--devices", "ray", "--output", "x.mp4")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "devices 'ray' need Ray, which is not installed: pip install -r requirements-ray.txt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("serve", "--nnodes", "2"), ("serve", "--rendezvous", "10.0.0.1:29500"), ("plan", "--model", "demo", "--nnodes", "2")],
+    ids=lambda words: words[-2],
+)
+def test_options_that_ray_replaced_are_refused_and_name_it(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(list(words))
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and len(said.splitlines()) == 1
+    assert f"{words[-2]} is gone: several machines are a Ray cluster now; use --devices ray (docs/cluster.md)" in said
+
+
+# ---- parts of a group ----
+
+
+@pytest.fixture
+def part_of_another() -> GroupAddress:
+    """The folder of a part of a group on Ray whose rank 0 is elsewhere, with no processes."""
+    known = {"plan": "cfg2", "devices": "cpu:1", "shared": False, "processes": 1, "nodes": 2, "node": 1, "first_rank": 1}
+    home = Home.open()
+    address = GroupAddress.create(home.root, {**known, "lost": None, "lock": str(home.lock.path)})
+    yield address
+    address.remove()
+    home.lock.close()
+
+
+def test_a_part_of_a_group_is_shown_and_is_not_stopped_alone(part_of_another, run):
+    states = {group["folder"]: group["state"] for group in json.loads(run("status", "--json").stdout)["groups"]}
+    assert states[str(part_of_another.folder)] == "part of a group on Ray that another node leads"
+    said = run("stop").stdout
+    assert "plan cfg2 on cpu:1 is a part of a group on Ray that another node leads: it ends with that" in said
+
+
+def test_a_part_is_the_same_after_the_network():
+    part = Part(1, 2, ("10.0.0.1", 29500), "10.0.0.2", "node beta")
+    assert Part.read(part.written()) == part
+
+
+@pytest.mark.parametrize(
+    "causes, first",
+    [
+        ([ExitCause("failed"), ExitCause("killed", by_itself=False), ExitCause("gone", by_itself=False, gone=True)], "gone"),
+        ([ExitCause("failed"), ExitCause("killed", by_itself=False), ExitCause("hung", by_itself=False, behind=3)], "killed"),
+        ([ExitCause("waits", by_itself=False, behind=4), ExitCause("hung", by_itself=False, behind=3)], "hung"),
+        ([ExitCause("met with it", failure={"waited": 0.1}), ExitCause("failed", failure={"waited": 15.0})], "failed"),
+    ],
+)
+def test_of_several_ends_the_one_that_the_others_follow_from_is_the_cause(causes, first):
+    assert first_of(causes).cause == first_of(causes[::-1]).cause == first
+
+
+def open_on_two(jobs, monkeypatch) -> list:
+    """What ranks on two hosts make of a job each: the job, or what they raise."""
+    monkeypatch.setenv(job_loop.HOST, "a host")
+    gathered, barrier = [None, None], threading.Barrier(2)
+
+    class RankContext:
+        def __init__(self, rank: int):
+            self.rank = rank
+
+        def collect(self, value):
+            gathered[self.rank] = (f"host {self.rank}", *value[1:])
+            barrier.wait(PATIENCE)
+            return gathered
+
+    def run(rank: int):
+        loop = JobLoop.__new__(JobLoop)
+        loop.context = RankContext(rank)
+        return loop.opened(Message(jobs[rank].kind, *split_fields(jobs[rank])))
+
+    def found(rank: int):
+        try:
+            return run(rank)
+        except RequestError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(found, range(2)))
+
+
+def test_a_model_that_one_host_lacks_or_has_otherwise_is_named_on_all(make_job, checkpoints, tmp_path, monkeypatch):
+    job = make_job("5b")
+    assert [opened.model for opened in open_on_two([job, job], monkeypatch)] == [job.model] * 2
+    absent = replace(job, model=replace(job.model, path=str(tmp_path / "gone")))
+    for error in open_on_two([job, absent], monkeypatch):
+        assert isinstance(error, RequestError)
+        assert re.search(
+            r"host 1: there is no checkpoint folder \S+gone; models and LoRAs must be at the same path", str(error)
+        )
+    for error in open_on_two([absent, absent], monkeypatch):
+        assert str(error) == f"there is no checkpoint folder {tmp_path / 'gone'}"
+    other = make_job("5b", model=replace(job.model, path=str(checkpoints["5b-i2v"])))
+    assert Checkpoint.open(other.model.path).likeness() != Checkpoint.open(job.model.path).likeness()
+    monkeypatch.setattr(job_loop.validation, "check", lambda *_: None)
+    for error in open_on_two([job, other], monkeypatch):
+        assert re.search(r"host 1: \S+ has other files than on host 0; copy it from there", str(error))
+
+
+def test_the_interface_of_an_address_is_found():
+    assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
+    assert interface_of("192.0.2.1") is None or interface_of("192.0.2.1") != "lo"
