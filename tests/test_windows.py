@@ -14,9 +14,9 @@ from parallel_backend.cogvideox.checkpoint.facts import CheckpointFacts
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.cogvideox.pipeline.windows import Layout
 from parallel_backend.cogvideox.transformer.positions import riflex_period
-from parallel_backend.errors import Cancelled, RequestError
+from parallel_backend.errors import Cancelled, GroupLost, RequestError
 from parallel_backend.executor.continuing import spans
-from parallel_backend.jobs import DecodeJob, empty_latent
+from parallel_backend.jobs import DecodeJob, Progress, empty_latent
 from parallel_backend.model import Windows
 from parallel_backend.plan import Plan
 
@@ -162,6 +162,19 @@ def test_windows_of_a_start_image_continue_the_frames_of_the_one_before(like, sc
     assert result.tensor.shape == expected.shape and (result.tensor - expected).abs().max() <= TOLERANCE
     assert steps == [(step, 6) for step in range(1, 7)] and len(result.report.step_seconds) == 6
     assert result.report.notes == ("2 windows, one after the other: each continues the last 9 frames of the one before",)
+
+
+def test_a_loss_in_one_window_of_a_start_image_leaves_no_progress_of_the_whole_video(make_job, local, monkeypatch):
+    def lose(job, *_):
+        error = GroupLost("rank 1 was killed")
+        error.progress = Progress(1, job.latent, torch.zeros(1))
+        raise error
+
+    monkeypatch.setattr(local, "_run", lose)
+    job = make_job("2b-i2v", size=(80, 48, 25), windows=Windows(17, 8), image=torch.ones(1, 16, 1, 6, 10))
+    with pytest.raises(GroupLost) as lost:
+        local.run(job)
+    assert lost.value.progress is None
 
 
 def test_windows_of_a_start_image_need_the_model_s_own_vae(make_job, checkpoints):

@@ -9,6 +9,7 @@ import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.vae.preview import PictureListener
+from ..errors import GroupFailure
 from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from ..plan import Plan
 from ..system.read_ahead import read_ahead
@@ -153,7 +154,11 @@ class Executor(ABC):
                 return self._run(part, silent, should_stop)
             return self._run(part, within(windows, place, on_step), should_stop, on_picture)
 
-        return continuing.sample(job, run_part)
+        try:
+            return continuing.sample(job, run_part)
+        except GroupFailure as error:
+            error.progress = None  # it is that of one window; the whole job begins again
+            raise
 
     def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         """Runs checked jobs one after the other."""
