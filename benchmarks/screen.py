@@ -14,9 +14,10 @@ from pathlib import Path
 from PIL import Image
 
 from tests.support.browser import Page
-from tests.support.comfyui_server import REPO, ComfyUIServer
+from tests.support.comfyui_server import ComfyUIServer
+from workflows.headless import find
 
-WORKFLOW = REPO / "workflows" / "t2v.json"
+WORKFLOW = find("t2v")
 CHANGES = {
     "XDiTBackend": {"devices": "cpu:2", "plan": "cfg2"},
     "XDiTCogVideoXSampler": {"seed": 12, "steps": 100},

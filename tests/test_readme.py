@@ -8,6 +8,7 @@ import pytest
 
 from parallel_backend.cli.parser import build_parser
 from parallel_backend.cogvideox.checkpoint import bundled
+from workflows.headless import find
 
 from .conftest import REPO
 from .support import readme
@@ -42,8 +43,8 @@ def is_understood(words: list[str]) -> bool:
             return target in re.search(r"^\.PHONY: (.+)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
         case ["python", "-m", module, *rest]:
             return importlib.util.find_spec(module) is not None and all((REPO / word).exists() for word in rest if "/" in word)
-        case [".venv/bin/python", *files, "--set", _, "--set", _]:
-            return all((REPO / file).is_file() for file in files)
+        case [".venv/bin/python", "workflows/headless.py", workflow, "--set", _, "--set", _]:
+            return find(workflow).is_file()
     return False
 
 
