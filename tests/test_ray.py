@@ -19,9 +19,9 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirem
 import ray
 from ray import cloudpickle
 
-from parallel_backend.cluster import held
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
+from parallel_backend.executor import cluster_actor
 from parallel_backend.executor.cluster import ClusterExecutor
 from parallel_backend.executor.factory import open_executor
 from parallel_backend.executor.overview import overview
@@ -212,4 +212,4 @@ def test_an_actor_imports_the_pack_of_its_node_whatever_its_caller_calls_it(monk
     for name in [name for name in sys.modules if name.partition(".")[0] == "as_in_comfyui"]:
         monkeypatch.delitem(sys.modules, name)
     actor = pickle.loads(sent)("Ranks", "cfg2", "cpu", 2)
-    assert type(actor.held) is held.Ranks and str(actor.held.devices) == "cpu:1"
+    assert type(actor.held) is cluster_actor.Ranks and str(actor.held.devices) == "cpu:1"

@@ -22,7 +22,7 @@ CALLS = 64
 
 def actor_class():
     """Returns the class that Ray starts. It is sent by value and imports the pack of its node, as the caller may have it under another name."""
-    pack, module = str(PACKAGE.parent), f"{PACKAGE.name}.cluster.held"
+    pack, module = str(PACKAGE.parent), f"{PACKAGE.name}.executor.cluster_actor"
 
     class XDiTGroup:
         def __init__(self, role: str, *about):
@@ -46,7 +46,7 @@ def start_actor(role: str, about: tuple, place: tuple[Any, int], devices: tuple[
     """Returns an actor, which Ray starts once its node is there, and again when it is lost.
 
     Args:
-        role: the class of :mod:`.held` in it.
+        role: the class of :mod:`parallel_backend.executor.cluster_actor` in it.
         about: plain arguments of that class.
         place: a placement group, and the number of the bundle.
         devices: their kind, and the number.

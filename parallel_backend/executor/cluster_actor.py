@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 
+from ..cluster.actor import about_here
+from ..cluster.members import Members
 from ..devices import Devices
 from ..errors import Cancelled, GroupFailure
-from ..executor.group import GroupExecutor
-from ..executor.overview import overview
 from ..group import protocol
 from ..group.codec import LAST, Message, decode, encode, read_head
 from ..group.launcher import Launcher
 from ..group.part import Part
 from ..group.server import refusal
 from ..plan import Plan
-from .actor import about_here
-from .members import Members
+from .group import GroupExecutor
+from .overview import overview
 
 
 class Held:
