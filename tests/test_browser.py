@@ -218,6 +218,18 @@ def test_a_subgraph_that_shows_the_plan_has_the_list_and_takes_other_text_too(re
         assert [each["inputs"]["plan"] for each in sent if each["class_type"] == "XDiTBackend"] == ["ring2"]
 
 
+def test_sockets_have_colours_in_both_renderers_and_keep_them_with_another_palette(page):
+    both = """[
+      app.canvas.default_connection_color_byType.COGVIDEOX_XDIT_MODEL,
+      getComputedStyle(document.documentElement).getPropertyValue('--color-datatype-COGVIDEOX_XDIT_MODEL').trim(),
+    ].every((colour) => colour === '#B39DDB')"""
+    load(page, T2V)
+    page.wait(both)
+    for palette in ("light", "dark"):
+        page.run(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}').then(() => true)")
+        page.wait(both)
+
+
 def test_a_fallback_is_in_the_node_after_success_and_after_a_reload(page, server, broken_python):
     broken_python[0].touch()
     listen(page)
