@@ -9,10 +9,13 @@ import torch
 from parallel_backend.cli.bench_table import distance
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline.forward import Runtime
+from parallel_backend.cogvideox.pipeline.sampling import Sampling
 from parallel_backend.cogvideox.transformer.step_cache import LIMIT, StepCache, StepCaches
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.model import Model, Windows
+from parallel_backend.parallel.rank import RankContext
 from parallel_backend.plan import Plan
 
 from .conftest import TOLERANCE, demo_job
@@ -34,6 +37,17 @@ def reused(result) -> tuple[int, int]:
     """Forwards that used earlier work, of how many, as the person is told."""
     (note,) = (note for note in result.report.notes if note.startswith("step cache"))
     return tuple(map(int, re.search(r"(\d+) of (\d+) forwards", note).groups()))
+
+
+def test_earlier_steps_predict_nothing_where_the_condition_changes(make_job, checkpoints):
+    image = torch.ones(1, 16, 1, 8, 12)
+    job = make_job("5b-i2v", size=(96, 64, 9), steps=8, image=image, image_start=0.25, image_end=0.6)
+    sampling = Sampling(
+        job,
+        Checkpoint.open(checkpoints["5b-i2v"]),
+        Runtime(torch.device("cpu"), torch.float32, RankContext(torch.device("cpu"))),
+    )
+    assert [step for step in range(8) if sampling.turns(step)] == [2, 5]
 
 
 @pytest.fixture(scope="module")

@@ -138,9 +138,13 @@ class Sampling:
         return tuple(net.at(step / self.total) for net in self.job.controlnets)
 
     def turns(self, step: int) -> bool:
-        """Returns whether a step has another prompt or other ControlNets than the one before, so that earlier steps predict nothing."""
+        """Returns whether a step has another prompt, condition or ControlNet than the one before, so that earlier steps predict nothing."""
         before = max(step - 1, 0)
-        return self.numbers[step] != self.numbers[before] or self.controlnets(step) != self.controlnets(before)
+        return (
+            self.numbers[step] != self.numbers[before]
+            or self.controlnets(step) != self.controlnets(before)
+            or self._condition_at(step / self.total) is not self._condition_at(before / self.total)
+        )
 
     def guidance_scale(self) -> float:
         """Returns the guidance scale of the next step."""
