@@ -177,6 +177,13 @@ def test_a_loss_in_one_window_of_a_start_image_leaves_no_progress_of_the_whole_v
     assert lost.value.progress is None
 
 
+def test_a_window_of_a_start_image_that_needs_padding_is_refused_where_there_is_none(make_job, local):
+    given = {"latent": torch.ones(1, 16, 8, 6, 10), "image": torch.ones(1, 16, 1, 6, 10), "denoise": 0.5}
+    job = make_job("1.5-5b-i2v", windows=Windows(17, 8), **given)
+    with pytest.raises(RequestError, match="denoise below 1 with .* of 2 latent frames and a window has 5: use 21 frames"):
+        local.sample(job)
+
+
 def test_windows_of_a_start_image_need_the_model_s_own_vae(make_job, checkpoints):
     alone = replace(Checkpoint.open(checkpoints["2b-i2v"]), elements={"transformer": 1})
     job = make_job("2b-i2v", size=(80, 48, 25), windows=Windows(17, 8), image=torch.ones(1, 16, 1, 6, 10))

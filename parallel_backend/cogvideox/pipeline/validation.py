@@ -216,15 +216,19 @@ def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
     An input latent cannot be padded, nor can conditions for every frame: diffusers' control pipeline refuses them as well, and
     VideoX-Fun, which was trained without padding, shortens the video.
     """
-    frames, name = job.latent.shape[2], checkpoint.name
-    padding = checkpoint.padding_frames(frames)
-    if not padding or not (checkpoint.is_fun or job.denoise < 1):
+    if not (checkpoint.is_fun or job.denoise < 1):
         return
-    who = name if checkpoint.is_fun else f"denoise below 1 with {name}"
-    raise RequestError(
-        f"{who} needs a multiple of {checkpoint.patch_size_t} latent frames and the video has "
-        f"{frames}: use {(frames + padding - 1) * TEMPORAL + 1} frames"
-    )
+    who = checkpoint.name if checkpoint.is_fun else f"denoise below 1 with {checkpoint.name}"
+    layout = Layout.of(job, checkpoint)
+    lengths = {"the video": job.latent.shape[2]}
+    if job.image is not None and not layout.is_whole:  # each of these windows is a job of its own
+        lengths["a window"] = (job.windows.frames - 1) // TEMPORAL + 1
+    for what, frames in lengths.items():
+        if padding := checkpoint.padding_frames(frames):
+            raise RequestError(
+                f"{who} needs a multiple of {checkpoint.patch_size_t} latent frames and {what} has "
+                f"{frames}: use {(frames + padding - 1) * TEMPORAL + 1} frames"
+            )
 
 
 def check_positions(checkpoint: Checkpoint, height: int, width: int) -> None:
