@@ -7,13 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from parallel_backend.cli.parser import main
 from parallel_backend.cluster import nodes as cluster
 from parallel_backend.cluster.nodes import Node, layout
-from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor import resolve as resolve_module
+from parallel_backend.executor.cluster import ClusterExecutor
+from parallel_backend.executor.replicas import ReplicasExecutor
 from parallel_backend.executor.resolve import resolve
 from parallel_backend.group import job_loop
 from parallel_backend.group.codec import Message
@@ -23,6 +26,7 @@ from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.group.part import Part
 from parallel_backend.group.preflight import interface_of
 from parallel_backend.group.registry import GroupAddress, Home
+from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 
 from .conftest import PATIENCE
@@ -204,10 +208,29 @@ def test_a_model_that_one_host_lacks_or_has_otherwise_is_named_on_all(make_job, 
     for error in open_on_two([absent, absent], monkeypatch):
         assert str(error) == f"there is no checkpoint folder {tmp_path / 'gone'}"
     other = make_job("5b", model=replace(job.model, path=str(checkpoints["5b-i2v"])))
-    assert Checkpoint.open(other.model.path).likeness() != Checkpoint.open(job.model.path).likeness()
     monkeypatch.setattr(job_loop.validation, "check", lambda *_: None)
     for error in open_on_two([job, other], monkeypatch):
-        assert re.search(r"host 1: \S+ has other files than on host 0; copy it from there", str(error))
+        assert re.search(
+            r"host 1: \S+, its LoRAs or its ControlNets have other files than on host 0; copy them from there", str(error)
+        )
+
+
+def test_a_lora_that_one_host_has_otherwise_is_named(make_job, tmp_path, monkeypatch):
+    job, paths = make_job("5b", lora=0.5), [tmp_path / host / "style.safetensors" for host in ("one", "other")]
+    (lora,) = job.model.loras
+    for path, strength in zip(paths, (1, 2)):
+        path.parent.mkdir()
+        save_file({name: weight * strength for name, weight in load_file(lora.path).items()}, path)
+    on = [replace(job, model=replace(job.model, loras=(replace(lora, path=str(path)),))) for path in paths]
+    assert [opened.model for opened in open_on_two([on[0], on[0]], monkeypatch)] == [on[0].model] * 2
+    for error in open_on_two(on, monkeypatch):
+        assert re.search(r"host 1: \S+, its LoRAs or its ControlNets have other files than on host 0", str(error))
+
+
+def test_replicas_on_a_cluster_hold_no_gpu_of_the_caller():
+    groups = [ClusterExecutor(Plan(), Devices("cuda", (place,), on_ray=True), f"replicas2#{place}") for place in range(2)]
+    replicas = ReplicasExecutor(Plan(replicas=2), Devices("cuda", (0, 1), on_ray=True), groups)
+    assert {device.type for device in (*replicas.torch_devices, *groups[0].torch_devices)} == {"cpu"}
 
 
 def test_the_interface_of_an_address_is_found():

@@ -55,6 +55,8 @@ class ReplicasExecutor(Executor):
 
     @property
     def torch_devices(self) -> tuple[torch.device, ...]:
+        if self.devices.on_ray:
+            return (torch.device("cpu"),)  # none of this machine's GPUs holds weights
         return self.devices.torch_devices
 
     def start(self, expected: Checkpoint | None = None) -> None:

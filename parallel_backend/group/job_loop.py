@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.checkpoint.likeness import likeness
 from ..cogvideox.pipeline import validation
 from ..config import CONFIG
 from ..engine.engine import Engine
@@ -229,7 +230,7 @@ class JobLoop:
         try:
             checkpoint = Checkpoint.of(job.model)
             validation.check(checkpoint, job)
-            files = self.host and checkpoint.likeness()
+            files = self.host and likeness(job, checkpoint)
         except RequestError as error:
             refused = error
         said = self.context.collect((self.host, refused and str(refused), files)) if self.host else []
@@ -239,7 +240,9 @@ class JobLoop:
             if words:
                 raise RequestError(f"{host}: {words}; models and LoRAs must be at the same path on every host")
             if its != said[0][2]:
-                raise RequestError(f"{host}: {job.model.path} has other files than on {said[0][0]}; copy it from there")
+                raise RequestError(
+                    f"{host}: {job.model.path}, its LoRAs or its ControlNets have other files than on {said[0][0]}; copy them from there"
+                )
         return job
 
     def compare(self, failure: dict | None, *, together: bool) -> list[dict | None]:

@@ -137,21 +137,6 @@ class Checkpoint(CheckpointFacts):
         """Returns the weight files of a part."""
         return [self.path] if self.is_file else weights.files(self.folder(part))
 
-    def likeness(self) -> str:
-        """Returns a digest that is equal for copies of a model on different machines.
-
-        It covers the names, sizes and middles of the weight files.
-        """
-        digest = hashlib.sha256()
-        for path in dict.fromkeys(
-            path for part in ("transformer", "vae") if part in self.elements for path in self.files(part)
-        ):
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                file.seek(size // 2)
-                digest.update(f"{path.name} {size} ".encode() + file.read(4096))
-        return digest.hexdigest()
-
     def make_scheduler(self, name: str):
         """Creates a scheduler from the checkpoint's configuration; ``auto`` is the class that it names."""
         import diffusers
