@@ -71,7 +71,7 @@ def generate(args: Namespace) -> int:
         if args.plan != AUTO:
             raise
         print(f"no group: {error.summary}; working in this process", file=sys.stderr)
-        made = produce(request, Plan(), prepared.devices)
+        made = produce(request, Plan(), Devices.parse(AUTO) if prepared.devices.on_ray else prepared.devices)
     show_costs(request.videos, made, time.perf_counter() - started, as_json=args.json)
     return 0
 

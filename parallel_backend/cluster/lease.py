@@ -1,5 +1,6 @@
 """Devices of the cluster that this process has leased for one group, and the actor that holds the group there."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -10,6 +11,8 @@ from ..group.connection import Broken
 from ..plan import Plan
 from .actor import RESOURCES, start_actor
 from .nodes import NAMESPACE, connect, devices_of, layout, nodes
+
+logger = logging.getLogger(__name__)
 
 
 def leased() -> list[str]:
@@ -60,12 +63,16 @@ class Lease:
 
     def close(self) -> None:
         """Ends the actor, and the group with it, unless another process owns it."""
-        if self.group is None:
-            return
+        import ray
         from ray.util.placement_group import remove_placement_group
 
-        connect().kill(self.actor, no_restart=True)
-        remove_placement_group(self.group)
+        if self.group is None or not ray.is_initialized():  # Ray ends it with the connection
+            return
+        try:
+            ray.kill(self.actor, no_restart=True)
+            remove_placement_group(self.group)
+        except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
+            logger.warning("the group on Ray could not be ended: %s; Ray ends it when its cluster is gone", reason_of(error))
 
 
 class RayChannel:

@@ -1,6 +1,7 @@
 """The Ray cluster that this process uses, and its nodes."""
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -14,6 +15,7 @@ ADDRESS = "RAY_ADDRESS"
 """Ray's own environment variable: the cluster's address, such as ``10.0.0.1:6379``."""
 NAMESPACE = "cogvideox-xdit"
 """Ray's namespace of the actors."""
+_connecting = threading.Lock()
 GPU_TYPE = "accelerator_type:"
 """Start of the resource by which Ray names a node's kind of GPU."""
 
@@ -48,8 +50,14 @@ def connect() -> ModuleType:
         raise RequestError("devices 'ray' need Ray, which is not installed: pip install -r requirements-ray.txt")
     import ray
 
+    with _connecting:
+        _connect(ray)
+    return ray
+
+
+def _connect(ray: ModuleType) -> None:
     if ray.is_initialized():
-        return ray
+        return
     address = os.environ.get(ADDRESS) or "auto"
     if address.startswith("ray://"):
         raise RequestError(
@@ -62,7 +70,6 @@ def connect() -> ModuleType:
         raise RequestError(
             f"no Ray cluster answers at '{address}' ({reason_of(error)}); start one with `ray start --head`, or set {ADDRESS}"
         ) from error
-    return ray
 
 
 def dashboard() -> str | None:
