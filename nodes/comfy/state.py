@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management as management
@@ -11,6 +12,7 @@ from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import GroupFailure, RequestError
 from ...parallel_backend.executor.base import Executor
 from ...parallel_backend.executor.group import ABSENT, STARTING, GroupExecutor
+from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.executor.overview import overview
 from ...parallel_backend.executor.replicas import ReplicasExecutor
 from . import executors, lines
@@ -48,7 +50,8 @@ def status() -> dict[str, Any]:
         **found,
         "state": state,
         "label": label_of(state, job, doing),
-        "is_group": isinstance(executor, GroupExecutor | ReplicasExecutor),
+        "is_group": not isinstance(executor, LocalExecutor),
+        "has_logs": any(isinstance(group, GroupExecutor) for group in groups_of(executor)),
         "why": without_folders(executors.chosen.get(executor)),
         "job": job,
         "warm_minutes": idle if state == "idle" else None,
@@ -84,15 +87,19 @@ def label_of(state: str, job: dict[str, Any] | None, doing: str | None) -> str:
     return state
 
 
+def groups_of(executor: Executor | None) -> Sequence[Executor | None]:
+    """Returns the executors of the replicas, or the executor alone."""
+    return executor.replicas if isinstance(executor, ReplicasExecutor) else [executor]
+
+
 def log_of(rank: int) -> str:
-    """Returns the last lines of a rank's logs, without folders.
+    """Returns the last lines of a rank's logs, without folders. Those of ranks on a Ray cluster are on its nodes.
 
     Raises:
         RequestError: if there is no such rank.
     """
     executor = shown_executor()
-    groups = executor.replicas if isinstance(executor, ReplicasExecutor) else [executor]
-    for group in groups:
+    for group in groups_of(executor):
         if isinstance(group, GroupExecutor) and group.address:
             count = Devices.parse(group.devices).count
             if rank < count:

@@ -33,7 +33,7 @@ function summary(state) {
   );
 }
 
-function card(rank, isGroup) {
+function card(rank, hasLog) {
   const { used, total } = rank.memory;
   return element(
     "div",
@@ -44,7 +44,7 @@ function card(rank, isGroup) {
       "div",
       { class: "xdit-row xdit-faint" },
       element("span", {}, `${gib(used)} / ${gib(total)} GiB`),
-      isGroup ? element("a", { href: logAddress(rank.rank), target: "_blank" }, say("log ↗")) : null,
+      hasLog ? element("a", { href: logAddress(rank.rank), target: "_blank" }, say("log ↗")) : null,
     ),
     rank.doing ? element("div", { class: "xdit-faint" }, rank.doing) : null,
   );
@@ -88,7 +88,7 @@ function render(container) {
     ),
   );
   const show = (state) =>
-    live.replaceChildren(heading(state), summary(state), ...state.ranks.map((rank) => card(rank, state.is_group)), details(state));
+    live.replaceChildren(heading(state), summary(state), ...state.ranks.map((rank) => card(rank, state.has_logs)), details(state));
   return watch(show, { closely: true });
 }
 
