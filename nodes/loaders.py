@@ -9,7 +9,7 @@ from ..parallel_backend.model import ATTENTIONS, COMPILES, DTYPES, FP8S, OFFLOAD
 from .base import CogVideoXNode, advanced, schema
 from .comfy import errors, runtime, submission
 from .comfy.clip import ClipHandle
-from .comfy.downloads import OFF, SOURCES, find_or_download
+from .comfy.downloads import OFF, SOURCES, downloaded, find_or_download
 from .comfy.model_folders import NotDownloaded, offers
 from .comfy.types import CATEGORY, ModelHandle, ModelSocket
 from .comfy.vae import VaeHandle
@@ -164,7 +164,12 @@ class LoadCogVideoX(CogVideoXNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **kwargs) -> str | None:
-        """Makes ComfyUI run the node and those after it again if a file of the model was replaced."""
+        """Makes ComfyUI run the node and those after it again if a file of the model was replaced.
+
+        A model that is downloaded by the first run is the same to the second one, or that would sample everything again.
+        """
+        if model_name in downloaded:
+            return None
         try:
             return Checkpoint.fingerprint(runtime.find_model(model_name))
         except RequestError:  # execute() raises it again, and ComfyUI shows it

@@ -17,6 +17,9 @@ OFF = "off"
 SOURCES = (OFF, *HUBS)
 """What the node can be asked to do: nothing, or to download from a hub."""
 
+downloaded: set[str] = set()
+"""The names of the models that were downloaded since ComfyUI started."""
+
 
 class Progress:
     """Shows in a node how much of a download is there, and stops the download if the user cancels it.
@@ -81,5 +84,6 @@ def find_or_download(name: str, source: str, node_id: str | None) -> Path:
     runtime.say(f"downloading {wanted.describe()}", node_id)
     with runtime.interruptible():
         download(wanted, Progress(wanted.size, node_id))
-    runtime.say(f"downloaded into {folder}, and checked", node_id)
+    downloaded.add(name)
+    runtime.say(f"downloaded into {MODEL_FOLDERS[0]}/{model.folder}, and checked", node_id)
     return folder
