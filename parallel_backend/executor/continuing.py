@@ -13,6 +13,7 @@ import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.checkpoint.facts import TEMPORAL
+from ..cogvideox.pipeline.notes import WHOLE
 from ..cogvideox.pipeline.windows import Layout
 from ..jobs import MAX_SEED, DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 
@@ -115,11 +116,12 @@ def ending(job: SampleJob, latent: torch.Tensor, kept: int, run: Run) -> dict[st
 
 def joined(reports: list[Report], note: str) -> Report:
     """Returns the report of all windows together, with a note."""
+    own = (line for report in reports for line in report.notes if not line.endswith(WHOLE))  # said of each window's job
     return replace(
         reports[0],
         load_seconds=sum(report.load_seconds for report in reports),
         run_seconds=sum(report.run_seconds for report in reports),
         step_seconds=tuple(seconds for report in reports for seconds in report.step_seconds),
         peak_memory=tuple(map(max, zip(*(report.peak_memory for report in reports)))),
-        notes=tuple(dict.fromkeys([note, *(line for report in reports for line in report.notes)])),
+        notes=tuple(dict.fromkeys([note, *own])),
     )

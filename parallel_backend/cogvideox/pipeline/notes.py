@@ -7,6 +7,9 @@ from ..checkpoint.tasks import INTERPOLATION_PIPELINE
 from ..transformer.positions import riflex_frames, riflex_period
 from .windows import Layout
 
+WHOLE = ": it is sampled whole"
+"""The end of the note of windows that have no effect."""
+
 
 def notes(job: SampleJob, checkpoint: Checkpoint) -> list[str]:
     """Returns one line for each thing to know of a job with a checkpoint."""
@@ -17,7 +20,7 @@ def of_windows(job: SampleJob, checkpoint: Checkpoint) -> str | None:
     """Returns a note if the windows have no effect or the video would need some."""
     name, most, frames = checkpoint.name, checkpoint.most_frames, frames_of(job.latent.shape[2])
     if job.windows is not None and Layout.of(job, checkpoint).is_whole:
-        return f"the video of {frames} frames fits in one window of {job.windows.frames}: it is sampled whole"
+        return f"the video of {frames} frames fits in one window of {job.windows.frames}{WHOLE}"
     if job.windows is None and frames > most:
         return f"{frames} frames are more than the {most} that {name} was trained for; CogVideoX Context Windows (--window) may help"
     return None
