@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import types
 from contextlib import suppress
 
@@ -105,8 +104,7 @@ def test_a_node_that_is_killed_and_one_that_is_added_lose_no_video_and_their_ord
 
     def keep(number, sampled, decoded):
         made[number] = sampled, decoded
-        while len(made) == 3 and threading.get_ident() not in happened:  # one waits; the others go on
-            happened.append(threading.get_ident())
+        if len(made) >= 3:  # so the others leave enough for the groups on the added nodes
             assert wait_until(lambda: all(replica.is_ready() for replica in replicas.replicas))
 
     def on_step(step, steps):
