@@ -244,12 +244,14 @@ def test_a_widget_is_called_as_the_core_calls_the_same_thing(object_info):
             },
         ),
     }
+    is_new = any("search_aliases" in info for info in object_info.values())
+    later = set() if is_new else {"freenoise"}  # 0.3.64 lacks it
     for node, (core_node, labels) in called.items():
         found = {
             name: spec[1].get("display_name") for name, spec in object_info[node]["input"]["required"].items() if len(spec) > 1
         }
         assert {name: label for name, label in found.items() if label} == labels
-        assert set(labels.values()) <= object_info[core_node]["input"]["required"].keys()
+        assert set(labels.values()) - object_info[core_node]["input"]["required"].keys() <= later
 
 
 def test_core_nodes_fit_in_between(server, prompt_of, object_info):
