@@ -5,7 +5,7 @@ import { element } from "./elements.js";
 const COLOURS = {
   COGVIDEOX_XDIT_MODEL: "#B39DDB", // as MODEL
   COGVIDEOX_XDIT_CONTROLNET: "#6EE7B7", // as CONTROL_NET
-  XDIT_BACKEND: "#F6AD55",
+  XDIT_BACKEND: "#26C6DA", // like no socket of the core
 };
 
 function colourCanvas() {
