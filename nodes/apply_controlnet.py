@@ -2,14 +2,15 @@
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
+from ..parallel_backend.cogvideox.checkpoint.facts import SPATIAL
+from ..parallel_backend.cogvideox.pipeline.windows import frames_of
 from ..parallel_backend.cogvideox.transformer.controlnet import encode
-from ..parallel_backend.model import MAX_STRENGTH, ControlNet
+from ..parallel_backend.model import ControlNet
 from ..parallel_backend.validation import check_latent
 from .base import CogVideoXNode, schema
 from .comfy.types import CATEGORY, ControlNetSocket
 from .conditioning import with_controlnet
-from .videos import FITTED_TO_LATENT, conditioned_outputs, fit_video, rate_output, source_fps_input
+from .videos import FITTED_TO_LATENT, conditioned_outputs, fit_video, rate_output, source_fps_input, strength_inputs
 
 
 class ApplyCogVideoXControlNet(CogVideoXNode):
@@ -17,7 +18,6 @@ class ApplyCogVideoXControlNet(CogVideoXNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return schema(
             node_id="XDiTApplyCogVideoXControlNet",
             display_name="Apply CogVideoX ControlNet",
@@ -30,22 +30,10 @@ class ApplyCogVideoXControlNet(CogVideoXNode):
                 ControlNetSocket.Input("controlnet"),
                 io.Latent.Input("latent", tooltip="The latent that the sampler will start from. It sets the size."),
                 io.Image.Input("control_video", tooltip=f"The edges that the video follows. {FITTED_TO_LATENT}"),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=MAX_STRENGTH,
-                    step=0.01,
-                    tooltip="How strongly the video follows the control video; 0 is no control.",
-                ),
-                io.Float.Input(
-                    "start_percent", default=0.0, tooltip="Share of the steps after which control starts. 0: at once.", **share
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    tooltip="Share of the steps after which control ends. With 0.5 the prompt alone decides the details.",
-                    **share,
+                *strength_inputs(
+                    strength="How strongly the video follows the control video; 0 is no control.",
+                    start="Share of the steps after which control starts. 0: at once.",
+                    end="Share of the steps after which control ends. With 0.5 the prompt alone decides the details.",
                 ),
                 source_fps_input(),
             ],
@@ -61,7 +49,7 @@ class ApplyCogVideoXControlNet(CogVideoXNode):
         samples, file = latent["samples"], controlnet.file
         check_latent(samples)
         frames, height, width = samples.shape[2:]
-        size = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1)
+        size = (width * SPATIAL, height * SPATIAL, frames_of(frames))
         video, rate = fit_video(control_video, file, source_fps, size=size, node_id=cls.hidden.unique_id)
         given = ControlNet(str(file.path), strength, start_percent, end_percent), encode(file, video)
         prompts = (with_controlnet(prompt, *given) for prompt in (positive, negative))

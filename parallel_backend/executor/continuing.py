@@ -14,7 +14,7 @@ import torch
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.checkpoint.facts import TEMPORAL
 from ..cogvideox.pipeline.notes import WHOLE
-from ..cogvideox.pipeline.windows import Layout
+from ..cogvideox.pipeline.windows import Layout, frames_of, latent_frames_of
 from ..jobs import MAX_SEED, DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 
 Run = Callable[..., Result]
@@ -45,7 +45,7 @@ def spans(frames: int, length: int, overlap: int) -> list[tuple[int, int]]:
 
 def spans_of(job: SampleJob) -> list[tuple[int, int]]:
     """Returns the :func:`spans` of a job's windows."""
-    length = (job.windows.frames - 1) // TEMPORAL + 1
+    length = latent_frames_of(job.windows)
     return spans(job.latent.shape[2], length, max(1, job.windows.overlap // TEMPORAL))
 
 
@@ -67,7 +67,7 @@ def sample(job: SampleJob, run: Run) -> Result:
         reports.append(result.report)
         if not last:
             known = ending(job, result.tensor, places[place + 1][1], run)
-    frames = (places[1][1] - 1) * TEMPORAL + 1
+    frames = frames_of(places[1][1])
     note = f"{len(places)} windows, one after the other: each continues the last {frames} frames of the one before"
     return Result(torch.cat(parts, dim=2), joined(reports, note))
 
@@ -82,7 +82,7 @@ def window_of(job: SampleJob, place: int, start: int, known: dict[str, torch.Ten
         known: its start image, and after the first window the frames that it begins with.
         last: whether it ends the video, with the end image if there is one.
     """
-    length = (job.windows.frames - 1) // TEMPORAL + 1
+    length = latent_frames_of(job.windows)
     own = {
         name: value if value is None else value[:, :, start : start + length].contiguous()
         for name, value in ((name, getattr(job, name)) for name in ("latent", "noise", "controlnet_videos"))
@@ -106,7 +106,7 @@ def ending(job: SampleJob, latent: torch.Tensor, kept: int, run: Run) -> dict[st
         kept: number of latent frames.
         run: runs the jobs of the VAE.
     """
-    videos = run(DecodeJob(job.model, latent)).tensor[:, -((kept - 1) * TEMPORAL + 1) :]
+    videos = run(DecodeJob(job.model, latent)).tensor[:, -frames_of(kept) :]
     encoded = {"image": [video[:1] for video in videos], "kept": list(videos)}
     return {
         name: torch.cat([run(EncodeJob(job.model, pixels.contiguous())).tensor for pixels in each])

@@ -2,10 +2,9 @@
 
 from ...jobs import SampleJob
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.facts import TEMPORAL
 from ..checkpoint.tasks import INTERPOLATION_PIPELINE
 from ..transformer.positions import riflex_frames, riflex_period
-from .windows import Layout
+from .windows import Layout, frames_of
 
 WHOLE = ": it is sampled whole"
 """The end of the note of windows that have no effect."""
@@ -34,11 +33,6 @@ def of_riflex(job: SampleJob, checkpoint: Checkpoint) -> str | None:
     if stretched := riflex_frames(checkpoint, frames, job.riflex):
         return f"riflex '{job.riflex}': temporal positions are stretched to {frames_of(stretched)} frames"
     return f"riflex has no effect on {frames_of(frames)} frames; it begins after {frames_of(riflex_period(checkpoint))}"
-
-
-def frames_of(latent_frames: int) -> int:
-    """Returns the frames of a number of latent frames."""
-    return (latent_frames - 1) * TEMPORAL + 1
 
 
 def of_end_image(job: SampleJob, checkpoint: Checkpoint) -> str | None:

@@ -11,7 +11,7 @@ from ..checkpoint import controlnet
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.facts import SPATIAL, TEMPORAL
 from ..transformer.lora import open_all
-from .windows import Layout
+from .windows import Layout, frames_of, latent_frames_of
 
 TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
 IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
@@ -222,12 +222,12 @@ def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
     layout = Layout.of(job, checkpoint)
     lengths = {"the video": job.latent.shape[2]}
     if job.image is not None and not layout.is_whole:  # each of these windows is a job of its own
-        lengths["a window"] = (job.windows.frames - 1) // TEMPORAL + 1
+        lengths["a window"] = latent_frames_of(job.windows)
     for what, frames in lengths.items():
         if padding := checkpoint.padding_frames(frames):
             raise RequestError(
                 f"{who} needs a multiple of {checkpoint.patch_size_t} latent frames and {what} has "
-                f"{frames}: use {(frames + padding - 1) * TEMPORAL + 1} frames"
+                f"{frames}: use {frames_of(frames + padding)} frames"
             )
 
 
