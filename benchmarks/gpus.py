@@ -3,6 +3,7 @@
 ``python -m benchmarks.gpus OUTPUT.json --gpus 2 [--seconds 540]`` makes full-size checkpoints with random weights, measures, and
 writes all rows to one file after every measurement. What the time does not suffice for is left out, and said; the next call in the
 same ``--work`` folder goes on there. What needs one GPU is measured on several at a time, where there are.
+``--table cards`` measures on two GPUs what stands nearest to other cards: 8-bit modes, cuDNN's attention, no peer access, little memory.
 ``--small`` tries the script itself on the CPU.
 """
 
@@ -143,21 +144,54 @@ PHASES = {
     ),
 }  # fmt: skip
 """By the number of GPUs, one after the other; what matters most comes first."""
+REFERENCE = "--reference {work}/5b-{steps}.latent"
+EIGHT_BITS = ("--precisions lossless,int8,fp8", "--attention int8 --precisions lossless,int8")
+"""The first writes the reference of all others."""
+EVERY_PLAN = "cfg2,cfg2-fsdp2,ring2,ring2-fsdp2,ulysses2,ulysses2-fsdp2,tensor2"
+NO_PEER_ACCESS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "0"}
+
+
+def in_eight_bits(plan: str, steps: int, modes: str, gpu: int | None = None) -> Command:
+    """Measures modes of 8 bits of 5b beside lossless."""
+    reference = REFERENCE.replace("{steps}", str(steps))
+    return bench("5b", f"--plans {plan} {modes} --steps {steps} --warmup-steps 2 {reference} {OURS}", gpu)
+
+
+def small(model: str, gib: int, gpu: int | None = None, options: str = "") -> Command:
+    """Measures what ``auto`` makes of GPUs of which so many GiB may be used: a GiB less than they have, as in the table of cards."""
+    return bench(model, f"--plans auto {options} --decode {FEW} {OURS}", gpu, XDIT_MEMORY_GIB=str(gib))
+
+
+CARDS: tuple[Phase, ...] = (
+    ([build("5b")], [build("1.5-5b", 1)]),
+    ([in_eight_bits("cfg2", 4, modes) for modes in EIGHT_BITS],),
+    ([in_eight_bits("single", 4, EIGHT_BITS[0], 0)], [in_eight_bits("single", 4, EIGHT_BITS[1], 1)]),
+    ([in_eight_bits("cfg2", 50, modes) for modes in EIGHT_BITS],),
+    ([bench("5b", f"--plans {EVERY_PLAN} --attention cudnn --steps 3 {OURS}")],),
+    ([bench("5b", f"--plans {EVERY_PLAN} --steps 3 {OURS}", **NO_PEER_ACCESS)],),
+    (
+        [small("5b", 7, 0), small("5b", 15, 0), small("5b", 23, 0), small("5b", 7, 0, "--precisions int8")],
+        [small("5b", 11, 1, "--precisions int8"), small("1.5-5b", 11, 1), small("1.5-5b", 23, 1)],
+    ),
+    ([small("5b", 7), small("5b", 11), small("1.5-5b", 15)],),
+)
+TABLES = {"speed": PHASES, "cards": {2: CARDS}}
 
 
 class Run:
-    """One run of all phases.
+    """One run of a table's phases.
 
     Args:
         output: of the rows.
+        table: of :data:`TABLES`.
         gpus: that there are.
         seconds: that it may take.
         work: folder for checkpoints.
         small: on the CPU.
     """
 
-    def __init__(self, output: Path, gpus: int, *, seconds: float, work: Path, small: bool):
-        self.output, self.gpus, self.work, self.small = output, gpus, work, small
+    def __init__(self, output: Path, table: str, gpus: int, *, seconds: float, work: Path, small: bool):
+        self.output, self.table, self.gpus, self.work, self.small = output, table, gpus, work, small
         self.ends = time.monotonic() + seconds
         self.began = time.monotonic()
         self._lock = threading.Lock()
@@ -165,11 +199,11 @@ class Run:
     def all(self, first: int, last: int) -> None:
         """Runs the phases from one to another, but for those of which every command has ended well in this folder."""
         for number in range(first, last + 1):
-            ended = self.work / f"ended-{number:02}"
+            ended = self.work / f"ended-{self.table}-{number:02}"
             if ended.exists():
                 continue
-            streams = PHASES[self.gpus][number]
-            names = [f"{number:02}-{place}" for place in range(len(streams))]
+            streams = TABLES[self.table][self.gpus][number]
+            names = [f"{self.table}-{number:02}-{place}" for place in range(len(streams))]
             with ThreadPoolExecutor(len(streams)) as pool:
                 if all(pool.map(self.one_by_one, streams, names)):
                     ended.touch()
@@ -206,10 +240,12 @@ class Run:
         if rows.exists():
             found = json.loads(rows.read_text())
             for row in found:
-                row |= {"memory_gib": command.environment.get("XDIT_MEMORY_GIB")}
+                row |= {"memory_gib": command.environment.get("XDIT_MEMORY_GIB"), "environment": command.environment}
             rows.write_text(json.dumps(found))
             with self._lock:
-                every = [row for path in sorted(self.work.glob("rows-*.json")) for row in json.loads(path.read_text())]
+                every = [
+                    row for path in sorted(self.work.glob(f"rows-{self.table}-*.json")) for row in json.loads(path.read_text())
+                ]
                 self.output.write_text(json.dumps(every, indent=1))
             for row in found:
                 seconds, notes = row["seconds_per_step"], "; ".join(row["notes"])
@@ -226,12 +262,15 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/cogvideox"))
+    parser.add_argument("--table", choices=TABLES, default="speed")
     parser.add_argument("--gpus", type=int, choices=PHASES, default=2)
     parser.add_argument("--phases", default="0-", metavar="FIRST-LAST", help="of those of so many GPUs")
     parser.add_argument("--small", action="store_true")
     asked = parser.parse_args()
+    if asked.gpus not in TABLES[asked.table]:
+        parser.error(f"the table '{asked.table}' is of {', '.join(map(str, TABLES[asked.table]))} GPUs")
     first, _, last = asked.phases.partition("-")
     asked.work.mkdir(parents=True, exist_ok=True)
-    Run(asked.output, asked.gpus, seconds=asked.seconds, work=asked.work, small=asked.small).all(
-        int(first or 0), int(last or len(PHASES[asked.gpus]) - 1)
+    Run(asked.output, asked.table, asked.gpus, seconds=asked.seconds, work=asked.work, small=asked.small).all(
+        int(first or 0), int(last or len(TABLES[asked.table][asked.gpus]) - 1)
     )
