@@ -203,6 +203,7 @@ def test_the_address_of_rays_client_is_refused(monkeypatch):
 
 
 def test_an_actor_imports_the_pack_of_its_node_whatever_its_caller_calls_it(monkeypatch):
+    monkeypatch.setattr(cluster_actor, "devices_here", lambda kind: 4)
     parent = types.ModuleType("as_in_comfyui")
     parent.__path__ = [str(REPO)]
     monkeypatch.setitem(sys.modules, "as_in_comfyui", parent)
@@ -211,3 +212,4 @@ def test_an_actor_imports_the_pack_of_its_node_whatever_its_caller_calls_it(monk
         monkeypatch.delitem(sys.modules, name)
     actor = pickle.loads(sent)("Ranks", "cfg2", "cpu", 2)
     assert type(actor.held) is cluster_actor.Ranks and str(actor.held.devices) == "cpu:1"
+    assert actor.held.devices.others == 3  # it leaves the others' cores alone

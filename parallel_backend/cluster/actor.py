@@ -80,6 +80,13 @@ def about_here() -> dict[str, Any]:
     return {**known, "pid": os.getpid(), "version": code_version()}
 
 
+def devices_here(kind: str) -> int:
+    """Returns how many devices of a kind this actor's node has. Those that are not its own share the node's cores with it."""
+    ray = connect()
+    here = ray.get_runtime_context().get_node_id()
+    return next(int(node["Resources"].get(RESOURCES[kind], 0)) for node in ray.nodes() if node["NodeID"] == here)
+
+
 class Presence:
     """Whether an actor is up. It asks the actor, and again when that was lost."""
 

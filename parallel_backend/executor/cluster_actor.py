@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 
-from ..cluster.actor import about_here
+from ..cluster.actor import about_here, devices_here
 from ..cluster.members import Members
 from ..devices import Devices
 from ..errors import Cancelled, GroupFailure
@@ -40,7 +40,8 @@ class Held:
         if kind == "cuda":
             os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets 1; a group divides the cores among its ranks
         self.plan, self.count = Plan.parse(plan), count
-        self.devices = Devices(kind, tuple(range(self.plan.world_size // count)))
+        own = self.plan.world_size // count
+        self.devices = Devices(kind, tuple(range(own)), others=devices_here(kind) - own)
 
 
 class Group(Held):
