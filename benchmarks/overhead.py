@@ -17,11 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 from statistics import median
 
 import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_TOKEN", token_hex(32))  # else Ray writes one into the home folder
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is 15, which counts where other work needs the cores too
 
 import ray
