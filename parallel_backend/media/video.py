@@ -11,6 +11,7 @@ import torch
 
 from ..errors import RequestError, WriteFailure
 from ..system.files import whole_file
+from .encoding import encode, write
 from .pictures import checked_pictures
 
 logger = logging.getLogger(__name__)
@@ -69,40 +70,9 @@ def save(
     if (height, width) != (rows, columns):
         say(f"frames of {columns}x{rows} are cropped to {width}x{height}: H.264 needs even sizes")
         frames = frames[:, :height, :width]
+    mp4 = encode(frames, rate).mp4()
     with whole_file(path) as partial:
-        encode(partial, frames, rate, metadata or {})
-
-
-def encode(path: Path, frames: torch.Tensor, rate: Fraction, metadata: dict[str, str]) -> None:
-    """Encodes frames of even size with PyAV. imageio's plugin would crash the process at the next file after a failed write.
-
-    Colours are BT.709, and the file declares it, as players guess otherwise.
-
-    Raises:
-        OSError: if the file cannot be written.
-        RequestError: if the encoder rejects the frames.
-    """
-    import av
-
-    try:
-        with av.open(path, "w", options={"movflags": "use_metadata_tags+faststart"}) as file:
-            file.metadata.update(metadata)
-            stream = file.add_stream("libx264", rate=rate)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-            context.color_range = 1  # 16 to 235
-            for frame in frames:
-                pixels = (frame * 255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
-                picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                file.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
-            file.mux(stream.encode(None))
-    except av.FFmpegError as error:
-        if isinstance(error, OSError):
-            raise
-        height, width = frames.shape[1:3]
-        raise RequestError(f"the H.264 encoder takes no frames of {width}x{height}; use another size ({error})") from error
+        write(partial, mp4, metadata or {})
 
 
 def save_or_rescue(path: Path, frames: torch.Tensor, **settings) -> None:

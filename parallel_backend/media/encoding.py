@@ -1,0 +1,138 @@
+"""Encodes videos as H.264 in threads, while their frames arrive."""
+
+import io
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from ..errors import RequestError
+from .pictures import check_finite
+
+LOOKAHEAD = 10
+"""Frames by which the encoder looks ahead. With its default of 40 most of a short video would be encoded after its last frame.
+Of 49 frames with 0.15 of noise the PSNR is the same; with 0.02 it is 0.1 dB less, in a file that is a third smaller."""
+
+
+class Encoding:
+    """One video, encoded in a thread while its frames arrive. Colours are BT.709, and the stream declares it, as players guess otherwise.
+
+    Args:
+        height, width: of the frames, both even.
+        rate: frames per second.
+    """
+
+    def __init__(self, height: int, width: int, rate: Fraction):
+        self.size = height, width
+        self.rate = rate
+        self.frames = 0
+        """Number of frames that were added."""
+        self.checksum = 0
+        """Of the frames that are encoded so far; see :func:`checksum`."""
+        self._buffer = io.BytesIO()
+        self._file = self._stream = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
+        self._parts: list[Future] = []
+        self._finished: Future | None = None
+
+    def add(self, frames: torch.Tensor) -> None:
+        """Has the next frames encoded, ``[frames, height, width, 3]`` in 0..1 on the CPU. They must not change until that is done."""
+        self.frames += len(frames)
+        self._parts.append(self._thread.submit(self._encode, frames))
+
+    def finish(self) -> None:
+        """Has the video finished, without waiting for it. More calls do nothing."""
+        if self._finished is None:
+            self._finished = self._thread.submit(self._close)
+            self._thread.shutdown(wait=False)
+
+    def mp4(self) -> bytes:
+        """Waits until the video is finished. Returns it as MP4 without metadata.
+
+        Raises:
+            RequestError: if frames have NaN or infinite values, or the encoder rejects them.
+        """
+        self.finish()
+        for part in self._parts:
+            part.result()
+        self._finished.result()
+        return self._buffer.getvalue()
+
+    def drop(self) -> None:
+        """Ends the thread. What is not encoded yet is left out."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, frames: torch.Tensor) -> None:
+        import av
+
+        check_finite(frames, "images")
+        self.checksum += checksum(frames)
+        try:
+            if self._file is None:
+                self._open()
+            values = torch.empty(frames.shape[1:])
+            for frame in frames:
+                torch.mul(frame, 255, out=values).round_().clamp_(0, 255)
+                picture = av.VideoFrame.from_ndarray(values.to(torch.uint8).numpy(), format="rgb24")
+                self._file.mux(self._stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        except av.FFmpegError as error:
+            raise self._refused(error) from error
+
+    def _open(self) -> None:
+        import av
+
+        self._file = av.open(self._buffer, "w", format="mp4")
+        self._stream = stream = self._file.add_stream("libx264", rate=self.rate)
+        stream.height, stream.width = self.size
+        stream.pix_fmt = "yuv420p"
+        stream.thread_type = "FRAME"  # PyAV's default, slices, keeps few cores busy and costs bits
+        stream.options = {"rc-lookahead": str(LOOKAHEAD), "x264-params": "deterministic=1"}
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        context.color_range = 1  # 16 to 235
+
+    def _close(self) -> None:
+        import av
+
+        if self._file is None or any(part.exception() for part in self._parts):
+            return
+        try:
+            self._file.mux(self._stream.encode(None))
+            self._file.close()
+        except av.FFmpegError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> RequestError:
+        height, width = self.size
+        return RequestError(f"the H.264 encoder takes no frames of {width}x{height}; use another size ({error})")
+
+
+def encode(frames: torch.Tensor, rate: Fraction) -> Encoding:
+    """Returns the encoding of a whole video ``[frames, height, width, 3]`` of even size in 0..1."""
+    encoding = Encoding(*frames.shape[1:3], rate)
+    encoding.add(frames.cpu())
+    encoding.finish()
+    return encoding
+
+
+def checksum(frames: torch.Tensor) -> int:
+    """Returns the sum of the bits of float32 frames ``[frames, height, width, 3]`` of even size, as pairs of values."""
+    return int(frames.contiguous().view(-1).view(torch.int64).sum()) % 2**64
+
+
+def write(path: Path, mp4: bytes, metadata: dict[str, str]) -> None:
+    """Writes an encoded video to a file, with metadata at its start.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    import av
+
+    with av.open(io.BytesIO(mp4)) as source, av.open(path, "w", options={"movflags": "use_metadata_tags+faststart"}) as file:
+        file.metadata.update(metadata)
+        stream = file.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:  # the last one only ends the stream
+                packet.stream = stream
+                file.mux(packet)
