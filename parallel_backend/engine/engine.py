@@ -16,6 +16,7 @@ from ..cogvideox.pipeline.denoise import Callbacks, StepCallback, WindowCallback
 from ..cogvideox.pipeline.forward import Runtime, predict_window
 from ..cogvideox.pipeline.notes import notes
 from ..cogvideox.vae import layers
+from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener, Previews, why_none
 from ..devices import current
 from ..errors import OutOfMemory
@@ -76,6 +77,7 @@ class Engine:
         on_step: StepCallback = go_on,
         on_window: WindowCallback = go_on,
         on_picture: PictureListener | None = None,
+        on_frames: FramesListener | None = None,
     ) -> Result:
         """Runs one job.
 
@@ -83,6 +85,7 @@ class Engine:
             job: validated against its checkpoint by the caller.
             on_step, on_window: see :func:`parallel_backend.cogvideox.pipeline.denoise.denoise`.
             on_picture: called on rank 0 with each preview, if the job asks for previews.
+            on_frames: called on rank 0 with the frames of a decoding job, whose result is then empty.
         Returns:
             The job's tensor, on the CPU, and this rank's report.
         Raises:
@@ -97,7 +100,7 @@ class Engine:
             SampleJob: partial(self._sample, on_picture=on_picture),
             LoadJob: self._load_only,
             WindowJob: self._window,
-            DecodeJob: self._use_vae,
+            DecodeJob: partial(self._use_vae, on_frames=on_frames),
             EncodeJob: self._use_vae,
         }[type(job)]
         try:
@@ -265,7 +268,7 @@ class Engine:
         self.context.synchronize()  # else all of the work would be queued before the first window has run
         return self.context.agree(on_window())[0] if self.together else on_window()
 
-    def _use_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
+    def _use_vae(self, job: DecodeJob | EncodeJob, checkpoint: Checkpoint, dtype, on_step, on_window, on_frames=None) -> Result:
         started = time.perf_counter()
         strips = self.vae_jobs.rows_shared(job, checkpoint, dtype)
         self.together = strips is not None
@@ -273,5 +276,5 @@ class Engine:
             return Result(torch.empty(0))
         module = self.vae_jobs.module(job, checkpoint, dtype, shared=self.together)
         loaded = time.perf_counter()
-        tensor = self.vae_jobs.compute(job, dtype, module, strips, partial(self._may_go_on, on_window))
+        tensor = self.vae_jobs.compute(job, dtype, module, strips, partial(self._may_go_on, on_window), on_frames)
         return Result(tensor, Report(load_seconds=loaded - started, run_seconds=time.perf_counter() - loaded))

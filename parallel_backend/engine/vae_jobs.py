@@ -10,6 +10,7 @@ from ..cogvideox.checkpoint.facts import SPATIAL
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.stopping import stoppable
 from ..cogvideox.vae import codec, layers, tiling
+from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.tiling import STRIP_MARGIN
 from ..errors import OutOfMemory
 from ..jobs import DecodeJob, EncodeJob
@@ -72,7 +73,13 @@ class VaeJobs:
         return module
 
     def compute(
-        self, job: DecodeJob | EncodeJob, dtype, module: torch.nn.Module, strips: Strips | None, go_on: WindowCallback
+        self,
+        job: DecodeJob | EncodeJob,
+        dtype,
+        module: torch.nn.Module,
+        strips: Strips | None,
+        go_on: WindowCallback,
+        on_frames: FramesListener | None = None,
     ) -> torch.Tensor:
         """Decodes a latent to frames, or encodes frames to a latent.
 
@@ -82,9 +89,10 @@ class VaeJobs:
             module: from :meth:`module`.
             strips: from :meth:`rows_shared`.
             go_on: called between layers; False cancels the job.
+            on_frames: receives decoded frames; the result is then empty.
         """
         if isinstance(job, DecodeJob):
-            use = partial(codec.decode, module, job.latent)
+            use = partial(codec.decode, module, job.latent, on_frames=on_frames)
         else:
             use = partial(codec.encode, module, job.pixels)
         with layers.searching(), stoppable(codec.stops(module), go_on, "the VAE was at work"):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.vae.frames import Assembly, FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..errors import GroupFailure
 from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
@@ -79,9 +80,15 @@ class Executor(ABC):
         """
         return self.run(replace(job, preview=on_picture is not None), on_step, should_stop, on_picture)
 
-    def decode(self, job: DecodeJob, *, should_stop: StopSignal = never) -> Result:
-        """Decodes a latent to frames; raises as :meth:`sample` does."""
-        return self.run(job, should_stop=should_stop)
+    def decode(self, job: DecodeJob, *, should_stop: StopSignal = never, on_frames: FramesListener | None = None) -> Result:
+        """Decodes a latent to frames; raises as :meth:`sample` does.
+
+        Args:
+            job: what to decode.
+            should_stop: see :meth:`sample`.
+            on_frames: called with the frames of the result as they are decoded, where the executor can; see :class:`.Assembly`.
+        """
+        return self.run_checked(check_job(job), should_stop=should_stop, on_frames=on_frames)
 
     def encode(self, job: EncodeJob, *, should_stop: StopSignal = never) -> Result:
         """Encodes frames to a latent; raises as :meth:`sample` does."""
@@ -141,15 +148,20 @@ class Executor(ABC):
         on_step: StepListener = silent,
         should_stop: StopSignal = never,
         on_picture: PictureListener | None = None,
+        on_frames: FramesListener | None = None,
     ) -> Result:
-        """Runs a job that was checked against its checkpoint; raises as :meth:`sample` does."""
+        """Runs a job that was checked against its checkpoint; raises as :meth:`sample` does. For ``on_frames`` see :meth:`decode`."""
         checked.check_plan(self.plan)
         job = checked.job
+        if isinstance(job, DecodeJob):
+            return self._decode(job, should_stop, on_frames)
         if not continuing.is_continued(job, checked.checkpoint):
             return self._run(job, on_step, should_stop, on_picture)
         windows = [job] * len(continuing.spans_of(job))
 
         def run_part(part: Job, place: int | None = None) -> Result:
+            if isinstance(part, DecodeJob):
+                return self._decode(part, should_stop)
             if place is None:
                 return self._run(part, silent, should_stop)
             return self._run(part, within(windows, place, on_step), should_stop, on_picture)
@@ -159,6 +171,12 @@ class Executor(ABC):
         except GroupFailure as error:
             error.progress = None  # it is that of one window; the whole job begins again
             raise
+
+    def _decode(self, job: DecodeJob, should_stop: StopSignal, on_frames: FramesListener | None = None) -> Result:
+        """Runs a checked decoding job and puts its frames together."""
+        whole = Assembly(job.latent, on_frames)
+        result = self._run(job, silent, should_stop, None, whole.add)
+        return result if whole.videos is None else replace(result, tensor=whole.videos)
 
     def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         """Runs checked jobs one after the other."""
@@ -209,9 +227,14 @@ class Executor(ABC):
 
     @abstractmethod
     def _run(
-        self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
+        self,
+        job: Job,
+        on_step: StepListener,
+        should_stop: StopSignal,
+        on_picture: PictureListener | None = None,
+        on_frames: FramesListener | None = None,
     ) -> Result:
-        """Runs a checked job."""
+        """Runs a checked job. If ``on_frames`` receives the frames of a decoding job, its result is empty."""
 
     @abstractmethod
     def status(self) -> dict[str, Any]:

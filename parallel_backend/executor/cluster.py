@@ -13,6 +13,7 @@ from ..cluster.actor import Presence, code_version
 from ..cluster.lease import Lease, RayChannel
 from ..cluster.nodes import connect
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..devices import Devices
@@ -110,7 +111,12 @@ class ClusterExecutor(Executor):
         return self._presence.known.get("node") if self._presence else None
 
     def _run(
-        self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
+        self,
+        job: Job,
+        on_step: StepListener,
+        should_stop: StopSignal,
+        on_picture: PictureListener | None = None,
+        on_frames: FramesListener | None = None,
     ) -> Result:
         def ask(job: Job, kept: Keepsake) -> Message:
             return self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
@@ -120,7 +126,7 @@ class ClusterExecutor(Executor):
                 raise lost  # the other replicas go on with the job
             return lost
 
-        return result_of(*recovery.run_and_resume(job, ask, explain, on_picture))
+        return result_of(*recovery.run_and_resume(job, ask, explain, Keepsake(on_picture, on_frames)))
 
     def _ask(
         self,

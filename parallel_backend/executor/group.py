@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..devices import Devices
@@ -196,7 +197,12 @@ class GroupExecutor(Executor):
         self._ask(Message("stop"))
 
     def _run(
-        self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
+        self,
+        job: Job,
+        on_step: StepListener,
+        should_stop: StopSignal,
+        on_picture: PictureListener | None = None,
+        on_frames: FramesListener | None = None,
     ) -> Result:
         """Runs a job in the group, and goes on with it if the group is lost."""
 
@@ -206,7 +212,7 @@ class GroupExecutor(Executor):
         def explain(lost: GroupLost) -> GroupLost:
             return lost if self._launcher or lost.is_there else self._find_again(lost, should_stop)
 
-        answer, notes = recovery.run_and_resume(job, ask, explain, on_picture)
+        answer, notes = recovery.run_and_resume(job, ask, explain, Keepsake(on_picture, on_frames))
         if self._launcher and self._launcher.note:
             notes.append(self._launcher.note)
         losses, self._losses = self._losses, []

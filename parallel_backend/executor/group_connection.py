@@ -7,6 +7,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
@@ -27,6 +28,8 @@ class Keepsake:
 
     on_picture: PictureListener | None = None
     """Called with each preview."""
+    on_frames: FramesListener | None = None
+    """Called with the frames of a decoding job."""
     progress: Progress | None = None
     """Where to resume when the group is lost."""
 
@@ -141,6 +144,8 @@ def last_answer(found: Iterator[Message], on_step: StepListener, kept: Keepsake)
             kept.progress = Progress(**answer.plain, **answer.tensors)
         elif answer.kind == "picture":
             kept.on_picture(answer.tensors["picture"])
+        elif answer.kind == "frames":
+            kept.on_frames(answer.plain["video"], answer.plain["start"], answer.tensors["frames"])
         elif answer.kind == "cancelled":
             raise Cancelled(answer.plain["message"])
         elif answer.kind == "failed":

@@ -26,13 +26,13 @@ class LocalExecutor(Executor):
     def torch_devices(self) -> tuple[torch.device, ...]:
         return (self.engine.device,)
 
-    def _run(self, job, on_step, should_stop, on_picture=None) -> Result:
+    def _run(self, job, on_step, should_stop, on_picture=None, on_frames=None) -> Result:
         def after_step(progress: Progress, steps: int) -> bool:
             on_step(progress.step, steps)
             return not should_stop()
 
         with self._lock:
-            return self.engine.run(job, after_step, lambda: not should_stop(), on_picture)
+            return self.engine.run(job, after_step, lambda: not should_stop(), on_picture, on_frames)
 
     def status(self) -> dict[str, Any]:
         state = "busy" if self._lock.locked() else "ready"

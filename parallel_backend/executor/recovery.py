@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..group.codec import Message
@@ -27,7 +26,7 @@ def run_and_resume(
     job: Job,
     ask: Callable[[Job, Keepsake], Message],
     explain: Callable[[GroupLost], GroupLost],
-    on_picture: PictureListener | None,
+    kept: Keepsake,
 ) -> tuple[Message, list[str]]:
     """Runs a job. If the group is lost, runs it again from the last step that was kept.
 
@@ -35,7 +34,7 @@ def run_and_resume(
         job: to run.
         ask: sends the job to the group, which is started first if it does not run, and returns the answer.
         explain: returns the error that says why the group was lost.
-        on_picture: receives previews.
+        kept: receives what the group reports.
     Returns:
         The answer, and a note for each loss.
     Raises:
@@ -45,7 +44,7 @@ def run_and_resume(
     notes: list[str] = []
     lost_at = None
     while True:
-        kept = Keepsake(on_picture)
+        kept.progress = None
         try:
             return ask(job, kept), notes
         except GroupFailure as failure:

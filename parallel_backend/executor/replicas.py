@@ -14,6 +14,7 @@ from ..cogvideox.pipeline.denoise import Callbacks, denoise
 from ..cogvideox.pipeline.forward import Runtime
 from ..cogvideox.pipeline.notes import notes
 from ..cogvideox.transformer.step_cache import StepCaches
+from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
 from ..errors import GroupFailure, GroupUnavailable
@@ -76,7 +77,12 @@ class ReplicasExecutor(Executor):
             raise errors[0]
 
     def _run(
-        self, job: Job, on_step: StepListener, should_stop: StopSignal, on_picture: PictureListener | None = None
+        self,
+        job: Job,
+        on_step: StepListener,
+        should_stop: StopSignal,
+        on_picture: PictureListener | None = None,
+        on_frames: FramesListener | None = None,
     ) -> Result:
         # A pipeline keeps keys and values of each window on the replica that predicted it, so windows cannot move.
         if isinstance(job, SampleJob) and self.plan.pipefusion == 1:

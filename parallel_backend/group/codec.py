@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-VERSION = 4
+VERSION = 5
 MAX_HEADER = 2**20
 PICTURE, LATENTS, PIXELS = 2**24, 2**30, 8 * 2**30
 """Limits in bytes. A preview has under 1 MB; 161 frames at 1360x768 are 43 MB as latents and 2 GB as float32 pixels."""
@@ -21,6 +21,7 @@ MAX_TENSORS = {
     "encode": PIXELS,
     "kept": LATENTS,
     "picture": PICTURE,
+    "frames": PIXELS,
     "done": PIXELS,
 }
 """Limit of a message's tensors in bytes, by its kind; other kinds have no tensors."""
@@ -40,7 +41,7 @@ class Message:
     """One message.
 
     Requests are ``sample``, ``load``, ``window``, ``decode``, ``encode``, ``status``, ``free``, ``stop`` and, while a job runs,
-    ``cancel``. Answers are ``step``, ``kept``, ``picture``, ``done``, ``failed`` and ``cancelled``,
+    ``cancel``. Answers are ``step``, ``kept``, ``picture``, ``frames``, ``done``, ``failed`` and ``cancelled``,
     and on a cluster ``lost``.
     """
 

@@ -214,8 +214,12 @@ class JobLoop:
             keeping.wait()
             request.answer(Message("picture", {}, {"picture": picture}))
 
+        def hand_over(video: int, start: int, frames: torch.Tensor) -> None:
+            request.answer(Message("frames", {"video": video, "start": start}, {"frames": frames}))
+
+        listeners = (show, hand_over) if request else ()
         try:
-            return self.engine.run(job, after_step, wanted, show if request else None)
+            return self.engine.run(job, after_step, wanted, *listeners)
         finally:
             if keeping:
                 keeping.close()

@@ -1,12 +1,13 @@
 """Decodes latents to frames and encodes frames to latents, in ComfyUI's layouts."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from einops import rearrange
 
 from ..checkpoint.facts import TEMPORAL
-
-STAGED_BYTES = 2**25
-"""Size of the buffer for copying a video from a GPU."""
+from .frames import Assembly, FrameCopier, FramesListener
 
 
 def stops(vae) -> list[torch.nn.Module]:
@@ -23,7 +24,7 @@ def stops(vae) -> list[torch.nn.Module]:
 
 
 @torch.inference_mode()
-def decode(vae, latent: torch.Tensor, strips=None) -> torch.Tensor:
+def decode(vae, latent: torch.Tensor, strips=None, on_frames: FramesListener | None = None) -> torch.Tensor:
     """Decodes ``[batch, 16, T, h, w]`` to ``[batch, 4T-3, 8h, 8w, 3]``, float32 in 0..1 on the CPU.
 
     An even T decodes to 4T frames, as the first latent frame gives four instead of one; the first three are dropped.
@@ -33,35 +34,32 @@ def decode(vae, latent: torch.Tensor, strips=None) -> torch.Tensor:
         latent: unscaled.
         strips: this rank's rows, if several ranks decode together; rank 0 gets the result. See
             :mod:`parallel_backend.parallel.vae_rows`.
+        on_frames: receives the result instead, on rank 0, a few frames at a time; those of a video in tiles all at once.
     """
-    frames = (latent.shape[2] - 1) * TEMPORAL + 1
-    videos = []
-    for one in latent.split(1):
-        one = one if strips is None else strips.mine(one, dim=3)
-        video = vae.decode(one.to(device=vae.device, dtype=vae.dtype)).sample[:, :, -frames:]
-        video = video if strips is None else strips.join(video, dim=3)
-        videos.append(to_pixels(rearrange(video, "1 colours frames height width -> frames height width colours")))
-    return torch.stack(videos) if len(videos) > 1 else videos[0][None]
+    whole = Assembly(latent)
+    with FrameCopier(vae.device, on_frames or whole.add) as copier:
+
+        def take(video: torch.Tensor) -> None:
+            copier.add(video if strips is None else strips.join(video, dim=3))
+
+        for one in latent.split(1):
+            copier.begin(skipped=0 if latent.shape[2] % 2 else TEMPORAL - 1)
+            one = one if strips is None else strips.mine(one, dim=3)
+            with outputs(vae.decoder, take) if not vae.use_tiling else nullcontext():
+                video = vae.decode(one.to(device=vae.device, dtype=vae.dtype)).sample
+            if vae.use_tiling:
+                take(video)
+    return torch.empty(0) if whole.videos is None else whole.videos
 
 
-def brightness(video: torch.Tensor) -> torch.Tensor:
-    """Converts values in -1..1 to float32 in 0..1."""
-    return (video.float() / 2 + 0.5).clamp_(0, 1)
-
-
-def to_pixels(video: torch.Tensor) -> torch.Tensor:
-    """Converts values in -1..1 to float32 in 0..1 on the CPU.
-
-    From a GPU it copies a few frames at a time, on CUDA through pinned memory, which torch caches for the next video.
-    """
-    if video.device.type == "cpu":
-        return brightness(video)
-    pixels = torch.empty(video.shape)
-    some = max(STAGED_BYTES * len(video) // max(pixels.nbytes, 1), 1)
-    staged = torch.empty(video[:some].shape, pin_memory=video.is_cuda)
-    for part, target in zip(video.split(some), pixels.split(some)):
-        target.copy_(staged[: len(part)].copy_(brightness(part)))
-    return pixels
+@contextmanager
+def outputs(decoder: torch.nn.Module, take: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Within the context, the frames of each call of a VAE's decoder are taken."""
+    hook = decoder.register_forward_hook(lambda module, inputs, output: take(output[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.inference_mode()

@@ -13,7 +13,8 @@ from einops import rearrange
 from ...config import CONFIG
 from ...errors import Cancelled, reason_of
 from ..stopping import GoOn, stoppable
-from .codec import brightness, stops
+from .codec import stops
+from .frames import brightness
 
 MOMENTS = 4
 """Maximum number of frames in a preview, in two rows; fewer frames are in one row."""
