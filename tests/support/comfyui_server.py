@@ -73,18 +73,20 @@ class ComfyUIServer:
         env: further environment variables.
         comfyui: the ComfyUI folder; by default that of find_comfyui.
         start_timeout: seconds to wait for its first answer.
+        cpu: whether it uses no GPU.
     Raises:
         RuntimeError: if it does not start. The message is one line; the end of its log is logged.
     """
 
     def __init__(self, base=None, *, pack: Path | None = REPO, args=(), env=None, comfyui: Path | None = None,
-                 start_timeout: float = 240.0):
+                 start_timeout: float = 240.0, cpu: bool = True):
         self.comfyui = comfyui or find_comfyui()
         if self.comfyui is None:
             raise RuntimeError("no ComfyUI found: set COMFYUI_PATH")
         self.temporary = base is None
         self.base = Path(base or tempfile.mkdtemp(prefix="comfyui-test-"))
-        self.pack, self.args, self.env, self.start_timeout = pack, list(args), dict(env or {}), start_timeout
+        self.pack, self.env, self.start_timeout = pack, dict(env or {}), start_timeout
+        self.args = [*(["--cpu"] if cpu else []), *args]
         self.port, self.client_id, self.marker = free_port(), uuid.uuid4().hex, uuid.uuid4().hex
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = self.base / "server.log"
@@ -96,7 +98,7 @@ class ComfyUIServer:
         link = self.base / "custom_nodes" / PACK_NAME
         if self.pack and not link.exists():
             link.symlink_to(self.pack, target_is_directory=True)
-        command = [find_python(self.comfyui), str(self.comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1",
+        command = [find_python(self.comfyui), str(self.comfyui / "main.py"), "--listen", "127.0.0.1",
                    "--port", str(self.port), "--base-directory", str(self.base), "--disable-auto-launch",
                    "--database-url", f"sqlite:///{self.base}/user/comfyui.db", "--disable-api-nodes", "--dont-print-server",
                    *self.args]
