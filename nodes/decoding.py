@@ -6,7 +6,7 @@ from ..parallel_backend.cogvideox.checkpoint.facts import SPATIAL
 from ..parallel_backend.jobs import DecodeJob
 from ..parallel_backend.validation import TILINGS, check_latent
 from .base import CogVideoXNode, schema
-from .comfy import runtime
+from .comfy import early_encoding, runtime
 from .comfy.types import BACKEND, CATEGORY, BackendSocket
 from .comfy.vae import VaeHandle
 
@@ -50,7 +50,7 @@ class CogVideoXDecode(CogVideoXNode):
                 BackendSocket.Input("backend", optional=True, tooltip=BACKEND),
             ],
             outputs=[io.Image.Output(display_name="images")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -62,11 +62,14 @@ class CogVideoXDecode(CogVideoXNode):
             return io.NodeOutput(decode_with_core(vae, latent, tiling, tile_size, overlap))
         job = DecodeJob(vae.model, latent, tiling, tile_size, overlap)
         node_id = cls.hidden.unique_id
-        videos = runtime.run(job, backend, node_id, vae.device).tensor
+        encodings = early_encoding.begin(cls.hidden.prompt, node_id)
+        videos = runtime.run(job, backend, node_id, vae.device, encodings and encodings.on_frames).tensor
         if len(videos) > 1:
             line = f"{len(videos)} videos of {videos.shape[1]} frames, one after the other"
             runtime.say(f"{line}: set videos of Save Video (MP4) to {len(videos)} to get one file for each", node_id)
-        return io.NodeOutput(videos.flatten(0, 1))
+        images = videos.flatten(0, 1)
+        early_encoding.keep(images, encodings)
+        return io.NodeOutput(images)
 
 
 def decode_with_core(vae, latent, tiling: str, tile: int, overlap: int):

@@ -17,7 +17,7 @@ from ..parallel_backend.media import video
 from ..parallel_backend.media.pictures import checked_pictures
 from ..parallel_backend.system.files import check_writable
 from .base import CogVideoXNode, schema
-from .comfy import runtime
+from .comfy import early_encoding, runtime
 from .comfy.types import CATEGORY
 
 DATE = re.compile("%date:([^%]*)%")
@@ -140,8 +140,8 @@ class SaveVideo(CogVideoXNode):
         folder, name, counter, subfolder = place(filename_prefix, width=columns, height=rows)
         say = partial(runtime.say, node_id=cls.hidden.unique_id, level=logging.WARNING)
         paths = [numbered(folder, name, counter + index) for index in range(len(found))]
-        for path, frames in zip(paths, found):
-            video.save(path, frames, fps=fps, metadata=cls.metadata(), say=say)
+        for path, frames, early in zip(paths, found, early_encoding.of(images, len(found))):
+            video.save(path, frames, fps=fps, metadata=cls.metadata(), say=say, early=early)
         saved = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
         return io.NodeOutput(ui={"images": saved, "animated": (True,)})
 

@@ -317,13 +317,13 @@ part("nodes.comfy.stage_watch").STAGE_SECONDS = 0.01
 seen, now, executor, job = [], [None], host.local(torch.device("cpu")), sample()
 comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append([value, total, node_id]))
 run_checked, executor.stage = executor.run_checked, lambda: now[0]
-def slowly(checked, on_step, should_stop, on_picture):
+def slowly(checked, on_step, should_stop, *listeners):
     deadline = time.monotonic() + 100
     for now[0] in ("starting 2 processes", "reading weights: 43%", "reading weights: 98%", "first step"):
         while shown[-1:] != [["5", now[0]]]:
             assert not should_stop() and time.monotonic() < deadline
         should_stop()
-    return run_checked(checked, on_step, should_stop, on_picture)
+    return run_checked(checked, on_step, should_stop, *listeners)
 executor.run_checked = slowly
 at("first", "5")
 host.run(job, node_id="5", device=torch.device("cpu"))

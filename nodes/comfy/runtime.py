@@ -14,6 +14,7 @@ from comfy.cli_args import args as settings
 from PIL import Image
 
 from ...parallel_backend.cogvideox.offload import working_bytes
+from ...parallel_backend.cogvideox.vae.frames import FramesListener
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ...parallel_backend.executor.base import Executor
@@ -97,7 +98,13 @@ def counted_on(executor: Executor) -> torch.device:
     return own if own in executor.torch_devices else executor.torch_devices[0]
 
 
-def run(job: Job, backend=None, node_id: str | None = None, device: torch.device | None = None) -> Result:
+def run(
+    job: Job,
+    backend=None,
+    node_id: str | None = None,
+    device: torch.device | None = None,
+    on_frames: FramesListener | None = None,
+) -> Result:
     """Runs a job for a node: on its backend, or in this process if it has none or no group can start.
 
     Args:
@@ -105,6 +112,7 @@ def run(job: Job, backend=None, node_id: str | None = None, device: torch.device
         backend: a :class:`.types.BackendHandle`, or None for this process.
         node_id: the node that shows progress and notes; None for the one that is executing.
         device: for this process; None for ComfyUI's.
+        on_frames: receives the frames of a decoding job; see :meth:`.Executor.decode`.
     Raises:
         RequestError: when the job cannot be done. No group has been touched.
         InterruptProcessingException: ComfyUI's own, when the user cancelled.
@@ -114,12 +122,12 @@ def run(job: Job, backend=None, node_id: str | None = None, device: torch.device
     checked = check_job(job)
     try:
         executor = executor_for(backend, checked, node_id) if backend else local(device)
-        return run_on(executor, checked, node_id)
+        return run_on(executor, checked, node_id, on_frames)
     except GroupUnavailable as error:
         say(f"no group: {error.summary}; working in this process", node_id, level=logging.WARNING)
         if error.details:
             logger.info(error.details)
-    return run_on(local(device), checked, node_id)
+    return run_on(local(device), checked, node_id, on_frames)
 
 
 def warm_up(devices: str, plan: str) -> None:
@@ -203,7 +211,7 @@ def report_plan(prepared: PreparedJob, node_id: str | None) -> str | None:
     return line
 
 
-def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Result:
+def run_on(executor: Executor, checked: CheckedJob, node_id: str | None, on_frames: FramesListener | None = None) -> Result:
     """Runs a job with ComfyUI's progress bar and cancel button."""
     bar = comfy.utils.ProgressBar(checked.job.steps, node_id) if isinstance(checked.job, SampleJob) else None
 
@@ -226,7 +234,7 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None) -> Resu
     node_id = node_id or lines.executing().node_id
     with interruptible(), jobs.running(executor, checked.job, node_id) as progress, StageWatch(executor, node_id) as watch:
         try:
-            result = executor.run_checked(checked, on_step, should_stop, on_picture)
+            result = executor.run_checked(checked, on_step, should_stop, on_picture, on_frames)
         except Exception:
             held.forget()
             raise
@@ -256,4 +264,4 @@ def summary(job: Job, report: Report) -> str:
     """What a job cost, in one line."""
     steps = f"{len(report.step_seconds)} steps, {1 / median(report.step_seconds):.2f} steps/s, " if report.step_seconds else ""
     peak = max(report.peak_memory) / 2**30
-    return f"{job.kind}: plan {report.plan}, {steps}load {report.load_seconds:.1f} s, run {report.run_seconds:.1f} s, peak {peak:.1f} GiB"
+    return f"{job.kind}: plan {report.plan}, {steps}load {report.load_seconds:.2f} s, run {report.run_seconds:.2f} s, peak {peak:.1f} GiB"

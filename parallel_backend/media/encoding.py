@@ -59,6 +59,21 @@ class Encoding:
         self._finished.result()
         return self._buffer.getvalue()
 
+    def mp4_of(self, frames: torch.Tensor, rate: Fraction) -> bytes | None:
+        """Waits until the video is finished. Returns it as :meth:`mp4` does, or None if it was not made of these frames at this rate.
+
+        Args:
+            frames: ``[frames, height, width, 3]``, float32 on the CPU.
+            rate: frames per second.
+        """
+        if (self.rate, self.frames, self.size) != (rate, len(frames), tuple(frames.shape[1:3])):
+            return None
+        try:
+            mp4 = self.mp4()
+        except RequestError:  # whoever encodes the frames gets it again
+            return None
+        return mp4 if self.checksum == checksum(frames) else None
+
     def drop(self) -> None:
         """Ends the thread. What is not encoded yet is left out."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -106,6 +121,36 @@ class Encoding:
     def _refused(self, error: Exception) -> RequestError:
         height, width = self.size
         return RequestError(f"the H.264 encoder takes no frames of {width}x{height}; use another size ({error})")
+
+
+class Encodings:
+    """The videos of a decoding job, encoded while they are decoded.
+
+    Args:
+        rate: frames per second.
+    """
+
+    def __init__(self, rate: Fraction):
+        self.rate = rate
+        self.videos: dict[int, Encoding] = {}
+        """By their number in the batch."""
+
+    def on_frames(self, video: int, start: int, frames: torch.Tensor) -> None:
+        """Has frames encoded that stay as they are; see :data:`parallel_backend.cogvideox.vae.frames.FramesListener`."""
+        if start == 0:
+            self.drop(video)
+            self.videos[video] = Encoding(*frames.shape[1:3], self.rate)
+        self.videos[video].add(frames)
+
+    def drop(self, video: int) -> None:
+        """Leaves out a video that begins again."""
+        if video in self.videos:
+            self.videos.pop(video).drop()
+
+    def finish(self) -> None:
+        """Has all videos finished, without waiting for it."""
+        for encoding in self.videos.values():
+            encoding.finish()
 
 
 def encode(frames: torch.Tensor, rate: Fraction) -> Encoding:

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import RequestError, WriteFailure
 from ..system.files import whole_file
-from .encoding import encode, write
+from .encoding import Encoding, encode, write
 from .pictures import checked_pictures
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def save(
     fps: float,
     metadata: dict[str, str] | None = None,
     say: Callable[[str], None] = logger.warning,
+    early: Encoding | None = None,
 ) -> None:
     """Writes frames as H.264 in MP4. The file gets its name only once it is complete.
 
@@ -58,6 +59,7 @@ def save(
         fps: frames per second.
         metadata: stored in the file; ComfyUI's front end looks for a workflow there.
         say: called with a note if frames are cropped.
+        early: encoded before, and used if it was made of the same frames at the same rate.
     Raises:
         RequestError: if the frames or the rate are invalid.
         WriteFailure: if the disk is full, or the folder no longer exists.
@@ -70,7 +72,7 @@ def save(
     if (height, width) != (rows, columns):
         say(f"frames of {columns}x{rows} are cropped to {width}x{height}: H.264 needs even sizes")
         frames = frames[:, :height, :width]
-    mp4 = encode(frames, rate).mp4()
+    mp4 = (early and early.mp4_of(frames, rate)) or encode(frames, rate).mp4()
     with whole_file(path) as partial:
         write(partial, mp4, metadata or {})
 
