@@ -18,10 +18,10 @@ def title_of(row: dict) -> str:
 def is_timing(row: dict) -> bool:
     """Whether a row is of the whole model at its best: neither without a time, nor in tiles, nor for its distance from float32.
 
-    With a step cache the median step says only which kind of step there was more of.
+    With a cache the median step says only which kind of step there was more of.
     """
     whole = row["tiling"] == "auto" and row["offload"] == "auto"
-    return bool(row["seconds_per_step"]) and whole and row.get("from_float32") is None and "+cache" not in row["precision"]
+    return bool(row["seconds_per_step"]) and whole and row.get("from_float32") is None and "+" not in row["precision"]
 
 
 def draw(rows: list[dict], picture: Path) -> None:

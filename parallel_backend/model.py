@@ -22,6 +22,8 @@ WINDOW_SCHEDULES = ("static", "uniform")
 RIFLEXES = ("off", "on", "finetuned")
 """Temporal positions of a long window; see :mod:`parallel_backend.cogvideox.transformer.positions`."""
 MAX_STRENGTH = 10.0
+MAX_SPARED = 10
+"""Most steps in a row of a guidance cache."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class Model:
     step_cache: float = 0.0
     """Relative change of the first block's residual below which the other blocks' residual is extrapolated; 0 disables. See
     :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache`."""
+    guidance_cache: int = 0
+    """Maximum number of steps after a full one that make guidance's unconditional half from its difference; 0 disables. See
+    :class:`parallel_backend.cogvideox.pipeline.guidance_cache.GuidanceCache`."""
     loras: tuple[Lora, ...] = ()
     """All are added to the weights. Their order affects only rounding."""
     task: str = "auto"
@@ -102,6 +107,7 @@ class Model:
                 "(attention 'fp8' rounds attention alone)"
             )
         between("step_cache", self.step_cache, 0, 2)
+        between("guidance_cache", self.guidance_cache, 0, MAX_SPARED)
         choice("task", self.task, TASKS)
         choice("snr_shift", self.snr_shift, SNR_SHIFTS)
 

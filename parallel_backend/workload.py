@@ -66,11 +66,12 @@ class Workload:
 
 
 def has_windows_to_share(job: SampleJob, checkpoint: Checkpoint) -> bool:
-    """Whether a job is one video in several windows, each of which any replica can predict. A step cache stays where it was filled.
+    """Whether a job is one video in several windows, each of which any replica can predict. Caches stay where they were filled.
 
     Windows that continue a start image wait for each other.
     """
-    return len(job.latent) == 1 and job.image is None and not job.model.step_cache and windows_of(job, checkpoint) > 1
+    cached = job.model.step_cache or (job.guided and job.model.guidance_cache)
+    return len(job.latent) == 1 and job.image is None and not cached and windows_of(job, checkpoint) > 1
 
 
 def windows_of(job: SampleJob, checkpoint: Checkpoint) -> int:

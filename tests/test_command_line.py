@@ -601,12 +601,16 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
 def test_bench_states_ours_beside_diffusers_and_xdit(run, checkpoints, loras, tmp_path):
     done = run(
         "bench", "--model", checkpoints["5b"], "--plans", "single,cfg2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,
-        "--decode", "--lora", loras["5b"], "--precisions", "lossless,fp8,lossless+cache0.9", "--float32", "--xdit", "cfg2",
+        "--decode", "--lora", loras["5b"], "--precisions", "lossless,fp8,lossless+cache0.9+guidance1", "--float32", "--xdit", "cfg2",
         "--output", tmp_path / "rows.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    ours = [("ours", plan, precision) for plan in ("single", "cfg2") for precision in ("lossless", "fp8", "lossless+cache0.9")]
+    ours = [
+        ("ours", plan, precision)
+        for plan in ("single", "cfg2")
+        for precision in ("lossless", "fp8", "lossless+cache0.9+guidance1")
+    ]
     theirs = [("diffusers", "single", "eager"), ("xdit", "cfg2", "eager")]
     assert [(row["name"], row["plan"], row["precision"]) for row in rows] == [*ours, *theirs]
     for row in rows:

@@ -21,7 +21,6 @@ from parallel_backend.cogvideox.pipeline.forward import Runtime
 from parallel_backend.cogvideox.pipeline.image import cover
 from parallel_backend.cogvideox.pipeline.validation import check, check_plan
 from parallel_backend.cogvideox.transformer.controlnet import encode, load
-from parallel_backend.cogvideox.transformer.step_cache import StepCaches
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.prepare import check_job
 from parallel_backend.group.job_fields import join_fields, split_fields
@@ -188,8 +187,7 @@ def test_windows_take_their_frames_of_the_control_video_wherever_they_are_predic
 
     sent, checkpoint, cpu = [], Checkpoint.open(checkpoints["5b"]), torch.device("cpu")
     runtime, callbacks = Runtime(cpu, torch.float32, RankContext(cpu)), Callbacks(lambda progress, total: True, lambda: True)
-    caches = StepCaches(0.0, lambda change: change)
-    found = denoise(None, checkpoint, job, runtime, callbacks, caches=caches, elsewhere=elsewhere)
+    found = denoise(None, checkpoint, job, runtime, callbacks, caches=runtime.context.caches(job), elsewhere=elsewhere)
     assert (found - local.sample(job).tensor).abs().max() <= TOLERANCE
     strengths = [[net.strength for net in window.controlnets] for window in sent]
     assert strengths == [[1.0, 1.0]] * 4 + [[0.0, 0.0]] * 4  # two windows in each of four steps

@@ -173,7 +173,7 @@ def test_more_warm_up_is_nearer_and_the_person_is_told(late, local):
 
 def test_what_is_kept_is_what_was_planned_and_goes_with_the_job(late, deep, make_job, monkeypatch):
     seen = []
-    monkeypatch.setattr(KeptOfJob, "note", property(lambda self: seen.append([*self._windows.values()])))
+    monkeypatch.setattr(KeptOfJob, "notes", property(lambda self: seen.append([*self._windows.values()]) or []))
     long = make_job("5b", size=(80, 48, 25), steps=2, windows=Windows(17, 12))
     for job in (late, replace(late, cfg=1.0), replace(long, model=Model(deep["5b"]))):
         engine = Engine(Patched(2))
@@ -237,6 +237,7 @@ def test_a_rank_that_fails_in_a_forward_ends_the_group_whose_patches_would_be_th
     [
         ({"offload": "group"}, "offload 'group' would load .*; use plan 'ulysses2', or offload 'auto', 'none' or 'model'"),
         ({"step_cache": 0.1}, "a step cache decides after the first block, .*; use step_cache 0, or plan 'ulysses2'"),
+        ({"guidance_cache": 4}, "each stage keeps .* of both prompts, .*; use guidance_cache 0, or plan 'ulysses2'"),
         (
             {"windows": Windows(13, 4, "uniform")},
             "windows of the schedule 'uniform' move, .*; use the schedule 'static', or plan",

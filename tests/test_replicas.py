@@ -172,12 +172,13 @@ def test_a_slow_replica_predicts_fewer_windows(replicas, make_job, local, monkey
     assert len(fast) > 2 * len(slow) > 0
 
 
-def test_what_has_one_window_or_a_step_cache_is_left_to_one_replica(replicas, make_job, monkeypatch):
+def test_what_has_one_window_or_a_cache_is_left_to_one_replica(replicas, make_job, monkeypatch):
     taken = [counted(replica, monkeypatch) for replica in replicas.replicas]
-    model = Model(str(make_job("5b").model.path), step_cache=0.1)
-    for settings in ({"windows": Windows(81, 8)}, {"windows": Windows(17, 8), "model": model}):
+    path = str(make_job("5b").model.path)
+    models = ({"model": Model(path, **cache)} for cache in ({"step_cache": 0.1}, {"guidance_cache": 4}))
+    for settings in ({"windows": Windows(81, 8)}, *({"windows": Windows(17, 8), **model} for model in models)):
         replicas.sample(make_job("5b", **LONG, **settings))
-    assert len(taken[0]) + len(taken[1]) == 2
+    assert len(taken[0]) + len(taken[1]) == 3
 
 
 class Replica:

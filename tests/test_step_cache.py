@@ -9,9 +9,10 @@ import torch
 from parallel_backend.cli.bench_table import distance
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.pipeline.caches import JobCaches
 from parallel_backend.cogvideox.pipeline.forward import Runtime
 from parallel_backend.cogvideox.pipeline.sampling import Sampling
-from parallel_backend.cogvideox.transformer.step_cache import LIMIT, StepCache, StepCaches
+from parallel_backend.cogvideox.transformer.step_cache import LIMIT, StepCache
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.model import Model, Windows
@@ -116,7 +117,7 @@ def test_each_window_has_a_cache_of_its_own(job, local):
 @pytest.mark.parametrize("schedule", ["static", "uniform"])
 def test_the_caches_of_all_windows_are_planned_for(schedule, job, local, monkeypatch):
     seen = []
-    monkeypatch.setattr(StepCaches, "note", property(lambda caches: seen.extend(caches._caches.values())))
+    monkeypatch.setattr(JobCaches, "notes", property(lambda caches: seen.extend(caches._steps.values()) or []))
     long = replace(job, latent=empty_latent(width=64, height=48, frames=25), windows=Windows(17, 12, schedule))
     asked, checkpoint = cached(long, 0.15), Checkpoint.open(job.model.path)
     local.sample(asked)

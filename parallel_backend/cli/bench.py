@@ -13,7 +13,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--precisions",
         default="lossless",
-        help="comma-separated: lossless, eager, fp8, fp8-all, int8; add a step cache as in fp8-all+cache0.1",
+        help="comma-separated: lossless, eager, fp8, fp8-all, int8; add caches as in fp8-all+cache0.1 or lossless+guidance4",
     )
     parser.add_argument("--float32", action="store_true", help="add each row's distance from float32 after two steps")
     parser.add_argument("--devices", default="auto", help="as in generate")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,7 +50,9 @@ PRECISIONS = {
     "fp8-all": {"fp8": "all"},
     "int8": {"quantize": "int8"},
 }
-"""What differs in the model from what the options say. Behind a ``+``, ``cacheC`` is a step cache of threshold C."""
+"""What differs in the model from what the options say."""
+CACHES = {"cache": ("step_cache", float), "guidance": ("guidance_cache", int)}
+"""What may follow behind a ``+``, with its number: the model's field, and the number's type."""
 DIFFUSERS = ("eager", "compiled")
 PEAK_SIZE = 8192
 """Of the square matrices whose product says what a GPU can do."""
@@ -74,10 +77,30 @@ def chosen(option: str, words: str, allowed) -> list[str]:
     return found
 
 
+def changes_of(word: str) -> dict[str, Any]:
+    """The model's fields that a word of ``--precisions`` sets, such as ``fp8-all+cache0.1+guidance4``.
+
+    Raises:
+        RequestError: for one that is not understood.
+    """
+    name, *caches = word.split("+")
+    try:
+        changes = dict(PRECISIONS[name])
+        for each in caches:
+            cache = each.rstrip("0123456789.")
+            field, number = CACHES[cache]
+            changes[field] = number(each.removeprefix(cache))
+    except (KeyError, ValueError):
+        allowed = ", ".join(PRECISIONS)
+        raise RequestError(
+            f"--precisions: '{word}' is not understood; use some of {allowed}, each with +cache0.1, +guidance4 or both"
+        ) from None
+    return changes
+
+
 def in_precision(model: Model, word: str) -> Model:
-    """A model in what a word of ``--precisions`` says, such as ``fp8-all+cache0.1``."""
-    name, _, cache = word.partition("+cache")
-    return replace(model, **PRECISIONS[name], **({"step_cache": float(cache)} if cache else {}))
+    """A model in what a word of ``--precisions`` says."""
+    return replace(model, **changes_of(word))
 
 
 def chosen_precisions(words: str) -> list[str]:
@@ -87,10 +110,7 @@ def chosen_precisions(words: str) -> list[str]:
         RequestError: for one that is not understood.
     """
     for word in words.split(","):
-        name, plus, cache = word.partition("+cache")
-        if name not in PRECISIONS or (plus and not cache.replace(".", "", 1).isdigit()):
-            allowed = ", ".join(PRECISIONS)
-            raise RequestError(f"--precisions: '{word}' is not understood; use some of {allowed}, each with +cache0.1 or so")
+        changes_of(word)
     return words.split(",")
 
 

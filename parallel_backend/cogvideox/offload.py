@@ -161,6 +161,8 @@ def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dty
     halves = 2 // plan.cfg if job.guided else 1
     tokens = (checkpoint.tokens(frames, height, width) + checkpoint.text_tokens) // plan.sequence
     kept = kept_factor(plan, checkpoint.layers) + (step_cache.STATES if job.model.step_cache else 0)
+    if job.model.step_cache and job.model.guidance_cache and job.guided:
+        kept += step_cache.STATES / halves  # of the passes with one prompt
     factor = working_factor(plan) + windows * kept + control_branch.STATES * len(job.controlnets)
     states = int(factor * batch * halves * tokens * checkpoint.heads * checkpoint.head_dim * dtype.itemsize)
     if plan.fsdp == 1:

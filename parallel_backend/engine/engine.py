@@ -197,7 +197,7 @@ class Engine:
         finally:
             if self.cache.offload == "model":
                 self.cache.make_room()
-        self._note(caches.note)
+        self._notes += caches.notes
         self._note(previews and previews.note)
         self._note(choice.note_of_twice(self.device))
         return Result(

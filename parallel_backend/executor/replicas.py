@@ -13,7 +13,6 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.denoise import Callbacks, denoise
 from ..cogvideox.pipeline.forward import Runtime
 from ..cogvideox.pipeline.notes import notes
-from ..cogvideox.transformer.step_cache import StepCaches
 from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
@@ -179,8 +178,7 @@ class ReplicasExecutor(Executor):
 
         cpu, dtype = torch.device("cpu"), checkpoint.dtype(job.model.dtype, self.devices.first)
         runtime, callbacks = Runtime(cpu, dtype, RankContext(cpu)), Callbacks(mark, lambda: not should_stop())
-        caches = StepCaches(0.0, lambda change: change)
-        latent = denoise(None, checkpoint, job, runtime, callbacks, caches=caches, elsewhere=elsewhere)
+        latent = denoise(None, checkpoint, job, runtime, callbacks, caches=runtime.context.caches(job), elsewhere=elsewhere)
         if job.preview:
             scheduler.notes.append("no previews: replicas share the windows of each step")
         report = self._report(predicted, [*scheduler.notes, *notes(job, checkpoint)], time.perf_counter() - started)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..cogvideox.checkpoint.shards import Shard
-from ..cogvideox.transformer.step_cache import StepCaches
+from ..cogvideox.pipeline.caches import JobCaches
 from ..jobs import SampleJob
 from ..plan import Plan
 from ..planner.machine import SLOW_LINK, Link
@@ -71,6 +71,8 @@ class GroupRankContext(RankContext):
         self._messages = 0
         """Number of messages that rank 0 has broadcast; the last one is the current job."""
         self.copies = False
+        if plan.cfg > 1:
+            self.about_spared = f"both halves of plan '{plan}' computed the same in them, so they were not shorter"
         self.guidance = GuidanceSplit(plan.cfg, xdit.cfg_group())
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._gpus: list[tuple[int, str]] = self.collect((self.guidance.half, gpu))
@@ -144,7 +146,7 @@ class GroupRankContext(RankContext):
         if self.mesh:
             shard_blocks(transformer, self.mesh)
 
-    def caches(self, job: SampleJob) -> StepCaches | KeptOfJob:
+    def caches(self, job: SampleJob) -> JobCaches | KeptOfJob:
         return KeptOfJob(job.pipefusion_warmup) if self.pipe else super().caches(job)
 
     @property

@@ -49,7 +49,7 @@ class Kept:
 class KeptOfJob:
     """The kept states of one job by window.
 
-    It has the interface of :class:`parallel_backend.cogvideox.transformer.step_cache.StepCaches`.
+    It has the interface of :class:`parallel_backend.cogvideox.pipeline.caches.JobCaches`.
 
     Args:
         warmup: see :class:`Kept`.
@@ -61,25 +61,28 @@ class KeptOfJob:
         self.warmup = warmup
         self._windows: dict[tuple[int, int], Kept] = {}
 
-    def of(self, frames: slice) -> Kept:
+    def of(self, frames: slice, *, spared: bool = False) -> Kept:
         """Returns the state of the window with these frames."""
         return self._windows.setdefault((frames.start, frames.stop), Kept(self.warmup))
+
+    def guidance(self, frames: slice) -> None:
+        """Returns no guidance cache, as a pipeline refuses one."""
 
     def expire(self) -> None:
         """Does nothing when the prompt changes: text is in the first patch, whose keys and values are always current."""
 
     @property
-    def note(self) -> str | None:
-        """A note for the user: how many forward passes were inexact, and the memory used; None if all were exact."""
+    def notes(self) -> list[str]:
+        """A note for the user: how many forward passes were inexact, and the memory used; none if all were exact."""
         windows = self._windows.values()
         late = sum(max(kept.forwards - kept.warmup, 0) for kept in windows)
         if not late:
-            return None
-        return (
+            return []
+        return [
             f"pipefusion: {late} of {sum(kept.forwards for kept in windows)} forwards attended to keys and values of the step "
             f"before, of which a rank kept {sum(kept.nbytes for kept in windows) / 2**20:.0f} MiB: similar to the video of other plans, "
             "but not the same"
-        )
+        ]
 
 
 class PatchAttention:

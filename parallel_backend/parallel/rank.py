@@ -7,7 +7,7 @@ import torch
 
 from ..cogvideox import offload
 from ..cogvideox.checkpoint.shards import WHOLE
-from ..cogvideox.transformer.step_cache import StepCaches
+from ..cogvideox.pipeline.caches import JobCaches
 from ..jobs import SampleJob
 from ..plan import Plan
 from .sequence import JointSequence
@@ -25,6 +25,8 @@ class RankContext:
     rank = 0
     shard = WHOLE
     """The part of the transformer's weights that this rank keeps."""
+    about_spared: str | None = None
+    """What the ranks of the unconditional half do in steps that spare it, for the user; None if all ranks run both halves."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -36,9 +38,9 @@ class RankContext:
         """Makes a transformer compute this rank's share on joint text and video tokens. Call it before its weights are read."""
         JointSequence(transformer)
 
-    def caches(self, job: SampleJob) -> StepCaches:
+    def caches(self, job: SampleJob) -> JobCaches:
         """Returns new caches for the windows of a job."""
-        return StepCaches(job.model.step_cache, self.total)
+        return JobCaches(job, self)
 
     @property
     def is_in_step(self) -> bool:

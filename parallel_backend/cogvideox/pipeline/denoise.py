@@ -12,7 +12,7 @@ from ...errors import Cancelled, NotFinite
 from ...jobs import Progress, SampleJob
 from ...model import ControlNet
 from ..checkpoint.checkpoint import Checkpoint
-from .forward import Forward, Runtime, prompts_of, text_of
+from .forward import Forward, Runtime, Text, guide, prompts_of
 from .sampling import Sampling
 from .windows import Window
 
@@ -74,11 +74,11 @@ class LocalWindows:
 
     def __init__(self, transformer, sampling: Sampling, caches):
         job, latents, runtime = sampling.job, sampling.latents, sampling.runtime
-        prompts = {numbers: prompts_of(job, numbers) for numbers in set(sampling.numbers)}
         # All prompts and timesteps are copied before the loop: a copy within a step would synchronize with the device.
         self._text = {
-            numbers: text_of(runtime.context.share(states), len(latents)).to(device=runtime.device, dtype=runtime.dtype)
-            for numbers, states in prompts.items()
+            (numbers, spared): Text.of(prompts_of(job, numbers), len(latents), runtime, spared=spared)
+            for numbers in set(sampling.numbers)
+            for spared in ((False, True) if job.model.guidance_cache else (False,))
         }
         self._timesteps = sampling.timesteps.to(runtime.device)
         window = latents[:, : sampling.layout.length]
@@ -94,10 +94,13 @@ class LocalWindows:
             scale: guidance scale.
         """
         step = self._sampling.done
-        timestep, text = self._timesteps[step], self._text[self._sampling.numbers[step]]
-        nets = self._sampling.controlnets(step)
+        timestep, nets = self._timesteps[step], self._sampling.controlnets(step)
         for window, part in zip(windows, parts):
-            yield self._forward.predict(part, timestep, scale, text=text, nets=nets, cache=self._caches.of(window.frames))
+            guidance = self._caches.guidance(window.frames)
+            spared = guidance is not None and guidance.begin(step, int(self._sampling.timesteps[step]))
+            text, cache = self._text[self._sampling.numbers[step], spared], self._caches.of(window.frames, spared=spared)
+            halves = self._forward.predict(part, timestep, text, nets=nets, cache=cache)
+            yield guide(guidance.halves(halves) if guidance else halves, scale)
 
 
 @torch.inference_mode()

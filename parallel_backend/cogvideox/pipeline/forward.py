@@ -42,9 +42,31 @@ def prompts_of(job: SampleJob | WindowJob, numbers: tuple[int, int] = (0, 0)) ->
     return [text if text.ndim == 3 else text[:, number] for text, number in (sides if job.guided else sides[1:])]
 
 
-def text_of(prompts: Sequence[torch.Tensor], videos: int) -> torch.Tensor:
-    """Returns each prompt's states for each video, ``[prompts * videos, tokens, features]``."""
-    return torch.cat([prompt.expand(videos, -1, -1) for prompt in prompts])
+@dataclass(frozen=True)
+class Text:
+    """The prompts of a forward pass. Create it with :meth:`of`."""
+
+    states: torch.Tensor
+    """Of this rank's prompts, ``[prompts * batch, tokens, features]``."""
+    prompts: int
+    """Number of prompts that all ranks together run: 2 if guided, else 1."""
+    spared: bool = False
+    """Whether the step is guided, but its unconditional half is spared."""
+
+    @classmethod
+    def of(cls, prompts: Sequence[torch.Tensor], videos: int, runtime: Runtime, *, spared: bool = False) -> "Text":
+        """Prepares prompts as returned by :func:`prompts_of`, each for so many videos; with ``spared`` the positive one only."""
+        wanted = prompts[-1:] if spared else prompts
+        states = torch.cat([prompt.expand(videos, -1, -1) for prompt in runtime.context.share(wanted)])
+        return cls(states.to(device=runtime.device, dtype=runtime.dtype), len(wanted), spared)
+
+
+def guide(halves: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    """Returns the guided velocity from both predictions, or the only one. The scale is ignored then."""
+    if len(halves) == 1:
+        return halves[0]
+    negative, positive = halves
+    return negative + scale * (positive - negative)
 
 
 @dataclass(frozen=True)
@@ -57,8 +79,6 @@ class Forward:
     ofs: torch.Tensor | None
     """See ``Checkpoint.ofs``."""
     runtime: Runtime
-    prompts: int
-    """Number of prompts that all ranks together run: 2 if guided, else 1."""
     token: int = 1
     """Latent frames per token."""
 
@@ -70,48 +90,42 @@ class Forward:
         _, frames, _, height, width = latents.shape
         rotary = rotary_tables(checkpoint, frames, height, width, runtime.device, riflex=job.riflex)
         ofs = None if checkpoint.ofs is None else latents.new_tensor([checkpoint.ofs])
-        return cls(transformer, rotary, ofs, runtime, 2 if job.guided else 1, checkpoint.patch_size_t or 1)
+        return cls(transformer, rotary, ofs, runtime, checkpoint.patch_size_t or 1)
 
     def predict(
         self,
         seen: torch.Tensor,
         timestep: torch.Tensor,
-        scale: float,
+        text: Text,
         *,
-        text: torch.Tensor,
         nets: Sequence[ControlNet] = (),
         cache=None,
-    ) -> torch.Tensor:
-        """Predicts the guided velocity of one window, float32. The result depends on the arguments only.
+    ) -> list[torch.Tensor]:
+        """Predicts the velocity of one window for each prompt, float32. The result depends on the arguments only.
 
         Frames that do not fill a token are followed by zeros: VideoX-Fun's models of CogVideoX 1.5 make a single frame so.
 
         Args:
             seen: noisy latents concatenated with the condition and the control videos, ``[batch, frames, channels, height, width]``.
             timestep: of all frames; a tensor on the device, as copying it there would synchronize.
-            scale: guidance scale; ignored with one prompt.
-            text: states of this rank's prompts, ``[prompts * batch, tokens, features]``.
+            text: the prompts.
             nets: the runtime's ControlNets as they are in this step.
             cache: of this window, or None.
         """
-        mine, frames = len(text) // len(seen), seen.shape[1]
+        mine, frames = len(text.states) // len(seen), seen.shape[1]
         seen, controls = self._split(seen, nets, mine)
         if lacking := -frames % self.token:
             seen = torch.cat([seen, torch.zeros_like(seen[:, :1]).repeat(1, lacking, 1, 1, 1)], dim=1)
         predicted = self.transformer(
             hidden_states=torch.cat([seen] * mine),
-            encoder_hidden_states=text,
-            timestep=timestep.expand(len(text)).to(seen.device),
+            encoder_hidden_states=text.states,
+            timestep=timestep.expand(len(text.states)).to(seen.device),
             ofs=self.ofs,
             image_rotary_emb=self.rotary,
-            attention_kwargs={"cache": cache, "attention": self.runtime.attention, "controls": controls},
+            attention_kwargs={"cache": cache, "attention": self.runtime.attention, "controls": controls, "spared": text.spared},
             return_dict=False,
         )[0]
-        predicted = [half[:, :frames].float() for half in self.runtime.context.gather(predicted.chunk(mine), of=self.prompts)]
-        if self.prompts == 1:
-            return predicted[0]
-        negative, positive = predicted
-        return negative + scale * (positive - negative)
+        return [half[:, :frames].float() for half in self.runtime.context.gather(predicted.chunk(mine), of=text.prompts)]
 
     def _split(self, seen: torch.Tensor, nets: Sequence[ControlNet], prompts: int) -> tuple[torch.Tensor, list[Control]]:
         """Returns the transformer's input, and what each ControlNet that is on gets for so many prompts."""
@@ -128,7 +142,6 @@ class Forward:
 def predict_window(transformer, checkpoint: Checkpoint, job: WindowJob, runtime: Runtime) -> torch.Tensor:
     """Runs one window's forward pass for a denoise loop in another process; see :meth:`Forward.predict`."""
     seen = job.seen.to(device=runtime.device, dtype=runtime.dtype)
-    prompts = prompts_of(job)
-    text = text_of(runtime.context.share(prompts), len(seen)).to(device=runtime.device, dtype=runtime.dtype)
+    text = Text.of(prompts_of(job), len(seen), runtime)
     forward = Forward.of(transformer, checkpoint, job, seen, runtime)
-    return forward.predict(seen, torch.tensor(job.timestep), job.scale, text=text, nets=job.controlnets).cpu()
+    return guide(forward.predict(seen, torch.tensor(job.timestep), text, nets=job.controlnets), job.scale).cpu()

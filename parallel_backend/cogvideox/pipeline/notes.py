@@ -12,7 +12,8 @@ WHOLE = ": it is sampled whole"
 
 def notes(job: SampleJob, checkpoint: Checkpoint) -> list[str]:
     """Returns one line for each thing to know of a job with a checkpoint."""
-    return [line for line in (of_windows(job, checkpoint), of_riflex(job, checkpoint), of_end_image(job, checkpoint)) if line]
+    lines = (of_windows(job, checkpoint), of_riflex(job, checkpoint), of_end_image(job, checkpoint), of_guidance(job))
+    return [line for line in lines if line]
 
 
 def of_windows(job: SampleJob, checkpoint: Checkpoint) -> str | None:
@@ -48,3 +49,10 @@ def of_end_image(job: SampleJob, checkpoint: Checkpoint) -> str | None:
         f"{place}, as CogvideoX-Interpolation's weights were trained; they have the shapes of CogVideoX-5b-I2V, which was not, so for "
         "an end image use those weights or an inpaint model"
     )
+
+
+def of_guidance(job: SampleJob) -> str | None:
+    """Returns a note if a guidance cache has nothing to spare."""
+    if job.guided or not job.model.guidance_cache:
+        return None
+    return f"guidance_cache has no effect: cfg is {job.cfg:g}, so no step has an unconditional half"

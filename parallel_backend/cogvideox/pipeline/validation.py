@@ -83,6 +83,11 @@ def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
             f"plan '{plan}': a step cache decides after the first block, when other stages are running already; "
             f"use step_cache 0, or plan '{other}'"
         )
+    if job.model.guidance_cache:
+        raise RequestError(
+            f"plan '{plan}': each stage keeps keys and values of both prompts, and a guidance cache spares one of them; "
+            f"use guidance_cache 0, or plan '{other}'"
+        )
     if job.windows is not None and job.windows.schedule == "uniform" and not Layout.of(job, checkpoint).is_whole:
         raise RequestError(
             f"plan '{plan}': windows of the schedule 'uniform' move, so there are no keys and values of the previous step to "

@@ -81,36 +81,3 @@ class StepCache:
         rest, self._start = tokens - self._start, None
         self._rest, self._rest_gained, self._in_a_row = rest, rest - self._rest, 0
         return tokens
-
-
-class StepCaches:
-    """The step caches of one job, one per window. With threshold 0 there are none."""
-
-    def __init__(self, threshold: float, total: Callable[[torch.Tensor], torch.Tensor]):
-        self.threshold = threshold
-        self.total = total
-        self._caches: dict[tuple[int, int], StepCache] = {}
-
-    def of(self, frames: slice) -> StepCache | None:
-        """Returns the cache of the window with these frames."""
-        if self.threshold == 0:
-            return None
-        return self._caches.setdefault((frames.start, frames.stop), StepCache(self.threshold, self.total))
-
-    def expire(self) -> None:
-        """Forces a full pass of every window next, as the prompt changes."""
-        for cache in self._caches.values():
-            cache.expire()
-
-    @property
-    def restarted(self) -> str | None:
-        """A note for a resumed job: what was reset, if anything."""
-        return "the step cache was reset on the way" if self.threshold else None
-
-    @property
-    def note(self) -> str | None:
-        """A note for the user: how many forward passes were shortened."""
-        if self.threshold == 0:
-            return None
-        reused, forwards = (sum(getattr(cache, name) for cache in self._caches.values()) for name in ("reused", "forwards"))
-        return f"step cache {self.threshold:g}: {reused} of {forwards} forwards ran their first block only"
