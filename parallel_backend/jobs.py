@@ -12,6 +12,7 @@ import torch
 
 from .errors import RequestError
 from .model import ControlNet, Model, Windows
+from .upscale_job import UpscaleJob
 from .validation import (
     CHANNELS,
     between,
@@ -100,9 +101,8 @@ class SampleJob:
     control_strength: float = 1.0
     """The factor for the control video's latent."""
     control_start: float = 0.0
-    """Share of the steps at which control starts."""
+    """Share of the steps at which control starts; ``control_end`` is when it ends."""
     control_end: float = 1.0
-    """Share of the steps at which control ends."""
     masked_video: torch.Tensor | None = None
     """For inpaint models: the video as an unscaled VAE latent like ``control``, black where it is replaced. For object removal models:
     the whole video."""
@@ -270,7 +270,7 @@ class EncodeJob:
         check_tiles(self)
 
 
-Job = SampleJob | WindowJob | DecodeJob | EncodeJob
+Job = SampleJob | WindowJob | DecodeJob | EncodeJob | UpscaleJob
 JOBS: dict[str, type] = {job.kind: job for job in (SampleJob, LoadJob, WindowJob, DecodeJob, EncodeJob)}
 
 

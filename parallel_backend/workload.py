@@ -11,10 +11,12 @@ from .cogvideox.checkpoint import controlnet
 from .cogvideox.checkpoint.checkpoint import Checkpoint
 from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from .cogvideox.offload import block_parts
+from .cogvideox.pipeline.upscaling import blank_parts, tiles_of
 from .cogvideox.pipeline.windows import Layout, forward_size
-from .jobs import Job, SampleJob
+from .jobs import Job, SampleJob, WindowJob
 from .model import Model
 from .planner.work import Work
+from .upscale_job import UpscaleJob
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Workload:
     work: Callable[[torch.device], Work] | None = None
     """One step on a device; None assumes a published model at its own size."""
     jobs: int = 1
-    """Jobs that run one after the other, or windows of one job."""
+    """Jobs that run one after the other, or windows or tiles of one job."""
     unit: str = "videos"
     """What ``jobs`` counts, for the user."""
     batch: int | None = None
@@ -48,6 +50,8 @@ class Workload:
     @classmethod
     def of_job(cls, job: Job, checkpoint: Checkpoint, *, jobs: int = 1) -> "Workload":
         """Returns the workload of a job, or of several jobs of its size."""
+        if isinstance(job, UpscaleJob):
+            return cls.of_tiles(job, checkpoint)
         if not isinstance(job, SampleJob):
             return cls.of(checkpoint, can_share=False)
         windows = windows_of(job, checkpoint) if jobs == 1 and has_windows_to_share(job, checkpoint) else 1
@@ -62,6 +66,21 @@ class Workload:
             batch=len(job.latent),
             # With a step cache a video of a batch differs a little from one made alone.
             can_share=jobs > 1 or not job.model.step_cache,
+        )
+
+    @classmethod
+    def of_tiles(cls, job: UpscaleJob, checkpoint: Checkpoint) -> "Workload":
+        """Returns the workload of enlarging a video. A tile is counted as its forward pass, without the VAE."""
+        forward, _ = blank_parts(job, checkpoint)
+        return cls(
+            heads=checkpoint.heads,
+            layers=checkpoint.layers,
+            guided=False,
+            offload=job.model.offload,
+            work=partial(work_of_job, forward, checkpoint),
+            jobs=len(tiles_of(job)),
+            unit="tiles",
+            batch=1,
         )
 
 
@@ -123,7 +142,7 @@ def work_of(
     )
 
 
-def work_of_job(job: SampleJob, checkpoint: Checkpoint, device: torch.device) -> Work:
+def work_of_job(job: SampleJob | WindowJob, checkpoint: Checkpoint, device: torch.device) -> Work:
     """Returns the work of one step of a job; of one window, if it has several."""
     batch, frames, height, width = forward_size(job, checkpoint)
     size = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1)

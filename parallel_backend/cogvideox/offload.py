@@ -14,8 +14,10 @@ from ..plan import Plan
 from ..planner.cost_model import GATHERED, HEADROOM, kept_factor, working_factor
 from ..planner.work import stage_layers
 from ..system.limits import usable_memory
+from ..upscale_job import UpscaleJob
 from .checkpoint import controlnet, shards
 from .checkpoint.checkpoint import Checkpoint
+from .pipeline.upscaling import blank_parts
 from .pipeline.windows import Layout, forward_size
 from .transformer import controlnet as control_branch
 from .transformer import quantized_linear, step_cache
@@ -128,11 +130,11 @@ def transformer_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *,
     return rest + blocks * stage_layers(plan, checkpoint.layers) // checkpoint.layers // plan.fsdp
 
 
-def job_weight_bytes(job: SampleJob | WindowJob, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
+def job_weight_bytes(job: SampleJob | WindowJob | UpscaleJob, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
     """Returns the bytes of the transformer's weights that each rank of a plan keeps for a job, and of the job's ControlNets."""
     quantized = job.model.quantization != "off"
     own = transformer_bytes(checkpoint, plan, dtype, quantized=quantized)
-    return own + controlnet.weight_bytes(job.controlnets, dtype)
+    return own + controlnet.weight_bytes(getattr(job, "controlnets", ()), dtype)
 
 
 def block_bytes(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype, *, quantized: bool = False) -> int:
@@ -152,6 +154,8 @@ def block_parts(checkpoint: Checkpoint, dtype: torch.dtype, *, quantized: bool =
 
 def working_bytes(job: Job, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> int:
     """Estimates the memory in bytes that a job needs on each rank of a plan, excluding weights."""
+    if isinstance(job, UpscaleJob):
+        return max(working_bytes(part, checkpoint, plan, dtype) for part in blank_parts(job, checkpoint))
     if not isinstance(job, SampleJob | WindowJob):
         return tiling.working_bytes(job, dtype)
     batch, frames, height, width = forward_size(job, checkpoint)

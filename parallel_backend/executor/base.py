@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.pipeline.upscaling import tiles_of
 from ..cogvideox.vae.frames import Assembly, FramesListener
 from ..cogvideox.vae.preview import PictureListener
-from ..errors import GroupFailure
+from ..errors import Cancelled, GroupFailure
 from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
 from ..plan import Plan
 from ..system.read_ahead import read_ahead
-from . import continuing
+from ..upscale_job import UpscaleJob
+from . import continuing, upscaling
 from .prepare import CheckedJob, check_job
 
 StepListener = Callable[[int, int], None]
@@ -37,8 +39,9 @@ def never() -> bool:
 
 
 def steps_of(jobs: Sequence[Job]) -> int:
-    """Returns the number of steps of all jobs together."""
-    return sum(job.steps_to_run for job in jobs if isinstance(job, SampleJob))
+    """Returns the number of steps of all jobs together. A tile of an enlarged video is one."""
+    tiles = sum(len(tiles_of(job)) for job in jobs if isinstance(job, UpscaleJob))
+    return tiles + sum(job.steps_to_run for job in jobs if isinstance(job, SampleJob))
 
 
 def within(jobs: Sequence[SampleJob], place: int, on_step: StepListener) -> StepListener:
@@ -155,6 +158,8 @@ class Executor(ABC):
         job = checked.job
         if isinstance(job, DecodeJob):
             return self._decode(job, should_stop, on_frames)
+        if isinstance(job, UpscaleJob):
+            return self._upscale(job, checked.checkpoint, on_step, should_stop)
         if not continuing.is_continued(job, checked.checkpoint):
             return self._run(job, on_step, should_stop, on_picture)
         windows = [job] * len(continuing.spans_of(job))
@@ -177,6 +182,26 @@ class Executor(ABC):
         whole = Assembly(job.latent, on_frames)
         result = self._run(job, silent, should_stop, None, whole.add)
         return result if whole.videos is None else replace(result, tensor=whole.videos)
+
+    def _upscale(self, job: UpscaleJob, checkpoint: Checkpoint, on_step: StepListener, should_stop: StopSignal) -> Result:
+        """Makes the tiles of a checked job one after the other."""
+        total, done = steps_of([job]), 0
+
+        def run_part(part: Job) -> Result:
+            if should_stop():
+                raise Cancelled(f"stopped after tile {done} of {total}")
+            return self._decode(part, should_stop) if isinstance(part, DecodeJob) else self._run(part, silent, should_stop)
+
+        def on_tile(number: int) -> None:
+            nonlocal done
+            done = number
+            on_step(done, total)
+
+        made = upscaling.upscale(job, checkpoint, run_part, on_tile)
+        if self.plan.cfg == 1:
+            return made
+        note = f"an upscaling model has no guidance: both halves of plan '{self.plan}' compute the same"
+        return replace(made, report=replace(made.report, notes=(*made.report.notes, note)))
 
     def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         """Runs checked jobs one after the other."""

@@ -114,8 +114,8 @@ def ending(job: SampleJob, latent: torch.Tensor, kept: int, run: Run) -> dict[st
     }
 
 
-def joined(reports: list[Report], note: str) -> Report:
-    """Returns the report of all windows together, with a note."""
+def joined(reports: list[Report], *notes: str) -> Report:
+    """Returns the report of all windows, or other parts of a job, together, with notes."""
     own = (line for report in reports for line in report.notes if not line.endswith(WHOLE))  # said of each window's job
     return replace(
         reports[0],
@@ -123,5 +123,5 @@ def joined(reports: list[Report], note: str) -> Report:
         run_seconds=sum(report.run_seconds for report in reports),
         step_seconds=tuple(seconds for report in reports for seconds in report.step_seconds),
         peak_memory=tuple(map(max, zip(*(report.peak_memory for report in reports)))),
-        notes=tuple(dict.fromkeys([note, *own])),
+        notes=tuple(dict.fromkeys([*notes, *own])),
     )

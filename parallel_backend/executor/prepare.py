@@ -9,6 +9,7 @@ from ..cogvideox.pipeline import validation
 from ..devices import Devices
 from ..jobs import Job, SampleJob
 from ..plan import Plan
+from ..upscale_job import UpscaleJob
 from ..workload import Workload
 from .resolve import resolve
 
@@ -30,7 +31,7 @@ class CheckedJob:
 
     def check_devices(self, devices: Devices) -> None:
         """Raises RequestError when devices cannot attend as a sampling job asks for."""
-        if not isinstance(self.job, SampleJob) or devices.on_ray:
+        if not isinstance(self.job, SampleJob | UpscaleJob) or devices.on_ray:
             return  # a group on Ray checks its own devices
         model, head_dim = self.job.model, self.checkpoint.head_dim
         kinds = [Kind(device, self.checkpoint.dtype(model.dtype, device), head_dim) for device in devices.torch_devices]

@@ -13,6 +13,7 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.denoise import Callbacks, denoise
 from ..cogvideox.pipeline.forward import Runtime
 from ..cogvideox.pipeline.notes import notes
+from ..cogvideox.pipeline.upscaling import Mosaic, tiles_of
 from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
@@ -21,6 +22,7 @@ from ..jobs import Job, Progress, Report, Result, SampleJob, WindowJob
 from ..model import ControlNet
 from ..parallel.rank import RankContext
 from ..plan import Plan
+from ..upscale_job import UpscaleJob
 from ..workload import has_windows_to_share
 from .base import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
 from .batch import cut, join
@@ -183,6 +185,23 @@ class ReplicasExecutor(Executor):
             scheduler.notes.append("no previews: replicas share the windows of each step")
         report = self._report(predicted, [*scheduler.notes, *notes(job, checkpoint)], time.perf_counter() - started)
         return Result(latent, replace(report, step_seconds=tuple(steps)))
+
+    def _upscale(self, job: UpscaleJob, checkpoint: Checkpoint, on_step: StepListener, should_stop: StopSignal) -> Result:
+        """Each tile is made by a replica that is free."""
+        self._closed.clear()
+        began, mosaic = time.perf_counter(), Mosaic(job)
+        finished: dict[int, ReplicaResult] = {}
+
+        def keep(number: int, results: list[ReplicaResult]) -> None:
+            ((replica, result),) = results
+            mosaic.add(number, result.tensor)
+            finished[number] = replica, replace(result, tensor=torch.empty(0))
+
+        tiles = [replace(job, place=place) for place in range(len(tiles_of(job)))]
+        scheduler = ReplicaScheduler(self._pool, self._names, tiles, self._closed.is_set, keep)
+        scheduler.run(on_step, should_stop)
+        results = [finished[number] for number in range(len(tiles))]
+        return Result(mosaic.video, self._report(results, scheduler.notes, time.perf_counter() - began))
 
     def _report(self, results: list[ReplicaResult], notes: list[str], seconds: float) -> Report:
         """Returns the report of a job that took ``seconds``. Ranks that took no part in it used no memory."""

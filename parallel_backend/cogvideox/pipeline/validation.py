@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 
+import torch
+
 from ...errors import RequestError
 from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
 from ...model import ATTENTIONS
 from ...plan import Plan
+from ...upscale_job import UpscaleJob
 from ..attention import registry
 from ..checkpoint import controlnet
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.facts import SPATIAL, TEMPORAL
 from ..transformer.lora import open_all
+from .upscaling import latent_shape
 from .windows import Layout, frames_of, latent_frames_of
 
 TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
@@ -18,6 +22,7 @@ IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
 CONTROL_MODELS = "CogVideoX-Fun-V1.1-5b-Control or CogVideoX-Fun-V1.1-5b-Pose"
 INPAINT_MODELS = "CogVideoX-Fun-V1.1-5b-InP or CogVideoX-Fun-V1.5-5b-InP"
 REMOVAL_MODELS = "VOID"
+UPSCALERS = "DOVE, or SparkVSR without reference frames"
 MAKES = {
     "text": "makes videos from text alone",
     "image": "makes videos from a start image",
@@ -48,6 +53,9 @@ def check(checkpoint: Checkpoint, job: Job) -> None:
         checkpoint.check_vae()
     if isinstance(job, EncodeJob):
         return
+    if isinstance(job, UpscaleJob):
+        check_upscale(checkpoint, job)
+        return
     name = checkpoint.name
     if job.latent.shape[1] != checkpoint.channels:
         raise RequestError(
@@ -66,13 +74,15 @@ def check_plan(checkpoint: Checkpoint, plan: Plan, job: Job) -> None:
     """
     plan.check_heads(checkpoint.heads)
     plan.check_layers(checkpoint.layers)
-    if not isinstance(job, SampleJob):
+    if not isinstance(job, SampleJob | UpscaleJob):
         return
     plan.check_offload(job.model.offload)
     check_ring(plan, job.model.attention)
     if plan.pipefusion == 1:
         return
     other = plan.without_pipefusion
+    if isinstance(job, UpscaleJob):
+        raise RequestError(f"plan '{plan}': a tile takes one forward pass, and a pipeline needs several; use plan '{other}'")
     if job.controlnets:
         raise RequestError(
             f"plan '{plan}': a ControlNet's blocks run beside the model's first ones, and a pipeline's stages would each need the "
@@ -120,27 +130,37 @@ def check_window(checkpoint: Checkpoint, job: WindowJob) -> None:
 
 def check_sample(checkpoint: Checkpoint, job: SampleJob) -> None:
     """Checks a job's task, LoRAs, ControlNets, size, frames and text states."""
-    name = checkpoint.name
     check_task(checkpoint, job)
     open_all(job.model.loras, checkpoint)
     check_controlnets(checkpoint, job)
     check_positions(checkpoint, *job.latent.shape[3:])
     check_windows(checkpoint, job)
     check_padding(checkpoint, job)
-    for side in ("positive", "negative"):
-        text = getattr(job, side)
-        if text is None:
-            continue
-        if text.shape[-1] != checkpoint.text_features:
+    check_text(checkpoint, "positive", job.positive)
+    if job.negative is not None:
+        check_text(checkpoint, "negative", job.negative)
+
+
+def check_text(checkpoint: Checkpoint, side: str, text: torch.Tensor) -> None:
+    """Raises RequestError unless text states have the features and the tokens that the model takes."""
+    taken = {"features": (text.shape[-1], checkpoint.text_features), "tokens": (text.shape[-2], checkpoint.text_tokens)}
+    for what, (given, wanted) in taken.items():
+        if given != wanted:
             raise RequestError(
-                f"{side} conditioning has {text.shape[-1]} features; {name} takes {checkpoint.text_features}: "
+                f"{side} conditioning has {given} {what}; {checkpoint.name} takes {wanted}: "
                 "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
             )
-        if text.shape[-2] != checkpoint.text_tokens:
-            raise RequestError(
-                f"{side} conditioning has {text.shape[-2]} tokens; {name} takes {checkpoint.text_tokens}: "
-                "use this checkpoint's CLIP, or the core's CLIPLoader with type cogvideox"
-            )
+
+
+def check_upscale(checkpoint: Checkpoint, job: UpscaleJob) -> None:
+    """Raises RequestError unless a model can have been trained to enlarge videos, and positions reach to the end of a tile."""
+    if checkpoint.task not in ("text", "image"):
+        raise RequestError(
+            f"{checkpoint.name} {MAKES[checkpoint.task] if checkpoint.task else 'is not known'}; to enlarge a video use {UPSCALERS}"
+        )
+    open_all(job.model.loras, checkpoint)
+    check_positions(checkpoint, *latent_shape(job)[3:])
+    check_text(checkpoint, "positive", job.positive)
 
 
 def check_controlnets(checkpoint: Checkpoint, job: SampleJob) -> None:

@@ -1,0 +1,50 @@
+"""Enlarging a video: one tile after the other, each in three jobs that any executor can run."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..cogvideox.checkpoint.checkpoint import Checkpoint
+from ..cogvideox.pipeline import upscaling
+from ..cogvideox.pipeline.upscaling import Mosaic, Tile, tiles_of
+from ..jobs import DecodeJob, Job, Result
+from ..upscale_job import UpscaleJob
+from .continuing import joined
+
+Run = Callable[[Job], Result]
+"""Runs a job; raises Cancelled if the caller wants to stop."""
+
+
+def upscale(job: UpscaleJob, checkpoint: Checkpoint, run: Run, on_tile: Callable[[int], None]) -> Result:
+    """Makes all tiles of a job, or the one that it is for.
+
+    Args:
+        job: checked.
+        checkpoint: of the job.
+        run: runs the jobs of a tile.
+        on_tile: called with the number of tiles done after each of them.
+    Returns:
+        The video, or the tile, and what all tiles cost.
+    """
+    tiles, reports = tiles_of(job), []
+    mosaic = Mosaic(job) if job.place is None else None
+    for number, tile in enumerate(tiles):
+        result = one_tile(job, tile, checkpoint, run)
+        reports.append(result.report)
+        if mosaic:
+            mosaic.add(number, result.tensor)
+        on_tile(number + 1)
+    return Result(mosaic.video if mosaic else result.tensor, joined(reports))
+
+
+def one_tile(job: UpscaleJob, tile: Tile, checkpoint: Checkpoint, run: Run) -> Result:
+    """Enlarges one tile."""
+    began = time.perf_counter()
+    encoded = run(upscaling.encode_job(job, tile))
+    seen = upscaling.model_input(encoded.tensor, checkpoint)
+    predicted = run(upscaling.forward_job(job, seen))
+    latent = upscaling.clean_latent(seen, predicted.tensor, encoded.tensor.shape[2], checkpoint)
+    decoded = run(DecodeJob(job.model, latent, job.tiling))
+    report = joined([one.report for one in (encoded, predicted, decoded)])
+    seconds = time.perf_counter() - began - report.load_seconds
+    return Result(decoded.tensor[0], replace(report, run_seconds=seconds, step_seconds=(seconds,)))
