@@ -265,6 +265,30 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
     assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 8  # as fast as the video that was given
 
 
+def test_a_video_is_enlarged_in_tiles_that_replicas_share(run, checkpoints, files, tmp_path):
+    common = (
+        "upscale",
+        "--model",
+        checkpoints["1.5-5b"],
+        "--video",
+        files["two.mp4"],
+        "--scale",
+        1,
+        "--output",
+        tmp_path / "out.mp4",
+    )
+    tiles = ("--tile-size", 64, "--overlap", 16)
+    done = run(*common, *tiles, "--plan", "replicas2", "--devices", "cpu:2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["plan"], found["tiles"], len(found["peak_memory"])) == ("replicas2", 2, 2)
+    assert iio.imread(tmp_path / "out.mp4", plugin="pyav").shape == (2, 48, 80, 3)
+    assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 8
+    assert "2 frames of 80x48 to 80x48 in 2 tiles of 9 frames of 48x48" in done.stderr and "step 2/2" in done.stderr
+    refused = run(*common, "--tile-frames", 10)
+    assert refused.returncode == 2 and refused.stderr == "upscale: a tile has 10 frames; it must be 8k+1, such as 9\n"
+
+
 @pytest.mark.parametrize(
     "like, asked, source, step",
     [

@@ -34,8 +34,8 @@ def add_former_options(parser: ArgumentParser, *names: str) -> None:
         parser.add_argument(name, action=FormerOption, help=SUPPRESS)
 
 
-def add_model_options(parser: ArgumentParser) -> None:
-    """Adds the options for model, size and sampling."""
+def add_checkpoint_options(parser: ArgumentParser) -> None:
+    """Adds the options for the model: its files, precision, speed and LoRAs."""
     parser.add_argument(
         "--model",
         required=True,
@@ -55,22 +55,6 @@ def add_model_options(parser: ArgumentParser) -> None:
     add_rounding_options(parser)
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto", help="auto: the fastest exact function on this GPU")
     parser.add_argument(
-        "--step-cache",
-        type=float,
-        default=0.0,
-        metavar="CHANGE",
-        help="reuse the last blocks' output while the first block's residual changes by less than this, such as 0.1; 0 disables; "
-        "faster, changes the video slightly",
-    )
-    parser.add_argument(
-        "--guidance-cache",
-        type=int,
-        default=0,
-        metavar="N",
-        help="spare the unconditional half of guidance in up to N steps in a row, after a third of the steps, such as 4; 0 disables; "
-        "faster, changes the video slightly",
-    )
-    parser.add_argument(
         "--lora",
         action="append",
         default=[],
@@ -88,6 +72,27 @@ def add_model_options(parser: ArgumentParser) -> None:
         choices=SNR_SHIFTS,
         default="auto",
         help="shift the noise schedule as the model's configuration says; auto: as the model was trained",
+    )
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """Adds the options for model, size and sampling."""
+    add_checkpoint_options(parser)
+    parser.add_argument(
+        "--step-cache",
+        type=float,
+        default=0.0,
+        metavar="CHANGE",
+        help="reuse the last blocks' output while the first block's residual changes by less than this, such as 0.1; 0 disables; "
+        "faster, changes the video slightly",
+    )
+    parser.add_argument(
+        "--guidance-cache",
+        type=int,
+        default=0,
+        metavar="N",
+        help="spare the unconditional half of guidance in up to N steps in a row, after a third of the steps, such as 4; 0 disables; "
+        "faster, changes the video slightly",
     )
     add_size_options(parser)
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")

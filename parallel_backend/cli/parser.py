@@ -11,10 +11,11 @@ import torch
 
 from ..errors import Cancelled, Failure, RequestError
 from ..system.limits import usable_cores
-from . import bench, cards, download, generate_options, plan, serve, status, stop
+from . import bench, cards, download, generate_options, plan, serve, status, stop, upscale
 
 COMMANDS = {
     "generate": (generate_options.add_options, "make video files from prompts, images or videos"),
+    "upscale": (upscale.add_options, "enlarge a video with a super-resolution model, in tiles"),
     "download": (download.add_options, "get a model from a hub"),
     "plan": (plan.add_options, "show what auto would choose, and why"),
     "cards": (cards.add_options, "show which GPU can run which published model, and how"),

@@ -108,6 +108,15 @@ def describe(job: UpscaleJob) -> str:
     )
 
 
+def taken_for(checkpoint: Checkpoint) -> str:
+    """Returns one line for the user: which model's weights these must be."""
+    model, base = ("SparkVSR", "CogVideoX1.5-5B-I2V") if checkpoint.takes_image else ("DOVE", "CogVideoX1.5-5B")
+    return (
+        f"{checkpoint.name} is taken for {model}, whose configuration is that of {base}: nothing in it shows whether the weights were "
+        "trained to enlarge videos"
+    )
+
+
 def latent_shape(job: UpscaleJob) -> tuple[int, ...]:
     """Returns the shape of a tile's latent, without padding frames."""
     frames, height, width = tiles_of(job)[0].size
