@@ -17,6 +17,7 @@ from .loaders import LoadCogVideoX
 from .lora import LoadCogVideoXLora
 from .sampling import CogVideoXSampler
 from .saving import SaveVideo
+from .upscale import CogVideoXUpscale
 from .video_to_video import CogVideoXVideoToVideo
 from .windows import CogVideoXContextWindows
 
@@ -33,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     ApplyCogVideoXControlNet,
     CogVideoXSampler,
     CogVideoXDecode,
+    CogVideoXUpscale,
     SaveVideo,
     XDiTBackend,
 ]

@@ -13,10 +13,9 @@ from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
 from .cogvideox.offload import block_parts
 from .cogvideox.pipeline.upscaling import blank_parts, tiles_of
 from .cogvideox.pipeline.windows import Layout, forward_size
-from .jobs import Job, SampleJob, WindowJob
+from .jobs import Job, SampleJob, UpscaleJob, WindowJob
 from .model import Model
 from .planner.work import Work
-from .upscale_job import UpscaleJob
 
 
 @dataclass(frozen=True)

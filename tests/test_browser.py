@@ -312,6 +312,7 @@ T5, VAE = ["text_encoders", True], ["vae", True]
         ("controlnet", "CogVideo/CogVideoX-5b", []),
         ("remove-object", "", [["diffusion_models", True], T5, VAE]),
         ("remove-object-twice", "", [["diffusion_models", True], T5, VAE, ["diffusion_models", True], ["optical_flow", True]]),
+        ("upscale", "CogVideo/SparkVSR", []),
         ("core-nodes", "", [["diffusion_models", True], T5, VAE]),
     ],
 )

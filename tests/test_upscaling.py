@@ -17,12 +17,11 @@ from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.executor.prepare import check_job
 from parallel_backend.executor.replicas import ReplicasExecutor
-from parallel_backend.jobs import DecodeJob
+from parallel_backend.jobs import DecodeJob, UpscaleJob
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 from parallel_backend.planner import gpu_table
 from parallel_backend.planner.planner import choose
-from parallel_backend.upscale_job import UpscaleJob
 
 from .conftest import TOLERANCE, rank_processes
 from .support import dove

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.random_weights import build_controlnet
 from parallel_backend.cogvideox.checkpoint.bundled import DEMO, find
+from parallel_backend.media import video
 
 from .conftest import REPO, wait_until, workers
 from .support.lora_files import diffusers_layout, random_change, write
@@ -18,15 +19,17 @@ from .support.shipped import NAMES
 FEW = 2
 STEPS = {"t2v": 10, "i2v": 10}
 """Of the workflows whose video is looked at; the others make do with fewer."""
-MADE = {"v2v": 1, "four-steps": 4}  # 60 % of them; as many as there are timesteps
+MADE = {"v2v": 1, "four-steps": 4, "upscale": 1}  # 60 % of them; as many as there are timesteps; one tile
 COMFYUI_ALONE = ("core-nodes", "remove-object", "remove-object-twice")
 """They need the loaders of a real ComfyUI; tests/test_comfyui.py runs them there."""
 SMALL = {"width": 48, "height": 48, "length": 5}
 SETTINGS = {}
-MODELS = ("5b", "5b-control", "5b-inp")
+MODELS = ("5b", "5b-control", "5b-inp", "1.5-5b-i2v")
 """The small models that workflows need beside those that come with the pack."""
 EDGES = "edges"
 """A ControlNet for the small 5b."""
+TINY = "tiny.mp4"
+"""A video to enlarge, of 5 frames of 24x16."""
 for name, node, like in (
     ("control", "XDiTCogVideoXControlToVideo", "5b-control"),
     ("first-last-frame", "XDiTCogVideoXImageToVideo", "5b-inp"),
@@ -48,9 +51,15 @@ SETTINGS["lora"] = [
     "XDiTCogVideoXLoRA.lora_name=cogvideox-lora.safetensors",
     *(f"XDiTEmptyCogVideoXLatent.{key}={value}" for key, value in (("width", 96), ("height", 64), ("length", 17))),
 ]
+SETTINGS["upscale"] = [
+    "XDiTLoadCogVideoX.model_name=CogVideo/1.5-5b-i2v",
+    f"LoadVideo.file={TINY}",
+    "XDiTCogVideoXUpscale.scale=2",
+]
 SHAPES = {
     "long-video": (49, 64, 96, 3),
     **dict.fromkeys(("control", "controlnet", "first-last-frame", "inpaint", "four-steps"), (5, 48, 48, 3)),
+    "upscale": (5, 32, 48, 3),
 }
 RUN_ALL = """
 import logging, traceback
@@ -76,8 +85,14 @@ def prepare(folder, checkpoints) -> None:
     for like in checkpoints and MODELS:
         shutil.copytree(checkpoints[like], folder / "models" / "CogVideo" / like)
     build_controlnet(folder / "models" / "controlnet" / EDGES, like="5b")
+    (folder / "input").mkdir(exist_ok=True)
+    video.save(folder / "input" / TINY, torch.rand(5, 16, 24, 3), fps=8)
     (folder / "models" / "loras").mkdir(exist_ok=True)
     write(folder / "models" / "loras" / "cogvideox-lora.safetensors", diffusers_layout(random_change(find(DEMO))))
+
+
+def steps_of(name: str) -> list[str]:
+    return [] if name == "upscale" else [f"XDiTCogVideoXSampler.steps={STEPS.get(name, FEW)}"]
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +101,7 @@ def results(comfy_runtime, checkpoints, tmp_path_factory) -> tuple[dict, str]:
     folder = tmp_path_factory.mktemp("workflows")
     prepare(folder, checkpoints)
     common = ["XDiTBackend.devices=cpu:2", "XDiTBackend.plan=cfg2"]
-    runs = {
-        name: [*common, f"XDiTCogVideoXSampler.steps={STEPS.get(name, FEW)}", *SETTINGS.get(name, ())]
-        for name in NAMES
-        if name not in COMFYUI_ALONE
-    }
+    runs = {name: [*common, *steps_of(name), *SETTINGS.get(name, ())] for name in NAMES if name not in COMFYUI_ALONE}
     return comfy_runtime.run(f"repo, folder, runs = {str(REPO)!r}, {str(folder)!r}, {runs!r}\n{RUN_ALL}")
 
 
@@ -101,7 +112,8 @@ def test_a_shipped_workflow_runs_on_two_processes(name, results):
         pytest.skip(f"{name}.json needs the loaders of a real ComfyUI; tests/test_comfyui.py runs it there")
     made, log = results
     assert "error" not in made[name], made[name]["error"]
-    assert made[name]["progress"]["CogVideoX Sampler"] == [MADE.get(name, STEPS.get(name, FEW))] * 2
+    does_it = "CogVideoX Upscale" if name == "upscale" else "CogVideoX Sampler"
+    assert made[name]["progress"][does_it] == [MADE.get(name, STEPS.get(name, FEW))] * 2
     (saved,) = made[name]["files"]
     assert iio.imread(saved, plugin="pyav").shape == SHAPES.get(name, (17, 64, 96, 3))
     assert iio.immeta(saved, plugin="pyav")["fps"] == 8  # every second frame of the example, at 16

@@ -30,6 +30,7 @@ FILES = {  # the short names of the shipped workflows; ComfyUI's template browse
     "controlnet": "CogVideoX text to video with a ControlNet",
     "remove-object": "CogVideoX object removal",
     "remove-object-twice": "CogVideoX object removal in two passes",
+    "upscale": "CogVideoX video upscaling",
     "core-nodes": "CogVideoX with the core nodes",
 }
 VIRTUAL = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}  # they live in the front end only

@@ -117,6 +117,12 @@ def silhouette(image: Image.Image) -> Image.Image:
     return image.getchannel("R").point(lambda value: 255 * (value > 127)).convert("RGB")
 
 
+def coarse(image: Image.Image) -> Image.Image:
+    """Returns an image with a quarter of its rows and columns, at the same size."""
+    small = image.resize((image.width // 4, image.height // 4), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
 def masked(image: Image.Image, mask: Image.Image) -> Image.Image:
     """Returns an image with white where a mask is transparent."""
     white = Image.new("RGB", image.size, "white")
@@ -138,6 +144,7 @@ def thumbnails(folder: str) -> dict[str, Image.Image]:
         "control": thumbnail(*([outlines(frame)] for frame in example[:2])),
         "controlnet": thumbnail(*([outlines(frame)] for frame in example[1:]), caption="ControlNet"),
         "remove-object": thumbnail(example[1:2], [silhouette(example[1])]),
+        "upscale": thumbnail([coarse(example[1])], example[1:2], caption="x4"),
         "remove-object-twice": thumbnail(example[1:2], [silhouette(example[1])], caption="2 passes"),
     }
     for name, (prompt, caption) in PROMPTS.items():

@@ -12,7 +12,7 @@ from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.cogvideox.offload import job_weight_bytes
 from ...parallel_backend.errors import GroupFailure
 from ...parallel_backend.executor.base import Executor
-from ...parallel_backend.jobs import Job, SampleJob
+from ...parallel_backend.jobs import Job, SampleJob, UpscaleJob
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class HeldWeights:
     def expect(self, job: Job) -> None:
         """Records which part a job will load, so that ComfyUI frees memory for it."""
         checkpoint = Checkpoint.of(job.model)
-        part = "transformer" if isinstance(job, SampleJob) else "vae"
+        part = "transformer" if isinstance(job, SampleJob | UpscaleJob) else "vae"
         dtype = checkpoint.dtype(job.model.dtype, self.load_device)
         if part == "transformer":
             self._wanted = {part: job_weight_bytes(job, checkpoint, self.executor.plan, dtype)}

@@ -17,13 +17,13 @@ from ...parallel_backend.cogvideox.offload import working_bytes
 from ...parallel_backend.cogvideox.vae.frames import FramesListener
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
-from ...parallel_backend.executor.base import Executor
+from ...parallel_backend.executor.base import Executor, steps_of
 from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.executor.prepare import CheckedJob, PreparedJob, check_job, prepare
 from ...parallel_backend.executor.resolve import SET_BY_USER
 from ...parallel_backend.group.fork_server_client import ForkServerProcess
 from ...parallel_backend.group.preflight import check_possible
-from ...parallel_backend.jobs import Job, Report, Result, SampleJob
+from ...parallel_backend.jobs import Job, Report, Result, SampleJob, UpscaleJob
 from ...parallel_backend.plan import AUTO, Plan
 from ...parallel_backend.planner.cost_model import HEADROOM
 from . import lines
@@ -213,7 +213,8 @@ def report_plan(prepared: PreparedJob, node_id: str | None) -> str | None:
 
 def run_on(executor: Executor, checked: CheckedJob, node_id: str | None, on_frames: FramesListener | None = None) -> Result:
     """Runs a job with ComfyUI's progress bar and cancel button."""
-    bar = comfy.utils.ProgressBar(checked.job.steps, node_id) if isinstance(checked.job, SampleJob) else None
+    steps = getattr(checked.job, "steps", steps_of([checked.job]))
+    bar = comfy.utils.ProgressBar(steps, node_id) if steps else None
 
     def on_step(step: int, steps: int) -> None:
         watch.stop()
@@ -252,7 +253,7 @@ def make_room_for(executor: Executor, checked: CheckedJob) -> HeldWeights:
     checkpoint, job = checked.checkpoint, checked.job
     dtype = checkpoint.dtype(job.model.dtype, held.load_device)
     working = working_bytes(job, checkpoint, executor.plan, dtype)
-    if isinstance(job, SampleJob):  # offload "auto" keeps weights on the device only if the VAE fits too
+    if isinstance(job, SampleJob | UpscaleJob):  # offload "auto" keeps weights on the device only if the VAE fits too
         working += checkpoint.weight_bytes("vae", dtype)
     if executor not in _local.values():
         management.soft_empty_cache()  # another process cannot take what this process's allocator keeps
@@ -262,6 +263,9 @@ def make_room_for(executor: Executor, checked: CheckedJob) -> HeldWeights:
 
 def summary(job: Job, report: Report) -> str:
     """What a job cost, in one line."""
-    steps = f"{len(report.step_seconds)} steps, {1 / median(report.step_seconds):.2f} steps/s, " if report.step_seconds else ""
+    unit = "tiles" if isinstance(job, UpscaleJob) else "steps"
+    steps = (
+        f"{len(report.step_seconds)} {unit}, {1 / median(report.step_seconds):.2f} {unit}/s, " if report.step_seconds else ""
+    )
     peak = max(report.peak_memory) / 2**30
     return f"{job.kind}: plan {report.plan}, {steps}load {report.load_seconds:.2f} s, run {report.run_seconds:.2f} s, peak {peak:.1f} GiB"

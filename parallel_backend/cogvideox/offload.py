@@ -9,12 +9,11 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from ..jobs import Job, SampleJob, WindowJob
+from ..jobs import Job, SampleJob, UpscaleJob, WindowJob
 from ..plan import Plan
 from ..planner.cost_model import GATHERED, HEADROOM, kept_factor, working_factor
 from ..planner.work import stage_layers
 from ..system.limits import usable_memory
-from ..upscale_job import UpscaleJob
 from .checkpoint import controlnet, shards
 from .checkpoint.checkpoint import Checkpoint
 from .pipeline.upscaling import blank_parts

@@ -12,10 +12,9 @@ from ..cogvideox.pipeline.upscaling import tiles_of
 from ..cogvideox.vae.frames import Assembly, FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..errors import Cancelled, GroupFailure
-from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob
+from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob, UpscaleJob
 from ..plan import Plan
 from ..system.read_ahead import read_ahead
-from ..upscale_job import UpscaleJob
 from . import continuing, upscaling
 from .prepare import CheckedJob, check_job
 

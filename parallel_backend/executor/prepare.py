@@ -7,9 +7,8 @@ from ..cogvideox.attention.function import Kind
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline import validation
 from ..devices import Devices
-from ..jobs import Job, SampleJob
+from ..jobs import Job, SampleJob, UpscaleJob
 from ..plan import Plan
-from ..upscale_job import UpscaleJob
 from ..workload import Workload
 from .resolve import resolve
 

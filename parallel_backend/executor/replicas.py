@@ -18,11 +18,10 @@ from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
 from ..errors import GroupFailure, GroupUnavailable
-from ..jobs import Job, Progress, Report, Result, SampleJob, WindowJob
+from ..jobs import Job, Progress, Report, Result, SampleJob, UpscaleJob, WindowJob
 from ..model import ControlNet
 from ..parallel.rank import RankContext
 from ..plan import Plan
-from ..upscale_job import UpscaleJob
 from ..workload import has_windows_to_share
 from .base import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
 from .batch import cut, join

@@ -7,8 +7,7 @@ from dataclasses import replace
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline import upscaling
 from ..cogvideox.pipeline.upscaling import Mosaic, Tile, tiles_of
-from ..jobs import DecodeJob, Job, Result
-from ..upscale_job import UpscaleJob
+from ..jobs import DecodeJob, Job, Result, UpscaleJob
 from .continuing import joined
 
 Run = Callable[[Job], Result]

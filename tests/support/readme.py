@@ -7,6 +7,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 STAND_INS = {
     "PATH-OF-5b-I2V": "demo-i2v",
+    "PATH-OF-DOVE": "demo",
     "PATH": "demo",
     "single,cfg2": "cfg2",  # of two devices
     "XDiTBackend.devices=0,1": "XDiTBackend.devices=cpu:2",

@@ -44,6 +44,7 @@ MODELS = {
     "fun-5b-control": Published("alibaba-pai/CogVideoX-Fun-V1.1-5b-Control", "5b", "control"),
     "fun-5b-pose": Published("alibaba-pai/CogVideoX-Fun-V1.1-5b-Pose", "5b", "control"),
     "fun-1.5-inp": Published("alibaba-pai/CogVideoX-Fun-V1.5-5b-InP", "1.5-5b", "inpaint"),
+    "sparkvsr": Published("JiongzeYu/SparkVSR", "1.5-5b", "image", "licence on its page"),
 }
 """The published models by their short names."""
 ALONE = {"void": Published("netflix/void-model", "1.5-5b", "removal")}

@@ -5,10 +5,9 @@ from dataclasses import replace
 import torch
 
 from ...errors import RequestError
-from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, WindowJob
+from ...jobs import DecodeJob, EncodeJob, Job, SampleJob, UpscaleJob, WindowJob
 from ...model import ATTENTIONS
 from ...plan import Plan
-from ...upscale_job import UpscaleJob
 from ..attention import registry
 from ..checkpoint import controlnet
 from ..checkpoint.checkpoint import Checkpoint
@@ -49,12 +48,11 @@ def check(checkpoint: Checkpoint, job: Job) -> None:
     if isinstance(job, WindowJob):
         check_window(checkpoint, job)
         return
+    if isinstance(job, UpscaleJob):
+        return check_upscale(checkpoint, job)
     if not isinstance(job, SampleJob):
         checkpoint.check_vae()
     if isinstance(job, EncodeJob):
-        return
-    if isinstance(job, UpscaleJob):
-        check_upscale(checkpoint, job)
         return
     name = checkpoint.name
     if job.latent.shape[1] != checkpoint.channels:
@@ -158,6 +156,8 @@ def check_upscale(checkpoint: Checkpoint, job: UpscaleJob) -> None:
         raise RequestError(
             f"{checkpoint.name} {MAKES[checkpoint.task] if checkpoint.task else 'is not known'}; to enlarge a video use {UPSCALERS}"
         )
+    if "vae" not in checkpoint.elements:
+        raise RequestError(f"{checkpoint.name} has no VAE of its own, which enlarging a tile needs; use a folder with one")
     open_all(job.model.loras, checkpoint)
     check_positions(checkpoint, *latent_shape(job)[3:])
     check_text(checkpoint, "positive", job.positive)

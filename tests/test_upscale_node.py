@@ -1,0 +1,52 @@
+"""The node CogVideoX Upscale: where its text is from, what it gives, and what it says."""
+
+import shutil
+
+from .support.comfy_runtime import NODES, SHOWN
+
+
+def test_the_node_makes_the_job_with_the_empty_prompt_and_says_what_it_did(in_comfyui, checkpoints, tmp_path):
+    path = tmp_path / "DOVE"
+    shutil.copytree(checkpoints["1.5-5b"], path)
+    shown, _ = in_comfyui(
+        NODES
+        + SHOWN
+        + f"""
+from safetensors.torch import save_file
+Upscale, Clip = part("nodes.upscale").CogVideoXUpscale, part("nodes.comfy.clip").ClipHandle
+empty_prompt = part("parallel_backend.cogvideox.checkpoint.empty_prompt")
+path = Path({str(path)!r})
+at("prompt", "1")
+clip = torch.rand(3, 8, 12, 3, generator=torch.Generator().manual_seed(5))
+tiles = {{"scale": 2, "tile_size": 64, "overlap": 16, "tile_frames": 9, "overlap_frames": 1}}
+def made(**inputs):
+    return call(Upscale, model=handles(str(path))[0], images=clip, **tiles, **inputs)[0]
+def expected(states):
+    job = jobs.UpscaleJob(jobs.Model(str(path)), clip, states, scale=2, tile=64, overlap=16, frames=9, frame_overlap=1)
+    return host.local().run(job).tensor
+encoded = Clip(Checkpoint.open(path), "auto").encode("")
+first = made()
+equal = {{"encoded": torch.equal(first, expected(encoded))}}
+said = [text for _, text in shown]
+given = [[encoded / 2, {{}}], [encoded, {{}}]]
+equal["given"] = torch.equal(made(positive=given), expected(encoded / 2))
+several = any("positive has 2 prompts; the first is used" in text for _, text in shown)
+for folder in (path, path.parent):
+    stored = folder / empty_prompt.FILE
+    stored.parent.mkdir()
+    save_file({{empty_prompt.NAME: encoded[0] / 3}}, stored)
+    equal[folder.name] = torch.equal(made(), expected(encoded / 3))
+    save_file({{"other": encoded}}, stored)
+    broken = refusal(Upscale, model=handles(str(path))[0], images=clip, **tiles)
+    stored.unlink()
+show(equal=list(equal.values()), changed=not torch.equal(first, expected(encoded / 3)), said=said, several=several, broken=broken,
+     held=host.local().status()["held"])
+"""
+    )
+    assert shown["equal"] == [True] * 4 and shown["changed"] and shown["several"]
+    said = "\n".join(shown["said"])
+    assert "3 frames of 12x8 to 24x16 in one tile of 9 frames of 32x16" in said
+    assert "DOVE is taken for DOVE, whose configuration is that of CogVideoX1.5-5B" in said
+    assert "upscale: plan single, 1 tiles" in said
+    assert shown["broken"].endswith("has no readable prompt_embedding; replace or remove the file")
+    assert shown["held"] == ["transformer", "vae"]
