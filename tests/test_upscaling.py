@@ -14,10 +14,12 @@ from parallel_backend.cogvideox.pipeline.upscaling import Mosaic, describe, roun
 from parallel_backend.cogvideox.vae import tiling
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, RequestError
+from parallel_backend.executor import feasible
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.executor.prepare import check_job
+from parallel_backend.executor.prepare import check_job, prepare
 from parallel_backend.executor.replicas import ReplicasExecutor
-from parallel_backend.jobs import DecodeJob, UpscaleJob
+from parallel_backend.executor.upscaling import without_repetition
+from parallel_backend.jobs import DecodeJob, Report, Result, UpscaleJob
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
 from parallel_backend.planner import gpu_table
@@ -53,6 +55,7 @@ def cases(make, checkpoints, texts) -> list[tuple[UpscaleJob, np.ndarray]]:
     for like, video, scale, tiles, settings in (
         (DOVE, clip(9, 8, 12), 4, WHOLE, {}),
         (DOVE, clip(10, 8, 20), 4, FOUR, TILED),
+        (DOVE, clip(1, 8, 12), 4, [(slice(0, 1), slice(0, 32), slice(0, 48))], {}),
         (SPARK, clip(7, 16, 24), 2, WHOLE, {"scale": 2}),
     ):
         pipeline = CogVideoXPipeline.from_pretrained(checkpoints[like])
@@ -176,6 +179,19 @@ def test_windows_cover_all_with_weights_of_one_and_are_alike(size, most, overlap
         total[window.frames] += window.weights
     assert np.allclose(total, 1)
     assert all(after.start <= before.start + max(lengths) - overlap for before, after in zip(found, found[1:]))
+
+
+def test_notes_of_tiles_that_differ_in_numbers_are_shown_once():
+    notes = ("VAE in tiles: 1.5 GiB are free", "another", "VAE in tiles: 1.4 GiB are free")
+    result = without_repetition(Result(torch.empty(0), Report(notes=notes)))
+    assert result.report.notes == notes[:2]
+
+
+def test_a_tile_that_cannot_fit_is_refused_before_anything_starts(make, monkeypatch):
+    monkeypatch.setattr(feasible, "usable_memory", lambda: 2**20)
+    prepared = prepare(check_job(make()), "single", "cpu")
+    with pytest.raises(RequestError, match="a tile of 48x32 with 9 frames is predicted to need .*; use smaller tiles"):
+        feasible.check_feasible(prepared)
 
 
 def test_a_mosaic_is_the_same_in_any_order(make):

@@ -37,21 +37,19 @@ class HeldWeights:
         self.load_device = device
         self.offload_device = torch.device("cpu")
         self._wanted: dict[str, int] = {}
-        """Bytes of the part that the current job needs."""
+        """Bytes of each part that the current job needs."""
         self._loaded: dict[str, int] = {}
         """Bytes of each loaded part, transformer or vae."""
 
     def expect(self, job: Job) -> None:
-        """Records which part a job will load, so that ComfyUI frees memory for it."""
-        checkpoint = Checkpoint.of(job.model)
-        part = "transformer" if isinstance(job, SampleJob | UpscaleJob) else "vae"
+        """Records which parts a job will load, so that ComfyUI frees memory for them."""
+        checkpoint, self._wanted = Checkpoint.of(job.model), {}
         dtype = checkpoint.dtype(job.model.dtype, self.load_device)
-        if part == "transformer":
-            self._wanted = {part: job_weight_bytes(job, checkpoint, self.executor.plan, dtype)}
-        else:
-            self._wanted = {part: checkpoint.weight_bytes(part, dtype)}
-        if self._loaded.get(part) != self._wanted[part]:
-            self._loaded.pop(part, None)
+        if isinstance(job, SampleJob | UpscaleJob):
+            self._wanted["transformer"] = job_weight_bytes(job, checkpoint, self.executor.plan, dtype)
+        if not isinstance(job, SampleJob):
+            self._wanted["vae"] = checkpoint.weight_bytes("vae", dtype)
+        self._loaded = {part: size for part, size in self._loaded.items() if self._wanted.get(part, size) == size}
 
     def recount(self) -> None:
         """Stops counting parts that have left the device: by offload after a job, or because an idle group freed them."""

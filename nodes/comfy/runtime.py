@@ -253,7 +253,7 @@ def make_room_for(executor: Executor, checked: CheckedJob) -> HeldWeights:
     checkpoint, job = checked.checkpoint, checked.job
     dtype = checkpoint.dtype(job.model.dtype, held.load_device)
     working = working_bytes(job, checkpoint, executor.plan, dtype)
-    if isinstance(job, SampleJob | UpscaleJob):  # offload "auto" keeps weights on the device only if the VAE fits too
+    if isinstance(job, SampleJob):  # offload "auto" keeps weights on the device only if the VAE fits too
         working += checkpoint.weight_bytes("vae", dtype)
     if executor not in _local.values():
         management.soft_empty_cache()  # another process cannot take what this process's allocator keeps

@@ -21,7 +21,7 @@ from .progress import jobs
 
 PATH = re.compile(r"(?<![\w.…/])/(?:[^/\s\"'():,;]+/)+")
 """The folders of an absolute path."""
-KINDS = {"sample": "sampling", "decode": "decoding", "encode": "encoding"}
+KINDS = {"sample": "sampling", "upscale": "upscaling", "decode": "decoding", "encode": "encoding"}
 LOG_LINES = 200
 END_SECONDS = 20.0
 """How long to wait for a cancelled job before its group is stopped all the same."""
@@ -64,7 +64,8 @@ def status() -> dict[str, Any]:
 def state_of(found: dict[str, Any], running) -> tuple[str, str | None]:
     """Returns the state, and what is done before the first step.
 
-    It is ``absent``, ``starting``, ``loading``, ``sampling``, ``decoding``, ``encoding``, ``recovering`` or ``idle``.
+    It is ``absent``, ``starting``, ``loading``, ``sampling``, ``upscaling``, ``decoding``, ``encoding``, ``recovering`` or
+    ``idle``.
     """
     doing = found.get("doing") or (found["ranks"][0]["doing"] if found["ranks"] else None)
     if found["state"] in (ABSENT, STARTING):
@@ -73,7 +74,7 @@ def state_of(found: dict[str, Any], running) -> tuple[str, str | None]:
         return found["state"], doing
     if not running:
         return "idle", None
-    if running.kind == "sample" and not running.step:
+    if running.kind in ("sample", "upscale") and not running.step:
         return "loading", doing
     return KINDS.get(running.kind, "working"), None
 
@@ -82,7 +83,7 @@ def label_of(state: str, job: dict[str, Any] | None, doing: str | None) -> str:
     """Returns the state in a few words, such as ``loading 43%`` or ``sampling 21 of 50``."""
     if state == "loading" and doing and (share := re.search(r"\d+%", doing)):
         return f"loading {share[0]}"
-    if state in ("sampling", "recovering") and job:
+    if state in ("sampling", "upscaling", "recovering") and job:
         return f"{state} {job['step']} of {job['steps']}"
     return state
 

@@ -158,7 +158,7 @@ class Executor(ABC):
         if isinstance(job, DecodeJob):
             return self._decode(job, should_stop, on_frames)
         if isinstance(job, UpscaleJob):
-            return self._upscale(job, checked.checkpoint, on_step, should_stop)
+            return upscaling.without_repetition(self._upscale(job, checked.checkpoint, on_step, should_stop))
         if not continuing.is_continued(job, checked.checkpoint):
             return self._run(job, on_step, should_stop, on_picture)
         windows = [job] * len(continuing.spans_of(job))

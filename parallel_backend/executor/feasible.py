@@ -2,15 +2,17 @@
 
 import torch
 
+from ..cogvideox.pipeline.upscaling import tiles_of
 from ..devices import Devices
 from ..errors import RequestError
-from ..jobs import SampleJob
+from ..jobs import SampleJob, UpscaleJob
 from ..plan import Plan
 from ..planner import hardware
 from ..planner.computation import computation
 from ..planner.cost_model import weight_bytes, working_bytes
 from ..planner.machine import CPU
 from ..system.limits import usable_cores, usable_memory
+from .base import steps_of
 from .prepare import PreparedJob
 
 GIB, DAY = 2**30, 24 * 3600
@@ -32,6 +34,16 @@ def check_cores(devices: Devices) -> None:
         )
 
 
+def size_and_advice(job: SampleJob | UpscaleJob) -> tuple[str, str]:
+    """Returns what one step of a job makes, and what makes it smaller, for a message."""
+    if isinstance(job, UpscaleJob):
+        frames, height, width = tiles_of(job)[0].size
+        return f"a tile of {width}x{height} with {frames} frames", "use smaller tiles, fewer frames in a tile, or more devices"
+    _, _, frames, height, width = job.latent.shape
+    advice = "use a smaller size, fewer frames, context windows, or more devices"
+    return f"a step at {width * 8}x{height * 8} with {frames * 4 - 3} frames", advice
+
+
 def check_feasible(prepared: PreparedJob) -> None:
     """Checks that the devices have the cores, the memory and the speed for a job.
 
@@ -43,16 +55,15 @@ def check_feasible(prepared: PreparedJob) -> None:
     """
     plan, devices, job = prepared.plan, prepared.devices, prepared.job
     check_cores(devices)
-    if not isinstance(job, SampleJob) or devices.on_ray:
+    if not isinstance(job, SampleJob | UpscaleJob) or devices.on_ray:
         return  # memory and cores of the cluster's nodes are known only to them
     work = prepared.workload().work(devices.first)
-    _, _, frames, height, width = job.latent.shape
-    what = f"a step at {width * 8}x{height * 8} with {frames * 4 - 3} frames is predicted to"
-    advice = "use a smaller size, fewer frames, context windows, or more devices"
+    (size, advice), steps = size_and_advice(job), steps_of([job])
+    what = f"{size} is predicted to"
     need = working_bytes(plan.replica, work, compiled=devices.kind != "cpu")
     if devices.kind == "cpu":
         need, free, where = (need + weight_bytes(plan.replica, work)) * devices.count, usable_memory(), "of main memory"
-        days = computation(Plan(), work, CPU) * CPU_CORES / usable_cores() * job.steps_to_run / DAY
+        days = computation(Plan(), work, CPU) * CPU_CORES / usable_cores() * steps / DAY
     else:
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in devices.torch_devices]
         free, where, days = hardware.allowed(min(sizes)), "on each GPU, without weights", 0
@@ -61,7 +72,7 @@ def check_feasible(prepared: PreparedJob) -> None:
             f"{what} need {need / GIB:.1f} GiB {where} with plan '{plan}', and {free / GIB:.1f} GiB are there; {advice}"
         )
     if days > MOST_DAYS:
-        hours = days * 24 / job.steps_to_run
+        hours = days * 24 / steps
         raise RequestError(
-            f"{what} take about {hours:.0f} hours on {usable_cores()} cores, and {job.steps_to_run} steps {days:.0f} days; {advice}"
+            f"{what} take about {hours:.0f} hours on {usable_cores()} cores, and {steps} steps {days:.0f} days; {advice}"
         )

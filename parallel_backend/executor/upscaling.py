@@ -1,5 +1,6 @@
 """Enlarging a video: one tile after the other, each in three jobs that any executor can run."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,14 @@ def upscale(job: UpscaleJob, checkpoint: Checkpoint, run: Run, on_tile: Callable
             mosaic.add(number, result.tensor)
         on_tile(number + 1)
     return Result(mosaic.video if mosaic else result.tensor, joined(reports))
+
+
+def without_repetition(result: Result) -> Result:
+    """Returns a result whose report has each note once, though tiles saw different numbers, such as of free memory."""
+    first: dict[str, str] = {}
+    for note in result.report.notes:
+        first.setdefault(re.sub(r"[\d.]+", "0", note), note)
+    return replace(result, report=replace(result.report, notes=tuple(first.values())))
 
 
 def one_tile(job: UpscaleJob, tile: Tile, checkpoint: Checkpoint, run: Run) -> Result:

@@ -69,6 +69,7 @@ export function labelOf({ state: name, label, job }) {
   const share = label?.match(/\d+%/)?.[0];
   if (name === "loading" && share) return say("loading {share}", { share });
   if (name === "sampling" && job) return say("sampling {step} of {steps}", job);
+  if (name === "upscaling" && job) return say("upscaling {step} of {steps}", job);
   if (name === "recovering" && job) return say("recovering {step} of {steps}", job);
   return say(name);
 }
@@ -77,7 +78,7 @@ export const logAddress = (rank) => api.apiURL(`${BASE}/log/${rank}`);
 
 api.addEventListener("cogvideox-xdit.progress", ({ detail }) => {
   if (!detail.kind || detail.step < 2) return schedule(0);
-  state = { ...state, job: detail, state: detail.kind === "sample" ? "sampling" : state.state };
+  state = { ...state, job: detail, state: { sample: "sampling", upscale: "upscaling" }[detail.kind] ?? state.state };
   for (const listener of listeners) listener(state);
 });
 api.addEventListener("cogvideox-xdit.line", () => schedule(0));

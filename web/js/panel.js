@@ -5,7 +5,7 @@ import { act, labelOf, logAddress, watch } from "./group.js";
 import { planTable } from "./plans.js";
 import { say } from "./words.js";
 
-const BUSY = ["starting", "loading", "sampling", "decoding", "encoding", "recovering"];
+const BUSY = ["starting", "loading", "sampling", "upscaling", "decoding", "encoding", "recovering"];
 
 function heading(state) {
   const kind = state.state === "idle" ? "good" : BUSY.includes(state.state) ? "busy" : "";
