@@ -70,6 +70,7 @@ LONG = (
     "connection",
     "preview",
     "removal",
+    "upscaling",
     "replicas",
     "parity_with_diffusers",
     "node_inputs",

@@ -39,11 +39,15 @@ for folder in (path, path.parent):
     save_file({{"other": encoded}}, stored)
     broken = refusal(Upscale, model=handles(str(path))[0], images=clip, **tiles)
     stored.unlink()
-show(equal=list(equal.values()), changed=not torch.equal(first, expected(encoded / 3)), said=said, several=several, broken=broken,
+state = part("nodes.comfy.state")
+job = {{"step": 1, "steps": 4}}
+name, _ = state.state_of({{"state": "busy", "ranks": []}}, types.SimpleNamespace(kind="upscale", **job))
+show(label=state.label_of(name, job, None), equal=list(equal.values()), changed=not torch.equal(first, expected(encoded / 3)), said=said, several=several, broken=broken,
      held=host.local().status()["held"])
 """
     )
     assert shown["equal"] == [True] * 4 and shown["changed"] and shown["several"]
+    assert shown["label"] == "upscaling 1 of 4"
     said = "\n".join(shown["said"])
     assert "3 frames of 12x8 to 24x16 in one tile of 9 frames of 32x16" in said
     assert "DOVE is taken for DOVE, whose configuration is that of CogVideoX1.5-5B" in said

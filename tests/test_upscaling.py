@@ -86,7 +86,7 @@ def test_a_video_is_that_of_its_authors_formula(cases, local):
     assert np.abs(other - expected).max() > 100 * TOLERANCE  # the text is seen
 
 
-@pytest.mark.parametrize("plan", ["ulysses2", "ring2", "tensor2"])
+@pytest.mark.parametrize("plan", ["ulysses2", "ring2", "tensor2", pytest.param("ulysses2-fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_give_the_video_of_its_authors_formula(plan, cases, start_group):
     reports = check(start_group(plan), cases)
     assert {(report.plan, len(report.peak_memory)) for report in reports} == {(plan, 2)}
@@ -153,10 +153,10 @@ def test_both_halves_of_cfg2_are_said_to_compute_the_same(make, local, monkeypat
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
-@pytest.mark.parametrize("height, width", [(8, 16), (9, 13)])
+@pytest.mark.parametrize("height, width", [(8, 40), (9, 43)])
 def test_tiles_are_cut_out_of_the_enlarged_video(scale, height, width, make):
     video = clip(6, height, width)
-    job = make(video=video, scale=scale, tile=64, overlap=32, frames=9, frame_overlap=2)
+    job = make(video=video, scale=scale, tile=64, overlap=31, frames=9, frame_overlap=2)
     frames, rows, columns = (
         rounded_up(edge, *how) for edge, how in ((6, (8, 1)), (height * scale, (16,)), (width * scale, (16,)))
     )
