@@ -84,6 +84,19 @@ def test_every_plan_equals_single_over_nccl(group, like, size, on_gpu, make_job,
 
 
 @two_gpus
+@pytest.mark.parametrize("like", ["2b", "5b"])
+def test_every_plan_with_a_guidance_cache_equals_single_over_nccl(group, like, on_gpu, make_job, checkpoints):
+    for settings in ({"scheduler": "ddim"}, {"scheduler": "dpm", "batch": 2}):
+        model = Model(str(checkpoints[like]), dtype="fp32", guidance_cache=4)
+        job = make_job(like, size=(80, 48, 13), steps=16, model=model, **settings)
+        result = group.sample(job)
+        assert (result.tensor - on_gpu.sample(job).tensor).abs().max() <= TOLERANCE
+        (note,) = (note for note in result.report.notes if note.startswith("guidance cache"))
+        shared = "ranks of both halves shared its tokens" in note
+        assert shared == (group.plan.cfg > 1) and "8 of 16 forwards ran the conditional half only" in note
+
+
+@two_gpus
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_a_pipeline_equals_single_while_it_warms_up_and_the_same_patches_on_one_gpu_later(
     compile, on_gpu, make_job, checkpoints

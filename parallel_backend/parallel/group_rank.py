@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,10 +17,10 @@ from ..plan import Plan
 from ..planner.machine import SLOW_LINK, Link
 from . import symmetric_memory, xdit
 from .fsdp import fsdp_mesh, shard_blocks
-from .guidance import GuidanceSplit
+from .guidance import GuidanceSplit, why_not_joined
 from .pipefusion import KeptOfJob, Pipe, Stage
 from .rank import RankContext
-from .sequence import JointSequence
+from .sequence import JointSequence, SequenceSplit, heads_of
 from .tensor_parallel import join_products
 from .vae_rows import Strips
 
@@ -71,12 +72,12 @@ class GroupRankContext(RankContext):
         self._messages = 0
         """Number of messages that rank 0 has broadcast; the last one is the current job."""
         self.copies = False
-        if plan.cfg > 1:
-            self.about_spared = f"both halves of plan '{plan}' computed the same in them, so they were not shorter"
         self.guidance = GuidanceSplit(plan.cfg, xdit.cfg_group())
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._gpus: list[tuple[int, str]] = self.collect((self.guidance.half, gpu))
         """The half of guidance and the GPU of each rank."""
+        self._joined: Any = None
+        """xDiT's group of the ranks that share one prompt's tokens in steps that spare the other, once there was one."""
         self.mesh = fsdp_mesh(plan, device) if plan.fsdp > 1 else None
         self.pipe = Pipe(xdit.pipeline_group()) if plan.pipefusion > 1 else None
         tensor_rank = xdit.tensor_group().rank_in_group
@@ -140,11 +141,31 @@ class GroupRankContext(RankContext):
         if self.pipe:
             Stage(transformer, self.pipe, group)
             return
-        degrees = {"ulysses": self.plan.ulysses, "ring": self.plan.ring}
-        device = self.device if self.copies else None
-        JointSequence(transformer, group=group, **degrees, device=device)
+        heads, degrees = heads_of(transformer), {"ulysses": self.plan.ulysses, "ring": self.plan.ring}
+        split = SequenceSplit(heads, group=group, **degrees, device=self.device if self.copies else None)
+        JointSequence(transformer, split, join=self._joining(heads))
         if self.mesh:
             shard_blocks(transformer, self.mesh)
+
+    def _joining(self, heads: int) -> Callable[[], SequenceSplit] | None:
+        """Returns what makes the split of steps that spare a half of guidance, so that its ranks are free; None if they stay so."""
+        if self.plan.cfg == 1:
+            return None
+        if reason := why_not_joined(self.plan, heads, self._gpus):
+            self.about_spared = f"in them both halves of plan '{self.plan}' did the same, so they were not shorter: {reason}"
+            return None
+        return partial(self._join, heads)
+
+    def _join(self, heads: int) -> SequenceSplit:
+        """Makes the split of one prompt's tokens over the ranks of both halves: Ulysses. A collective of all ranks."""
+        self._joined = self._joined or xdit.joined_group(self.plan, self.device)
+        group, reason = self._joined, "" if self.device.type == "cpu" else None
+        if reason is None:
+            reason = symmetric_memory.why_not(group.device_group, self.device, self.collect)
+        self.about_spared = f"in them the {group.world_size} ranks of both halves shared its tokens" + (
+            f", which NCCL transferred: the GPUs cannot write to each other's memory: {reason}" if reason else ""
+        )
+        return SequenceSplit(heads, group=group, ulysses=group.world_size, device=self.device if reason is None else None)
 
     def caches(self, job: SampleJob) -> JobCaches | KeptOfJob:
         return KeptOfJob(job.pipefusion_warmup) if self.pipe else super().caches(job)

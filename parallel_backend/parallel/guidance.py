@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..plan import Plan
+
 
 class GuidanceSplit:
     """This rank's share of a step's prompts.
@@ -34,3 +36,22 @@ class GuidanceSplit:
             return mine
         (own,) = mine
         return self.group.all_gather(own.contiguous(), separate_tensors=True)
+
+
+def why_not_joined(plan: Plan, heads: int, gpus: Sequence[tuple[int, str]]) -> str | None:
+    """Returns why the ranks of both halves cannot share the tokens of one prompt, in one line, or None.
+
+    Args:
+        plan: with ``cfg2``, without PipeFusion.
+        heads: of a rank's transformer.
+        gpus: half and name of the GPU of each rank.
+    """
+    ranks = plan.cfg * plan.ulysses
+    if plan.ring > 1:
+        return "a ring cannot take in the other half's ranks"
+    if heads % ranks:
+        return f"{heads} heads do not divide by {ranks} ranks"
+    of_halves = [sorted(gpu for half, gpu in gpus if half == number) for number in range(plan.cfg)]
+    if of_halves[0] != of_halves[1]:
+        return "the halves' GPUs differ, and so may their attention functions"
+    return None

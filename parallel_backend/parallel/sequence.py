@@ -4,6 +4,7 @@ The joint sequence, text first, is cut into equal contiguous chunks, so any size
 padded, and attention ignores the padding's keys. Everything before the first block and after the last is diffusers' own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,30 +60,49 @@ class Chunk:
         return tuple(self.of_joint(table[None])[0] for table in joint)
 
 
+class SequenceSplit:
+    """How ranks share the tokens of a forward pass.
+
+    Args:
+        heads: of this rank's transformer.
+        group: xDiT's group coordinator; None if this rank has all tokens.
+        ulysses, ring: degrees of the group.
+        device: of this rank, if ranks write into each other's memory (:mod:`.symmetric_memory`); else None.
+    """
+
+    def __init__(self, heads: int, *, group=None, ulysses: int = 1, ring: int = 1, device=None):
+        self.group = group
+        self.rank, self.size = (group.rank_in_group, group.world_size) if group else (0, 1)
+        self.ulysses, self.ring = ulysses, ring
+        self.shared: UlyssesAttention | RingAttention | None = None
+        if ring > 1:
+            self.shared = RingAttention(ring=ring, rank=self.rank // ulysses)
+        elif group and device:
+            each = heads // self.size
+            self.shared = CopyingUlyssesAttention(group.device_group, device, rank=self.rank, size=self.size, heads=each)
+        elif group:
+            self.shared = UlyssesAttention(group.device_group, rank=self.rank, size=self.size)
+
+
+def heads_of(transformer) -> int:
+    """Returns the attention heads of this rank's transformer."""
+    return transformer.transformer_blocks[0].attn1.heads
+
+
 class JointSequence:
     """Attaches to one transformer, whose forward then takes and returns full tensors on every rank.
 
     Args:
         transformer: diffusers' ``CogVideoXTransformer3DModel``.
-        group: xDiT's sequence group coordinator; None if this rank has all tokens.
-        ulysses, ring: degrees of the group.
-        device: of this rank, if ranks write into each other's memory (:mod:`.symmetric_memory`); else None.
+        split: of the tokens; None if this rank has all.
+        join: makes the split of steps that spare a half of guidance; None if that is no other one.
     """
 
-    def __init__(self, transformer, *, group=None, ulysses: int = 1, ring: int = 1, device=None):
-        self.group = group
+    def __init__(self, transformer, split: SequenceSplit | None = None, *, join: Callable[[], SequenceSplit] | None = None):
         self.config = transformer.config
-        self.rank, self.size = (group.rank_in_group, group.world_size) if group else (0, 1)
-        self.ulysses, self.ring = ulysses, ring
+        self.own = self.split = split or SequenceSplit(heads_of(transformer))
+        self.join, self.joined = join, None
         self.chunk: Chunk | None = None
-        self.shared: UlyssesAttention | RingAttention | None = None
-        if ring > 1:
-            self.shared = RingAttention(ring=ring, rank=self.rank // ulysses)
-        elif group and device:
-            heads = transformer.transformer_blocks[0].attn1.heads // self.size
-            self.shared = CopyingUlyssesAttention(group.device_group, device, rank=self.rank, size=self.size, heads=heads)
-        elif group:
-            self.shared = UlyssesAttention(group.device_group, rank=self.rank, size=self.size)
         block.attach(transformer)
         transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
         for own_block in transformer.transformer_blocks:
@@ -92,19 +112,27 @@ class JointSequence:
         transformer.transformer_blocks[-1].register_forward_hook(self._after_last, with_kwargs=True)
         transformer.proj_out.register_forward_hook(self._gather)
 
+    def _split_of(self, *, spared: bool) -> SequenceSplit:
+        """Returns the split of a forward pass. The first one that spares a half of guidance makes the split for these."""
+        if not spared or self.join is None:
+            return self.own
+        self.joined = self.joined or self.join()
+        return self.joined
+
     def _begin(self, module, args, kwargs):
         """Determines this rank's chunk and replaces the blocks' arguments.
 
         A forward's ``attention_kwargs`` have ``attention``, the function, ``cache``, a
-        :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache` or None, and ``controls``, a
-        :class:`parallel_backend.cogvideox.transformer.controlnet.Control` for each ControlNet that is on.
+        :class:`parallel_backend.cogvideox.transformer.step_cache.StepCache` or None, ``spared``, whether a half of guidance is
+        spared, and ``controls``, a :class:`parallel_backend.cogvideox.transformer.controlnet.Control` for each ControlNet that is on.
         """
         _, frames, _, height, width = kwargs["hidden_states"].shape
         patch = self.config.patch_size
         video = frames // (self.config.patch_size_t or 1) * (height // patch) * (width // patch)
-        self.chunk = Chunk(kwargs["encoder_hidden_states"].shape[1], video, self.rank, self.size)
-        if self.ring > 1 and self.chunk.padding >= self.chunk.length * self.ulysses:
-            raise ValueError(f"{self.chunk.text + video} tokens are too few for {self.size} ranks")
+        self.split = split = self._split_of(spared=kwargs["attention_kwargs"]["spared"])
+        self.chunk = Chunk(kwargs["encoder_hidden_states"].shape[1], video, split.rank, split.size)
+        if split.ring > 1 and self.chunk.padding >= self.chunk.length * split.ulysses:
+            raise ValueError(f"{self.chunk.text + video} tokens are too few for {split.size} ranks")
         rotary = kwargs.get("image_rotary_emb")
         cache: StepCache | None = kwargs["attention_kwargs"]["cache"]
         if cache is not None:
@@ -120,13 +148,14 @@ class JointSequence:
         """Returns the arguments for attention of :func:`parallel_backend.cogvideox.transformer.block.forward`."""
         choice.begin(function, latents.device)
         scores = {"base_two": function.base_two, "fp8": function.fp8}
-        if self.ring > 1:  # keys and values are sent in 16 bits and converted to FP8 on arrival
-            self.shared.begin(function, padding=self.chunk.padding)
-            return {**scores, "attend": self.shared.attend, "ranks": 1, "fp8": False}
-        if self.shared is None:
+        shared = self.split.shared
+        if self.split.ring > 1:  # keys and values are sent in 16 bits and converted to FP8 on arrival
+            shared.begin(function, padding=self.chunk.padding)
+            return {**scores, "attend": shared.attend, "ranks": 1, "fp8": False}
+        if shared is None:
             return {**scores, "attend": partial(choice.alone, function.attend), "ranks": 1}
-        ranks = self.shared.begin(function.attend, batch=len(latents), padding=self.chunk.padding)
-        return {**scores, "attend": self.shared.attend, "ranks": ranks}
+        ranks = shared.begin(function.attend, batch=len(latents), padding=self.chunk.padding)
+        return {**scores, "attend": shared.attend, "ranks": ranks}
 
     def _scatter(self, module, args, kwargs):
         """Replaces the first block's input with this rank's chunk of the joint tokens."""
@@ -155,5 +184,6 @@ class JointSequence:
 
     def _gather(self, module, args, output):
         """Gathers the output rows of all ranks; drops text and padding."""
-        joint = self.group.all_gather(output.contiguous(), dim=1) if self.group else output
+        group = self.split.group
+        joint = group.all_gather(output.contiguous(), dim=1) if group else output
         return joint[:, self.chunk.text :][:, : self.chunk.video]

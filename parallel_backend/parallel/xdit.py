@@ -144,6 +144,23 @@ def cfg_group():
     return get_cfg_group()
 
 
+def joined_group(plan: Plan, device: torch.device):
+    """Creates the groups of ranks with the same part of the weights, over both guidance halves and in the order of their chunks.
+
+    A collective of all ranks.
+
+    Args:
+        plan: without PipeFusion.
+        device: ``cpu`` or the rank's GPU.
+    Returns:
+        This rank's, an xfuser GroupCoordinator.
+    """
+    from xfuser.core.distributed.group_coordinator import GroupCoordinator
+
+    groups = [list(range(first, plan.world_size, plan.tensor)) for first in range(plan.tensor)]
+    return GroupCoordinator(groups, device.index or 0, "gloo" if device.type == "cpu" else "nccl")
+
+
 def sequence_group():
     """Returns the ranks that share one sequence, in the order of their chunks: an xfuser GroupCoordinator."""
     from xfuser.core.distributed import get_sp_group
