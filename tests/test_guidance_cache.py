@@ -233,15 +233,15 @@ def test_every_plan_equals_single(plan, jobs, single, ranks_made):
 @pytest.mark.slow
 def test_a_job_that_lost_a_rank_goes_on_with_a_full_step(start_group, make_job, local, monkeypatch):
     group, hurt = start_group("cfg2"), []
-    job = make_job("5b", size=(48, 48, 9), steps=STEPS, scheduler="ddim")
+    job = make_job("5b", size=(160, 96, 17), steps=STEPS, scheduler="ddim")
 
     def kill(step: int, total: int) -> None:
-        if step == 8 and not hurt:
+        if step == 4 and not hurt:
             hurt.append(os.kill(rank_processes(group.address)[1], signal.SIGKILL))
 
     result = group.sample(cached(job), on_step=kill)
     (done,) = (int(note.split()[-1]) for note in result.report.notes if "went on after step" in note)
-    assert hurt and 6 < done < 11 and any("the guidance cache was reset on the way" in note for note in result.report.notes)
+    assert hurt and done >= 3 and any("the guidance cache was reset on the way" in note for note in result.report.notes)
     monkeypatch.setattr(Sampling, "turns", lambda sampling, step: step == done)
     assert (result.tensor - local.sample(cached(job)).tensor).abs().max() <= TOLERANCE
 
