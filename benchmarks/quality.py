@@ -36,7 +36,7 @@ from training.vae import psnr
 from .obedience import cases, generate
 
 LOSSLESS = "lossless"
-MODES = "lossless+cache0.1,lossless+cache0.2,fp8,int8,int8+cache0.1"
+MODES = "lossless+cache0.1,lossless+cache0.2,lossless+guidance4,fp8,int8,int8+cache0.1"
 """Those that every device can compute. On a Hopper GPU add ``fp8-all``, on two devices the plan ``pipefusion2``."""
 PROMPTS = (
     "A golden retriever runs along a beach at sunset, waves behind it, the camera follows from the side.",
