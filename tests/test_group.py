@@ -184,9 +184,12 @@ def test_clients_are_served_in_order_each_with_its_own_steps(group, make_job):
 
 
 def test_the_group_decodes_as_this_process_does(group, make_job, local):
-    latent = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(2))
-    job = DecodeJob(make_job("5b").model, latent)
-    assert (group.decode(job).tensor - local.decode(job).tensor).abs().max() <= TOLERANCE
+    latent = torch.randn(2, 16, 5, 4, 6, generator=torch.Generator().manual_seed(2))
+    job, parts = DecodeJob(make_job("5b").model, latent), []
+    videos = group.decode(job, on_frames=lambda *part: parts.append(part)).tensor
+    assert (videos - local.decode(job).tensor).abs().max() <= TOLERANCE
+    assert [(video, start) for video, start, _ in parts] == [(0, 0), (0, 9), (1, 0), (1, 9)]  # as they are decoded
+    assert all(part.data_ptr() == videos[video, start].data_ptr() for video, start, part in parts)
 
 
 def test_a_request_that_makes_no_sense_never_reaches_the_group(group, make_job, tmp_path):

@@ -270,3 +270,39 @@ show(said=said, shown=shown)
     assert length == "length is 10; it must be 4k+1, such as 9" and other == "length is 6; it must be 4k+1, such as 5"
     assert width == "width is 20; it must be a multiple of 16, such as 16"
     assert shown["shown"][0] == ["5", length]
+
+
+def test_a_video_is_encoded_for_save_video_while_it_is_decoded(nodes):
+    shown = nodes("""
+import hashlib
+saving, early, media = part("nodes.saving"), part("nodes.comfy.early_encoding"), part("parallel_backend.media.video")
+def with_prompt(node, graph, unique_id):
+    hidden = {io.Hidden.prompt: graph, io.Hidden.unique_id: unique_id, io.Hidden.extra_pnginfo: None}
+    return node.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
+encoded, encode = [], media.encode
+media.encode = lambda frames, rate: encoded.append(len(frames)) or encode(frames, rate)
+latent = {"samples": torch.randn(2, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0))}
+tiles = {"tiling": "auto", "tile_size": 256, "overlap": 64}
+def files(fps=8.0, link=["4", 0], videos=2, kept=lambda images: images):
+    encoded.clear()
+    saver = {"class_type": "XDiTSaveVideo", "inputs": {"images": link, "fps": fps, "filename_prefix": "a", "videos": videos}}
+    graph = {"4": {"class_type": "XDiTCogVideoXVAEDecode", "inputs": {}}, "5": saver}
+    images, = with_prompt(Decode, graph, "4").execute(samples=latent, vae=vae, **tiles).result
+    images, rate = kept(images), fps if isinstance(fps, float) else 8.0
+    ui = with_prompt(saving.SaveVideo, None, "5").execute(images, rate, "a", videos).ui
+    hashes = [hashlib.md5((Path(folder) / one["filename"]).read_bytes()).hexdigest() for one in ui["images"]]
+    return hashes, list(encoded)
+def halved(images):
+    [encoding.mp4() for encoding in early.of(images, 2)]  # else it might encode the halves
+    return images.mul_(0.5)
+with torch.inference_mode():
+    show(early=files(), later=files(link=["9", 0]), at_24=files(24.0), linked=files(["7", 0]), one=files(videos=1),
+         copy=files(kept=lambda images: images.clone()), changed=files(kept=halved), kept=len(early._kept))
+""")
+    same, whole = shown["early"][0], [9, 9]
+    assert shown["early"][1] == shown["at_24"][1] == []  # nothing was encoded when it was saved
+    for other in ("later", "linked", "copy"):
+        assert shown[other] == [same, whole]
+    assert len(shown["at_24"][0]) == 2 and shown["at_24"][0] != same
+    assert shown["one"][1] == [18] and shown["changed"][1] == whole and shown["changed"][0] != same
+    assert shown["kept"] == 0  # with the images

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -178,6 +179,23 @@ def test_memory_that_runs_out_elsewhere_has_the_vae_go_on_in_tiles_too(words, ch
     latent = torch.zeros(1, 16, 1, 2, 2)
     result = LocalExecutor(CPU).decode(DecodeJob(Model(str(checkpoints["5b"])), latent))
     assert tried == [False, True] and "ran out of memory" in result.report.notes[0]
+
+
+def test_frames_begin_again_where_memory_runs_out_between_them(checkpoints):
+    executor, latent = LocalExecutor(CPU), torch.randn(1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    job = DecodeJob(Model(str(checkpoints["5b"])), latent)
+    expected = executor.decode(replace(job, tiling="on")).tensor
+    module, calls, starts = executor.engine.cache.held["vae"][1], [], []
+
+    def full(*_) -> None:
+        calls.append(module.use_tiling)
+        if calls == [False, False]:
+            raise torch.OutOfMemoryError("full")
+
+    hook = module.decoder.register_forward_pre_hook(full)
+    result = executor.decode(job, on_frames=lambda video, start, frames: starts.append(start))
+    hook.remove()
+    assert starts == [0, 0] and torch.equal(result.tensor, expected)
 
 
 def test_an_error_that_is_not_of_memory_stays_what_it_is():

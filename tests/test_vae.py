@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import accumulate
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from benchmarks.random_weights import fill, vae_config
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import vae_torch
 from parallel_backend.cogvideox.vae import codec, layers, tiling
+from parallel_backend.cogvideox.vae.codec import outputs
+from parallel_backend.cogvideox.vae.frames import Assembly
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.jobs import DecodeJob, EncodeJob
 from parallel_backend.model import Model
@@ -62,6 +65,29 @@ def test_frames_and_latents_equal_those_of_diffusers(size, tiled, last, our_vae,
     for ours, expected in zip(with_vae_of(our_vae, *size), with_vae_of(diffusers_vae, *size)):
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_frames_are_handed_over_while_the_next_ones_are_decoded(size, tiled, our_vae, diffusers_vae):
+    frames, rows, columns = size
+    layers.set_memory_format(our_vae, last=False)
+    for module in (our_vae, diffusers_vae):
+        tiling.set_tiling(module, tiled=tiled, tile=32, overlap=8)
+    latent = torch.randn(2, 16, frames, rows, columns, generator=torch.Generator().manual_seed(frames))
+    parts, decoded = [], []
+    whole = Assembly(latent, lambda video, start, part: parts.append((video, start, part, len(decoded))))
+    with outputs(our_vae.decoder, decoded.append):
+        assert codec.decode(our_vae, latent, on_frames=whole.add).shape == (0,)
+    expected = torch.cat([codec.decode(diffusers_vae, one) for one in latent.split(1)])
+    assert (whole.videos - expected).abs().max() <= TOLERANCE
+    for number in (0, 1):
+        own = [(start, part) for video, start, part, _ in parts if video == number]
+        assert len(own) == (1 if tiled else max(1, frames // 2))
+        assert [start for start, _ in own] == [0, *accumulate(len(part) for _, part in own)][: len(own)]
+        assert torch.equal(torch.cat([part for _, part in own]), whole.videos[number])
+    if not tiled:  # the hook of the test runs first
+        assert [done for *_, done in parts] == list(range(1, 1 + len(parts)))
 
 
 def test_many_frames_are_convolved_in_parts_where_numbers_are_too_many(our_vae, diffusers_vae, monkeypatch):

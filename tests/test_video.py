@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from parallel_backend.errors import RequestError, WriteFailure
-from parallel_backend.media import video
+from parallel_backend.media import encoding, video
 from parallel_backend.system.files import check_writable
 
 REPO = Path(__file__).resolve().parents[1]
@@ -139,6 +139,83 @@ def test_colours_rate_and_metadata_are_in_the_file(tmp_path):
             assert abs(luma - expected) < 1.5
     head = (tmp_path / "clip.mp4").read_bytes()
     assert 0 < head.index(b"moov") < head.index(b"mdat")  # the front end looks for a workflow at the start alone
+
+
+def moving(count: int = 49) -> torch.Tensor:
+    """A clip of 96x64 with smooth shapes and a little noise that moves two pixels a frame."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.rand(1, 3, 8, 24, generator=generator)
+    wide = torch.nn.functional.interpolate(wide, size=(64, 96 + 2 * count), mode="bicubic")[0].permute(1, 2, 0)
+    clip = torch.stack([wide[:, 2 * place : 2 * place + 96] for place in range(count)])
+    return (clip + 0.02 * torch.randn(clip.shape, generator=generator)).clamp(0, 1)
+
+
+def arriving(clip: torch.Tensor, fps: float = 8) -> encoding.Encoding:
+    """The encoding of a clip whose frames arrive as a VAE decodes them; it began again once."""
+    encodings = encoding.Encodings(video.checked_fps(fps))
+    starts = [0, 0, *range(9, len(clip), 8)]
+    for start in starts:
+        encodings.on_frames(0, start, clip[start : start + 8 if start else 9])
+    encodings.finish()
+    return encodings.videos[0]
+
+
+def test_a_video_encoded_while_its_frames_arrive_is_the_file_of_one_saved_whole(tmp_path, monkeypatch):
+    clip, metadata = moving(), {"prompt": '{"1": {}}', "workflow": "{}"}
+    video.save(tmp_path / "whole.mp4", clip, fps=8, metadata=metadata)
+    early = arriving(clip)
+    monkeypatch.setattr(video, "encode", None)  # nothing is encoded when it is saved
+    for name in ("early.mp4", "again.mp4"):
+        video.save(tmp_path / name, clip, fps=8, metadata=metadata, early=early)
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["rate", "pixel", "frame", "NaN"])
+def test_a_video_that_is_not_the_one_encoded_before_is_encoded_when_it_is_saved(change, tmp_path):
+    clip, fps = moving(17), 8
+    early = arriving(clip)
+    early.mp4()
+    if change == "rate":
+        fps = 9
+    elif change == "pixel":
+        clip[5, 6, 7, 1] *= 0.5  # by a node that changes its input in place
+    elif change == "frame":
+        clip = clip[1:]
+    else:
+        clip[5, 6, 7, 1] = float("nan")
+        early = arriving(clip)
+        with raises_line(RequestError, "NaN"):
+            video.save(tmp_path / "a.mp4", clip, fps=fps, early=early)
+        return
+    for name, given in (("a.mp4", early), ("b.mp4", None)):
+        video.save(tmp_path / name, clip, fps=fps, early=given)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_file_is_as_good_as_that_of_the_encoder_left_alone(tmp_path):
+    clip = moving()
+    pixels = (clip * 255).round().to(torch.uint8)
+    video.save(tmp_path / "ours.mp4", clip, fps=8)
+    with av.open(tmp_path / "reference.mp4", "w") as file:
+        stream = file.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in pixels:
+            picture = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
+            file.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        file.mux(stream.encode(None))
+    luma = [av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+            for frame in pixels]  # fmt: skip
+    wanted = torch.stack([torch.from_numpy(frame.to_ndarray()) for frame in luma]).float()
+    ours, reference = (psnr(tmp_path / name, wanted) for name in ("ours.mp4", "reference.mp4"))
+    assert ours >= reference - 0.5
+    assert (tmp_path / "ours.mp4").stat().st_size <= 1.1 * (tmp_path / "reference.mp4").stat().st_size
+
+
+def psnr(path: Path, wanted: torch.Tensor) -> float:
+    """The PSNR in dB of a file's frames in yuv420p."""
+    with av.open(path) as file:
+        found = torch.stack([torch.from_numpy(frame.to_ndarray()) for frame in file.decode(video=0)]).float()
+    return float(10 * torch.log10(255**2 / (found - wanted).square().mean()))
 
 
 @pytest.mark.parametrize(
