@@ -211,6 +211,16 @@ def test_previews_are_those_of_the_cpu_and_change_nothing(on_gpu, local, make_jo
 
 
 @one_gpu
+def test_frames_come_from_a_gpu_while_the_next_ones_are_decoded(on_gpu, local, checkpoints):
+    latent, parts = torch.randn(2, 16, 6, 8, 12, generator=torch.Generator().manual_seed(6)), []
+    job = DecodeJob(Model(str(checkpoints["5b"]), dtype="fp32"), latent)
+    videos = on_gpu.decode(job, on_frames=lambda *part: parts.append((*part[:2], part[2].clone()))).tensor
+    assert (videos - local.decode(job).tensor).abs().max() <= 10 * TOLERANCE
+    assert [(video, start) for video, start, _ in parts] == [(video, start) for video in (0, 1) for start in (0, 5, 13)]
+    assert all(torch.equal(frames, videos[video, start : start + len(frames)]) for video, start, frames in parts)
+
+
+@one_gpu
 def test_tiled_decode_shows_no_seam(on_gpu, make_job, checkpoints):
     model = Model(str(checkpoints["5b"]), dtype="fp32")
     latent = on_gpu.sample(make_job("5b", model=model, size=(192, 128, 9))).tensor

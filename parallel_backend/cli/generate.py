@@ -5,6 +5,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -13,6 +14,7 @@ import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.checkpoint.description import describe
+from ..cogvideox.vae.frames import FramesListener
 from ..devices import Devices
 from ..errors import GroupFailure, GroupUnavailable
 from ..executor.base import Executor
@@ -21,6 +23,7 @@ from ..executor.feasible import check_feasible
 from ..executor.prepare import CheckedJob, check_job, prepare
 from ..jobs import DecodeJob, EncodeJob, Report, Result, SampleJob, empty_latent
 from ..media import video
+from ..media.encoding import Encodings
 from ..plan import AUTO, Plan
 from ..system.files import check_writable
 from ..validation import timesteps_of
@@ -43,7 +46,7 @@ class VideoRequest:
     """To encode, by field of the job: ``[frames, height, width, 3]`` in 0..1."""
     negative_prompt: str
     tiling: str
-    fps: float
+    fps: Fraction
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,11 @@ def read_request(args: Namespace) -> VideoRequest:
 def produce(request: VideoRequest, plan: Plan, devices: Devices) -> Made:
     """Encodes text and images, samples, decodes and writes the files.
 
-    Each video is decoded once it is sampled, and written while the next one is sampled, so a failure costs only later videos.
+    Each video is decoded once it is sampled, encoded meanwhile, and written while the next one is sampled, so a failure costs only
+    later videos.
     """
     costs: dict[int, tuple[Report, Report]] = {}
+    encodings: dict[int, Encodings] = {}
     videos, job = request.videos, request.checked.job
 
     def decode(place: int, sampled: Result) -> DecodeJob:
@@ -135,10 +140,15 @@ def produce(request: VideoRequest, plan: Plan, devices: Devices) -> Made:
             video.save_latent(latents, sampled.tensor)
         return DecodeJob(job.model, sampled.tensor, tiling=request.tiling)
 
+    def frames_of(place: int) -> FramesListener:
+        encodings[place] = Encodings(request.fps)
+        return encodings[place].on_frames
+
     def finish(place: int, sampled: Result, decoded: Result) -> None:
         one, costs[place] = videos[place], (sampled.report, decoded.report)
-        metadata = {"prompt": one.prompt}
-        writer.add(partial(video.save_or_rescue, one.output, decoded.tensor[0], fps=request.fps, metadata=metadata))
+        early = encodings.pop(place).videos.get(0) if place in encodings else None
+        settings = {"fps": request.fps, "metadata": {"prompt": one.prompt}, "early": early}
+        writer.add(partial(video.save_or_rescue, one.output, decoded.tensor[0], **settings))
 
     executor, began = open_executor(plan, devices), time.time()
     with Progress() as on_step, Writer() as writer:
@@ -152,7 +162,7 @@ def produce(request: VideoRequest, plan: Plan, devices: Devices) -> Made:
             }
             job = replace(job, negative=states[request.negative_prompt] if job.guided else None, **conditions)
             jobs = [replace(job, positive=states[one.prompt], seed=one.seed) for one in videos]
-            executor.make_all(jobs, decode, finish, on_step=on_step)
+            executor.make_all(jobs, decode, finish, on_step=on_step, frames_of=frames_of)
             start_seconds = seconds_to_start(executor, began)
         finally:
             executor.close()

@@ -24,6 +24,8 @@ StopSignal = Callable[[], bool]
 """Called often; True once the caller wants the job to stop."""
 DecodeOf = Callable[[int, Result], DecodeJob]
 """Returns the decoding job for a video's number and its sampled result."""
+FramesOf = Callable[[int], FramesListener]
+"""Returns what receives the frames of a video, by its number, while it is decoded."""
 VideoListener = Callable[[int, Result, Result], None]
 """Called with each finished video: its number, the sampled result, the decoded result."""
 
@@ -116,6 +118,7 @@ class Executor(ABC):
         *,
         on_step: StepListener = silent,
         should_stop: StopSignal = never,
+        frames_of: FramesOf | None = None,
     ) -> None:
         """Samples and decodes videos; raises as :meth:`sample` does.
 
@@ -125,10 +128,11 @@ class Executor(ABC):
             on_video: called with each video once it is decoded, maybe in other threads and several at once. The thread makes no
                 other video meanwhile, so that frames do not fill memory.
             on_step, should_stop: see :meth:`sample`; steps count all videos together.
+            frames_of: returns the listener of each video's frames; not called where replicas make whole videos.
         """
         for job in jobs:
             self.check(job)
-        self._make_all(jobs, decode, on_video, on_step, should_stop)
+        self._make_all(jobs, decode, on_video, on_step, should_stop, frames_of)
 
     def check(self, job: Job) -> None:
         """Raises RequestError when the checkpoint or the plan cannot do the job."""
@@ -213,11 +217,13 @@ class Executor(ABC):
         on_video: VideoListener,
         on_step: StepListener,
         should_stop: StopSignal,
+        frames_of: FramesOf | None = None,
     ) -> None:
         """Runs checked jobs and decodes their latents, one after the other."""
         for place, job in enumerate(jobs):
             sampled = self.run(job, within(jobs, place, on_step), should_stop)
-            on_video(place, sampled, self.decode(decode(place, sampled), should_stop=should_stop))
+            on_frames = frames_of and frames_of(place)
+            on_video(place, sampled, self.decode(decode(place, sampled), should_stop=should_stop, on_frames=on_frames))
 
     def start(self, expected: Checkpoint | None = None) -> None:
         """Starts what the first job needs, without waiting for it.

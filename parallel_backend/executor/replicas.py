@@ -23,7 +23,7 @@ from ..model import ControlNet
 from ..parallel.rank import RankContext
 from ..plan import Plan
 from ..workload import has_windows_to_share
-from .base import DecodeOf, Executor, StepListener, StopSignal, VideoListener, never, silent
+from .base import DecodeOf, Executor, FramesOf, StepListener, StopSignal, VideoListener, never, silent
 from .batch import cut, join
 from .group import GroupExecutor
 from .scheduler import Pool, ReplicaResult, ReplicaScheduler
@@ -109,10 +109,11 @@ class ReplicasExecutor(Executor):
         on_video: VideoListener,
         on_step: StepListener,
         should_stop: StopSignal,
+        frames_of: FramesOf | None = None,
     ) -> None:
         """Each replica samples and decodes whole videos. If there is only one video, its windows are shared, if it has several."""
         if len(jobs) == 1:
-            super()._make_all(jobs, decode, on_video, on_step, should_stop)
+            super()._make_all(jobs, decode, on_video, on_step, should_stop, frames_of)
             return
         self._closed.clear()
 
