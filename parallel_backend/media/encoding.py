@@ -177,10 +177,14 @@ def write(path: Path, mp4: bytes, metadata: dict[str, str]) -> None:
     """
     import av
 
-    with av.open(io.BytesIO(mp4)) as source, av.open(path, "w", options={"movflags": "use_metadata_tags+faststart"}) as file:
-        file.metadata.update(metadata)
-        stream = file.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:  # the last one only ends the stream
-                packet.stream = stream
-                file.mux(packet)
+    with av.open(io.BytesIO(mp4)) as source:
+        (encoded,) = source.streams.video
+        scale = str(encoded.time_base.denominator)  # PyAV 14's own would round the frame rate
+        options = {"movflags": "use_metadata_tags+faststart", "video_track_timescale": scale}
+        with av.open(path, "w", options=options) as file:
+            file.metadata.update(metadata)
+            stream = file.add_stream_from_template(encoded, opaque=True)
+            for packet in source.demux(encoded):
+                if packet.dts is not None:  # the last one only ends the stream
+                    packet.stream = stream
+                    file.mux(packet)
