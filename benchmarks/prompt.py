@@ -25,6 +25,8 @@ from workflows.headless import apply_settings, find, to_api
 SAMPLER, DECODER, SAVER = "XDiTCogVideoXSampler", "XDiTCogVideoXVAEDecode", "XDiTSaveVideo"
 COST = re.compile(r"(sample|decode): plan (\S+), .*load ([\d.]+) s, run ([\d.]+) s")
 """The line of a node that says what its job cost."""
+PAUSE = 1.0
+"""Seconds before each prompt: ComfyUI collects garbage after one, which the next would wait for."""
 BEFORE, OTHERS = "before the first node", "other nodes"
 
 
@@ -105,6 +107,7 @@ def main() -> None:
             sampler = next(node for node in prompt.values() if node["class_type"] == SAMPLER)
             for seed in range(args.prompts + 1):
                 sampler["inputs"]["seed"] = seed
+                time.sleep(PAUSE)
                 found.append(measure(server, prompt))
         size = next(path.stat().st_size for path in (base / "output").rglob("*.mp4"))
     warm = found[1:]
