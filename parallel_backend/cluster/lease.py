@@ -1,15 +1,16 @@
-"""Devices of the cluster that this process has leased for one group, and the actor that holds the group there."""
+"""Devices of the cluster that a process has leased for one group, and the actor that holds the group there."""
 
+import json
 import logging
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from ..config import CONFIG
 from ..errors import GroupUnavailable, reason_of
-from ..group.codec import Message, decode, encode
+from ..group.codec import LAST, Message, decode, encode
 from ..group.connection import Broken
 from ..plan import Plan
-from .actor import RESOURCES, start_actor
+from .actor import RESOURCES, Actor
 from .nodes import NAMESPACE, connect, devices_of, layout, nodes
 
 logger = logging.getLogger(__name__)
@@ -23,13 +24,17 @@ def leased() -> list[str]:
     return sorted(each["name"] for each in list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE)
 
 
-@dataclass
-class Lease:
-    """An actor with its devices, until :meth:`close`, or until this process ends."""
+class Lease(Actor):
+    """An actor with its devices, until :meth:`close`, or until the process that leased them ends.
 
-    actor: Any
-    group: Any
-    """Ray's placement group; None if another process owns the actor."""
+    Args:
+        handle: Ray's.
+        bundles: Ray's placement group; None if another process owns the actor.
+    """
+
+    def __init__(self, handle: Any, bundles: Any):
+        super().__init__(handle)
+        self._bundles = bundles
 
     @classmethod
     def take(cls, plan: Plan, name: str) -> "Lease":
@@ -46,8 +51,8 @@ class Lease:
 
         kind, sizes = devices_of(nodes())
         count, each = layout(plan.world_size, sizes)
-        group = placement_group([{RESOURCES[kind]: each}] * count, strategy="STRICT_PACK" if count == 1 else "PACK")
-        return cls(start_actor("Group", (str(plan), kind, count), (group, 0), (kind, each), name), group)
+        bundles = placement_group([{RESOURCES[kind]: each}] * count, strategy="STRICT_PACK" if count == 1 else "PACK")
+        return cls(cls.place("Group", plan, kind, count, (bundles, 0), name), bundles)
 
     @classmethod
     def of(cls, name: str) -> "Lease":
@@ -61,18 +66,33 @@ class Lease:
         except ValueError as error:
             raise GroupUnavailable(f"no process keeps the group '{name}' on Ray any more") from error
 
-    def close(self) -> None:
-        """Ends the actor, and the group with it, unless another process owns it."""
+    def look(self) -> dict[str, Any] | None:
+        """Returns the overview of its group; None if it does not answer, and is waited for."""
+        ray = connect()
+        try:
+            return json.loads(ray.get(self.handle.call.remote("look"), timeout=CONFIG.status_seconds))
+        except ray.exceptions.RayError:
+            self.lose()
+            return None
+
+    def end(self) -> None:
+        """Ends the actor, and the group with it, whoever owns it."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        if self.group is None or not ray.is_initialized():  # Ray ends it with the connection
+        if not ray.is_initialized():  # Ray ends it with the connection
             return
         try:
-            ray.kill(self.actor, no_restart=True)
-            remove_placement_group(self.group)
+            ray.kill(self.handle, no_restart=True)
+            if self._bundles:
+                remove_placement_group(self._bundles)
         except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
             logger.warning("the group on Ray could not be ended: %s; Ray ends it when its cluster is gone", reason_of(error))
+
+    def close(self) -> None:
+        """Ends the actor, and the group with it, unless another process owns it."""
+        if self._bundles:
+            self.end()
 
 
 class RayChannel:
@@ -84,7 +104,7 @@ class RayChannel:
     """
 
     def __init__(self, lease: Lease, message: Message):
-        self._ray, self._actor, self._number = connect(), lease.actor, uuid4().hex
+        self._ray, self._actor, self._number, self._is_done = connect(), lease.handle, uuid4().hex, False
         self._answers = self._actor.stream.options(num_returns="streaming").remote("ask", self._number, encode(message))
 
     def receive(self, seconds: float) -> Message | None:
@@ -96,10 +116,18 @@ class RayChannel:
         try:
             if not self._ray.wait([self._answers], timeout=seconds)[0]:
                 return None
-            return decode(self._ray.get(next(self._answers)))
+            answer = decode(self._ray.get(next(self._answers)))
         except (self._ray.exceptions.RayError, StopIteration) as error:
+            self._is_done = True
             raise Broken(reason_of(error)) from error
+        self._is_done = answer.kind in LAST
+        return answer
 
     def cancel(self) -> None:
         """Asks the group to stop the job."""
         self._actor.call.remote("cancel", self._number)
+
+    def close(self) -> None:
+        """Asks the group to stop the job unless it is done."""
+        if not self._is_done:
+            self.cancel()

@@ -9,12 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import CONFIG
-from ..devices import Devices
 from ..errors import GroupUnavailable, reason_of
 from ..group.exit_cause import ExitCause, first_of
 from ..group.part import Part
 from ..plan import Plan
-from .actor import Presence, about_here, start_actor
+from .actor import Actor, about_here
 from .nodes import connect
 
 
@@ -23,20 +22,18 @@ class Members:
 
     Args:
         plan: of the group.
-        devices: of each node.
+        kind: of its devices.
         count: bundles of this actor's placement group, one for each node.
     """
 
-    def __init__(self, plan: Plan, devices: Devices, count: int):
+    def __init__(self, plan: Plan, kind: str, count: int):
         connect()
         from ray.util import get_current_placement_group
 
-        group, about = get_current_placement_group(), (str(plan), devices.kind, count)
+        bundles = get_current_placement_group()
         self.nodes = count
         self._plan = plan
-        self._each = devices.count
-        self._actors = [start_actor("Ranks", about, (group, place), (devices.kind, devices.count)) for place in range(1, count)]
-        self._presences = [Presence(actor) for actor in self._actors]
+        self._actors = [Actor(Actor.place("Ranks", plan, kind, count, (bundles, place))) for place in range(1, count)]
         self._parts: dict[Any, Part] = {}
         """Each node's part, by Ray's reference to why it ends."""
         self.has_trouble = False
@@ -49,34 +46,29 @@ class Members:
             GroupUnavailable: after ``wait_seconds``, or when a node has another version of the pack, or cannot import it.
         """
         deadline = time.monotonic() + CONFIG.wait_seconds
-        while not all([presence.look() for presence in self._presences]):
-            if reason := next((presence.dead for presence in self._presences if presence.dead), None):
+        while not all([actor.is_up() for actor in self._actors]):
+            if reason := next((actor.dead for actor in self._actors if actor.dead), None):
                 raise GroupUnavailable(f"plan '{self._plan}' does not start on another node: {reason}")
             if time.monotonic() > deadline:
                 raise GroupUnavailable(
                     f"the Ray cluster has had no room for {self.nodes} nodes for {CONFIG.wait_seconds:.0f} s"
                 )
             time.sleep(CONFIG.poll_seconds)
+        for actor in self._actors:
+            actor.check_version()
         here = about_here()
-        known = [(presence.known, actor) for presence, actor in zip(self._presences, self._actors)]
-        for other, _ in known:
-            if other["version"] != here["version"]:
-                raise GroupUnavailable(
-                    f"node {other['node']} has version {other['version']} of the pack, and node {here['node']} {here['version']}; "
-                    "install the same on all nodes"
-                )
         # Parts on one node have consecutive ranks, so that the inner degrees of the plan stay on it.
-        known.sort(key=lambda pair: (pair[0]["node_id"] != here["node_id"], pair[0]["node_id"]))
+        others = sorted(self._actors, key=lambda one: (one.known["node_id"] != here["node_id"], one.known["node_id"]))
         first = Part(0, self.nodes, (here["address"], free_port(here["address"])), here["address"], self._name(0, here))
         self._parts, self.has_trouble = {}, False
-        for number, (other, actor) in enumerate(known, 1):
-            part = replace(first, node=number, address=other["address"], name=self._name(number, other))
-            self._parts[actor.call.remote("lend", part.written())] = part
+        for number, actor in enumerate(others, 1):
+            part = replace(first, node=number, address=actor.known["address"], name=self._name(number, actor.known))
+            self._parts[actor.handle.call.remote("lend", part.written())] = part
         return first
 
     def _name(self, number: int, about: dict[str, Any]) -> str:
-        ranks = range(number * self._each, (number + 1) * self._each)
-        which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+        each = self._plan.world_size // self.nodes
+        which = f"rank {number}" if each == 1 else f"ranks {number * each}-{(number + 1) * each - 1}"
         return f"node {about['node']} ({about['address']}, {which})"
 
     def watch(self, on_trouble: Callable[[], None]) -> None:
@@ -117,12 +109,12 @@ class Members:
         if not parts:
             return []
         for actor in self._actors:
-            actor.call.remote("end")
+            actor.handle.call.remote("end")
         ended, left = connect().wait(list(parts), num_returns=len(parts), timeout=CONFIG.verdict_seconds)
         found = [cause for reference in ended if (cause := self._cause(reference, parts[reference]))]
         found += [ExitCause(f"{parts[reference].name} does not answer", by_itself=False, gone=True) for reference in left]
-        for presence in self._presences:
-            presence.lose()  # asked again before the next start, as some may be lost
+        for actor in self._actors:
+            actor.lose()  # asked again before the next start, as some may be lost
         return found
 
 

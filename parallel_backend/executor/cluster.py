@@ -1,40 +1,34 @@
 """The executor that runs jobs in a group on a Ray cluster."""
 
-import json
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 import torch
 
-from ..cluster.actor import Presence, code_version
 from ..cluster.lease import Lease, RayChannel
-from ..cluster.nodes import connect
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.vae.frames import FramesListener
-from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..devices import Devices
-from ..errors import Cancelled, GroupError, GroupLost, GroupUnavailable, RequestError
+from ..errors import Cancelled, GroupLost, GroupUnavailable, RequestError
 from ..group.codec import Message
 from ..group.connection import Broken
-from ..group.job_fields import split_fields
-from ..jobs import Job, Result
 from ..plan import Plan
-from . import recovery
-from .base import Executor, StepListener, StopSignal, never, silent
-from .group_connection import Keepsake, answers, last_answer, result_of
+from .base import StopSignal
+from .group import ABSENT, STARTING
+from .group_connection import answers
+from .remote import RemoteExecutor
 
 logger = logging.getLogger(__name__)
 
-STARTING = "starting"
 ANSWER_SECONDS = 5.0
 """Time for another process's actor to answer for the first time, if Ray has placed it."""
 
 
-class ClusterExecutor(Executor):
+class ClusterExecutor(RemoteExecutor):
     """Runs jobs in a group that an actor holds.
 
     Ray starts the actor with the first job, starts it again when it is lost, and ends it with :meth:`close` or with this process.
@@ -59,7 +53,6 @@ class ClusterExecutor(Executor):
         self._is_gone = False
         """Whether the process that owned the actor has ended it."""
         self._lease: Lease | None = None
-        self._presence: Presence | None = None
         self._lock = threading.RLock()
 
     @property
@@ -74,86 +67,59 @@ class ClusterExecutor(Executor):
             RequestError: when the cluster is too small, or is gone.
             GroupUnavailable: when the actor cannot run on its node, or the group that ``serve`` kept is gone.
         """
+        self._taken()
+
+    def _taken(self) -> Lease:
+        """Returns the lease, which is taken if there is none; raises as :meth:`start` does."""
         with self._lock:
-            if self._presence and (reason := self._presence.dead):
+            if self._lease and (reason := self._lease.dead):
                 self._is_gone = not self._is_owner
                 self.close()
                 raise GroupUnavailable(f"plan '{self.plan}' does not run on Ray: {reason}")
             if self._lease is None:
                 self._lease = Lease.take(self.plan, self.name) if self._is_owner else Lease.of(self.name)
-                self._presence = Presence(self._lease.actor)
+            return self._lease
 
     def is_ready(self, seconds: float = 0) -> bool:
         """See :meth:`Executor.is_ready`. It waits for at most ``seconds``."""
         try:
-            return self._up(seconds) is not None
+            return self._taken().is_up(seconds)
         except (GroupUnavailable, RequestError) as error:
             logger.warning("%s", error)
             return False
-
-    def _up(self, seconds: float = 0) -> tuple[Lease, Presence] | None:
-        """Starts the actor if necessary. Returns it if it is up within ``seconds``; raises as :meth:`start` does."""
-        with self._lock:
-            self.start()
-            return (self._lease, self._presence) if self._presence.look(seconds) else None
 
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`."""
         return not self._is_gone
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the actor says of itself; empty while it is not up."""
+        lease = self._lease
+        return lease.known if lease else {}
+
     def is_there(self) -> bool:
         """See :meth:`Executor.is_there`."""
-        return self._presence is not None and bool(self._presence.known)
+        return bool(self.known)
 
-    @property
-    def node(self) -> str | None:
-        """Name of the node that rank 0 is on; None while Ray has not placed it."""
-        return self._presence.known.get("node") if self._presence else None
-
-    def _run(
-        self,
-        job: Job,
-        on_step: StepListener,
-        should_stop: StopSignal,
-        on_picture: PictureListener | None = None,
-        on_frames: FramesListener | None = None,
-    ) -> Result:
-        def ask(job: Job, kept: Keepsake) -> Message:
-            return self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
-
-        def explain(lost: GroupLost) -> GroupLost:
-            if self._is_replica and not self.is_there():
-                raise lost  # the other replicas go on with the job
-            return lost
-
-        return result_of(*recovery.run_and_resume(job, ask, explain, Keepsake(on_picture, on_frames)))
-
-    def _ask(
-        self,
-        message: Message,
-        on_step: StepListener = silent,
-        should_stop: StopSignal = never,
-        kept: Keepsake | None = None,
-        seconds: float | None = None,
-    ) -> Message:
-        """Sends a request and returns its last answer; ``seconds`` is its timeout, if any."""
-        lease, presence = self._wait(should_stop)
-        channel, is_done = RayChannel(lease, message), False
+    def answers(self, message: Message, should_stop: StopSignal, seconds: float | None = None) -> Iterator[Message]:
+        """See :meth:`RemoteExecutor.answers`. Waits until Ray has placed the actor."""
+        lease = self._wait(should_stop)
         try:
-            with closing(answers(channel, should_stop, seconds)) as found:
-                answer = last_answer(found, on_step, kept or Keepsake())
-                is_done = True
-                return answer
+            with closing(RayChannel(lease, message)) as channel:
+                yield from answers(channel, should_stop, seconds)
         except Broken as error:
-            is_done, node = True, presence.known.get("node")
-            presence.lose()
+            node = lease.known.get("node")
+            lease.lose()
             raise GroupLost(f"the group on node {node} was lost: {error}") from error
-        finally:
-            if not is_done:
-                channel.cancel()
 
-    def _wait(self, should_stop: StopSignal) -> tuple[Lease, Presence]:
-        """Waits until Ray has placed the actor, and returns it.
+    def _explain(self, lost: GroupLost, should_stop: StopSignal) -> GroupLost:
+        if self._is_replica and not self.is_there():
+            raise lost  # the other replicas go on with the job
+        return lost
+
+    def _wait(self, should_stop: StopSignal) -> Lease:
+        """Waits until Ray has placed the actor.
 
         Raises:
             GroupUnavailable: see :meth:`start`; also after ``wait_seconds``.
@@ -161,7 +127,7 @@ class ClusterExecutor(Executor):
             Cancelled: when ``should_stop`` returns True.
         """
         deadline = time.monotonic() + CONFIG.wait_seconds
-        while not (up := self._up()):
+        while not (lease := self._taken()).is_up():
             if should_stop():
                 raise Cancelled("stopped while waiting for a node of the Ray cluster")
             if time.monotonic() > deadline:
@@ -170,37 +136,28 @@ class ClusterExecutor(Executor):
                     "or end what uses them (`ray status` shows it)"
                 )
             time.sleep(CONFIG.poll_seconds)
-        there = up[1].known
-        if there["version"] != code_version():
-            raise GroupError(
-                f"node {there['node']} has version {there['version']} of the pack, and this machine {code_version()}; "
-                "install the same on all nodes"
-            )
-        return up
+        lease.check_version()
+        return lease
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`. A group that Ray has not placed yet is ``starting``."""
         known = {"plan": str(self.plan), "devices": self.devices}
         if self._lease is None and self._is_owner:
-            return {"state": "absent", **known}
+            return {"state": ABSENT, **known}
         if not self.is_ready(0 if self._is_owner else ANSWER_SECONDS):
             return {"state": STARTING, **known, "node": None}
-        return {**known, "node": self.node, **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain}
+        return {**known, "node": self.known.get("node"), **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain}
 
     def look(self) -> dict[str, Any]:
         """Returns the overview of the group; see :func:`.overview.overview`."""
         known = {"plan": str(self.plan), "devices": self.devices, "ranks": []}
-        if self._lease is None:
-            return {**known, "state": "absent"}
+        if (lease := self._lease) is None:
+            return {**known, "state": ABSENT}
         if not self.is_ready():
             return {**known, "state": STARTING, "doing": "waiting for a node of the Ray cluster", "stage": None}
-        ray, (lease, presence) = connect(), (self._lease, self._presence)
-        try:
-            found = json.loads(ray.get(lease.actor.call.remote("look"), timeout=CONFIG.status_seconds))
-        except ray.exceptions.RayError:
-            presence.lose()
+        node = self.known.get("node")
+        if (found := lease.look()) is None:
             return {**known, "state": STARTING, "doing": "starting again", "stage": None}
-        node = presence.known.get("node")
         return {**found, **known, "ranks": [{**rank, "device": f"{node} {rank['device']}"} for rank in found["ranks"]]}
 
     def stage(self) -> str | None:
@@ -213,9 +170,18 @@ class ClusterExecutor(Executor):
         if self.is_there():
             self._ask(Message("free"))
 
+    def stop(self) -> None:
+        """Ends the group after the jobs in its queue, whoever owns it."""
+        lease = self._taken()
+        try:
+            if lease.is_up(ANSWER_SECONDS):
+                self._ask(Message("stop"))
+        finally:
+            lease.end()
+
     def close(self) -> None:
         """See :meth:`Executor.close`. A group that another process owns keeps running."""
         with self._lock:
             if self._lease:
                 self._lease.close()
-            self._lease = self._presence = None
+            self._lease = None

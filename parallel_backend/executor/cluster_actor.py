@@ -47,8 +47,8 @@ class Held:
 class Group(Held):
     """A group that this node's rank 0 leads."""
 
-    def __init__(self, plan: str, kind: str, count: int):
-        super().__init__(plan, kind, count)
+    def __init__(self, *about):
+        super().__init__(*about)
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._group: GroupExecutor | None = None
@@ -62,7 +62,7 @@ class Group(Held):
         """
         with self._lock:
             if self._group is None:
-                members = Members(self.plan, self.devices, self.count) if self.count > 1 else None
+                members = Members(self.plan, self.devices.kind, self.count) if self.count > 1 else None
                 self._group = GroupExecutor(self.plan, self.devices, members)
             return self._group
 
@@ -111,8 +111,8 @@ class Group(Held):
 class Ranks(Held):
     """This node's ranks of a group that another node leads."""
 
-    def __init__(self, plan: str, kind: str, count: int):
-        super().__init__(plan, kind, count)
+    def __init__(self, *about):
+        super().__init__(*about)
         self._launcher: Launcher | None = None
         self._is_asked_to_end = False
 

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.vae.frames import FramesListener
-from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
@@ -21,15 +19,14 @@ from ..group.codec import Message
 from ..group.connection import Broken
 from ..group.exit_cause import ExitCause
 from ..group.heartbeat import Board
-from ..group.job_fields import split_fields
 from ..group.launcher import Launcher, Members
 from ..group.preflight import check_possible
 from ..group.registry import GroupAddress, running
-from ..jobs import Job, Result
 from ..plan import Plan
 from . import recovery
-from .base import Executor, StepListener, StopSignal, never, silent
-from .group_connection import Keepsake, SocketChannel, answers, last_answer, open_connection, result_of
+from .base import StopSignal
+from .group_connection import SocketChannel, answers, open_connection
+from .remote import RemoteExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ ABSENT, STARTING = "absent", "starting"
 """States of a group that holds nothing."""
 
 
-class GroupExecutor(Executor):
+class GroupExecutor(RemoteExecutor):
     """Runs jobs in a group of processes.
 
     The group starts with the first job, starts again when it is lost, and ends with :meth:`close`.
@@ -196,44 +193,19 @@ class GroupExecutor(Executor):
         """Ends the group, whoever owns it."""
         self._ask(Message("stop"))
 
-    def _run(
-        self,
-        job: Job,
-        on_step: StepListener,
-        should_stop: StopSignal,
-        on_picture: PictureListener | None = None,
-        on_frames: FramesListener | None = None,
-    ) -> Result:
-        """Runs a job in the group, and goes on with it if the group is lost."""
+    def _explain(self, lost: GroupLost, should_stop: StopSignal) -> GroupLost:
+        return lost if self._launcher or lost.is_there else self._find_again(lost, should_stop)
 
-        def ask(job: Job, kept: Keepsake) -> Message:
-            return self._ask(Message(job.kind, *split_fields(job)), on_step, should_stop, kept)
-
-        def explain(lost: GroupLost) -> GroupLost:
-            return lost if self._launcher or lost.is_there else self._find_again(lost, should_stop)
-
-        answer, notes = recovery.run_and_resume(job, ask, explain, Keepsake(on_picture, on_frames))
+    def _with_own(self, notes: list[str]) -> list[str]:
         if self._launcher and self._launcher.note:
             notes.append(self._launcher.note)
         losses, self._losses = self._losses, []
-        return result_of(answer, [*losses, *notes])
-
-    def _ask(
-        self,
-        message: Message,
-        on_step: StepListener = silent,
-        should_stop: StopSignal = never,
-        kept: Keepsake | None = None,
-        seconds: float | None = None,
-    ) -> Message:
-        """Sends a request and returns its last answer; ``seconds`` is its timeout, if any."""
-        with closing(self.answers(message, should_stop, seconds)) as found:
-            return last_answer(found, on_step, kept or Keepsake())
+        return [*losses, *notes]
 
     def answers(
         self, message: Message, should_stop: StopSignal, seconds: float | None = None, receive: Callable = protocol.receive
     ) -> Iterator:
-        """Sends a request and yields its answers, as ``receive`` returns them. A lost group is not started again."""
+        """See :meth:`RemoteExecutor.answers`; they are as ``receive`` returns them."""
         self.start()
         address = self.address
         connection = self._connect(address, should_stop)
