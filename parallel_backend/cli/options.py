@@ -1,8 +1,10 @@
 """Options that several commands share, and what they mean: size, model, LoRAs and windows."""
 
+import os
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from pathlib import Path
 
+from ..cluster.nodes import ADDRESS
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.catalogue import MODELS
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
@@ -18,6 +20,16 @@ def add_run_options(parser: ArgumentParser) -> None:
         "--devices",
         default="auto",
         help="auto, cpu, cpu:2 (two processes), GPU numbers such as 0,1, or ray: the GPUs of a Ray cluster; ray:8 for eight of them",
+    )
+
+
+def add_ray_option(parser: ArgumentParser, what: str) -> None:
+    """Adds the option ``--ray`` to a command that does ``what`` on this machine."""
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        default=bool(os.environ.get(ADDRESS)),
+        help=f"{what} on the Ray cluster too; always if {ADDRESS} is set",
     )
 
 

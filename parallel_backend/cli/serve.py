@@ -60,19 +60,20 @@ def serve(args: Namespace) -> int:
 def serve_on_ray(chosen: Plan, devices: Devices, reason: str) -> int:
     """Keeps groups on the Ray cluster, and says which are up."""
     if served := sorted({name.partition("#")[0] for name in leased() if "@" not in name}):
-        raise RequestError(f"serve keeps plan {served[0]} on the Ray cluster already; end it there with Ctrl-C")
+        raise RequestError(f"serve keeps plan {served[0]} on the Ray cluster already; end it with stop --ray")
     executor = cluster_executor(chosen, devices, is_serving=True)
     groups = executor.replicas if isinstance(executor, ReplicasExecutor) else [executor]
-    show(f"serving plan {chosen} on the Ray cluster ({reason}); {dashboard_line()}; end it with Ctrl-C")
+    show(f"serving plan {chosen} on the Ray cluster ({reason}); {dashboard_line()}; end it with stop --ray or Ctrl-C")
     shown = None
     try:
         executor.start()
-        while True:
-            up = [group.node for group in groups if group.look()["state"] in ("ready", "busy")]
+        while (states := [group.look()["state"] for group in groups]) != ["absent"] * len(groups):
+            up = [group.known.get("node", "?") for group, state in zip(groups, states) if state in ("ready", "busy")]
             if up != shown:
                 show(f"{len(up)} of {len(groups)} groups are up" + (f": on {', '.join(up)}" if up else ""))
             shown = up
             time.sleep(1)
+        show("no group is left")
     except KeyboardInterrupt:
         show("ending")
     finally:

@@ -1,18 +1,17 @@
 """The command ``status``: lists the groups that are running."""
 
-import os
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 from ..cluster import nodes as cluster
-from ..cluster.nodes import ADDRESS
 from ..cogvideox.checkpoint.bundled import name_of
 from ..errors import GroupFailure, RequestError
 from ..executor.factory import groups_on_cluster
 from ..executor.group import GroupExecutor
 from ..group.registry import running
 from .console import Table, show, show_json
+from .options import add_ray_option
 
 TITLES = ("plan", "devices", "state", "up", "jobs", "queue", "model", "memory GiB", "link", "process")
 """The table's columns; the process is the one that keeps the group."""
@@ -20,11 +19,7 @@ TITLES = ("plan", "devices", "state", "up", "jobs", "queue", "model", "memory Gi
 
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``status``."""
-    parser.add_argument(
-        "--ray",
-        action="store_true",
-        help="show the Ray cluster and the groups on it too; without it they are shown if RAY_ADDRESS is set",
-    )
+    add_ray_option(parser, "show nodes and groups")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=status)
 
@@ -38,17 +33,16 @@ def status(args: Namespace) -> int:
         except GroupFailure as error:
             said = {"state": f"does not answer ({error.summary})"}
         groups.append({"folder": str(address.folder), **description, **said})
-    on_ray = args.ray or bool(os.environ.get(ADDRESS))
-    nodes = cluster.nodes() if on_ray else []
-    groups += on_cluster() if on_ray else []
+    nodes = cluster.nodes() if args.ray else []
+    groups += on_cluster() if args.ray else []
     if args.json:
-        show_json({"groups": groups, **({"nodes": [asdict(node) for node in nodes]} if on_ray else {})})
+        show_json({"groups": groups, **({"nodes": [asdict(node) for node in nodes]} if args.ray else {})})
         return 0
     show_groups(groups)
     for node in nodes:
         gpus = f"{node.gpus} GPUs" + (f" ({node.gpu})" if node.gpu else "")
         show(f"node {node.name} ({node.address}): {gpus}, {node.cpus} CPUs")
-    if on_ray:
+    if args.ray:
         show(dashboard_line())
     return 0
 
