@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import types
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -18,6 +18,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirem
 import ray
 from ray import cloudpickle
 
+from parallel_backend.cluster.lease import leased
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.executor import cluster_actor
@@ -30,7 +31,7 @@ from parallel_backend.jobs import DecodeJob
 from parallel_backend.model import Windows
 from parallel_backend.workload import Workload
 
-from .conftest import REPO, TOLERANCE, wait_until, workers
+from .conftest import PATIENCE, REPO, TOLERANCE, wait_until, workers
 from .support.ray_cluster import RayCluster
 
 SMALL = {"size": (48, 48, 5), "steps": 3}
@@ -56,6 +57,24 @@ def ray_processes(address: str) -> list[psutil.Process]:
             if any(address in word for word in process.cmdline()) and process.pid != os.getpid():
                 found.append(process)
     return found
+
+
+OTHERS = "it belongs to a process that serve did not start; --all ends it too"
+
+
+def is_empty() -> bool:
+    """Whether no rank runs and nothing of the cluster is leased."""
+    return not workers() and not leased() and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+
+
+@contextmanager
+def killed_after(process: subprocess.Popen):
+    """Kills a process in the end, with SIGKILL."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -86,7 +105,7 @@ def test_replicas_on_two_nodes_make_the_videos_of_a_batch_and_the_windows_of_a_l
     assert seen == [(step, 9) for step in range(1, 10)] and not result.report.notes
     windowed = make_job("5b", size=(48, 48, 33), steps=2, windows=Windows(17, 8))
     assert (replicas.sample(windowed).tensor - local.sample(windowed).tensor).abs().max() <= TOLERANCE
-    assert len({replica._presence.known["node_id"] for replica in replicas.replicas}) == 2
+    assert len({replica.known["node_id"] for replica in replicas.replicas}) == 2
     shown = overview(replicas)
     assert [rank["share"] for rank in shown["ranks"]] == ["replica 1, all", "replica 2, all"]
     assert (shown["state"], shown["ranks"][0]["doing"]) == ("ready", "waiting for a job")
@@ -111,7 +130,7 @@ def test_a_node_that_is_killed_and_one_that_is_added_lose_no_video_and_their_ord
         if step >= 4 and not happened:
             victim = next(replica for replica in replicas.replicas if replica.is_ready())
             happened.append("killed")
-            cluster.kill(victim._presence.known["node_id"])
+            cluster.kill(victim.known["node_id"])
             for _ in range(2):
                 cluster.add()
 
@@ -137,7 +156,7 @@ def test_a_group_alone_goes_on_after_its_last_step_when_its_actor_was_killed(ope
 
     def kill_once(step, steps):
         if step >= 5 and not killed:
-            killed.append(group._presence.known["pid"])
+            killed.append(group.known["pid"])
             os.kill(killed[0], signal.SIGKILL)
 
     result = group.sample(job, on_step=kill_once)
@@ -167,9 +186,9 @@ def test_a_group_over_two_nodes_gives_the_video_of_one_and_goes_on_when_a_rank_o
 
 
 @pytest.mark.slow
-def test_groups_that_serve_keeps_are_used_and_shown_and_end_with_it_even_when_it_is_killed(opened, make_job, local, run):
+def test_groups_that_serve_keeps_are_used_shown_and_stopped(opened, make_job, local, run):
     command = [sys.executable, "-m", "parallel_backend", "serve", "--devices", "ray", "--plan", "replicas2"]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as serve:
+    with killed_after(subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)) as serve:
         assert "serving plan replicas2 on the Ray cluster (set by the user); Ray's dashboard " in serve.stdout.readline()
         while "2 of 2 groups are up: on " not in (line := serve.stdout.readline()):
             assert line, "serve has ended"
@@ -187,9 +206,24 @@ def test_groups_that_serve_keeps_are_used_and_shown_and_end_with_it_even_when_it
         assert re.search(r"^replicas2#1 .* serve$", shown, re.MULTILINE)
         assert re.search(r"^replicas2#2 .* ready .* serve$", shown, re.MULTILINE)
         assert re.search(r"^node \S+ \(\S+\): 0 GPUs, 1 CPUs$", shown, re.MULTILINE) and "Ray's dashboard" in shown
-        serve.send_signal(signal.SIGKILL)
-    assert wait_until(lambda: not workers())
-    assert wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+        stopped = run("stop", "--ray").stdout
+        ended = re.findall(r"^ended plan replicas2#(\d)(?: after \d+ s and \d+ jobs)? \(Ray\)$", stopped, re.MULTILINE)
+        assert ended == ["1", "2"]
+        assert serve.wait(PATIENCE) == 0 and serve.stdout.read().endswith("no group is left\n")
+    assert wait_until(is_empty)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_on_any_node_when_the_caller_was_killed(cluster, checkpoints, tmp_path, run):
+    words = ["generate", "--model", checkpoints["5b"], "--prompt", "x", "--devices", "ray", "--plan", "ulysses2"]
+    words += ["--width", 48, "--height", 48, "--frames", 5, "--steps", 900, "--output", tmp_path / "never.mp4"]
+    command = [sys.executable, "-m", "parallel_backend", *map(str, words)]
+    with killed_after(subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)) as caller:
+        assert any("step 5/900" in line for line in caller.stderr), "the caller has ended"
+        assert len(workers()) == 2
+        (line,) = (line for line in run("stop", "--ray").stdout.splitlines() if line.endswith("on Ray goes on: " + OTHERS))
+        assert line.startswith("plan ulysses2#1 on Ray ")
+    assert wait_until(is_empty)
 
 
 # ---- without a cluster ----
