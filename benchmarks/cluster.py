@@ -1,15 +1,18 @@
-"""A Ray cluster of CPU nodes on this machine: `python -m benchmarks.cluster`, from the repository's root, prints three tables.
+"""A Ray cluster of CPU nodes on this machine: `python -m benchmarks.cluster`, from the repository's root, prints four tables.
 
-Every plan over nodes, compared with `single`; many videos over three nodes, of which one is killed and one added in the middle; jobs in a row,
-with the memory of all processes. On a small model with random weights.
+Every plan over nodes, compared with `single`; many videos over three nodes, of which one is killed and one added in the middle; what is left
+after the caller was killed; jobs in a row, with the memory of all processes. On a small model with random weights.
 """
 
 import argparse
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,6 +38,8 @@ PLANS = {
 }
 """Plans by the CPUs of the nodes that they are over."""
 STORE = 100 * 2**20
+RUN = "XDG_RUNTIME_DIR"
+"""A variable of this run's processes."""
 SMALL = {"size": (64, 48, 9), "steps": 4}
 
 
@@ -88,16 +93,16 @@ def parity(checkpoint: Checkpoint, local: LocalExecutor) -> None:
 
 def videos(checkpoint: Checkpoint, local: LocalExecutor, count: int) -> None:
     """The second table."""
-    jobs: list[SampleJob] = [job_of(checkpoint, **SMALL, seed=seed) for seed in range(count)]
+    jobs: list[SampleJob] = [job_of(checkpoint, size=SMALL["size"], steps=12, seed=seed) for seed in range(count)]
     killed: list[float] = []
     with cluster_of(1, 1, 1) as cluster, opened("replicas3") as executor:
         while not all(replica.is_ready() for replica in executor.replicas):
             time.sleep(0.1)
 
         def on_step(step: int, steps: int) -> None:
-            if step > steps // 2 and not killed:
+            if step > steps // 8 and not killed:
                 killed.append(time.monotonic())
-                victim = executor.replicas[0]._presence.known["node_id"]
+                victim = executor.replicas[0].known["node_id"]
                 node = next(each for each in cluster.worker_nodes if each.node_id == victim)
                 cluster.remove_node(node, allow_graceful=False)
                 cluster.add_node(num_cpus=1, object_store_memory=STORE)
@@ -116,8 +121,44 @@ def videos(checkpoint: Checkpoint, local: LocalExecutor, count: int) -> None:
     print(f"| {count} | {seconds:.0f} | {worst:.1e} | {each} | {'; '.join(lost)} |", flush=True)
 
 
-def growth(checkpoint: Checkpoint, count: int) -> None:
+def killed(checkpoint: Checkpoint, times: int) -> None:
     """The third table."""
+    prompts, (width, height, frames) = checkpoint.path.parent / "prompts.txt", SMALL["size"]
+    prompts.write_text("a\nb\nc\n")
+    words = f"generate --model {checkpoint.path} --prompts-file {prompts} --devices ray --output never.mp4".split()
+    words += f"--steps 900 --width {width} --height {height} --frames {frames}".split()
+    print(
+        "\n| plan of a caller that gets SIGKILL | processes on the nodes before | seconds until none is left |\n|---|---|---|",
+        flush=True,
+    )
+    with cluster_of(1, 1, 1):
+        for plan in ("replicas3", "ring3") * times:
+            command = [sys.executable, "-m", "parallel_backend", *words, "--plan", plan]
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as caller:
+                next(line for line in caller.stderr if line.startswith("step 30/"))
+                before = len(ours())
+                caller.kill()
+            began = time.monotonic()
+            while ours():
+                time.sleep(0.05)
+            print(f"| {plan} | {before} | {time.monotonic() - began:.1f} |", flush=True)
+
+
+def ours() -> list[psutil.Process]:
+    """Returns the actors of groups, and the groups' processes, on all nodes."""
+    return [one for one in psutil.process_iter() if one.name().startswith(("ray::XDiTGroup", "xdit ")) and is_of_this_run(one)]
+
+
+def is_of_this_run(process: psutil.Process) -> bool:
+    """Whether a process runs, and was started by this program or what that started."""
+    with suppress(psutil.Error):
+        here = process.environ().get(RUN) == os.environ[RUN]
+        return here and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def growth(checkpoint: Checkpoint, count: int) -> None:
+    """The fourth table."""
     job = job_of(checkpoint, **SMALL)
     print(
         "\n| jobs | memory of the caller MiB | of Ray's and the group's processes MiB | open files | processes |\n|---|---|---|---|---|"
@@ -152,14 +193,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--videos", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=3, help="of a caller, for each plan")
+    parser.add_argument("--tables", default="parity,videos,killed,growth")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_RUNTIME_DIR"] = folder
+        os.environ[RUN] = folder
         checkpoint = Checkpoint.open(build(Path(folder) / "5b", like="5b"))
         local = LocalExecutor(torch.device("cpu"))
-        parity(checkpoint, local)
-        videos(checkpoint, local, args.videos)
-        growth(checkpoint, args.jobs)
+        tables = {
+            "parity": partial(parity, checkpoint, local),
+            "videos": partial(videos, checkpoint, local, args.videos),
+            "killed": partial(killed, checkpoint, args.kills),
+            "growth": partial(growth, checkpoint, args.jobs),
+        }
+        for name in args.tables.split(","):
+            tables[name]()
 
 
 if __name__ == "__main__":
