@@ -146,14 +146,14 @@ def killed(checkpoint: Checkpoint, times: int) -> None:
 
 def ours() -> list[psutil.Process]:
     """Returns the actors of groups, and the groups' processes, on all nodes."""
-    return [one for one in psutil.process_iter() if one.name().startswith(("ray::XDiTGroup", "xdit ")) and is_of_this_run(one)]
+    return list(filter(is_ours, psutil.process_iter()))
 
 
-def is_of_this_run(process: psutil.Process) -> bool:
-    """Whether a process runs, and was started by this program or what that started."""
+def is_ours(process: psutil.Process) -> bool:
+    """Whether a process runs, belongs to a group, and was started by this program or what that started."""
     with suppress(psutil.Error):
-        here = process.environ().get(RUN) == os.environ[RUN]
-        return here and process.status() != psutil.STATUS_ZOMBIE
+        if process.name().startswith(("ray::XDiTGroup", "xdit ")) and process.status() != psutil.STATUS_ZOMBIE:
+            return process.environ().get(RUN) == os.environ[RUN]
     return False
 
 

@@ -5,11 +5,13 @@ GPU's time is over, the slow one's three times the fast one's: so that the figur
 else this machine does. The best possible split is of whole videos: the smallest time, over all ways to deal them out, in which
 both replicas are done, with the mean seconds that each took in truth.
 
-With `--kill` the slow replica's process gets SIGKILL half-way, and no group can start again: the fast one makes the rest.
+With `--kill` the slow replica's process gets SIGKILL half-way, and no group can start again: the fast one makes the rest. With `--ray` each
+replica is on a node of its own of a Ray cluster.
 """
 
 import argparse
 import time
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from statistics import mean
 
@@ -19,7 +21,7 @@ from parallel_backend.cli.bench_table import text_states
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
-from parallel_backend.executor.replicas import ReplicasExecutor
+from parallel_backend.executor.factory import open_executor
 from parallel_backend.group import preflight
 from parallel_backend.jobs import SampleJob
 from parallel_backend.model import Model
@@ -56,22 +58,33 @@ def lose(replica) -> None:
         process.kill()
 
 
+def cluster_of_two():
+    """A Ray cluster of two nodes; Ray is optional, and imported here."""
+    from .cluster import cluster_of
+
+    return cluster_of(1, 1)
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--videos", type=int, default=12)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0, help="that a video takes on the fast replica")
-    parser.add_argument("--kill", action="store_true", help="lose the slow replica half-way")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--kill", action="store_true", help="lose the slow replica half-way")
+    how.add_argument("--ray", action="store_true", help="on a Ray cluster of two nodes")
     args = parser.parse_args()
     checkpoint = Checkpoint.open(bundled.find(bundled.DEMO))
     positive, negative = text_states(checkpoint)
     latent = checkpoint.empty_latent()
     job = SampleJob(Model(str(checkpoint.path)), positive, latent, negative, steps=args.steps)
     jobs = [replace(job, positive=positive * (1 + place / 100), seed=place) for place in range(args.videos)]
-    executor = ReplicasExecutor(Plan(replicas=2), Devices("cpu", (0, 1)))
-    try:
+    cluster = cluster_of_two() if args.ray else nullcontext()
+    with cluster, closing(open_executor(Plan(replicas=2), Devices("cpu", (0, 1), on_ray=args.ray))) as executor:
         executor.start()
+        while not all(replica.is_ready() for replica in executor.replicas):
+            time.sleep(0.1)
         for replica in executor.replicas:
             replica.sample(job)  # both are warm
         fast, slow = (timed(replica, at_least=args.seconds * times) for replica, times in zip(executor.replicas, (1, TIMES)))
@@ -86,8 +99,6 @@ def main() -> None:
         results = executor.sample_all(jobs, on_step=kill_once)
         total = time.perf_counter() - started
         assert len(results) == args.videos and all(result.tensor.isfinite().all() for result in results)
-    finally:
-        executor.close()
     each = mean(fast), mean(slow)
     best = best_split(args.videos, *each)
     for note in dict.fromkeys(note for result in results for note in result.report.notes):
