@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.cli.parser import main
@@ -29,7 +30,7 @@ from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 
-from .conftest import PATIENCE
+from .conftest import PATIENCE, REPO
 
 # ---- the nodes of a cluster ----
 
@@ -126,6 +127,12 @@ def test_options_that_ray_replaced_are_refused_and_name_it(words, capsys):
     said = capsys.readouterr().err
     assert error.value.code == 2 and len(said.splitlines()) == 1
     assert f"{words[-2]} is gone: several machines are a Ray cluster now; use --devices ray (docs/cluster.md)" in said
+
+
+def test_the_description_for_kubernetes_has_what_its_operator_asks_for_with_a_token():
+    (text,) = re.findall(r"```yaml\n(.*?)```", (REPO / "docs" / "cluster.md").read_text(), re.DOTALL)
+    spec = yaml.safe_load(text)["spec"]  # KubeRay refuses a token without the version of Ray
+    assert spec["authOptions"]["mode"] == "token" and tuple(map(int, spec["rayVersion"].split("."))) >= (2, 52)
 
 
 # ---- parts of a group ----
