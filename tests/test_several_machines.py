@@ -2,19 +2,22 @@
 
 import json
 import re
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.cli.parser import main
+from parallel_backend.cluster import members
 from parallel_backend.cluster import nodes as cluster
 from parallel_backend.cluster.nodes import Node, layout
 from parallel_backend.devices import Devices
-from parallel_backend.errors import RequestError
+from parallel_backend.errors import GroupUnavailable, RequestError
 from parallel_backend.executor import resolve as resolve_module
 from parallel_backend.executor.cluster import ClusterExecutor
 from parallel_backend.executor.replicas import ReplicasExecutor
@@ -238,6 +241,19 @@ def test_replicas_on_a_cluster_hold_no_gpu_of_the_caller():
     groups = [ClusterExecutor(Plan(), Devices("cuda", (place,), on_ray=True), f"replicas2#{place}") for place in range(2)]
     replicas = ReplicasExecutor(Plan(replicas=2), Devices("cuda", (0, 1), on_ray=True), groups)
     assert {device.type for device in (*replicas.torch_devices, *groups[0].torch_devices)} == {"cpu"}
+
+
+def test_ranks_meet_at_a_port_that_no_connection_is_given(monkeypatch):
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert members.free_port("127.0.0.1") in members.PORTS and members.PORTS.stop <= low
+    with socket.create_server(("127.0.0.1", members.free_port("127.0.0.1"))) as taken:
+        port = taken.getsockname()[1]
+        other = members.free_port("127.0.0.1")
+        monkeypatch.setattr(members.random, "sample", lambda *_: [port, other])
+        assert members.free_port("127.0.0.1") == other
+        monkeypatch.setattr(members.random, "sample", lambda *_: [port])
+        with pytest.raises(GroupUnavailable, match="no port of 127.0.0.1 from 20000 to 31999 is free"):
+            members.free_port("127.0.0.1")
 
 
 def test_the_interface_of_an_address_is_found():

@@ -1,10 +1,12 @@
 """The other nodes of a group over several nodes, as node 0 sees them. Ray says whether they live."""
 
 import json
+import random
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,9 @@ from ..group.part import Part
 from ..plan import Plan
 from .actor import Actor, about_here
 from .nodes import connect
+
+PORTS = range(20_000, 32_000)
+"""Above those of Ray's workers, and below those that Linux gives to connections, which could take the port before rank 0 does."""
 
 
 class Members:
@@ -119,7 +124,13 @@ class Members:
 
 
 def free_port(address: str) -> int:
-    """Returns a free port of this node."""
+    """Returns a free port of this node.
+
+    Raises:
+        GroupUnavailable: when there is none.
+    """
     family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
-    with socket.create_server((address, 0), family=family) as probe:
-        return probe.getsockname()[1]
+    for port in random.sample(PORTS, len(PORTS)):
+        with suppress(OSError), socket.create_server((address, port), family=family):
+            return port
+    raise GroupUnavailable(f"no port of {address} from {PORTS.start} to {PORTS.stop - 1} is free")
