@@ -28,7 +28,11 @@ WAITED_FOR_FLAGS = (WAITING, FLASH_3[0])
 """Of those in which one rank's attention held up the flags that another one waited for, with Ulysses."""
 NEWEST = "h200-kernels.json"
 """Of a version with kernels of its own between products, and values in FP8 too (NOTES); before it they were in 16 bits."""
-NO_PEER_ACCESS = "h100x2-no-p2p-2026-11-26.json"
+EIGHT_BITS = "h100x2-8bit-2026-11-27.json"
+"""Of layers and attention in 8 bits, and of cuDNN's attention in every plan."""
+ATTENTION = {"cudnn": 426e12, "int8": 374e12}
+"""Operations a second of other functions than this pack's on an H100, of 48 x 17776 x 64 in bf16 (docs/speed.md)."""
+NO_PEER_ACCESS = "h100x2-no-p2p-2026-11-27.json"
 """Of two GPUs that exchange through host memory: ``NCCL_P2P_DISABLE=1``."""
 CUDNN_FP16 = {"H100": 423e12, "H200": 436e12}
 """Its operations a second."""
@@ -122,6 +126,7 @@ def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
         machine = replace(machine, attention_fp16=CUDNN_FP16["H100"])
     if file != NEWEST and work.dtype == "fp16" and quantize == "fp8":
         machine = replace(machine, attention=machine.attention_fp16)
+    machine = replace(machine, attention=ATTENTION.get(row.get("attention"), machine.attention))
     rates = {name: getattr(machine, name) * faster for name in ("matrix", "attention", "attention_fp16")}
     return work, replace(machine, **rates)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.plans_table import (
+    EIGHT_BITS,
     MARKS,
     NEWEST,
     NO_PEER_ACCESS,
@@ -78,9 +79,12 @@ def test_operations_and_bytes_are_those_that_the_benchmark_and_the_engine_count(
         assert planned_bytes(plan, work) == pytest.approx(working_bytes(job, checkpoint, plan, dtype), rel=0.01)
 
 
-ROWS = [(file, row) for file in (NEWEST, "h100x2.json", *OLDER) for row in measured(file)]
+ROWS = [(file, row) for file in (NEWEST, EIGHT_BITS, "h100x2.json", *OLDER) for row in measured(file)]
 ROWS = [(file, row) for file, row in ROWS if file not in WAITED_FOR_FLAGS or "ulysses" not in row["plan"]]
-NAMES = [f"{file}-{row['model']}-{row['dtype']}-{row['plan']}-{row['precision']}-{row['steps']}" for file, row in ROWS]
+NAMES = [
+    f"{file}-{row['model']}-{row['dtype']}-{row['plan']}-{row['precision']}-{row.get('attention', 'auto')}-{row['steps']}"
+    for file, row in ROWS
+]
 
 
 @pytest.mark.parametrize("file, row", ROWS, ids=NAMES)
@@ -94,7 +98,7 @@ def test_without_peer_access_the_order_of_plans_is_the_measured_one_and_the_page
     took = {row["plan"]: row["seconds_per_step"] for row in measured(NO_PEER_ACCESS)}
     machine = replace(H100, link=Link(24.7e9, 30e-6))  # as the group measured it in that run
     predicted = {plan: predict(Plan.parse(plan), assumed(48, True), machine).seconds for plan in took}
-    assert len(took) == 5 and sorted(took, key=took.get) == sorted(predicted, key=predicted.get)
+    assert len(took) == 7 and sorted(took, key=took.get) == sorted(predicted, key=predicted.get)
     assert predicted == pytest.approx(took, rel=0.15)
     assert str(choose(assumed(48, True), machine, 2)[0]) == min(took, key=took.get)
     row = f"| {' | '.join(f'{took[plan]:.3f}' for plan in sorted(took, key=took.get))} |"

@@ -19,8 +19,9 @@ PASSES = 26
 """How often compiled kernels other than products and attention read or write tokens x features in a block: these are the 25 ms."""
 EAGER_PASSES = 176
 """``PASSES`` without compilation: 0.19 s more for each half of guidance (NOTES: 0.774 and 0.581 s)."""
-INT8_PASSES = 21
-"""Additional passes of layers in int8, which round their inputs themselves, and of GELU, which no product absorbs: counted, not measured."""
+INT8_PASSES = 36
+"""Additional passes of layers in int8, which round their inputs themselves, and of GELU, which no product absorbs: 64 ms for a half on an
+H100 (NOTES). Counted they are 21: comfy-kitchen's rounding reaches a third of the memory's bandwidth there."""
 ULYSSES_PASSES = 10
 """Additional passes with Ulysses: packing, copying the rank's own part, unpacking; counted in ``parallel/ulysses.py``."""
 MERGE_PASSES, MERGE_SECONDS = 24, 1.1e-3

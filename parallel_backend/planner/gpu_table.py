@@ -16,7 +16,9 @@ REACHED = 0.8
 """Share of a data sheet's operations that a large product reaches: 767 of 989 on an H100 (h100x2.json)."""
 TWICE = 1.75
 """Speedup of products in 8 bits, whose rate on data sheets is at least twice that of 16 bits: FP8's of h100x2.json, 0.1 s less for each
-half of guidance. That int8 gains as much is assumed."""
+half of guidance. That int8 gains as much is assumed, but for Hopper."""
+INT8_ON_HOPPER = 1.1
+"""Speedup of products by comfy-kitchen's kernel, which is for GPUs before Hopper: 204 ms for a half of 5b where bf16 takes 224 (NOTES)."""
 ATTENDED, ATTENDED_BEFORE_AMPERE = 0.7, 0.35
 """Share of a product's rate that attention reaches: with FlashAttention-2, and with the kernels that older GPUs have. Assumed."""
 LINKS = {"nvlink": Link(300e9, 20e-6), "pcie": Link(7e9, 30e-6), "network": Link(5e9, 60e-6)}
@@ -25,7 +27,7 @@ LINK_NAMES = {"nvlink": "NVLink", "pcie": "PCIe", "network": "the network"}
 FP8_SINCE, INT8_SINCE, AMPERE = (8, 9), (7, 5), (8, 0)
 """Compute capabilities: the first with products in FP8 and in int8, and the first that the pack compiles blocks for."""
 HOPPER = {
-    "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": TWICE, "matrix_int8": TWICE, "attention_fp8": 1.36,
+    "link": LINKS["nvlink"], "network": LINKS["network"], "matrix_fp8": TWICE, "matrix_int8": INT8_ON_HOPPER, "attention_fp8": 1.36,
     "rates_from": "the table of known GPUs, measured", "link_from": "assumed for NVLink",
 }  # fmt: skip
 """Fields that all Hopper GPUs share. Attention in FP8 is from ``fp8`` and ``fp8-all`` of h200-kernels.json, where it took 0.56 s of a step
