@@ -21,7 +21,7 @@ class Config:
     python: str | None = None
     """Interpreter that runs the group; without it the one that runs ComfyUI or the command."""
     memory_gib: float | None = field(default=None, metadata={"wanted": "GiB of each GPU, such as 24"})
-    """GiB of each GPU that a group's tensors may use; without it all that is free."""
+    """GiB of each GPU that the tensors of a process may use; without it all that is free."""
     idle_minutes: float = 30.0
     """After this long without a job a group ends, or frees its weights if ``serve`` keeps it; 0 turns this off."""
     keep_seconds: float = 1.0

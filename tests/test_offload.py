@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.vae import tiling
+from parallel_backend.config import Config
 from parallel_backend.engine.engine import Engine
 from parallel_backend.engine.vae_jobs import STRIP_MARGIN
 from parallel_backend.executor.local import LocalExecutor
@@ -20,8 +23,11 @@ from parallel_backend.model import Lora, Model
 from parallel_backend.parallel.rank import RankContext
 from parallel_backend.parallel.vae_rows import Strips
 from parallel_backend.plan import Plan
+from parallel_backend.planner import hardware
 
 from .conftest import REPO
+
+GIB = 2**30
 
 TWO_RANKS = """
 import json, sys
@@ -45,6 +51,23 @@ def run(rank):
     Path(folder, f"rank{rank}.json").write_text(json.dumps(engine.run(job).report.notes))
 fork_ranks(2, run)
 """
+
+
+@pytest.mark.parametrize("owns_process", [True, False])
+def test_the_user_s_limit_holds_in_one_process_too(owns_process, monkeypatch):
+    """Of an 80 GiB GPU with 3 GiB of this process's tensors on it."""
+    gpu, enforced = torch.device("cuda", 0), []
+    memory = {"mem_get_info": (70 * GIB, 80 * GIB), "memory_allocated": 3 * GIB, "memory_reserved": 4 * GIB}
+    fake = SimpleNamespace(**{name: lambda device, value=value: value for name, value in memory.items()})
+    monkeypatch.setattr(offload, "api_of", lambda device: fake)
+    monkeypatch.setattr(offload, "_allowed", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: enforced.append(share))
+    LocalExecutor(gpu, owns_process=owns_process)
+    assert offload.free_bytes(gpu) == 71 * GIB and not enforced
+    monkeypatch.setattr(hardware, "CONFIG", Config(memory_gib=7.0))
+    LocalExecutor(gpu, owns_process=owns_process)
+    assert offload.free_bytes(gpu) == 4 * GIB and enforced == [7 / 80] * owns_process
 
 
 def test_ranks_with_unequal_memory_choose_the_same_offload(checkpoints, tmp_path):

@@ -89,7 +89,9 @@ def interruptible() -> Iterator[None]:
 def local(device: torch.device | None = None) -> LocalExecutor:
     """The executor of this process, on ComfyUI's device or the one given."""
     device = device or management.get_torch_device()
-    return _local.setdefault(device, LocalExecutor(device))
+    if device not in _local:
+        _local[device] = LocalExecutor(device, owns_process=False)
+    return _local[device]
 
 
 def counted_on(executor: Executor) -> torch.device:

@@ -32,12 +32,19 @@ _allowed: int | None = None
 """The limit in bytes that :func:`allow` set for this process."""
 
 
-def allow(device: torch.device, nbytes: int) -> None:
-    """Limits the GPU memory of this process's tensors to ``nbytes``."""
+def allow(device: torch.device, nbytes: int, *, enforced: bool = True) -> None:
+    """Limits the GPU memory of this process's tensors to ``nbytes``.
+
+    Args:
+        device: the GPU.
+        nbytes: the limit.
+        enforced: whether torch fails beyond it; else the limit only counts when offload and tiles are chosen.
+    """
     global _allowed
     _allowed = nbytes
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(nbytes / total, 1.0), device)
+    if enforced:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(nbytes / total, 1.0), device)
 
 
 def api_of(device: torch.device):

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from ..cogvideox import offload
 from ..engine.engine import Engine
 from ..jobs import Progress, Result
 from ..parallel.rank import RankContext
+from ..planner import hardware
 from .base import Executor
 
 
@@ -16,9 +18,15 @@ class LocalExecutor(Executor):
 
     Args:
         device: the CPU or one GPU.
+        owns_process: whether nothing else uses GPUs in this process, so that the user's limit of memory can be enforced.
+    Raises:
+        RequestError: when that limit has an unusable value.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, owns_process: bool = True):
+        limit = hardware.memory_limit() if device.type == "cuda" else None
+        if limit is not None:
+            offload.allow(device, limit, enforced=owns_process)
         self.engine = Engine(RankContext(device))
         self._lock = threading.Lock()
 

@@ -33,8 +33,9 @@ def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the variable was read when torch was imported
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
-    if device.type == "cuda" and hardware.memory_limit() is not None:
-        offload.allow(device, hardware.allowed(torch.cuda.get_device_properties(device).total_memory))
+    limit = hardware.memory_limit() if device.type == "cuda" else None
+    if limit is not None:
+        offload.allow(device, limit)
     heart.beat("joining the group", CONFIG.join_seconds)
     context = GroupRankContext(Plan.parse(plan), device=device, rank=rank)
     heart.beat(

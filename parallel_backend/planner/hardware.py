@@ -155,7 +155,7 @@ def usable_bytes(device: torch.device) -> int:
 
 
 def memory_limit() -> int | None:
-    """Returns the bytes of each GPU that the user allows a group's tensors; None for all that is free.
+    """Returns the bytes of each GPU that the user allows a process's tensors; None for all that is free.
 
     Raises:
         RequestError: when the variable has an unusable value. The default would take memory that is meant for other programs.
