@@ -91,10 +91,8 @@ def changes_of(word: str) -> dict[str, Any]:
             field, number = CACHES[cache]
             changes[field] = number(each.removeprefix(cache))
     except (KeyError, ValueError):
-        allowed = ", ".join(PRECISIONS)
-        raise RequestError(
-            f"--precisions: '{word}' is not understood; use some of {allowed}, each with +cache0.1, +guidance4 or both"
-        ) from None
+        allowed = f"{', '.join(PRECISIONS)}, each with +cache0.1, +guidance4 or both"
+        raise RequestError(f"--precisions: '{word}' is not understood; use some of {allowed}") from None
     return changes
 
 
