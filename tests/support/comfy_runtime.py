@@ -10,7 +10,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 SERVER = """
-import dataclasses, importlib, json, os, sys, types
+import atexit, dataclasses, gc, importlib, json, os, sys, traceback, types
 from pathlib import Path
 import torch
 repo, folder, path = sys.argv[1:]
@@ -31,14 +31,23 @@ def sample(cfg=6.0, **settings):
     return jobs.SampleJob(model, text, settings.pop("latent", latent), text, steps=2, cfg=cfg, **settings)
 def show(**values):
     print(json.dumps(values))
+gc.freeze()  # or a collection in a child would copy the pages of all these objects
 for line in sys.stdin:
     work = Path(line.strip())
     child = os.fork()
     if child == 0:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(work / name, os.O_WRONLY | os.O_CREAT), number)
-        exec((work / "code").read_text())
-        break
+        status = 1
+        try:
+            exec((work / "code").read_text())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # an interpreter that takes itself apart copies those pages too
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
