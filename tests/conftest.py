@@ -12,10 +12,12 @@ from pathlib import Path
 
 # Set before torch is imported: with the default, spinning threads make a test fifty times slower if another program runs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# For the workers and for what tests start: with its defaults glibc gives the memory of each large tensor back, and the kernel clears it
+# again for the next one, which is a quarter of the time of a VAE.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1073741824")
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "1073741824")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core belongs to the other worker
-
-gc.disable()  # collections take a quarter of the time of the imports, and find nothing; frozen_modules goes on with them
 
 import psutil
 import pytest
@@ -111,7 +113,6 @@ def frozen_modules():
     the objects of all imported modules that takes a quarter of a second each time."""
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
