@@ -41,8 +41,21 @@ def convolve(convolution: nn.Conv3d, states: torch.Tensor, border: int, bias: to
     frames = states.shape[2] - depth
     parts = min(frames, states.numel() // MOST + 1)
     cuts = pairwise(frames * part // parts for part in range(parts + 1))
-    results = [F.conv3d(states[:, :, start : end + depth], convolution.weight, bias, padding=padding) for start, end in cuts]
+    results = [convolve_part(states[:, :, start : end + depth], convolution.weight, bias, padding) for start, end in cuts]
     return results[0] if parts == 1 else torch.cat(results, dim=2)
+
+
+def convolve_part(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: tuple[int, ...]
+) -> torch.Tensor:
+    """Runs a 3D convolution.
+
+    For a small input of one video on a CPU torch uses a function of its own, which takes ten times as long as oneDNN's.
+    """
+    if states.device.type == "cpu" and states.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        one = (1, 1, 1)
+        return torch.mkldnn_convolution(states, weight, bias, padding, one, one, 1)
+    return F.conv3d(states, weight, bias, padding=padding)
 
 
 def normalised(states, bias, mean, variance, norm: nn.GroupNorm, gain, offset) -> torch.Tensor:
