@@ -68,7 +68,7 @@ CASES = [
 ]
 
 PICTURES = [
-    ("5b", (80, 112, 17), "auto"),  # width, height, frames: rows that no plan divides
+    ("5b", (32, 112, 17), "auto"),  # width, height, frames: rows that no plan divides
     ("2b", (48, 64, 13), "off"),
     ("1.5-5b", (64, 32, 5), "auto"),
     ("5b", (48, 16, 9), "auto"),  # too few rows for four
