@@ -89,6 +89,11 @@ def reset_peak(device: torch.device) -> None:
 def release(device: torch.device) -> None:
     """Frees unused cached memory, of the device and pinned; collects garbage first, as offload hooks are reference cycles."""
     gc.collect()
+    empty_caches(device)
+
+
+def empty_caches(device: torch.device) -> None:
+    """Frees unused cached memory, of the device and pinned."""
     api = api_of(device)
     if hasattr(api, "empty_cache"):
         api.empty_cache()

@@ -270,9 +270,9 @@ class ModelCache:
         held = self.held.get(part)
         if held and held[0] == key:
             return held[1]
-        del held  # else the old weights would stay in memory until the new ones are read
-        self.held.pop(part, None)
-        offload.release(self.device)
+        if held:
+            del held, self.held[part]  # else the old weights would stay in memory until the new ones are read
+            offload.release(self.device)
         module = read()
         self.loads += 1
         self.held[part] = (key, module)

@@ -208,4 +208,4 @@ class TextEncoder:
         """Moves the weights back to the CPU."""
         if self._encoder is not None:
             self._encoder.to("cpu")
-            offload.release(self.device)  # a group on the same GPU must see it as free
+            offload.empty_caches(self.device)  # a group on the same GPU must see it as free
