@@ -271,8 +271,8 @@ def test_the_panel_shows_the_group_fills_the_node_and_stops_the_group(page, brok
 def test_an_image_to_video_that_loses_a_rank_succeeds_and_says_so(page):
     before = set(workers())
     listen(page)
-    size = {"XDiTCogVideoXImageToVideo__width": 320, "XDiTCogVideoXImageToVideo__height": 192}
-    load(page, I2V, **TWO, **size, XDiTBackend__plan="ulysses2")
+    slow = {"XDiTCogVideoXImageToVideo__width": 160, "XDiTCogVideoXSampler__steps": 40}
+    load(page, I2V, **TWO | slow, XDiTBackend__plan="ulysses2")
     page.run("window.step = 0; app.api.addEventListener('cogvideox-xdit.progress', (event) => { step = event.detail.step; })")
     page.run("window.ended = undefined; app.queuePrompt(0).then(() => true)")
     page.wait("step > 0")

@@ -604,8 +604,8 @@ def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkp
 def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
     run = subprocess.Popen(
         [
-            sys.executable, "-m", "parallel_backend", "generate", "--model", checkpoints["5b"], "--prompt", "x", "--width", "480",
-            "--height", "320", "--steps", "1000", "--plan", "cfg2", "--devices", "cpu:2", "--output", tmp_path / "out.mp4",
+            sys.executable, "-m", "parallel_backend", "generate", "--model", checkpoints["5b"], "--prompt", "x",
+            "--steps", "1000", "--plan", "cfg2", "--devices", "cpu:2", "--output", tmp_path / "out.mp4",
         ],
         cwd=REPO, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
