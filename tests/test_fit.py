@@ -16,7 +16,7 @@ from parallel_backend.cogvideox.checkpoint import published, shards
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.local import LocalExecutor
-from parallel_backend.fit import fit, is_tiled
+from parallel_backend.fit import decode_way, fit
 from parallel_backend.jobs import DecodeJob
 from parallel_backend.model import Model
 from parallel_backend.plan import Plan
@@ -84,9 +84,18 @@ def test_tiles_are_predicted_as_the_engine_uses_them(checkpoints, monkeypatch):
         monkeypatch.setattr(offload, "free_bytes", lambda device, free=free: free)
         result = LocalExecutor(CPU).decode(DecodeJob(Model(str(checkpoints["5b"])), latent))
         tiled = any(note.startswith("VAE in tiles of ") for note in result.report.notes)
-        assert is_tiled(size, torch.float32, free, 1) == tiled
+        assert decode_way(size, torch.float32, free, 0, 1) == (tiled, False)
         decided.add(tiled)
     assert decided == {True, False}
+
+
+def test_a_strip_on_each_of_two_gpus_is_predicted_as_it_was_measured():
+    """``cfg2-fsdp2`` of 5b in 11 GiB a GPU decoded whole, as the transformer made room (benchmarks/results/h100x2-small-2026-11-27.json)."""
+    vae, weights = 0.4 * 2**30, 5.2 * 2**30
+    size = (720, 480, 49)
+    assert decode_way(size, torch.bfloat16, 11 * 2**30 - vae, weights, 2) == (False, True)
+    assert decode_way(size, torch.bfloat16, 11 * 2**30 - vae, weights, 1) == (True, False)
+    assert decode_way(size, torch.bfloat16, 7 * 2**30 - vae, 0, 2) == (True, False)
 
 
 def test_the_page_of_cards_has_the_tables_of_the_command():

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.random_weights import fill
 
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+WEIGHTS = "transformer/*.safetensors"
+"""One file, or several of a large model."""
 TO_CORE = (
     (r"^transformer_blocks\.", "blocks."),
     (r"\.attn1\.to_out\.0\.", ".attn_out."),
@@ -43,7 +44,7 @@ def save_as(folder: Path, path: Path, layout: str, dtype: torch.dtype | None = N
     Returns:
         The path of the file.
     """
-    state = load_file(folder / WEIGHTS)
+    state = {name: weight for file in folder.glob(WEIGHTS) for name, weight in load_file(file).items()}
     if dtype is not None:
         state = {
             name: weight.to(dtype) if "transformer_blocks" in name and weight.ndim > 1 else weight
