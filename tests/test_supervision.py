@@ -355,7 +355,7 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_tiles_and_says_so(
     latent = executor.sample(job).tensor
     attempts = []
 
-    def decode(module, *_):
+    def decode(module, *_, **__):
         attempts.append(TooSmall(module, fits))
         return attempts[-1]()
 
@@ -372,7 +372,7 @@ def test_a_decode_that_runs_out_of_memory_goes_on_in_smaller_tiles_and_says_so(
 )
 def test_a_decode_that_fits_in_no_way_says_what_helps(tiling, words, make_job, monkeypatch):
     executor, job = LocalExecutor(torch.device("cpu")), make_job("5b", steps=2)
-    monkeypatch.setattr(codec, "decode", lambda module, *_: TooSmall(module, [])())
+    monkeypatch.setattr(codec, "decode", lambda module, *_, **__: TooSmall(module, [])())
     with pytest.raises(OutOfMemory, match=words):
         executor.decode(DecodeJob(job.model, job.latent, tiling=tiling))
 
