@@ -59,11 +59,11 @@ def test_published_models_are_listed_after_those_that_are_here_and_off_refuses_t
     shown, _ = call("""
 short = "CogVideo/CogVideoX-5b"
 table = part("nodes.comfy.plan_table").of_query({"model": offer(), "devices": "cpu:2"})
-show(names=names(), model=table["model"], size=table["size"], plans=[row["plan"] for row in table["rows"]], default=loaders.LoadCogVideoX.define_schema().inputs[-1].default, offer=offer(), ran=failure(),
+show(names=names(), model=table["model"], size=table["size"], plans=[row["plan"] for row in table["rows"]], default=next(each.default for each in loaders.LoadCogVideoX.define_schema().inputs if each.id == "download"), offer=offer(), ran=failure(),
      refused=[submit(model_name=name, download="off") for name in (offer(), short, "diffusers/cogvideox-5B", "nothing")],
      taken=[submit(model_name=name, download=word) for name, word in ((short, "huggingface"), (None, "off"), ("demo", "off"))])
 """)  # fmt: skip
-    assert shown["names"][:2] == ["demo", "demo-i2v"] and len(shown["names"]) == 12
+    assert shown["names"][:2] == ["demo", "demo-i2v"] and len(shown["names"]) == 13
     assert shown["names"][2] == "CogVideo/CogVideoX-2b (download: 13 GB, Apache 2.0)"
     assert shown["offer"] == "CogVideo/CogVideoX-5b (download: 21 GB, CogVideoX licence)"
     assert shown["default"] == "off" and shown["ran"][1] == COMMAND
@@ -97,7 +97,7 @@ show(bars=bars, said=said, kept=kept[:2], path=loaded.model.path, again=again, n
 """)
     folder = tmp_path / "models" / "CogVideo" / "CogVideoX-5b"
     assert shown["path"] == str(folder) and shown["again"] == [str(folder)] * 3 and shown["checked"] == [True, True]
-    assert shown["names"][2] == "CogVideo/CogVideoX-5b" and len(shown["names"]) == 12
+    assert shown["names"][2] == "CogVideo/CogVideoX-5b" and len(shown["names"]) == 13
     assert shown["off"] <= TOLERANCE
     (total, node), *done = shown["bars"]
     assert node == "1" and done == sorted(done) and done[-1] == total

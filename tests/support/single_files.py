@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.random_weights import fill
 
-WEIGHTS = "transformer/*.safetensors"
-"""One file, or several of a large model."""
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+SHARDS = "transformer/diffusion_pytorch_model-*-of-*.safetensors"
+"""The files of a large model."""
 TO_CORE = (
     (r"^transformer_blocks\.", "blocks."),
     (r"\.attn1\.to_out\.0\.", ".attn_out."),
@@ -44,7 +45,8 @@ def save_as(folder: Path, path: Path, layout: str, dtype: torch.dtype | None = N
     Returns:
         The path of the file.
     """
-    state = {name: weight for file in folder.glob(WEIGHTS) for name, weight in load_file(file).items()}
+    files = [*folder.glob(SHARDS)] or [folder / WEIGHTS]
+    state = {name: weight for file in files for name, weight in load_file(file).items()}
     if dtype is not None:
         state = {
             name: weight.to(dtype) if "transformer_blocks" in name and weight.ndim > 1 else weight
