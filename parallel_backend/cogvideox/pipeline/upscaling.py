@@ -178,6 +178,7 @@ class Mosaic:
         self._next = next(self._tiles)
         self._lock = Lock()
 
+    @torch.inference_mode()
     def add(self, number: int, pixels: torch.Tensor) -> None:
         """Adds a tile ``[frames, height, width, 3]``."""
         with self._lock:
