@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from parallel_backend.errors import RequestError, WriteFailure
 from parallel_backend.media import encoding, video
 from parallel_backend.system.files import check_writable
+
+from .conftest import wait_until
 
 REPO = Path(__file__).resolve().parents[1]
 FRAMES = torch.rand(9, 64, 96, 3, generator=torch.Generator().manual_seed(0))
@@ -168,6 +171,17 @@ def test_a_video_encoded_while_its_frames_arrive_is_the_file_of_one_saved_whole(
     for name in ("early.mp4", "again.mp4"):
         video.save(tmp_path / name, clip, fps=8, metadata=metadata, early=early)
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_of_a_batch_only_the_encoder_of_the_last_video_stays_open():
+    before, clip = set(threading.enumerate()), moving(17)
+    encodings = encoding.Encodings(video.checked_fps(8))
+    for number in range(4):
+        for start in (0, 9):
+            encodings.on_frames(number, start, clip[start : start + 8 if start else 9])
+    assert wait_until(lambda: sum(thread.name.startswith("encoding") for thread in {*threading.enumerate()} - before) == 1)
+    files = [encodings.videos[number].mp4() for number in range(4)]
+    assert files == [arriving(clip).mp4()] * 4
 
 
 @pytest.mark.parametrize("change", ["rate", "pixel", "frame", "NaN"])

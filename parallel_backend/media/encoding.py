@@ -142,6 +142,7 @@ class Encodings:
         """Has frames encoded that stay as they are; see :data:`parallel_backend.cogvideox.vae.frames.FramesListener`."""
         if start == 0:
             self.drop(video)
+            self.finish()  # the ones before: each has an encoder with threads and frames of its own
             self.videos[video] = Encoding(*frames.shape[1:3], self.rate)
         self.videos[video].add(frames)
 
