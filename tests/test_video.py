@@ -184,7 +184,7 @@ def test_of_a_batch_only_the_encoder_of_the_last_video_stays_open():
     assert files == [arriving(clip).mp4()] * 4
 
 
-@pytest.mark.parametrize("change", ["rate", "pixel", "frame", "NaN"])
+@pytest.mark.parametrize("change", ["rate", "pixel", "order", "rows", "frame", "NaN"])
 def test_a_video_that_is_not_the_one_encoded_before_is_encoded_when_it_is_saved(change, tmp_path):
     clip, fps = moving(17), 8
     early = arriving(clip)
@@ -195,6 +195,8 @@ def test_a_video_that_is_not_the_one_encoded_before_is_encoded_when_it_is_saved(
         clip[5, 6, 7, 1] *= 0.5  # by a node that changes its input in place
         assert early.mp4_of(clip, early.rate) is None
         clip[5] *= 0.5
+    elif change in ("order", "rows"):
+        clip.copy_(clip.flip(0 if change == "order" else 1))
     elif change == "frame":
         clip = clip[1:]
     else:

@@ -31,8 +31,8 @@ class Encoding:
         self.rate = rate
         self.frames = 0
         """Number of frames that were added."""
-        self.checksum = 0
-        """Of the frames that are encoded so far; see :func:`checksum`."""
+        self.checksum = self._encoded = 0
+        """Of the frames that are encoded so far, see :func:`checksum`; and their number."""
         self._buffer = io.BytesIO()
         self._file = self._stream = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
@@ -85,7 +85,8 @@ class Encoding:
         import av
 
         check_finite(frames, "images")
-        self.checksum = (self.checksum + checksum(frames)) % 2**64
+        self.checksum = (self.checksum + checksum(frames, self._encoded)) % 2**64
+        self._encoded += len(frames)
         try:
             if self._file is None:
                 self._open()
@@ -165,9 +166,16 @@ def encode(frames: torch.Tensor, rate: Fraction) -> Encoding:
     return encoding
 
 
-def checksum(frames: torch.Tensor) -> int:
-    """Returns the sum of the bits of float32 frames ``[frames, height, width, 3]`` of even size, in pairs. Those of parts of a video add up, modulo 2^64."""
-    return int(frames.contiguous().view(-1).view(torch.int64).sum()) % 2**64
+def checksum(frames: torch.Tensor, first: int = 0) -> int:
+    """Returns a sum over the bits of frames, in which each row counts as often as its number in the video says. Those of parts add up.
+
+    Args:
+        frames: ``[frames, height, width, 3]``, float32, of even width, as two numbers are added as one.
+        first: number of the first frame.
+    """
+    rows = frames.contiguous().flatten(0, 1).flatten(1).view(torch.int64).sum(1)
+    numbers = torch.arange(1, 1 + len(rows)) + first * frames.shape[1]
+    return int((rows * numbers).sum()) % 2**64
 
 
 def write(path: Path, mp4: bytes, metadata: dict[str, str]) -> None:
