@@ -266,7 +266,7 @@ def test_a_video_becomes_another_with_as_many_of_its_frames_as_fit(like, frames,
     assert iio.immeta(tmp_path / "out.mp4", plugin="pyav")["fps"] == 8  # as fast as the video that was given
 
 
-def test_a_video_is_enlarged_in_tiles_that_replicas_share(run, checkpoints, files, tmp_path):
+def test_a_video_is_enlarged_in_tiles_that_replicas_share(run, checkpoints, files, tmp_path, capsys):
     common = (
         "upscale",
         "--model",
@@ -288,6 +288,8 @@ def test_a_video_is_enlarged_in_tiles_that_replicas_share(run, checkpoints, file
     assert "2 frames of 80x48 to 80x48 in 2 tiles of 9 frames of 48x48" in done.stderr and "step 2/2" in done.stderr
     refused = run(*common, "--tile-frames", 10)
     assert refused.returncode == 2 and refused.stderr == "upscale: a tile has 10 frames; it must be 8k+1, such as 9\n"
+    assert main([*map(str, common), "--fps", "0"]) == 2
+    assert "fps is 0.0; use a number from 1 to 240" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

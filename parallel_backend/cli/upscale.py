@@ -58,7 +58,7 @@ def add_options(parser: ArgumentParser) -> None:
 def upscale(args: Namespace) -> int:
     """Makes a larger video."""
     output, job = Path(args.output), read_job(args)
-    fps = video.checked_fps(args.fps or reading.frames_per_second(args.video))
+    fps = video.checked_fps(reading.frames_per_second(args.video) if args.fps is None else args.fps)
     prepared = prepare(check_job(job), args.plan, args.devices)
     check_feasible(prepared)
     quiet_libraries()
