@@ -1,7 +1,9 @@
 """Prompts become the text states of diffusers' pipeline, padded or cut to the model's limit."""
 
+import gc
 import logging
 import shutil
+from weakref import ref
 
 import pytest
 import torch
@@ -117,6 +119,19 @@ def test_a_text_encoder_that_is_replaced_on_disk_is_read_again(checkpoints, tmp_
     save_file(other, tmp_path / "other.safetensors", {"format": "pt"})
     (tmp_path / "other.safetensors").replace(path)
     assert (encoder.encode_prompt("a red circle") - before).abs().max() > 0.1
+
+
+def test_an_encoder_that_is_let_go_leaves_no_weights_for_a_garbage_collection(checkpoints):
+    encoder = TextEncoder(Checkpoint.open(checkpoints["5b"]), device=torch.device("cpu"), dtype=torch.float32)
+    gc.disable()
+    try:
+        encoder.encode_prompt("a red circle")
+        encoder.unload()
+        kept = ref(encoder._encoder)
+        del encoder
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it(encoder, monkeypatch):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import proxy
 
 import torch
 
@@ -187,8 +188,9 @@ class TextEncoder:
         if self._encoder is None:
             check(self.go_on, "the text was encoded")
             self._encoder = self.checkpoint.load_text_encoder(self.dtype)
+            own = proxy(self)  # the hooks would keep the weights until garbage is collected
             for block in self._encoder.encoder.block:
-                block.register_forward_pre_hook(lambda *_: check(self.go_on, "the text was encoded"))
+                block.register_forward_pre_hook(lambda *_: check(own.go_on, "the text was encoded"))
 
     def _forget_changed(self) -> None:
         """Drops tokenizer and encoder if their files have changed."""
