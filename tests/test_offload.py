@@ -1,12 +1,15 @@
 """Where weights wait is chosen anew for each job, and the same on every rank."""
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
@@ -68,6 +71,29 @@ def test_the_user_s_limit_holds_in_one_process_too(owns_process, monkeypatch):
     monkeypatch.setattr(hardware, "CONFIG", Config(memory_gib=7.0))
     LocalExecutor(gpu, owns_process=owns_process)
     assert offload.free_bytes(gpu) == 4 * GIB and enforced == [7 / 80] * owns_process
+
+
+def test_what_is_left_of_weights_that_could_not_be_read_is_gone_before_the_next_are_read(checkpoints):
+    cache, checkpoint, left = LocalExecutor(torch.device("cpu")).engine.cache, Checkpoint.open(checkpoints["5b"]), []
+
+    def fail() -> torch.nn.Module:
+        module = torch.nn.Linear(1, 1)
+        module.register_forward_pre_hook(lambda *_: module)  # a cycle, as with the hooks of a transformer
+        left.append(ref(module))
+        raise torch.OutOfMemoryError("full")
+
+    def read() -> torch.nn.Module:
+        left.append(left[0]())
+        return torch.nn.Linear(1, 1)
+
+    gc.disable()
+    try:
+        with suppress(torch.OutOfMemoryError):
+            cache._load("transformer", checkpoint, torch.float32, fail)
+        cache._load("transformer", checkpoint, torch.float32, read)
+    finally:
+        gc.enable()
+    assert left[1] is None
 
 
 def test_ranks_with_unequal_memory_choose_the_same_offload(checkpoints, tmp_path):

@@ -63,6 +63,8 @@ class ModelCache:
         """How often weights were read from disk."""
         self.held: dict[str, tuple[Any, torch.nn.Module]] = {}
         """The key and the module of each part; see :meth:`_load`."""
+        self.has_failed = False
+        """Whether a part could not be read, or not changed: what is left of it is garbage that nothing has collected yet."""
         self.offload: str | None = None
         """The offload mode of the last sampling job."""
         self.offload_note: str | None = None
@@ -231,10 +233,10 @@ class ModelCache:
         """Replaces the LoRAs merged into the transformer's weights."""
         if loras == self.merged:
             return
-        held = self.held.pop("transformer")  # a merge that fails half-way must not leave it in the cache
+        held, self.has_failed = self.held.pop("transformer"), True  # a merge that fails half-way must not leave it in the cache
         lora.merge(transformer, checkpoint, loras, device=self.device, before=self.merged, shard=self.context.shard)
         self.merged = loras
-        self.held["transformer"] = held
+        self.held["transformer"], self.has_failed = held, False
 
     def _choose_offload(self, job: SampleJob | WindowJob, checkpoint: Checkpoint, dtype) -> str:
         held = sum(offload.bytes_on(self.device, module) for _, module in self.held.values())
@@ -270,10 +272,13 @@ class ModelCache:
         held = self.held.get(part)
         if held and held[0] == key:
             return held[1]
-        if held:
-            del held, self.held[part]  # else the old weights would stay in memory until the new ones are read
+        if held or self.has_failed:
+            del held  # else the old weights would stay in memory until the new ones are read
+            self.held.pop(part, None)
             offload.release(self.device)
+        self.has_failed = True
         module = read()
+        self.has_failed = False
         self.loads += 1
         self.held[part] = (key, module)
         return module
