@@ -48,7 +48,8 @@ class Members:
         """Waits for the nodes and has them start their ranks. Returns node 0's part.
 
         Raises:
-            GroupUnavailable: after ``wait_seconds``, or when a node has another version of the pack, or cannot import it.
+            GroupUnavailable: after ``wait_seconds``, or when a node cannot import the pack.
+            GroupError: when a node has another version of it.
         """
         deadline = time.monotonic() + CONFIG.wait_seconds
         while not all([actor.is_up() for actor in self._actors]):
