@@ -147,10 +147,16 @@ def test_it_stops_between_the_jobs_of_a_tile(make):
         executor.run(make(), should_stop=should_stop)
 
 
-def test_both_halves_of_cfg2_are_said_to_compute_the_same(make, local, monkeypatch):
+def test_what_has_no_effect_is_said(make, local, monkeypatch):
+    job = make()
+    assert not local.run(job).report.notes
     monkeypatch.setattr(local, "plan", Plan.parse("cfg2"), raising=False)
-    (note,) = local.run(make()).report.notes
-    assert note == "an upscaling model has no guidance: both halves of plan 'cfg2' compute the same"
+    asked = replace(job, model=replace(job.model, step_cache=0.1, guidance_cache=4))
+    assert local.run(asked).report.notes == (
+        "step_cache has no effect: a tile takes one step",
+        "guidance_cache has no effect: a tile takes one step",
+        "an upscaling model has no guidance: both halves of plan 'cfg2' compute the same",
+    )
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])

@@ -201,10 +201,8 @@ class Executor(ABC):
             on_step(done, total)
 
         made = upscaling.upscale(job, checkpoint, run_part, on_tile)
-        if self.plan.cfg == 1:
-            return made
-        note = f"an upscaling model has no guidance: both halves of plan '{self.plan}' compute the same"
-        return replace(made, report=replace(made.report, notes=(*made.report.notes, note)))
+        notes = upscaling.without_effect(job, self.plan)
+        return replace(made, report=replace(made.report, notes=(*made.report.notes, *notes)))
 
     def _sample_all(self, jobs: Sequence[SampleJob], on_step: StepListener, should_stop: StopSignal) -> list[Result]:
         """Runs checked jobs one after the other."""

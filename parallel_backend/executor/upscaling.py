@@ -9,6 +9,7 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline import upscaling
 from ..cogvideox.pipeline.upscaling import Mosaic, Tile, tiles_of
 from ..jobs import DecodeJob, Job, Result, UpscaleJob
+from ..plan import Plan
 from .continuing import joined
 
 Run = Callable[[Job], Result]
@@ -35,6 +36,16 @@ def upscale(job: UpscaleJob, checkpoint: Checkpoint, run: Run, on_tile: Callable
             mosaic.add(number, result.tensor)
         on_tile(number + 1)
     return Result(mosaic.video if mosaic else result.tensor, joined(reports))
+
+
+def without_effect(job: UpscaleJob, plan: Plan) -> list[str]:
+    """Returns a note for each thing that was asked for and changes nothing here."""
+    notes = [
+        f"{name} has no effect: a tile takes one step" for name in ("step_cache", "guidance_cache") if getattr(job.model, name)
+    ]
+    if plan.cfg > 1:
+        notes.append(f"an upscaling model has no guidance: both halves of plan '{plan}' compute the same")
+    return notes
 
 
 def without_repetition(result: Result) -> Result:
