@@ -122,9 +122,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
             terminalreporter.write_line(f"workflows on {place}: {said}")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def frozen_modules():
-    """Has the garbage collector leave out what is there already. The engine collects garbage whenever it lets weights go, and with
+    """Has the garbage collector leave out what was imported for all test files. The engine collects garbage whenever it lets weights go, and with
     the objects of all imported modules that takes a quarter of a second each time."""
     gc.collect()
     gc.freeze()

@@ -265,9 +265,7 @@ def make_room_for(executor: Executor, checked: CheckedJob) -> HeldWeights:
 
 def summary(job: Job, report: Report) -> str:
     """What a job cost, in one line."""
-    unit = "tiles" if isinstance(job, UpscaleJob) else "steps"
-    steps = (
-        f"{len(report.step_seconds)} {unit}, {1 / median(report.step_seconds):.2f} {unit}/s, " if report.step_seconds else ""
-    )
+    unit, done = "tile" if isinstance(job, UpscaleJob) else "step", len(report.step_seconds)
+    steps = f"{done} {unit}{'s' * (done != 1)}, {1 / median(report.step_seconds):.2f} {unit}s/s, " if done else ""
     peak = max(report.peak_memory) / 2**30
     return f"{job.kind}: plan {report.plan}, {steps}load {report.load_seconds:.2f} s, run {report.run_seconds:.2f} s, peak {peak:.1f} GiB"

@@ -97,9 +97,8 @@ def empty_caches(device: torch.device) -> None:
     api = api_of(device)
     if hasattr(api, "empty_cache"):
         api.empty_cache()
-    if (
-        device.type == "cuda" and torch.cuda.is_initialized()
-    ):  # a transformer offloaded by blocks would go on taking the host's memory
+    # a transformer offloaded by blocks would go on taking the host's memory
+    if device.type == "cuda" and torch.cuda.is_initialized():
         empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
         if empty:  # torch 2.13 has the public one
             empty()

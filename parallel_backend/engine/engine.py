@@ -227,6 +227,7 @@ class Engine:
             module = self.cache.vae(checkpoint, dtype)
         except Exception as error:  # sampling needs no VAE, so it must not fail because of one, least of all on one rank alone
             self.cache.held.pop("vae", None)
+            self.cache.has_failed = True
             self._note(why_none(error))
             return None
         module.disable_tiling()

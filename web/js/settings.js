@@ -14,7 +14,7 @@ app.registerExtension({
     },
     {
       id: "CogVideoX-xDiT.Processes.MemoryGiB",
-      name: "GiB of each GPU for a group",
+      name: "GiB of each GPU",
       tooltip: "Leaves the rest to other programs. 0: all that is free. Counts from the next start of ComfyUI.",
       type: "number",
       defaultValue: 0,
