@@ -42,6 +42,7 @@ def test_what_has_an_obvious_meaning_is_taken(given, expected):
         (RGB.view(2, 3, 4, 5, 3)[:0], "holds no image"),
         (RGB.log() * 0 / 0, "NaN or infinite"),
         (RGB / 0, "NaN or infinite"),
+        ((RGB / 0).to(torch.float8_e5m2), "NaN or infinite"),
         (RGB.long(), "torch.int64"),
         ([RGB], "a list"),
         (None, "NoneType"),
