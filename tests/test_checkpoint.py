@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -301,3 +304,28 @@ def test_a_gpu_without_bf16_and_its_group_take_fp16(capabilities, in_a_group, ex
     monkeypatch.setattr(type(checkpoint), "native_dtype", "bf16")
     assert checkpoint.dtype("auto", gpu) == DTYPES[expected]
     assert checkpoint.dtype("bf16", gpu) == torch.bfloat16  # as asked
+
+
+SLOW_LIBRARY = """
+import sys, time, types
+with open(__file__ + ".begun", "w"):
+    pass
+time.sleep(0.5)
+whole = types.ModuleType(__name__)
+whole.CogVideoXDDIMScheduler = whole.CogVideoXDPMScheduler = types.SimpleNamespace(from_config=dict)
+sys.modules[__name__] = whole
+"""
+"""Replaces itself at the end of its import, as diffusers does."""
+
+
+def test_a_thread_makes_a_scheduler_while_another_one_imports_diffusers(checkpoints, tmp_path, monkeypatch):
+    checkpoint, file = Checkpoint.open(checkpoints["1.5-5b"]), tmp_path / "diffusers.py"
+    file.write_text(SLOW_LIBRARY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "diffusers")
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(checkpoint.make_scheduler, "auto")
+        while not (tmp_path / "diffusers.py.begun").exists() and not first.done():
+            time.sleep(0.01)
+        second = threads.submit(checkpoint.make_scheduler, "auto")
+        assert first.result() == second.result() and "snr_shift_scale" in first.result()

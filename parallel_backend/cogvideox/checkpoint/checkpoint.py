@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -139,8 +140,8 @@ class Checkpoint(CheckpointFacts):
 
     def make_scheduler(self, name: str):
         """Creates a scheduler from the checkpoint's configuration; ``auto`` is the class that it names."""
-        import diffusers
-
+        # The `import` statement gives a thread the unfinished module if another thread imports it; diffusers replaces itself at the end.
+        diffusers = import_module("diffusers")
         wanted = SCHEDULER_CLASSES[self.default_scheduler if name == "auto" else name]
         return getattr(diffusers, wanted).from_config({**self.scheduler, "snr_shift_scale": self.snr_shift_scale})
 
