@@ -380,13 +380,16 @@ def test_the_command_refuses_a_bad_setting_in_one_line_with_status_2(command, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shipped_workflow_is_found_by_its_short_name_and_by_its_old_file_name(tmp_path):
+def test_a_shipped_workflow_is_found_by_its_short_name_and_by_its_old_file_name(tmp_path, monkeypatch):
     for short, title in headless.FILES.items():
         file = SCRIPT.parent / f"{title}.json"
         assert file.is_file()
         for name in (short, f"{short}.json", f"workflows/{short}.json", file):
             assert headless.find(name) == file
     assert headless.find("other.json") == Path("other.json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "upscale").mkdir()
+    assert headless.find("upscale").is_file()
     own = tmp_path / "t2v.json"
     own.write_text("{}")
     assert headless.find(own) == own

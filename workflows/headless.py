@@ -45,7 +45,7 @@ def find(path) -> Path:
     """The file of a workflow, which may also be given by its short name: t2v, t2v.json, workflows/t2v.json."""
     path = Path(path)
     short = path.name.removesuffix(".json")
-    return path if path.exists() or short not in FILES else REPO / "workflows" / f"{FILES[short]}.json"
+    return path if path.is_file() or short not in FILES else REPO / "workflows" / f"{FILES[short]}.json"
 
 
 def to_api(workflow: dict, object_info: dict) -> dict:
