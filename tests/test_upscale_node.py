@@ -1,5 +1,6 @@
 """The node CogVideoX Upscale: where its text is from, what it gives, and what it says."""
 
+import re
 import shutil
 
 from .support.comfy_runtime import NODES, SHOWN
@@ -23,6 +24,8 @@ def made(**inputs):
     return call(Upscale, model=handles(str(path))[0], images=clip, **tiles, **inputs)[0]
 def expected(states):
     job = jobs.UpscaleJob(jobs.Model(str(path)), clip, states, scale=2, tile=64, overlap=16, frames=9, frame_overlap=1)
+    global last
+    last = job
     return host.local().run(job).tensor
 encoded = Clip(Checkpoint.open(path), "auto").encode("")
 first = made()
@@ -40,17 +43,22 @@ for folder in (path, path.parent):
     broken = refusal(Upscale, model=handles(str(path))[0], images=clip, **tiles)
     stored.unlink()
 state = part("nodes.comfy.state")
-job = {{"step": 1, "steps": 4}}
-name, _ = state.state_of({{"state": "busy", "ranks": []}}, types.SimpleNamespace(kind="upscale", **job))
-show(label=state.label_of(name, job, None), equal=list(equal.values()), changed=not torch.equal(first, expected(encoded / 3)), said=said, several=several, broken=broken,
+def label(step, doing):
+    job = {{"step": step, "steps": 4}}
+    name, doing = state.state_of({{"state": "busy", "ranks": [], "doing": doing}}, types.SimpleNamespace(kind="upscale", **job))
+    return state.label_of(name, job, doing)
+with part("nodes.comfy.progress").jobs.running(host.local(), last, "1") as running:
+    steps = running.steps
+show(labels=[label(0, None), label(0, "reading weights: 43%"), label(0, "first step"), label(1, None)], steps=steps, equal=list(equal.values()), changed=not torch.equal(first, expected(encoded / 3)), said=said, several=several, broken=broken,
      held=host.local().status()["held"])
 """
     )
     assert shown["equal"] == [True] * 4 and shown["changed"] and shown["several"]
-    assert shown["label"] == "upscaling 1 of 4"
+    assert shown["labels"] == ["upscaling 0 of 4", "loading 43%", "upscaling 0 of 4", "upscaling 1 of 4"]
+    assert shown["steps"] == 1
     said = "\n".join(shown["said"])
     assert "3 frames of 12x8 to 24x16 in one tile of 9 frames of 32x16" in said
     assert "DOVE is taken for DOVE, whose configuration is that of CogVideoX1.5-5B" in said
-    assert "upscale: plan single, 1 tiles" in said
+    assert re.search(r"upscale: plan single, one tile, [\d.]+ s a tile, load", said)
     assert shown["broken"].endswith("has no readable prompt_embedding; replace or remove the file")
     assert shown["held"] == ["transformer", "vae"]

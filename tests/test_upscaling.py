@@ -13,6 +13,7 @@ from parallel_backend.cogvideox.offload import working_bytes
 from parallel_backend.cogvideox.pipeline.upscaling import Mosaic, describe, rounded_up, tiles_of, windows
 from parallel_backend.cogvideox.vae import tiling
 from parallel_backend.devices import Devices
+from parallel_backend.engine import engine
 from parallel_backend.errors import Cancelled, RequestError
 from parallel_backend.executor import feasible
 from parallel_backend.executor.local import LocalExecutor
@@ -257,3 +258,11 @@ def test_what_a_model_or_a_plan_cannot_do_is_refused(make):
         check_job(replace(make(), positive=torch.zeros(1, 7, 32)))
     with pytest.raises(RequestError, match="a tile takes one forward pass.*use plan 'ulysses2'"):
         check_job(make()).check_plan(Plan.parse("pipefusion2"))
+
+
+def test_a_tile_is_at_its_step_once_the_weights_are_read(make, local, monkeypatch):
+    seen, predict = [], engine.predict_window
+    monkeypatch.setattr(engine, "predict_window", lambda *given: seen.append(local.stage()) or predict(*given))
+    local.free()
+    local.run(make())
+    assert seen == ["first step"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...parallel_backend.executor.base import Executor
+from ...parallel_backend.executor.base import Executor, steps_of
 from ...parallel_backend.jobs import Job
 from . import lines
 from .events import send_event
@@ -70,7 +70,7 @@ class Jobs:
     def running(self, executor: Executor, job: Job, node_id: str | None) -> Iterator[JobProgress]:
         """Within, the job runs."""
         prompt_id = lines.executing().prompt_id
-        progress = JobProgress(executor, job.kind, node_id, prompt_id, steps=getattr(job, "steps", 0))
+        progress = JobProgress(executor, job.kind, node_id, prompt_id, steps=getattr(job, "steps", steps_of([job])))
         self.current, self.executor = progress, executor
         send_event("progress", progress.plain())
         try:

@@ -14,6 +14,7 @@ from comfy.cli_args import args as settings
 from PIL import Image
 
 from ...parallel_backend.cogvideox.offload import working_bytes
+from ...parallel_backend.cogvideox.pipeline.upscaling import counted
 from ...parallel_backend.cogvideox.vae.frames import FramesListener
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
@@ -265,7 +266,10 @@ def make_room_for(executor: Executor, checked: CheckedJob) -> HeldWeights:
 
 def summary(job: Job, report: Report) -> str:
     """What a job cost, in one line."""
-    unit, done = "tile" if isinstance(job, UpscaleJob) else "step", len(report.step_seconds)
-    steps = f"{done} {unit}{'s' * (done != 1)}, {1 / median(report.step_seconds):.2f} {unit}s/s, " if done else ""
+    done, pace, steps = len(report.step_seconds), median(report.step_seconds or (1.0,)), ""
+    if isinstance(job, UpscaleJob):
+        steps = f"{counted(done)}, {pace:.2f} s a tile, "
+    elif done:
+        steps = f"{done} step{'s' * (done != 1)}, {1 / pace:.2f} steps/s, "
     peak = max(report.peak_memory) / 2**30
     return f"{job.kind}: plan {report.plan}, {steps}load {report.load_seconds:.2f} s, run {report.run_seconds:.2f} s, peak {peak:.1f} GiB"

@@ -74,7 +74,8 @@ def state_of(found: dict[str, Any], running) -> tuple[str, str | None]:
         return found["state"], doing
     if not running:
         return "idle", None
-    if running.kind in ("sample", "upscale") and not running.step:
+    reads = running.kind == "sample" or running.kind == "upscale" and "reading" in (doing or "")  # a tile is encoded before
+    if reads and not running.step:
         return "loading", doing
     return KINDS.get(running.kind, "working"), None
 

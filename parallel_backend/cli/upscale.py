@@ -12,7 +12,7 @@ import torch
 from ..cogvideox.checkpoint import empty_prompt
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.text import TextEncoder, find_place
-from ..cogvideox.pipeline.upscaling import describe, taken_for
+from ..cogvideox.pipeline.upscaling import counted, describe, taken_for
 from ..devices import Devices
 from ..errors import GroupUnavailable
 from ..executor.base import Executor
@@ -155,6 +155,6 @@ def show_cost(output: Path, report: Report, seconds: float, *, as_json: bool) ->
         show_json(found)
         return
     show(
-        f"{output}: plan {report.plan}, {found['tiles']} tiles, {found['tile_seconds']:.2f} s a tile, "
+        f"{output}: plan {report.plan}, {counted(found['tiles'])}, {found['tile_seconds']:.2f} s a tile, "
         f"load {report.load_seconds:.1f} s, run {report.run_seconds:.1f} s, total {seconds:.1f} s"
     )

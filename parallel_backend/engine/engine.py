@@ -246,6 +246,8 @@ class Engine:
     def _window(self, job: WindowJob, checkpoint: Checkpoint, dtype, on_step, on_window) -> Result:
         started = time.perf_counter()
         transformer = self.cache.transformer(job, checkpoint, dtype, on_window)
+        if self.stage:  # weights were read
+            self._set_stage("first step")
         self.context.synchronize()
         loaded = time.perf_counter()
         try:

@@ -16,9 +16,10 @@ function heading(state) {
 function summary(state) {
   if (!state.plan) return element("div", { class: "xdit-faint" }, say("A job on an xDiT Backend starts a group."));
   const { job } = state;
+  const isUpscaling = job?.kind === "upscale", pace = { seconds: job?.step_seconds?.toPrecision(2) };
   const facts = [
-    job?.step && say("step {step} of {steps}", job),
-    job?.step_seconds && say("{seconds} s/step", { seconds: job.step_seconds.toPrecision(2) }),
+    job?.step && (isUpscaling ? say("tile {step} of {steps}", job) : say("step {step} of {steps}", job)),
+    job?.step_seconds && (isUpscaling ? say("{seconds} s/tile", pace) : say("{seconds} s/step", pace)),
     job?.seconds_left && say("{time} left", { time: seconds(job.seconds_left) }),
     state.warm_minutes > 0 && say("warm for {minutes} min", { minutes: Math.ceil(state.warm_minutes) }),
     !state.is_group && say("in ComfyUI's own process"),

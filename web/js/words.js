@@ -21,6 +21,8 @@ const CHINESE = {
   "A job on an xDiT Backend starts a group.": "使用 xDiT 后端的任务会启动进程组。",
   "step {step} of {steps}": "第 {step}/{steps} 步",
   "{seconds} s/step": "{seconds} 秒/步",
+  "tile {step} of {steps}": "第 {step}/{steps} 块",
+  "{seconds} s/tile": "{seconds} 秒/块",
   "{time} left": "还剩 {time}",
   "warm for {minutes} min": "再保留 {minutes} 分钟",
   "in ComfyUI's own process": "在 ComfyUI 自己的进程中",

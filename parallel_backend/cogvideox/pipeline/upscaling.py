@@ -96,14 +96,18 @@ def tiles_of(job: UpscaleJob) -> list[Tile]:
     return found if job.place is None else found[job.place : job.place + 1]
 
 
+def counted(tiles: int) -> str:
+    """Returns a number of tiles in words."""
+    return f"{tiles} tiles" if tiles > 1 else "one tile"
+
+
 def describe(job: UpscaleJob) -> str:
     """Returns one line for the user: what is made, in which tiles."""
     frames, height, width, _ = job.pixels.shape
     tiles = tiles_of(job)
     own_frames, rows, columns = tiles[0].size
-    many = f"{len(tiles)} tiles" if len(tiles) > 1 else "one tile"
     return (
-        f"{frames} frames of {width}x{height} to {width * job.scale}x{height * job.scale} in {many} of "
+        f"{frames} frames of {width}x{height} to {width * job.scale}x{height * job.scale} in {counted(len(tiles))} of "
         f"{own_frames} frames of {columns}x{rows}"
     )
 
