@@ -254,6 +254,8 @@ def test_what_makes_no_sense_is_refused(changes, words, make):
 def test_what_a_model_or_a_plan_cannot_do_is_refused(make):
     with pytest.raises(RequestError, match="makes videos from a control video; to enlarge a video use DOVE"):
         check_job(make("1.5-5b-control"))
+    with pytest.raises(RequestError, match="5b has the shape of CogVideoX 1.0; to enlarge a video use DOVE"):
+        check_job(make("5b"))
     with pytest.raises(RequestError, match="positive conditioning has 7 tokens"):
         check_job(replace(make(), positive=torch.zeros(1, 7, 32)))
     with pytest.raises(RequestError, match="a tile takes one forward pass.*use plan 'ulysses2'"):

@@ -152,10 +152,9 @@ def check_text(checkpoint: Checkpoint, side: str, text: torch.Tensor) -> None:
 
 def check_upscale(checkpoint: Checkpoint, job: UpscaleJob) -> None:
     """Raises RequestError unless a model can have been trained to enlarge videos, and positions reach to the end of a tile."""
-    if checkpoint.task not in ("text", "image"):
-        raise RequestError(
-            f"{checkpoint.name} {MAKES[checkpoint.task] if checkpoint.task else 'is not known'}; to enlarge a video use {UPSCALERS}"
-        )
+    if checkpoint.task not in ("text", "image") or not checkpoint.patch_size_t:
+        what = MAKES.get(checkpoint.task, "is not known") if checkpoint.patch_size_t else "has the shape of CogVideoX 1.0"
+        raise RequestError(f"{checkpoint.name} {what}; to enlarge a video use {UPSCALERS}")
     if "vae" not in checkpoint.elements:
         raise RequestError(f"{checkpoint.name} has no VAE of its own, which enlarging a tile needs; use a folder with one")
     open_all(job.model.loras, checkpoint)
