@@ -93,7 +93,7 @@ def test_every_plan_with_a_guidance_cache_equals_single_over_nccl(group, like, o
         assert (result.tensor - on_gpu.sample(job).tensor).abs().max() <= TOLERANCE
         (note,) = (note for note in result.report.notes if note.startswith("guidance cache"))
         shared = "ranks of both halves shared its tokens" in note
-        assert shared == (group.plan.cfg > 1) and "8 of 16 forwards ran the conditional half only" in note
+        assert shared == (group.plan.cfg > 1) and "8 of 16 forwards ran on the positive prompt only" in note
 
 
 @two_gpus

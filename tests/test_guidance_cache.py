@@ -87,7 +87,7 @@ def test_latents_equal_those_of_diffusers_with_its_faster_cache(like, settings, 
     result = local.sample(cached(asked))
     assert (result.tensor - expected).abs().max() <= TOLERANCE
     assert (local.sample(asked).tensor - expected).abs().max() > 0.01
-    assert note_of(result) == f"guidance cache {MOST}: {len(SPARED)} of {STEPS} forwards ran the conditional half only"
+    assert note_of(result) == f"guidance cache {MOST}: {len(SPARED)} of {STEPS} forwards ran on the positive prompt only"
 
 
 @pytest.mark.parametrize("height, width", [(60, 90), (6, 10), (2, 2), (48, 20)])
@@ -116,7 +116,7 @@ def test_without_it_or_without_guidance_nothing_is_spared(job, plain, local):
         alone = local.sample(cached(replace(job, cfg=1.0)))
         again = local.sample(job)  # nothing of a cache stays behind
     assert found == [1] * STEPS + [2] * STEPS and torch.equal(again.tensor, plain) and not again.report.notes
-    assert alone.report.notes == ("guidance_cache has no effect: cfg is 1, so no step has an unconditional half",)
+    assert alone.report.notes == ("guidance_cache has no effect: cfg is 1, so no step runs on the negative prompt",)
     assert torch.equal(alone.tensor, local.sample(replace(job, cfg=1.0)).tensor)
 
 

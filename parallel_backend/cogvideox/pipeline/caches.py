@@ -58,7 +58,7 @@ class JobCaches:
             found.append(f"step cache {self.threshold:g}: {reused} of {forwards} forwards ran their first block only")
         if self.most:
             spared, steps = (sum(getattr(cache, name) for cache in self._guidance.values()) for name in ("spared", "steps"))
-            found.append(f"guidance cache {self.most}: {spared} of {steps} forwards ran the conditional half only")
+            found.append(f"guidance cache {self.most}: {spared} of {steps} forwards ran on the positive prompt only")
             if spared and self._context.about_spared:
                 found[-1] += f"; {self._context.about_spared}"
         return found

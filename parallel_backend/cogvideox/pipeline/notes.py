@@ -55,4 +55,4 @@ def of_guidance(job: SampleJob) -> str | None:
     """Returns a note if a guidance cache has nothing to spare."""
     if job.guided or not job.model.guidance_cache:
         return None
-    return f"guidance_cache has no effect: cfg is {job.cfg:g}, so no step has an unconditional half"
+    return f"guidance_cache has no effect: cfg is {job.cfg:g}, so no step runs on the negative prompt"
