@@ -1,6 +1,7 @@
 """The node CogVideoX Upscale."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from comfy_api.latest import io
 from ..parallel_backend.cogvideox.checkpoint import empty_prompt
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ..parallel_backend.cogvideox.pipeline.upscaling import describe, taken_for
+from ..parallel_backend.executor.prepare import check_job
 from ..parallel_backend.jobs import UpscaleJob
 from .base import CogVideoXNode, schema
 from .comfy import runtime
@@ -97,15 +99,17 @@ class CogVideoXUpscale(CogVideoXNode):
         job = UpscaleJob(
             model.model,
             images,
-            text_of(model, positive, node_id),
+            model.checkpoint.blank_text(),
             scale=scale,
             tile=tile_size,
             overlap=overlap,
             frames=tile_frames,
             frame_overlap=overlap_frames,
         )
+        check_job(job)  # before the text encoder is read
         for line in (describe(job), taken_for(model.checkpoint)):
             runtime.say(line, node_id)
+        job = replace(job, positive=text_of(model, positive, node_id))
         return io.NodeOutput(runtime.run(job, backend, node_id).tensor)
 
 

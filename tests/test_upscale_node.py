@@ -42,6 +42,8 @@ for folder in (path, path.parent):
     save_file({{"other": encoded}}, stored)
     broken = refusal(Upscale, model=handles(str(path))[0], images=clip, **tiles)
     stored.unlink()
+before = len(shown)
+refused = refusal(Upscale, model=handles({str(checkpoints["5b"])!r})[0], images=clip, **tiles), len(shown) - before
 state = part("nodes.comfy.state")
 def label(step, doing):
     job = {{"step": step, "steps": 4}}
@@ -49,13 +51,15 @@ def label(step, doing):
     return state.label_of(name, job, doing)
 with part("nodes.comfy.progress").jobs.running(host.local(), last, "1") as running:
     steps = running.steps
-show(labels=[label(0, None), label(0, "reading weights: 43%"), label(0, "first step"), label(1, None)], steps=steps, equal=list(equal.values()), changed=not torch.equal(first, expected(encoded / 3)), said=said, several=several, broken=broken,
+show(labels=[label(0, None), label(0, "reading weights: 43%"), label(0, "first step"), label(1, None)], steps=steps, refused=refused, equal=list(equal.values()), changed=not torch.equal(first, expected(encoded / 3)), said=said, several=several, broken=broken,
      held=host.local().status()["held"])
 """
     )
     assert shown["equal"] == [True] * 4 and shown["changed"] and shown["several"]
     assert shown["labels"] == ["upscaling 0 of 4", "loading 43%", "upscaling 0 of 4", "upscaling 1 of 4"]
     assert shown["steps"] == 1
+    sentence, lines = shown["refused"]
+    assert "5b has the shape of CogVideoX 1.0" in sentence and lines <= 1  # it says nothing else
     said = "\n".join(shown["said"])
     assert "3 frames of 12x8 to 24x16 in one tile of 9 frames of 32x16" in said
     assert "DOVE is taken for DOVE, whose configuration is that of CogVideoX1.5-5B" in said
