@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 
@@ -266,6 +267,20 @@ def test_the_panel_shows_the_group_fills_the_node_and_stops_the_group(page, brok
     page.run("document.querySelector('[data-action=stop]').click()")
     page.wait("document.querySelector('.xdit-badge').innerText === 'absent'")
     assert wait_until(lambda: len(workers()) == before)
+
+
+def test_the_planner_is_asked_for_a_tile_where_a_workflow_only_upscales(page, server):
+    load(
+        page,
+        PATHS["upscale"],
+        XDiTCogVideoXUpscale__tile_size=96,
+        XDiTLoadCogVideoX__model_name="demo",
+        XDiTBackend__devices="cpu:2",
+    )
+    asked = page.run("import('/extensions/ComfyUI-CogVideoX-xDiT/js/graph.js').then(({ question }) => question())")
+    assert asked == {"model": "demo", "width": 96, "height": 96, "length": 33, "cfg": 1, "devices": "cpu:2"}
+    found = server.request(f"/cogvideox-xdit/plans?{urllib.parse.urlencode(asked)}")
+    assert found["size"] == [96, 96, 33] and "cfg2" not in [row["plan"] for row in found["rows"]]
 
 
 def test_an_image_to_video_that_loses_a_rank_succeeds_and_says_so(page):

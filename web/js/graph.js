@@ -41,16 +41,19 @@ export function noteChange() {
   (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker); // the second in ComfyUI 0.3.64
 }
 
-// The model and size that the workflow asks for, and the devices of an xDiT Backend, as the planner's route takes them.
+// The model and size that the workflow asks for, which is a tile's where it only upscales, and the devices of an xDiT Backend, as the planner's route takes them.
 export function question(backend = nodes("XDiTBackend")[0]) {
   const all = app.rootGraph ?? app.graph;
   const sized = (all?.nodes ?? all?._nodes ?? []).find((node) => ["width", "height", "length"].every((name) => valueOf(node, name)));
+  const [sampler] = nodes("XDiTCogVideoXSampler");
+  const [upscaler] = sampler ? [] : nodes("XDiTCogVideoXUpscale");
+  const side = valueOf(upscaler, "tile_size");
   const query = {
     model: valueOf(nodes("XDiTLoadCogVideoX")[0], "model_name"),
-    width: valueOf(sized, "width"),
-    height: valueOf(sized, "height"),
-    length: valueOf(sized, "length"),
-    cfg: valueOf(nodes("XDiTCogVideoXSampler")[0], "cfg"),
+    width: side ?? valueOf(sized, "width"),
+    height: side ?? valueOf(sized, "height"),
+    length: valueOf(upscaler, "tile_frames") ?? valueOf(sized, "length"),
+    cfg: upscaler ? 1 : valueOf(sampler, "cfg"), // there is no guidance
     devices: valueOf(backend, "devices"),
   };
   return Object.fromEntries(Object.entries(query).filter(([, value]) => value !== undefined));
