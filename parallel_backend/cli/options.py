@@ -103,7 +103,7 @@ def add_model_options(parser: ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="spare the unconditional half of guidance in up to N steps in a row, after a third of the steps, such as 4; 0 disables; "
+        help="run the model on the positive prompt only in up to N steps in a row, after a third of the steps, such as 4; 0 disables; "
         "faster, changes the video slightly",
     )
     add_size_options(parser)
