@@ -168,10 +168,8 @@ class Executor(ABC):
         windows = [job] * len(continuing.spans_of(job))
 
         def run_part(part: Job, place: int | None = None) -> Result:
-            if isinstance(part, DecodeJob):
-                return self._decode(part, should_stop)
             if place is None:
-                return self._run(part, silent, should_stop)
+                return self._run_part(part, should_stop)
             return self._run(part, within(windows, place, on_step), should_stop, on_picture)
 
         try:
@@ -186,6 +184,10 @@ class Executor(ABC):
         result = self._run(job, silent, should_stop, None, whole.add)
         return result if whole.videos is None else replace(result, tensor=whole.videos)
 
+    def _run_part(self, part: Job, should_stop: StopSignal) -> Result:
+        """Runs a job that a larger one is made of, without reporting its steps."""
+        return self._decode(part, should_stop) if isinstance(part, DecodeJob) else self._run(part, silent, should_stop)
+
     def _upscale(self, job: UpscaleJob, checkpoint: Checkpoint, on_step: StepListener, should_stop: StopSignal) -> Result:
         """Makes the tiles of a checked job one after the other."""
         total, done = steps_of([job]), 0
@@ -193,7 +195,7 @@ class Executor(ABC):
         def run_part(part: Job) -> Result:
             if should_stop():
                 raise Cancelled(f"stopped after tile {done} of {total}")
-            return self._decode(part, should_stop) if isinstance(part, DecodeJob) else self._run(part, silent, should_stop)
+            return self._run_part(part, should_stop)
 
         def on_tile(number: int) -> None:
             nonlocal done
