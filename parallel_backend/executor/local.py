@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from ..cogvideox import offload
 from ..engine.engine import Engine
 from ..jobs import Progress, Result
 from ..parallel.rank import RankContext
@@ -24,9 +23,7 @@ class LocalExecutor(Executor):
     """
 
     def __init__(self, device: torch.device, *, owns_process: bool = True):
-        limit = hardware.memory_limit() if device.type == "cuda" else None
-        if limit is not None:
-            offload.allow(device, limit, enforced=owns_process)
+        hardware.limit_memory(device, enforced=owns_process)
         self.engine = Engine(RankContext(device))
         self._lock = threading.Lock()
 

@@ -19,7 +19,6 @@ def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
     """Joins the group and returns its loop. The imports have been done by the fork server; one that failed there fails here."""
     import torch
 
-    from ..cogvideox import offload
     from ..cogvideox.attention import choice
     from ..cogvideox.attention.function import Kind
     from ..cogvideox.attention.torch_attention import HEAD_DIM
@@ -33,9 +32,7 @@ def join(address: GroupAddress, plan: str, kind: str, heart: HeartbeatWriter):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the variable was read when torch was imported
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", visible_index(local_rank))
-    limit = hardware.memory_limit() if device.type == "cuda" else None
-    if limit is not None:
-        offload.allow(device, limit)
+    hardware.limit_memory(device)
     heart.beat("joining the group", CONFIG.join_seconds)
     context = GroupRankContext(Plan.parse(plan), device=device, rank=rank)
     heart.beat(

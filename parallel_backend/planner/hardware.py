@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from ..cogvideox import offload
 from ..cogvideox.attention import choice
 from ..cogvideox.attention.function import Kind
 from ..cogvideox.attention.torch_attention import HEAD_DIM
@@ -163,6 +164,17 @@ def memory_limit() -> int | None:
     if message := CONFIG.rejected.get("memory_gib"):
         raise RequestError(message)
     return None if CONFIG.memory_gib is None else int(CONFIG.memory_gib * GIB)
+
+
+def limit_memory(device: torch.device, *, enforced: bool = True) -> None:
+    """Limits this process's tensors on a GPU to :func:`memory_limit`; see :func:`.offload.allow`.
+
+    Raises:
+        RequestError: see :func:`memory_limit`.
+    """
+    limit = memory_limit() if device.type == "cuda" else None
+    if limit is not None:
+        offload.allow(device, limit, enforced=enforced)
 
 
 def allowed(nbytes: int) -> int:
