@@ -16,7 +16,7 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.checkpoint.description import describe
 from ..cogvideox.vae.frames import FramesListener
 from ..devices import Devices
-from ..errors import GroupFailure, GroupUnavailable
+from ..errors import GroupFailure
 from ..executor.base import Executor
 from ..executor.factory import open_executor
 from ..executor.feasible import check_feasible
@@ -24,11 +24,12 @@ from ..executor.prepare import CheckedJob, check_job, prepare
 from ..jobs import DecodeJob, EncodeJob, Report, Result, SampleJob, empty_latent
 from ..media import video
 from ..media.encoding import Encodings
-from ..plan import AUTO, Plan
+from ..plan import Plan
 from ..system.files import check_writable
 from ..validation import timesteps_of
 from . import inputs
 from .console import Progress, quiet_libraries, show, show_json
+from .fallback import in_group_or_here
 from .options import cfg_of, denoise_of, model_of, size_of, windows_of
 from .outputs import Video, videos_of
 from .prompts import encode_prompts
@@ -68,13 +69,7 @@ def generate(args: Namespace) -> int:
     lines = [*describe(prepared.checkpoint), f"plan {prepared.plan} on {prepared.devices}: {prepared.reason}"]
     print("\n".join(lines), file=sys.stderr)
     started = time.perf_counter()
-    try:
-        made = produce(request, prepared.plan, prepared.devices)
-    except GroupUnavailable as error:
-        if args.plan != AUTO:
-            raise
-        print(f"no group: {error.summary}; working in this process", file=sys.stderr)
-        made = produce(request, Plan(), Devices.parse(AUTO) if prepared.devices.on_ray else prepared.devices)
+    made = in_group_or_here(partial(produce, request), prepared, args.plan)
     show_costs(request.videos, made, time.perf_counter() - started, as_json=args.json)
     return 0
 

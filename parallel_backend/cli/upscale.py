@@ -4,6 +4,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -14,17 +15,17 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.text import TextEncoder, find_place
 from ..cogvideox.pipeline.upscaling import counted, describe, taken_for
 from ..devices import Devices
-from ..errors import GroupUnavailable
 from ..executor.base import Executor
 from ..executor.factory import open_executor
 from ..executor.feasible import check_feasible
 from ..executor.prepare import check_job, prepare
 from ..jobs import Report, Result, UpscaleJob
 from ..media import reading, video
-from ..plan import AUTO, Plan
+from ..plan import Plan
 from ..system.files import check_writable
 from ..validation import TILINGS
 from .console import Progress, quiet_libraries, show, show_json
+from .fallback import in_group_or_here
 from .options import add_checkpoint_options, add_run_options, model_of
 
 
@@ -65,13 +66,7 @@ def upscale(args: Namespace) -> int:
     lines = [describe(job), taken_for(prepared.checkpoint), f"plan {prepared.plan} on {prepared.devices}: {prepared.reason}"]
     print("\n".join(lines), file=sys.stderr)
     started = time.perf_counter()
-    try:
-        made = produce(job, prepared.checkpoint, prepared.plan, prepared.devices)
-    except GroupUnavailable as error:
-        if args.plan != AUTO:
-            raise
-        print(f"no group: {error.summary}; working in this process", file=sys.stderr)
-        made = produce(job, prepared.checkpoint, Plan(), Devices.parse(AUTO) if prepared.devices.on_ray else prepared.devices)
+    made = in_group_or_here(partial(produce, job, prepared.checkpoint), prepared, args.plan)
     video.save_or_rescue(output, made.tensor, fps=fps)
     show_cost(output, made.report, time.perf_counter() - started, as_json=args.json)
     return 0
