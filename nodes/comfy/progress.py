@@ -56,6 +56,11 @@ class JobProgress:
         }
 
 
+def shown_steps(job: Job) -> int:
+    """Returns the number of steps that a job's progress counts: of the schedule, or tiles; 0 for a job without steps."""
+    return getattr(job, "steps", steps_of([job]))
+
+
 class Jobs:
     """The job that runs, and what is known of the last one."""
 
@@ -70,7 +75,7 @@ class Jobs:
     def running(self, executor: Executor, job: Job, node_id: str | None) -> Iterator[JobProgress]:
         """Within, the job runs."""
         prompt_id = lines.executing().prompt_id
-        progress = JobProgress(executor, job.kind, node_id, prompt_id, steps=getattr(job, "steps", steps_of([job])))
+        progress = JobProgress(executor, job.kind, node_id, prompt_id, steps=shown_steps(job))
         self.current, self.executor = progress, executor
         send_event("progress", progress.plain())
         try:

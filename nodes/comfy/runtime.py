@@ -18,7 +18,7 @@ from ...parallel_backend.cogvideox.pipeline.upscaling import counted
 from ...parallel_backend.cogvideox.vae.frames import FramesListener
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
-from ...parallel_backend.executor.base import Executor, steps_of
+from ...parallel_backend.executor.base import Executor
 from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.executor.prepare import CheckedJob, PreparedJob, check_job, prepare
 from ...parallel_backend.executor.resolve import SET_BY_USER
@@ -41,7 +41,7 @@ from .model_folders import (  # noqa: F401 - nodes ask the host for these
     model_names,
 )
 from .model_patcher import HeldWeights
-from .progress import jobs
+from .progress import jobs, shown_steps
 from .stage_watch import StageWatch
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def report_plan(prepared: PreparedJob, node_id: str | None) -> str | None:
 
 def run_on(executor: Executor, checked: CheckedJob, node_id: str | None, on_frames: FramesListener | None = None) -> Result:
     """Runs a job with ComfyUI's progress bar and cancel button."""
-    steps = getattr(checked.job, "steps", steps_of([checked.job]))
+    steps = shown_steps(checked.job)
     bar = comfy.utils.ProgressBar(steps, node_id) if steps else None
 
     def on_step(step: int, steps: int) -> None:
