@@ -2,8 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint.facts import SPATIAL
-from ..parallel_backend.cogvideox.pipeline.windows import frames_of
+from ..parallel_backend.cogvideox.checkpoint.compression import SPATIAL, frames_of
 from ..parallel_backend.cogvideox.transformer.controlnet import encode
 from ..parallel_backend.model import ControlNet
 from ..parallel_backend.validation import check_latent

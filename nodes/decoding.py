@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..parallel_backend.cogvideox.checkpoint.facts import SPATIAL
+from ..parallel_backend.cogvideox.checkpoint.compression import SPATIAL
 from ..parallel_backend.jobs import DecodeJob
 from ..parallel_backend.validation import TILINGS, check_latent
 from .base import CogVideoXNode, schema

@@ -6,8 +6,9 @@ import torch
 from comfy_api.latest import io
 
 from ..parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from ..parallel_backend.cogvideox.checkpoint.compression import TEMPORAL
 from ..parallel_backend.cogvideox.checkpoint.controlnet import ControlNetFile
-from ..parallel_backend.cogvideox.checkpoint.facts import TEMPORAL, whole_frames
+from ..parallel_backend.cogvideox.checkpoint.facts import whole_frames
 from ..parallel_backend.cogvideox.pipeline import conditions
 from ..parallel_backend.cogvideox.pipeline.image import cover
 from ..parallel_backend.media.frame_rate import FrameRate

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
+from .cogvideox.checkpoint.compression import SPATIAL, latent_frames_of
 from .cogvideox.offload import choose_offload
 from .cogvideox.vae import tiling
 from .plan import IN_PARTS, Plan
@@ -89,7 +89,7 @@ def decode_way(size: tuple[int, int, int], dtype: torch.dtype, free: int, weight
         ranks: GPUs, of which each decodes a strip of rows if that fits once the transformer has made room.
     """
     width, height, frames = size
-    need = tiling.decode_bytes((1, 16, (frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL), dtype)
+    need = tiling.decode_bytes((1, 16, latent_frames_of(frames), height // SPATIAL, width // SPATIAL), dtype)
     strip = tiling.STRIP_MARGIN * need / ranks
     if ranks > 1 and strip <= HEADROOM * free:
         return False, strip > HEADROOM * (free - weights)

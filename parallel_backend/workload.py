@@ -9,7 +9,7 @@ import torch
 from .cogvideox.attention.registry import can_ring
 from .cogvideox.checkpoint import controlnet
 from .cogvideox.checkpoint.checkpoint import Checkpoint
-from .cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
+from .cogvideox.checkpoint.compression import SPATIAL, frames_of, latent_frames_of
 from .cogvideox.offload import block_parts
 from .cogvideox.pipeline.upscaling import blank_parts, tiles_of
 from .cogvideox.pipeline.windows import Layout, forward_size
@@ -117,7 +117,7 @@ def work_of(
         model: its dtype, quantisation, compilation and attention; None for the defaults.
     """
     width, height, frames = size or checkpoint.default_size
-    tokens = checkpoint.tokens((frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL) + checkpoint.text_tokens
+    tokens = checkpoint.tokens(latent_frames_of(frames), height // SPATIAL, width // SPATIAL) + checkpoint.text_tokens
     model = model or Model(str(checkpoint.path))
     found = checkpoint.dtype(model.dtype, device)
     vectors, matrices = block_parts(checkpoint, found, quantized=model.quantization != "off")
@@ -144,7 +144,7 @@ def work_of(
 def work_of_job(job: SampleJob | WindowJob, checkpoint: Checkpoint, device: torch.device) -> Work:
     """Returns the work of one step of a job; of one window, if it has several."""
     batch, frames, height, width = forward_size(job, checkpoint)
-    size = (width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1)
+    size = (width * SPATIAL, height * SPATIAL, frames_of(frames))
     work = work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, model=job.model)
     files = controlnet.open_all(job.controlnets, checkpoint)
     beside = controlnet.weight_bytes(job.controlnets, checkpoint.dtype(job.model.dtype, device))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from ...parallel_backend.cogvideox.checkpoint.facts import SPATIAL, TEMPORAL
+from ...parallel_backend.cogvideox.checkpoint.compression import SPATIAL, TEMPORAL
 from ...parallel_backend.errors import RequestError
 from ...parallel_backend.jobs import DecodeJob, EncodeJob
 from ...parallel_backend.media.pictures import checked_latent, checked_pictures

@@ -6,7 +6,7 @@ import torch
 
 from ..cogvideox import offload
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.checkpoint.facts import SPATIAL
+from ..cogvideox.checkpoint.compression import SPATIAL
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.stopping import stoppable
 from ..cogvideox.vae import codec, layers, tiling

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
-from ..cogvideox.checkpoint.facts import TEMPORAL
+from ..cogvideox.checkpoint.compression import TEMPORAL, frames_of, latent_frames_of
 from ..cogvideox.pipeline.notes import WHOLE
-from ..cogvideox.pipeline.windows import Layout, frames_of, latent_frames_of
+from ..cogvideox.pipeline.windows import Layout
 from ..jobs import MAX_SEED, DecodeJob, EncodeJob, Job, Report, Result, SampleJob
 
 Run = Callable[..., Result]
@@ -45,7 +45,7 @@ def spans(frames: int, length: int, overlap: int) -> list[tuple[int, int]]:
 
 def spans_of(job: SampleJob) -> list[tuple[int, int]]:
     """Returns the :func:`spans` of a job's windows."""
-    length = latent_frames_of(job.windows)
+    length = latent_frames_of(job.windows.frames)
     return spans(job.latent.shape[2], length, max(1, job.windows.overlap // TEMPORAL))
 
 
@@ -82,7 +82,7 @@ def window_of(job: SampleJob, place: int, start: int, known: dict[str, torch.Ten
         known: its start image, and after the first window the frames that it begins with.
         last: whether it ends the video, with the end image if there is one.
     """
-    length = latent_frames_of(job.windows)
+    length = latent_frames_of(job.windows.frames)
     own = {
         name: value if value is None else value[:, :, start : start + length].contiguous()
         for name, value in ((name, getattr(job, name)) for name in ("latent", "noise", "controlnet_videos"))

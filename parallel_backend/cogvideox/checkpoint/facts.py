@@ -9,9 +9,8 @@ import torch
 
 from ...jobs import empty_latent
 from . import tasks
+from .compression import SPATIAL, TEMPORAL, frames_of, latent_frames_of
 
-SPATIAL, TEMPORAL = 8, 4
-"""The VAE's compression: pixels per latent row or column, and frames per latent frame after the first."""
 SCHEDULER_CLASSES = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 REFERENCE_NOISE = 0.0563
 """Standard deviation, for pixels in -1..1, of the noise on an inpaint model's masked video, if it was trained with noise
@@ -228,7 +227,7 @@ class CheckpointFacts:
         if self.patch_size_t is not None:
             size = tuple(map(min, size, REMOVAL_SIZE if self.removes else TRAINED_AT))
         if self.is_fun:  # trained without padding: 85 frames for a configuration's 81
-            frames += self.padding_frames((frames - 1) // TEMPORAL + 1) * TEMPORAL
+            frames += self.padding_frames(latent_frames_of(frames)) * TEMPORAL
         return *size, frames
 
     def empty_latent(self) -> torch.Tensor:
@@ -287,5 +286,4 @@ def whole_frames(frames: int, together: int = 1) -> int:
         frames: of the video.
         together: latent frames per token.
     """
-    latent = (frames - 1) // TEMPORAL + 1
-    return (max(latent // together * together, 1) - 1) * TEMPORAL + 1
+    return frames_of(max(latent_frames_of(frames) // together * together, 1))

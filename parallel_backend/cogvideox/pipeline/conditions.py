@@ -32,7 +32,7 @@ from einops import rearrange
 from ...errors import RequestError
 from ...jobs import SampleJob
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.facts import SPATIAL, TEMPORAL
+from ..checkpoint.compression import SPATIAL, TEMPORAL
 from . import removal
 from .image import cover
 

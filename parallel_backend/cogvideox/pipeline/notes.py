@@ -2,9 +2,10 @@
 
 from ...jobs import SampleJob
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.compression import frames_of
 from ..checkpoint.tasks import INTERPOLATION_PIPELINE
 from ..transformer.positions import riflex_frames, riflex_period
-from .windows import Layout, frames_of
+from .windows import Layout
 
 WHOLE = ": it is sampled whole"
 """The end of the note of windows that have no effect."""

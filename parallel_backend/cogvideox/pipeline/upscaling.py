@@ -26,7 +26,7 @@ from einops import rearrange
 from ...jobs import DecodeJob, EncodeJob, WindowJob
 from ...upscale_job import EDGE, TOGETHER, UpscaleJob
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.facts import SPATIAL, TEMPORAL
+from ..checkpoint.compression import SPATIAL, latent_frames_of
 from .conditions import COMFYUI_TO_DIFFUSERS
 from .windows import Layout, Window
 
@@ -124,7 +124,7 @@ def taken_for(checkpoint: Checkpoint) -> str:
 def latent_shape(job: UpscaleJob) -> tuple[int, ...]:
     """Returns the shape of a tile's latent, without padding frames."""
     frames, height, width = tiles_of(job)[0].size
-    return 1, 16, (frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL
+    return 1, 16, latent_frames_of(frames), height // SPATIAL, width // SPATIAL
 
 
 def blank_parts(job: UpscaleJob, checkpoint: Checkpoint) -> tuple[WindowJob, DecodeJob]:

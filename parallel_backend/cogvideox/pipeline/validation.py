@@ -11,10 +11,10 @@ from ...plan import Plan
 from ..attention import registry
 from ..checkpoint import controlnet
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.facts import SPATIAL, TEMPORAL
+from ..checkpoint.compression import SPATIAL, TEMPORAL, frames_of, latent_frames_of
 from ..transformer.lora import open_all
 from .upscaling import latent_shape
-from .windows import Layout, frames_of, latent_frames_of
+from .windows import Layout
 
 TEXT_MODELS = "CogVideoX-2b, CogVideoX-5b or CogVideoX1.5-5B"
 IMAGE_MODELS = "CogVideoX-5b-I2V or CogVideoX1.5-5B-I2V"
@@ -246,7 +246,7 @@ def check_padding(checkpoint: Checkpoint, job: SampleJob) -> None:
     layout = Layout.of(job, checkpoint)
     lengths = {"the video": job.latent.shape[2]}
     if job.image is not None and not layout.is_whole:  # each of these windows is a job of its own
-        lengths["a window"] = latent_frames_of(job.windows)
+        lengths["a window"] = latent_frames_of(job.windows.frames)
     for what, frames in lengths.items():
         if padding := checkpoint.padding_frames(frames):
             raise RequestError(

@@ -11,22 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from ...jobs import SampleJob, WindowJob
-from ...model import Windows
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.facts import TEMPORAL
+from ..checkpoint.compression import TEMPORAL, latent_frames_of
 
 GOLDEN_RATIO = 0.618034
 """The fractional parts of its multiples are evenly distributed, for any number of them."""
-
-
-def latent_frames_of(windows: Windows) -> int:
-    """Returns the latent frames of a window, without padding."""
-    return (windows.frames - 1) // TEMPORAL + 1
-
-
-def frames_of(latent_frames: int) -> int:
-    """Returns the frames of a video of so many latent frames."""
-    return (latent_frames - 1) * TEMPORAL + 1
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ class Layout:
             return cls(frames, frames)
         return cls(
             frames,
-            length=min(frames, whole(latent_frames_of(asked))),
+            length=min(frames, whole(latent_frames_of(asked.frames))),
             overlap=whole(asked.overlap // TEMPORAL),
             token=token,
             shifted=asked.schedule == "uniform",

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from einops import rearrange
 
-from ..checkpoint.facts import TEMPORAL
+from ..checkpoint.compression import TEMPORAL
 from .frames import Assembly, FrameCopier, FramesListener
 
 

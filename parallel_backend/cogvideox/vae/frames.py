@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from einops import rearrange
 
-from ..checkpoint.facts import SPATIAL, TEMPORAL
+from ..checkpoint.compression import SPATIAL, frames_of
 
 STAGED_BYTES = 2**25
 """Size of the pinned buffer for copying frames from a GPU, which torch caches for the next video."""
@@ -31,7 +31,7 @@ class Assembly:
 
     def __init__(self, latent: torch.Tensor, on_frames: FramesListener | None = None):
         batch, _, frames, height, width = latent.shape
-        self._shape = batch, (frames - 1) * TEMPORAL + 1, height * SPATIAL, width * SPATIAL, 3
+        self._shape = batch, frames_of(frames), height * SPATIAL, width * SPATIAL, 3
         self._on_frames = on_frames
         self.videos: torch.Tensor | None = None
         """``[batch, frames, height, width, 3]``; None before the first frames."""

@@ -6,7 +6,7 @@
 import torch
 
 from ...jobs import DecodeJob, EncodeJob
-from ..checkpoint.facts import SPATIAL, TEMPORAL
+from ..checkpoint.compression import SPATIAL, TEMPORAL, latent_frames_of
 
 BYTES_PER_PIXEL = 4_000
 """Peak memory of a decode without tiling, excluding weights, per output pixel and frame in flight, 16-bit. Measured at 480x720
@@ -30,7 +30,7 @@ def working_bytes(job: DecodeJob | EncodeJob, dtype: torch.dtype) -> int:
     if isinstance(job, DecodeJob):
         frames, height, width = job.latent.shape[2:]
     else:
-        frames, height, width = (job.pixels.shape[0] - 1) // TEMPORAL + 1, *(edge // SPATIAL for edge in job.pixels.shape[1:3])
+        frames, height, width = latent_frames_of(job.pixels.shape[0]), *(edge // SPATIAL for edge in job.pixels.shape[1:3])
     if job.tiling == "on":
         height, width = (min(edge, job.tile // SPATIAL) for edge in (height, width))
     return decode_bytes((1, 16, frames, height, width), dtype)
