@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 
+from parallel_backend.cogvideox.attention.function import KEY, QUERY, VALUE
 from parallel_backend.cogvideox.attention.torch_attention import attend_torch
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.parallel import symmetric_memory, ulysses
@@ -75,32 +76,73 @@ def threads_for_ranks(monkeypatch):
     monkeypatch.setattr(ulysses.dist, "get_world_size", lambda group: group[0].size)
 
 
-def attend_on(rank: ulysses.CopyingUlyssesAttention, states: torch.Tensor, padding: int) -> torch.Tensor:
-    """What a rank makes of queries, keys and values ``[3, batch, all tokens, heads, head_dim]``, its own tokens of all heads."""
-    tokens = states.shape[2] // rank.size
-    parts = rank.begin(attend_torch, batch=states.shape[1], padding=padding)
-    mine = states[:, :, rank.rank * tokens : (rank.rank + 1) * tokens]
-    result = rank.attend(*(block_torch.spread(each, parts) for each in mine))
-    return result.transpose(1, 2).reshape(mine.shape[1:]).clone()
+def attend_on(
+    rank: ulysses.CopyingUlyssesAttention, blocks: torch.Tensor, padding: int, early: tuple[int, ...]
+) -> torch.Tensor:
+    """What a rank makes of each block's queries, keys and values ``[blocks, 3, batch, all tokens, heads, head_dim]``, its own tokens."""
+    tokens = blocks.shape[3] // rank.size
+    parts = rank.begin(attend_torch, batch=blocks.shape[2], padding=padding)
+    results = []
+    for states in blocks[:, :, :, rank.rank * tokens : (rank.rank + 1) * tokens]:
+        mine = [block_torch.spread(each, parts) for each in states]
+        for place in early:
+            rank.send(place, mine[place])
+        results.append(rank.attend(*mine).transpose(1, 2).reshape(states.shape[1:]).clone())
+    return torch.stack(results)
 
 
+@pytest.mark.parametrize("early", [(), (VALUE,), (VALUE, KEY)])
 @pytest.mark.parametrize("size, heads", [(2, 8), (3, 6), (2, 2)])
-def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, threads_for_ranks):
+def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, early, threads_for_ranks):
     hub, generator = Hub(size), torch.Generator().manual_seed(0)
     ranks = [
         ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=size, heads=heads // size)
         for rank in range(size)
     ]
-    # Sizes change from job to job; blocks come one after the other; more videos than there are flags.
-    for batch, tokens, padding, blocks in ((2, 10, 1, 3), (1, 7, 0, 2), (11, 3, 2, 2), (2, 10, 1, 1)):
-        for _ in range(blocks):
-            states = torch.randn(3, batch, size * tokens, heads, 4, generator=generator, dtype=torch.float64)
-            valid = size * tokens - padding
-            expected = attend_torch(states[0], states[1, :, :valid], states[2, :, :valid])
-            with ThreadPoolExecutor(size) as pool:
-                found = list(pool.map(partial(attend_on, states=states, padding=padding), ranks))
-            assert (torch.cat(found, dim=1) - expected).abs().max() < 1e-12
+    # Sizes and dtypes change from job to job; blocks come one after the other; more videos than there are flags.
+    for batch, tokens, padding, blocks, dtype in (
+        (2, 10, 1, 3, torch.float64), (1, 7, 0, 2, torch.float64), (11, 3, 2, 2, torch.float64), (2, 10, 1, 2, torch.float32),
+    ):  # fmt: skip
+        states = torch.randn(blocks, 3, batch, size * tokens, heads, 4, generator=generator, dtype=dtype)
+        valid = size * tokens - padding
+        expected = torch.stack([attend_torch(query, key[:, :valid], value[:, :valid]) for query, key, value in states])
+        with ThreadPoolExecutor(size) as pool:
+            found = list(pool.map(partial(attend_on, blocks=states, padding=padding, early=early), ranks))
+        assert (torch.cat(found, dim=2) - expected).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
     assert all(flag.empty() for flag in hub.flags.values())
+
+
+def test_values_and_keys_are_sent_once_and_before_attention(threads_for_ranks, monkeypatch):
+    hub, copied = Hub(2), {0: [], 1: []}
+    copy = ulysses.CopyingUlyssesAttention._copy
+    monkeypatch.setattr(
+        ulysses.CopyingUlyssesAttention,
+        "_copy",
+        lambda rank, place, *rest: (copied[rank.rank].append(place), copy(rank, place, *rest)),
+    )
+    ranks = [ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=2, heads=1) for rank in range(2)]
+    states = torch.randn(2, 3, 2, 6, 2, 4)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(partial(attend_on, blocks=states, padding=0, early=(VALUE, KEY)), ranks))
+    first = [QUERY, KEY, VALUE] * 2  # before there are buffers
+    assert copied == {0: [*first, VALUE, VALUE, KEY, KEY, QUERY, QUERY], 1: [*first, VALUE, VALUE, KEY, KEY, QUERY, QUERY]}
+
+
+def test_what_was_sent_into_another_layout_is_sent_again(threads_for_ranks):
+    hub = Hub(2)
+    ranks = [ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=2, heads=1) for rank in range(2)]
+
+    def values_of(rank: ulysses.CopyingUlyssesAttention, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        mine = block_torch.spread(
+            value[:, rank.rank * 3 :][:, :3], rank.begin(lambda query, key, value: value.clone(), batch=2, padding=0)
+        )
+        rank.send(VALUE, mine)
+        return rank.attend(mine.to(dtype), mine.to(dtype), mine).transpose(1, 2).reshape(2, 3, 2, 64).clone()
+
+    for dtype in (torch.float32, torch.bfloat16):  # queries and keys take half the room, so values lie elsewhere
+        value = torch.randn(2, 6, 2, 64)
+        with ThreadPoolExecutor(2) as pool:
+            assert torch.equal(torch.cat(list(pool.map(partial(values_of, value=value, dtype=dtype), ranks)), dim=1), value)
 
 
 def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):

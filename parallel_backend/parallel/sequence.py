@@ -155,7 +155,8 @@ class JointSequence:
         if shared is None:
             return {**scores, "attend": partial(choice.alone, function.attend), "ranks": 1}
         ranks = shared.begin(function.attend, batch=len(latents), padding=self.chunk.padding)
-        return {**scores, "attend": shared.attend, "ranks": ranks}
+        early = {"send": shared.send} if isinstance(shared, CopyingUlyssesAttention) else {}
+        return {**scores, "attend": shared.attend, "ranks": ranks, **early}
 
     def _scatter(self, module, args, kwargs):
         """Replaces the first block's input with this rank's chunk of the joint tokens."""

@@ -5,6 +5,7 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
+from ..cogvideox.attention.function import KEY, QUERY, VALUE
 from ..cogvideox.attention.torch_attention import Attention
 from . import symmetric_memory
 
@@ -77,8 +78,9 @@ class UlyssesAttention:
 class CopyingUlyssesAttention(UlyssesAttention):
     """Ulysses by writing into other ranks' memory, overlapping communication with computation.
 
-    The work is split into parts. A part is the tokens of one prompt, or half of a rank's heads if there is only one prompt. No
-    barrier is needed between blocks: a peer overwrites my buffer only after it has my result for its previous contents.
+    The work is split into parts. A part is the tokens of one prompt, or half of a rank's heads if there is only one prompt. Values
+    and keys are sent as soon as they are made, while queries are computed. No barrier is needed between blocks: a peer overwrites
+    my buffer only after it has my result for its previous contents.
 
     Args:
         group: process group, ranked in the order of the chunks.
@@ -98,11 +100,29 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.layout: symmetric_memory.BufferLayout | None = None
         self.buffers: list[list[torch.Tensor]] = []
         """Per rank: queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``."""
+        self.sent: set[int] = set()
+        """What this block has sent before its attention: ``KEY``, ``VALUE``."""
 
     def begin(self, whole: Attention, *, batch: int, padding: int) -> int:
         """See :meth:`UlyssesAttention.begin`. Each part costs the idle processors at the end of one attention."""
+        self.sent.clear()
         self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
         return super().begin(whole, batch=batch, padding=padding) * self.pieces
+
+    def send(self, place: int, states: torch.Tensor) -> None:
+        """Sends keys or values before attention, unless the buffers are not laid out for them yet.
+
+        Args:
+            place: ``KEY`` or ``VALUE``.
+            states: as for :meth:`attend`, where they are given again.
+        """
+        split = self._split(states)
+        if self.layout and self.layout.parts[place] == (self._turned(split), states.dtype):
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.side):
+                for part in self._parts(len(split)):
+                    self._copy(place, split, part)
+            self.sent.add(place)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         try:
@@ -111,20 +131,40 @@ class CopyingUlyssesAttention(UlyssesAttention):
             self.inbox = self.layout = None  # stale signals must not be taken for the next ones
             raise
 
+    def _split(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns a view ``[batch, ranks, pieces, tokens, heads, head_dim]``."""
+        return states.unflatten(1, (self.size, self.pieces))
+
+    @staticmethod
+    def _turned(split: torch.Tensor) -> tuple[int, ...]:
+        """Returns the shape of what arrives, ``[batch, pieces, ranks, …]``."""
+        batch, ranks, pieces, *others = split.shape
+        return batch, pieces, ranks, *others
+
+    def _parts(self, batch: int) -> list[tuple[int, int]]:
+        """Returns the sample and the piece of each part."""
+        return list(product(range(batch), range(self.pieces)))
+
+    def _copy(self, place: int, split: torch.Tensor, part: tuple[int, int]) -> None:
+        """Copies a part of queries, keys or values to all others."""
+        sample, piece = part
+        for peer in self.inbox.others:
+            self.buffers[peer][place][sample, piece, self.rank].copy_(split[sample, peer, piece])
+
     def _copy_and_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        asked = [states.unflatten(1, (self.size, self.pieces)) for states in (query, key, value)]
+        asked = [self._split(states) for states in (query, key, value)]
         self._allocate(asked)
         *arriving, results = self.buffers[self.rank]
-        parts = list(product(range(len(query)), range(self.pieces)))
+        parts = self._parts(len(query))
         valid = slice(self.size * query.shape[2] - self.padding)
         main = torch.cuda.current_stream(self.device)
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
-            for number, (sample, piece) in enumerate(parts):
-                for peer in self.inbox.others:
-                    for states, there in zip(asked, self.buffers[peer]):
-                        there[sample, piece, self.rank].copy_(states[sample, peer, piece])
+            for number, part in enumerate(parts):
+                for place in {QUERY, KEY, VALUE} - self.sent:
+                    self._copy(place, asked[place], part)
                 self.inbox.announce(ARRIVALS, number)
+        self.sent.clear()
         for sample, piece in parts:
             for states, here in zip(asked, arriving):
                 here[sample, piece, self.rank].copy_(states[sample, self.rank, piece])
@@ -147,14 +187,16 @@ class CopyingUlyssesAttention(UlyssesAttention):
 
     def _allocate(self, asked: list[torch.Tensor]) -> None:
         """Allocates buffers for one block's tensors on every rank. All blocks need the same, so it happens once per size."""
-        shape = asked[0].shape
-        turned = (shape[0], shape[2], shape[1], *shape[3:])
-        layout = symmetric_memory.BufferLayout((*((turned, states.dtype) for states in asked), (tuple(shape), asked[2].dtype)))
+        query, _, value = asked
+        layout = symmetric_memory.BufferLayout(
+            (*((self._turned(states), states.dtype) for states in asked), (tuple(query.shape), value.dtype))
+        )
         if layout == self.layout:
             return
+        torch.cuda.synchronize(self.device)  # no rank may write in one layout while another one is in use
+        dist.barrier(self.group)
+        self.sent.clear()
         if self.inbox is None or self.inbox.nbytes < layout.nbytes:
             self.buffers, self.inbox = [], None
             self.inbox = symmetric_memory.Inbox(self.group, self.device, nbytes=layout.nbytes)
-        torch.cuda.synchronize(self.device)  # no rank may write in the new layout while another one is in use
-        dist.barrier(self.group)
         self.layout, self.buffers = layout, self.inbox.views(layout)

@@ -19,6 +19,10 @@ HALVES = (torch.bfloat16, torch.float16)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+QUERY, KEY, VALUE = range(3)
+"""Places of the arguments of an attention function."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """The kind of tensors that attention is computed of."""

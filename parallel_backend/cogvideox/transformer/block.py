@@ -9,6 +9,7 @@ from types import MethodType
 
 import torch
 
+from ..attention.function import KEY, VALUE
 from ..attention.operands import factors
 from ..kernels.block_torch import CONDITIONS, Inputs, TorchBlockOps, keep_kernels
 from ..kernels.probe import is_near, once
@@ -43,7 +44,8 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
         image_rotary_emb: tables for the joint tokens, with angle 0 for text; or None.
         attention_kwargs: ``text``: how many of the first tokens are text; ``cache``: the window's step cache or None; and for
             attention ``attend``: the function, ``base_two``: whether scores are in base two, ``fp8``: whether queries and keys
-            are in FP8, and ``ranks``: the number of ranks that heads are distributed to.
+            are in FP8, ``ranks``: the number of ranks that heads are distributed to, and optionally ``send``: a function that sends
+            values or keys to other ranks while what is left is computed.
     """
     about, kernels = attention_kwargs, block.kernels
     cache: StepCache | None = about["cache"]
@@ -57,9 +59,13 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     def heads(project) -> torch.Tensor:
         return project(*inputs).unflatten(2, (attention.heads, -1))
 
-    query = kernels.normal_heads(heads(attention.to_q), attention.norm_q, image_rotary_emb, of_query, fp8=fp8, ranks=ranks)
+    send = about.get("send", keep)
+    value = heads(attention.to_v).unflatten(2, (ranks, -1))
+    value = swap(value.flatten(3), kernels).unflatten(3, value.shape[3:])
+    send(VALUE, value)
     key = kernels.normal_heads(heads(attention.to_k), attention.norm_k, image_rotary_emb, of_key, fp8=fp8, ranks=ranks)
-    value = swap(heads(attention.to_v).unflatten(2, (ranks, -1)).flatten(3), kernels).view(query.shape)
+    send(KEY, key)
+    query = kernels.normal_heads(heads(attention.to_q), attention.norm_q, image_rotary_emb, of_query, fp8=fp8, ranks=ranks)
     del inputs  # frees memory before the largest tensors are allocated
     attended = about["attend"](query, key, value)
     del query, key, value
@@ -71,6 +77,10 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     )
     del update
     return kernels.add(hidden_states, feed_forward(block.ff, inputs, kernels), second, text), encoder_hidden_states
+
+
+def keep(place: int, states: torch.Tensor) -> None:
+    """Sends nothing before attention: see ``send`` of :func:`forward`."""
 
 
 def swap(states: torch.Tensor, kernels) -> torch.Tensor:
