@@ -14,14 +14,14 @@ from packaging.version import Version
 from benchmarks.attention import rows as attention_rows
 from parallel_backend.cli.bench_table import distance, two_steps
 from parallel_backend.cogvideox import offload
-from parallel_backend.cogvideox.attention import choice, hopper_fp8, operands, registry, trial
+from parallel_backend.cogvideox.attention import choice, hopper_fp8, operands, registry, timings, trial
 from parallel_backend.cogvideox.attention.function import Kind
 from parallel_backend.cogvideox.attention.hopper import attend_own, own_attention
 from parallel_backend.cogvideox.attention.hopper_fp8 import attend_in_fp8
 from parallel_backend.cogvideox.attention.recomputed_tiles import pieces_on
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.kernels import block_torch
-from parallel_backend.cogvideox.transformer import block, quantized_linear
+from parallel_backend.cogvideox.kernels import block_torch, int8_product
+from parallel_backend.cogvideox.transformer import block, int8_choice, quantized_linear
 from parallel_backend.cogvideox.vae import preview
 from parallel_backend.devices import Devices, several_ranks_a_gpu
 from parallel_backend.engine.engine import Engine
@@ -395,17 +395,24 @@ def test_tokens_are_added_modulated_and_rounded_in_one_kernel_as_in_several(feat
         [part.double() for part in (states, update, first, second)],
     )
     norm_there, layer = copy.deepcopy(norm).cuda(), torch.nn.Identity()
-    expected, (seen,) = plain.add_and_modulate(*exact[:3], norm.double(), exact[3], text, fp8=False)
-    total, (found,) = ours.add_and_modulate(*there[:3], norm_there, there[3], text, fp8=False)
+    expected, (seen,) = plain.add_and_modulate(*exact[:3], norm.double(), exact[3], text, rounded=None)
+    total, (found,) = ours.add_and_modulate(*there[:3], norm_there, there[3], text, rounded=None)
     assert distance(total.cpu().double(), expected) < 3e-3 and distance(found.cpu().double(), seen) < 3e-3
-    (gelu,) = plain.gelu(layer, (exact[0],), "tanh", fp8=False)
-    for (rows, scales), right in (
-        (ours.add_and_modulate(*there[:3], norm_there, there[3], text, fp8=True)[1], seen),
-        (ours.inputs(there[0], fp8=True), exact[0]),
-        (ours.gelu(layer, (there[0],), "tanh", fp8=True), gelu),
-    ):
-        assert (scales.cpu() - block_torch.quantize_rows(right.flatten(0, 1))[1]).abs().max() <= 1e-3 * scales.max()
-        assert distance((rows.flatten(0, 1).float() * scales).cpu().double(), right.flatten(0, 1)) < 0.04
+    (gelu,) = plain.gelu(layer, (exact[0],), "tanh", rounded=None)
+    for to, most in ((block_torch.FP8, 0.04), (block_torch.INT8, 0.02)):
+        for (rows, scales), right in (
+            (ours.add_and_modulate(*there[:3], norm_there, there[3], text, rounded=to)[1], seen),
+            (ours.inputs(there[0], rounded=to), exact[0]),
+            (ours.gelu(layer, (there[0],), "tanh", rounded=to), gelu),
+        ):
+            assert rows.dtype == to
+            assert (scales.cpu() - block_torch.quantize_rows(right.flatten(0, 1), to)[1]).abs().max() <= 1e-3 * scales.max()
+            assert distance((rows.flatten(0, 1).float() * scales).cpu().double(), right.flatten(0, 1)) < most
+    (rows, scales), levels = (
+        ours.inputs(there[0], rounded=block_torch.INT8),
+        block_torch.quantize_rows(states.flatten(0, 1), block_torch.INT8),
+    )
+    assert torch.equal(rows.cpu().flatten(0, 1), levels[0]) and torch.equal(scales.cpu(), levels[1])
 
 
 def heads_of(batch: int, queries: int, keys: int, heads: int, features: int) -> list[torch.Tensor]:
@@ -693,14 +700,57 @@ def test_the_vae_s_kernels_are_exact_in_float32_and_as_near_to_it_in_16_bit_as_t
 
 int8 = pytest.mark.skipif(
     torch.cuda.device_count() < 1 or quantized_linear.missing("int8", torch.device("cuda", 0)) is not None,
-    reason="needs a GPU from Turing on, and comfy-kitchen",
+    reason="needs a GPU from Turing on",
 )
 
 
 @int8
 @pytest.mark.parametrize("dtype, rows", [(torch.bfloat16, 1027), (torch.float16, 64), (torch.float32, 2)])
-def test_a_product_in_int8_is_that_of_the_rounded_numbers_on_a_gpu_too(dtype, rows):
+@pytest.mark.parametrize("way", ["fused", "torch"])
+def test_torch_multiplies_in_int8_exactly_and_in_parts(way, dtype, rows, monkeypatch):
+    linear, states = torch.nn.Linear(384, 256, dtype=dtype), torch.randn(2, rows, 384, dtype=dtype)
+    layer = quantized_linear.Int8Linear(linear)
+    rounded, there = layer(states), states.cuda()
+    layer.cuda()
+    monkeypatch.setattr(int8_product, "AT_ONCE", 256 * 128)
+    if way == "torch":
+        found = layer.product(there.flatten(0, 1)).unflatten(0, there.shape[:2])
+    else:
+        found = layer(*block.triton_kernels().inputs(there, rounded=torch.int8))
+    assert (
+        found.dtype == dtype
+        and distance(found.cpu(), rounded) < {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+    )
+
+
+@int8
+@pytest.mark.parametrize("features", [128, 1920, 3072])
+def test_rounded_tokens_give_a_feed_forward_that_layers_give_which_round_them_themselves(features):
+    device = torch.device("cuda", 0)
+    assert int8_choice.why_not_rounded(device, torch.float16, features) is None
+    with torch.inference_mode():
+        sample = int8_choice.Sample(device, torch.float16, features, 300)
+        found, expected = sample.run(block.triton_kernels(), torch.int8), sample.run(block_torch.TorchBlockOps(), None)
+    assert all(distance(ours.float(), other.float()) < 0.03 for ours, other in zip(found, expected))
+
+
+@int8
+def test_int8_products_are_timed_once_on_a_gpu(tmp_path, monkeypatch):
+    if quantized_linear.why_no_kitchen(torch.device("cuda", 0)):
+        pytest.skip("needs comfy-kitchen")
+    monkeypatch.setattr(timings, "FILE", tmp_path / "attention.json")
+    about = torch.device("cuda", 0), torch.float16, 1920
+    found = int8_choice.measured.__wrapped__(*about)
+    assert found.milliseconds.keys() == {int8_choice.TORCH, int8_choice.KITCHEN} and min(found.milliseconds.values()) > 0
+    assert int8_choice.measured.__wrapped__(*about) == found
+
+
+@int8
+@pytest.mark.parametrize("dtype, rows", [(torch.bfloat16, 1027), (torch.float16, 64), (torch.float32, 2)])
+def test_comfy_kitchen_s_product_is_that_of_the_rounded_numbers_on_a_gpu_too(dtype, rows):
     """comfy-kitchen rounds a token's scale, and what it divides, to the dtype of the states: in bf16 that costs as much as int8 itself."""
+    if quantized_linear.why_no_kitchen(torch.device("cuda", 0)):
+        pytest.skip("needs comfy-kitchen")
     linear, states = torch.nn.Linear(384, 256, dtype=dtype), torch.randn(2, rows, 384, dtype=dtype)
     exact = linear.float()(states.float())
     layer = quantized_linear.Int8Linear(linear.to(dtype))

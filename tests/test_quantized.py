@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 
 from parallel_backend.cli.bench_table import distance
+from parallel_backend.cogvideox.attention import timings
+from parallel_backend.cogvideox.attention.timings import Timings
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
-from parallel_backend.cogvideox.transformer import quantized_linear
+from parallel_backend.cogvideox.kernels import int8_product
+from parallel_backend.cogvideox.transformer import int8_choice, quantized_linear
+from parallel_backend.cogvideox.transformer.int8_choice import KITCHEN, TORCH, fastest_of
 from parallel_backend.cogvideox.transformer.quantized_linear import KINDS, Int8Linear
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.local import LocalExecutor
@@ -72,7 +77,7 @@ def test_a_product_is_that_of_the_rounded_numbers(kind):
 
 def test_int8_uses_the_whole_range_and_rounds_to_the_nearest():
     rows = torch.tensor([[1.27, -0.635, 0.0149, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    found, scales = quantized_linear.quantize_rows_int8(rows)
+    found, scales = quantized_linear.quantize_rows(rows, torch.int8)
     assert found.tolist() == [[127, -64, 1, 0], [0, 0, 0, 0]] and scales[0].item() == pytest.approx(0.01)
 
 
@@ -139,7 +144,7 @@ def kitchen(monkeypatch) -> SimpleNamespace:
     return found
 
 
-def test_a_comfy_kitchen_that_cannot_do_it_is_refused_with_the_reason(kitchen, on_gpu_of, monkeypatch):
+def test_what_comfy_kitchen_lacks_is_said_where_torch_has_no_product_either(kitchen, on_gpu_of, monkeypatch):
     why_no_kitchen = quantized_linear.why_no_kitchen.__wrapped__
     assert why_no_kitchen(GPU) is None
     kitchen.backends["cuda"] |= {"available": False, "unavailable_reason": "built for CUDA 13"}
@@ -149,12 +154,108 @@ def test_a_comfy_kitchen_that_cannot_do_it_is_refused_with_the_reason(kitchen, o
     monkeypatch.setattr(quantized_linear, "has_module", lambda name: False)
     on_gpu_of("RTX 3090", (8, 6))
     monkeypatch.setattr(quantized_linear, "why_no_kitchen", why_no_kitchen)
+    assert quantized_linear.missing("int8", GPU) is None
+    monkeypatch.setattr(quantized_linear, "why_no_product", lambda device, kind: "not implemented")
     said = quantized_linear.missing("int8", GPU)
-    assert said.endswith("on RTX 3090: the package comfy-kitchen is missing (pip install comfy-kitchen); use quantize off")
+    assert said.endswith(
+        "RTX 3090: not implemented, and the package comfy-kitchen is missing (pip install comfy-kitchen); use quantize off"
+    )
 
 
-def test_elsewhere_than_on_a_cpu_comfy_kitchen_multiplies(kitchen):
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [3, 300])
+def test_torch_alone_multiplies_in_int8_a_few_rows_at_a_time(rows, bias, monkeypatch):
+    layer, states = Int8Linear(torch.nn.Linear(64, 32, bias=bias)), torch.randn(1, rows, 64)
+    monkeypatch.setattr(int8_product, "AT_ONCE", 64 * 128)
+    given, multiply = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *those: given.append(len(those[0])) or multiply(*those))
+    assert (layer.product(states[0]) - layer(states)[0]).abs().max() <= 1e-5
+    assert given == ([128, 128, 44] if rows == 300 else [32])
+
+
+@pytest.mark.parametrize(
+    "offers, chosen, note",
+    [
+        ([Timings({TORCH: 2.0, KITCHEN: 3.0})], TORCH, "int8 products: torch, the faster of 2 here"),
+        ([Timings({TORCH: 2.0, KITCHEN: 3.0}), Timings({TORCH: 9.0, KITCHEN: 8.0})], KITCHEN, "int8 products: comfy-kitchen, the faster of 2 here"),
+        ([Timings({TORCH: 2.0, KITCHEN: 3.0}), Timings({KITCHEN: 0.0}, {TORCH: "wrong"})], KITCHEN, "int8 products: comfy-kitchen; without torch: wrong"),
+        ([Timings({TORCH: 0.0})], TORCH, None),
+        ([Timings({}, {TORCH: "wrong", KITCHEN: "missing"})], None, "int8 products: not fused, so slower; without torch: wrong; without comfy-kitchen: missing"),
+    ],
+)  # fmt: skip
+def test_ranks_multiply_in_the_way_that_is_fastest_for_the_slowest(offers, chosen, note):
+    assert fastest_of(offers) == (chosen, note)
+
+
+@pytest.fixture
+def on_two_ways(monkeypatch, tmp_path) -> list:
+    """A GPU on which both ways of a product work, torch's in two thirds of the time. Gives a list of what was called."""
+    called = []
+    monkeypatch.setattr(timings, "FILE", tmp_path / "attention.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3090")
+    monkeypatch.setattr(int8_choice, "current", lambda device: nullcontext())
+    monkeypatch.setattr(int8_choice, "why_not_rounded", lambda *about: None)
+    monkeypatch.setattr(int8_choice, "why_no_kitchen", lambda device: None)
+    monkeypatch.setattr(int8_choice, "Sample", lambda *about: about)
+    monkeypatch.setattr(
+        int8_choice, "seconds_of", lambda sample, name: called.append(name) or {TORCH: 2e-3, KITCHEN: 3e-3}[name]
+    )
+    return called
+
+
+def test_both_ways_are_timed_once_and_again_with_another_comfy_kitchen(on_two_ways, monkeypatch):
+    measured = int8_choice.measured.__wrapped__
+    about = GPU, torch.float16, 3072
+    assert measured(*about) == measured(*about) == Timings({TORCH: 2.0, KITCHEN: 3.0})
+    assert on_two_ways.count(TORCH) == on_two_ways.count(KITCHEN) == 1 + int8_choice.ROUNDS
+    monkeypatch.setattr(int8_choice, "version_of", lambda package: "9")
+    measured(*about)
+    assert on_two_ways.count(TORCH) == 2 * (1 + int8_choice.ROUNDS)
+    monkeypatch.setattr(int8_choice, "why_no_kitchen", lambda device: "missing")
+    assert measured(*about) == Timings({TORCH: 0.0})
+    monkeypatch.setattr(int8_choice, "why_not_rounded", lambda *about: "wrong")
+    assert measured(*about) == Timings({}, {TORCH: "wrong", KITCHEN: "missing"})
+
+
+def test_a_way_that_fails_while_it_is_timed_is_left_out(on_two_ways, monkeypatch):
+    def seconds_of(sample, name: str) -> float:
+        if name == KITCHEN:
+            raise RuntimeError("no kernel image")
+        return 2e-3
+
+    def no_memory(*about):
+        raise torch.OutOfMemoryError("no memory")
+
+    about = GPU, torch.float16, 3072
+    monkeypatch.setattr(int8_choice, "seconds_of", seconds_of)
+    assert int8_choice.measured.__wrapped__(*about) == Timings({TORCH: 2.0}, {KITCHEN: "no kernel image"})
+    monkeypatch.setattr(int8_choice, "Sample", no_memory)
+    assert int8_choice.measured.__wrapped__(*about) == Timings({}, {TORCH: "no memory", KITCHEN: "no memory"})
+    assert not timings.FILE.exists()
+
+
+def test_without_fused_kernels_comfy_kitchen_rounds_or_a_note_says_that_it_is_missing(
+    on_two_ways, monkeypatch, executor, make_job
+):
+    executor.sample(with_model(make_job("5b", size=(48, 48, 5), steps=1), quantize="int8"))
+    transformer = executor.engine.cache.held["transformer"][1]
+    layers = [layer for layer in transformer.modules() if isinstance(layer, Int8Linear)]
+
+    def use(*, compiled: bool) -> tuple[str | None, set]:
+        note = int8_choice.use(transformer, GPU, torch.float16, lambda value: [value], compiled=compiled)
+        return note, {layer.takes for layer in layers}
+
+    assert use(compiled=False) == (None, {None})
+    monkeypatch.setattr(int8_choice, "measured", int8_choice.measured.__wrapped__)
+    assert use(compiled=True) == ("int8 products: torch, the faster of 2 here", {torch.int8})
+    monkeypatch.setattr(int8_choice, "why_no_kitchen", lambda device: "comfy-kitchen is missing")
+    assert use(compiled=False) == ("int8 products: torch; without comfy-kitchen: comfy-kitchen is missing, so slower", {None})
+    assert use(compiled=True) == (None, {torch.int8})
+
+
+def test_elsewhere_than_on_a_cpu_comfy_kitchen_multiplies_if_it_is_there(kitchen, monkeypatch):
     given = []
+    monkeypatch.setattr(quantized_linear, "why_no_kitchen", lambda device: None)
     kitchen.int8_linear = lambda *arguments: given.append(arguments) or torch.empty(2, 5, 32, device="meta")
     layer = Int8Linear(torch.nn.Linear(64, 32, device="meta", dtype=torch.bfloat16))
     states = torch.empty(2, 5, 64, device="meta", dtype=torch.bfloat16)
@@ -163,7 +264,7 @@ def test_elsewhere_than_on_a_cpu_comfy_kitchen_multiplies(kitchen):
     assert given[0][4] == torch.bfloat16 and layer.weight.dtype == torch.int8 and layer.scales.shape == (32, 1)
 
 
-KITCHEN = """
+COMPARISON = """
 import comfy_kitchen
 import torch
 from parallel_backend.cogvideox.transformer.quantized_linear import Int8Linear
@@ -179,7 +280,9 @@ for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.01)):
 
 @pytest.mark.skipif(find_comfyui() is None, reason="there is no ComfyUI")
 def test_a_cpu_computes_what_comfyui_s_comfy_kitchen_does():
-    done = subprocess.run([find_python(find_comfyui()), "-c", KITCHEN], cwd=REPO, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [find_python(find_comfyui()), "-c", COMPARISON], cwd=REPO, capture_output=True, text=True, timeout=600
+    )
     if "No module named 'comfy_kitchen'" in done.stderr:
         pytest.skip("ComfyUI is older than comfy-kitchen")
     assert done.returncode == 0, done.stderr[-2000:]

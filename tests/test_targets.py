@@ -13,7 +13,8 @@ from benchmarks.random_weights import transformer_config
 from parallel_backend.cogvideox.attention import hopper_fp8, recomputed_tiles
 from parallel_backend.cogvideox.attention.torch_attention import HEAD_DIM
 from parallel_backend.cogvideox.checkpoint import bundled
-from parallel_backend.cogvideox.kernels.block_torch import CONDITIONS
+from parallel_backend.cogvideox.kernels.block_torch import CONDITIONS, FP8, INT8
+from parallel_backend.cogvideox.transformer.quantized_linear import Int8Linear
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -47,18 +48,25 @@ def empty(*size: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def launch_block(config: dict, dtype: torch.dtype) -> None:
-    """Launches every kernel of a block, with FP8 and without."""
+    """Launches every kernel of a block, with tokens rounded to FP8, to int8 and not at all."""
     ops, heads, head_dim = block_triton.TritonBlockOps(), config["num_attention_heads"], config["attention_head_dim"]
     features, rotary = heads * head_dim, config.get("use_rotary_positional_embeddings")
     norm = torch.nn.LayerNorm(features, device="meta", dtype=dtype)
     norm_head = torch.nn.LayerNorm(head_dim, device="meta", dtype=dtype)
     states, conditions = empty(2, 100, features, dtype=dtype), empty(2, CONDITIONS * features, dtype=dtype)
     tables = (empty(100, head_dim), empty(100, head_dim)) if rotary else None
+    for rounded in (None, FP8, INT8):
+        ops.add_and_modulate(states, states, conditions, norm, conditions, 7, rounded=rounded)
+        inputs = ops.modulate(states, norm, conditions, 7, rounded=rounded)
+        ops.inputs(states, rounded=rounded)
+        if rounded is INT8:
+            ops.gelu(
+                Int8Linear(torch.nn.Linear(features, 4 * features, device="meta", dtype=dtype)), inputs, "tanh", rounded=INT8
+            )
+            Int8Linear(torch.nn.Linear(features, features, device="meta", dtype=dtype))(*inputs)
+        else:
+            ops.gelu(lambda *inputs: empty(2, 100, 4 * features, dtype=dtype), (states,), "tanh", rounded=rounded)
     for fp8 in (False, True):
-        ops.add_and_modulate(states, states, conditions, norm, conditions, 7, fp8=fp8)
-        ops.modulate(states, norm, conditions, 7, fp8=fp8)
-        ops.inputs(states, fp8=fp8)
-        ops.gelu(lambda inputs: empty(2, 100, 4 * features, dtype=dtype), (states,), "tanh", fp8=fp8)
         ops.normal_heads(states.unflatten(2, (heads, head_dim)), norm_head, tables, 0.18, fp8=fp8, ranks=1)
     ops.add(states, states, conditions, 7)
     ops.swap(states.view(2, 50, 2, features))
@@ -107,7 +115,7 @@ def test_the_kernels_of_every_model_are_made_for_every_chip(chip, variants):
         kinds.add(variant.kind)
         if chip in chips:
             variant.compile(chip)
-    assert len(kinds) == 9
+    assert len(kinds) == 10
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from ..cogvideox.kernels import probe
 from ..cogvideox.pipeline.denoise import WindowCallback
 from ..cogvideox.pipeline.windows import forward_size
 from ..cogvideox.stopping import check
-from ..cogvideox.transformer import block, lora, positions, quantized_linear
+from ..cogvideox.transformer import block, int8_choice, lora, positions, quantized_linear
 from ..cogvideox.transformer.controlnet import ControlBranch, load
 from ..errors import Cancelled, RequestError
 from ..jobs import SampleJob, WindowJob
@@ -133,6 +133,7 @@ class ModelCache:
             self.note, "not compiled", self.context.collect(self._why_not_compiled(checkpoint, dtype))
         )
         block.use(transformer, compiled=compiled)
+        self.note(int8_choice.use(transformer, self.device, dtype, self.context.collect, compiled=compiled))
         positions.use(transformer, interpolated=checkpoint.interpolates_positions)
         for branch in self._load_branches(job, checkpoint, dtype, mode):
             block.use(branch, compiled=compiled and mode not in IN_PARTS)

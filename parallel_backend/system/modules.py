@@ -1,5 +1,6 @@
-"""Looks for modules without importing them."""
+"""Looks for modules and packages without importing them."""
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 
@@ -12,3 +13,11 @@ def has_module(name: str) -> bool:
         return find_spec(name) is not None
     except (ModuleNotFoundError, ValueError):
         return False
+
+
+def version_of(package: str) -> str:
+    """Returns the version of a package; ``unknown`` if it was built from its repository."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

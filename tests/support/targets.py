@@ -12,13 +12,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KIB = 2**10
-SHARED = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+SHARED = {75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 """Shared memory that one program may use, by compute capability: CUDA programming guide, technical specifications."""
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 HOPPER = 90
@@ -57,14 +58,14 @@ class Variant:
         return cls(kernel, tuple(signature), tuple(constants), tuple(aligned), warps)
 
     @property
-    def kind(self) -> tuple[str, bool]:
-        """The kernel's name, and whether it computes FP8."""
-        return self.kernel.__name__, "*fp8e4nv" in dict(self.signature).values()
+    def kind(self) -> tuple[str, str | None]:
+        """The kernel's name, and which 8 bits it rounds to or reads, if any."""
+        return self.kernel.__name__, next((name for name in ("*fp8e4nv", "*i8") if name in dict(self.signature).values()), None)
 
     @property
     def chips(self) -> list[int]:
         """The compute capabilities that run it: those of GPUs without FP8 are refused before."""
-        return [chip for chip in SHARED if chip >= FIRST_FP8 or not self.kind[1]]
+        return [chip for chip in SHARED if chip >= FIRST_FP8 or self.kind[1] != "*fp8e4nv"]
 
     def compile(self, capability: int):
         """Compiles it for a compute capability; see :func:`compiled`."""

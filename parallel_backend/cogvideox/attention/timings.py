@@ -1,4 +1,5 @@
-"""Measured times of attention functions, on disk: a JSON file beside the planner's; see :mod:`parallel_backend.system.measurements`."""
+"""Measured times of functions that compute the same: attention's, and products in int8. On disk, in a JSON file beside the planner's; see
+:mod:`parallel_backend.system.measurements`."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ PARTS = ("timings",)
 
 @dataclass(frozen=True)
 class Timings:
-    """What was measured on a GPU for one kind of tensors and one class of lengths."""
+    """What was measured on a GPU for one kind of tensors."""
 
     milliseconds: dict[str, float]
     """Of each function that is right, by name."""
@@ -26,7 +27,7 @@ def read(key: str, versions: str) -> Timings | None:
     """Returns what was measured, or None.
 
     Args:
-        key: GPU, kind of tensors and class of lengths.
+        key: GPU, and kind of tensors with their sizes.
         versions: of all that may change the times; with others they are measured again.
     """
     found = measurements.read(FILE, version=VERSION, parts=PARTS)["timings"].get(key)
@@ -46,7 +47,7 @@ def keep(key: str, versions: str, timings: Timings) -> None:
         "left_out": timings.left_out,
         "measured": measurements.today(),
     }
-    measurements.save(FILE, kept, version=VERSION, what=f"the times of attention on {key}")
+    measurements.save(FILE, kept, version=VERSION, what=f"the times on {key}")
 
 
 def are(found: Any, is_valid) -> bool:

@@ -2,12 +2,12 @@
 
 import time
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from ...devices import current
 from ...errors import reason_of
+from ...system.modules import version_of
 from ...system.nvml import driver_version
 from ..kernels.block_torch import keep_kernels
 from ..kernels.probe import is_near, once
@@ -143,8 +143,5 @@ def versions_of(device: torch.device, functions: list[AttentionFunction]) -> str
     if device.type == "cuda":
         parts |= {"driver": driver_version(), "cudnn": torch.backends.cudnn.version()}
     for function in functions:
-        try:
-            parts[function.name] = version(function.needs.package) if function.needs.package else "of torch"
-        except PackageNotFoundError:  # built from its repository
-            parts[function.name] = "unknown"
+        parts[function.name] = version_of(function.needs.package) if function.needs.package else "of torch"
     return ", ".join(f"{name} {value}" for name, value in parts.items())

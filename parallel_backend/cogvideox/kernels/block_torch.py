@@ -11,8 +11,10 @@ import torch.nn.functional as F
 
 from ...system.folders import writable_cache
 
-FP8 = torch.float8_e4m3fn
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 LARGEST = torch.finfo(FP8).max
+LARGEST_OF = {FP8: LARGEST, INT8: 127.0}
+"""The dtypes that rows are rounded to, and what the largest value of each row becomes."""
 SMALLEST = 1e-12
 """Lower bound of a maximum that values are scaled by; avoids a division by zero."""
 CONDITIONS = 6
@@ -21,7 +23,7 @@ SHIFT, SCALE, GATE = range(CONDITIONS // 2)
 """Their indices."""
 
 Inputs = tuple[torch.Tensor, ...]
-"""Arguments of a linear layer: tokens ``[batch, tokens, features]``; or the same in e4m3, and the scale of each token,
+"""Arguments of a linear layer: tokens ``[batch, tokens, features]``; or the same in e4m3 or int8, and the scale of each token,
 ``[batch * tokens, 1]``."""
 
 
@@ -43,11 +45,12 @@ def quantize(states: torch.Tensor) -> torch.Tensor:
     return states.clamp(-LARGEST, LARGEST).to(FP8)
 
 
-def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Converts ``[rows, features]`` to e4m3. Also returns the scale of each row, ``[rows, 1]`` in float32."""
+def quantize_rows(rows: torch.Tensor, dtype: torch.dtype = FP8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Converts ``[rows, features]`` to e4m3 or int8. Also returns the scale of each row, ``[rows, 1]`` in float32."""
     exact = rows.float()
-    scales = exact.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST
-    return (exact / scales).to(FP8), scales
+    scales = exact.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST_OF[dtype]
+    scaled = exact / scales
+    return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scales
 
 
 def spread(states: torch.Tensor, ranks: int) -> torch.Tensor:
@@ -70,13 +73,16 @@ def for_tokens(conditions: torch.Tensor, place: int, tokens: int, text: int) -> 
 
 
 class TorchBlockOps:
-    """The operations in torch. FP8 layers get unquantised tokens and quantise them themselves.
+    """The operations in torch. Quantised layers get unquantised tokens and quantise them themselves.
 
     ``states`` and ``update`` are tokens ``[batch, tokens, features]``, of which the first ``text`` are text. ``conditions``
-    ``[batch, 6 * features]`` are those of a norm (:data:`CONDITIONS`). ``fp8`` says whether the following layers are in FP8.
+    ``[batch, 6 * features]`` are those of a norm (:data:`CONDITIONS`). ``rounded`` is the dtype in which the following layers take
+    tokens with a scale each, or None if they take them as they are.
     """
 
-    def modulate(self, states: torch.Tensor, norm, conditions: torch.Tensor, text: int, *, fp8: bool) -> Inputs:
+    def modulate(
+        self, states: torch.Tensor, norm, conditions: torch.Tensor, text: int, *, rounded: torch.dtype | None
+    ) -> Inputs:
         """Normalises, scales and shifts tokens. Returns the inputs of the following layers."""
         shift, scale = (for_tokens(conditions, place, states.shape[1], text) for place in (SHIFT, SCALE))
         return (norm(states) * (1 + scale) + shift,)
@@ -94,17 +100,17 @@ class TorchBlockOps:
         conditions: torch.Tensor,
         text: int,
         *,
-        fp8: bool,
+        rounded: torch.dtype | None,
     ) -> tuple[torch.Tensor, Inputs]:
         """Runs :meth:`add` with the conditions ``before``, then :meth:`modulate` on the sum. Returns both results."""
         states = self.add(states, update, before, text)
-        return states, self.modulate(states, norm, conditions, text, fp8=fp8)
+        return states, self.modulate(states, norm, conditions, text, rounded=rounded)
 
-    def inputs(self, states: torch.Tensor, *, fp8: bool) -> Inputs:
+    def inputs(self, states: torch.Tensor, *, rounded: torch.dtype | None) -> Inputs:
         """Returns the inputs of the following layers."""
         return (states,)
 
-    def gelu(self, layer, inputs: Inputs, approximate: str, *, fp8: bool) -> Inputs:
+    def gelu(self, layer, inputs: Inputs, approximate: str, *, rounded: torch.dtype | None) -> Inputs:
         """Applies a linear layer and GELU (torch's variant ``approximate``). Returns the inputs of the following layer."""
         return (F.gelu(layer(*inputs), approximate=approximate),)
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .block_torch import CONDITIONS, FP8, GATE, LARGEST, SCALE, SHIFT, SMALLEST, Inputs
+from .block_torch import CONDITIONS, FP8, GATE, INT8, LARGEST_OF, SCALE, SHIFT, SMALLEST, Inputs
+from .int8_product import multiply, parts
 
 WIDE = 4096
 """Features per token above which a program uses more warps; the fastest numbers were measured on an H200 (NOTES)."""
@@ -17,14 +18,15 @@ WIDE = 4096
 
 @triton.jit(do_not_specialize=["tokens", "text"])
 def token_kernel(
-    states, update, gates, sums, weight, bias, conditions, result, scales, tokens, text, epsilon,
+    states, factors, update, gates, sums, weight, bias, conditions, result, scales, tokens, text, epsilon,
     FEATURES: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr,
-    ADDS: tl.constexpr, NORMS: tl.constexpr, AFFINE: tl.constexpr, GELU: tl.constexpr, ROUNDS: tl.constexpr,
+    PRODUCT: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr, AFFINE: tl.constexpr, GELU: tl.constexpr, ROUNDS: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Processes one token of one sample, with all features in float32 registers.
 
-    Flags select the steps: adding a gated update, normalising and modulating, GELU, and quantising to FP8.
+    Flags select the steps: scaling a product in int32, adding a gated update, normalising and modulating, GELU, and quantising to
+    FP8 or int8.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -32,6 +34,10 @@ def token_kernel(
     at = row * FEATURES + column
     kind = row // tokens * (KINDS * FEATURES) + tl.where(row % tokens < text, KINDS // 2 * FEATURES, 0) + column
     value = tl.load(states + at, mask=there, other=0.0).to(tl.float32)
+    if PRODUCT:
+        value *= tl.load(factors + row) * tl.load(weight + column, mask=there, other=0.0)
+        if AFFINE:
+            value += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
     if ADDS:
         gate = tl.load(gates + kind + GATE * FEATURES, mask=there, other=0.0).to(tl.float32)
         value += gate * tl.load(update + at, mask=there, other=0.0).to(tl.float32)
@@ -48,10 +54,16 @@ def token_kernel(
         inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
         value = value * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh x) is the sigmoid of 2 x
     if ROUNDS:
-        scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST) / LARGEST
+        scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST)
+        if result.dtype.element_ty == tl.int8:
+            scale = tl.div_rn(scale, LARGEST)
+            value = tl.div_rn(value, scale)
+            value = value + 12582912.0 - 12582912.0  # a sum near 1.5 * 2**23 has no fraction: it was rounded, ties to even
+        else:
+            scale /= LARGEST
+            value /= scale
         tl.store(scales + row, scale)
-        value /= scale
-    if NORMS or GELU or ROUNDS:
+    if PRODUCT or NORMS or GELU or ROUNDS:
         tl.store(result + at, value.to(result.dtype.element_ty), mask=there)
 
 
@@ -91,26 +103,65 @@ def swap_kernel(states, result, first, second, WORDS: tl.constexpr, BLOCK: tl.co
     tl.store(result + target * WORDS + column, tl.load(states + row * WORDS + column, mask=there), mask=there)
 
 
-class TritonBlockOps:
-    """See :class:`.block_torch.TorchBlockOps`. FP8 layers get quantised tokens."""
+def constants(features: int, rounded: torch.dtype | None) -> dict[str, int | float | bool | None]:
+    """Returns the constants of ``token_kernel`` that follow from the features, and from the dtype that tokens are rounded to or None."""
+    block = triton.next_power_of_2(features)
+    tokens = {"FEATURES": features, "BLOCK": block, "KINDS": CONDITIONS, "SHIFT": SHIFT, "SCALE": SCALE, "GATE": GATE}
+    rounding = {"ROUNDS": rounded is not None, "LARGEST": LARGEST_OF.get(rounded), "SMALLEST": SMALLEST}
+    return {**tokens, **rounding, "num_warps": 8 if block > WIDE else 2 if rounded else 4}
 
-    def modulate(self, states, norm, conditions, text, *, fp8):
-        return self._pass(states, norm=norm, conditions=conditions, text=text, rounds=fp8)[1]
+
+def int8_product(
+    layer, states: torch.Tensor, scales: torch.Tensor, *, gelu=False, rounded: torch.dtype | None = None
+) -> Inputs:
+    """Multiplies int8 tokens with an int8 layer's weight, a few rows at a time. Each product is scaled in one pass, with what follows.
+
+    Args:
+        layer: an ``Int8Linear``.
+        states: ``[batch, tokens, features]``.
+        scales: of each token, ``[batch * tokens, 1]``.
+        gelu: whether GELU is applied.
+        rounded: dtype that the result is rounded to, or None for the layer's dtype.
+    Returns:
+        The inputs of the following layer.
+    """
+    rows, features = states.flatten(0, 1), len(layer.weight)
+    result = rows.new_empty(len(rows), features, dtype=rounded or layer.dtype)
+    of_result = torch.empty_like(scales) if rounded else None
+    for part in parts(len(rows), features):
+        product = multiply(rows[part], layer.weight)
+        token_kernel[(len(product),)](
+            product, scales[part], None, None, None, layer.scales, layer.bias, None, result[part],
+            of_result[part] if rounded else None, len(product), 0, 0.0,
+            PRODUCT=True, ADDS=False, NORMS=False, AFFINE=layer.bias is not None, GELU=gelu, **constants(features, rounded),
+        )  # fmt: skip
+        del product  # the next one takes its memory, of which much is still in the GPU's cache
+    result = result.unflatten(0, states.shape[:2])
+    return (result, of_result) if rounded else (result,)
+
+
+class TritonBlockOps:
+    """See :class:`.block_torch.TorchBlockOps`. Layers that take rounded tokens get them."""
+
+    def modulate(self, states, norm, conditions, text, *, rounded):
+        return self._pass(states, norm=norm, conditions=conditions, text=text, rounded=rounded)[1]
 
     def add(self, states, update, conditions, text):
         return self._pass(states, update=update, gates=conditions, text=text)[0]
 
-    def add_and_modulate(self, states, update, before, norm, conditions, text, *, fp8):
-        return self._pass(states, update=update, gates=before, norm=norm, conditions=conditions, text=text, rounds=fp8)
+    def add_and_modulate(self, states, update, before, norm, conditions, text, *, rounded):
+        return self._pass(states, update=update, gates=before, norm=norm, conditions=conditions, text=text, rounded=rounded)
 
-    def inputs(self, states, *, fp8):
-        return self._pass(states, rounds=True)[1] if fp8 else (states,)
+    def inputs(self, states, *, rounded):
+        return self._pass(states, rounded=rounded)[1] if rounded else (states,)
 
-    def gelu(self, layer, inputs, approximate, *, fp8):
+    def gelu(self, layer, inputs, approximate, *, rounded):
         if approximate != "tanh":  # CogVideoX's is tanh
-            return self.inputs(F.gelu(layer(*inputs), approximate=approximate), fp8=fp8)
-        if fp8:
-            return self._pass(layer(*inputs), gelu=True, rounds=True)[1]
+            return self.inputs(F.gelu(layer(*inputs), approximate=approximate), rounded=rounded)
+        if rounded is INT8 and inputs[0].dtype is INT8:
+            return int8_product(layer, *inputs, gelu=True, rounded=rounded)
+        if rounded:
+            return self._pass(layer(*inputs), gelu=True, rounded=rounded)[1]
         (states,) = inputs
         if type(layer) is not torch.nn.Linear or layer.bias is None or not states.is_cuda:
             return (torch.ops.aten.gelu_(layer(states), approximate="tanh"),)  # in place: the layer has just made it
@@ -128,7 +179,7 @@ class TritonBlockOps:
         conditions=None,
         text: int = 0,
         gelu=False,
-        rounds=False,
+        rounded=None,
     ) -> tuple[torch.Tensor | None, Inputs]:
         """Runs ``token_kernel`` on all tokens.
 
@@ -139,16 +190,13 @@ class TritonBlockOps:
         batch, tokens, features = states.shape
         adds, norms = update is not None, norm is not None
         sums = torch.empty_like(states) if adds else None
-        result = torch.empty_like(states, dtype=FP8 if rounds else states.dtype) if norms or gelu or rounds else None
-        scales = states.new_empty(batch * tokens, 1, dtype=torch.float32) if rounds else None
+        result = torch.empty_like(states, dtype=rounded or states.dtype) if norms or gelu or rounded else None
+        scales = states.new_empty(batch * tokens, 1, dtype=torch.float32) if rounded else None
         affine = norms and norm.weight is not None
-        block = triton.next_power_of_2(features)
         token_kernel[(batch * tokens,)](
-            states, update.contiguous() if adds else states, gates, sums, norm.weight if affine else None, norm.bias if affine else None,
+            states, None, update.contiguous() if adds else states, gates, sums, norm.weight if affine else None, norm.bias if affine else None,
             conditions, result, scales, tokens, text, norm.eps if norms else 0.0,
-            FEATURES=features, BLOCK=block, KINDS=CONDITIONS, SHIFT=SHIFT, SCALE=SCALE, GATE=GATE,
-            ADDS=adds, NORMS=norms, AFFINE=affine, GELU=gelu, ROUNDS=rounds, LARGEST=LARGEST, SMALLEST=SMALLEST,
-            num_warps=8 if block > WIDE else 2 if rounds else 4,
+            PRODUCT=False, ADDS=adds, NORMS=norms, AFFINE=affine, GELU=gelu, **constants(features, rounded),
         )  # fmt: skip
         return sums, tuple(part for part in (result, scales) if part is not None)
 

@@ -13,7 +13,7 @@ from ..attention.function import KEY, VALUE
 from ..attention.operands import factors
 from ..kernels.block_torch import CONDITIONS, Inputs, TorchBlockOps, keep_kernels
 from ..kernels.probe import is_near, once
-from .quantized_linear import Fp8Linear
+from .quantized_linear import QuantizedLinear
 from .step_cache import StepCache
 
 WORTH_COMPILING = 2**30
@@ -22,15 +22,15 @@ NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
 """Largest relative error, compared with torch, at which compiled kernels are used."""
 
 
-def in_fp8(layer) -> bool:
-    """Returns whether a linear layer multiplies in FP8."""
-    return type(layer) is Fp8Linear
+def rounded_for(layer) -> torch.dtype | None:
+    """Returns the dtype in which a linear layer takes tokens with a scale each, or None if it takes them as they are."""
+    return layer.takes if isinstance(layer, QuantizedLinear) else None
 
 
 def feed_forward(layers, inputs: Inputs, kernels) -> torch.Tensor:
     """Runs a block's feed-forward, without its dropout."""
     first, second = layers.net[0], layers.net[2]
-    return second(*kernels.gelu(first.proj, inputs, first.approximate, fp8=in_fp8(second)))
+    return second(*kernels.gelu(first.proj, inputs, first.approximate, rounded=rounded_for(second)))
 
 
 def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, attention_kwargs=None):
@@ -53,7 +53,7 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
         return hidden_states, encoder_hidden_states
     attention, text, ranks, fp8 = block.attn1, about["text"], about["ranks"], about["fp8"]
     first, second = (norm.linear(norm.silu(temb)) for norm in (block.norm1, block.norm2))
-    inputs = kernels.modulate(hidden_states, block.norm1.norm, first, text, fp8=in_fp8(attention.to_q))
+    inputs = kernels.modulate(hidden_states, block.norm1.norm, first, text, rounded=rounded_for(attention.to_q))
     of_query, of_key = factors(attention.norm_q.normalized_shape[0], base_two=about["base_two"], fp8=fp8)
 
     def heads(project) -> torch.Tensor:
@@ -70,10 +70,10 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     attended = about["attend"](query, key, value)
     del query, key, value
     joined = swap(attended.flatten(3), kernels).flatten(2)
-    update = attention.to_out[0](*kernels.inputs(joined, fp8=in_fp8(attention.to_out[0])))
+    update = attention.to_out[0](*kernels.inputs(joined, rounded=rounded_for(attention.to_out[0])))
     del attended, joined
     hidden_states, inputs = kernels.add_and_modulate(
-        hidden_states, update, first, block.norm2.norm, second, text, fp8=in_fp8(block.ff.net[0].proj)
+        hidden_states, update, first, block.norm2.norm, second, text, rounded=rounded_for(block.ff.net[0].proj)
     )
     del update
     return kernels.add(hidden_states, feed_forward(block.ff, inputs, kernels), second, text), encoder_hidden_states
@@ -141,6 +141,6 @@ def tried(kernels, device: torch.device, dtype: torch.dtype, features: int, head
     before, after = numbers(2, CONDITIONS * features), numbers(2, CONDITIONS * features)
     tables = (numbers(3, head_dim, of=torch.float32), numbers(3, head_dim, of=torch.float32)) if rotary else None
     heads = states.unflatten(2, (-1, head_dim))
-    made = [*kernels.modulate(states, norm, before, 1, fp8=False), kernels.add(states, update, before, 1)]
-    total, inputs = kernels.add_and_modulate(states, update, before, norm, after, 1, fp8=False)
+    made = [*kernels.modulate(states, norm, before, 1, rounded=None), kernels.add(states, update, before, 1)]
+    total, inputs = kernels.add_and_modulate(states, update, before, norm, after, 1, rounded=None)
     return [*made, total, *inputs, kernels.normal_heads(heads, norm_head, tables, 0.18, fp8=False, ranks=1)]

@@ -1,7 +1,7 @@
 """Linear layers in FP8 (e4m3) or int8: weights are quantised once, per row; activations at run time, per token.
 
-Weights take half the memory. Products in FP8 are twice as fast on Ada, Hopper and newer GPUs, by torch; in int8 from Turing on,
-by comfy-kitchen, which ComfyUI installs. A fast mode: it changes the video; README.md says by how much.
+Weights take half the memory. Products in FP8 are twice as fast on Ada, Hopper and newer GPUs; in int8 from Turing on. A fast mode: it
+changes the video; README.md says by how much.
 """
 
 import math
@@ -12,21 +12,14 @@ import torch.nn.functional as F
 from ...system.modules import has_module
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.shards import BLOCKS, BY_COLUMNS, BY_ROWS, put
-from ..kernels.block_torch import SMALLEST, quantize_rows
+from ..kernels.block_torch import FP8, INT8, quantize_rows
+from ..kernels.int8_product import multiply, parts
 from ..kernels.probe import is_near, once
 
 LAYERS = (*BY_ROWS, *BY_COLUMNS)
 """The layers of a block that are converted; small ones are not."""
-LARGEST_INT8 = 127
 NEAR = 0.1
 """Largest relative error of a product of random numbers at which it is used: about 0.04 in FP8, 0.01 in int8."""
-
-
-def quantize_rows_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Converts ``[rows, features]`` to int8. Also returns the scale of each row, ``[rows, 1]`` in float32."""
-    exact = rows.float()
-    scales = exact.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST_INT8
-    return (exact / scales).round().to(torch.int8), scales
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -40,8 +33,10 @@ class QuantizedLinear(torch.nn.Module):
     """Compute capability of the first GPUs with such products."""
     remedy: str
     """What to use on older ones."""
-    quantize = staticmethod(quantize_rows)
-    """Converts ``[rows, features]``; also returns the scale of each row, ``[rows, 1]``."""
+    rounded: torch.dtype
+    """Of the weight, and of tokens when they are multiplied."""
+    takes: torch.dtype | None
+    """The dtype in which the layer takes tokens that fused kernels have rounded, with a scale each; None if it rounds them itself."""
 
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
@@ -50,6 +45,10 @@ class QuantizedLinear(torch.nn.Module):
         # As parameters both are sharded and offloaded together, row by row.
         for name, part in zip(("weight", "scales"), self.quantize(linear.weight)):
             setattr(self, name, torch.nn.Parameter(part, requires_grad=False))
+
+    def quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Converts ``[rows, features]``. Also returns the scale of each row, ``[rows, 1]`` in float32."""
+        return quantize_rows(rows, self.rounded)
 
     @torch.no_grad()
     def set_weight(self, weight: torch.Tensor, home: torch.device | str | None = None) -> None:
@@ -73,6 +72,7 @@ class Fp8Linear(QuantizedLinear):
     """A linear layer with its product in FP8."""
 
     capability = (8, 9)
+    rounded = takes = FP8
     remedy = "use quantize int8, which older GPUs have, or off"
 
     def forward(self, states: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,20 +99,42 @@ class Fp8Linear(QuantizedLinear):
 
 
 class Int8Linear(QuantizedLinear):
-    """A linear layer with its product in int8."""
+    """A linear layer with its product in int8, by torch or by comfy-kitchen; :mod:`.int8_choice` chooses."""
 
     capability = (7, 5)
     remedy = "use quantize off"
-    quantize = staticmethod(quantize_rows_int8)
+    rounded = INT8
+    takes = None
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Maps ``[batch, tokens, features]`` to ``[batch, tokens, out_features]`` in the layer's dtype."""
-        if states.device.type == "cpu":  # needs no comfy-kitchen
-            product = self.emulated(*self.quantize(states.flatten(0, 1)))
-            return product.to(self.dtype).unflatten(0, states.shape[:2])
-        import comfy_kitchen
+    def forward(self, states: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps ``[batch, tokens, features]`` to ``[batch, tokens, out_features]`` in the layer's dtype.
 
-        return comfy_kitchen.int8_linear(states, self.weight, self.scales, self.bias, self.dtype)
+        Args:
+            states: quantised here, unless ``scales`` are given: then already in int8.
+            scales: of each token, ``[batch * tokens, 1]``.
+        """
+        if scales is not None:  # from fused kernels
+            from ..kernels.block_triton import int8_product
+
+            return int8_product(self, states, scales)[0]
+        if states.device.type == "cpu":
+            product = self.emulated(*self.quantize(states.flatten(0, 1))).to(self.dtype)
+        elif why_no_kitchen(states.device) is None:
+            import comfy_kitchen
+
+            return comfy_kitchen.int8_linear(states, self.weight, self.scales, self.bias, self.dtype)
+        else:
+            product = self.product(states.flatten(0, 1))
+        return product.unflatten(0, states.shape[:2])
+
+    def product(self, states: torch.Tensor) -> torch.Tensor:
+        """Quantises and multiplies ``[rows, features]`` by torch alone, a few rows at a time; returns ``[rows, out_features]``."""
+        result = states.new_empty(len(states), len(self.weight), dtype=self.dtype)
+        for part in parts(len(states), max(self.weight.shape)):
+            rows, scales = self.quantize(states[part])
+            scaled = multiply(rows, self.weight).float().mul_(scales).mul_(self.scales.t())
+            result[part] = scaled if self.bias is None else scaled.add_(self.bias)
+        return result
 
 
 KINDS = {"fp8": Fp8Linear, "int8": Int8Linear}
@@ -129,13 +151,15 @@ def missing(kind: str, device: torch.device) -> str | None:
         if capability < layer.capability:
             needed, has = (".".join(map(str, version)) for version in (layer.capability, capability))
             return f"{kind} needs a GPU of compute capability {needed} or newer; {name} has {has}: {layer.remedy}"
-    reason = (why_no_kitchen(device) if layer is Int8Linear else None) or why_no_product(device, kind)
+    reason = why_no_product(device, kind)
+    if reason and layer is Int8Linear and (other := why_no_kitchen(device)):
+        reason = f"{reason}, and {other}"
     return f"{kind} does not work with torch {torch.__version__} on {name}: {reason}; use quantize off" if reason else None
 
 
 @once
 def why_no_kitchen(device: torch.device) -> str | None:
-    """Returns why comfy-kitchen has no int8 product that is faster than one in 16 bits, in one line, or None."""
+    """Returns why comfy-kitchen has no int8 product that is faster than torch's, in one line, or None."""
     if not has_module("comfy_kitchen"):
         return "the package comfy-kitchen is missing (pip install comfy-kitchen)"
     import comfy_kitchen
