@@ -63,7 +63,7 @@ def token_kernel(
             scale /= LARGEST
             value /= scale
         tl.store(scales + row, scale)
-    if PRODUCT or NORMS or GELU or ROUNDS:
+    if (PRODUCT or NORMS) or (GELU or ROUNDS):  # Triton 3.2 takes two at a time
         tl.store(result + at, value.to(result.dtype.element_ty), mask=there)
 
 
