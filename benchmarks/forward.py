@@ -1,7 +1,8 @@
 """One forward of the transformer on one GPU: the host's time, the device's, and what its kernels take.
 
 ``python -m benchmarks.forward CHECKPOINT [--fp8 all | --quantize int8] [--attention cudnn] [--cfg 1]``, at the checkpoint's
-own size. With ``--cfg 1`` it is what each rank of ``cfg2`` computes in a step.
+own size. With ``--cfg 1`` it is what each rank of ``cfg2`` computes in a step. ``--int8 comfy-kitchen`` and ``--int8 torch`` choose
+how layers in int8 multiply, which is otherwise timed.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from parallel_backend.cogvideox.attention.timings import Timings
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.transformer import int8_choice
 from parallel_backend.engine.engine import Engine
 from parallel_backend.model import ATTENTIONS, FP8S, QUANTIZES
 from parallel_backend.parallel.rank import RankContext
@@ -24,6 +27,39 @@ from .group import job_of
 FORWARDS = 7
 SHOWN = 12
 """Kernels, those that take longest."""
+PARTS = {
+    "attention": (
+        "flash",
+        "fmha",
+        "sdpa",
+        "sage",
+        "attn",
+        "attention",
+        "optimistic",
+        "careful",
+        "fp8_kernel",
+        "settle",
+        "survey",
+    ),
+    "rounding in passes of its own": ("quantize",),
+    "products": ("gemm", "nvjet", "cutlass", "cublas", "xmma"),
+}
+"""Words in the names of kernels, by what they compute; the first that fits counts."""
+
+
+def kernels_of(profiled: profile) -> tuple[Counter, Counter]:
+    """Returns the seconds of each kernel, and how often it was called."""
+    seconds, calls = Counter(), Counter()
+    for event in profiled.events():
+        if event.device_type == DeviceType.CUDA:
+            seconds[event.name] += event.device_time / 1e6
+            calls[event.name] += 1
+    return seconds, calls
+
+
+def part_of(kernel: str) -> str:
+    """Returns what a kernel computes; see :data:`PARTS`."""
+    return next((part for part, words in PARTS.items() if any(word in kernel.lower() for word in words)), "all else")
 
 
 def main() -> None:
@@ -33,8 +69,11 @@ def main() -> None:
     parser.add_argument("--fp8", choices=FP8S, default="off")
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
     parser.add_argument("--quantize", choices=QUANTIZES, default="off")
+    parser.add_argument("--int8", choices=(int8_choice.TORCH, int8_choice.KITCHEN))
     parser.add_argument("--cfg", type=float, default=6.0)
     asked = parser.parse_args()
+    if asked.int8:
+        int8_choice.measured = lambda *about: Timings({asked.int8: 0.0})
     checkpoint = Checkpoint.open(asked.checkpoint)
     job = job_of(checkpoint)
     job = replace(
@@ -67,16 +106,16 @@ def main() -> None:
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             transformer(*args, **kwargs)
             torch.cuda.synchronize()
-    seconds, calls = Counter(), Counter()
-    for event in profiled.events():
-        if event.device_type == DeviceType.CUDA:
-            seconds[event.name] += event.device_time / 1e6
-            calls[event.name] += 1
+    seconds, calls = kernels_of(profiled)
     print(
         f"{checkpoint.describe}, layers {job.model.quantization}, attention {engine.cache.attention.name}, cfg {asked.cfg:g}: {median(forwards) * 1e3:.0f} ms a forward, at least "
         f"{min(forwards) * 1e3:.0f}; kernels {sum(seconds.values()) * 1e3:.0f}; the host asks for it in {median(hosts) * 1e3:.0f}, "
-        f"{median(hosts) / checkpoint.layers * 1e6:.0f} us a block; first job {first:.1f} s, {report.load_seconds:.1f} of them loading"
+        f"{median(hosts) / checkpoint.layers * 1e6:.0f} us a block; first job {first:.1f} s, {report.load_seconds:.1f} of them loading{''.join('; ' + note for note in report.notes)}"
     )
+    parts = Counter()
+    for name, taken in seconds.items():
+        parts[part_of(name)] += taken
+    print(", ".join(f"{part} {taken * 1e3:.1f} ms" for part, taken in parts.most_common()))
     for name, taken in seconds.most_common(SHOWN):
         print(f"{taken * 1e3:9.2f} ms {calls[name]:5} x {name[:90]}")
 
