@@ -113,8 +113,7 @@ def quantize_input() -> io.Combo.Input:
         default="off",
         optional=True,
         tooltip="Faster and with less memory: rounds the blocks' linear layers to 8 bits, and changes the video slightly. fp8 "
-        "needs an Ada, Hopper or newer GPU. int8 needs a Turing or newer one and the package comfy-kitchen, which ComfyUI "
-        "installs. off leaves it to fp8 above.",
+        "needs an Ada, Hopper or newer GPU. int8 needs a Turing or newer one. off leaves it to fp8 above.",
     )
 
 
