@@ -27,7 +27,6 @@ from parallel_backend.group.codec import Message
 from parallel_backend.group.exit_cause import ExitCause, first_of
 from parallel_backend.group.job_fields import split_fields
 from parallel_backend.group.job_loop import JobLoop
-from parallel_backend.group.part import Part
 from parallel_backend.group.preflight import interface_of
 from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.plan import Plan
@@ -157,11 +156,6 @@ def test_a_part_of_a_group_is_shown_and_is_not_stopped_alone(part_of_another, ru
     assert states[str(part_of_another.folder)] == "part of a group on Ray that another node leads"
     said = run("stop").stdout
     assert "plan cfg2 on cpu:1 is a part of a group on Ray that another node leads: it ends with that" in said
-
-
-def test_a_part_is_the_same_after_the_network():
-    part = Part(1, 2, ("10.0.0.1", 29500), "10.0.0.2", "node beta")
-    assert Part.read(part.written()) == part
 
 
 @pytest.mark.parametrize(

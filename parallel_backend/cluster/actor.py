@@ -1,7 +1,6 @@
 """The actors that Ray starts on the nodes."""
 
 import hashlib
-import json
 import os
 import socket
 from functools import cache
@@ -82,7 +81,7 @@ class Actor:
         ray = connect()
         if not self.known and ray.wait([self._answer], timeout=seconds)[0]:
             try:
-                self.known = json.loads(ray.get(self._answer))
+                self.known = ray.get(self._answer)
             except ray.exceptions.RayError as error:
                 self.dead = reason_of(error)
         return bool(self.known)

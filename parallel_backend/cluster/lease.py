@@ -1,6 +1,5 @@
 """Devices of the cluster that a process has leased for one group, and the actor that holds the group there."""
 
-import json
 import logging
 from typing import Any
 from uuid import uuid4
@@ -70,7 +69,7 @@ class Lease(Actor):
         """Returns the overview of its group; None if it does not answer, and is waited for."""
         ray = connect()
         try:
-            return json.loads(ray.get(self.handle.call.remote("look"), timeout=CONFIG.status_seconds))
+            return ray.get(self.handle.call.remote("look"), timeout=CONFIG.status_seconds)
         except ray.exceptions.RayError:
             self.lose()
             return None

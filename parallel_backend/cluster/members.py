@@ -1,13 +1,12 @@
 """The other nodes of a group over several nodes, as node 0 sees them. Ray says whether they live."""
 
-import json
 import random
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..config import CONFIG
@@ -69,7 +68,7 @@ class Members:
         self._parts, self.has_trouble = {}, False
         for number, actor in enumerate(others, 1):
             part = replace(first, node=number, address=actor.known["address"], name=self._name(number, actor.known))
-            self._parts[actor.handle.call.remote("lend", part.written())] = part
+            self._parts[actor.handle.call.remote("lend", asdict(part))] = part
         return first
 
     def _name(self, number: int, about: dict[str, Any]) -> str:
@@ -94,11 +93,10 @@ class Members:
         """Returns why a node's part has ended; None if it was asked to end."""
         ray = connect()
         try:
-            plain = json.loads(ray.get(reference))
+            cause = ray.get(reference)
         except ray.exceptions.RayError as error:
             return ExitCause(f"{part.name} was lost: {reason_of(error)}", by_itself=False, gone=True)
-        cause = plain and ExitCause.read(plain)
-        return cause and replace(cause, cause=f"{part.name}: {cause.cause}")
+        return cause and ExitCause(**{**cause, "cause": f"{part.name}: {cause['cause']}"})
 
     def verdict(self, own: ExitCause | None) -> ExitCause:
         """Ends the group on all nodes. Returns why it ended.

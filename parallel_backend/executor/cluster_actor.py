@@ -3,7 +3,6 @@
 Requests and answers are the bytes of :mod:`parallel_backend.group.codec`, as on a group's socket, so nothing of a caller is unpickled here.
 """
 
-import json
 import logging
 import os
 import sys
@@ -11,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
+from typing import Any
 
 from ..cluster.actor import about_here, devices_here
 from ..cluster.members import Members
@@ -43,6 +43,10 @@ class Held:
         own = self.plan.world_size // count
         self.devices = Devices(kind, tuple(range(own)), others=devices_here(kind) - own)
 
+    def start(self) -> dict[str, Any]:
+        """Returns where it is; see :func:`.about_here`."""
+        return about_here()
+
 
 class Group(Held):
     """A group that this node's rank 0 leads."""
@@ -66,13 +70,13 @@ class Group(Held):
                 self._group = GroupExecutor(self.plan, self.devices, members)
             return self._group
 
-    def start(self) -> str:
-        """Starts the group. Returns where it is as JSON; the first request tells of a failure."""
+    def start(self) -> dict[str, Any]:
+        """Starts the group. Returns where it is; the first request tells of a failure."""
         try:
             self.group.start()
         except Exception:
             logging.exception("the group does not start")
-        return json.dumps(about_here())
+        return super().start()
 
     def ask(self, number: str, data: bytes) -> Iterator[bytes]:
         """Passes a request on to the group, and yields the answers. A lost group is started again by the next request.
@@ -103,9 +107,9 @@ class Group(Held):
         """Has a request stop."""
         self._cancelled.add(number)
 
-    def look(self) -> str:
-        """Returns the overview of the group as JSON."""
-        return json.dumps({**overview(self.group), "stage": self.group.stage()})
+    def look(self) -> dict[str, Any]:
+        """Returns the overview of the group."""
+        return {**overview(self.group), "stage": self.group.stage()}
 
 
 class Ranks(Held):
@@ -116,18 +120,16 @@ class Ranks(Held):
         self._launcher: Launcher | None = None
         self._is_asked_to_end = False
 
-    def start(self) -> str:
-        """Returns where the ranks are going to be, as JSON."""
-        return json.dumps(about_here())
-
-    def lend(self, part: str) -> str:
-        """Starts the ranks, and returns why they ended, as JSON; null if they were asked to, or did so in good order.
+    def lend(self, part: dict[str, Any]) -> dict[str, Any] | None:
+        """Starts the ranks, and returns why they ended; None if they were asked to, or did so in good order.
 
         Args:
-            part: a :class:`parallel_backend.group.part.Part` as JSON.
+            part: the fields of a :class:`parallel_backend.group.part.Part`.
+        Returns:
+            The fields of a :class:`parallel_backend.group.exit_cause.ExitCause`.
         """
         self._is_asked_to_end = False
-        self._launcher = Launcher(self.plan, self.devices, Part.read(part))
+        self._launcher = Launcher(self.plan, self.devices, Part(**part))
         self._launcher.start()
         try:
             status = self._launcher.process.wait()
@@ -135,7 +137,7 @@ class Ranks(Held):
         finally:
             self._launcher.stop()
             self._launcher.leave()
-        return json.dumps(cause and asdict(cause))
+        return cause and asdict(cause)
 
     def end(self) -> None:
         """Ends the ranks."""

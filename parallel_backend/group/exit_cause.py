@@ -26,21 +26,6 @@ class ExitCause:
     details: str = ""
     """The last lines of the processes' logs."""
 
-    @classmethod
-    def read(cls, plain: dict[str, Any]) -> "ExitCause":
-        """Parses the result of :func:`dataclasses.asdict`, received from another machine.
-
-        Raises:
-            KeyError, TypeError, ValueError: if it is not an exit cause.
-        """
-        failure = plain["failure"] and {
-            "rank": int(plain["failure"]["rank"]),
-            "waited": float(plain["failure"]["waited"]),
-            **{name: str(plain["failure"][name]) for name in ("error", "message", "traceback", "host")},
-        }
-        known = {"by_itself": bool(plain["by_itself"]), "gone": bool(plain["gone"]), "behind": int(plain["behind"])}
-        return cls(str(plain["cause"]), **known, failure=failure, details=str(plain["details"]))
-
 
 def how_it_ended(who: str, code: int) -> ExitCause:
     """Describes an exit code."""

@@ -1,7 +1,6 @@
 """The part of a group that is on one node."""
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -17,13 +16,3 @@ class Part:
     """This node's address, on the network that the ranks use."""
     name: str | None = None
     """This node's name for messages."""
-
-    @classmethod
-    def read(cls, text: str) -> "Part":
-        """Parses the result of :meth:`written`."""
-        found = cls(**json.loads(text))
-        return replace(found, store=tuple(found.store))
-
-    def written(self) -> str:
-        """Returns it as JSON."""
-        return json.dumps(asdict(self))
