@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import GroupError, reason_of
+from ..errors import GroupError
 from ..plan import Plan
 from .nodes import NAMESPACE, connect
 
@@ -40,65 +40,40 @@ def actor_class():
     return XDiTGroup
 
 
-class Actor:
-    """An actor, which Ray starts once its node is there, and again when it was lost.
+def place(role: str, plan: Plan, kind: str, count: int, bundle: tuple[Any, int], name: str | None = None) -> Any:
+    """Has Ray start an actor once its node is there, and again when it was lost. Returns its handle.
 
     Args:
-        handle: Ray's.
+        role: the class of :mod:`parallel_backend.executor.cluster_actor` in it.
+        plan: of the whole group.
+        kind: of its devices.
+        count: bundles of the group; each has equally many devices.
+        bundle: a placement group, and the number of the bundle.
+        name: by which other processes find it.
     """
+    ray = connect()
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    def __init__(self, handle: Any):
-        self.handle = handle
-        self.known: dict[str, Any] = {}
-        """What it says of itself; empty while it is not up."""
-        self.dead: str | None = None
-        """Why Ray does not start it again."""
-        self.lose()
+    each = plan.world_size // count
+    options = {"num_gpus": each, "num_cpus": 0} if kind == "cuda" else {"num_cpus": each}
+    options |= {"name": name, "namespace": NAMESPACE, "max_restarts": -1, "max_concurrency": CALLS}
+    strategy = PlacementGroupSchedulingStrategy(*bundle)
+    return ray.remote(actor_class()).options(**options, scheduling_strategy=strategy).remote(role, str(plan), kind, count)
 
-    @staticmethod
-    def place(role: str, plan: Plan, kind: str, count: int, bundle: tuple[Any, int], name: str | None = None) -> Any:
-        """Has Ray start an actor. Returns its handle.
 
-        Args:
-            role: the class of :mod:`parallel_backend.executor.cluster_actor` in it.
-            plan: of the whole group.
-            kind: of its devices.
-            count: bundles of the group; each has equally many devices.
-            bundle: a placement group, and the number of the bundle.
-            name: by which other processes find it.
-        """
-        ray = connect()
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+def greet(handle: Any) -> Any:
+    """Asks an actor where it is; see :func:`about_here`. Returns Ray's reference to the answer, which comes once the actor is up."""
+    return handle.call.options(max_task_retries=-1).remote("start")
 
-        each = plan.world_size // count
-        options = {"num_gpus": each, "num_cpus": 0} if kind == "cuda" else {"num_cpus": each}
-        options |= {"name": name, "namespace": NAMESPACE, "max_restarts": -1, "max_concurrency": CALLS}
-        strategy = PlacementGroupSchedulingStrategy(*bundle)
-        return ray.remote(actor_class()).options(**options, scheduling_strategy=strategy).remote(role, str(plan), kind, count)
 
-    def is_up(self, seconds: float = 0) -> bool:
-        """Returns whether it is up, within ``seconds``."""
-        ray = connect()
-        if not self.known and ray.wait([self._answer], timeout=seconds)[0]:
-            try:
-                self.known = ray.get(self._answer)
-            except ray.exceptions.RayError as error:
-                self.dead = reason_of(error)
-        return bool(self.known)
-
-    def lose(self) -> None:
-        """Begins to wait until it is up again."""
-        self.known = {}
-        self._answer = self.handle.call.options(max_task_retries=-1).remote("start")
-
-    def check_version(self) -> None:
-        """Raises GroupError when the node's code differs from this one's, and would compute something else."""
-        own, there = code_version(), self.known
-        if there["version"] != own:
-            raise GroupError(
-                f"node {there['node']} has version {there['version']} of the pack, and {socket.gethostname()} {own}; "
-                "install the same on all nodes"
-            )
+def check_version(about: dict[str, Any]) -> None:
+    """Raises GroupError when the code of an actor's node differs from this one's, and would compute something else."""
+    own = code_version()
+    if about["version"] != own:
+        raise GroupError(
+            f"node {about['node']} has version {about['version']} of the pack, and {socket.gethostname()} {own}; "
+            "install the same on all nodes"
+        )
 
 
 def about_here() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Devices of the cluster that a process has leased for one group, and the actor that holds the group there."""
 
 import logging
+from concurrent.futures import Future, wait
 from typing import Any
 from uuid import uuid4
 
@@ -9,7 +10,7 @@ from ..errors import GroupUnavailable, reason_of
 from ..group.codec import LAST, Message, decode, encode
 from ..group.connection import Broken
 from ..plan import Plan
-from .actor import RESOURCES, Actor
+from .actor import RESOURCES, greet, place
 from .nodes import NAMESPACE, connect, devices_of, layout, nodes
 
 logger = logging.getLogger(__name__)
@@ -23,17 +24,38 @@ def leased() -> list[str]:
     return sorted(each["name"] for each in list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE)
 
 
-class Lease(Actor):
-    """An actor with its devices, until :meth:`close`, or until the process that leased them ends.
+class Lease:
+    """An actor with its devices, until :meth:`end`, or until the process that leased them ends.
 
     Args:
         handle: Ray's.
         bundles: Ray's placement group; None if another process owns the actor.
     """
 
-    def __init__(self, handle: Any, bundles: Any):
-        super().__init__(handle)
+    def __init__(self, handle: Any, bundles: Any = None):
+        self.handle = handle
         self._bundles = bundles
+        self.lose()
+
+    def lose(self) -> None:
+        """Begins to wait until the actor is up, for the first time or again."""
+        self._greeting: Future = greet(self.handle).future()
+
+    def is_up(self, seconds: float = 0) -> bool:
+        """Returns whether the actor is up, within ``seconds``."""
+        wait([self._greeting], seconds)
+        return bool(self.known)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the actor says of itself; empty while it is not up."""
+        return self._greeting.result() if self._greeting.done() and not self.dead else {}
+
+    @property
+    def dead(self) -> str | None:
+        """Why Ray does not start the actor again; None if it does."""
+        error = self._greeting.exception() if self._greeting.done() else None
+        return error and reason_of(error)
 
     @classmethod
     def take(cls, plan: Plan, name: str) -> "Lease":
@@ -51,7 +73,7 @@ class Lease(Actor):
         kind, sizes = devices_of(nodes())
         count, each = layout(plan.world_size, sizes)
         bundles = placement_group([{RESOURCES[kind]: each}] * count, strategy="STRICT_PACK" if count == 1 else "PACK")
-        return cls(cls.place("Group", plan, kind, count, (bundles, 0), name), bundles)
+        return cls(place("Group", plan, kind, count, (bundles, 0), name), bundles)
 
     @classmethod
     def of(cls, name: str) -> "Lease":
@@ -61,7 +83,7 @@ class Lease(Actor):
             GroupUnavailable: when it is gone.
         """
         try:
-            return cls(connect().get_actor(name, NAMESPACE), None)
+            return cls(connect().get_actor(name, NAMESPACE))
         except ValueError as error:
             raise GroupUnavailable(f"no process keeps the group '{name}' on Ray any more") from error
 
@@ -87,11 +109,6 @@ class Lease(Actor):
                 remove_placement_group(self._bundles)
         except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
             logger.warning("the group on Ray could not be ended: %s; Ray ends it when its cluster is gone", reason_of(error))
-
-    def close(self) -> None:
-        """Ends the actor, and the group with it, unless another process owns it."""
-        if self._bundles:
-            self.end()
 
 
 class RayChannel:

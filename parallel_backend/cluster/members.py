@@ -2,9 +2,8 @@
 
 import random
 import socket
-import threading
-import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,7 +13,7 @@ from ..errors import GroupUnavailable, reason_of
 from ..group.exit_cause import ExitCause, first_of
 from ..group.part import Part
 from ..plan import Plan
-from .actor import Actor, about_here
+from .actor import about_here, check_version, greet, place
 from .nodes import connect
 
 PORTS = range(20_000, 32_000)
@@ -37,9 +36,9 @@ class Members:
         bundles = get_current_placement_group()
         self.nodes = count
         self._plan = plan
-        self._actors = [Actor(Actor.place("Ranks", plan, kind, count, (bundles, place))) for place in range(1, count)]
-        self._parts: dict[Any, Part] = {}
-        """Each node's part, by Ray's reference to why it ends."""
+        self._actors = [place("Ranks", plan, kind, count, (bundles, number)) for number in range(1, count)]
+        self._parts: dict[Future, Part] = {}
+        """Each node's part, by its end."""
         self.has_trouble = False
         """Whether another node's part has failed, so that this node's was ended too."""
 
@@ -50,25 +49,25 @@ class Members:
             GroupUnavailable: after ``wait_seconds``, or when a node cannot import the pack.
             GroupError: when a node has another version of it.
         """
-        deadline = time.monotonic() + CONFIG.wait_seconds
-        while not all([actor.is_up() for actor in self._actors]):
-            if reason := next((actor.dead for actor in self._actors if actor.dead), None):
-                raise GroupUnavailable(f"plan '{self._plan}' does not start on another node: {reason}")
-            if time.monotonic() > deadline:
-                raise GroupUnavailable(
-                    f"the Ray cluster has had no room for {self.nodes} nodes for {CONFIG.wait_seconds:.0f} s"
-                )
-            time.sleep(CONFIG.poll_seconds)
-        for actor in self._actors:
-            actor.check_version()
+        ray = connect()
+        try:
+            known = ray.get([greet(actor) for actor in self._actors], timeout=CONFIG.wait_seconds)
+        except ray.exceptions.GetTimeoutError as error:
+            raise GroupUnavailable(
+                f"the Ray cluster has had no room for {self.nodes} nodes for {CONFIG.wait_seconds:.0f} s"
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise GroupUnavailable(f"plan '{self._plan}' does not start on another node: {reason_of(error)}") from error
+        for about in known:
+            check_version(about)
         here = about_here()
         # Parts on one node have consecutive ranks, so that the inner degrees of the plan stay on it.
-        others = sorted(self._actors, key=lambda one: (one.known["node_id"] != here["node_id"], one.known["node_id"]))
+        others = sorted(zip(known, self._actors), key=lambda one: (one[0]["node_id"] != here["node_id"], one[0]["node_id"]))
         first = Part(0, self.nodes, (here["address"], free_port(here["address"])), here["address"], self._name(0, here))
         self._parts, self.has_trouble = {}, False
-        for number, actor in enumerate(others, 1):
-            part = replace(first, node=number, address=actor.known["address"], name=self._name(number, actor.known))
-            self._parts[actor.handle.call.remote("lend", asdict(part))] = part
+        for number, (about, actor) in enumerate(others, 1):
+            part = replace(first, node=number, address=about["address"], name=self._name(number, about))
+            self._parts[actor.call.remote("lend", asdict(part)).future()] = part
         return first
 
     def _name(self, number: int, about: dict[str, Any]) -> str:
@@ -77,24 +76,22 @@ class Members:
         return f"node {about['node']} ({about['address']}, {which})"
 
     def watch(self, on_trouble: Callable[[], None]) -> None:
-        """Has ``on_trouble`` called in a thread when another node's part fails."""
-        threading.Thread(target=self._watch, args=(self._parts, on_trouble), name="members", daemon=True).start()
+        """Has ``on_trouble`` called in a thread of Ray's when another node's part fails."""
+        parts = self._parts
 
-    def _watch(self, parts: dict[Any, Part], on_trouble: Callable[[], None]) -> None:
-        waiting = list(parts)
-        while waiting and parts is self._parts:
-            ended, waiting = connect().wait(waiting, timeout=CONFIG.retry_seconds)
-            if any(self._cause(reference, parts[reference]) for reference in ended) and parts is self._parts:
+        def notice(ended: Future) -> None:
+            if parts is self._parts and self._cause(ended, parts[ended]):
                 self.has_trouble = True
                 on_trouble()
-                return
 
-    def _cause(self, reference: Any, part: Part) -> ExitCause | None:
+        for end in parts:
+            end.add_done_callback(notice)
+
+    def _cause(self, ended: Future, part: Part) -> ExitCause | None:
         """Returns why a node's part has ended; None if it was asked to end."""
-        ray = connect()
         try:
-            cause = ray.get(reference)
-        except ray.exceptions.RayError as error:
+            cause = ended.result()
+        except connect().exceptions.RayError as error:
             return ExitCause(f"{part.name} was lost: {reason_of(error)}", by_itself=False, gone=True)
         return cause and ExitCause(**{**cause, "cause": f"{part.name}: {cause['cause']}"})
 
@@ -113,13 +110,10 @@ class Members:
         if not parts:
             return []
         for actor in self._actors:
-            actor.handle.call.remote("end")
-        ended, left = connect().wait(list(parts), num_returns=len(parts), timeout=CONFIG.verdict_seconds)
-        found = [cause for reference in ended if (cause := self._cause(reference, parts[reference]))]
-        found += [ExitCause(f"{parts[reference].name} does not answer", by_itself=False, gone=True) for reference in left]
-        for actor in self._actors:
-            actor.lose()  # asked again before the next start, as some may be lost
-        return found
+            actor.call.remote("end")
+        ended, left = wait(parts, CONFIG.verdict_seconds)
+        found = [cause for one in ended if (cause := self._cause(one, parts[one]))]
+        return found + [ExitCause(f"{parts[one].name} does not answer", by_itself=False, gone=True) for one in left]
 
 
 def free_port(address: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..cluster.actor import check_version
 from ..cluster.lease import Lease, RayChannel
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..config import CONFIG
@@ -136,7 +137,7 @@ class ClusterExecutor(RemoteExecutor):
                     "or end what uses them (`ray status` shows it)"
                 )
             time.sleep(CONFIG.poll_seconds)
-        lease.check_version()
+        check_version(lease.known)
         return lease
 
     def status(self) -> dict[str, Any]:
@@ -182,6 +183,6 @@ class ClusterExecutor(RemoteExecutor):
     def close(self) -> None:
         """See :meth:`Executor.close`. A group that another process owns keeps running."""
         with self._lock:
-            if self._lease:
-                self._lease.close()
+            if self._lease and self._is_owner:
+                self._lease.end()
             self._lease = None
