@@ -18,6 +18,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirem
 import ray
 from ray import cloudpickle
 
+from parallel_backend.cluster import actor as actor_module
 from parallel_backend.cluster.lease import leased
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
@@ -237,13 +238,22 @@ def test_the_address_of_rays_client_is_refused(monkeypatch):
 
 
 def test_an_actor_imports_the_pack_of_its_node_whatever_its_caller_calls_it(monkeypatch):
-    monkeypatch.setattr(cluster_actor, "devices_here", lambda kind: 4)
+    monkeypatch.setattr(cluster_actor, "devices_here", lambda: Devices("cpu"))
     parent = types.ModuleType("as_in_comfyui")
     parent.__path__ = [str(REPO)]
     monkeypatch.setitem(sys.modules, "as_in_comfyui", parent)
     sent = cloudpickle.dumps(importlib.import_module("as_in_comfyui.parallel_backend.cluster.actor").actor_class())
     for name in [name for name in sys.modules if name.partition(".")[0] == "as_in_comfyui"]:
         monkeypatch.delitem(sys.modules, name)
-    actor = pickle.loads(sent)("Ranks", "cfg2", "cpu", 2)
+    actor = pickle.loads(sent)("Ranks", "cfg2")
     assert type(actor.held) is cluster_actor.Ranks and str(actor.held.devices) == "cpu:1"
-    assert actor.held.devices.others == 3  # it leaves the others' cores alone
+
+
+def test_an_actor_leaves_the_cores_of_the_others_on_its_node_alone(monkeypatch):
+    known = {"get_runtime_context": lambda: types.SimpleNamespace(get_node_id=lambda: "b")}
+    nodes = [{"NodeID": "a", "Resources": {"CPU": 9.0}}, {"NodeID": "b", "Resources": {"CPU": 4.0, "GPU": 2.0}}]
+    monkeypatch.setattr(actor_module, "connect", lambda: types.SimpleNamespace(nodes=lambda: nodes, **known))
+    for resource, expected in (("CPU", Devices("cpu", (0,), others=3)), ("GPU", Devices("cuda", (0,), others=1))):
+        bundles = types.SimpleNamespace(bundle_specs=[{resource: 1.0}] * 2)
+        monkeypatch.setattr(ray.util, "get_current_placement_group", lambda bundles=bundles: bundles)
+        assert actor_module.devices_here() == expected

@@ -7,13 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..devices import Devices
 from ..errors import GroupError
 from ..plan import Plan
 from .nodes import NAMESPACE, connect
 
 PACKAGE = Path(__file__).resolve().parents[1]
-RESOURCES = {"cuda": "GPU", "cpu": "CPU"}
-"""Ray's names for the kinds of devices."""
+KINDS = {"GPU": "cuda", "CPU": "cpu"}
+"""The kinds of devices, by Ray's names for them."""
 CALLS = 64
 """Calls that an actor answers at a time; each request is one until it is done."""
 
@@ -40,25 +41,24 @@ def actor_class():
     return XDiTGroup
 
 
-def place(role: str, plan: Plan, kind: str, count: int, bundle: tuple[Any, int], name: str | None = None) -> Any:
+def place(role: str, plan: Plan, bundles: Any, number: int, name: str | None = None) -> Any:
     """Has Ray start an actor once its node is there, and again when it was lost. Returns its handle.
 
     Args:
         role: the class of :mod:`parallel_backend.executor.cluster_actor` in it.
         plan: of the whole group.
-        kind: of its devices.
-        count: bundles of the group; each has equally many devices.
-        bundle: a placement group, and the number of the bundle.
+        bundles: Ray's placement group of the whole group.
+        number: of the actor's bundle.
         name: by which other processes find it.
     """
     ray = connect()
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    each = plan.world_size // count
-    options = {"num_gpus": each, "num_cpus": 0} if kind == "cuda" else {"num_cpus": each}
-    options |= {"name": name, "namespace": NAMESPACE, "max_restarts": -1, "max_concurrency": CALLS}
-    strategy = PlacementGroupSchedulingStrategy(*bundle)
-    return ray.remote(actor_class()).options(**options, scheduling_strategy=strategy).remote(role, str(plan), kind, count)
+    own = bundles.bundle_specs[number]
+    options = {"num_gpus": own.get("GPU", 0), "num_cpus": own.get("CPU", 0), "name": name, "namespace": NAMESPACE}
+    options |= {"max_restarts": -1, "max_concurrency": CALLS}
+    strategy = PlacementGroupSchedulingStrategy(bundles, number)
+    return ray.remote(actor_class()).options(**options, scheduling_strategy=strategy).remote(role, str(plan))
 
 
 def greet(handle: Any) -> Any:
@@ -83,10 +83,15 @@ def about_here() -> dict[str, Any]:
     return {"node": socket.gethostname(), "node_id": node_id, "address": address, "pid": os.getpid(), "version": code_version()}
 
 
-def devices_here(kind: str) -> int:
-    """Returns how many devices of a kind this actor's node has. Those that are not its own share the node's cores with it."""
-    here = connect().get_runtime_context().get_node_id()
-    return next(int(node["Resources"].get(RESOURCES[kind], 0)) for node in connect().nodes() if node["NodeID"] == here)
+def devices_here() -> Devices:
+    """Returns the devices that Ray has given to this actor. The others of its node share the node's cores with them."""
+    ray = connect()
+    from ray.util import get_current_placement_group
+
+    ((resource, own),) = get_current_placement_group().bundle_specs[0].items()
+    node = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    others = node["Resources"][resource] - own
+    return Devices(KINDS[resource], tuple(range(int(own))), others=int(others))
 
 
 @cache

@@ -10,7 +10,7 @@ from ..errors import GroupUnavailable, reason_of
 from ..group.codec import LAST, Message, decode, encode
 from ..group.connection import Broken
 from ..plan import Plan
-from .actor import RESOURCES, greet, place
+from .actor import greet, place
 from .nodes import NAMESPACE, connect, devices_of, layout, nodes
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class Lease:
 
         kind, sizes = devices_of(nodes())
         count, each = layout(plan.world_size, sizes)
-        bundles = placement_group([{RESOURCES[kind]: each}] * count, strategy="STRICT_PACK" if count == 1 else "PACK")
-        return cls(place("Group", plan, kind, count, (bundles, 0), name), bundles)
+        bundles = placement_group([{"GPU" if kind == "cuda" else "CPU": each}] * count, strategy="PACK")
+        return cls(place("Group", plan, bundles, 0, name), bundles)
 
     @classmethod
     def of(cls, name: str) -> "Lease":

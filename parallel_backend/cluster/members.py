@@ -24,19 +24,17 @@ class Members:
     """An actor on each other node, which holds that node's ranks. Ray starts one again, maybe on another node, when it is lost.
 
     Args:
-        plan: of the group.
-        kind: of its devices.
-        count: bundles of this actor's placement group, one for each node.
+        plan: of the group. This actor's placement group has a bundle for each node.
     """
 
-    def __init__(self, plan: Plan, kind: str, count: int):
+    def __init__(self, plan: Plan):
         connect()
         from ray.util import get_current_placement_group
 
         bundles = get_current_placement_group()
-        self.nodes = count
+        self.nodes = bundles.bundle_count
         self._plan = plan
-        self._actors = [place("Ranks", plan, kind, count, (bundles, number)) for number in range(1, count)]
+        self._actors = [place("Ranks", plan, bundles, number) for number in range(1, self.nodes)]
         self._parts: dict[Future, Part] = {}
         """Each node's part, by its end."""
         self.has_trouble = False

@@ -14,7 +14,6 @@ from typing import Any
 
 from ..cluster.actor import about_here, devices_here
 from ..cluster.members import Members
-from ..devices import Devices
 from ..errors import Cancelled, GroupFailure
 from ..group import protocol
 from ..group.codec import LAST, Message, decode, encode, read_head
@@ -31,17 +30,13 @@ class Held:
 
     Args:
         plan: of the whole group.
-        kind: of its devices, ``cuda`` or ``cpu``.
-        count: bundles of the group; each has equally many devices.
     """
 
-    def __init__(self, plan: str, kind: str, count: int):
+    def __init__(self, plan: str):
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-        if kind == "cuda":
+        self.plan, self.devices = Plan.parse(plan), devices_here()
+        if self.devices.kind == "cuda":
             os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets 1; a group divides the cores among its ranks
-        self.plan, self.count = Plan.parse(plan), count
-        own = self.plan.world_size // count
-        self.devices = Devices(kind, tuple(range(own)), others=devices_here(kind) - own)
 
     def start(self) -> dict[str, Any]:
         """Returns where it is; see :func:`.about_here`."""
@@ -51,8 +46,8 @@ class Held:
 class Group(Held):
     """A group that this node's rank 0 leads."""
 
-    def __init__(self, *about):
-        super().__init__(*about)
+    def __init__(self, plan: str):
+        super().__init__(plan)
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._group: GroupExecutor | None = None
@@ -66,7 +61,7 @@ class Group(Held):
         """
         with self._lock:
             if self._group is None:
-                members = Members(self.plan, self.devices.kind, self.count) if self.count > 1 else None
+                members = Members(self.plan) if self.devices.count < self.plan.world_size else None
                 self._group = GroupExecutor(self.plan, self.devices, members)
             return self._group
 
@@ -115,8 +110,8 @@ class Group(Held):
 class Ranks(Held):
     """This node's ranks of a group that another node leads."""
 
-    def __init__(self, *about):
-        super().__init__(*about)
+    def __init__(self, plan: str):
+        super().__init__(plan)
         self._launcher: Launcher | None = None
         self._is_asked_to_end = False
 
