@@ -202,7 +202,7 @@ def test_groups_that_serve_keeps_are_used_shown_and_stopped(opened, make_job, lo
         replicas = opened("replicas2")
         assert (replicas.sample(batch).tensor - local.sample(batch).tensor).abs().max() <= TOLERANCE
         replicas.close()
-        assert sorted(workers()) == sorted(served)
+        assert sorted(workers()) == sorted(served) and replicas.is_usable()
         shown = run("status", "--ray").stdout
         assert re.search(r"^replicas2#1 .* serve$", shown, re.MULTILINE)
         assert re.search(r"^replicas2#2 .* ready .* serve$", shown, re.MULTILINE)
@@ -211,7 +211,7 @@ def test_groups_that_serve_keeps_are_used_shown_and_stopped(opened, make_job, lo
         ended = re.findall(r"^ended plan replicas2#(\d)(?: after \d+ s and \d+ jobs)? \(Ray\)$", stopped, re.MULTILINE)
         assert ended == ["1", "2"]
         assert serve.wait(PATIENCE) == 0 and serve.stdout.read().endswith("no group is left\n")
-    assert wait_until(is_empty)
+    assert wait_until(is_empty) and not replicas.is_usable()
 
 
 @pytest.mark.slow

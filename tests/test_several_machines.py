@@ -44,7 +44,7 @@ def nodes(monkeypatch):
     def have(gpu: str | None, *sizes: int) -> None:
         found = [Node(f"n{place}", "", 0 if gpu else size, size if gpu else 0, gpu) for place, size in enumerate(sizes)]
         monkeypatch.setattr(cluster, "nodes", lambda: found)
-        monkeypatch.setattr(resolve_module, "leased", list)
+        monkeypatch.setattr(resolve_module, "served", list)
 
     return have
 
@@ -232,7 +232,7 @@ def test_a_lora_that_one_host_has_otherwise_is_named(make_job, tmp_path, monkeyp
 
 
 def test_replicas_on_a_cluster_hold_no_gpu_of_the_caller():
-    groups = [ClusterExecutor(Plan(), Devices("cuda", (place,), on_ray=True), f"replicas2#{place}") for place in range(2)]
+    groups = [ClusterExecutor(f"replicas2#{place}") for place in (1, 2)]
     replicas = ReplicasExecutor(Plan(replicas=2), Devices("cuda", (0, 1), on_ray=True), groups)
     assert {device.type for device in (*replicas.torch_devices, *groups[0].torch_devices)} == {"cpu"}
 

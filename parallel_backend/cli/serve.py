@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 
 import psutil
 
-from ..cluster.lease import leased
+from ..cluster.lease import plan_of, served
 from ..cogvideox.checkpoint import bundled
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..devices import Devices
@@ -59,8 +59,8 @@ def serve(args: Namespace) -> int:
 
 def serve_on_ray(chosen: Plan, devices: Devices, reason: str) -> int:
     """Keeps groups on the Ray cluster, and says which are up."""
-    if served := sorted({name.partition("#")[0] for name in leased() if "@" not in name}):
-        raise RequestError(f"serve keeps plan {served[0]} on the Ray cluster already; end it with stop --ray")
+    if names := served():
+        raise RequestError(f"serve keeps plan {plan_of(names[0])} on the Ray cluster already; end it with stop --ray")
     executor = cluster_executor(chosen, devices, is_serving=True)
     groups = executor.replicas if isinstance(executor, ReplicasExecutor) else [executor]
     show(f"serving plan {chosen} on the Ray cluster ({reason}); {dashboard_line()}; end it with stop --ray or Ctrl-C")

@@ -24,6 +24,16 @@ def leased() -> list[str]:
     return sorted(each["name"] for each in list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE)
 
 
+def served() -> list[str]:
+    """Returns the names of the actors that ``serve`` keeps."""
+    return [name for name in leased() if "@" not in name]
+
+
+def plan_of(name: str) -> Plan:
+    """Returns the whole plan of a name."""
+    return Plan.parse(name.partition("#")[0])
+
+
 class Lease:
     """An actor with its devices, until :meth:`end`, or until the process that leased them ends.
 

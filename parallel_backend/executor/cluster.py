@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from ..cluster.actor import check_version
-from ..cluster.lease import Lease, RayChannel
+from ..cluster.lease import Lease, RayChannel, leased, plan_of
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..config import CONFIG
-from ..devices import Devices
+from ..devices import RAY
 from ..errors import Cancelled, GroupLost, GroupUnavailable, RequestError
 from ..group.codec import Message
 from ..group.connection import Broken
-from ..plan import Plan
 from .base import StopSignal
 from .group import ABSENT, STARTING
 from .group_connection import answers
@@ -35,24 +34,20 @@ class ClusterExecutor(RemoteExecutor):
     Ray starts the actor with the first job, starts it again when it is lost, and ends it with :meth:`close` or with this process.
 
     Args:
-        plan: of the group.
-        devices: of the cluster, as many as the plan needs.
-        name: of the actor.
-        is_replica: whether other groups do the work while Ray replaces this one. If not, a lost job waits for that.
+        name: of the actor; see :func:`parallel_backend.cluster.lease.leased`.
         is_owner: whether this process leases the devices. If not, it uses the actor of that name.
     """
 
     is_replaced = True
 
-    def __init__(self, plan: Plan, devices: Devices, name: str, *, is_replica: bool = False, is_owner: bool = True):
-        plan.check_world(devices.count)
-        self.plan = plan
-        self.devices = str(devices)
+    def __init__(self, name: str, *, is_owner: bool = True):
+        whole = plan_of(name)
+        self.plan = whole.replica
+        self.devices = f"{RAY}:{self.plan.world_size}"
         self.name = name
-        self._is_replica = is_replica
+        self._is_replica = whole.replicas > 1
+        """Whether other groups do the work while Ray replaces this one. If not, a lost job waits for that."""
         self._is_owner = is_owner
-        self._is_gone = False
-        """Whether the process that owned the actor has ended it."""
         self._lease: Lease | None = None
         self._lock = threading.RLock()
 
@@ -74,7 +69,6 @@ class ClusterExecutor(RemoteExecutor):
         """Returns the lease, which is taken if there is none; raises as :meth:`start` does."""
         with self._lock:
             if self._lease and (reason := self._lease.dead):
-                self._is_gone = not self._is_owner
                 self.close()
                 raise GroupUnavailable(f"plan '{self.plan}' does not run on Ray: {reason}")
             if self._lease is None:
@@ -91,7 +85,7 @@ class ClusterExecutor(RemoteExecutor):
 
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`."""
-        return not self._is_gone
+        return self._is_owner or self.name in leased()
 
     @property
     def known(self) -> dict[str, Any]:

@@ -38,13 +38,11 @@ def cluster_executor(plan: Plan, devices: Devices, *, is_serving: bool = False) 
         plan, devices: see :func:`open_executor`.
         is_serving: whether this process is ``serve``, so that others find its groups.
     """
+    plan.check_world(devices.count)
     names = [f"{plan}#{place}" for place in range(1, plan.replicas + 1)]
     is_owner = is_serving or not set(names) <= set(leased())
     own = f"@{uuid4().hex[:8]}" if is_owner and not is_serving else ""
-    found = [
-        ClusterExecutor(plan.replica, share, name + own, is_replica=plan.replicas > 1, is_owner=is_owner)
-        for name, share in zip(names, devices.shared_out(plan.replicas))
-    ]
+    found = [ClusterExecutor(name + own, is_owner=is_owner) for name in names]
     if not is_owner:
         logger.warning("using the groups that serve keeps on Ray for plan '%s'", plan)
         random.shuffle(found)  # so that several callers do not all begin with the same one
@@ -53,12 +51,7 @@ def cluster_executor(plan: Plan, devices: Devices, *, is_serving: bool = False) 
 
 def groups_on_cluster() -> dict[str, ClusterExecutor]:
     """Returns an executor for each group on the Ray cluster that a process of this pack keeps, by its name."""
-    found = {}
-    for name in leased():
-        plan = Plan.parse(name.partition("#")[0]).replica
-        devices = Devices("cpu", tuple(range(plan.world_size)), on_ray=True)
-        found[name] = ClusterExecutor(plan, devices, name, is_owner=False)
-    return found
+    return {name: ClusterExecutor(name, is_owner=False) for name in leased()}
 
 
 def shared_group(plan: Plan, devices: Devices) -> GroupExecutor | None:

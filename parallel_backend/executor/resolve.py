@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..cluster import nodes as cluster
-from ..cluster.lease import leased
+from ..cluster.lease import plan_of, served
 from ..devices import RAY, Devices
 from ..errors import RequestError
 from ..group.registry import running
@@ -135,9 +135,8 @@ def served_group(devices: Devices | None, workload: Workload) -> tuple[Plan, Dev
         workload: what the group is for.
     """
     if devices and devices.on_ray:
-        for name in leased():
-            kept = Plan.parse(name.partition("#")[0])
-            if "@" not in name and can_do(kept, workload):
+        for kept in map(plan_of, served()):
+            if can_do(kept, workload):
                 return kept, share_of(kept, devices), "the groups that serve keeps on Ray"
         return None
     for description in running().values():
