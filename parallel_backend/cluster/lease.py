@@ -97,14 +97,14 @@ class Lease:
         except ValueError as error:
             raise GroupUnavailable(f"no process keeps the group '{name}' on Ray any more") from error
 
-    def look(self) -> dict[str, Any] | None:
-        """Returns the overview of its group; None if it does not answer, and is waited for."""
+    def look(self) -> dict[str, Any]:
+        """Returns the overview of its group; empty if it does not answer, and is waited for."""
         ray = connect()
         try:
             return ray.get(self.handle.call.remote("look"), timeout=CONFIG.status_seconds)
         except ray.exceptions.RayError:
             self.lose()
-            return None
+            return {}
 
     def end(self) -> None:
         """Ends the actor, and the group with it, whoever owns it."""

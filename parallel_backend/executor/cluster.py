@@ -135,24 +135,22 @@ class ClusterExecutor(RemoteExecutor):
         return lease
 
     def status(self) -> dict[str, Any]:
-        """See :meth:`Executor.status`. A group that Ray has not placed yet is ``starting``."""
-        known = {"plan": str(self.plan), "devices": self.devices}
-        if self._lease is None and self._is_owner:
-            return {"state": ABSENT, **known}
-        if not self.is_ready(0 if self._is_owner else ANSWER_SECONDS):
-            return {"state": STARTING, **known, "node": None}
-        return {**known, "node": self.known.get("node"), **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain}
+        """See :meth:`Executor.status`. It has the overview too. A group that Ray has not placed yet is ``starting``."""
+        if not self._is_owner:
+            self.is_ready(ANSWER_SECONDS)
+        found = self.look()
+        return {**found, **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain} if self.is_there() else found
 
     def look(self) -> dict[str, Any]:
         """Returns the overview of the group; see :func:`.overview.overview`."""
-        known = {"plan": str(self.plan), "devices": self.devices, "ranks": []}
+        known = {"plan": str(self.plan), "devices": self.devices, "node": None, "ranks": []}
         if (lease := self._lease) is None:
             return {**known, "state": ABSENT}
         if not self.is_ready():
-            return {**known, "state": STARTING, "doing": "waiting for a node of the Ray cluster", "stage": None}
-        node = self.known.get("node")
-        if (found := lease.look()) is None:
-            return {**known, "state": STARTING, "doing": "starting again", "stage": None}
+            return {**known, "state": STARTING, "doing": "waiting for a node of the Ray cluster"}
+        node = known["node"] = self.known.get("node")
+        if not (found := lease.look()):
+            return {**known, "state": STARTING, "doing": "starting again"}
         return {**found, **known, "ranks": [{**rank, "device": f"{node} {rank['device']}"} for rank in found["ranks"]]}
 
     def stage(self) -> str | None:
