@@ -77,10 +77,9 @@ class Lease:
         Raises:
             RequestError: when the cluster is too small.
         """
-        connect()
+        kind, sizes = devices_of(nodes())
         from ray.util.placement_group import placement_group
 
-        kind, sizes = devices_of(nodes())
         count, each = layout(plan.world_size, sizes)
         bundles = placement_group([{"GPU" if kind == "cuda" else "CPU": each}] * count, strategy="PACK")
         return cls(place("Group", plan, bundles, 0, name), bundles)

@@ -28,7 +28,6 @@ class Members:
     """
 
     def __init__(self, plan: Plan):
-        connect()
         from ray.util import get_current_placement_group
 
         bundles = get_current_placement_group()

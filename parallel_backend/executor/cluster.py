@@ -122,7 +122,7 @@ class ClusterExecutor(RemoteExecutor):
             Cancelled: when ``should_stop`` returns True.
         """
         deadline = time.monotonic() + CONFIG.wait_seconds
-        while not (lease := self._taken()).is_up():
+        while not (lease := self._taken()).is_up(CONFIG.poll_seconds):
             if should_stop():
                 raise Cancelled("stopped while waiting for a node of the Ray cluster")
             if time.monotonic() > deadline:
@@ -130,7 +130,6 @@ class ClusterExecutor(RemoteExecutor):
                     f"the Ray cluster has had no room for plan '{self.plan}' for {CONFIG.wait_seconds:.0f} s; add nodes, "
                     "or end what uses them (`ray status` shows it)"
                 )
-            time.sleep(CONFIG.poll_seconds)
         check_version(lease.known)
         return lease
 

@@ -8,15 +8,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 from ..cluster.actor import about_here, devices_here
 from ..cluster.members import Members
 from ..errors import Cancelled, GroupFailure
-from ..group import protocol
-from ..group.codec import LAST, Message, decode, encode, read_head
+from ..group.codec import Message, decode, encode
 from ..group.launcher import Launcher
 from ..group.part import Part
 from ..group.server import refusal
@@ -81,18 +79,13 @@ class Group(Held):
             data: the request.
         """
         try:
-            found = self.group.answers(decode(data), lambda: number in self._cancelled, receive=protocol.receive_bytes)
-            with closing(found):
-                for answer in found:
-                    yield answer
-                    if read_head(answer).kind in LAST:
-                        return
+            for answer in self.group.answers(decode(data), lambda: number in self._cancelled):
+                yield encode(answer)
         except Cancelled as error:
             yield encode(Message("cancelled", {"message": str(error)}))
         except GroupFailure as error:
-            known = {name: getattr(error, name) for name in ("came_up", "is_there") if hasattr(error, name)}
-            plain = {"error": type(error).__name__, "message": error.summary, "details": error.details, **known}
-            yield encode(Message("lost", plain))
+            about = {name: value for name, value in vars(error).items() if name != "summary"}
+            yield encode(Message("lost", {"error": type(error).__name__, "message": error.summary, "about": about}))
         except Exception as error:
             yield encode(refusal(error))
         finally:
@@ -113,7 +106,7 @@ class Ranks(Held):
     def __init__(self, plan: str):
         super().__init__(plan)
         self._launcher: Launcher | None = None
-        self._is_asked_to_end = False
+        """Of the ranks; None once they are asked to end."""
 
     def lend(self, part: dict[str, Any]) -> dict[str, Any] | None:
         """Starts the ranks, and returns why they ended; None if they were asked to, or did so in good order.
@@ -123,19 +116,18 @@ class Ranks(Held):
         Returns:
             The fields of a :class:`parallel_backend.group.exit_cause.ExitCause`.
         """
-        self._is_asked_to_end = False
-        self._launcher = Launcher(self.plan, self.devices, Part(**part))
-        self._launcher.start()
+        launcher = self._launcher = Launcher(self.plan, self.devices, Part(**part))
+        launcher.start()
         try:
-            status = self._launcher.process.wait()
-            cause = None if status == 0 or self._is_asked_to_end else self._launcher.exit_cause()
+            status = launcher.process.wait()
+            cause = launcher.exit_cause() if status != 0 and self._launcher is launcher else None
         finally:
-            self._launcher.stop()
-            self._launcher.leave()
+            launcher.stop()
+            launcher.leave()
         return cause and asdict(cause)
 
     def end(self) -> None:
         """Ends the ranks."""
-        self._is_asked_to_end = True
-        if self._launcher and self._launcher.process:
-            self._launcher.process.kill()
+        launcher, self._launcher = self._launcher, None
+        if launcher and launcher.process:
+            launcher.process.kill()

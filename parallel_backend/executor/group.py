@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
-from ..group import failures, protocol
+from ..group import failures
 from ..group.codec import Message
 from ..group.connection import Broken
 from ..group.exit_cause import ExitCause
@@ -202,16 +202,14 @@ class GroupExecutor(RemoteExecutor):
         losses, self._losses = self._losses, []
         return [*losses, *notes]
 
-    def answers(
-        self, message: Message, should_stop: StopSignal, seconds: float | None = None, receive: Callable = protocol.receive
-    ) -> Iterator:
-        """See :meth:`RemoteExecutor.answers`; they are as ``receive`` returns them."""
+    def answers(self, message: Message, should_stop: StopSignal, seconds: float | None = None) -> Iterator[Message]:
+        """See :meth:`RemoteExecutor.answers`."""
         self.start()
         address = self.address
         connection = self._connect(address, should_stop)
         try:
             with connection:
-                yield from answers(SocketChannel(connection, message, receive), should_stop, seconds)
+                yield from answers(SocketChannel(connection, message), should_stop, seconds)
         except Broken as error:
             raise self._broken(address, should_stop) from error
 

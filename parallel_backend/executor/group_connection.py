@@ -12,7 +12,7 @@ from ..cogvideox.vae.preview import PictureListener
 from ..config import CONFIG
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
 from ..group import protocol
-from ..group.codec import Message
+from ..group.codec import LAST, Message
 from ..group.connection import Broken, Stalled, connect, talking
 from ..group.registry import GroupAddress
 from ..jobs import Progress, Report, Result
@@ -64,7 +64,7 @@ def open_connection(address: GroupAddress, should_stop: StopSignal, give_up: Giv
 class Channel(Protocol):
     """One request on its way to a group, and the answers to it."""
 
-    def receive(self, seconds: float) -> Message | bytes | None:
+    def receive(self, seconds: float) -> Message | None:
         """Returns the next answer; None if none comes within ``seconds``."""
 
     def cancel(self) -> None:
@@ -77,24 +77,17 @@ class SocketChannel:
     Args:
         connection: from :func:`open_connection`.
         message: the request, which is sent.
-        receive: receives an answer, as a message or as bytes.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        message: Message,
-        receive: Callable[[Connection], Message | bytes] = protocol.receive,
-    ):
+    def __init__(self, connection: Connection, message: Message):
         self._connection = connection
-        self._receive = receive
         with talking():
             protocol.send(connection, message)
 
-    def receive(self, seconds: float) -> Message | bytes | None:
+    def receive(self, seconds: float) -> Message | None:
         """See :meth:`Channel.receive`."""
         with talking():
-            return self._receive(self._connection) if self._connection.poll(seconds) else None
+            return protocol.receive(self._connection) if self._connection.poll(seconds) else None
 
     def cancel(self) -> None:
         """See :meth:`Channel.cancel`."""
@@ -102,8 +95,8 @@ class SocketChannel:
             self._connection.send_bytes(b"cancel")
 
 
-def answers(channel: Channel, should_stop: StopSignal, seconds: float | None) -> Iterator[Message | bytes]:
-    """Yields the answers to a request. Asks the group to cancel it once the caller wants to stop.
+def answers(channel: Channel, should_stop: StopSignal, seconds: float | None) -> Iterator[Message]:
+    """Yields the answers to a request, up to the last one. Asks the group to cancel it once the caller wants to stop.
 
     Args:
         channel: of the request.
@@ -124,6 +117,8 @@ def answers(channel: Channel, should_stop: StopSignal, seconds: float | None) ->
         answer = channel.receive(CONFIG.poll_seconds)
         if answer is not None:
             yield answer
+            if answer.kind in LAST:
+                return
 
 
 def last_answer(found: Iterator[Message], on_step: StepListener, kept: Keepsake) -> Message:
@@ -176,6 +171,5 @@ def error_of(failure: dict[str, Any]) -> RequestError | GroupError:
 
 def loss_of(plain: dict[str, Any]) -> GroupFailure:
     """Returns the error for a ``lost`` answer, by which a machine of a cluster says what happened to its group."""
-    kinds = {kind.__name__: kind for kind in (GroupLost, GroupUnavailable)}
-    known = {name: plain[name] for name in ("came_up", "is_there") if name in plain}
-    return kinds.get(plain["error"], GroupError)(plain["message"], details=plain["details"], **known)
+    kinds = {kind.__name__: kind for kind in (GroupError, GroupLost, GroupUnavailable)}
+    return kinds[plain["error"]](plain["message"], **plain["about"])
