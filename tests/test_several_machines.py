@@ -17,18 +17,20 @@ from parallel_backend.cluster import members
 from parallel_backend.cluster import nodes as cluster
 from parallel_backend.cluster.nodes import Node, layout
 from parallel_backend.devices import Devices
-from parallel_backend.errors import GroupUnavailable, RequestError
+from parallel_backend.errors import GroupError, GroupLost, GroupUnavailable, RequestError
 from parallel_backend.executor import resolve as resolve_module
 from parallel_backend.executor.cluster import ClusterExecutor
+from parallel_backend.executor.group_connection import error_of
 from parallel_backend.executor.replicas import ReplicasExecutor
 from parallel_backend.executor.resolve import resolve
 from parallel_backend.group import job_loop
-from parallel_backend.group.codec import Message
+from parallel_backend.group.codec import Message, decode, encode
 from parallel_backend.group.exit_cause import ExitCause, first_of
 from parallel_backend.group.job_fields import split_fields
 from parallel_backend.group.job_loop import JobLoop
 from parallel_backend.group.preflight import interface_of
 from parallel_backend.group.registry import GroupAddress, Home
+from parallel_backend.group.server import refusal
 from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 
@@ -169,6 +171,22 @@ def test_a_part_of_a_group_is_shown_and_is_not_stopped_alone(part_of_another, ru
 )
 def test_of_several_ends_the_one_that_the_others_follow_from_is_the_cause(causes, first):
     assert first_of(causes).cause == first_of(causes[::-1]).cause == first
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        GroupLost("the group was lost", details="its log", came_up=False, is_there=True),
+        GroupError("rank 1 failed", rank=1, details="a traceback"),
+        GroupUnavailable("xfuser is missing"),
+        RequestError("a wrong request"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_a_group_is_the_same_for_a_caller_on_another_machine(error):
+    answer = decode(encode(refusal(error)))
+    raised = error_of(answer.plain)
+    assert (answer.kind, type(raised), str(raised), vars(raised)) == ("failed", type(error), str(error), vars(error))
 
 
 def open_on_two(jobs, monkeypatch) -> list:

@@ -13,8 +13,7 @@ from typing import Any
 
 from ..cluster.actor import about_here, devices_here
 from ..cluster.members import Members
-from ..errors import Cancelled, GroupFailure
-from ..group.codec import Message, decode, encode
+from ..group.codec import decode, encode
 from ..group.launcher import Launcher
 from ..group.part import Part
 from ..group.server import refusal
@@ -81,11 +80,6 @@ class Group(Held):
         try:
             for answer in self.group.answers(decode(data), lambda: number in self._cancelled):
                 yield encode(answer)
-        except Cancelled as error:
-            yield encode(Message("cancelled", {"message": str(error)}))
-        except GroupFailure as error:
-            about = {name: value for name, value in vars(error).items() if name != "summary"}
-            yield encode(Message("lost", {"error": type(error).__name__, "message": error.summary, "about": about}))
         except Exception as error:
             yield encode(refusal(error))
         finally:

@@ -145,8 +145,6 @@ def last_answer(found: Iterator[Message], on_step: StepListener, kept: Keepsake)
             raise Cancelled(answer.plain["message"])
         elif answer.kind == "failed":
             raise error_of(answer.plain)
-        elif answer.kind == "lost":
-            raise loss_of(answer.plain)
         else:
             return answer
     raise Broken("the answers ended")
@@ -159,17 +157,14 @@ def result_of(answer: Message, notes: Sequence[str]) -> Result:
     return Result(answer.tensors["tensor"], Report(**report))
 
 
-def error_of(failure: dict[str, Any]) -> RequestError | GroupError:
-    """Returns the error for a rank's failure, as a ``failed`` answer or an exit cause describes it."""
+def error_of(failure: dict[str, Any]) -> RequestError | GroupFailure:
+    """Returns the error for a failure of a rank, or of a group on a cluster, as a ``failed`` answer or an exit cause describes it."""
     if failure["error"] == RequestError.__name__:
         return RequestError(failure["message"])
+    if "about" in failure:
+        kinds = {kind.__name__: kind for kind in (GroupError, GroupLost, GroupUnavailable)}
+        return kinds[failure["error"]](failure["message"], **failure["about"])
     rank = failure.get("rank")
     where = "the group" if rank is None else f"rank {rank}" + (f" on {failure['host']}" if failure.get("host") else "")
     summary = f"{where} failed: {failure['error']}: {failure['message']}"
     return GroupError(summary, rank=rank, details=failure.get("traceback", ""))
-
-
-def loss_of(plain: dict[str, Any]) -> GroupFailure:
-    """Returns the error for a ``lost`` answer, by which a machine of a cluster says what happened to its group."""
-    kinds = {kind.__name__: kind for kind in (GroupError, GroupLost, GroupUnavailable)}
-    return kinds[plain["error"]](plain["message"], **plain["about"])

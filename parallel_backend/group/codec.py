@@ -25,7 +25,7 @@ MAX_TENSORS = {
     "done": PIXELS,
 }
 """Limit of a message's tensors in bytes, by its kind; other kinds have no tensors."""
-LAST = ("done", "failed", "cancelled", "lost")
+LAST = ("done", "failed", "cancelled")
 """Kinds of the last answer to a request."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 """Allowed dtypes, by their name in safetensors."""
@@ -41,8 +41,7 @@ class Message:
     """One message.
 
     Requests are ``sample``, ``load``, ``window``, ``decode``, ``encode``, ``status``, ``free``, ``stop`` and, while a job runs,
-    ``cancel``. Answers are ``step``, ``kept``, ``picture``, ``frames``, ``done``, ``failed`` and ``cancelled``,
-    and on a cluster ``lost``.
+    ``cancel``. Answers are ``step``, ``kept``, ``picture``, ``frames``, ``done``, ``failed`` and ``cancelled``.
     """
 
     kind: str

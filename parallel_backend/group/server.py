@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, Listener, answer_challenge, d
 from typing import Any
 
 from ..config import CONFIG
+from ..errors import Cancelled, GroupFailure
 from . import codec, protocol
 from .codec import Message, ProtocolError
 from .connection import Patient, bounded, hang_up
@@ -24,8 +25,12 @@ CLIENTS = 64
 
 
 def refusal(error: Exception) -> Message:
-    """Returns the answer to a request that fails with an error."""
-    return Message("failed", {"error": type(error).__name__, "message": str(error)})
+    """Returns the answer to a request that fails with an error. From that of a group, the caller makes the same error again."""
+    plain = {"error": type(error).__name__, "message": str(error)}
+    if isinstance(error, GroupFailure):
+        about = {name: value for name, value in vars(error).items() if name != "summary"}
+        plain |= {"message": error.summary, "about": about}
+    return Message("cancelled" if isinstance(error, Cancelled) else "failed", plain)
 
 
 class ClientRequest:
