@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 from ..errors import RequestError, reason_of
-from ..planner.gpu_table import UNKNOWN, known
-from ..planner.machine import CPU, Machine
+from ..planner.gpu_table import named
+from ..planner.machine import CPU, Machine, as_slow_as
 from ..system.modules import has_module
 
 ADDRESS = "RAY_ADDRESS"
@@ -123,15 +123,7 @@ def machine() -> Machine:
     kind, sizes = devices_of(found)
     if kind == "cpu":
         return replace(CPU, per_machine=min(sizes))
-    each = {node.gpu: known(node.gpu or "") or replace(UNKNOWN, name=node.gpu or "unknown") for node in found if node.gpus}
-    slowest = min(each.values(), key=lambda one: one.matrix)
-    return replace(
-        slowest,
-        name=" and ".join(one.name for one in each.values()),
-        free=min((one.free for one in each.values() if one.free), default=None),
-        knows_seconds=all(one.knows_seconds for one in each.values()),
-        per_machine=min(sizes),
-    )
+    return replace(as_slow_as([named(node.gpu or "unknown") for node in found if node.gpus]), per_machine=min(sizes))
 
 
 def usable(sizes: Sequence[int]) -> int:

@@ -128,6 +128,11 @@ def known(name: str) -> Machine | None:
     return KNOWN[best] if best else None
 
 
+def named(name: str) -> Machine:
+    """Returns the GPU with torch's name; ``UNKNOWN`` with that name if it is not in the table."""
+    return replace(known(name) or UNKNOWN, name=name)
+
+
 def words(name: str) -> list[str]:
     """Splits a GPU's name into words in lower case; ``RTX3090Ti`` is three."""
     apart = re.sub(r"(?<=rtx)(?=\d)|(?<=\d)(?=ti|super|gb)", " ", name.lower())

@@ -15,19 +15,13 @@ from ..devices import Devices
 from ..errors import RequestError, reason_of
 from ..system.nvml import free_bytes
 from . import hardware_cache
-from .gpu_table import GIB, KNOWN, LINK_NAMES, LINKS, UNKNOWN, known
-from .machine import CPU, SLOW_LINK, Link, Machine
+from .gpu_table import GIB, KNOWN, LINK_NAMES, LINKS, UNKNOWN, known, named
+from .machine import CPU, SLOW_LINK, Link, Machine, as_slow_as
 
 logger = logging.getLogger(__name__)
 
 ALIKE = 0.8
 """Devices count as equal if the smallest free memory is at least this share of the largest."""
-
-
-def named(name: str) -> Machine:
-    """Returns the GPU with torch's name; ``UNKNOWN`` with that name if it is not in the table."""
-    found = known(name)
-    return replace(found or UNKNOWN, name=name)
 
 
 def asked(name: str | None, *, count: int, link: str | None, memory_gib: float | None) -> Machine:
@@ -65,7 +59,7 @@ def here(devices: Devices) -> Machine:
     if devices.count == 1:
         return replace(alone(devices.first, is_measured=False), per_machine=1)
     each = [alone(device) for device in devices.torch_devices]
-    together = tuple(as_slow_as(each[:count], devices.first_of(count)) for count in range(1, devices.count + 1))
+    together = tuple(joined(each[:count], devices.first_of(count)) for count in range(1, devices.count + 1))
     return replace(together[-1], together=together if are_unequal(each) else ())
 
 
@@ -90,24 +84,15 @@ def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
     return replace(found, knows_seconds=True, rates_from=f"measured here on {rates[1]}", **rates[0])
 
 
-def as_slow_as(each: Sequence[Machine], devices: Devices) -> Machine:
-    """Returns the machine that devices form when they wait for each other in every step."""
-    slowest = min(each, key=lambda machine: machine.matrix)
-    rates = {name: min(getattr(machine, name) for machine in each) for name in hardware_cache.RATES}
-    sources = dict.fromkeys(machine.rates_from for machine in each)
-    names = dict.fromkeys(machine.name for machine in each)
+def joined(each: Sequence[Machine], devices: Devices) -> Machine:
+    """Returns the machine that devices of this host form when they wait for each other in every step."""
     link, measured_on = link_of(devices, each)
     return replace(
-        slowest,
-        name=" and ".join(names),
-        rates_from="; ".join(sources),
+        as_slow_as(each),
         link=link,
         link_from=f"measured here by a group on {measured_on}" if measured_on else f"assumed for {link_name(link)}",
         knows_link=measured_on is not None,
-        knows_seconds=all(machine.knows_seconds for machine in each),
-        free=min(machine.free for machine in each),
         per_machine=devices.count,
-        **rates,
     )
 
 

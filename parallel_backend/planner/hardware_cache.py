@@ -10,12 +10,10 @@ from typing import Any
 from ..system import measurements
 from ..system.folders import preferred_cache
 from ..system.measurements import today
-from .machine import Link
+from .machine import RATES, Link
 
 FILE = preferred_cache() / "rates.json"
 VERSION = 2
-RATES = ("matrix", "attention", "bandwidth")
-"""The measured fields of :class:`parallel_backend.planner.machine.Machine`."""
 LINK = ("bandwidth", "latency")
 """The measured fields of :class:`parallel_backend.planner.machine.Link`."""
 

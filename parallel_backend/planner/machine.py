@@ -1,7 +1,10 @@
 """The hardware as the planner sees it: rates of devices and of the links between them. Importable without torch."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+RATES = ("matrix", "attention", "bandwidth")
+"""The fields of :class:`Machine` that are measured."""
 SLOW_LINK = 2e9
 """Bandwidth between GPUs below which the user is warned, in bytes per second. In a step of CogVideoX-5b at its own size each rank sends
 9 GB with ulysses2 and 2 MB with cfg2."""
@@ -71,6 +74,19 @@ class Machine:
     def first(self, count: int) -> "Machine":
         """Returns the machine that the fastest ``count`` devices form."""
         return self.together[count - 1] if self.together else self
+
+
+def as_slow_as(each: Sequence[Machine]) -> Machine:
+    """Returns the machine that devices form when they wait for each other in every step; its links are those of the slowest."""
+    slowest = min(each, key=lambda machine: machine.matrix)
+    return replace(
+        slowest,
+        name=" and ".join(dict.fromkeys(machine.name for machine in each)),
+        rates_from="; ".join(dict.fromkeys(machine.rates_from for machine in each)),
+        knows_seconds=all(machine.knows_seconds for machine in each),
+        free=min((machine.free for machine in each if machine.free is not None), default=None),
+        **{name: min(getattr(machine, name) for machine in each) for name in RATES},
+    )
 
 
 GLOO = Link(1e9, 1e-6)
