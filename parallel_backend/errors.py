@@ -44,6 +44,8 @@ def reason_in(error: BaseException, lines: list[str]) -> str:
     if is_a(error, "PTXASError"):  # Triton's: what the assembler said, and how to call it
         said = next(filter(None, map(ASSEMBLER.match, lines)), None)
         return f"Triton could not assemble the kernel: {said[1] if said else lines[0]}"
+    if is_a(error, "ActorDiedError") and "creation task" in lines[0]:  # Ray's: the actor, the traceback, and the error
+        return lines[-1]
     if isinstance(error, CalledProcessError):  # such as a C compiler's, with a dozen paths
         program = error.cmd if isinstance(error.cmd, str) else str(error.cmd[0])
         return f"{Path(program).name} failed with exit status {error.returncode}"

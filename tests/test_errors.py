@@ -26,6 +26,10 @@ class BackendCompilerFailed(RuntimeError):
     """As torch's."""
 
 
+class ActorDiedError(Exception):
+    """As Ray's."""
+
+
 class Case(NamedTuple):
     error: BaseException
     reason: str
@@ -56,6 +60,11 @@ CUDA = (
     "CUDA kernel errors might be asynchronously reported at some other API call.\n"
     "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
 )
+ACTOR = (
+    "The actor died because of an error raised in its creation task, ray::single#1:XDiTGroup.__init__() (pid=1, ip=10.0.0.2)\n"
+    '  File "/pack/parallel_backend/cluster/actor.py", line 33, in __init__\n    self.held = import_module(module)\n'
+    "ModuleNotFoundError: No module named 'parallel_backend'\n"
+)
 CASES = {
     "Triton": Case(
         CompilationError(HEADS), "Triton could not compile the kernel: arange's range must be a power of 2", shortened=True
@@ -78,6 +87,12 @@ CASES = {
     "torch's compiler": Case(
         BackendCompilerFailed(INDUCTOR),
         "backend='inductor' raised: RuntimeError: Failed to find C compiler. Please specify via CC environment variable.",
+        shortened=True,
+    ),
+    "Ray, an actor that does not start": Case(ActorDiedError(ACTOR), "ModuleNotFoundError: No module named 'parallel_backend'"),
+    "Ray, an actor that was lost": Case(
+        ActorDiedError("The actor died unexpectedly before finishing this task.\n\tclass_name: XDiTGroup"),
+        "The actor died unexpectedly before finishing this task.",
         shortened=True,
     ),
     "no C compiler": Case(
