@@ -101,7 +101,7 @@ def main() -> None:
             link = base / "models" / "CogVideo" / bundled.find(name).name
             link.parent.mkdir(parents=True)
             link.symlink_to(bundled.find(name).resolve())
-            name = link.name
+            name = f"CogVideo/{link.name}"
         with ComfyUIServer(base, args=["--preview-method", args.preview], cpu=args.cpu) as server:
             prompt, found = prepared(server, args, name), []
             sampler = next(node for node in prompt.values() if node["class_type"] == SAMPLER)
