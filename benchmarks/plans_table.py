@@ -26,8 +26,8 @@ OLDER = (WAITING, *FLASH_3)
 """Of versions that waited in every step for the host (NOTES), and had cuDNN's attention in fp16."""
 WAITED_FOR_FLAGS = (WAITING, FLASH_3[0])
 """Of those in which one rank's attention held up the flags that another one waited for, with Ulysses."""
-NEWEST = "h200-kernels.json"
-"""Of a version with kernels of its own between products, and values in FP8 too (NOTES); before it they were in 16 bits."""
+NEWEST = ("h200-kernels.json", "h100x2-2026-11-28.json")
+"""Of versions with kernels of their own between products, and values in FP8 too (NOTES); before it they were in 16 bits."""
 EIGHT_BITS = "h100x2-8bit-2026-11-27.json"
 """Of layers and attention in 8 bits, and of cuDNN's attention in every plan."""
 ATTENTION = {"cudnn": 426e12, "int8": 374e12}
@@ -118,13 +118,13 @@ def as_measured(row: dict, file: str) -> tuple[Work, Machine]:
         return replace(work, compile="off"), replace(KNOWN["H200"], attention=CUDNN_FP16["H200"])
     machine, rows = KNOWN[file[:4].upper()], json.loads((RESULTS / file).read_text())
     faster = median(each["peak_tflops"] for each in rows) * 1e12 / machine.matrix
-    if file != NEWEST:
+    if file not in NEWEST:
         machine = replace(machine, attention_fp8=285 / 256)
     if file in FLASH_3:
         machine = replace(machine, attention=554e12, attention_fp8=651 / 571)
     if file in OLDER:
         machine = replace(machine, attention_fp16=CUDNN_FP16["H100"])
-    if file != NEWEST and work.dtype == "fp16" and quantize == "fp8":
+    if file not in NEWEST and work.dtype == "fp16" and quantize == "fp8":
         machine = replace(machine, attention=machine.attention_fp16)
     machine = replace(machine, attention=ATTENTION.get(row.get("attention"), machine.attention))
     rates = {name: getattr(machine, name) * faster for name in ("matrix", "attention", "attention_fp16")}
@@ -135,11 +135,12 @@ def choices() -> list[Choice]:
     """All that two GPUs have measured, where there was something to choose."""
     found = []
     older = (
+        ("h100x2.json", "H100, values in 16 bits"),
         (WAITING, "H100, waiting for the host"),
         (FLASH_3[0], "H100, FlashAttention-3"),
         ("h200x2.json", "H200, cuDNN's attention"),
     )
-    for file, machine in (("h100x2.json", "H100"), *older):
+    for file, machine in ((NEWEST[1], "H100"), *older):
         works: dict[tuple, list[dict]] = {}
         for row in measured(file):
             works.setdefault((row["model"].removeprefix("CogVideoX-"), row["dtype"], row["precision"]), []).append(row)

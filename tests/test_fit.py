@@ -1,5 +1,6 @@
 """How models fit into GPUs is predicted as the engine decides, and for models that are not here."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLCogVideoX
 from transformers import T5Config, T5EncoderModel
 
+from benchmarks.plans_table import RESULTS
 from benchmarks.random_weights import transformer_config
-from parallel_backend.cli.cards import by_gpu, by_memory
+from parallel_backend.cli.cards import GIB, by_gpu, by_memory, fitted
 from parallel_backend.cogvideox import offload
 from parallel_backend.cogvideox.checkpoint import published, shards
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
@@ -87,6 +89,28 @@ def test_tiles_are_predicted_as_the_engine_uses_them(checkpoints, monkeypatch):
         assert decode_way(size, torch.float32, free, 0, 1) == (tiled, False)
         decided.add(tiled)
     assert decided == {True, False}
+
+
+SMALL = [
+    row
+    for file in ("h100-small-2026-11-28.json", "h100x2-small-2026-11-27.json")
+    for row in json.loads((RESULTS / file).read_text())
+]
+"""Rows of H100s of which each process was allowed so much memory."""
+
+
+@pytest.mark.parametrize(
+    "row", SMALL, ids=[f"{row['gpus']}-{row['model']}-{row['precision']}-{row['memory_gib']}" for row in SMALL]
+)
+def test_what_fits_in_little_memory_was_measured_so(row):
+    machine = replace(known("H100"), free=int(row["memory_gib"]) * GIB)
+    quantize = "int8" if row["precision"] == "int8" else "off"
+    found = fitted(published.find(row["model"].removesuffix("-5b")), machine, row["gpus"], quantize=quantize)
+    notes = " ".join(row["notes"])
+    offload = re.search("offload '(\w+)'", notes)
+    assert (str(found.plan), found.offload) == (row["plan"], offload[1] if offload else "none")
+    assert found.peak / GIB == pytest.approx(row["peak_gib"], rel=0.1)
+    assert found.is_tiled == ("VAE in tiles" in notes)
 
 
 def test_a_strip_on_each_of_two_gpus_is_predicted_as_it_was_measured():

@@ -79,7 +79,7 @@ def test_operations_and_bytes_are_those_that_the_benchmark_and_the_engine_count(
         assert planned_bytes(plan, work) == pytest.approx(working_bytes(job, checkpoint, plan, dtype), rel=0.01)
 
 
-ROWS = [(file, row) for file in (NEWEST, EIGHT_BITS, "h100x2.json", *OLDER) for row in measured(file)]
+ROWS = [(file, row) for file in (*NEWEST, EIGHT_BITS, "h100x2.json", *OLDER) for row in measured(file)]
 ROWS = [(file, row) for file, row in ROWS if file not in WAITED_FOR_FLAGS or "ulysses" not in row["plan"]]
 NAMES = [
     f"{file}-{row['model']}-{row['dtype']}-{row['plan']}-{row['precision']}-{row.get('attention', 'auto')}-{row['steps']}"
