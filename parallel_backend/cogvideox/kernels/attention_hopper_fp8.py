@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from .attention_hopper import GROUPS, KEYS, LN_2, ROWS, STAGES, largest_near, load, make_barriers
 
-START, START_IF_RAISED, RAISED = tl.constexpr(2.0), tl.constexpr(4.0), tl.constexpr(7.0)
+START, START_IF_RAISED, RAISED = tl.constexpr(1.0), tl.constexpr(4.0), tl.constexpr(7.0)
 """Log of the largest known probability at the start: if references are fixed, and if they can be raised. The last is the log of
 the largest probability, or a thread's sum, after a reference is raised."""
 NEAR_LARGEST = tl.constexpr(448.0)
