@@ -1,5 +1,6 @@
 """The node Load CogVideoX LoRA."""
 
+import logging
 from dataclasses import replace
 
 from comfy_api.latest import io
@@ -57,5 +58,5 @@ class LoadCogVideoXLora(CogVideoXNode):
         lora = Lora(str(runtime.find_lora(lora_name).resolve()), strength)
         opened = LoraFile.open(lora, model.checkpoint)
         for line in opened.notes or [opened.describe]:
-            runtime.say(line, cls.hidden.unique_id)
+            runtime.say(line, cls.hidden.unique_id, level=logging.WARNING if opened.notes else logging.INFO)
         return io.NodeOutput(replace(model, model=replace(model.model, loras=(*model.model.loras, lora))))

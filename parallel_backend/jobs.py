@@ -289,7 +289,7 @@ class Report:
     peak_memory: tuple[int, ...] = ()
     """Bytes by rank: the GPU's peak during the job, or on the CPU the peak resident size of the process."""
     notes: tuple[str, ...] = ()
-    """One line for each fallback or degraded mode of the job."""
+    """One line for each thing to know of the job; :mod:`.notes` says which are warnings."""
 
 
 @dataclass(frozen=True)

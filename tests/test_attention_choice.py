@@ -25,6 +25,7 @@ from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.executor.prepare import check_job, prepare
 from parallel_backend.jobs import DecodeJob
 from parallel_backend.model import ATTENTIONS, Model
+from parallel_backend.notes import is_warning
 from parallel_backend.parallel.group_rank import GroupRankContext
 from parallel_backend.plan import AUTO, Plan
 from parallel_backend.planner.machine import CPU as CPU_MACHINE
@@ -134,7 +135,8 @@ def test_on_the_cpu_it_is_torch_s_and_nothing_is_timed_or_noted(register):
 
 def test_the_fastest_right_function_is_chosen_and_named(register):
     register("slow", 3.0), register("fast", 1.0), register("middle", 2.0)
-    assert chosen() == ("fast", ("attention: fast, the fastest of 3 exact functions here",))
+    name, (note,) = chosen()
+    assert (name, note) == ("fast", "attention: fast, the fastest of 3 exact functions here") and not is_warning(note)
     assert set(register.timed) == {"slow", "fast", "middle"}
 
 
@@ -148,7 +150,7 @@ def test_the_fastest_right_function_is_chosen_and_named(register):
 def test_one_that_raises_or_is_wrong_is_never_chosen_however_fast_it_is(attend, reason, register):
     register("slow", 3.0), register("fast", 1.0), register("bad", 0.1, attend)
     note = f"attention: fast, the fastest of 2 exact functions here; without bad: {reason}"
-    assert chosen() == ("fast", (note,))
+    assert chosen() == ("fast", (note,)) and is_warning(chosen()[1][0])
     register.forget()
     assert chosen() == ("fast", (note,))
 

@@ -108,6 +108,8 @@ def choose(page: Page, rendered: str, node: str, name: str, value: str) -> None:
 T2V, I2V = PATHS["t2v"], PATHS["i2v"]
 TWO = {"XDiTBackend__devices": "cpu:2", "XDiTCogVideoXSampler__steps": 8}
 SHOWN = "document.body.innerText"
+TOASTS = "[...document.querySelectorAll('.p-toast-detail')].map((each) => each.innerText)"
+NOTES_OF_PANEL = "[...document.querySelectorAll('.xdit-panel .xdit-note')].map((each) => each.innerText)"
 BACKEND = "app.graph.nodes.find((node) => node.type === 'XDiTBackend')"
 NODES = json.loads((REPO / "tests" / "frozen_nodes.json").read_text())
 ONE_OF_EACH = """(() => {
@@ -239,6 +241,7 @@ def test_a_fallback_is_in_the_node_after_success_and_after_a_reload(page, server
     assert page.run("ended") == "execution_success"
     page.wait(f"{SHOWN}.includes('no group: the group did not start')")
     page.wait(f"{SHOWN}.includes('sample: plan single')")
+    assert any("no group: the group did not start" in text for text in page.run(TOASTS))
     page.run("window.isOld = true")
     page.open(server.url)
     page.wait(f"!window.isOld && {READY} && {SHOWN}.includes('no group: the group did not start')")
@@ -248,13 +251,17 @@ def test_the_panel_shows_the_group_fills_the_node_and_stops_the_group(page, brok
     broken_python[0].unlink(missing_ok=True)
     before = len(workers())
     listen(page)
-    load(page, T2V, **TWO, XDiTBackend__plan="ulysses2")  # not the plan whose failure is remembered
+    asked = {"XDiTLoadCogVideoX__guidance_cache": 2}
+    load(page, T2V, **TWO | asked, XDiTBackend__plan="ulysses2")  # not the plan whose failure is remembered
     page.run("[...document.querySelectorAll('button')].find((each) => each.innerText.trim() === 'GPUs').click()")
     page.wait("document.querySelector('.xdit-badge')")
     run(page)
     assert page.run("ended") == "execution_success"
     page.wait("document.querySelector('.xdit-badge').innerText === 'idle'")
     assert len(workers()) == before + 2
+    page.wait(f"{SHOWN}.includes('guidance cache 2: ')")
+    page.run("new Promise((done) => setTimeout(done, 500))")  # a toast may come late
+    assert not [text for text in page.run(TOASTS) if "guidance cache" in text] and not page.run(NOTES_OF_PANEL)
     cards = page.run("[...document.querySelectorAll('.xdit-card')].map((card) => card.innerText).join('|')")
     assert "rank 0 · cpu" in cards and "sequence 2/2" in cards
     page.wait(f"{SHOWN}.includes('2 ranks, warm, ulysses2')")

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import Client
 
 import pytest
@@ -19,7 +20,8 @@ from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group import connection, protocol, server
 from parallel_backend.group.codec import Message
 from parallel_backend.group.registry import GroupAddress, Home
-from parallel_backend.jobs import DecodeJob
+from parallel_backend.jobs import DecodeJob, Report
+from parallel_backend.notes import is_warning
 from parallel_backend.plan import Plan
 
 from .conftest import TOLERANCE, rank_processes, wait_until
@@ -66,6 +68,13 @@ def test_a_broken_connection_is_made_again_and_the_healthy_group_goes_on(group, 
     (note,) = result.report.notes
     assert note.startswith("the connection to the group broke; connected again and went on after step ")
     assert rank_processes(group.address) == before
+
+
+def test_all_notes_of_a_group_of_an_older_version_are_warnings():
+    plain, tensors = {"report": asdict(Report(notes=("lost", "asked for")))}, {"tensor": torch.zeros(1)}
+    for known, expected in (({}, [True, True]), ({"information": ["asked for"]}, [True, False])):
+        found = group_connection.result_of(Message("done", plain | known, tensors), ["started again"]).report.notes
+        assert found == ("started again", "lost", "asked for") and [is_warning(note) for note in found] == [True, *expected]
 
 
 def test_an_error_of_the_caller_s_own_is_not_taken_for_a_broken_connection(group, make_job):

@@ -24,6 +24,7 @@ from parallel_backend.errors import RequestError
 from parallel_backend.executor.batch import cut
 from parallel_backend.jobs import SampleJob
 from parallel_backend.model import Model, Windows
+from parallel_backend.notes import is_warning
 from parallel_backend.parallel.guidance import why_not_joined
 from parallel_backend.parallel.sequence import JointSequence
 from parallel_backend.plan import Plan
@@ -117,6 +118,7 @@ def test_without_it_or_without_guidance_nothing_is_spared(job, plain, local):
         again = local.sample(job)  # nothing of a cache stays behind
     assert found == [1] * STEPS + [2] * STEPS and torch.equal(again.tensor, plain) and not again.report.notes
     assert alone.report.notes == ("guidance_cache has no effect: cfg is 1, so no step runs on the negative prompt",)
+    assert all(map(is_warning, alone.report.notes))
     assert torch.equal(alone.tensor, local.sample(replace(job, cfg=1.0)).tensor)
 
 
@@ -215,6 +217,7 @@ def test_both_halves_of_cfg2_share_the_tokens_of_a_spared_step_and_equal_single(
         result = group.sample(asked)
         assert (result.tensor - expected).abs().max() <= TOLERANCE, asked.model.path
         assert note_of(result).endswith("; in them the 2 ranks of both halves shared its tokens")
+        assert not any(map(is_warning, result.report.notes))  # also after the way over the group's socket
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +245,7 @@ def test_a_job_that_lost_a_rank_goes_on_with_a_full_step(start_group, make_job, 
     result = group.sample(cached(job), on_step=kill)
     (done,) = (int(note.split()[-1]) for note in result.report.notes if "went on after step" in note)
     assert hurt and done >= 3 and any("the guidance cache was reset on the way" in note for note in result.report.notes)
+    assert [note for note in result.report.notes if not is_warning(note)] == [note_of(result)]
     monkeypatch.setattr(Sampling, "turns", lambda sampling, step: step == done)
     assert (result.tensor - local.sample(cached(job)).tensor).abs().max() <= TOLERANCE
 

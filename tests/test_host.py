@@ -360,6 +360,20 @@ show(set_by_hand=set_by_hand, auto=shown[-1][1].splitlines())
     assert shown["auto"][0] == "plan single on cpu:1: one device: nothing to split"
 
 
+def test_what_the_user_asked_for_is_no_warning_and_what_has_no_effect_is_one(in_comfyui):
+    shown, _ = in_comfyui(
+        SHOWN
+        + """
+at("first", "5")
+asked = dataclasses.replace(sample(windows=jobs.Windows()), model=jobs.Model(path, step_cache=0.1, guidance_cache=1))
+host.run(asked)
+show(levels={line["text"].partition(":")[0]: line["level"] for line in lines.kept.of_workflow(None)["5"]})
+"""
+    )
+    fits = "the video of 9 frames fits in one window of 49"
+    assert shown["levels"] == {fits: "warning", "sample": "info", "step cache 0.1": "info", "guidance cache 1": "info"}
+
+
 def test_clip_text_encode_says_in_its_node_what_of_a_prompt_is_not_used(nodes):
     shown, _ = nodes(
         SHOWN

@@ -25,6 +25,7 @@ from ...parallel_backend.executor.resolve import SET_BY_USER
 from ...parallel_backend.group.fork_server_client import ForkServerProcess
 from ...parallel_backend.group.preflight import check_possible
 from ...parallel_backend.jobs import Job, Report, Result, SampleJob, UpscaleJob
+from ...parallel_backend.notes import is_warning
 from ...parallel_backend.plan import AUTO, Plan
 from ...parallel_backend.planner.cost_model import HEADROOM
 from . import lines
@@ -244,7 +245,7 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None, on_fram
             raise
     say(summary(checked.job, result.report), node_id)
     for note in result.report.notes:
-        say(note, node_id, level=logging.WARNING)
+        say(note, node_id, level=logging.WARNING if is_warning(note) else logging.INFO)
     return result
 
 

@@ -16,6 +16,7 @@ from ..cogvideox.checkpoint.compression import TEMPORAL, frames_of, latent_frame
 from ..cogvideox.pipeline.notes import WHOLE
 from ..cogvideox.pipeline.windows import Layout
 from ..jobs import MAX_SEED, DecodeJob, EncodeJob, Job, Report, Result, SampleJob
+from ..notes import Information
 
 Run = Callable[..., Result]
 """Runs a job; called with it, or for a window with the number of its place too."""
@@ -69,7 +70,7 @@ def sample(job: SampleJob, run: Run) -> Result:
             known = ending(job, result.tensor, places[place + 1][1], run)
     frames = frames_of(places[1][1])
     note = f"{len(places)} windows, one after the other: each continues the last {frames} frames of the one before"
-    return Result(torch.cat(parts, dim=2), joined(reports, note))
+    return Result(torch.cat(parts, dim=2), joined(reports, Information(note)))
 
 
 def window_of(job: SampleJob, place: int, start: int, known: dict[str, torch.Tensor], last: bool) -> SampleJob:

@@ -16,6 +16,7 @@ from ..group.codec import LAST, Message
 from ..group.connection import Broken, Stalled, connect, talking
 from ..group.registry import GroupAddress
 from ..jobs import Progress, Report, Result
+from ..notes import marked
 from .base import StepListener, StopSignal
 
 GiveUp = Callable[[Exception, float], GroupFailure | RequestError | None]
@@ -153,7 +154,7 @@ def last_answer(found: Iterator[Message], on_step: StepListener, kept: Keepsake)
 def result_of(answer: Message, notes: Sequence[str]) -> Result:
     """Returns the result of a job from the last answer, with notes before its own."""
     report = {key: tuple(value) if isinstance(value, list) else value for key, value in answer.plain["report"].items()}
-    report["notes"] = (*notes, *report["notes"])
+    report["notes"] = (*notes, *marked(report["notes"], answer.plain.get("information", ())))
     return Result(answer.tensors["tensor"], Report(**report))
 
 

@@ -16,6 +16,7 @@ from ..config import CONFIG
 from ..engine.engine import Engine
 from ..errors import Cancelled, RequestError
 from ..jobs import Job, Progress, Result
+from ..notes import information_of
 from ..parallel.group_rank import GroupRankContext, slow_link
 from ..planner.machine import Link
 from .codec import Message, decode, encode
@@ -181,7 +182,8 @@ class JobLoop:
         notes = self.notes if message.kind == "sample" else ()
         report = replace(result.report, peak_memory=tuple(self.memory), notes=(*notes, *result.report.notes))
         self.log_line(message.kind, report, request.waited)
-        request.answer(Message("done", {"report": asdict(report)}, {"tensor": result.tensor}))
+        plain = {"report": asdict(report), "information": information_of(report.notes)}
+        request.answer(Message("done", plain, {"tensor": result.tensor}))
 
     def run(self, message: Message, request: ClientRequest | None) -> Result | None:
         """Runs this rank's share of a job."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ..cogvideox.checkpoint.shards import Shard
 from ..cogvideox.pipeline.caches import JobCaches
 from ..jobs import SampleJob
+from ..notes import Information
 from ..plan import Plan
 from ..planner.machine import SLOW_LINK, Link
 from . import symmetric_memory, xdit
@@ -162,9 +163,9 @@ class GroupRankContext(RankContext):
         group, reason = self._joined, "" if self.device.type == "cpu" else None
         if reason is None:
             reason = symmetric_memory.why_not(group.device_group, self.device, self.collect)
-        self.about_spared = f"in them the {group.world_size} ranks of both halves shared its tokens" + (
-            f", which NCCL transferred: the GPUs cannot write to each other's memory: {reason}" if reason else ""
-        )
+        shared = f"in them the {group.world_size} ranks of both halves shared its tokens"
+        slower = f"{shared}, which NCCL transferred: the GPUs cannot write to each other's memory: {reason}"
+        self.about_spared = slower if reason else Information(shared)
         return SequenceSplit(heads, group=group, ulysses=group.world_size, device=self.device if reason is None else None)
 
     def caches(self, job: SampleJob) -> JobCaches | KeptOfJob:

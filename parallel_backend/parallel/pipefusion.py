@@ -17,6 +17,7 @@ from ..cogvideox.attention import choice
 from ..cogvideox.attention.function import AttentionFunction
 from ..cogvideox.attention.torch_attention import Attention
 from ..cogvideox.transformer import block
+from ..notes import Information
 from ..planner.work import patches
 from .sequence import Chunk
 from .ulysses import UlyssesAttention
@@ -79,9 +80,11 @@ class KeptOfJob:
         if not late:
             return []
         return [
-            f"pipefusion: {late} of {sum(kept.forwards for kept in windows)} forwards attended to keys and values of the step "
-            f"before, of which a rank kept {sum(kept.nbytes for kept in windows) / 2**20:.0f} MiB: similar to the video of other plans, "
-            "but not the same"
+            Information(
+                f"pipefusion: {late} of {sum(kept.forwards for kept in windows)} forwards attended to keys and values of the step "
+                f"before, of which a rank kept {sum(kept.nbytes for kept in windows) / 2**20:.0f} MiB: similar to the video of "
+                "other plans, but not the same"
+            )
         ]
 
 

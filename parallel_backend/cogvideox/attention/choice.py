@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import RequestError
+from ...notes import Information
 from ...plan import AUTO
 from . import hopper_fp8, registry
 from .function import AttentionFunction, Kind
@@ -132,7 +133,8 @@ def fastest_of(offers: list[Timings]) -> tuple[AttentionFunction, list[str]]:
     left_out = {name: reason for offer in offers for name, reason in offer.left_out.items()}
     without = "".join(f"; without {other}: {reason}" for other, reason in left_out.items())
     if len(slowest) > 1:
-        return registry.FUNCTIONS[name], [f"attention: {name}, the fastest of {len(slowest)} exact functions here{without}"]
+        note = f"attention: {name}, the fastest of {len(slowest)} exact functions here{without}"
+        return registry.FUNCTIONS[name], [note if without else Information(note)]
     return registry.FUNCTIONS[name], [f"attention: {name}{without}"] if without else []
 
 

@@ -1,6 +1,7 @@
 """The caches of a job, which make some of its steps shorter: one of each kind that is on per window."""
 
 from ...jobs import SampleJob
+from ...notes import Information, is_warning
 from ..transformer.step_cache import StepCache
 from .guidance_cache import GuidanceCache
 
@@ -55,10 +56,12 @@ class JobCaches:
         found = []
         if self.threshold:
             reused, forwards = (sum(getattr(cache, name) for cache in self._steps.values()) for name in ("reused", "forwards"))
-            found.append(f"step cache {self.threshold:g}: {reused} of {forwards} forwards ran their first block only")
+            line = f"step cache {self.threshold:g}: {reused} of {forwards} forwards ran their first block only"
+            found.append(Information(line))
         if self.most:
             spared, steps = (sum(getattr(cache, name) for cache in self._guidance.values()) for name in ("spared", "steps"))
-            found.append(f"guidance cache {self.most}: {spared} of {steps} forwards ran on the positive prompt only")
-            if spared and self._context.about_spared:
-                found[-1] += f"; {self._context.about_spared}"
+            about = spared and self._context.about_spared
+            line = f"guidance cache {self.most}: {spared} of {steps} forwards ran on the positive prompt only"
+            line += f"; {about}" if about else ""
+            found.append(line if about and is_warning(about) else Information(line))
         return found

@@ -1,6 +1,7 @@
 """What the user should know of a job before it runs: what was concluded, and what has no effect."""
 
 from ...jobs import SampleJob
+from ...notes import Information
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.compression import frames_of
 from ..checkpoint.tasks import INTERPOLATION_PIPELINE
@@ -33,7 +34,7 @@ def of_riflex(job: SampleJob, checkpoint: Checkpoint) -> str | None:
         return None
     frames = Layout.of(job, checkpoint).length
     if stretched := riflex_frames(checkpoint, frames, job.riflex):
-        return f"riflex '{job.riflex}': temporal positions are stretched to {frames_of(stretched)} frames"
+        return Information(f"riflex '{job.riflex}': temporal positions are stretched to {frames_of(stretched)} frames")
     return f"riflex has no effect on {frames_of(frames)} frames; it begins after {frames_of(riflex_period(checkpoint))}"
 
 
@@ -43,9 +44,9 @@ def of_end_image(job: SampleJob, checkpoint: Checkpoint) -> str | None:
         return None
     place = f"{checkpoint.name} is shown the end image in the last latent frame"
     if checkpoint.is_anisora:
-        return f"{place}, as AniSora V1 was trained"
+        return Information(f"{place}, as AniSora V1 was trained")
     if checkpoint.pipeline == INTERPOLATION_PIPELINE:
-        return f"{place}, as {INTERPOLATION_PIPELINE} in its model_index.json asks for"
+        return Information(f"{place}, as {INTERPOLATION_PIPELINE} in its model_index.json asks for")
     return (
         f"{place}, as CogvideoX-Interpolation's weights were trained; they have the shapes of CogVideoX-5b-I2V, which was not, so for "
         "an end image use those weights or an inpaint model"
