@@ -328,7 +328,7 @@ def test_prompts_take_turns_and_what_is_not_used_stays_in_the_node(server, promp
     prompt[sampler]["inputs"]["positive"] = ["35", 0]
     events = list(server.events(server.queue(prompt)))
     assert events[-1]["type"] == "execution_success"
-    shown = {event["data"]["node"]: event["data"]["text"].splitlines() for event in events if event["type"] == "text"}
+    shown = {event["data"]["node"]: event["data"]["text"].split("  \n") for event in events if event["type"] == "text"}
     assert [line.split(";")[0].split(",")[1] for line in shown["30"]] == [" 32 are used"] and "31" not in shown
     *warnings, cost = shown[sampler]
     assert warnings == [

@@ -266,7 +266,7 @@ def made(given, positive=a, positive_starts=()):
     shown.clear()
     at(f"prompt {len(ran)}", "1")
     call(Sampler, model=model, positive=given, negative=negative, latent=latent, **settings)
-    job, lines = ran[-1], shown[-1][1].splitlines() if shown else []
+    job, lines = ran[-1], lines_of_last() if shown else []
     right = torch.equal(job.positive, positive) and job.positive_starts == positive_starts
     return [right and torch.equal(job.negative, negative[0][0]) and not job.negative_starts, lines]
 A, B = [[a, {"pooled_output": None}]], [[b, {}]]
@@ -318,7 +318,7 @@ for given in (start[0], positive + start[0], positive + start[0] + end[0]):
     at(f"prompt {len(ran)}", "1")
     sampled(model, (given, start[1], start[2]))
     same = torch.equal(ran[-1].image, start[0][0][1]["concat_latent_image"])
-    found.append([same, [line for line in shown[-1][1].splitlines() if "different" in line] if shown else []])
+    found.append([same, [line for line in lines_of_last() if "different" in line] if shown else []])
 show(found=found)
 """
     )

@@ -18,7 +18,7 @@ guided = host.run(sample(), backend).report
 group = host._groups.executor.address.folder
 at("second", "5")
 plain = host.run(sample(cfg=1.0), backend).report
-why = [line for line in shown[-1][1].splitlines() if line.startswith("plan cfg2 on cpu:2: ")]
+why = [line for line in lines_of_last() if line.startswith("plan cfg2 on cpu:2: ")]
 try:
     host.run(sample(latent=latent[:, :4]), Handle("cpu:2", "ulysses2"))
 except errors.RequestError as error:
@@ -44,7 +44,7 @@ def test_a_backend_that_cannot_start_says_so_after_success_too_and_the_work_is_d
 configure("parallel_backend.group.preflight", python={python!r})
 at("first", "5")
 plan = host.run(sample(), Handle("cpu:2", "cfg2")).report.plan
-show(plan=plan, last=shown[-1][1].splitlines())
+show(plan=plan, last=lines_of_last())
 """
     )
     assert shown["plan"] == "single"
@@ -294,13 +294,13 @@ show(shown=shown)
     )
     assert shown["shown"] == [
         ["5", "plan"],
-        ["5", "cut off\nplan"],
-        ["5", "cut off\nplan"],
-        ["5", "cut off\nplan\ndone"],
+        ["5", "cut off  \nplan"],
+        ["5", "cut off  \nplan"],
+        ["5", "cut off  \nplan  \ndone"],
         ["6", "other"],
         ["5", "again"],
-        ["5", "again\nreading weights: 43%"],
-        ["5", "again\nread"],
+        ["5", "again  \nreading weights: 43%"],
+        ["5", "again  \nread"],
         ["5", "alone"],
         ["5", "alone, too"],
     ]
@@ -349,10 +349,10 @@ def test_a_job_s_notes_stand_before_what_it_cost_and_a_plan_that_was_set_is_not_
         + """
 at("first", "5")
 host.run(sample(windows=jobs.Windows()), Handle("cpu:1", "single"))
-set_by_hand = shown[-1][1].splitlines()
+set_by_hand = lines_of_last()
 at("second", "5")
 host.run(sample(), Handle("cpu:1", "auto"))
-show(set_by_hand=set_by_hand, auto=shown[-1][1].splitlines())
+show(set_by_hand=set_by_hand, auto=lines_of_last())
 """
     )
     note, cost = shown["set_by_hand"]

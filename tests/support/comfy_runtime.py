@@ -100,6 +100,8 @@ comfy_execution.utils.get_executing_context = lambda: context and types.SimpleNa
 PromptServer.instance.send_progress_text = lambda text, node_id: shown.append([node_id, text])
 def at(prompt, node):
     context.append({"prompt_id": prompt, "node_id": node})
+def lines_of_last():
+    return shown[-1][1].split("  \\n")
 WARNING = 30
 """
 """Names for code that records what ComfyUI's front end receives while a node executes."""

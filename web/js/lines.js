@@ -2,13 +2,15 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
+const LINE_BREAK = "  \n"; // in Markdown, as of Vue nodes, and in the classic renderer's plain text
+
 async function showAgain() {
   const workflow = (app.rootGraph ?? app.graph)?.id;
   if (!workflow) return;
   const answer = await api.fetchApi(`/cogvideox-xdit/lines?workflow=${encodeURIComponent(workflow)}`);
   if (!answer.ok) return;
   for (const [nodeId, lines] of Object.entries(await answer.json())) {
-    api.dispatchCustomEvent("progress_text", { nodeId, text: lines.map((line) => line.text).join("\n") });
+    api.dispatchCustomEvent("progress_text", { nodeId, text: lines.map((line) => line.text).join(LINE_BREAK) });
   }
 }
 
