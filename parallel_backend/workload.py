@@ -1,5 +1,6 @@
 """What a job computes and keeps, for the planner."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,15 +70,16 @@ class Workload:
 
     @classmethod
     def of_tiles(cls, job: UpscaleJob, checkpoint: Checkpoint) -> "Workload":
-        """Returns the workload of enlarging a video. A tile is counted as its forward pass, without the VAE."""
+        """Returns the workload of enlarging a video. A step is a tile: the VAE encodes it, the transformer sees it, the VAE decodes it."""
         forward, _ = blank_parts(job, checkpoint)
+        tiles = tiles_of(job)
         return cls(
             heads=checkpoint.heads,
             layers=checkpoint.layers,
             guided=False,
             offload=job.model.offload,
-            work=partial(work_of_job, forward, checkpoint),
-            jobs=len(tiles_of(job)),
+            work=lambda device: replace(work_of_job(forward, checkpoint, device), pixels=math.prod(tiles[0].size)),
+            jobs=len(tiles),
             unit="tiles",
             batch=1,
         )

@@ -294,9 +294,18 @@ def test_the_planner_is_asked_for_a_tile_where_a_workflow_only_upscales(page, se
         XDiTBackend__devices="cpu:2",
     )
     asked = page.run("import('/extensions/ComfyUI-CogVideoX-xDiT/js/graph.js').then(({ question }) => question())")
-    assert asked == {"model": "demo", "width": 96, "height": 96, "length": 33, "cfg": 1, "devices": "cpu:2"}
+    assert asked == {"model": "demo", "width": 96, "height": 96, "length": 33, "cfg": 1, "kind": "upscale", "devices": "cpu:2"}
     found = server.request(f"/cogvideox-xdit/plans?{urllib.parse.urlencode(asked)}")
-    assert found["size"] == [96, 96, 33] and "cfg2" not in [row["plan"] for row in found["rows"]]
+    assert found["size"] == [96, 96, 33]
+    assert [row["plan"] for row in found["rows"] if row["chosen"]] == ["replicas2"]
+    if not page.run("!!document.querySelector('.xdit-panel')"):
+        page.run("[...document.querySelectorAll('button')].find((each) => each.innerText.trim() === 'GPUs').click()")
+    page.wait("document.querySelector('[data-action=plans]')")
+    for _ in range(1 + page.run("!!document.querySelector('.xdit-plans')")):  # it may be open for another workflow
+        page.run("document.querySelector('[data-action=plans]').click()")
+    page.wait("document.querySelector('.xdit-plans')?.innerText.includes('tiles of 96×96, 33 frames')")
+    listed = page.run("[...document.querySelectorAll('.xdit-plan b')].map((each) => each.innerText)")
+    assert sorted(listed) == ["replicas2", "ring2", "ulysses2"]
 
 
 def test_an_image_to_video_that_loses_a_rank_succeeds_and_says_so(page):

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plans_table import (
     EIGHT_BITS,
@@ -37,10 +39,12 @@ from parallel_backend.jobs import SampleJob, empty_latent
 from parallel_backend.model import QUANTIZES, Model
 from parallel_backend.plan import Plan
 from parallel_backend.planner import gpu_table, hardware, hardware_cache
+from parallel_backend.planner.computation import vae_seconds
 from parallel_backend.planner.cost_model import predict, weight_bytes
 from parallel_backend.planner.cost_model import working_bytes as planned_bytes
 from parallel_backend.planner.machine import CPU, Link
 from parallel_backend.planner.planner import approximations, assumed, choose, predictions
+from parallel_backend.planner.work import VAE_OPERATIONS
 from parallel_backend.workload import Workload, work_of, work_of_job
 
 H100, GIB = gpu_table.KNOWN["H100"], 2**30
@@ -55,6 +59,41 @@ PLANS = [
     "pipefusion2",
     "cfg2-pipefusion3",
 ]
+
+
+TILE = replace(assumed(48, False), tokens=226 + 5 * 64 * 64, pixels=33 * 1024 * 1024)
+"""Of 1024 x 1024 pixels with 33 frames, by a model of 1.5's shape."""
+
+
+def test_the_vae_s_operations_are_those_that_are_counted():
+    blocks = {"down_block_types": ["CogVideoXDownBlock3D"] * 4, "up_block_types": ["CogVideoXUpBlock3D"] * 4}
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        vae = AutoencoderKLCogVideoX(block_out_channels=[128, 256, 256, 512], latent_channels=16, **blocks)
+        vae.encode(torch.empty(1, 3, 33, 256, 256))
+        vae.decode(torch.empty(1, 16, 9, 32, 32))
+    assert counted.get_total_flops() == pytest.approx(VAE_OPERATIONS * 33 * 256 * 256, rel=0.02)
+
+
+def test_a_decode_is_predicted_as_two_h100s_took_it():
+    share = 18.6e6 / VAE_OPERATIONS
+    for plan, took in (("single", 0.766), ("ulysses2", 0.478)):
+        found = vae_seconds(Plan.parse(plan), replace(TILE, pixels=int(share * 49 * 480 * 720)), H100)
+        assert found == pytest.approx(took, rel=0.03)
+
+
+@pytest.mark.parametrize("machine", [H100, CPU], ids=["H100", "cpu"])
+def test_replicas_share_tiles_where_they_finish_sooner(machine):
+    names = [str(choose(TILE, machine, 2, jobs=tiles, unit="tiles")[0]) for tiles in (1, 2, 3, 7)]
+    assert names == ["ulysses2", "replicas2", "ulysses2", "replicas2"]
+    alone = replace(TILE, pixels=0)  # the model alone is split better than the VAE
+    assert str(choose(alone, machine, 2, jobs=7, unit="tiles")[0]) == "ulysses2"
+
+
+def test_a_tile_takes_one_step_so_the_reason_names_none():
+    words = choose(TILE, H100, 2, jobs=2, unit="tiles")[1]
+    assert words.startswith("replicas2 is predicted at 3.00 s for all 2 tiles, ulysses2 at 3.62 s")
+    assert choose(TILE, H100, 1, jobs=2, unit="tiles")[1].endswith("predicted at 6.00 s for all 2 tiles")
+    assert "s a tile, " in choose(TILE, H100, 2, unit="tiles")[1]
 
 
 def test_a_step_of_5b_is_664_tflop():

@@ -66,3 +66,19 @@ show(labels=[label(0, None), label(0, "reading weights: 43%"), label(0, "first s
     assert re.search(r"upscale: plan single, one tile, [\d.]+ s a tile, load", said)
     assert shown["broken"].endswith("has no readable prompt_embedding; replace or remove the file")
     assert shown["held"] == ["transformer", "vae"]
+
+
+def test_the_table_of_plans_has_seconds_a_tile_with_replicas_and_without_a_pipeline(in_comfyui, checkpoints):
+    shown, _ = in_comfyui(f"""
+table, gpus = part("nodes.comfy.plan_table"), part("parallel_backend.planner.gpu_table").KNOWN
+table.machine_of = lambda devices: gpus["H100"]
+table.checkpoint_of = lambda name: Checkpoint.open({str(checkpoints["1.5-5b"])!r})
+def rows(**query):
+    return {{row["plan"]: row["seconds"] for row in table.of_query({{"devices": "cpu:2", **query}})["rows"]}}
+size = dict(width="1024", height="1024", length="33")
+show(tile=rows(kind="upscale", **size), alone=rows(kind="upscale", **size | {{"devices": "cpu"}}), batch=rows(batch="4", **size), one=rows(**size))
+""")
+    tile = shown["tile"]
+    assert set(tile) == {"replicas2", "ulysses2", "ring2"}
+    assert tile["replicas2"] == shown["alone"]["single"] / 2 < tile["ulysses2"]
+    assert "replicas2" in shown["batch"] and "pipefusion2" in shown["batch"] and "replicas2" not in shown["one"]

@@ -229,7 +229,9 @@ def test_the_planner_counts_tiles_and_memory_is_that_of_one(make):
     plan, reason = choose(
         workload.work(torch.device("cpu")), gpu_table.KNOWN["H100"], 2, jobs=workload.jobs, unit=workload.unit
     )
-    assert str(plan) == "replicas2" and "all 4 tiles" in reason
+    assert str(plan) == "replicas2" and "for all 4 tiles" in reason
+    assert workload.work(torch.device("cpu")).pixels == 33 * 720 * 672
+    assert prepare(checked, "auto", "cpu:2").plan == Plan(replicas=2)
     need = working_bytes(job, checked.checkpoint, Plan(), torch.float32)
     latent = torch.empty(1, 16, 9, 90, 84)
     assert need >= tiling.working_bytes(DecodeJob(job.model, latent), torch.float32)

@@ -1,5 +1,7 @@
 """The planner's table for a model, a size and devices, and the values that *xDiT Backend* can have here."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,9 +10,11 @@ from ...parallel_backend.cogvideox.checkpoint import published
 from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Failure, RequestError
-from ...parallel_backend.executor.resolve import machine_of
+from ...parallel_backend.executor.resolve import is_served, machine_of
+from ...parallel_backend.jobs import SampleJob, UpscaleJob
 from ...parallel_backend.plan import AUTO
 from ...parallel_backend.planner.planner import approximations, choose, predictions
+from ...parallel_backend.planner.work import Work
 from ...parallel_backend.validation import check_size
 from ...parallel_backend.workload import work_of
 from .model_folders import NotDownloaded, find_model
@@ -20,29 +24,28 @@ CPU_PROCESSES = 2
 
 
 def of_query(query: dict[str, str]) -> dict[str, Any]:
-    """Returns the table for the fields ``model``, ``width``, ``height``, ``length``, ``cfg`` and ``devices``, as plain values.
+    """Returns the table for the fields ``model``, ``width``, ``height``, ``length``, ``batch``, ``cfg``, ``devices`` and ``kind``.
+
+    The table has plain values. For the kind ``upscale`` the size is that of a tile, and the seconds are of one of many tiles: how many there
+    are is known once the video is.
 
     Raises:
         RequestError: for a field that makes no sense.
     """
     checkpoint = checkpoint_of(query.get("model", "demo"))
     devices = Devices.parse(query.get("devices") or AUTO)
-    default = dict(zip(("width", "height", "length"), checkpoint.default_size))
-    try:
-        width, height, frames = (int(query.get(name) or value) for name, value in default.items())
-        guided = float(query.get("cfg") or checkpoint.default_cfg) > 1
-    except ValueError as error:
-        raise RequestError(f"the size or cfg is no number: {error}") from None
-    check_size(width, height, frames, names={"frames": "length"})
-    machine = machine_of(devices)
-    work = work_of(checkpoint, devices.first, size=(width, height, frames), guided=guided)
-    found = predictions(work, machine, devices.count) + approximations(work, machine, devices.count)
-    chosen, reason = choose(work, machine, devices.count)
+    is_tile = query.get("kind") == UpscaleJob.kind
+    size, work = work_of_query(query, checkpoint, devices, is_tile=is_tile)
+    machine, tiles = machine_of(devices), devices.count if is_tile else 1
+    many = {"jobs": tiles, "can_share": not is_served(devices)}
+    found = predictions(work, machine, devices.count, **many)
+    found += [] if is_tile else approximations(work, machine, devices.count)
+    chosen, reason = choose(work, machine, devices.count, unit="tiles" if is_tile else "videos", **many)
     rows = [
         {
             "plan": str(each.plan),
             "devices": str(devices.first_of(each.plan.world_size)),
-            "seconds": each.total if machine.knows_seconds else None,
+            "seconds": each.total / tiles if machine.knows_seconds else None,
             "relative": each.total / min(one.total for one in found),
             "memory": each.needed,
             "fits": bool(each.fits),
@@ -53,12 +56,33 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     ]
     return {
         "model": checkpoint.name,
-        "size": [width, height, frames],
+        "size": list(size),
+        "kind": UpscaleJob.kind if is_tile else SampleJob.kind,
         "devices": str(devices),
         "free_memory": machine.free,
         "reason": reason,
         "rows": rows,
     }
+
+
+def work_of_query(
+    query: dict[str, str], checkpoint: Checkpoint, devices: Devices, *, is_tile: bool
+) -> tuple[tuple[int, int, int], Work]:
+    """Returns width, height and frames of a query, and the work of one step.
+
+    Raises:
+        RequestError: for a field that makes no sense.
+    """
+    default = dict(zip(("width", "height", "length"), checkpoint.default_size)) | {"batch": 1}
+    try:
+        width, height, frames, batch = (int(query.get(name) or value) for name, value in default.items())
+        guided = float(query.get("cfg") or checkpoint.default_cfg) > 1 and not is_tile
+    except ValueError as error:
+        raise RequestError(f"the size or cfg is no number: {error}") from None
+    size = width, height, frames
+    check_size(*size, batch, names={"frames": "length", "batch": "batch_size"})
+    work = work_of(checkpoint, devices.first, size=size, guided=guided, batch=batch)
+    return size, replace(work, pixels=math.prod(size)) if is_tile else work
 
 
 def choices_of_query(query: dict[str, str]) -> dict[str, list[str]]:

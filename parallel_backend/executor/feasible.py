@@ -8,8 +8,7 @@ from ..errors import RequestError
 from ..jobs import SampleJob, UpscaleJob
 from ..plan import Plan
 from ..planner import hardware
-from ..planner.computation import computation
-from ..planner.cost_model import weight_bytes, working_bytes
+from ..planner.cost_model import predict, weight_bytes, working_bytes
 from ..planner.machine import CPU
 from ..system.limits import usable_cores, usable_memory
 from .base import steps_of
@@ -63,7 +62,7 @@ def check_feasible(prepared: PreparedJob) -> None:
     need = working_bytes(plan.replica, work, compiled=devices.kind != "cpu")
     if devices.kind == "cpu":
         need, free, where = (need + weight_bytes(plan.replica, work)) * devices.count, usable_memory(), "of main memory"
-        days = computation(Plan(), work, CPU) * CPU_CORES / usable_cores() * steps / DAY
+        days = predict(Plan(), work, CPU).seconds * CPU_CORES / usable_cores() * steps / DAY
     else:
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in devices.torch_devices]
         free, where, days = hardware.allowed(min(sizes)), "on each GPU, without weights", 0

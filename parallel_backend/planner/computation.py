@@ -6,7 +6,7 @@ Each constant names the measurement that it comes from: NOTES is benchmarks/NOTE
 
 from ..plan import Plan
 from .machine import Machine
-from .work import Work, bubble_factor, plan_patches, stage_layers, states_bytes
+from .work import VAE_OPERATIONS, Work, bubble_factor, plan_patches, stage_layers, states_bytes
 
 MATRIX_SHARE = 0.94
 """Share of a large product's rate that products reach in a step: 745 of 790 TFLOP/s (NOTES: where a half goes; FACTS)."""
@@ -35,6 +35,11 @@ LAUNCH_SECONDS = 1.1e-3
 assumed for each exchange in a block; with two GPUs the device never took less."""
 KEPT_PASSES = 4
 """Additional passes under ``pipefusion``: keys and values are kept, so they are read and written once more."""
+VAE_SHARE = 0.54
+"""Share of a large product's rate that the VAE reaches: a decode of 49x480x720 takes 0.77 s on an H100 (h100x2-2026-11-27.json). An encode
+was not timed, and is assumed to reach the same."""
+VAE_WHOLE = 0.25
+"""Share of the VAE's seconds that more ranks do not shorten: the same decode takes 0.48 s on two."""
 
 
 def computation(plan: Plan, work: Work, machine: Machine) -> float:
@@ -61,6 +66,12 @@ def computation(plan: Plan, work: Work, machine: Machine) -> float:
     )
     host = layers * (1 + exchanges_per_block(plan)) * patches * LAUNCH_SECONDS if is_compiled else 0.0
     return bubble_factor(plan, work) * max(device, host)
+
+
+def vae_seconds(plan: Plan, work: Work, machine: Machine) -> float:
+    """Returns the seconds of a step in which the VAE works. Each rank has a strip of rows."""
+    share = VAE_WHOLE + (1 - VAE_WHOLE) / plan.world_size
+    return share * VAE_OPERATIONS * work.pixels / (machine.matrix * VAE_SHARE)
 
 
 def exchanges_per_block(plan: Plan) -> int:

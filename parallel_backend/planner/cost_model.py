@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..plan import Plan
 from .communication import communication
-from .computation import computation
+from .computation import computation, vae_seconds
 from .machine import Machine
 from .work import Work, stage_layers, states_bytes
 
@@ -67,7 +67,7 @@ def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:
     needed = int(max(peak, weights + working_bytes(plan, work)) / HEADROOM)
     return Prediction(
         plan,
-        seconds=computation(plan, work, machine) + waiting,
+        seconds=computation(plan, work, machine) + waiting + vae_seconds(plan, work, machine),
         peak=peak,
         needed=needed,
         sent=sent,

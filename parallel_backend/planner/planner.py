@@ -40,8 +40,14 @@ def choose(
     """
     found = predictions(work, machine, world_size, jobs=jobs, can_share=can_share)
     best = pick(found)
-    many = jobs * work.videos
-    return best.plan, reason_for(best, found, machine, world_size, f"all {many} {unit}" if many > 1 else "")
+    return best.plan, reason_for(best, found, machine, world_size, what_is_timed(jobs * work.videos, unit))
+
+
+def what_is_timed(count: int, unit: str) -> str:
+    """Returns what a prediction's seconds are of, for the user. A tile takes one step, and a video several."""
+    if unit == "tiles":
+        return f"for all {count} tiles" if count > 1 else "a tile"
+    return f"a step of all {count} {unit}" if count > 1 else "a step"
 
 
 def assumed(heads: int, guided: bool) -> Work:
@@ -55,7 +61,8 @@ def assumed(heads: int, guided: bool) -> Work:
 def predictions(work: Work, machine: Machine, world_size: int, *, jobs: int = 1, can_share: bool = True) -> list[Prediction]:
     """Predicts every exact plan on all devices, the best plan on each smaller number of devices, and replicas. Fastest first.
 
-    If the machine's seconds are unknown, only plans on all devices are returned, as plans of different sizes cannot be compared.
+    If the machine's seconds are unknown, only plans on all devices are returned, replicas included: plans of different sizes cannot be
+    compared.
     """
     found = [replace(each, rounds=jobs) for each in of_size(work, machine.first(world_size), world_size)]
     if machine.knows_seconds:
@@ -64,8 +71,9 @@ def predictions(work: Work, machine: Machine, world_size: int, *, jobs: int = 1,
         for size in range(1, world_size):
             smaller = [replace(each, rounds=jobs) for each in best_of_size(work, machine.first(size), size)]
             found += [each for each in smaller if each.total <= most]
-        if can_share:
-            found += in_replicas(work, machine, world_size, jobs * work.videos)
+    if can_share:
+        shared = in_replicas(work, machine, world_size, jobs * work.videos)
+        found += [each for each in shared if machine.knows_seconds or each.plan.world_size == world_size]
     return sorted(found, key=lambda each: each.total)
 
 
@@ -135,7 +143,7 @@ def splits_weights(plan: Plan) -> bool:
     return plan.tensor > 1 or plan.fsdp > 1
 
 
-def reason_for(best: Prediction, found: list[Prediction], machine: Machine, world_size: int, several: str = "") -> str:
+def reason_for(best: Prediction, found: list[Prediction], machine: Machine, world_size: int, step: str = "a step") -> str:
     """Returns the reason for the best plan in one sentence.
 
     Args:
@@ -143,15 +151,14 @@ def reason_for(best: Prediction, found: list[Prediction], machine: Machine, worl
         found: all predictions, fastest first.
         machine: the devices.
         world_size: number of devices.
-        several: what a step is of, if it is not one video, such as ``all 3 videos``.
+        step: what the seconds are of, such as ``a step of all 3 videos``.
     """
     fitting = [each for each in found if each.fits]
     others = [each for each in fitting or found if each is not best and fits_alike(each, best)]
     alike = [each for each in others if (each.plan.replicas, each.plan.world_size) == (best.plan.replicas, world_size)]
     fewer = best.plan.world_size < world_size
     if world_size == 1:
-        return "one device: nothing to split" + (f", predicted at {seconds(best)} a step" if machine.knows_seconds else "")
-    step = f"a step of {several}" if several else "a step"
+        return "one device: nothing to split" + (f", predicted at {seconds(best)} {step}" if machine.knows_seconds else "")
     where = f" on {best.plan.world_size} of {world_size} devices" if fewer else ""
     if fewer:
         others = [each for each in others if each.plan.world_size == world_size]

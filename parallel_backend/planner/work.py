@@ -8,6 +8,8 @@ from .machine import Machine
 PATCHES, PATCHES_PER_STAGE = 8, 2
 """Patches of a sequence under ``pipefusion``, and patches for each stage; the larger number counts. With more patches the pipeline's
 bubble is smaller, but more keys come from the previous step."""
+VAE_OPERATIONS = 27.4e6
+"""Floating-point operations per pixel of a video that the VAE encodes (8.8e6) and decodes (18.6e6); counted."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Work:
     """Whether its attention function works in a ring."""
     beside: int = 0
     """Blocks of ControlNets, whose weights count as ``rest``: every rank has them whole."""
+    pixels: int = 0
+    """Pixels of all frames that the VAE encodes and decodes in the step, as for a tile of a video that is enlarged."""
 
     @property
     def videos(self) -> int:

@@ -53,7 +53,9 @@ export function question(backend = nodes("XDiTBackend")[0]) {
     width: side ?? valueOf(sized, "width"),
     height: side ?? valueOf(sized, "height"),
     length: valueOf(upscaler, "tile_frames") ?? valueOf(sized, "length"),
+    batch: upscaler ? undefined : valueOf(sized, "batch_size"),
     cfg: upscaler ? 1 : valueOf(sampler, "cfg"), // there is no guidance
+    kind: upscaler ? "upscale" : "sample",
     devices: valueOf(backend, "devices"),
   };
   return Object.fromEntries(Object.entries(query).filter(([, value]) => value !== undefined));

@@ -8,7 +8,10 @@ export async function planTable() {
   const table = await plans(question());
   if (table.error) return element("div", { class: "xdit-note" }, table.error);
   const [width, height, length] = table.size;
-  const what = say("{model}, {width}×{height}, {length} frames, on {devices}", { ...table, width, height, length });
+  const isTile = table.kind === "upscale", facts = { ...table, width, height, length };
+  const what = isTile
+    ? say("{model}, tiles of {width}×{height}, {length} frames, on {devices}", facts)
+    : say("{model}, {width}×{height}, {length} frames, on {devices}", facts);
   const most = Math.max(...table.rows.map((row) => row.relative));
   const room = table.free_memory ?? Math.max(...table.rows.map((row) => row.memory));
   return element(
@@ -16,12 +19,13 @@ export async function planTable() {
     { class: "xdit-plans" },
     element("div", { class: "xdit-faint" }, what),
     element("div", { class: "xdit-faint" }, say("auto: {reason}", table)),
-    ...table.rows.map((row) => planRow(row, most, room)),
+    isTile ? element("div", { class: "xdit-faint" }, say("The times are of one of many tiles, which replicas share.")) : null,
+    ...table.rows.map((row) => planRow(row, most, room, isTile)),
   );
 }
 
-function planRow(row, most, room) {
-  const time = row.seconds === null ? `${row.relative.toFixed(2)}×` : say("{time} a step", { time: seconds(row.seconds) });
+function planRow(row, most, room, isTile) {
+  const time = row.seconds === null ? `${row.relative.toFixed(2)}×` : timeOf(row, isTile);
   const marks = [row.chosen && "auto", !row.exact && say("not exact"), !row.fits && say("does not fit")].filter(Boolean);
   const kind = row.fits ? "" : "xdit-unfit";
   return element(
@@ -31,6 +35,11 @@ function planRow(row, most, room) {
     element("div", { class: "xdit-row" }, bar(row.relative / most, "time"), element("span", {}, time)),
     element("div", { class: "xdit-row" }, bar(row.memory / room), element("span", {}, `${gib(row.memory)} GiB`)),
   );
+}
+
+function timeOf(row, isTile) {
+  const time = { time: seconds(row.seconds) };
+  return isTile ? say("{time} a tile", time) : say("{time} a step", time);
 }
 
 function fill(row) {
