@@ -113,6 +113,16 @@ def choose(page: Page, rendered: str, node: str, name: str, value: str) -> None:
     page.click(middle(entry))
 
 
+def show_plans(page: Page) -> None:
+    """Opens the panel, and the table of plans for the workflow that is open."""
+    if not page.run("!!document.querySelector('.xdit-panel')"):
+        page.run("[...document.querySelectorAll('button')].find((each) => each.innerText.trim() === 'GPUs').click()")
+    page.wait("document.querySelector('[data-action=plans]')")
+    for _ in range(1 + page.run("!!document.querySelector('.xdit-plans')")):  # it may be open for another workflow
+        page.run("document.querySelector('[data-action=plans]').click()")
+    page.wait("document.querySelector('.xdit-plan')")
+
+
 T2V, I2V = PATHS["t2v"], PATHS["i2v"]
 TWO = {"XDiTBackend__devices": "cpu:2", "XDiTCogVideoXSampler__steps": 8}
 SHOWN = "document.body.innerText"
@@ -143,12 +153,21 @@ LIST_OF_CLASSIC = """(({ canvas, ds }, node) => {
 SUBGRAPH = f"""(() => {{
   const {{ node, subgraph }} = app.graph.convertToSubgraph(new Set([{BACKEND}]));
   const [inner] = subgraph.nodes;
-  subgraph.addInput('plan', 'STRING').connect(inner.inputs.find((slot) => slot.name === 'plan'), inner);
+  for (const name of ['plan', 'devices']) subgraph.addInput(name, 'STRING').connect(inner.inputs.find((slot) => slot.name === name), inner);
   app.canvas.centerOnNode(node);
   app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState();
 }})()"""
-"""Puts xDiT Backend into a subgraph that shows the plan as its own."""
+"""Puts xDiT Backend into a subgraph that shows plan and devices as its own."""
 HOST = "app.graph.nodes.find((node) => node.subgraph)"
+NESTED = f"""(() => {{
+  const inner = {HOST};
+  const {{ node, subgraph }} = app.graph.convertToSubgraph(new Set([inner]));
+  const [host] = subgraph.nodes;
+  for (const name of ['plan', 'devices']) subgraph.addInput(name, 'STRING').connect(host.inputs.find((slot) => slot.name === name), host);
+  app.canvas.centerOnNode(node);
+  app.extensionManager.workflow.activeWorkflow.changeTracker.captureCanvasState();
+}})()"""
+"""Puts that subgraph into another one, which shows them as its own."""
 
 
 BOXES = """app.graph.nodes.map((node) => {
@@ -213,11 +232,14 @@ def test_devices_and_plan_are_chosen_from_lists_or_typed_and_kept_as_they_are(re
         assert (sent["devices"], sent["plan"]) == ("cpu:2", "cfg2-fsdp2")
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("rendered", ["classic", "vue"])
-def test_a_subgraph_that_shows_the_plan_has_the_list_and_takes_other_text_too(rendered, page):
+def test_a_subgraph_that_shows_the_plan_has_the_list_and_takes_other_text_too(rendered, depth, page):
     with renderer(page, rendered):
         load(page, T2V, XDiTBackend__devices="cpu:2")
         page.run(SUBGRAPH)
+        if depth > 1:
+            page.run(NESTED)
         page.wait(f"{HOST}.widgets[0].options.values.includes('ring2')")
         page.run("new Promise((done) => setTimeout(done, 500))")  # the page moves the canvas
         choose(page, rendered, HOST, "plan", "other…")
@@ -227,6 +249,10 @@ def test_a_subgraph_that_shows_the_plan_has_the_list_and_takes_other_text_too(re
         choose(page, rendered, HOST, "plan", "ring2")
         sent = page.run("app.graphToPrompt().then(({ output }) => Object.values(output))")
         assert [each["inputs"]["plan"] for each in sent if each["class_type"] == "XDiTBackend"] == ["ring2"]
+        page.run(f"{HOST}.widgets[1].value = 'cpu:2'; {HOST}.subgraph.nodes[0].widgets[1].value = 'cpu'")
+        show_plans(page)
+        page.run("[...document.querySelectorAll('.xdit-plan')].find((row) => row.innerText.includes('cfg2')).click()")
+        assert page.run(f"{HOST}.widgets.map((widget) => widget.value)") == ["cfg2", "cpu:2"]
 
 
 def test_sockets_have_colours_in_both_renderers_and_keep_them_with_another_palette(page):
@@ -262,7 +288,8 @@ def test_the_panel_shows_the_group_fills_the_node_and_stops_the_group(page, brok
     listen(page)
     asked = {"XDiTLoadCogVideoX__guidance_cache": 2}
     load(page, T2V, **TWO | asked, XDiTBackend__plan="ulysses2")  # not the plan whose failure is remembered
-    page.run("[...document.querySelectorAll('button')].find((each) => each.innerText.trim() === 'GPUs').click()")
+    if not page.run("!!document.querySelector('.xdit-panel')"):
+        page.run("[...document.querySelectorAll('button')].find((each) => each.innerText.trim() === 'GPUs').click()")
     page.wait("document.querySelector('.xdit-badge')")
     run(page)
     assert page.run("ended") == "execution_success"
@@ -275,8 +302,7 @@ def test_the_panel_shows_the_group_fills_the_node_and_stops_the_group(page, brok
     assert "rank 0 · cpu" in cards and "sequence 2/2" in cards
     page.wait(f"{SHOWN}.includes('2 ranks, warm, ulysses2')")
 
-    page.run("document.querySelector('[data-action=plans]').click()")
-    page.wait("document.querySelector('.xdit-plan')")
+    show_plans(page)
     page.run("[...document.querySelectorAll('.xdit-plan')].find((row) => row.innerText.includes('cfg2')).click()")
     assert page.run(f"{BACKEND}.widgets.slice(0, 2).map((widget) => widget.value)") == ["cpu:2", "cfg2"]
 
@@ -298,12 +324,8 @@ def test_the_planner_is_asked_for_a_tile_where_a_workflow_only_upscales(page, se
     found = server.request(f"/cogvideox-xdit/plans?{urllib.parse.urlencode(asked)}")
     assert found["size"] == [96, 96, 33]
     assert [row["plan"] for row in found["rows"] if row["chosen"]] == ["replicas2"]
-    if not page.run("!!document.querySelector('.xdit-panel')"):
-        page.run("[...document.querySelectorAll('button')].find((each) => each.innerText.trim() === 'GPUs').click()")
-    page.wait("document.querySelector('[data-action=plans]')")
-    for _ in range(1 + page.run("!!document.querySelector('.xdit-plans')")):  # it may be open for another workflow
-        page.run("document.querySelector('[data-action=plans]').click()")
-    page.wait("document.querySelector('.xdit-plans')?.innerText.includes('tiles of 96×96, 33 frames')")
+    show_plans(page)
+    assert "tiles of 96×96, 33 frames" in page.run("document.querySelector('.xdit-plans').innerText")
     listed = page.run("[...document.querySelectorAll('.xdit-plan b')].map((each) => each.innerText)")
     assert sorted(listed) == ["replicas2", "ring2", "ulysses2"]
 

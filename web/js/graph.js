@@ -2,36 +2,43 @@
 import { app } from "../../../scripts/app.js";
 
 export function nodes(type, graph = app.rootGraph ?? app.graph) {
-  const found = [];
-  for (const node of graph?.nodes ?? graph?._nodes ?? []) {
-    if (node.type === type) found.push(node);
-    if (node.subgraph) found.push(...nodes(type, node.subgraph));
-  }
-  return found;
+  return allNodes(graph).filter((node) => node.type === type);
 }
 
-// The widgets that stand for a widget of a node, each with its node: its own, and those of subgraphs that show it as theirs.
-export function standIns(node, name, graph = app.rootGraph ?? app.graph) {
-  const found = graph === (app.rootGraph ?? app.graph) ? [[node, node.widgets?.find((widget) => widget.name === name)]] : [];
-  const link = node.inputs?.find((slot) => slot.widget?.name === name)?.link;
-  for (const host of (graph?.nodes ?? []).filter((each) => each.subgraph)) {
-    const at = host.subgraph.inputs.findIndex((input) => host.subgraph === node.graph && input.linkIds?.includes(link));
-    found.push([host, host.widgets?.find((widget) => widget.name === host.inputs[at]?.name)]);
-    found.push(...standIns(node, name, host.subgraph));
-  }
-  return found.filter(([, widget]) => widget);
+// All nodes of a graph and of its subgraphs.
+function allNodes(graph) {
+  return (graph?.nodes ?? graph?._nodes ?? []).flatMap((node) => [node, ...(node.subgraph ? allNodes(node.subgraph) : [])]);
 }
 
+// The widgets that stand for a widget of a node, each with its node: its own, and those of subgraphs that show it as theirs, at any depth.
+export function standIns(node, name) {
+  const own = [node, node.widgets?.find((widget) => widget.name === name)];
+  const slot = node.inputs?.find((each) => each.widget?.name === name);
+  return [own, ...hostsOf(node, slot)].filter(([, widget]) => widget);
+}
+
+// The widgets of the subgraphs whose input is connected to a node's slot.
+function hostsOf(node, slot) {
+  if (slot?.link == null) return [];
+  const hosts = new Set(allNodes(app.rootGraph ?? app.graph).filter((each) => each.subgraph && each.subgraph === node.graph));
+  return [...hosts].flatMap((host) => {
+    const shown = host.inputs[host.subgraph.inputs.findIndex((input) => input.linkIds?.includes(slot.link))];
+    return shown ? standIns(host, shown.name) : [];
+  });
+}
+
+// The value that a run takes: of the outermost subgraph that shows the widget, if one does.
 export function valueOf(node, name) {
-  return node?.widgets?.find((widget) => widget.name === name)?.value;
+  return node && standIns(node, name).at(-1)?.[1].value;
 }
 
+// Sets a widget, and those that stand for it.
 export function setValue(node, name, value) {
-  const widget = node.widgets?.find((each) => each.name === name);
-  if (!widget) return;
-  widget.value = value;
-  widget.callback?.(value);
-  node.setDirtyCanvas?.(true, true);
+  for (const [owner, widget] of standIns(node, name)) {
+    widget.value = value;
+    widget.callback?.(value);
+    owner.setDirtyCanvas?.(true, true);
+  }
   noteChange();
 }
 
@@ -43,8 +50,7 @@ export function noteChange() {
 
 // The model and size that the workflow asks for, which is a tile's where it only upscales, and the devices of an xDiT Backend, as the planner's route takes them.
 export function question(backend = nodes("XDiTBackend")[0]) {
-  const all = app.rootGraph ?? app.graph;
-  const sized = (all?.nodes ?? all?._nodes ?? []).find((node) => ["width", "height", "length"].every((name) => valueOf(node, name)));
+  const sized = allNodes(app.rootGraph ?? app.graph).find((node) => ["width", "height", "length"].every((name) => valueOf(node, name)));
   const [sampler] = nodes("XDiTCogVideoXSampler");
   const [upscaler] = sampler ? [] : nodes("XDiTCogVideoXUpscale");
   const side = valueOf(upscaler, "tile_size");
