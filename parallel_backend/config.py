@@ -28,6 +28,8 @@ class Config:
     """Interval at which a group sends a sampling job's state to its caller, who resumes from it when the group is lost."""
     preload: float = 0.0
     """1 starts the imports of a group when ComfyUI starts, and not when a workflow first needs them. They take main memory."""
+    runtime_dir: str | None = None
+    """The only folder that holds the user's groups, and is searched for them; without it see :func:`.group.registry.roots`."""
     preview_seconds: float = 1.0
     """Shortest interval between two previews."""
 

@@ -2,8 +2,10 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,6 +18,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # again for the next one, which is a quarter of the time of a VAE.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1073741824")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "1073741824")
+# Keeps groups and caches of the tests out of the user's own folders, and other groups of the user out of the tests. The path is short, as
+# those of sockets may have 107 bytes.
+os.environ["XDIT_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="xdit-", dir="/tmp")
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["XDIT_RUNTIME_DIR"], "cache")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core belongs to the other worker
 
@@ -100,8 +106,9 @@ def pytest_collection():
 
 
 def pytest_unconfigure() -> None:
-    """Lets the interpreter clear what was frozen, or Triton's bindings report it as leaked."""
+    """Lets the interpreter clear what was frozen, or Triton's bindings report it as leaked. Removes the tests' own folders."""
     gc.unfreeze()
+    shutil.rmtree(os.environ["XDIT_RUNTIME_DIR"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -128,15 +135,6 @@ def frozen_modules():
     the objects of all imported modules that takes a quarter of a second each time."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def private_folders(tmp_path_factory):
-    """Keeps groups and caches of the tests out of the user's own folders."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -359,7 +357,7 @@ def workers() -> list[int]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             is_rank = process.name().startswith("xdit rank")
-            if is_rank and process.environ().get("XDG_RUNTIME_DIR") == os.environ["XDG_RUNTIME_DIR"]:
+            if is_rank and process.environ().get("XDIT_RUNTIME_DIR") == os.environ["XDIT_RUNTIME_DIR"]:
                 found.append(process.pid)
     return found
 

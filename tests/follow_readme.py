@@ -42,7 +42,7 @@ class Follower:
             **{name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
             "PATH": f"{folder}/python/bin:/usr/local/bin:/usr/bin:/bin",
             "HOME": str(folder / "home"),
-            "XDG_RUNTIME_DIR": str(folder / "run"),
+            "XDIT_RUNTIME_DIR": str(folder / "run"),
             "LANG": "C.UTF-8",
             "HF_ENDPOINT": hub,
             "MODELSCOPE_ENDPOINT": hub,

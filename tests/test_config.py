@@ -17,14 +17,15 @@ from .conftest import REPO
 from .support import front_end
 
 SETTINGS = {variable: field for field, variable in Config.settings()}
+PATHS = ("XDIT_PYTHON", "XDIT_RUNTIME_DIR")
 TABLE = REPO / "docs" / "variables.md"
 
 
 @pytest.mark.parametrize("variable", SETTINGS)
 def test_a_variable_is_parsed_or_named_in_one_line_and_its_default_used(variable, caplog):
     field = SETTINGS[variable]
-    if "python" in variable.lower():  # any text may be a path
-        assert Config.read({variable: "/a/python"}) == Config(python="/a/python")
+    if variable in PATHS:  # any text may be a path
+        assert Config.read({variable: "/a/path"}) == Config(**{field.name: "/a/path"})
     else:
         assert Config.read({variable: "2.5"}) == Config(**{field.name: 2.5})
         assert not caplog.messages
@@ -36,7 +37,7 @@ def test_a_variable_is_parsed_or_named_in_one_line_and_its_default_used(variable
     assert Config.read({variable: ""}) == Config() and not caplog.messages
 
 
-@pytest.mark.parametrize("variable", [variable for variable in SETTINGS if variable != "XDIT_PYTHON"])
+@pytest.mark.parametrize("variable", [variable for variable in SETTINGS if variable not in PATHS])
 def test_only_what_can_be_turned_off_may_be_zero(variable, caplog):
     may_be, field = variable in ("XDIT_IDLE_MINUTES", "XDIT_PRELOAD"), SETTINGS[variable]
     assert getattr(Config.read({variable: "0"}), field.name) == (0.0 if may_be else field.default)

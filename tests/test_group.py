@@ -399,11 +399,11 @@ def test_a_forked_child_that_outlives_the_owner_does_not_keep_its_group():
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_the_lock_of_this_process_outlives_a_look_at_it(linked, tmp_path, monkeypatch):
+def test_the_lock_of_this_process_outlives_a_look_at_it(linked, tmp_path, configure):
     if linked:  # as where /tmp or the runtime folder is a link to another disk
         (tmp_path / "there").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "there")
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "link"))
+        configure(registry, runtime_dir=str(tmp_path / "link"))
     home = Home.open()
     try:
         assert home.is_usable()
@@ -446,8 +446,8 @@ def test_folders_that_come_and_go_never_disturb_a_look():
     assert not failed
 
 
-def test_a_folder_that_another_user_has_made_under_this_user_s_name_is_not_looked_into(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_a_folder_that_another_user_has_made_under_this_user_s_name_is_not_looked_into(tmp_path, monkeypatch, configure):
+    configure(registry, runtime_dir=str(tmp_path))
     home = Home.open()
     try:
         planted = GroupAddress.create(home.root, {"shared": True, "lock": str(home.lock.path)})
@@ -461,8 +461,8 @@ def test_a_folder_that_another_user_has_made_under_this_user_s_name_is_not_looke
         home.lock.close()
 
 
-def test_a_lock_that_is_left_in_a_closed_folder_is_in_nobody_s_way(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_a_lock_that_is_left_in_a_closed_folder_is_in_nobody_s_way(tmp_path, monkeypatch, configure):
+    configure(registry, runtime_dir=str(tmp_path))
     home = Home.open()
     (home.root / "owner-1-left").touch()
 
@@ -579,14 +579,25 @@ def test_groups_live_elsewhere_where_the_runtime_folder_is_of_no_use(reason, tmp
     assert home.root == good and str(bad) in home.note and "\n" not in home.note
     home.lock.close()
     monkeypatch.setattr(registry, "roots", lambda: [bad])
-    with pytest.raises(GroupUnavailable, match="no folder for the group's socket: .*set XDG_RUNTIME_DIR"):
+    with pytest.raises(GroupUnavailable, match="no folder for the group's socket: .*set XDIT_RUNTIME_DIR"):
         Home.open()
 
 
-def test_a_look_for_groups_makes_no_folder_and_never_fails(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
-    assert running() is not None and not (tmp_path / "none").exists()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/dev/null/run")
+def test_groups_are_looked_for_in_all_folders_of_the_user_or_in_the_one_that_is_set(tmp_path, monkeypatch, configure):
+    set_for_tests = Path(os.environ["XDIT_RUNTIME_DIR"], "cogvideox-xdit")
+    assert registry.roots() == [set_for_tests]  # they see no other group of the user
+    configure(registry, runtime_dir=None)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "own"))
+    own = f"cogvideox-xdit-{os.getuid()}"
+    others = [Path(base, own) for base in (tmp_path / "own", "/tmp", "/var/tmp", "/dev/shm")]
+    assert registry.roots() == [tmp_path / "cogvideox-xdit", *others]
+
+
+def test_a_look_for_groups_makes_no_folder_and_never_fails(tmp_path, configure):
+    configure(registry, runtime_dir=str(tmp_path / "none"))
+    assert not running() and not (tmp_path / "none").exists()
+    configure(registry, runtime_dir="/dev/null/run")
     assert shared("cfg2", "cpu:2") == []
     remove_stale()
 

@@ -39,7 +39,7 @@ SMALL = {"size": (48, 48, 5), "steps": 3}
 
 
 @pytest.fixture(scope="module")
-def cluster(private_folders, kept_steps):
+def cluster(kept_steps):
     """A head and two nodes of one CPU, to which this process is connected."""
     found = RayCluster(1, 1)
     with pytest.MonkeyPatch.context() as patch:

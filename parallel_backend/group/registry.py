@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import CONFIG
 from ..errors import GroupUnavailable
 from .ownership import OwnerLock, is_held
 
@@ -23,6 +24,8 @@ LONGEST_SOCKET = 107
 
 def roots() -> list[Path]:
     """Returns the folders that may hold the user's groups, the preferred one first. None is created."""
+    if CONFIG.runtime_dir:
+        return [Path(CONFIG.runtime_dir).absolute() / NAME]
     private, own = os.environ.get("XDG_RUNTIME_DIR"), f"{NAME}-{os.getuid()}"
     found = [Path(private).absolute() / NAME] if private else []
     for base in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm"):
@@ -171,7 +174,7 @@ class Home:
                 continue
             return cls(root, lock, f"the group's files are in {root}, as {failed[0]} cannot be used" if failed else None)
         raise GroupUnavailable(
-            f"no folder for the group's socket: {', '.join(failed)}; set XDG_RUNTIME_DIR to a folder that you can write to"
+            f"no folder for the group's socket: {', '.join(failed)}; set XDIT_RUNTIME_DIR to a folder that you can write to"
         )
 
     def is_usable(self) -> bool:
