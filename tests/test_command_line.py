@@ -13,6 +13,7 @@ import time
 from argparse import SUPPRESS
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -21,9 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from parallel_backend.cli import generate as generating
-from parallel_backend.cli import inputs, serve
+from parallel_backend.cli import inputs, serve, stop
 from parallel_backend.cli.console import Progress, Table
 from parallel_backend.cli.parser import build_parser, main
+from parallel_backend.cluster import nodes
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, NotFinite, OutOfMemory, RequestError, WriteFailure
@@ -746,6 +748,37 @@ def test_a_second_serve_on_the_same_devices_says_so_and_stop_says_what_it_leaves
     assert titles.split()[:4] == ["plan", "devices", "state", "up"]
     assert row.split()[:3] == ["ulysses2", "cpu:2", "starting"] and row.split()[-1] == str(os.getpid())
     assert logs == f"logs of ulysses2 on cpu:2: {served.folder}/logs"
+
+
+@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize("ends", [True, False])
+def test_stop_ends_the_groups_here_and_its_status_says_whether_they_or_the_cluster_failed(ends, answers, run, monkeypatch):
+    ended = []
+
+    def on_cluster() -> dict:
+        assert ended  # those here come first
+        return {} if answers else silent()
+
+    address = GroupAddress(Path("/nowhere/group-1"))
+    known = {"plan": "cfg2", "devices": "cpu:2", "node": 0, "shared": True}
+    monkeypatch.setattr(stop, "running", lambda: {address: known})
+    monkeypatch.setattr(stop, "end", lambda what, *others: ended.append(what) or ends)
+    monkeypatch.setattr(stop, "groups_on_cluster", on_cluster)
+    done = run("stop", "--ray")
+    assert ended == ["plan cfg2 on cpu:2"] and done.returncode == {(True, True): 0, (False, True): 1, (True, False): 3}.get(
+        (ends, answers), 4
+    )
+    assert done.stderr == ("" if answers else "stop: no Ray cluster answers\n")
+
+
+def test_status_shows_the_groups_here_where_the_cluster_does_not_answer(served, run, monkeypatch):
+    monkeypatch.setattr(nodes, "nodes", silent)
+    done = run("status", "--ray")
+    assert done.returncode == 3 and done.stderr == "status: no Ray cluster answers\n" and "ulysses2" in done.stdout
+
+
+def silent() -> dict:
+    raise RequestError("no Ray cluster answers")
 
 
 def test_serve_compares_gpus_only_with_processes_that_number_them_alike(served, monkeypatch):

@@ -237,6 +237,15 @@ def test_the_address_of_rays_client_is_refused(monkeypatch):
         Devices.parse("ray")
 
 
+def test_an_address_where_nothing_listens_is_named_in_one_line_without_waiting_for_ray(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *given, **settings: pytest.fail("Ray tries for minutes"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(RequestError, match="no Ray cluster answers at '127.0.0.1:1' (.*refused.*); start one") as found:
+        Devices.parse("ray")
+    assert "\n" not in str(found.value)
+
+
 def test_an_actor_imports_the_pack_of_its_node_whatever_its_caller_calls_it(monkeypatch):
     monkeypatch.setattr(cluster_actor, "devices_here", lambda: Devices("cpu"))
     parent = types.ModuleType("as_in_comfyui")

@@ -23,6 +23,10 @@ def add_run_options(parser: ArgumentParser) -> None:
     )
 
 
+CLUSTER_SILENT = 3
+"""Exit status of a command that has done its part here, while the Ray cluster did not answer."""
+
+
 def add_ray_option(parser: ArgumentParser, what: str) -> None:
     """Adds the option ``--ray`` to a command that does ``what`` on this machine."""
     parser.add_argument(

@@ -1,5 +1,6 @@
 """The command ``status``: lists the groups that are running."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..executor.factory import groups_on_cluster
 from ..executor.group import GroupExecutor
 from ..group.registry import running
 from .console import Table, show, show_json
-from .options import add_ray_option
+from .options import CLUSTER_SILENT, add_ray_option
 
 TITLES = ("plan", "devices", "state", "up", "jobs", "queue", "model", "memory GiB", "link", "process")
 """The table's columns; the process is the one that keeps the group."""
@@ -21,6 +22,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``status``."""
     add_ray_option(parser, "show nodes and groups")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.epilog = f"Exit status: 0; {CLUSTER_SILENT} if the Ray cluster did not answer, while the groups here are shown."
     parser.set_defaults(run=status)
 
 
@@ -33,18 +35,23 @@ def status(args: Namespace) -> int:
         except GroupFailure as error:
             said = {"state": f"does not answer ({error.summary})"}
         groups.append({"folder": str(address.folder), **description, **said})
-    nodes = cluster.nodes() if args.ray else []
-    groups += on_cluster() if args.ray else []
+    nodes, code = [], 0
+    try:
+        nodes = cluster.nodes() if args.ray else []
+        groups += on_cluster() if args.ray else []
+    except RequestError as error:
+        print(f"status: {error}", file=sys.stderr)
+        code = CLUSTER_SILENT
     if args.json:
         show_json({"groups": groups, **({"nodes": [asdict(node) for node in nodes]} if args.ray else {})})
-        return 0
+        return code
     show_groups(groups)
     for node in nodes:
         gpus = f"{node.gpus} GPUs" + (f" ({node.gpu})" if node.gpu else "")
         show(f"node {node.name} ({node.address}): {gpus}, {node.cpus} CPUs")
-    if args.ray:
+    if nodes:
         show(dashboard_line())
-    return 0
+    return code
 
 
 def on_cluster() -> list[dict]:

@@ -1,6 +1,7 @@
 """The Ray cluster that this process uses, and its nodes."""
 
 import os
+import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ ADDRESS = "RAY_ADDRESS"
 """Ray's own environment variable: the cluster's address, such as ``10.0.0.1:6379``."""
 NAMESPACE = "cogvideox-xdit"
 """Ray's namespace of the actors."""
+REACH_SECONDS = 5.0
+"""After this long without a connection an address counts as wrong: Ray itself tries for minutes, and prints a line at each attempt."""
 _connecting = threading.Lock()
 GPU_TYPE = "accelerator_type:"
 """Start of the resource by which Ray names a node's kind of GPU."""
@@ -65,11 +68,19 @@ def _connect(ray: ModuleType) -> None:
             "and set the address without ray://, or none"
         )
     try:
+        check_reached(address)
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING")
     except Exception as error:  # ConnectionError, RuntimeError, ValueError, or AuthenticationError
         raise RequestError(
             f"no Ray cluster answers at '{address}' ({reason_of(error)}); start one with `ray start --head`, or set {ADDRESS}"
         ) from error
+
+
+def check_reached(address: str) -> None:
+    """Raises OSError if nothing listens at an address. One without a port, such as ``auto``, is left to Ray."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
 
 
 def dashboard() -> str | None:
