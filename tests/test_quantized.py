@@ -20,6 +20,7 @@ from parallel_backend.cogvideox.transformer.quantized_linear import KINDS, Int8L
 from parallel_backend.errors import RequestError
 from parallel_backend.executor.local import LocalExecutor
 from parallel_backend.model import Model
+from parallel_backend.notes import is_warning
 
 from .conftest import REPO
 from .support.comfyui_server import find_comfyui, find_python
@@ -185,6 +186,8 @@ def test_torch_alone_multiplies_in_int8_a_few_rows_at_a_time(rows, bias, monkeyp
 )  # fmt: skip
 def test_ranks_multiply_in_the_way_that_is_fastest_for_the_slowest(offers, chosen, note):
     assert fastest_of(offers) == (chosen, note)
+    found = fastest_of(offers)[1]
+    assert found is None or is_warning(found) == ("without" in found)
 
 
 @pytest.fixture

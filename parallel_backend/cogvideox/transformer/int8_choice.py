@@ -13,6 +13,7 @@ import torch
 
 from ...devices import current
 from ...errors import reason_of
+from ...notes import Information
 from ...system.modules import version_of
 from ...system.nvml import driver_version
 from ..attention import timings
@@ -65,7 +66,8 @@ def fastest_of(offers: list[Timings]) -> tuple[str | None, str | None]:
     left_out = {other: reason for offer in offers for other, reason in offer.left_out.items()}
     without = "".join(f"; without {other}: {reason}" for other, reason in left_out.items())
     if len(slowest) > 1:
-        return name, f"int8 products: {name}, the faster of 2 here{without}"
+        note = f"int8 products: {name}, the faster of 2 here{without}"
+        return name, note if without else Information(note)
     return name, f"int8 products: {name or 'not fused, so slower'}{without}" if without else None
 
 
