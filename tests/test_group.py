@@ -8,8 +8,10 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from multiprocessing.connection import Client, Pipe
@@ -398,12 +400,19 @@ def test_a_forked_child_that_outlives_the_owner_does_not_keep_its_group():
         assert not folder.exists()
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary folder in which a socket's path is short enough; pytest's own has a worker's and a test's name in it."""
+    with tempfile.TemporaryDirectory(prefix="x-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("linked", [False, True])
-def test_the_lock_of_this_process_outlives_a_look_at_it(linked, tmp_path, configure):
+def test_the_lock_of_this_process_outlives_a_look_at_it(linked, short_path, configure):
     if linked:  # as where /tmp or the runtime folder is a link to another disk
-        (tmp_path / "there").mkdir()
-        (tmp_path / "link").symlink_to(tmp_path / "there")
-        configure(registry, runtime_dir=str(tmp_path / "link"))
+        (short_path / "there").mkdir()
+        (short_path / "link").symlink_to(short_path / "there")
+        configure(registry, runtime_dir=str(short_path / "link"))
     home = Home.open()
     try:
         assert home.is_usable()
@@ -446,8 +455,8 @@ def test_folders_that_come_and_go_never_disturb_a_look():
     assert not failed
 
 
-def test_a_folder_that_another_user_has_made_under_this_user_s_name_is_not_looked_into(tmp_path, monkeypatch, configure):
-    configure(registry, runtime_dir=str(tmp_path))
+def test_a_folder_that_another_user_has_made_under_this_user_s_name_is_not_looked_into(short_path, monkeypatch, configure):
+    configure(registry, runtime_dir=str(short_path))
     home = Home.open()
     try:
         planted = GroupAddress.create(home.root, {"shared": True, "lock": str(home.lock.path)})
@@ -461,8 +470,8 @@ def test_a_folder_that_another_user_has_made_under_this_user_s_name_is_not_looke
         home.lock.close()
 
 
-def test_a_lock_that_is_left_in_a_closed_folder_is_in_nobody_s_way(tmp_path, monkeypatch, configure):
-    configure(registry, runtime_dir=str(tmp_path))
+def test_a_lock_that_is_left_in_a_closed_folder_is_in_nobody_s_way(short_path, monkeypatch, configure):
+    configure(registry, runtime_dir=str(short_path))
     home = Home.open()
     (home.root / "owner-1-left").touch()
 
