@@ -4,15 +4,17 @@ import json
 import re
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
 from parallel_backend.cli.parser import main
+from parallel_backend.cluster import lease as lease_module
 from parallel_backend.cluster import members
 from parallel_backend.cluster import nodes as cluster
 from parallel_backend.cluster.nodes import Node, layout
@@ -247,6 +249,25 @@ def test_a_lora_that_one_host_has_otherwise_is_named(make_job, tmp_path, monkeyp
     assert [opened.model for opened in open_on_two([on[0], on[0]], monkeypatch)] == [on[0].model] * 2
     for error in open_on_two(on, monkeypatch):
         assert re.search(r"host 1: \S+, its LoRAs or its ControlNets have other files than on host 0", str(error))
+
+
+@pytest.mark.parametrize("asked, expected", [("known", {"node": "a"}), ("dead", None)])
+def test_an_actor_that_another_thread_loses_meanwhile_is_not_waited_for(asked, expected, monkeypatch):
+    class Greeting(Future):
+        """Of an actor that is up, and is lost as soon as one has seen that."""
+
+        def done(self) -> bool:
+            lease.lose()
+            return super().done()
+
+    greetings = [Greeting(), *(Future() for _ in range(4))]
+    greetings[0].set_result({"node": "a"})
+    monkeypatch.setattr(lease_module, "greet", lambda handle: SimpleNamespace(future=lambda: greetings.pop(0)))
+    lease, found = lease_module.Lease(None), []
+    thread = threading.Thread(target=lambda: found.append(getattr(lease, asked)), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert found == [expected] and lease.known == {}
 
 
 def test_replicas_on_a_cluster_hold_no_gpu_of_the_caller():

@@ -59,12 +59,14 @@ class Lease:
     @property
     def known(self) -> dict[str, Any]:
         """What the actor says of itself; empty while it is not up."""
-        return self._greeting.result() if self._greeting.done() and not self.dead else {}
+        greeting = self._greeting  # a later one, if another thread loses the actor meanwhile, would be waited for
+        return greeting.result() if greeting.done() and not greeting.exception() else {}
 
     @property
     def dead(self) -> str | None:
         """Why Ray does not start the actor again; None if it does."""
-        error = self._greeting.exception() if self._greeting.done() else None
+        greeting = self._greeting  # see above
+        error = greeting.exception() if greeting.done() else None
         return error and reason_of(error)
 
     @classmethod
