@@ -83,6 +83,11 @@ for bias in (True, False):
         assert torch.equal(inputs[0].flatten(0, 1), levels) and torch.equal(inputs[1], right)
         check(layer(*inputs), layer(states))
         check(layer.product(states.flatten(0, 1)), layer(states).flatten(0, 1))
+        for bad in (torch.nan, torch.inf):  # what has failed must not become numbers
+            broken = states.index_fill(2, torch.tensor(5), bad)
+            broken[:, 1:] = states[:, 1:]
+            made = layer(*ours.inputs(broken, rounded=block_torch.INT8))
+            assert not made[:, 0].isfinite().any() and made[:, 1:].isfinite().all()
         rows, scales = ours.gelu(layer, inputs, "tanh", rounded=block_torch.INT8)
         levels, right = block_torch.quantize_rows(plain.gelu(layer, (states,), "tanh", rounded=None)[0].flatten(0, 1), block_torch.INT8)
         assert (scales - right).abs().max() <= 1e-5 * right.max()

@@ -54,7 +54,10 @@ def token_kernel(
         inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
         value = value * tl.sigmoid(2 * inner)  # 0.5 (1 + tanh x) is the sigmoid of 2 x
     if ROUNDS:
-        scale = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST)
+        largest = tl.abs(value)
+        if result.dtype.element_ty == tl.int8:  # has no NaN, and a maximum leaves NaNs out: the scale must not be finite
+            largest = tl.where(value == value, largest, float("inf"))
+        scale = tl.maximum(tl.max(largest, 0), SMALLEST)
         if result.dtype.element_ty == tl.int8:
             scale = tl.div_rn(scale, LARGEST)
             value = tl.div_rn(value, scale)
