@@ -20,6 +20,7 @@ from parallel_backend.cluster import nodes as cluster
 from parallel_backend.cluster.nodes import Node, layout
 from parallel_backend.devices import Devices
 from parallel_backend.errors import GroupError, GroupLost, GroupUnavailable, RequestError
+from parallel_backend.executor import cluster_actor
 from parallel_backend.executor import resolve as resolve_module
 from parallel_backend.executor.cluster import ClusterExecutor
 from parallel_backend.executor.group_connection import error_of
@@ -249,6 +250,25 @@ def test_a_lora_that_one_host_has_otherwise_is_named(make_job, tmp_path, monkeyp
     assert [opened.model for opened in open_on_two([on[0], on[0]], monkeypatch)] == [on[0].model] * 2
     for error in open_on_two(on, monkeypatch):
         assert re.search(r"host 1: \S+, its LoRAs or its ControlNets have other files than on host 0", str(error))
+
+
+def test_ranks_that_are_asked_to_end_while_they_start_end(monkeypatch):
+    ended = threading.Event()
+
+    class Launcher:
+        def __init__(self, plan, devices, part):
+            self.process = None
+
+        def start(self) -> None:
+            ranks.end()  # by another thread of the actor
+            self.process = SimpleNamespace(kill=ended.set, wait=lambda: -9 if ended.is_set() else 0)
+
+        stop = leave = exit_cause = lambda self: None
+
+    monkeypatch.setattr(cluster_actor, "devices_here", lambda: Devices("cpu"))
+    monkeypatch.setattr(cluster_actor, "Launcher", Launcher)
+    ranks = cluster_actor.Ranks("cfg2")
+    assert ranks.lend({"node": 1, "nodes": 2}) is None and ended.is_set()
 
 
 @pytest.mark.parametrize("asked, expected", [("known", {"node": "a"}), ("dead", None)])

@@ -112,6 +112,8 @@ class Ranks(Held):
         """
         launcher = self._launcher = Launcher(self.plan, self.devices, Part(**part))
         launcher.start()
+        if self._launcher is not launcher:  # it was asked to end meanwhile
+            launcher.process.kill()
         try:
             status = launcher.process.wait()
             cause = launcher.exit_cause() if status != 0 and self._launcher is launcher else None
