@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.kernels CHECKPOINT [--plans cfg2,ulysses2] [--precisions lossless,fp8-all]`` runs each plan in processes of
 its own, at the checkpoint's own size: once to warm up, once for the seconds of a step, its clocks and its power, and once under the
-profiler. All figures but the last two columns are of the steps between the first and the last of the profiled run.
+profiler. All figures but the last three columns are of the steps between the first and the last of the profiled run.
 """
 
 import argparse
