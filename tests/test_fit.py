@@ -107,7 +107,7 @@ def test_what_fits_in_little_memory_was_measured_so(row):
     quantize = "int8" if row["precision"] == "int8" else "off"
     found = fitted(published.find(row["model"].removesuffix("-5b")), machine, row["gpus"], quantize=quantize)
     notes = " ".join(row["notes"])
-    offload = re.search("offload '(\w+)'", notes)
+    offload = re.search(r"offload '(\w+)'", notes)
     assert (str(found.plan), found.offload) == (row["plan"], offload[1] if offload else "none")
     assert found.peak / GIB == pytest.approx(row["peak_gib"], rel=0.1)
     assert found.is_tiled == ("VAE in tiles" in notes)
