@@ -571,12 +571,12 @@ def test_what_other_launchers_set_does_not_reach_the_group(monkeypatch):
 
 
 @pytest.mark.parametrize("reason", ["cannot be made", "is too long", "has no locks", "belongs to another user"])
-def test_groups_live_elsewhere_where_the_runtime_folder_is_of_no_use(reason, tmp_path, monkeypatch):
-    bad, good = tmp_path / "bad", tmp_path / "good"
+def test_groups_live_elsewhere_where_the_runtime_folder_is_of_no_use(reason, short_path, monkeypatch):
+    bad, good = short_path / "bad", short_path / "good"
     if reason == "cannot be made":
         bad = Path("/dev/null/run")
     elif reason == "is too long":
-        bad = tmp_path / ("job" * 40)
+        bad = short_path / ("job" * 40)
     elif reason == "belongs to another user":
         bad.mkdir()
         os.chown(bad, 12345, 12345) if os.getuid() == 0 else pytest.skip("needs root to make another's folder")
