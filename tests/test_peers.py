@@ -145,6 +145,26 @@ def test_what_was_sent_into_another_layout_is_sent_again(threads_for_ranks):
             assert torch.equal(torch.cat(list(pool.map(partial(values_of, value=value, dtype=dtype), ranks)), dim=1), value)
 
 
+def test_what_a_block_has_sent_is_not_taken_for_what_another_has(threads_for_ranks):
+    hub = Hub(2)
+    ranks = [ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=2, heads=1) for rank in range(2)]
+    states = torch.randn(4, 3, 2, 6, 2, 4, dtype=torch.float64)
+
+    def results_of(rank: ulysses.CopyingUlyssesAttention) -> torch.Tensor:
+        parts, found = rank.begin(attend_torch, batch=2, padding=0), []
+        for early, block in zip(((), (VALUE, KEY), ()), states):
+            mine = [block_torch.spread(each[:, rank.rank * 3 :][:, :3], parts) for each in block]
+            for place in early:
+                rank.send(place, mine[place])
+            found.append(rank.attend(*mine).transpose(1, 2).reshape(2, 3, 2, 4).clone())
+        rank.send(VALUE, mine[VALUE])  # of a block that fails before its attention
+        return torch.stack([*found, *attend_on(rank, states[3:], 0, ())])
+
+    with ThreadPoolExecutor(2) as pool:
+        found = torch.cat(list(pool.map(results_of, ranks)), dim=2)
+    assert (found - torch.stack([attend_torch(*block) for block in states])).abs().max() < 1e-12
+
+
 def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):
     hub = Hub(1)
     alone = ulysses.CopyingUlyssesAttention((hub, 0), torch.device("cpu"), rank=0, size=1, heads=2)
