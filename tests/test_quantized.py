@@ -14,6 +14,7 @@ from parallel_backend.cogvideox.attention import timings
 from parallel_backend.cogvideox.attention.timings import Timings
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.kernels import int8_product
+from parallel_backend.cogvideox.kernels.probe import once
 from parallel_backend.cogvideox.transformer import int8_choice, quantized_linear
 from parallel_backend.cogvideox.transformer.int8_choice import KITCHEN, TORCH, fastest_of
 from parallel_backend.cogvideox.transformer.quantized_linear import KINDS, Int8Linear
@@ -133,13 +134,20 @@ def test_a_gpu_that_is_too_old_is_refused_and_hears_what_it_can_do(on_gpu_of):
     assert quantized_linear.missing("fp8", GPU) is quantized_linear.missing("fp8", CPU) is None
 
 
+def emulated(states: torch.Tensor, weight, scales, bias, dtype: torch.dtype) -> torch.Tensor:
+    """comfy-kitchen's product."""
+    rows, factors = quantized_linear.quantize_rows(states.flatten(0, 1), torch.int8)
+    product = torch.nn.functional.linear(rows.float() * factors, weight.float() * scales, bias.float())
+    return product.to(dtype).unflatten(0, states.shape[:2])
+
+
 @pytest.fixture
 def kitchen(monkeypatch) -> SimpleNamespace:
     """A comfy-kitchen with kernels."""
     backends = {
         name: {"available": True, "capabilities": ["int8_linear"], "unavailable_reason": None} for name in ("cuda", "eager")
     }
-    found = SimpleNamespace(int8_linear=None, list_backends=lambda: backends, backends=backends)
+    found = SimpleNamespace(int8_linear=emulated, list_backends=lambda: backends, backends=backends)
     monkeypatch.setitem(sys.modules, "comfy_kitchen", found)
     monkeypatch.setattr(quantized_linear, "has_module", lambda name: found is not None)
     return found
@@ -147,11 +155,11 @@ def kitchen(monkeypatch) -> SimpleNamespace:
 
 def test_what_comfy_kitchen_lacks_is_said_where_torch_has_no_product_either(kitchen, on_gpu_of, monkeypatch):
     why_no_kitchen = quantized_linear.why_no_kitchen.__wrapped__
-    assert why_no_kitchen(GPU) is None
+    assert why_no_kitchen(CPU) is None
     kitchen.backends["cuda"] |= {"available": False, "unavailable_reason": "built for CUDA 13"}
-    assert why_no_kitchen(GPU) == "comfy-kitchen has no kernels here (cuda: built for CUDA 13)"
+    assert why_no_kitchen(CPU) == "comfy-kitchen has no kernels here (cuda: built for CUDA 13)"
     del kitchen.int8_linear
-    assert "too old" in why_no_kitchen(GPU)
+    assert "too old" in why_no_kitchen(CPU)
     monkeypatch.setattr(quantized_linear, "has_module", lambda name: False)
     on_gpu_of("RTX 3090", (8, 6))
     monkeypatch.setattr(quantized_linear, "why_no_kitchen", why_no_kitchen)
@@ -161,6 +169,18 @@ def test_what_comfy_kitchen_lacks_is_said_where_torch_has_no_product_either(kitc
     assert said.endswith(
         "RTX 3090: not implemented, and the package comfy-kitchen is missing (pip install comfy-kitchen); use quantize off"
     )
+
+
+def test_a_comfy_kitchen_whose_product_fails_or_is_wrong_is_not_used(kitchen):
+    def fail(*arguments):
+        raise RuntimeError("no kernel image is available")
+
+    for product, reason in (
+        (fail, "no kernel image is available"),
+        (lambda *arguments: -emulated(*arguments), "its results are wrong"),
+    ):
+        kitchen.int8_linear = product
+        assert once(quantized_linear.why_no_kitchen.__wrapped__)(CPU) == reason
 
 
 @pytest.mark.parametrize("bias", [True, False])

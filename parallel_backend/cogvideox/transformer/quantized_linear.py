@@ -5,6 +5,7 @@ changes the video; README.md says by how much.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -120,12 +121,16 @@ class Int8Linear(QuantizedLinear):
         if states.device.type == "cpu":
             product = self.emulated(*self.quantize(states.flatten(0, 1))).to(self.dtype)
         elif why_no_kitchen(states.device) is None:
-            import comfy_kitchen
-
-            return comfy_kitchen.int8_linear(states, self.weight, self.scales, self.bias, self.dtype)
+            return self.by_kitchen(states)
         else:
             product = self.product(states.flatten(0, 1))
         return product.unflatten(0, states.shape[:2])
+
+    def by_kitchen(self, states: torch.Tensor) -> torch.Tensor:
+        """Quantises and multiplies ``[batch, tokens, features]`` by comfy-kitchen."""
+        import comfy_kitchen
+
+        return comfy_kitchen.int8_linear(states, self.weight, self.scales, self.bias, self.dtype)
 
     def product(self, states: torch.Tensor) -> torch.Tensor:
         """Quantises and multiplies ``[rows, features]`` by torch alone, a few rows at a time; returns ``[rows, out_features]``."""
@@ -159,7 +164,7 @@ def missing(kind: str, device: torch.device) -> str | None:
 
 @once
 def why_no_kitchen(device: torch.device) -> str | None:
-    """Returns why comfy-kitchen has no int8 product that is faster than torch's, in one line, or None."""
+    """Returns why comfy-kitchen has no int8 product that is right, and faster than torch's, in one line, or None."""
     if not has_module("comfy_kitchen"):
         return "the package comfy-kitchen is missing (pip install comfy-kitchen)"
     import comfy_kitchen
@@ -168,7 +173,7 @@ def why_no_kitchen(device: torch.device) -> str | None:
         return "comfy-kitchen is too old (pip install -U comfy-kitchen)"
     backends = comfy_kitchen.list_backends()
     if any(each["available"] and "int8_linear" in each["capabilities"] for name, each in backends.items() if name != "eager"):
-        return None
+        return why_wrong(device, "int8", Int8Linear.by_kitchen)
     reasons = [f"{name}: {each['unavailable_reason']}" for name, each in backends.items() if each["unavailable_reason"]]
     return f"comfy-kitchen has no kernels here ({', '.join(sorted(reasons))})"
 
@@ -176,13 +181,24 @@ def why_no_kitchen(device: torch.device) -> str | None:
 @once
 def why_no_product(device: torch.device, kind: str) -> str | None:
     """Returns why a product with scales for each row fails, in one line, or None. Older versions of torch support few GPUs."""
+    return why_wrong(device, kind, KINDS[kind].__call__)
+
+
+def why_wrong(device: torch.device, kind: str, run: Callable[[QuantizedLinear, torch.Tensor], torch.Tensor]) -> str | None:
+    """Returns that a product of random numbers is wrong, or None.
+
+    Args:
+        device: it is made there.
+        kind: of the layer.
+        run: multiplies tokens with a layer.
+    """
     generator = torch.Generator(device).manual_seed(0)
     like = {"device": device, "dtype": torch.bfloat16 if kind == "fp8" else torch.float16}
     with torch.inference_mode():
         linear, random = torch.nn.Linear(256, 128, **like), torch.randn(2, 128, 256, device=device, generator=generator)
         states, weight = random.to(like["dtype"]).split(1)
         linear.weight = torch.nn.Parameter(weight[0], requires_grad=False)
-        found, exact = (layer(states) for layer in (KINDS[kind](linear), linear))
+        found, exact = run(KINDS[kind](linear), states), linear(states)
     return None if is_near(found, exact, NEAR) else "its results are wrong"
 
 
