@@ -282,6 +282,25 @@ def test_a_fallback_is_in_the_node_after_success_and_after_a_reload(page, server
     check_lines(page, "no group: the group did not start", "sample: plan single")
 
 
+MARKUP = ["<lora:a_b_:1>", "[a:b]", "embedding:_*x*_~~y~~&lt;`z`"]
+QUOTING = f"""[...document.querySelectorAll('.comfy-markdown-content, .dom-widget span')].some(
+  ({{ innerText }}) => {json.dumps(MARKUP)}.every((words) => innerText.includes(words)))"""
+"""A node's lines have the words; the prompt itself is in a text area."""
+
+
+def test_words_of_a_prompt_are_not_taken_for_markup_in_lines_also_after_a_reload(page, server):
+    listen(page)
+    load(page, T2V, CLIPTextEncode__text=" ".join(MARKUP), XDiTBackend__devices="cpu", XDiTCogVideoXSampler__steps=2)
+    run(page)
+    for _ in range(2):
+        for rendered in ("classic", "vue"):
+            with renderer(page, rendered):
+                page.wait(QUOTING)
+        page.run("window.isOld = true")
+        page.open(server.url)
+        page.wait(f"!window.isOld && {READY}")
+
+
 def test_the_panel_shows_the_group_fills_the_node_and_stops_the_group(page, broken_python):
     broken_python[0].unlink(missing_ok=True)
     before = len(workers())

@@ -4,6 +4,7 @@ import { app } from "../../../scripts/app.js";
 import { fillList, makeList } from "./choices.js";
 import { nodes, question, standIns } from "./graph.js";
 import { choices, labelOf, watch } from "./group.js";
+import { showLines } from "./lines.js";
 import { say } from "./words.js";
 
 const LISTS = ["devices", "plan"];
@@ -28,7 +29,7 @@ function show(state) {
 function showLine() {
   if (!line) return;
   for (const node of app.canvas.graph?.nodes ?? []) {
-    if (node.type === "XDiTBackend") api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text: line });
+    if (node.type === "XDiTBackend") showLines(node.id, line);
   }
 }
 

@@ -3,6 +3,13 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const LINE_BREAK = "  \n"; // in Markdown, as of Vue nodes, and in the classic renderer's plain text
+const MARKUP = /[\\`*~[<&]|(?<![a-zA-Z\d])_|_(?![a-zA-Z\d])|^[ \t#+=>-]|^\d(?=\d*[.)])/gm; // as in nodes/comfy/events.py
+
+// Shows lines in a node of the graph that is open, as they are in both renderers.
+export function showLines(nodeId, ...lines) {
+  const text = lines.map((line) => line.replace(MARKUP, (found) => `&#${found.charCodeAt()};`)).join(LINE_BREAK);
+  api.dispatchCustomEvent("progress_text", { nodeId: String(nodeId), text });
+}
 
 async function showAgain() {
   const workflow = (app.rootGraph ?? app.graph)?.id;
@@ -10,7 +17,7 @@ async function showAgain() {
   const answer = await api.fetchApi(`/cogvideox-xdit/lines?workflow=${encodeURIComponent(workflow)}`);
   if (!answer.ok) return;
   for (const [nodeId, lines] of Object.entries(await answer.json())) {
-    api.dispatchCustomEvent("progress_text", { nodeId, text: lines.map((line) => line.text).join(LINE_BREAK) });
+    showLines(nodeId, ...lines.map((line) => line.text));
   }
 }
 

@@ -1,7 +1,7 @@
 // Load CogVideoX: says before Run that a published model is not downloaded. ComfyUI's own list of missing models has only files.
-import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { nodes, valueOf } from "./graph.js";
+import { showLines } from "./lines.js";
 
 let lastToast;
 
@@ -20,7 +20,7 @@ app.registerExtension({
     for (const node of nodes("XDiTLoadCogVideoX")) {
       const text = missing(node);
       if (!text) continue;
-      api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text });
+      showLines(node.id, text);
       lastToast = { severity: "warn", summary: "CogVideoX xDiT", detail: text, life: 15000 };
       app.extensionManager.toast.add(lastToast);
     }
