@@ -349,6 +349,16 @@ def test_the_planner_is_asked_for_a_tile_where_a_workflow_only_upscales(page, se
     assert sorted(listed) == ["replicas2", "ring2", "ulysses2"]
 
 
+def test_the_planner_is_asked_for_the_windows_of_a_long_video(page):
+    load(page, PATHS["long-video"], XDiTBackend__devices="cpu:2")
+    show_plans(page)
+    listed = "[...document.querySelectorAll('.xdit-plan b')].map((each) => each.innerText)"
+    assert "replicas2" in page.run(listed)
+    page.run("app.graph.nodes.find((node) => node.type === 'XDiTCogVideoXContextWindows').mode = 4")  # bypassed
+    show_plans(page)
+    assert "replicas2" not in page.run(listed)
+
+
 def test_an_image_to_video_that_loses_a_rank_succeeds_and_says_so(page):
     before = set(workers())
     listen(page)

@@ -54,6 +54,25 @@ show(plan=plan, last=lines_of_last())
     assert cost.startswith("sample: plan single")
 
 
+def test_the_table_of_plans_counts_the_windows_of_a_long_video(in_comfyui):
+    shown, _ = in_comfyui("""
+table, gpus = part("nodes.comfy.plan_table"), part("parallel_backend.planner.gpu_table").KNOWN
+table.machine_of = lambda devices: gpus["H100"]
+def rows(**query):
+    size = {"width": "96", "height": "64", "length": "49"}
+    return {row["plan"]: [row["seconds"], row["memory"]] for row in table.of_query({"devices": "cpu:2", **size, **query})["rows"]}
+windows = dict(window="17", overlap="8")
+show(windows=rows(**windows), window=rows(length="17"), single=rows(length="17", devices="cpu")["single"], whole=rows(), one=rows(window="49"),
+     alone=[rows(**windows, **each) for each in (dict(image="1"), dict(guidance_cache="2"), dict(step_cache="0.1"))])
+""")
+    windows, window, whole = shown["windows"], shown["window"], shown["whole"]
+    count = 4  # 13 latent frames in windows of 5 that share 2: they start at 0, 3, 6 and 8
+    for plan in window:
+        assert windows[plan] == [pytest.approx(count * window[plan][0]), window[plan][1]] and window[plan][1] < whole[plan][1]
+    assert windows["replicas2"][0] == pytest.approx(count / 2 * shown["single"][0])
+    assert shown["one"] == whole and shown["alone"] == [window] * 3
+
+
 def test_the_lines_of_a_workflow_are_kept_by_node_until_the_node_runs_again(in_comfyui):
     shown, _ = in_comfyui(
         SHOWN

@@ -11,12 +11,12 @@ from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Failure, RequestError
 from ...parallel_backend.executor.resolve import is_served, machine_of
-from ...parallel_backend.jobs import SampleJob, UpscaleJob
+from ...parallel_backend.jobs import SampleJob, UpscaleJob, empty_latent
+from ...parallel_backend.model import Model, Windows
 from ...parallel_backend.plan import AUTO
 from ...parallel_backend.planner.planner import approximations, choose, predictions
-from ...parallel_backend.planner.work import Work
 from ...parallel_backend.validation import check_size
-from ...parallel_backend.workload import work_of
+from ...parallel_backend.workload import Workload
 from .model_folders import NotDownloaded, find_model
 
 CPU_PROCESSES = 2
@@ -27,7 +27,8 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     """Returns the table for the fields ``model``, ``width``, ``height``, ``length``, ``batch``, ``cfg``, ``devices`` and ``kind``.
 
     The table has plain values. For the kind ``upscale`` the size is that of a tile, and the seconds are of one of many tiles: how many there
-    are is known once the video is.
+    are is known once the video is. With ``window`` and ``overlap`` the memory is that of a window, and the seconds are of all of them, unless
+    ``image`` or the caches keep replicas from sharing them; then the seconds are of one, as for ``auto``.
 
     Raises:
         RequestError: for a field that makes no sense.
@@ -35,12 +36,15 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     checkpoint = checkpoint_of(query.get("model", "demo"))
     devices = Devices.parse(query.get("devices") or AUTO)
     is_tile = query.get("kind") == UpscaleJob.kind
-    size, work = work_of_query(query, checkpoint, devices, is_tile=is_tile)
+    size = size_of_query(query, checkpoint)
+    workload = workload_of_query(query, checkpoint, size, is_tile=is_tile)
     machine, tiles = machine_of(devices), devices.count if is_tile else 1
-    many = {"jobs": tiles, "can_share": not is_served(devices)}
+    work = workload.work(devices.first)
+    work = replace(work, pixels=math.prod(size)) if is_tile else work
+    many = {"jobs": tiles * workload.jobs, "can_share": workload.can_share and not is_served(devices)}
     found = predictions(work, machine, devices.count, **many)
-    found += [] if is_tile else approximations(work, machine, devices.count)
-    chosen, reason = choose(work, machine, devices.count, unit="tiles" if is_tile else "videos", **many)
+    found += [] if is_tile else [replace(each, rounds=workload.jobs) for each in approximations(work, machine, devices.count)]
+    chosen, reason = choose(work, machine, devices.count, unit="tiles" if is_tile else workload.unit, **many)
     rows = [
         {
             "plan": str(each.plan),
@@ -65,10 +69,8 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def work_of_query(
-    query: dict[str, str], checkpoint: Checkpoint, devices: Devices, *, is_tile: bool
-) -> tuple[tuple[int, int, int], Work]:
-    """Returns width, height and frames of a query, and the work of one step.
+def size_of_query(query: dict[str, str], checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Returns width, height and frames of a query, by default the checkpoint's own.
 
     Raises:
         RequestError: for a field that makes no sense.
@@ -76,13 +78,33 @@ def work_of_query(
     default = dict(zip(("width", "height", "length"), checkpoint.default_size)) | {"batch": 1}
     try:
         width, height, frames, batch = (int(query.get(name) or value) for name, value in default.items())
-        guided = float(query.get("cfg") or checkpoint.default_cfg) > 1 and not is_tile
     except ValueError as error:
-        raise RequestError(f"the size or cfg is no number: {error}") from None
-    size = width, height, frames
-    check_size(*size, batch, names={"frames": "length", "batch": "batch_size"})
-    work = work_of(checkpoint, devices.first, size=size, guided=guided, batch=batch)
-    return size, replace(work, pixels=math.prod(size)) if is_tile else work
+        raise RequestError(f"the size is no number: {error}") from None
+    check_size(width, height, frames, batch, names={"frames": "length", "batch": "batch_size"})
+    return width, height, frames
+
+
+def workload_of_query(query: dict[str, str], checkpoint: Checkpoint, size: tuple[int, int, int], *, is_tile: bool) -> Workload:
+    """Returns the workload of a query: that of a job without weights, prompts and images.
+
+    Raises:
+        RequestError: for a field that makes no sense.
+    """
+    width, height, frames = size
+    numbers = {"cfg": checkpoint.default_cfg, "batch": 1, "window": 0, "overlap": 0, "step_cache": 0, "guidance_cache": 0}
+    try:
+        cfg, batch, window, overlap, step_cache, guidance_cache = (
+            float(query.get(name) or value) for name, value in numbers.items()
+        )
+    except ValueError as error:
+        raise RequestError(f"cfg, the windows or a cache is no number: {error}") from None
+    latent = empty_latent(width=width, height=height, frames=frames, batch=int(batch))
+    windows = Windows(int(window), int(overlap)) if window else None
+    model = Model(str(checkpoint.path), step_cache=step_cache, guidance_cache=int(guidance_cache))
+    blank = checkpoint.blank_text()
+    job = SampleJob(model, blank, latent, blank, cfg=1.0 if is_tile else cfg, windows=windows)
+    workload = Workload.of_job(job, checkpoint)
+    return replace(workload, jobs=1, unit="videos") if query.get("image") else workload  # its windows wait for each other
 
 
 def choices_of_query(query: dict[str, str]) -> dict[str, list[str]]:

@@ -1,6 +1,8 @@
 // Finds the pack's nodes and their values in the open workflow.
 import { app } from "../../../scripts/app.js";
 
+const BYPASSED = 4; // the mode of a node, in LiteGraph
+
 export function nodes(type, graph = app.rootGraph ?? app.graph) {
   return allNodes(graph).filter((node) => node.type === type);
 }
@@ -54,14 +56,23 @@ export function question(backend = nodes("XDiTBackend")[0]) {
   const [sampler] = nodes("XDiTCogVideoXSampler");
   const [upscaler] = sampler ? [] : nodes("XDiTCogVideoXUpscale");
   const side = valueOf(upscaler, "tile_size");
+  const [loader] = nodes("XDiTLoadCogVideoX");
+  const [windows] = sampler ? nodes("XDiTCogVideoXContextWindows").filter(({ mode }) => mode !== BYPASSED) : [];
   const query = {
-    model: valueOf(nodes("XDiTLoadCogVideoX")[0], "model_name"),
+    model: valueOf(loader, "model_name"),
     width: side ?? valueOf(sized, "width"),
     height: side ?? valueOf(sized, "height"),
     length: valueOf(upscaler, "tile_frames") ?? valueOf(sized, "length"),
     batch: upscaler ? undefined : valueOf(sized, "batch_size"),
     cfg: upscaler ? 1 : valueOf(sampler, "cfg"), // there is no guidance
     kind: upscaler ? "upscale" : "sample",
+    ...(windows && {
+      window: valueOf(windows, "window"),
+      overlap: valueOf(windows, "overlap"),
+      step_cache: valueOf(loader, "step_cache"),
+      guidance_cache: valueOf(loader, "guidance_cache"),
+      image: nodes("XDiTCogVideoXImageToVideo").length ? 1 : undefined,
+    }),
     devices: valueOf(backend, "devices"),
   };
   return Object.fromEntries(Object.entries(query).filter(([, value]) => value !== undefined));
