@@ -73,6 +73,17 @@ show(windows=rows(**windows), window=rows(length="17"), single=rows(length="17",
     assert shown["one"] == whole and shown["alone"] == [window] * 3
 
 
+def test_the_table_of_plans_counts_weights_in_eight_bits(in_comfyui):
+    shown, _ = in_comfyui("""
+table, gpus = part("nodes.comfy.plan_table"), part("parallel_backend.planner.gpu_table").KNOWN
+table.machine_of = lambda devices: gpus["RTX 4090"]
+def memory(**query):
+    return table.of_query({"model": "CogVideo/CogVideoX-5b", "devices": "cpu", **query})["rows"][0]["memory"] / 2**30
+show(off=memory(), int8=memory(quantize="int8"), linears=memory(fp8="linears"))
+""")
+    assert shown["int8"] == shown["linears"] < shown["off"] - 3
+
+
 def test_the_lines_of_a_workflow_are_kept_by_node_until_the_node_runs_again(in_comfyui):
     shown, _ = in_comfyui(
         SHOWN

@@ -21,10 +21,14 @@ from .model_folders import NotDownloaded, find_model
 
 CPU_PROCESSES = 2
 """Processes on the CPU that are suggested where there is no GPU."""
+ROUNDING = ("quantize", "fp8", "attention")
+"""Inputs of *Load CogVideoX* that change memory and seconds."""
 
 
 def of_query(query: dict[str, str]) -> dict[str, Any]:
     """Returns the table for the fields ``model``, ``width``, ``height``, ``length``, ``batch``, ``cfg``, ``devices`` and ``kind``.
+
+    ``quantize``, ``fp8`` and ``attention`` are those of *Load CogVideoX*.
 
     The table has plain values. For the kind ``upscale`` the size is that of a tile, and the seconds are of one of many tiles: how many there
     are is known once the video is. With ``window`` and ``overlap`` the memory is that of a window, and the seconds are of all of them, unless
@@ -100,7 +104,8 @@ def workload_of_query(query: dict[str, str], checkpoint: Checkpoint, size: tuple
         raise RequestError(f"cfg, the windows or a cache is no number: {error}") from None
     latent = empty_latent(width=width, height=height, frames=frames, batch=int(batch))
     windows = Windows(int(window), int(overlap)) if window else None
-    model = Model(str(checkpoint.path), step_cache=step_cache, guidance_cache=int(guidance_cache))
+    asked = {name: query[name] for name in ROUNDING if query.get(name)}
+    model = Model(str(checkpoint.path), step_cache=step_cache, guidance_cache=int(guidance_cache), **asked)
     blank = checkpoint.blank_text()
     job = SampleJob(model, blank, latent, blank, cfg=1.0 if is_tile else cfg, windows=windows)
     workload = Workload.of_job(job, checkpoint)

@@ -66,6 +66,7 @@ export function question(backend = nodes("XDiTBackend")[0]) {
     batch: upscaler ? undefined : valueOf(sized, "batch_size"),
     cfg: upscaler ? 1 : valueOf(sampler, "cfg"), // there is no guidance
     kind: upscaler ? "upscale" : "sample",
+    ...Object.fromEntries(["quantize", "fp8", "attention"].map((name) => [name, valueOf(loader, name)])),
     ...(windows && {
       window: valueOf(windows, "window"),
       overlap: valueOf(windows, "overlap"),
