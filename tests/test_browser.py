@@ -339,7 +339,8 @@ def test_the_planner_is_asked_for_a_tile_where_a_workflow_only_upscales(page, se
         XDiTBackend__devices="cpu:2",
     )
     asked = page.run("import('/extensions/ComfyUI-CogVideoX-xDiT/js/graph.js').then(({ question }) => question())")
-    assert asked == {"model": "demo", "width": 96, "height": 96, "length": 33, "cfg": 1, "kind": "upscale", "devices": "cpu:2"}
+    tile = {"width": 96, "height": 96, "length": 33, "cfg": 1, "kind": "upscale"}
+    assert asked == {"model": "demo", "quantize": "off", "fp8": "off", "attention": "auto", "devices": "cpu:2", **tile}
     found = server.request(f"/cogvideox-xdit/plans?{urllib.parse.urlencode(asked)}")
     assert found["size"] == [96, 96, 33]
     assert [row["plan"] for row in found["rows"] if row["chosen"]] == ["replicas2"]
