@@ -279,7 +279,7 @@ from comfy_api.latest import io
 hidden = {io.Hidden.prompt: {"1": {}}, io.Hidden.extra_pnginfo: None, io.Hidden.unique_id: "1"}
 node = Save.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
 frames = torch.rand(6, 32, 47, 3)
-def save(images, fps=8.0, prefix="a", **more):
+def save(images, fps=8.0, prefix="each", **more):
     try:
         return [one["filename"] for one in node.execute(images, fps, prefix, **more).ui["images"]]
     except errors.RequestError as error:
@@ -290,12 +290,12 @@ valid = [Save.validate_inputs(filename_prefix=prefix) for prefix in ("b/c", None
 show(made=made, refused=refused, valid=valid, folder=folder)
 """)
     assert shown["made"] == [
-        ["a_00001_.mp4"],
-        ["a_00002_.mp4", "a_00003_.mp4"],
-        ["a_00004_.mp4", "a_00005_.mp4"],
-        ["a_00006_.mp4", "a_00007_.mp4", "a_00008_.mp4"],
+        ["each_00001_.mp4"],
+        ["each_00002_.mp4", "each_00003_.mp4"],
+        ["each_00004_.mp4", "each_00005_.mp4"],
+        ["each_00006_.mp4", "each_00007_.mp4", "each_00008_.mp4"],
     ]
-    assert [len(decode(path)) for path in sorted(Path(shown["folder"]).glob("a_*.mp4"))] == [6, 3, 3, 3, 3, 2, 2, 2]
+    assert [len(decode(path)) for path in sorted(Path(shown["folder"]).glob("each_*.mp4"))] == [6, 3, 3, 3, 3, 2, 2, 2]
     assert log.count("frames of 47x32 are cropped to 46x32") == 8
     words = (
         "6 images cannot be split into 4 videos of equal length",
