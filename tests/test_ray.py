@@ -36,6 +36,8 @@ from .conftest import PATIENCE, REPO, TOLERANCE, wait_until, workers
 from .support.ray_cluster import RayCluster
 
 SMALL = {"size": (48, 48, 5), "steps": 3}
+STEPS = 150
+"""Of a job that loses a process after five: on a loaded machine the caller hears of a step when many more are done."""
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_a_node_that_is_killed_and_one_that_is_added_lose_no_video_and_their_ord
 
 @pytest.mark.slow
 def test_a_group_alone_goes_on_after_its_last_step_when_its_actor_was_killed(opened, make_job, local):
-    job, killed = make_job("5b", size=(48, 48, 5), steps=30), []
+    job, killed = make_job("5b", size=(48, 48, 5), steps=STEPS), []
     group = opened("single")
     assert isinstance(group, ClusterExecutor)
 
@@ -164,12 +166,12 @@ def test_a_group_alone_goes_on_after_its_last_step_when_its_actor_was_killed(ope
     assert (result.tensor - local.sample(job).tensor).abs().max() <= TOLERANCE
     (note,) = result.report.notes
     done = int(re.search(r"the group on node \S+ was lost: .* went on after step (\d+)", note)[1])
-    assert done >= 4 and len(result.report.step_seconds) == 30 - done
+    assert done >= 4 and len(result.report.step_seconds) == STEPS - done
 
 
 @pytest.mark.slow
 def test_a_group_over_two_nodes_gives_the_video_of_one_and_goes_on_when_a_rank_of_the_other_was_killed(opened, make_job, local):
-    job, killed = make_job("5b", size=(48, 48, 5), steps=30), []
+    job, killed = make_job("5b", size=(48, 48, 5), steps=STEPS), []
     group = opened("ulysses2")
     before = set(workers())
 
