@@ -12,7 +12,6 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from parallel_backend.cogvideox.attention.timings import Timings
@@ -23,43 +22,11 @@ from parallel_backend.model import ATTENTIONS, FP8S, QUANTIZES
 from parallel_backend.parallel.rank import RankContext
 
 from .group import job_of
+from .kernels import spans_of
 
 FORWARDS = 7
 SHOWN = 12
 """Kernels, those that take longest."""
-PARTS = {
-    "attention": (
-        "flash",
-        "fmha",
-        "sdpa",
-        "sage",
-        "attn",
-        "attention",
-        "optimistic",
-        "careful",
-        "fp8_kernel",
-        "settle",
-        "survey",
-    ),
-    "rounding in passes of its own": ("quantize",),
-    "products": ("gemm", "nvjet", "cutlass", "cublas", "xmma"),
-}
-"""Words in the names of kernels, by what they compute; the first that fits counts."""
-
-
-def kernels_of(profiled: profile) -> tuple[Counter, Counter]:
-    """Returns the seconds of each kernel, and how often it was called."""
-    seconds, calls = Counter(), Counter()
-    for event in profiled.events():
-        if event.device_type == DeviceType.CUDA:
-            seconds[event.name] += event.device_time / 1e6
-            calls[event.name] += 1
-    return seconds, calls
-
-
-def part_of(kernel: str) -> str:
-    """Returns what a kernel computes; see :data:`PARTS`."""
-    return next((part for part, words in PARTS.items() if any(word in kernel.lower() for word in words)), "all else")
 
 
 def main() -> None:
@@ -106,16 +73,17 @@ def main() -> None:
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             transformer(*args, **kwargs)
             torch.cuda.synchronize()
-    seconds, calls = kernels_of(profiled)
+    seconds, calls, kinds = Counter(), Counter(), Counter()
+    for span in spans_of(profiled):
+        seconds[span.name] += span.seconds
+        calls[span.name] += 1
+        kinds[span.kind] += span.seconds
     print(
         f"{checkpoint.describe}, layers {job.model.quantization}, attention {engine.cache.attention.name}, cfg {asked.cfg:g}: {median(forwards) * 1e3:.0f} ms a forward, at least "
         f"{min(forwards) * 1e3:.0f}; kernels {sum(seconds.values()) * 1e3:.0f}; the host asks for it in {median(hosts) * 1e3:.0f}, "
         f"{median(hosts) / checkpoint.layers * 1e6:.0f} us a block; first job {first:.1f} s, {report.load_seconds:.1f} of them loading{''.join('; ' + note for note in report.notes)}"
     )
-    parts = Counter()
-    for name, taken in seconds.items():
-        parts[part_of(name)] += taken
-    print(", ".join(f"{part} {taken * 1e3:.1f} ms" for part, taken in parts.most_common()))
+    print(", ".join(f"{kind} {taken * 1e3:.1f} ms" for kind, taken in kinds.most_common()))
     for name, taken in seconds.most_common(SHOWN):
         print(f"{taken * 1e3:9.2f} ms {calls[name]:5} x {name[:90]}")
 

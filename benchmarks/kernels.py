@@ -38,9 +38,10 @@ from parallel_backend.plan import Plan
 from .group import job_of
 
 KINDS = {
-    "attention": r"optimistic_kernel|fp8_kernel|careful_kernel|sdpa|flash|fmha|attention",
+    "attention": r"optimistic_kernel|fp8_kernel|careful_kernel|sdpa|flash|fmha|sage|attn|attention",
+    "rounding in passes of its own": r"quantize",
     "values in FP8": r"survey_kernel|settle_kernel|transpose_kernel",
-    "products": r"gemm|nvjet|cutlass|splitK|cublas",
+    "products": r"gemm|nvjet|cutlass|splitK|cublas|xmma",
     "norms": r"token_kernel",
     "heads": r"head_kernel",
     "swaps": r"swap_kernel",
@@ -48,7 +49,7 @@ KINDS = {
     "flags": r"signal|barrier",
     "copies": r"^Mem(cpy|set)",
 }
-"""Kinds of kernels, by a pattern of their names; the first that is found counts. What is left is ``rest``."""
+"""Kinds of kernels, by a pattern of their names in any case; the first that is found counts. What is left is ``rest``."""
 WAITS = ("NCCL", "flags", "copies")
 """Kinds that need no processor, or wait on one."""
 SAMPLED_MS = 50
@@ -66,9 +67,14 @@ class Span:
     end: float
 
     @property
+    def seconds(self) -> float:
+        """Its duration."""
+        return self.end - self.begin
+
+    @property
     def kind(self) -> str:
         """The first of ``KINDS`` that its name has."""
-        return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name)), "rest")
+        return next((kind for kind, pattern in KINDS.items() if re.search(pattern, self.name, re.IGNORECASE)), "rest")
 
 
 def spans_of(profiled: profile) -> list[Span]:
@@ -81,14 +87,14 @@ def spans_of(profiled: profile) -> list[Span]:
     return sorted(found, key=lambda span: span.begin)
 
 
-def steady(spans: Sequence[Span], steps: int) -> tuple[list[Span], float]:
-    """Returns the kernels from the second step's first attention to the last step's, and the seconds of a step between them."""
-    begins = [span.begin for span in spans if span.kind == "attention"]
-    each, left = divmod(len(begins), steps)
+def steady(spans: Sequence[Span], steps: int) -> tuple[list[Span], Span]:
+    """Returns the kernels from the second step's first attention to the last step's, and the latter."""
+    attending = [span for span in spans if span.kind == "attention"]
+    each, left = divmod(len(attending), steps)
     if left or not each:
-        raise ValueError(f"{len(begins)} kernels of attention in {steps} steps")
-    first, last = begins[each], begins[-each]
-    return [span for span in spans if first <= span.begin < last], (last - first) / (steps - 2)
+        raise ValueError(f"{len(attending)} kernels of attention in {steps} steps")
+    first, last = attending[each], attending[-each]
+    return [span for span in spans if first.begin <= span.begin < last.begin], last
 
 
 def gaps(spans: Iterable[Span]) -> Iterator[tuple[str, str, float]]:
@@ -103,17 +109,17 @@ def gaps(spans: Iterable[Span]) -> Iterator[tuple[str, str, float]]:
 
 def figures(spans: Sequence[Span], steps: int) -> dict[str, Any]:
     """Returns seconds a step of each kind of kernel, without any, and by the kernels around the longest gaps."""
-    found, step = steady(spans, steps)
+    found, last = steady(spans, steps)
     counted = steps - 2
     kinds, names, between = Counter(), Counter(), Counter()
     for span in found:
-        kinds[span.kind] += (span.end - span.begin) / counted
-        names[span.name] += (span.end - span.begin) / counted
+        kinds[span.kind] += span.seconds / counted
+        names[span.name] += span.seconds / counted
     computing = [span for span in found if span.kind not in WAITS]
-    for before, after, seconds in gaps(computing):
+    for before, after, seconds in gaps([*computing, last]):
         between[f"{before[:48]} -> {after[:48]}"] += seconds / counted
     return {
-        "profiled_step": step,
+        "profiled_step": (last.begin - found[0].begin) / counted,
         "kinds": dict(kinds),
         "names": dict(names.most_common(16)),
         "gap": sum(between.values()),

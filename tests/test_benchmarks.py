@@ -8,7 +8,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 
-from benchmarks import group, quality
+from benchmarks import group, kernels, quality
 from benchmarks.gpus import TABLES
 from parallel_backend.cli.bench_pipelines import XDIT
 from parallel_backend.cli.bench_table import chosen_precisions
@@ -104,3 +104,19 @@ def test_a_clip_is_as_like_itself_as_can_be_and_less_like_a_blurred_one():
     clip = torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     assert quality.ssim(clip, clip) == pytest.approx(1)
     assert quality.ssim(clip, clip.roll(1, 1) / 2 + clip / 2) < 0.9
+
+
+def test_a_step_s_kernels_and_gaps_are_those_between_the_first_and_the_last_step():
+    """Steps of 10 ms: two attentions with a gap of 1 ms, a product, a copy beside it, and nothing for 2 ms; the first step is longer."""
+    spans, begin = [kernels.Span("elementwise_kernel", 0.0, 0.5)], 0.5
+    for _ in range(5):
+        parts = [("optimistic_kernel", 0, 2), ("fmha_cutlass", 3, 5), ("nvjet_sm90", 5, 8), ("Memcpy PtoP", 6, 9.5)]
+        spans += [kernels.Span(name, begin + start / 1e3, begin + end / 1e3) for name, start, end in parts]
+        begin += 0.010
+    found = kernels.figures(spans, 5)
+    assert found["profiled_step"] == pytest.approx(0.010)
+    assert found["kinds"] == pytest.approx({"attention": 0.004, "products": 0.003, "copies": 0.0035})
+    between = {"optimistic_kernel -> fmha_cutlass": 0.001, "nvjet_sm90 -> optimistic_kernel": 0.002}
+    assert found["gaps"] == pytest.approx(between) and found["gap"] == pytest.approx(sum(between.values()))
+    with pytest.raises(ValueError, match="9 kernels of attention in 5 steps"):
+        kernels.figures([*spans[:-4], spans[-3]], 5)
