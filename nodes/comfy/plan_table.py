@@ -1,6 +1,7 @@
 """The planner's table for a model, a size and devices, and the values that *xDiT Backend* can have here."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +41,8 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     checkpoint = checkpoint_of(query.get("model", "demo"))
     devices = Devices.parse(query.get("devices") or AUTO)
     is_tile = query.get("kind") == UpscaleJob.kind
-    size = size_of_query(query, checkpoint)
-    workload = workload_of_query(query, checkpoint, size, is_tile=is_tile)
+    *size, batch = size_of_query(query, checkpoint)
+    workload = workload_of_query(query, checkpoint, size, batch, is_tile=is_tile)
     machine, tiles = machine_of(devices), devices.count if is_tile else 1
     work = workload.work(devices.first)
     work = replace(work, pixels=math.prod(size)) if is_tile else work
@@ -64,7 +65,7 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     ]
     return {
         "model": checkpoint.name,
-        "size": list(size),
+        "size": size,
         "kind": UpscaleJob.kind if is_tile else SampleJob.kind,
         "devices": str(devices),
         "free_memory": machine.free,
@@ -73,8 +74,8 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def size_of_query(query: dict[str, str], checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Returns width, height and frames of a query, by default the checkpoint's own.
+def size_of_query(query: dict[str, str], checkpoint: Checkpoint) -> tuple[int, int, int, int]:
+    """Returns width, height, frames and batch of a query, by default the checkpoint's own size, once.
 
     Raises:
         RequestError: for a field that makes no sense.
@@ -85,24 +86,24 @@ def size_of_query(query: dict[str, str], checkpoint: Checkpoint) -> tuple[int, i
     except ValueError as error:
         raise RequestError(f"the size is no number: {error}") from None
     check_size(width, height, frames, batch, names={"frames": "length", "batch": "batch_size"})
-    return width, height, frames
+    return width, height, frames, batch
 
 
-def workload_of_query(query: dict[str, str], checkpoint: Checkpoint, size: tuple[int, int, int], *, is_tile: bool) -> Workload:
+def workload_of_query(
+    query: dict[str, str], checkpoint: Checkpoint, size: Sequence[int], batch: int, *, is_tile: bool
+) -> Workload:
     """Returns the workload of a query: that of a job without weights, prompts and images.
 
     Raises:
         RequestError: for a field that makes no sense.
     """
     width, height, frames = size
-    numbers = {"cfg": checkpoint.default_cfg, "batch": 1, "window": 0, "overlap": 0, "step_cache": 0, "guidance_cache": 0}
+    numbers = {"cfg": checkpoint.default_cfg, "window": 0, "overlap": 0, "step_cache": 0, "guidance_cache": 0}
     try:
-        cfg, batch, window, overlap, step_cache, guidance_cache = (
-            float(query.get(name) or value) for name, value in numbers.items()
-        )
+        cfg, window, overlap, step_cache, guidance_cache = (float(query.get(name) or value) for name, value in numbers.items())
     except ValueError as error:
         raise RequestError(f"cfg, the windows or a cache is no number: {error}") from None
-    latent = empty_latent(width=width, height=height, frames=frames, batch=int(batch))
+    latent = empty_latent(width=width, height=height, frames=frames, batch=batch)
     windows = Windows(int(window), int(overlap)) if window else None
     asked = {name: query[name] for name in ROUNDING if query.get(name)}
     model = Model(str(checkpoint.path), step_cache=step_cache, guidance_cache=int(guidance_cache), **asked)
