@@ -40,7 +40,7 @@ def test_heads_in_base_two_and_fp8_are_the_same_heads():
     norm.weight.data, norm.bias.data = weight, bias
 
     def normal(factor: float, *, fp8: bool) -> torch.Tensor:
-        return block_torch.TorchBlockOps().normal_heads(states, norm, None, factor, fp8=fp8, ranks=1)[:, 0].detach()
+        return block_torch.TorchBlockOps().normal_heads(states, norm, None, factor, fp8=fp8, parts=1)[:, 0].detach()
 
     plain = normal(1.0, fp8=False)
     assert torch.equal(plain, torch.nn.functional.layer_norm(states, (64,), weight, bias, 1e-6))

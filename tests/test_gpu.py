@@ -358,10 +358,10 @@ def test_norm_and_rotation_in_one_kernel_are_what_they_are_in_several(shape, dty
     ours, plain, exact = block.triton_kernels(), block_torch.TorchBlockOps(), copy.deepcopy(on_gpu).cpu().double()
     for tables in (None, (angles.cos(), angles.sin())):
         near = tables and tuple(table.cuda() for table in tables)
-        expected = plain.normal_heads(there.cpu().double(), exact, tables, 0.18, fp8=False, ranks=1)
-        found = ours.normal_heads(there, on_gpu, near, 0.18, fp8=False, ranks=1)
+        expected = plain.normal_heads(there.cpu().double(), exact, tables, 0.18, fp8=False, parts=1)
+        found = ours.normal_heads(there, on_gpu, near, 0.18, fp8=False, parts=1)
         assert distance(found.cpu().double(), expected) < (1e-6 if dtype == torch.float32 else 3e-3)
-        rounded = ours.normal_heads(there, on_gpu, near, 0.42, fp8=True, ranks=1)
+        rounded = ours.normal_heads(there, on_gpu, near, 0.42, fp8=True, parts=1)
         assert rounded.dtype == torch.float8_e4m3fn
         assert distance(rounded.cpu().double() / 0.42 * 0.18, expected) < 0.04
 
@@ -369,16 +369,16 @@ def test_norm_and_rotation_in_one_kernel_are_what_they_are_in_several(shape, dty
 @one_gpu
 @pytest.mark.parametrize("fp8", [False, True])
 def test_heads_are_laid_out_for_ranks_as_several_copies_would(fp8):
-    states, norm, ours = (
-        torch.randn(2, 33, 6, 64, device="cuda").bfloat16(),
-        torch.nn.LayerNorm(64).cuda(),
-        block.triton_kernels(),
-    )
-    together = ours.normal_heads(states, norm, None, 1.0, fp8=fp8, ranks=1)[:, 0]
+    states, norm = torch.randn(2, 33, 6, 64, device="cuda").bfloat16(), torch.nn.LayerNorm(64).cuda()
+    ours, plain = block.triton_kernels(), block_torch.TorchBlockOps()
+    together = ours.normal_heads(states, norm, None, 1.0, fp8=fp8, parts=1)[:, 0]
     for ranks in (2, 3):
-        found = ours.normal_heads(states, norm, None, 1.0, fp8=fp8, ranks=ranks)
-        assert torch.equal(found.float(), block_torch.spread(together, ranks).float())
-        assert torch.equal(ours.swap(found.flatten(3)).view(together.shape).float(), together.float())
+        found = ours.normal_heads(states, norm, None, 1.0, fp8=fp8, parts=ranks)
+        assert torch.equal(found.float(), plain.spread(together, ranks).float())
+        assert torch.equal(ours.join(found).view(together.shape).float(), together.float())
+        own = block_torch.Own(torch.empty_like(found[:, :1]), ranks - 1)
+        found[:, :-1] = ours.normal_heads(states, norm, None, 1.0, fp8=fp8, parts=ranks, own=own)[:, :-1]
+        assert torch.equal(torch.cat([found[:, :-1], own.memory], dim=1).float(), plain.spread(together, ranks).float())
 
 
 @one_gpu

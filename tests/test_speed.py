@@ -99,11 +99,25 @@ for head_dim in (32, 40, 48, 64):  # 48 is the demo's, 64 that of every publishe
     for weight in norm.parameters():
         torch.nn.init.normal_(weight)
     states = torch.randn(2, 5, 12, head_dim) * 3 + 1
-    for ranks, chosen in ((1, tables), (2, None), (4, tables)):
+    for parts, chosen in ((1, tables), (2, None), (4, tables)):
         with torch.inference_mode():
-            found, expected = (kind.normal_heads(states, norm, chosen, 0.7, fp8=False, ranks=ranks) for kind in (ours, plain))
+            found, expected = (kind.normal_heads(states, norm, chosen, 0.7, fp8=False, parts=parts) for kind in (ours, plain))
             check(found, expected)
-            assert torch.equal(ours.swap(found.flatten(3)), plain.swap(found.flatten(3)))
+            assert torch.equal(ours.spread(states, parts), plain.spread(states, parts))
+            assert torch.equal(ours.join(found), plain.join(found)) and torch.equal(ours.join(ours.spread(states, parts)), states.flatten(2))
+    for first, count in ((0, 1), (2, 2), (3, 1)):  # of 4 parts: what this rank attends to itself lies elsewhere, each part for itself
+        room = torch.zeros(2, count, 3, 5, 3, head_dim)
+        own = block_torch.Own(room[:, :, 1], first)
+        others = [part for part in range(4) if part not in range(4)[own.parts]]
+        for make in (lambda kind, **where: kind.spread(states, 4, **where), lambda kind, **where: kind.normal_heads(states, norm, tables, 0.7, fp8=False, parts=4, **where)):
+            with torch.inference_mode():
+                found, expected = make(ours, own=own), make(plain)
+            check(own.memory, expected[:, own.parts])
+            check(found[:, others], expected[:, others])
+            assert not room[:, :, ::2].any()
+    pitched = torch.zeros(5, 2, 12, head_dim)
+    ours.put(states[1], pitched[:, 1])
+    assert torch.equal(pitched[:, 1], states[1]) and not pitched[:, 0].any()
 """
 
 VIDEOS = """

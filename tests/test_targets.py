@@ -15,7 +15,7 @@ from benchmarks.random_weights import transformer_config
 from parallel_backend.cogvideox.attention import hopper_fp8, recomputed_tiles
 from parallel_backend.cogvideox.attention.torch_attention import HEAD_DIM
 from parallel_backend.cogvideox.checkpoint import bundled
-from parallel_backend.cogvideox.kernels.block_torch import CONDITIONS, FP8, INT8
+from parallel_backend.cogvideox.kernels.block_torch import CONDITIONS, FP8, INT8, Own
 from parallel_backend.cogvideox.transformer.quantized_linear import Int8Linear
 
 pytest.importorskip("triton")
@@ -68,10 +68,14 @@ def launch_block(config: dict, dtype: torch.dtype) -> None:
             Int8Linear(torch.nn.Linear(features, features, device="meta", dtype=dtype))(*inputs)
         else:
             ops.gelu(lambda *inputs: empty(2, 100, 4 * features, dtype=dtype), (states,), "tanh", rounded=rounded)
+    spread, own = states.unflatten(2, (heads, head_dim)), Own(empty(2, 1, 100, heads // 2, head_dim, dtype=dtype), 1)
     for fp8 in (False, True):
-        ops.normal_heads(states.unflatten(2, (heads, head_dim)), norm_head, tables, 0.18, fp8=fp8, ranks=1)
+        ops.normal_heads(spread, norm_head, tables, 0.18, fp8=fp8, parts=1)
+        in_fp8 = Own(own.memory.to(FP8), own.first) if fp8 else own
+        ops.normal_heads(spread, norm_head, tables, 0.18, fp8=fp8, parts=2, own=in_fp8)
     ops.add(states, states, conditions, 7)
-    ops.swap(states.view(2, 50, 2, features))
+    ops.join(ops.spread(spread, 2))
+    ops.spread(spread, 2, own)
 
 
 def launch_vae(channels: int, groups: int, dtype: torch.dtype) -> None:

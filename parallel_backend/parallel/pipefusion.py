@@ -250,7 +250,7 @@ class Stage(torch.nn.Module):
     def _run(self, tokens: torch.Tensor, chunk: Chunk, temb: torch.Tensor, tables, scores: dict[str, bool]) -> torch.Tensor:
         """Runs one patch through this rank's blocks."""
         rows = None if tables is None else chunk.of_rotary(*tables)
-        about = {"cache": None, "text": chunk.local_text, "attend": self.attend, "ranks": self.size, **scores}
+        about = {"cache": None, "text": chunk.local_text, "attend": self.attend, "parts": self.size, **scores}
         none = tokens.new_empty(len(tokens), 0, tokens.shape[2])
         for number, own_block in self.named_children():
             self.attention.block = number

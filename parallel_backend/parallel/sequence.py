@@ -141,22 +141,23 @@ class JointSequence:
         controls = [control.begin(self.chunk.of_joint, **inputs) for control in kwargs["attention_kwargs"]["controls"]]
         about = {"text": self.chunk.local_text, "cache": cache, "controls": controls}
         rows = None if rotary is None else self.chunk.of_rotary(*rotary)
-        about |= self._attention(kwargs["attention_kwargs"]["attention"], kwargs["hidden_states"])
+        kernels = module.transformer_blocks[0].kernels
+        about |= self._attention(kwargs["attention_kwargs"]["attention"], kwargs["hidden_states"], kernels)
         return args, {**kwargs, "image_rotary_emb": rows, "attention_kwargs": about}
 
-    def _attention(self, function: AttentionFunction, latents: torch.Tensor) -> dict[str, Any]:
+    def _attention(self, function: AttentionFunction, latents: torch.Tensor, kernels) -> dict[str, Any]:
         """Returns the arguments for attention of :func:`parallel_backend.cogvideox.transformer.block.forward`."""
         choice.begin(function, latents.device)
         scores = {"base_two": function.base_two, "fp8": function.fp8}
         shared = self.split.shared
         if self.split.ring > 1:  # keys and values are sent in 16 bits and converted to FP8 on arrival
             shared.begin(function, padding=self.chunk.padding)
-            return {**scores, "attend": shared.attend, "ranks": 1, "fp8": False}
+            return {**scores, "attend": shared.attend, "parts": 1, "fp8": False}
         if shared is None:
-            return {**scores, "attend": partial(choice.alone, function.attend), "ranks": 1}
-        ranks = shared.begin(function.attend, batch=len(latents), padding=self.chunk.padding)
-        early = {"send": shared.send} if isinstance(shared, CopyingUlyssesAttention) else {}
-        return {**scores, "attend": shared.attend, "ranks": ranks, **early}
+            return {**scores, "attend": partial(choice.alone, function.attend), "parts": 1}
+        parts = shared.begin(function, batch=len(latents), padding=self.chunk.padding, kernels=kernels)
+        early = {"own": shared.own, "send": shared.send} if isinstance(shared, CopyingUlyssesAttention) else {}
+        return {**scores, "attend": shared.attend, "parts": parts, **early}
 
     def _scatter(self, module, args, kwargs):
         """Replaces the first block's input with this rank's chunk of the joint tokens."""

@@ -5,8 +5,9 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
-from ..cogvideox.attention.function import KEY, QUERY, VALUE
+from ..cogvideox.attention.function import QUERY, AttentionFunction
 from ..cogvideox.attention.torch_attention import Attention
+from ..cogvideox.kernels.block_torch import FP8, Own
 from . import symmetric_memory
 
 ARRIVALS, RESULTS = 0, 1
@@ -31,17 +32,18 @@ class UlyssesAttention:
         self.whole: Attention | None = None
         self.padding = 0
 
-    def begin(self, whole: Attention, *, batch: int, padding: int) -> int:
+    def begin(self, function: AttentionFunction, *, batch: int, padding: int, kernels) -> int:
         """Prepares a forward pass.
 
         Args:
-            whole: attention on one rank.
+            function: attention on one rank.
             batch: prompts times videos.
             padding: padding tokens at the end of the full sequence.
+            kernels: of the blocks.
         Returns:
             Number of parts that heads must be laid out in: ranks times the parts per rank.
         """
-        self.whole, self.padding = whole, padding
+        self.whole, self.padding = function.attend, padding
         return self.size
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -51,7 +53,7 @@ class UlyssesAttention:
             query, key, value: ``[batch, parts, tokens, heads, head_dim]``: this rank's tokens, with heads grouped by the rank
                 that computes them; parts as returned by :meth:`begin`.
         Returns:
-            In the same shape; may be overwritten in the next block.
+            In the same shape.
         """
         ranks, tokens = query.shape[1:3]
         query, key, value = (states.flatten(1, 2) for states in self._exchange(query, key, value))
@@ -79,8 +81,8 @@ class CopyingUlyssesAttention(UlyssesAttention):
     """Ulysses by writing into other ranks' memory, overlapping communication with computation.
 
     The work is split into parts. A part is the tokens of one prompt, or half of a rank's heads if there is only one prompt. Values
-    and keys are sent as soon as they are made, while queries are computed. No barrier is needed between blocks: a peer overwrites
-    my buffer only after it has my result for its previous contents.
+    and keys are sent as soon as they are made, while queries are computed; what this rank attends to itself is made where attention
+    reads it. No barrier is needed between blocks: a peer overwrites my buffer only after it has my result for its previous contents.
 
     Args:
         group: process group, ranked in the order of the chunks.
@@ -94,108 +96,101 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.device = device
         self.heads = heads
         self.pieces = 1
+        self.kernels, self.fp8 = None, False
         # Kernels set the signals. With priority, they run before the remaining blocks of an attention that occupies the GPU.
         self.side = torch.cuda.Stream(device, priority=-1)
         self.inbox: symmetric_memory.Inbox | None = None
         self.layout: symmetric_memory.BufferLayout | None = None
         self.buffers: list[list[torch.Tensor]] = []
         """Per rank: queries, keys, values ``[batch, pieces, ranks, …]`` and results ``[batch, ranks, pieces, …]``."""
-        self.sent: set[int] = set()
-        """What this block has sent before its attention: ``KEY``, ``VALUE``."""
 
-    def begin(self, whole: Attention, *, batch: int, padding: int) -> int:
+    def begin(self, function: AttentionFunction, *, batch: int, padding: int, kernels) -> int:
         """See :meth:`UlyssesAttention.begin`. Each part costs the idle processors at the end of one attention."""
-        self.sent.clear()
+        self.kernels, self.fp8 = kernels, function.fp8
         self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
-        return super().begin(whole, batch=batch, padding=padding) * self.pieces
+        return super().begin(function, batch=batch, padding=padding, kernels=kernels) * self.pieces
+
+    def own(self, place: int, states: torch.Tensor) -> Own:
+        """Returns the memory for this rank's own parts.
+
+        Args:
+            place: ``QUERY``, ``KEY`` or ``VALUE``.
+            states: ``[batch, tokens, heads, head_dim]``, as a linear layer returns them.
+        """
+        self._allocate(states)
+        return Own(self.buffers[self.rank][place][:, :, self.rank], first=self.rank * self.pieces)
 
     def send(self, place: int, states: torch.Tensor) -> None:
-        """Sends keys or values before attention, unless the buffers are not laid out for them yet.
+        """Sends keys or values, while this rank computes.
 
         Args:
             place: ``KEY`` or ``VALUE``.
-            states: as for :meth:`attend`, where they are given again.
+            states: as for :meth:`attend`, without this rank's own parts.
         """
-        split = self._split(states)
-        if self.layout and self.layout.parts[place] == (self._turned(split), states.dtype):
-            self.side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.side):
-                for part in self._parts(len(split)):
-                    self._copy(place, split, part)
-            self.sent.add(place)
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            for part in self._parts(len(states)):
+                self._copy(place, states, part)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See :meth:`UlyssesAttention.attend`. Keys and values were sent, and this rank's own parts are in their memory."""
         try:
-            return self._copy_and_attend(query, key, value)
+            return self._copy_and_attend(query)
         except BaseException:
             self.inbox = self.layout = None  # stale signals must not be taken for the next ones
             raise
-
-    def _split(self, states: torch.Tensor) -> torch.Tensor:
-        """Returns a view ``[batch, ranks, pieces, tokens, heads, head_dim]``."""
-        return states.unflatten(1, (self.size, self.pieces))
-
-    @staticmethod
-    def _turned(split: torch.Tensor) -> tuple[int, ...]:
-        """Returns the shape of what arrives, ``[batch, pieces, ranks, …]``."""
-        batch, ranks, pieces, *others = split.shape
-        return batch, pieces, ranks, *others
 
     def _parts(self, batch: int) -> list[tuple[int, int]]:
         """Returns the sample and the piece of each part."""
         return list(product(range(batch), range(self.pieces)))
 
-    def _copy(self, place: int, split: torch.Tensor, part: tuple[int, int]) -> None:
+    def _copy(self, place: int, states: torch.Tensor, part: tuple[int, int]) -> None:
         """Copies a part of queries, keys or values to all others."""
         sample, piece = part
         for peer in self.inbox.others:
-            self.buffers[peer][place][sample, piece, self.rank].copy_(split[sample, peer, piece])
+            self.buffers[peer][place][sample, piece, self.rank].copy_(states[sample, peer * self.pieces + piece])
 
-    def _copy_and_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        asked = [self._split(states) for states in (query, key, value)]
-        self._allocate(asked)
+    def _copy_and_attend(self, query: torch.Tensor) -> torch.Tensor:
+        batch, _, tokens, heads, head_dim = query.shape
         *arriving, results = self.buffers[self.rank]
-        parts = self._parts(len(query))
-        valid = slice(self.size * query.shape[2] - self.padding)
+        parts = self._parts(batch)
+        valid = slice(self.size * tokens - self.padding)
         main = torch.cuda.current_stream(self.device)
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
             for number, part in enumerate(parts):
-                for place in {QUERY, KEY, VALUE} - self.sent:
-                    self._copy(place, asked[place], part)
+                self._copy(QUERY, query, part)
                 self.inbox.announce(ARRIVALS, number)
-        self.sent.clear()
-        for sample, piece in parts:
-            for states, here in zip(asked, arriving):
-                here[sample, piece, self.rank].copy_(states[sample, self.rank, piece])
-        made = []
+        joined, made = results.new_empty(batch, tokens, self.size, self.pieces, heads, head_dim), []
         for number, (sample, piece) in enumerate(parts):
             self.inbox.await_all(ARRIVALS, number)
             queries, keys, values = (here[sample, piece].flatten(0, 1)[None] for here in arriving)
-            made.append(self.whole(queries, keys[:, valid], values[:, valid])[0].unflatten(0, (self.size, -1)))
+            attended = self.whole(queries, keys[:, valid], values[:, valid])[0].unflatten(0, (self.size, -1))
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
                 for peer in self.inbox.others:
-                    self.buffers[peer][-1][sample, self.rank, piece].copy_(made[-1][peer])
+                    self.buffers[peer][-1][sample, self.rank, piece].copy_(attended[peer])
                 self.inbox.announce(RESULTS, number)
-        for (sample, piece), attended in zip(parts, made):
-            results[sample, self.rank, piece].copy_(attended[self.rank])
-        for number in range(len(parts)):
+            made.append(attended)  # kept until it was sent
+            self.kernels.put(attended[self.rank], joined[sample, :, self.rank, piece])
+        for number, (sample, piece) in enumerate(parts):
             self.inbox.await_all(RESULTS, number)
-        main.wait_stream(self.side)  # before its source memory is reused
-        return results.flatten(1, 2)
+            for peer in self.inbox.others:
+                self.kernels.put(results[sample, peer, piece], joined[sample, :, peer, piece])
+        main.wait_stream(self.side)  # before the memory of what is sent is used again
+        return joined.flatten(2, 3).transpose(1, 2)
 
-    def _allocate(self, asked: list[torch.Tensor]) -> None:
+    def _allocate(self, states: torch.Tensor) -> None:
         """Allocates buffers for one block's tensors on every rank. All blocks need the same, so it happens once per size."""
-        query, _, value = asked
-        layout = symmetric_memory.BufferLayout(
-            (*((self._turned(states), states.dtype) for states in asked), (tuple(query.shape), value.dtype))
-        )
+        batch, tokens, heads, head_dim = states.shape
+        each = (tokens, heads // (self.size * self.pieces), head_dim)
+        scored = ((batch, self.pieces, self.size, *each), FP8 if self.fp8 else states.dtype)
+        valued = ((batch, self.pieces, self.size, *each), states.dtype)
+        layout = symmetric_memory.BufferLayout((scored, scored, valued, ((batch, self.size, self.pieces, *each), states.dtype)))
         if layout == self.layout:
             return
         torch.cuda.synchronize(self.device)  # no rank may write in one layout while another one is in use
         dist.barrier(self.group)
-        self.sent.clear()
         if self.inbox is None or self.inbox.nbytes < layout.nbytes:
             self.buffers, self.inbox = [], None
             self.inbox = symmetric_memory.Inbox(self.group, self.device, nbytes=layout.nbytes)

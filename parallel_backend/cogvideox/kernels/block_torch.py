@@ -5,6 +5,7 @@
 """
 
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,21 @@ SHIFT, SCALE, GATE = range(CONDITIONS // 2)
 Inputs = tuple[torch.Tensor, ...]
 """Arguments of a linear layer: tokens ``[batch, tokens, features]``; or the same in e4m3 or int8, and the scale of each token,
 ``[batch * tokens, 1]``."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """Memory for the heads that this rank attends to itself. They are written there, and not to where heads are sent from."""
+
+    memory: torch.Tensor
+    """``[batch, parts, tokens, heads, head_dim]``: this rank's parts, each of them contiguous."""
+    first: int
+    """Number of the first of them among the parts of all ranks."""
+
+    @property
+    def parts(self) -> slice:
+        """Which parts they are."""
+        return slice(self.first, self.first + self.memory.shape[1])
 
 
 def keep_kernels() -> None:
@@ -51,11 +67,6 @@ def quantize_rows(rows: torch.Tensor, dtype: torch.dtype = FP8) -> tuple[torch.T
     scales = exact.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST_OF[dtype]
     scaled = exact / scales
     return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scales
-
-
-def spread(states: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Lays out heads by rank: ``[batch, tokens, heads, head_dim]`` to ``[batch, ranks, tokens, heads / ranks, head_dim]``."""
-    return states.unflatten(2, (ranks, -1)).transpose(1, 2).contiguous()
 
 
 def for_tokens(conditions: torch.Tensor, place: int, tokens: int, text: int) -> torch.Tensor:
@@ -115,9 +126,17 @@ class TorchBlockOps:
         return (F.gelu(layer(*inputs), approximate=approximate),)
 
     def normal_heads(
-        self, states: torch.Tensor, norm, tables: Inputs | None, factor: float, *, fp8: bool, ranks: int
+        self,
+        states: torch.Tensor,
+        norm,
+        tables: Inputs | None,
+        factor: float,
+        *,
+        fp8: bool,
+        parts: int,
+        own: Own | None = None,
     ) -> torch.Tensor:
-        """Normalises each head of ``[batch, tokens, heads, head_dim]``, applies rotary positions, and lays heads out by rank.
+        """Normalises each head of ``[batch, tokens, heads, head_dim]``, applies rotary positions, and spreads heads over parts.
 
         Args:
             states: queries or keys.
@@ -125,15 +144,34 @@ class TorchBlockOps:
             tables: cosines and sines ``[tokens, head_dim]`` in float32, or None.
             factor: that the result is multiplied by.
             fp8: whether the result is in e4m3 instead of the input's dtype.
-            ranks: number of ranks that heads are distributed to.
+            parts, own: as in :meth:`spread`.
         Returns:
-            ``[batch, ranks, tokens, heads / ranks, head_dim]``.
+            As :meth:`spread`.
         """
         normal = norm(states)  # called as a module, as offload hooks may load its weights
         exact = normal if states.dtype == torch.float64 else normal.float()
         turned = (rotate(exact, *tables) if tables else exact) * factor
-        return spread(quantize(turned) if fp8 else turned.to(states.dtype), ranks)
+        return self.spread(quantize(turned) if fp8 else turned.to(states.dtype), parts, own)
 
-    def swap(self, states: torch.Tensor) -> torch.Tensor:
-        """Transposes ``[batch, first, second, features]`` to ``[batch, second, first, features]``."""
-        return states.transpose(1, 2).contiguous()
+    def spread(self, states: torch.Tensor, parts: int, own: Own | None = None) -> torch.Tensor:
+        """Lays out heads in parts, one after the other, for the ranks that compute them.
+
+        Args:
+            states: ``[batch, tokens, heads, head_dim]``.
+            parts: number of parts.
+            own: memory for this rank's own parts, which are then undefined in the result; or None.
+        Returns:
+            ``[batch, parts, tokens, heads / parts, head_dim]``.
+        """
+        result = states.unflatten(2, (parts, -1)).transpose(1, 2).contiguous()
+        if own:
+            own.memory.copy_(result[:, own.parts])
+        return result
+
+    def join(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns what :meth:`spread` was given, ``[batch, tokens, features]``."""
+        return states.transpose(1, 2).flatten(2)
+
+    def put(self, states: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies ``[tokens, heads, head_dim]`` to where tokens are further apart."""
+        target.copy_(states)

@@ -70,10 +70,10 @@ def token_kernel(
         tl.store(result + at, value.to(result.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "heads_of_rank"])
+@triton.jit(do_not_specialize=["tokens", "heads", "heads_of_part", "own_first", "own_parts"])
 def head_kernel(
-    states, result, weight, bias, cosines, sines, factor, tokens, heads, heads_of_rank, epsilon,
-    FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROTATES: tl.constexpr,
+    states, result, own, weight, bias, cosines, sines, factor, tokens, heads, heads_of_part, own_first, own_parts, own_sample, own_part, epsilon,
+    FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROTATES: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """See ``normal_heads``. A program processes all heads of one token, in float32."""
     row = tl.program_id(0).to(tl.int64)
@@ -91,19 +91,51 @@ def head_kernel(
         turned = tl.reshape(tl.join(-second, first), (BLOCK, WIDTH))
         value *= tl.load(cosines + token * FEATURES + column, mask=inside, other=0.0)
         value += turned * tl.load(sines + token * FEATURES + column, mask=inside, other=0.0)
-    target = (row // tokens * (heads // heads_of_rank) + head // heads_of_rank) * tokens + token
-    target = target * heads_of_rank + head % heads_of_rank
-    tl.store(result + target[:, None] * FEATURES + column, (value * factor).to(result.dtype.element_ty), mask=there)
+    sample, part, inner = row // tokens, head // heads_of_part, token * heads_of_part + head % heads_of_part
+    target = result + ((sample * (heads // heads_of_part) + part) * (tokens * heads_of_part) + inner) * FEATURES
+    if OWN:
+        place = own + sample * own_sample + (part - own_first).to(tl.int64) * own_part + inner * FEATURES
+        target = tl.where((part >= own_first) & (part < own_first + own_parts), place, target)
+    tl.store(target[:, None] + column, (value * factor).to(result.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["first", "second"])
-def swap_kernel(states, result, first, second, WORDS: tl.constexpr, BLOCK: tl.constexpr):
-    """See ``swap``. A program copies one row."""
+@triton.jit(do_not_specialize=["inner", "outer", "own_first", "own_parts"])
+def swap_kernel(
+    states, result, own, inner, outer, own_first, own_parts, own_sample, own_part, own_row,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """Copies rows of words, one a program, from ``[batch, outer, inner, words]`` to ``[batch, inner, outer, words]``.
+
+    Rows whose inner index is one of ``own_parts`` from ``own_first`` on go to ``own`` instead, whose strides are given in words.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    target = (row // (first * second) * second + row % second) * first + row // second % first
     there = column < WORDS
-    tl.store(result + target * WORDS + column, tl.load(states + row * WORDS + column, mask=there), mask=there)
+    sample, before, after = row // (outer * inner), row // inner % outer, row % inner
+    target = result + ((sample * inner + after) * outer + before) * WORDS
+    if OWN:
+        place = own + sample * own_sample + (after - own_first) * own_part + before * own_row
+        target = tl.where((after >= own_first) & (after < own_first + own_parts), place, target)
+    tl.store(target + column, tl.load(states + row * WORDS + column, mask=there), mask=there)
+
+
+def swap(states: torch.Tensor, result: torch.Tensor, own: torch.Tensor | None = None, first: int = 0) -> None:
+    """Launches ``swap_kernel``.
+
+    Args:
+        states: ``[batch, outer, inner, features]``.
+        result: ``[batch, inner, outer, features]``.
+        own: ``[batch, count, outer, features]`` with contiguous features, or None.
+        first: inner index of what is written to ``own`` first.
+    """
+    batch, outer, inner, _ = states.shape
+    states = states.contiguous()
+    states, result, target = (each.view(torch.int32) for each in (states, result, result if own is None else own))
+    words = states.shape[-1]
+    swap_kernel[(batch * outer * inner,)](
+        states, result, target, inner, outer, first, target.shape[1], *target.stride()[:3],
+        WORDS=words, BLOCK=triton.next_power_of_2(words), OWN=own is not None, num_warps=4,
+    )  # fmt: skip
 
 
 def constants(features: int, rounded: torch.dtype | None) -> dict[str, int | float | bool | None]:
@@ -203,23 +235,37 @@ class TritonBlockOps:
         )  # fmt: skip
         return sums, tuple(part for part in (result, scales) if part is not None)
 
-    def normal_heads(self, states, norm, tables, factor, *, fp8, ranks):
+    def normal_heads(self, states, norm, tables, factor, *, fp8, parts, own=None):
         states = states.contiguous()
         batch, tokens, heads, features = states.shape
-        result = states.new_empty(batch, ranks, tokens, heads // ranks, features, dtype=FP8 if fp8 else states.dtype)
+        result = states.new_empty(batch, parts, tokens, heads // parts, features, dtype=FP8 if fp8 else states.dtype)
+        target, first = (own.memory, own.first) if own else (result, 0)
         cosines, sines = tables or (None, None)
         block = triton.next_power_of_2(heads)
         head_kernel[(batch * tokens,)](
-            states, result, norm.weight, norm.bias, cosines, sines, factor, tokens, heads, heads // ranks, norm.eps,
-            FEATURES=features, WIDTH=triton.next_power_of_2(features), BLOCK=block, ROTATES=tables is not None, num_warps=4,
+            states, result, target, norm.weight, norm.bias, cosines, sines, factor, tokens, heads, heads // parts,
+            first, target.shape[1], *target.stride()[:2], norm.eps,
+            FEATURES=features, WIDTH=triton.next_power_of_2(features), BLOCK=block, ROTATES=tables is not None, OWN=own is not None,
+            num_warps=4,
         )  # fmt: skip
         return result
 
-    def swap(self, states):
-        batch, first, second, _ = states.shape
-        words = states.contiguous().view(torch.int32)
-        result = words.new_empty(batch, second, first, words.shape[-1])
-        swap_kernel[(batch * first * second,)](
-            words, result, first, second, WORDS=words.shape[-1], BLOCK=triton.next_power_of_2(words.shape[-1]), num_warps=4
-        )
-        return result.view(states.dtype)
+    def spread(self, states, parts, own=None):
+        states = states.unflatten(2, (parts, -1))
+        if parts == 1:
+            return states.transpose(1, 2)
+        batch, tokens, _, *shape = states.shape
+        result = states.new_empty(batch, parts, tokens, *shape)
+        swap(states.flatten(3), result.flatten(3), own and own.memory.flatten(3), own.first if own else 0)
+        return result
+
+    def join(self, states):
+        joined = states.transpose(1, 2)
+        if not joined.is_contiguous():
+            joined = torch.empty_like(joined, memory_format=torch.contiguous_format)
+            swap(states.flatten(3), joined.flatten(3))
+        return joined.flatten(2)
+
+    def put(self, states, target):
+        states, target = states.flatten(1), target.flatten(1)
+        swap(states[None, :, None], states[None, None], target[None, None])

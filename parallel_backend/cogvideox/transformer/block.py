@@ -9,9 +9,9 @@ from types import MethodType
 
 import torch
 
-from ..attention.function import KEY, VALUE
+from ..attention.function import KEY, QUERY, VALUE
 from ..attention.operands import factors
-from ..kernels.block_torch import CONDITIONS, Inputs, TorchBlockOps, keep_kernels
+from ..kernels.block_torch import CONDITIONS, Inputs, Own, TorchBlockOps, keep_kernels
 from ..kernels.probe import is_near, once
 from .quantized_linear import QuantizedLinear
 from .step_cache import StepCache
@@ -44,14 +44,15 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
         image_rotary_emb: tables for the joint tokens, with angle 0 for text; or None.
         attention_kwargs: ``text``: how many of the first tokens are text; ``cache``: the window's step cache or None; and for
             attention ``attend``: the function, ``base_two``: whether scores are in base two, ``fp8``: whether queries and keys
-            are in FP8, ``ranks``: the number of ranks that heads are distributed to, and optionally ``send``: a function that sends
-            values or keys to other ranks while what is left is computed.
+            are in FP8, ``parts``: the number of parts that heads are spread over. Where ranks write into each other's memory also
+            ``own``: a function that returns the memory for this rank's own parts, and ``send``: one that sends values or keys to
+            other ranks while what is left is computed.
     """
     about, kernels = attention_kwargs, block.kernels
     cache: StepCache | None = about["cache"]
     if cache is not None and cache.reusing:
         return hidden_states, encoder_hidden_states
-    attention, text, ranks, fp8 = block.attn1, about["text"], about["ranks"], about["fp8"]
+    attention, text, parts, fp8 = block.attn1, about["text"], about["parts"], about["fp8"]
     first, second = (norm.linear(norm.silu(temb)) for norm in (block.norm1, block.norm2))
     inputs = kernels.modulate(hidden_states, block.norm1.norm, first, text, rounded=rounded_for(attention.to_q))
     of_query, of_key = factors(attention.norm_q.normalized_shape[0], base_two=about["base_two"], fp8=fp8)
@@ -59,17 +60,21 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     def heads(project) -> torch.Tensor:
         return project(*inputs).unflatten(2, (attention.heads, -1))
 
-    send = about.get("send", keep)
-    value = heads(attention.to_v).unflatten(2, (ranks, -1))
-    value = swap(value.flatten(3), kernels).unflatten(3, value.shape[3:])
+    def normal_heads(place: int, project, norm, factor: float) -> torch.Tensor:
+        states = heads(project)
+        return kernels.normal_heads(states, norm, image_rotary_emb, factor, fp8=fp8, parts=parts, own=own(place, states))
+
+    own, send = about.get("own", nowhere), about.get("send", keep)
+    value = heads(attention.to_v)
+    value = kernels.spread(value, parts, own(VALUE, value))
     send(VALUE, value)
-    key = kernels.normal_heads(heads(attention.to_k), attention.norm_k, image_rotary_emb, of_key, fp8=fp8, ranks=ranks)
+    key = normal_heads(KEY, attention.to_k, attention.norm_k, of_key)
     send(KEY, key)
-    query = kernels.normal_heads(heads(attention.to_q), attention.norm_q, image_rotary_emb, of_query, fp8=fp8, ranks=ranks)
+    query = normal_heads(QUERY, attention.to_q, attention.norm_q, of_query)
     del inputs  # frees memory before the largest tensors are allocated
     attended = about["attend"](query, key, value)
     del query, key, value
-    joined = swap(attended.flatten(3), kernels).flatten(2)
+    joined = kernels.join(attended)
     update = attention.to_out[0](*kernels.inputs(joined, rounded=rounded_for(attention.to_out[0])))
     del attended, joined
     hidden_states, inputs = kernels.add_and_modulate(
@@ -79,15 +84,12 @@ def forward(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb=
     return kernels.add(hidden_states, feed_forward(block.ff, inputs, kernels), second, text), encoder_hidden_states
 
 
+def nowhere(place: int, states: torch.Tensor) -> Own | None:
+    """Returns no memory: see ``own`` of :func:`forward`."""
+
+
 def keep(place: int, states: torch.Tensor) -> None:
     """Sends nothing before attention: see ``send`` of :func:`forward`."""
-
-
-def swap(states: torch.Tensor, kernels) -> torch.Tensor:
-    """Transposes ``[batch, first, second, features]`` to ``[batch, second, first, features]``."""
-    if 1 in states.shape[1:3]:
-        return states.reshape(states.shape[0], states.shape[2], states.shape[1], -1)
-    return kernels.swap(states)
 
 
 def attach(transformer) -> None:
@@ -143,4 +145,4 @@ def tried(kernels, device: torch.device, dtype: torch.dtype, features: int, head
     heads = states.unflatten(2, (-1, head_dim))
     made = [*kernels.modulate(states, norm, before, 1, rounded=None), kernels.add(states, update, before, 1)]
     total, inputs = kernels.add_and_modulate(states, update, before, norm, after, 1, rounded=None)
-    return [*made, total, *inputs, kernels.normal_heads(heads, norm_head, tables, 0.18, fp8=False, ranks=1)]
+    return [*made, total, *inputs, kernels.normal_heads(heads, norm_head, tables, 0.18, fp8=False, parts=1)]
