@@ -187,7 +187,7 @@ for frames, latent_frames, bias in ((5, 3, torch.randn(48)), (4, 2, None), (1, 1
 ours, theirs = make_vae(), make_vae()
 use(ours, compiled=True)
 set_memory_format(ours, last=True)
-for one, other in zip(with_vae_of(ours, 3, 2, 3), with_vae_of(theirs, 3, 2, 3)):
+for one, other in zip(with_vae_of(ours, 3, 1, 2), with_vae_of(theirs, 3, 1, 2)):  # the interpreter runs row by row
     assert (one - other).abs().max() <= 1e-4
 """
 
