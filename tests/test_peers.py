@@ -12,11 +12,12 @@ from functools import partial
 import pytest
 import torch
 
-from parallel_backend.cogvideox.attention.function import KEY, QUERY, VALUE
+from parallel_backend.cogvideox.attention.function import KEY, QUERY, VALUE, AttentionFunction
 from parallel_backend.cogvideox.attention.torch_attention import attend_torch
 from parallel_backend.cogvideox.kernels import block_torch
 from parallel_backend.parallel import symmetric_memory, ulysses
 
+OPS = block_torch.TorchBlockOps()
 WAIT = 60
 
 
@@ -76,29 +77,43 @@ def threads_for_ranks(monkeypatch):
     monkeypatch.setattr(ulysses.dist, "get_world_size", lambda group: group[0].size)
 
 
-def attend_on(
-    rank: ulysses.CopyingUlyssesAttention, blocks: torch.Tensor, padding: int, early: tuple[int, ...]
-) -> torch.Tensor:
+def function_of(attend=attend_torch, *, fp8: bool = False) -> AttentionFunction:
+    return AttentionFunction("test", attend, fp8=fp8)
+
+
+def make_heads(rank: ulysses.CopyingUlyssesAttention, states: torch.Tensor, parts: int, dtypes: tuple[torch.dtype, ...]):
+    """What a block makes of queries, keys and values, and sends; NaN where a rank's own parts are not to be read."""
+    mine = {}
+    for place in (VALUE, KEY, QUERY):
+        own = rank.own(place, states[place])
+        mine[place] = OPS.spread(states[place].to(dtypes[place], copy=True), parts, own)
+        mine[place][:, own.parts] = torch.nan
+        if place != QUERY:
+            rank.send(place, mine[place])
+    return [mine[place] for place in (QUERY, KEY, VALUE)]
+
+
+def attend_on(rank: ulysses.CopyingUlyssesAttention, blocks: torch.Tensor, padding: int) -> torch.Tensor:
     """What a rank makes of each block's queries, keys and values ``[blocks, 3, batch, all tokens, heads, head_dim]``, its own tokens."""
     tokens = blocks.shape[3] // rank.size
-    parts = rank.begin(attend_torch, batch=blocks.shape[2], padding=padding)
+    parts = rank.begin(function_of(), batch=blocks.shape[2], padding=padding, kernels=OPS)
     results = []
     for states in blocks[:, :, :, rank.rank * tokens : (rank.rank + 1) * tokens]:
-        mine = [block_torch.spread(each, parts) for each in states]
-        for place in early:
-            rank.send(place, mine[place])
-        results.append(rank.attend(*mine).transpose(1, 2).reshape(states.shape[1:]).clone())
+        results.append(OPS.join(rank.attend(*make_heads(rank, states, parts, (states.dtype,) * 3))).reshape(states.shape[1:]))
     return torch.stack(results)
 
 
-@pytest.mark.parametrize("early", [(), (VALUE,), (VALUE, KEY)])
-@pytest.mark.parametrize("size, heads", [(2, 8), (3, 6), (2, 2)])
-def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, early, threads_for_ranks):
-    hub, generator = Hub(size), torch.Generator().manual_seed(0)
-    ranks = [
-        ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=size, heads=heads // size)
-        for rank in range(size)
+def ranks_of(hub: Hub, heads: int) -> list[ulysses.CopyingUlyssesAttention]:
+    return [
+        ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=hub.size, heads=heads // hub.size)
+        for rank in range(hub.size)
     ]
+
+
+@pytest.mark.parametrize("size, heads", [(2, 8), (3, 6), (2, 2), (4, 8)])
+def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, threads_for_ranks):
+    hub, generator = Hub(size), torch.Generator().manual_seed(0)
+    ranks = ranks_of(hub, heads)
     # Sizes and dtypes change from job to job; blocks come one after the other; more videos than there are flags.
     for batch, tokens, padding, blocks, dtype in (
         (2, 10, 1, 3, torch.float64), (1, 7, 0, 2, torch.float64), (11, 3, 2, 2, torch.float64), (2, 10, 1, 2, torch.float32),
@@ -107,7 +122,7 @@ def test_every_rank_gets_what_attention_to_all_tokens_gives(size, heads, early, 
         valid = size * tokens - padding
         expected = torch.stack([attend_torch(query, key[:, :valid], value[:, :valid]) for query, key, value in states])
         with ThreadPoolExecutor(size) as pool:
-            found = list(pool.map(partial(attend_on, blocks=states, padding=padding, early=early), ranks))
+            found = list(pool.map(partial(attend_on, blocks=states, padding=padding), ranks))
         assert (torch.cat(found, dim=2) - expected).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
     assert all(flag.empty() for flag in hub.flags.values())
 
@@ -120,65 +135,51 @@ def test_values_and_keys_are_sent_once_and_before_attention(threads_for_ranks, m
         "_copy",
         lambda rank, place, *rest: (copied[rank.rank].append(place), copy(rank, place, *rest)),
     )
-    ranks = [ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=2, heads=1) for rank in range(2)]
-    states = torch.randn(2, 3, 2, 6, 2, 4)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(partial(attend_on, blocks=states, padding=0, early=(VALUE, KEY)), ranks))
-    first = [QUERY, KEY, VALUE] * 2  # before there are buffers
-    assert copied == {0: [*first, VALUE, VALUE, KEY, KEY, QUERY, QUERY], 1: [*first, VALUE, VALUE, KEY, KEY, QUERY, QUERY]}
+        list(pool.map(partial(attend_on, blocks=torch.randn(2, 3, 2, 6, 2, 4), padding=0), ranks_of(hub, 2)))
+    assert copied == dict.fromkeys((0, 1), [VALUE, VALUE, KEY, KEY, QUERY, QUERY] * 2)
 
 
-def test_what_was_sent_into_another_layout_is_sent_again(threads_for_ranks):
-    hub = Hub(2)
-    ranks = [ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=2, heads=1) for rank in range(2)]
+def test_another_precision_of_queries_and_keys_has_another_layout(threads_for_ranks):
+    ranks = ranks_of(Hub(2), 2)
 
-    def values_of(rank: ulysses.CopyingUlyssesAttention, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        mine = block_torch.spread(
-            value[:, rank.rank * 3 :][:, :3], rank.begin(lambda query, key, value: value.clone(), batch=2, padding=0)
-        )
-        rank.send(VALUE, mine)
-        return rank.attend(mine.to(dtype), mine.to(dtype), mine).transpose(1, 2).reshape(2, 3, 2, 64).clone()
+    def values_of(rank: ulysses.CopyingUlyssesAttention, value: torch.Tensor, fp8: bool) -> torch.Tensor:
+        function = function_of(lambda query, key, value: value.clone(), fp8=fp8)
+        parts, scored = rank.begin(function, batch=2, padding=0, kernels=OPS), block_torch.FP8 if fp8 else value.dtype
+        states = value[:, rank.rank * 3 :][:, :3].expand(3, -1, -1, -1, -1)
+        return OPS.join(rank.attend(*make_heads(rank, states, parts, (scored, scored, value.dtype)))).reshape(2, 3, 2, 64)
 
-    for dtype in (torch.float32, torch.bfloat16):  # queries and keys take half the room, so values lie elsewhere
+    for fp8 in (False, True, False):  # queries and keys take less room, so values lie elsewhere
         value = torch.randn(2, 6, 2, 64)
         with ThreadPoolExecutor(2) as pool:
-            assert torch.equal(torch.cat(list(pool.map(partial(values_of, value=value, dtype=dtype), ranks)), dim=1), value)
+            assert torch.equal(torch.cat(list(pool.map(partial(values_of, value=value, fp8=fp8), ranks)), dim=1), value)
 
 
-def test_what_a_block_has_sent_is_not_taken_for_what_another_has(threads_for_ranks):
-    hub = Hub(2)
-    ranks = [ulysses.CopyingUlyssesAttention((hub, rank), torch.device("cpu"), rank=rank, size=2, heads=1) for rank in range(2)]
-    states = torch.randn(4, 3, 2, 6, 2, 4, dtype=torch.float64)
+def test_a_block_that_fails_before_its_attention_leaves_nothing_for_the_next(threads_for_ranks):
+    states = torch.randn(2, 3, 2, 6, 2, 4, dtype=torch.float64)
 
     def results_of(rank: ulysses.CopyingUlyssesAttention) -> torch.Tensor:
-        parts, found = rank.begin(attend_torch, batch=2, padding=0), []
-        for early, block in zip(((), (VALUE, KEY), ()), states):
-            mine = [block_torch.spread(each[:, rank.rank * 3 :][:, :3], parts) for each in block]
-            for place in early:
-                rank.send(place, mine[place])
-            found.append(rank.attend(*mine).transpose(1, 2).reshape(2, 3, 2, 4).clone())
-        rank.send(VALUE, mine[VALUE])  # of a block that fails before its attention
-        return torch.stack([*found, *attend_on(rank, states[3:], 0, ())])
+        parts = rank.begin(function_of(), batch=2, padding=0, kernels=OPS)
+        make_heads(rank, states[0][:, :, rank.rank * 3 :][:, :, :3], parts, (states.dtype,) * 3)
+        return attend_on(rank, states, 0)
 
     with ThreadPoolExecutor(2) as pool:
-        found = torch.cat(list(pool.map(results_of, ranks)), dim=2)
+        found = torch.cat(list(pool.map(results_of, ranks_of(Hub(2), 2))), dim=2)
     assert (found - torch.stack([attend_torch(*block) for block in states])).abs().max() < 1e-12
 
 
 def test_a_failure_leaves_no_flag_for_the_next_job(threads_for_ranks):
-    hub = Hub(1)
-    alone = ulysses.CopyingUlyssesAttention((hub, 0), torch.device("cpu"), rank=0, size=1, heads=2)
-    states = torch.ones(2, 1, 3, 2, 4)
+    (alone,) = ranks_of(Hub(1), 2)
+    states = torch.randn(1, 3, 2, 3, 2, 4)
 
     def fail(*_):
         raise torch.OutOfMemoryError("no room")
 
-    alone.begin(fail, batch=2, padding=0)
+    parts = alone.begin(function_of(fail), batch=2, padding=0, kernels=OPS)
     with pytest.raises(torch.OutOfMemoryError):
-        alone.attend(states, states, states)
+        alone.attend(*make_heads(alone, states[0], parts, (states.dtype,) * 3))
     assert alone.inbox is None and alone.layout is None
-    alone.begin(attend_torch, batch=2, padding=0)
-    assert torch.equal(alone.attend(states, states, states), states)
+    assert (attend_on(alone, states, 0)[0] - attend_torch(*states[0])).abs().max() < 1e-5
 
 
 def test_tensors_lie_one_after_the_other_where_copies_are_fast():
