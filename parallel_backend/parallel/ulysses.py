@@ -30,7 +30,7 @@ class UlyssesAttention:
         self.numbers = dist.get_process_group_ranks(group)
         """Global ranks of the group's processes."""
         self.whole: Attention | None = None
-        self.padding = 0
+        self.padding, self.kernels = 0, None
 
     def begin(self, function: AttentionFunction, *, batch: int, padding: int, kernels) -> int:
         """Prepares a forward pass.
@@ -39,11 +39,11 @@ class UlyssesAttention:
             function: attention on one rank.
             batch: prompts times videos.
             padding: padding tokens at the end of the full sequence.
-            kernels: of the blocks.
+            kernels: the operations of the blocks, for ranks that lay out results themselves.
         Returns:
             Number of parts that heads must be laid out in: ranks times the parts per rank.
         """
-        self.whole, self.padding = function.attend, padding
+        self.whole, self.padding, self.kernels = function.attend, padding, kernels
         return self.size
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
         self.device = device
         self.heads = heads
         self.pieces = 1
-        self.kernels, self.fp8 = None, False
+        self.fp8 = False
         # Kernels set the signals. With priority, they run before the remaining blocks of an attention that occupies the GPU.
         self.side = torch.cuda.Stream(device, priority=-1)
         self.inbox: symmetric_memory.Inbox | None = None
@@ -106,7 +106,7 @@ class CopyingUlyssesAttention(UlyssesAttention):
 
     def begin(self, function: AttentionFunction, *, batch: int, padding: int, kernels) -> int:
         """See :meth:`UlyssesAttention.begin`. Each part costs the idle processors at the end of one attention."""
-        self.kernels, self.fp8 = kernels, function.fp8
+        self.fp8 = function.fp8
         self.pieces = 2 if batch == 1 and self.heads % 2 == 0 else 1
         return super().begin(function, batch=batch, padding=padding, kernels=kernels) * self.pieces
 
@@ -183,10 +183,10 @@ class CopyingUlyssesAttention(UlyssesAttention):
     def _allocate(self, states: torch.Tensor) -> None:
         """Allocates buffers for one block's tensors on every rank. All blocks need the same, so it happens once per size."""
         batch, tokens, heads, head_dim = states.shape
-        each = (tokens, heads // (self.size * self.pieces), head_dim)
-        scored = ((batch, self.pieces, self.size, *each), FP8 if self.fp8 else states.dtype)
-        valued = ((batch, self.pieces, self.size, *each), states.dtype)
-        layout = symmetric_memory.BufferLayout((scored, scored, valued, ((batch, self.size, self.pieces, *each), states.dtype)))
+        part = (tokens, heads // (self.size * self.pieces), head_dim)
+        arriving, results = (batch, self.pieces, self.size, *part), (batch, self.size, self.pieces, *part)
+        scored = (arriving, FP8 if self.fp8 else states.dtype)
+        layout = symmetric_memory.BufferLayout((scored, scored, (arriving, states.dtype), (results, states.dtype)))
         if layout == self.layout:
             return
         torch.cuda.synchronize(self.device)  # no rank may write in one layout while another one is in use
