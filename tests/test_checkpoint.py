@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 from benchmarks.random_weights import parse
-from parallel_backend.cogvideox.checkpoint import checkpoint, index, weights
+from parallel_backend.cogvideox.checkpoint import checkpoint, index, shards, weights
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.errors import RequestError
@@ -329,3 +331,39 @@ def test_a_thread_makes_a_scheduler_while_another_one_imports_diffusers(checkpoi
             time.sleep(0.01)
         second = threads.submit(checkpoint.make_scheduler, "auto")
         assert first.result() == second.result() and "snr_shift_scale" in first.result()
+
+
+def test_a_model_made_without_weights_takes_those_of_no_other_thread():
+    def make():
+        with ThreadPoolExecutor(1) as thread:  # as the panel makes a table of plans while a node reads a model
+            other.append(thread.submit(torch.nn.Linear, 2, 2).result())
+        return torch.nn.Linear(2, 2)
+
+    other = []
+    mine = shards.empty(make, torch.float16)
+    assert (mine.weight.device.type, mine.weight.dtype, other[0].weight.device.type) == ("meta", torch.float16, "cpu")
+
+
+@pytest.mark.parametrize("like", ["2b", "5b-i2v"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_models_equal_those_that_diffusers_reads(like, dtype, checkpoints):
+    found = Checkpoint.open(checkpoints[like])
+    pairs = {
+        "vae": (AutoencoderKLCogVideoX, found.load_vae(dtype)),
+        "transformer": (CogVideoXTransformer3DModel, found.load_transformer(torch.float32)),
+    }
+    for part, (cls, mine) in pairs.items():
+        theirs = cls.from_pretrained(checkpoints[like], subfolder=part, torch_dtype=mine.dtype)
+        assert not mine.training and not any(weight.requires_grad for weight in mine.parameters())
+        names = [dict((*model.named_parameters(), *model.named_buffers())) for model in (mine, theirs)]
+        assert names[0].keys() == names[1].keys()
+        assert all(torch.equal(names[0][name], weight) for name, weight in names[1].items())
+
+
+def test_a_vae_without_a_weight_is_named(broken):
+    path = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    del state["decoder.conv_out.conv.bias"]
+    save_file(state, path)
+    with pytest.raises(RequestError, match="the VAE lacks 1 weights, such as decoder.conv_out.conv.bias"):
+        Checkpoint.open(broken).load_vae(torch.float32)

@@ -175,10 +175,13 @@ class Checkpoint(CheckpointFacts):
         """Loads the VAE, in evaluation mode."""
         from diffusers import AutoencoderKLCogVideoX
 
-        return self._load(AutoencoderKLCogVideoX, "vae", dtype, device)
+        model = shards.empty(lambda: AutoencoderKLCogVideoX.from_config(self.vae), dtype)
+        wanted = shards.find(model, weights.stored(self.folder("vae")), "VAE")
+        shards.fill(model, wanted, dtype=dtype, device=device, home=device)
+        return model
 
-    def load_text_encoder(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        """Loads the T5 encoder, in evaluation mode.
+    def load_text_encoder(self, dtype: torch.dtype):
+        """Loads the T5 encoder on the CPU, in evaluation mode.
 
         Raises:
             RequestError: if the checkpoint has none.
@@ -186,7 +189,8 @@ class Checkpoint(CheckpointFacts):
         from transformers import T5EncoderModel
 
         self.check_text()
-        return self._load(T5EncoderModel, "text_encoder", dtype, device)
+        found = {"use_safetensors": True, "local_files_only": True, dtype_argument(T5EncoderModel): dtype}
+        return T5EncoderModel.from_pretrained(self.folder("text_encoder"), **found).requires_grad_(False).eval()
 
     def check_text(self) -> None:
         """Raises RequestError if the checkpoint has no text encoder."""
@@ -221,17 +225,6 @@ class Checkpoint(CheckpointFacts):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.folder("tokenizer"), local_files_only=True)
-
-    def _load(self, cls, part: str, dtype: torch.dtype, device: torch.device | str):
-        model = cls.from_pretrained(
-            self.folder(part), use_safetensors=True, local_files_only=True, **{dtype_argument(cls): dtype}
-        )
-        return ready(model, device)
-
-
-def ready(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
-    """Moves a model to a device, for inference only."""
-    return model.requires_grad_(False).eval().to(device)
 
 
 @lru_cache(maxsize=16)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ...errors import RequestError
 from . import weights
@@ -99,19 +100,35 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype):
 
 def empty(make: Callable[[], nn.Module], dtype: torch.dtype):
     """Creates a module with its parameters on the meta device; see :func:`skeleton`."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
+    with ParametersOnMeta():
         model = make()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+            setattr(module, name, nn.Parameter(weight.to("meta", dtype), requires_grad=False))
     return model.eval()
 
 
-def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
+class ParametersOnMeta(TorchFunctionMode):
+    """Within, this thread allocates and initialises no parameters.
+
+    It holds for one thread. accelerate's ``init_empty_weights`` changes torch's modules for all of them, and would take the
+    weights from a model that another thread reads, such as a text encoder while the panel asks for plans.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        created = (
+            {"device": "meta"} if function is torch.empty else {}
+        )  # layers create weights so, and computed buffers otherwise
+        return function(*args, **{**(kwargs or {}), **created})
+
+
+def find(model, stored: dict[str, weights.Stored], part: str = "transformer") -> dict[str, weights.Stored]:
     """Returns the location of each of a skeleton's weights.
 
+    Args:
+        model: without weights.
+        stored: what the checkpoint has.
+        part: what the model is of the checkpoint, for messages.
     Raises:
         RequestError: if the checkpoint lacks a weight, or has it in another shape.
     """
@@ -123,11 +140,11 @@ def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
             "false in transformer/config.json, and task to image in Load CogVideoX (--task image)"
         )
     if missing:
-        raise RequestError(f"the transformer lacks {len(missing)} weights, such as {missing[0]}; download it again")
+        raise RequestError(f"the {part} lacks {len(missing)} weights, such as {missing[0]}; download it again")
     for name, shape in shapes.items():
         if stored[name].shape != shape:
             raise RequestError(
-                f"the transformer's {name} has the shape {stored[name].shape} and its configuration asks for {shape}; "
+                f"the {part}'s {name} has the shape {stored[name].shape} and its configuration asks for {shape}; "
                 "download weights and config.json again, both"
             )
     return {name: stored[name] for name in shapes}
@@ -135,7 +152,14 @@ def find(model, stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
 
 @torch.no_grad()
 def fill(
-    model, wanted: dict[str, weights.Stored], *, shard: Shard, dtype: torch.dtype, device, home, look: Callable[[float], None]
+    model,
+    wanted: dict[str, weights.Stored],
+    *,
+    shard: Shard = WHOLE,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    home: torch.device | str,
+    look: Callable[[float], None] = lambda share: None,
 ) -> None:
     """Reads the weights that a skeleton has on this rank.
 

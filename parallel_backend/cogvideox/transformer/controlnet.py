@@ -160,7 +160,7 @@ def load(file: ControlNetFile, dtype: torch.dtype, device: torch.device | str) -
                 f"{file.name} has {name} as {file.shapes.get(name)} where {shape} is expected; download weights and config.json again"
             )
     wanted = {name: file.stored[name] for name in shapes}
-    shards.fill(branch, wanted, shard=shards.WHOLE, dtype=dtype, device=device, home=device, look=lambda share: None)
+    shards.fill(branch, wanted, dtype=dtype, device=device, home=device)
     return branch
 
 

@@ -136,7 +136,7 @@ def random_layer(outputs: int, inputs: int, like: dict, generator: torch.Generat
     """Returns a layer with random weights, which are never in memory in more than 8 bits."""
     layer, device = Int8Linear(torch.nn.Linear(inputs, outputs, device="meta", dtype=like["dtype"])), like["device"]
     weight = torch.randint(-127, 128, (outputs, inputs), device=device, dtype=INT8, generator=generator)
-    scales = torch.full((outputs, 1), inputs**-0.5 / 73, device=device)  # such numbers spread by 73
+    scales = torch.full((outputs, 1), inputs**-0.5 / 73, device=device, dtype=torch.float32)  # such numbers spread by 73
     layer.weight, layer.scales = (torch.nn.Parameter(part, requires_grad=False) for part in (weight, scales))
     layer.bias = torch.nn.Parameter(torch.zeros(outputs, **like), requires_grad=False)
     return layer
