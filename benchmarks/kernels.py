@@ -27,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.profiler import ProfilerActivity, profile
 
-from parallel_backend.cli.bench_table import chosen_precisions, in_precision
+from parallel_backend.cli.bench_options import chosen_precisions, in_precision
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.engine.engine import Engine

@@ -17,7 +17,7 @@ from statistics import mean
 import torch
 from PIL import Image, ImageDraw
 
-from parallel_backend.cli.bench_table import chosen_precisions, in_precision
+from parallel_backend.cli.bench_options import chosen_precisions, in_precision
 from parallel_backend.cli.console import Table, quiet_libraries, show
 from parallel_backend.cogvideox.checkpoint import bundled
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint

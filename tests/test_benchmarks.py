@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import group, kernels, quality
 from benchmarks.gpus import TABLES
+from parallel_backend.cli.bench_options import chosen_precisions
 from parallel_backend.cli.bench_pipelines import XDIT
-from parallel_backend.cli.bench_table import chosen_precisions
 from parallel_backend.cli.parser import build_parser
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from parallel_backend.plan import Plan

@@ -629,11 +629,12 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
 @pytest.mark.slow
 def test_bench_states_ours_beside_diffusers_and_xdit(run, checkpoints, loras, tmp_path):
     done = run(
-        "bench", "--model", checkpoints["5b"], "--plans", "single,cfg2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,
+        "bench", "--model", checkpoints["5b"], "--devices", "cpu:2", "--width", 64, "--height", 48, "--frames", 9, "--steps", 4,
         "--decode", "--lora", loras["5b"], "--precisions", "lossless,fp8,lossless+cache0.9+guidance1", "--float32", "--xdit", "cfg2",
         "--output", tmp_path / "rows.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith("auto: cfg2 is predicted")
     rows = json.loads((tmp_path / "rows.json").read_text())
     ours = [
         ("ours", plan, precision)
@@ -657,6 +658,23 @@ def test_bench_states_ours_beside_diffusers_and_xdit(run, checkpoints, loras, tm
         assert ("step cache 0.9" in "".join(row["notes"])) == ("+cache0.9" in row["precision"])
     bad = run("bench", "--model", checkpoints["5b"], "--precisions", "fast")
     assert bad.returncode == 2 and "'fast' is not understood; use some of lossless, eager, fp8" in bad.stderr
+
+
+def test_bench_takes_the_first_devices_for_each_plan_and_goes_on_where_the_group_of_auto_cannot_start(
+    run, checkpoints, tmp_path, configure
+):
+    configure(preflight, python="/bin/false")
+    common = ("bench", "--model", checkpoints["5b"], "--devices", "cpu:2", "--diffusers", "none", "--repeat", 1)
+    common += ("--width", 64, "--height", 48, "--frames", 9, "--steps", 2, "--output", tmp_path / "rows.json")
+    done = run(*common)
+    assert done.returncode == 0, done.stderr
+    assert [row["plan"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["single"]
+    assert re.search("^no group: the group did not start.*; plan cfg2 is not timed$", done.stderr, re.M)
+    named = run(*common, "--plans", "single,cfg2")
+    assert named.returncode == 1 and "bench: the group did not start" in named.stderr
+    too_large = run(*common, "--plans", "single,ulysses3")
+    assert too_large.returncode == 2 and "plan 'ulysses3' needs 3 devices" in too_large.stderr
+    assert too_large.stdout == ""  # it is refused before another plan is timed
 
 
 def test_info_lines_of_the_whole_package_go_to_standard_error_and_those_of_libraries_do_not(run, monkeypatch, capsys):

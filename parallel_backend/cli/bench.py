@@ -9,7 +9,12 @@ from .options import add_model_options
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``bench``."""
     add_model_options(parser)
-    parser.add_argument("--plans", default="single", help="comma-separated plans; none: this pack is not timed")
+    parser.add_argument(
+        "--plans",
+        default="single,auto",
+        help="comma-separated plans, each on the first of the devices, as many as it needs; auto: what the planner chooses for all "
+        "of them; none: this pack is not timed",
+    )
     parser.add_argument(
         "--precisions",
         default="lossless",

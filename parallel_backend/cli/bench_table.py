@@ -1,28 +1,30 @@
 """The table of ``bench``: what is measured, row by row."""
 
 import json
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..devices import Devices
-from ..errors import RequestError
+from ..errors import GroupUnavailable
 from ..executor.base import Executor
 from ..executor.factory import open_executor
 from ..executor.local import LocalExecutor
-from ..executor.prepare import CheckedJob, check_job, prepare
+from ..executor.prepare import CheckedJob, PreparedJob, check_job
+from ..executor.resolve import SET_BY_USER
 from ..jobs import DecodeJob, Progress, SampleJob, empty_latent
 from ..model import Model
 from ..system.files import check_writable, whole_file
 from . import bench_pipelines as pipelines
+from .bench_options import DIFFUSERS, NONE, chosen, chosen_precisions, in_precision, plans_of
 from .console import Table, quiet_libraries, show
 from .options import cfg_of, model_of, size_of
 
@@ -43,17 +45,6 @@ COLUMNS = {
     "from_float32": "from fp32",
 }
 """The table's columns: fields of a row, and their titles."""
-PRECISIONS = {
-    "lossless": {},
-    "eager": {"compile": "off"},
-    "fp8": {"fp8": "linears"},
-    "fp8-all": {"fp8": "all"},
-    "int8": {"quantize": "int8"},
-}
-"""What differs in the model from what the options say."""
-CACHES = {"cache": ("step_cache", float), "guidance": ("guidance_cache", int)}
-"""What may follow behind a ``+``, with its number: the model's field, and the number's type."""
-DIFFUSERS = ("eager", "compiled")
 PEAK_SIZE = 8192
 """Of the square matrices whose product says what a GPU can do."""
 
@@ -65,51 +56,20 @@ def text_states(checkpoint: Checkpoint) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) * 0.2 for _ in range(2)]
 
 
-def chosen(option: str, words: str, allowed) -> list[str]:
-    """The words of a comma-separated option.
-
-    Raises:
-        RequestError: for one that is not allowed.
-    """
-    found = words.split(",")
-    if unknown := set(found) - set(allowed):
-        raise RequestError(f"{option}: '{unknown.pop()}' is not understood; use some of {', '.join(allowed)}")
-    return found
-
-
-def changes_of(word: str) -> dict[str, Any]:
-    """The model's fields that a word of ``--precisions`` sets, such as ``fp8-all+cache0.1+guidance4``.
-
-    Raises:
-        RequestError: for one that is not understood.
-    """
-    name, *caches = word.split("+")
-    try:
-        changes = dict(PRECISIONS[name])
-        for each in caches:
-            cache = each.rstrip("0123456789.")
-            field, number = CACHES[cache]
-            changes[field] = number(each.removeprefix(cache))
-    except (KeyError, ValueError):
-        allowed = f"{', '.join(PRECISIONS)}, each with +cache0.1, +guidance4 or both"
-        raise RequestError(f"--precisions: '{word}' is not understood; use some of {allowed}") from None
-    return changes
-
-
-def in_precision(model: Model, word: str) -> Model:
-    """A model in what a word of ``--precisions`` says."""
-    return replace(model, **changes_of(word))
-
-
-def chosen_precisions(words: str) -> list[str]:
-    """The words of ``--precisions``.
-
-    Raises:
-        RequestError: for one that is not understood.
-    """
-    for word in words.split(","):
-        changes_of(word)
-    return words.split(",")
+def job_of(args: Namespace, model: Model, checkpoint: Checkpoint) -> SampleJob:
+    """Returns the job that is timed."""
+    cfg, (positive, negative) = cfg_of(args, checkpoint), text_states(checkpoint)
+    return SampleJob(
+        model,
+        positive,
+        empty_latent(**size_of(args, checkpoint), channels=checkpoint.channels),
+        negative if cfg > 1 else None,
+        seed=0,
+        steps=args.steps,
+        cfg=cfg,
+        scheduler=args.scheduler,
+        pipefusion_warmup=args.pipefusion_warmup,
+    )
 
 
 def run(args: Namespace) -> int:
@@ -120,31 +80,23 @@ def run(args: Namespace) -> int:
     wanted = (
         chosen_precisions(args.precisions),
         *(
-            [] if words == "none" else chosen(option, words, allowed)
+            [] if words == NONE else chosen(option, words, allowed)
             for option, words, allowed in (("--diffusers", args.diffusers, DIFFUSERS), ("--xdit", args.xdit, pipelines.XDIT))
         ),
     )
-    if args.decode or args.diffusers != "none":
+    if args.decode or args.diffusers != NONE:
         checkpoint.check_whole()
-    size, cfg = size_of(args, checkpoint), cfg_of(args, checkpoint)
-    positive, negative = text_states(checkpoint)
-    job = SampleJob(
-        model,
-        positive,
-        empty_latent(**size, channels=checkpoint.channels),
-        negative if cfg > 1 else None,
-        seed=0,
-        steps=args.steps,
-        cfg=cfg,
-        scheduler=args.scheduler,
-        pipefusion_warmup=args.pipefusion_warmup,
-    )
-    checked = check_job(job)
+    checked = check_job(job_of(args, model, checkpoint))
+    plans = plans_of(args, checked)
     device = Devices.parse(args.devices).first
-    peak, work = measured_peak(device), operations(checkpoint, job)
+    peak, work = measured_peak(device), operations(checkpoint, checked.job)
+    size, cfg = size_of(args, checkpoint), checked.job.cfg
     about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {cfg}"
     show(f"{about}; {work / 1e12:.3g} TFLOP a step" + (f", {peak / 1e12:.0f} TFLOP/s at most a GPU" if peak else ""))
-    fields, table = table_of(args, wanted, has_peak=peak is not None)
+    for each in plans:
+        if each.reason != SET_BY_USER:
+            show(f"auto: {each.reason}")
+    fields, table = table_of(args, plans, wanted, has_peak=peak is not None)
     table.show_titles()
     rows, reference, kept, output = [], None, args.reference and Path(args.reference), args.output and Path(args.output)
     for path in (output, None if kept and kept.exists() else kept):
@@ -154,7 +106,7 @@ def run(args: Namespace) -> int:
         reference = load_file(kept)["latent"]
     common = {"model": checkpoint.path.name, "device": device_name(device), "cfg": cfg, **size}
     common |= {name: getattr(args, name) for name in ("dtype", "offload", "tiling", "attention")}
-    for row, latent in measured(args, checked, *wanted):
+    for row, latent in measured(args, checked, plans, *wanted):
         if reference is None and latent is not None:
             reference = latent
             if kept:
@@ -173,7 +125,12 @@ def run(args: Namespace) -> int:
 
 
 def measured(
-    args: Namespace, checked: CheckedJob, precisions: list[str], diffusers: list[str], xdit: list[str]
+    args: Namespace,
+    checked: CheckedJob,
+    plans: list[PreparedJob],
+    precisions: list[str],
+    diffusers: list[str],
+    xdit: list[str],
 ) -> Iterator[tuple[dict, torch.Tensor | None]]:
     """The rows, and the latent of each where it is known."""
     exact, job, checkpoint = None, checked.job, checked.checkpoint
@@ -181,25 +138,43 @@ def measured(
         executor = LocalExecutor(Devices.parse(args.devices).first)
         exact = two_steps(executor, replace(job, model=replace(job.model, dtype="fp32", compile="off")), checkpoint)
         executor.close()
-    for plan_text in args.plans.split(",") if args.plans != "none" else ():
-        prepared = prepare(checked, plan_text, args.devices)
-        plan, devices = prepared.plan, prepared.devices.first_of(prepared.plan.world_size)
-        executor = open_executor(plan, devices)
+    for prepared in plans:
         try:
-            for precision in precisions:
-                asked = replace(job, model=in_precision(job.model, precision))
-                row, latent = measure(executor, args, asked)
-                row |= {"plan": str(plan), "precision": precision, "gpus": plan.world_size if devices.kind == "cuda" else 0}
-                row["from_float32"] = None if exact is None else distance(two_steps(executor, asked, checkpoint), exact)
-                yield row, latent
-        finally:
-            executor.close()
+            yield from measured_plan(args, prepared, precisions, exact)
+        except GroupUnavailable as error:
+            if prepared.reason == SET_BY_USER:
+                raise
+            print(f"no group: {error.summary}; plan {prepared.plan} is not timed", file=sys.stderr)
     device = Devices.parse(args.devices).first
     for precision in diffusers:
         row, latent = pipelines.diffusers(args, job, checkpoint, device, compiled=precision == "compiled")
         yield {**row, "plan": "single", "precision": precision, "gpus": int(device.type == "cuda")}, latent
     for plan_text in xdit:
         yield pipelines.xdit(args, job, checkpoint, plan_text, device), None
+
+
+def measured_plan(
+    args: Namespace, prepared: PreparedJob, precisions: list[str], exact: torch.Tensor | None
+) -> Iterator[tuple[dict, torch.Tensor]]:
+    """The rows of one plan, and their latents.
+
+    Args:
+        args: of the command.
+        prepared: the job, with plan and devices.
+        precisions: a row each.
+        exact: the latent after two steps in float32; None if rows are not compared with it.
+    """
+    plan, devices, job = prepared.plan, prepared.devices, prepared.job
+    executor = open_executor(plan, devices.first_of(plan.world_size))
+    try:
+        for precision in precisions:
+            asked = replace(job, model=in_precision(job.model, precision))
+            row, latent = measure(executor, args, asked)
+            row |= {"plan": str(plan), "precision": precision, "gpus": plan.world_size if devices.kind == "cuda" else 0}
+            row["from_float32"] = None if exact is None else distance(two_steps(executor, asked, prepared.checkpoint), exact)
+            yield row, latent
+    finally:
+        executor.close()
 
 
 def device_name(device: torch.device) -> str:
@@ -245,18 +220,25 @@ def two_steps(executor: Executor, job: SampleJob, checkpoint: Checkpoint) -> tor
     return executor.sample(replace(job, steps=2, scheduler="ddim", progress=progress)).tensor
 
 
-def table_of(args: Namespace, wanted: tuple[list[str], ...], *, has_peak: bool) -> tuple[list[str], Table]:
+def table_of(
+    args: Namespace, plans: list[PreparedJob], wanted: tuple[list[str], ...], *, has_peak: bool
+) -> tuple[list[str], Table]:
     """Returns the fields that the options ask for, and the empty table of them.
 
     Args:
         args: of the command.
+        plans: the job with each plan.
         wanted: the precisions, and the pipelines to compare with.
         has_peak: whether the GPU's most operations a second are known.
     """
     left_out = {"share_of_peak": not has_peak, "from_float32": not args.float32}
     left_out |= dict.fromkeys(("decode_seconds", "decode_peak_gib"), not args.decode)
     fields = [field for field in COLUMNS if not left_out.get(field)]
-    words = {"name": ["diffusers"], "plan": [*args.plans.split(","), *wanted[2]], "precision": [*wanted[0], *wanted[1]]}
+    words = {
+        "name": ["diffusers"],
+        "plan": ["single", *(str(each.plan) for each in plans), *wanted[2]],
+        "precision": [*wanted[0], *wanted[1]],
+    }
     return fields, Table({COLUMNS[field]: max(map(len, words.get(field, ["0.00000"]))) for field in fields})
 
 
