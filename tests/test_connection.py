@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from parallel_backend.devices import Devices
-from parallel_backend.errors import Cancelled, GroupError
-from parallel_backend.executor import group_connection
+from parallel_backend.errors import Cancelled, GroupError, GroupLost
+from parallel_backend.executor import group_connection, recovery
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.group import connection, protocol, server
 from parallel_backend.group.codec import Message
 from parallel_backend.group.registry import GroupAddress, Home
-from parallel_backend.jobs import DecodeJob, Report
+from parallel_backend.jobs import DecodeJob, Progress, Report, SampleJob
 from parallel_backend.notes import is_warning
 from parallel_backend.plan import Plan
 
@@ -68,6 +68,24 @@ def test_a_broken_connection_is_made_again_and_the_healthy_group_goes_on(group, 
     (note,) = result.report.notes
     assert note.startswith("the connection to the group broke; connected again and went on after step ")
     assert rank_processes(group.address) == before
+
+
+def test_a_job_of_which_no_step_was_kept_is_said_to_begin_again(make_job, caplog):
+    job, asked = make_job("5b", steps=6), []
+
+    def ask(job: SampleJob, kept: group_connection.Keepsake) -> Message:
+        asked.append(job.progress and job.progress.step)
+        if len(asked) == 2:
+            kept.progress = Progress(3, job.latent, torch.zeros(1))
+        if len(asked) < 3:
+            raise GroupLost("the group was lost: rank 1 was killed")
+        return Message("done")
+
+    _, notes = recovery.run_and_resume(job, ask, lambda lost: lost, group_connection.Keepsake())
+    lost, again = "the group was lost: rank 1 was killed", "the group was started again and"
+    assert asked == [None, None, 3]
+    assert notes == [f"{lost}; {again} the job began again", f"{lost}; {again} went on after step 3"]
+    assert [line.partition("again, to ")[2] for line in caplog.messages] == ["begin the job again", "go on after step 3"]
 
 
 def test_all_notes_of_a_group_of_an_older_version_are_warnings():

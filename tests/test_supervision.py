@@ -127,7 +127,9 @@ def test_a_job_that_loses_the_group_twice_in_one_place_is_not_tried_again(group,
             deaths.append(step)
             os.kill(rank_processes(group.address)[1], signal.SIGKILL)
 
-    with pytest.raises(GroupError, match="rank 1 was killed by SIGKILL; twice there, so it is not tried again") as error:
+    with pytest.raises(
+        GroupError, match="rank 1 was killed by SIGKILL; twice before a step was kept, so the job is not tried again"
+    ) as error:
         group.sample(make_job("5b", steps=900), on_step=kill)  # many: the last step must not be done before
     assert deaths == [1, 1] and "--- rank" in error.value.details
 

@@ -55,15 +55,17 @@ def run_and_resume(
                 raise
             error = explain(failure)
             done = failure.progress.step if failure.progress else 0
+            place = f"after step {done}" if done else "before a step was kept"
             if done == lost_at:
                 kind = GroupError if error.came_up else GroupUnavailable
-                final = kind(f"{error.summary}; twice there, so it is not tried again", details=error.details)
+                final = kind(f"{error.summary}; twice {place}, so the job is not tried again", details=error.details)
                 final.progress = failure.progress
                 raise final from failure
             lost_at = done
             remedy = ("connecting", "connected") if error.is_there else ("starting the group", "the group was started")
-            notes.append(f"{error.summary}; {remedy[1]} again and went on after step {done}")
-            logger.warning("%s; %s again, to go on after step %d", error.summary, remedy[0], done)
+            resume = (f"go on {place}", f"went on {place}") if done else ("begin the job again", "the job began again")
+            notes.append(f"{error.summary}; {remedy[1]} again and {resume[1]}")
+            logger.warning("%s; %s again, to %s", error.summary, remedy[0], resume[0])
 
 
 def why_given_up(launcher: Launcher, address: GroupAddress, waited: float, *, had_answered: bool) -> ExitCause | None:
