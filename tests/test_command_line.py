@@ -569,7 +569,12 @@ def test_plan_gives_object_removal_no_guidance_unless_it_is_asked_for(run):
 def test_plan_answers_for_a_model_that_is_not_downloaded_and_says_how_it_fits(run):
     shown = run("plan", "--model", "5b", "--gpu", "rtx 3060", "--gpus", 1).stdout.splitlines()
     assert shown[0].startswith("zai-org/CogVideoX-5b: ") and shown[1].startswith("not downloaded: ")
+    assert shown[0].endswith(", made for 720x480x49 at 8 fps") and shown[2] == "predicted for 720x480x49, cfg 6"
     assert shown[-1].startswith("with plan single: offload 'group', ") and "decode in tiles" in shown[-1]
+    small = ("plan", "--model", "5b", "--gpu", "3060", "--gpus", 1, "--width", 480, "--height", 320, "--frames", 25, "--cfg", 1)
+    assert "\npredicted for 480x320x25, cfg 1\n" in run(*small).stdout
+    asked = json.loads(run(*small, "--json").stdout)
+    assert [asked[name] for name in ("width", "height", "frames", "cfg")] == [480, 320, 25, 1]
     found = json.loads(run("plan", "--model", "zai-org/CogVideoX-2b", "--gpu", "4090", "--gpus", 2, "--json").stdout)
     assert (found["model"], found["gpu"], found["fit"]["plan"], found["fit"]["offload"]) == (
         "zai-org/CogVideoX-2b", "RTX 4090", "cfg2", "none",

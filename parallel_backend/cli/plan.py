@@ -56,7 +56,7 @@ def plan(args: Namespace) -> int:
         raise RequestError(f"memory-gib is {args.memory_gib:g}; give what one GPU has, such as 24")
     if args.count < 1:
         raise RequestError(f"count is {args.count}; use 1 or more")
-    size, guided = size_of(args, checkpoint), cfg_of(args, checkpoint) > 1
+    size, cfg = size_of(args, checkpoint), cfg_of(args, checkpoint)
     check_size(**size, batch=1)
     if args.nodes < 1:
         raise RequestError(f"nodes is {args.nodes}; use 1 or more")
@@ -65,19 +65,20 @@ def plan(args: Namespace) -> int:
     count = each * args.nodes
     machine = hardware.asked(args.gpu, count=each, link=args.link, memory_gib=args.memory_gib)
     model = Model(str(checkpoint.path), fp8=args.fp8, quantize=args.quantize)
-    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=guided, model=model)
+    work = work_of(checkpoint, torch.device("cuda"), size=tuple(size.values()), guided=cfg > 1, model=model)
     found = predictions(work, machine, count, jobs=args.count)
     found += [replace(each, rounds=args.count) for each in approximations(work, machine, count)]
     found.sort(key=lambda each: each.total)
     chosen, reason = choose(work, machine, count, jobs=args.count)
     fitted = None if machine.free is None else fit(checkpoint, work, machine, count, size=tuple(size.values()))
     if args.json:
-        known = {"model": checkpoint.name, "gpus": count, "plan": str(chosen), "reason": reason}
+        known = {"model": checkpoint.name, **size, "cfg": cfg, "gpus": count, "plan": str(chosen), "reason": reason}
         show_json({**figures(found, machine), **known, "fit": fitted and {**asdict(fitted), "plan": str(fitted.plan)}})
         return 0
     show(checkpoint.describe)
     if isinstance(checkpoint, published.UnreadCheckpoint):
         show("not downloaded: this is predicted from its published configuration")
+    show(f"predicted for {size['width']}x{size['height']}x{size['frames']}, cfg {cfg:g}")
     if args.gpu is None:
         for line in [*hardware.survey(present), *hardware.warnings(present)]:
             show(line)

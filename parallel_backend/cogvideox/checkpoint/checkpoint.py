@@ -79,7 +79,7 @@ class Checkpoint(CheckpointFacts):
         return (
             f"{self.name}: CogVideoX {'1.0' if self.patch_size_t is None else '1.5'}, {task}, {self.layers} layers, "
             f"{self.heads} heads, {positions}, {self.native_dtype}{self.stored_otherwise}, {self.default_scheduler}, "
-            f"{width}x{height}x{frames} at {self.default_fps} fps"
+            f"made for {width}x{height}x{frames} at {self.default_fps} fps"
         )
 
     @cached_property
