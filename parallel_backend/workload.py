@@ -32,7 +32,7 @@ class Workload:
     offload: str = "auto"
     """As in :class:`parallel_backend.model.Model`."""
     work: Callable[[torch.device], Work] | None = None
-    """One step on a device; None assumes a published model at its own size."""
+    """One step on a device, or a window of it if ``jobs`` counts windows; None assumes a published model at its own size."""
     jobs: int = 1
     """Jobs that run one after the other, or windows or tiles of one job."""
     unit: str = "videos"
@@ -54,15 +54,15 @@ class Workload:
             return cls.of_tiles(job, checkpoint)
         if not isinstance(job, SampleJob):
             return cls.of(checkpoint, can_share=False)
-        windows = windows_of(job, checkpoint) if jobs == 1 and has_windows_to_share(job, checkpoint) else 1
+        windows, is_shared = windows_of(job, checkpoint), jobs == 1 and has_windows_to_share(job, checkpoint)
         return cls(
             heads=checkpoint.heads,
             layers=checkpoint.layers,
             guided=job.guided,
             offload=job.model.offload,
-            work=partial(work_of_job, job, checkpoint),
-            jobs=max(jobs, windows),
-            unit="windows" if windows > 1 else "videos",
+            work=partial(work_of_job, job, checkpoint, windows=1 if is_shared else windows),
+            jobs=windows if is_shared else jobs,
+            unit="windows" if is_shared else "videos",
             batch=len(job.latent),
             # With a step cache a video of a batch differs a little from one made alone.
             can_share=jobs > 1 or not job.model.step_cache,
@@ -143,11 +143,17 @@ def work_of(
     )
 
 
-def work_of_job(job: SampleJob | WindowJob, checkpoint: Checkpoint, device: torch.device) -> Work:
-    """Returns the work of one step of a job; of one window, if it has several."""
+def work_of_job(job: SampleJob | WindowJob, checkpoint: Checkpoint, device: torch.device, *, windows: int = 1) -> Work:
+    """Returns the work of one step of a job.
+
+    Args:
+        job, checkpoint: what is computed.
+        device: see :func:`work_of`.
+        windows: those of the job's windows that the step runs one after the other.
+    """
     batch, frames, height, width = forward_size(job, checkpoint)
     size = (width * SPATIAL, height * SPATIAL, frames_of(frames))
     work = work_of(checkpoint, device, size=size, guided=job.guided, batch=batch, model=job.model)
     files = controlnet.open_all(job.controlnets, checkpoint)
     beside = controlnet.weight_bytes(job.controlnets, checkpoint.dtype(job.model.dtype, device))
-    return replace(work, rest=work.rest + beside, beside=sum(file.layers for file in files))
+    return replace(work, rest=work.rest + beside, beside=sum(file.layers for file in files), windows=windows)

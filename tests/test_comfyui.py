@@ -545,7 +545,9 @@ def test_a_checkpoint_in_the_model_folders_is_listed_and_runs(server, prompt_of,
     assert all(" GB, " in option for option in options[4:])
     for name in options[2:4]:
         server.run(prompt_of(f"XDiTLoadCogVideoX.model_name={name}"))
-    assert "my 2b: CogVideoX 1.0, text to video, 3 layers, 4 heads, sincos, fp32, ddim, made for 96x64x17 at 8 fps" in server.log()
+    assert (
+        "my 2b: CogVideoX 1.0, text to video, 3 layers, 4 heads, sincos, fp32, ddim, made for 96x64x17 at 8 fps" in server.log()
+    )
     assert "my 1.5-5b: CogVideoX 1.5" in server.log()
     weights = server.base / "models" / "CogVideo" / "my 2b" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

@@ -211,6 +211,19 @@ def test_a_size_that_cannot_work_is_refused_with_the_planners_numbers(memory, wo
     assert done.returncode == 2 and re.search(words, done.stderr) and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+@pytest.mark.parametrize("cached", [(), ("--guidance-cache", 2)])  # replicas could share the windows, or could not
+def test_days_on_a_cpu_are_those_of_all_windows(cached, checkpoints, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(feasible, "usable_cores", lambda: 2)
+    monkeypatch.setattr(feasible, "DAY", 1e-3)  # every job takes too long
+    size = ("--width", 64, "--height", 48, "--steps", 50, "--devices", "cpu", "--output", tmp_path / "x.mp4")
+
+    def days(*more) -> float:
+        said = run("generate", "--model", checkpoints["5b"], "--prompt", "x", *size, *cached, *more).stderr
+        return float(re.search(r"50 steps (\d+) days", said)[1])
+
+    assert days("--frames", 49, "--window", 17, "--overlap", 8) == pytest.approx(4 * days("--frames", 17), rel=0.01)
+
+
 def test_loras_are_given_as_files_with_strengths(checkpoints, loras, tmp_path):
     file = shutil.copy(loras["5b"], tmp_path / "a:1.safetensors")  # a colon may also be the name's own
     latents = []

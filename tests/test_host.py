@@ -63,14 +63,21 @@ def rows(**query):
     return {row["plan"]: [row["seconds"], row["memory"]] for row in table.of_query({"devices": "cpu:2", **size, **query})["rows"]}
 windows = dict(window="17", overlap="8")
 show(windows=rows(**windows), window=rows(length="17"), single=rows(length="17", devices="cpu")["single"], whole=rows(), one=rows(window="49"),
-     alone=[rows(**windows, **each) for each in (dict(image="1"), dict(guidance_cache="2"), dict(step_cache="0.1"))])
+     alone=[rows(**windows, **each) for each in (dict(image="1"), dict(guidance_cache="2"), dict(step_cache="0.1"))],
+     batch=rows(**windows, batch="2"), window_of_batch=rows(length="17", batch="2"))
 """)
     windows, window, whole = shown["windows"], shown["window"], shown["whole"]
     count = 4  # 13 latent frames in windows of 5 that share 2: they start at 0, 3, 6 and 8
     for plan in window:
         assert windows[plan] == [pytest.approx(count * window[plan][0]), window[plan][1]] and window[plan][1] < whole[plan][1]
     assert windows["replicas2"][0] == pytest.approx(count / 2 * shown["single"][0])
-    assert shown["one"] == whole and shown["alone"] == [window] * 3
+    assert shown["one"] == whole
+    for rows, one in (
+        *((each, window) for each in shown["alone"]),
+        (shown["batch"], shown["window_of_batch"]),
+    ):  # not shared, and no less
+        assert rows == {plan: [pytest.approx(count * seconds), memory] for plan, (seconds, memory) in one.items()}
+    assert "replicas2" in shown["batch"] and "replicas2" not in window  # a batch is shared as whole videos
 
 
 def test_the_table_of_plans_counts_weights_in_eight_bits(in_comfyui):

@@ -33,10 +33,11 @@ from parallel_backend.cogvideox.offload import transformer_bytes, working_bytes
 from parallel_backend.config import Config
 from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
+from parallel_backend.executor.continuing import spans_of
 from parallel_backend.executor.resolve import machine_of, resolve
 from parallel_backend.group.worker import remember
 from parallel_backend.jobs import SampleJob, empty_latent
-from parallel_backend.model import QUANTIZES, Model
+from parallel_backend.model import QUANTIZES, Model, Windows
 from parallel_backend.plan import Plan
 from parallel_backend.planner import gpu_table, hardware, hardware_cache
 from parallel_backend.planner.computation import vae_seconds
@@ -312,6 +313,15 @@ def test_resolve_predicts_for_the_work_it_is_given(checkpoints):
     assert (str(plan), seen) == ("ulysses2", ["cpu"]) and reason.startswith(
         "ulysses2 is predicted to be the fastest, ring2 takes "
     )
+
+
+@pytest.mark.parametrize("frames, window, overlap", [(21, 9, 4), (41, 17, 8), (49, 17, 12), (9, 9, 0)])
+def test_a_step_of_windows_that_continue_an_image_counts_as_many_as_are_sampled(frames, window, overlap, make_job):
+    job = make_job("5b-i2v", size=(48, 32, frames), windows=Windows(window, overlap))
+    job = replace(job, image=job.latent[:, :, :1])
+    workload = Workload.of_job(job, Checkpoint.of(job.model))
+    assert (workload.jobs, workload.work(torch.device("cpu")).windows) == (1, len(spans_of(job)))
+    assert Workload.of_job(job, Checkpoint.of(job.model), jobs=3).work(torch.device("cpu")).windows == len(spans_of(job))
 
 
 @pytest.fixture

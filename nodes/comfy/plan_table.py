@@ -32,8 +32,8 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
     ``quantize``, ``fp8`` and ``attention`` are those of *Load CogVideoX*.
 
     The table has plain values. For the kind ``upscale`` the size is that of a tile, and the seconds are of one of many tiles: how many there
-    are is known once the video is. With ``window`` and ``overlap`` the memory is that of a window, and the seconds are of all of them, unless
-    ``image`` or the caches keep replicas from sharing them; then the seconds are of one, as for ``auto``.
+    are is known once the video is. With ``window`` and ``overlap`` the memory is that of a window, and the seconds are of all of them. Replicas share
+    them unless ``image``, a cache or a batch keeps them from it.
 
     Raises:
         RequestError: for a field that makes no sense.
@@ -108,9 +108,9 @@ def workload_of_query(
     asked = {name: query[name] for name in ROUNDING if query.get(name)}
     model = Model(str(checkpoint.path), step_cache=step_cache, guidance_cache=int(guidance_cache), **asked)
     blank = checkpoint.blank_text()
-    job = SampleJob(model, blank, latent, blank, cfg=1.0 if is_tile else cfg, windows=windows)
-    workload = Workload.of_job(job, checkpoint)
-    return replace(workload, jobs=1, unit="videos") if query.get("image") else workload  # its windows wait for each other
+    image = latent[:, :, :1] if query.get("image") else None
+    job = SampleJob(model, blank, latent, blank, cfg=1.0 if is_tile else cfg, windows=windows, image=image)
+    return Workload.of_job(job, checkpoint)
 
 
 def choices_of_query(query: dict[str, str]) -> dict[str, list[str]]:

@@ -56,13 +56,14 @@ def check_feasible(prepared: PreparedJob) -> None:
     check_cores(devices)
     if not isinstance(job, SampleJob | UpscaleJob) or devices.on_ray:
         return  # memory and cores of the cluster's nodes are known only to them
-    work = prepared.workload().work(devices.first)
+    workload = prepared.workload()
+    work, windows = workload.work(devices.first), workload.jobs if workload.unit == "windows" else 1
     (size, advice), steps = size_and_advice(job), steps_of([job])
     what = f"{size} is predicted to"
     need = working_bytes(plan.replica, work, compiled=devices.kind != "cpu")
     if devices.kind == "cpu":
         need, free, where = (need + weight_bytes(plan.replica, work)) * devices.count, usable_memory(), "of main memory"
-        days = predict(Plan(), work, CPU).seconds * CPU_CORES / usable_cores() * steps / DAY
+        days = predict(Plan(), work, CPU).seconds * windows * CPU_CORES / usable_cores() * steps / DAY
     else:
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in devices.torch_devices]
         free, where, days = hardware.allowed(min(sizes)), "on each GPU, without weights", 0

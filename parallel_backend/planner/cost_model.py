@@ -67,10 +67,10 @@ def predict(plan: Plan, work: Work, machine: Machine) -> Prediction:
     needed = int(max(peak, weights + working_bytes(plan, work)) / HEADROOM)
     return Prediction(
         plan,
-        seconds=computation(plan, work, machine) + waiting + vae_seconds(plan, work, machine),
+        seconds=work.windows * (computation(plan, work, machine) + waiting) + vae_seconds(plan, work, machine),
         peak=peak,
         needed=needed,
-        sent=sent,
+        sent=work.windows * sent,
         fits=machine.free is None or needed <= machine.free,
     )
 

@@ -44,6 +44,8 @@ class Work:
     """Whether its attention function works in a ring."""
     beside: int = 0
     """Blocks of ControlNets, whose weights count as ``rest``: every rank has them whole."""
+    windows: int = 1
+    """Windows of the video that the step runs the model on, one after the other; the other fields are of one of them."""
     pixels: int = 0
     """Pixels of all frames that the VAE encodes and decodes in the step, as for a tile of a video that is enlarged."""
 
