@@ -26,7 +26,7 @@ from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from parallel_backend.executor.factory import ExecutorCache
 from parallel_backend.executor.group import GroupExecutor
-from parallel_backend.executor.overview import share_of_rank
+from parallel_backend.executor.overview import overview, share_of_rank
 from parallel_backend.group import codec, fork_server_client, ownership, preflight, protocol, registry
 from parallel_backend.group.codec import Message
 from parallel_backend.group.ownership import OwnerWatch, is_held
@@ -516,6 +516,8 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
         group.sample(make_job("5b"))
     assert "the reason" in error.value.details and "\n" not in error.value.summary
     assert group.status()["state"] == "absent" and running() == before
+    shown = overview(group)
+    assert (shown["state"], shown["last_error"]) == ("failed", error.value.summary)
     again = time.monotonic()
     with pytest.raises(GroupUnavailable, match=f"did not start: {cause}.* s ago; it is tried again once something changes"):
         monkeypatch.setenv("TRITON_CACHE_DIR", "/set by the job that ran in this process instead")

@@ -18,6 +18,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirem
 import ray
 from ray import cloudpickle
 
+from parallel_backend.cli import serve, status
 from parallel_backend.cluster import actor as actor_module
 from parallel_backend.cluster.lease import leased
 from parallel_backend.devices import Devices
@@ -28,8 +29,10 @@ from parallel_backend.executor.factory import open_executor
 from parallel_backend.executor.overview import overview
 from parallel_backend.executor.replicas import ReplicasExecutor
 from parallel_backend.executor.resolve import resolve
+from parallel_backend.group import preflight
 from parallel_backend.jobs import DecodeJob
 from parallel_backend.model import Windows
+from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 
 from .conftest import PATIENCE, REPO, TOLERANCE, wait_until, workers
@@ -268,3 +271,54 @@ def test_an_actor_leaves_the_cores_of_the_others_on_its_node_alone(monkeypatch):
         bundles = types.SimpleNamespace(bundle_specs=[{resource: 1.0}] * 2)
         monkeypatch.setattr(ray.util, "get_current_placement_group", lambda bundles=bundles: bundles)
         assert actor_module.devices_here() == expected
+
+
+@pytest.fixture
+def unmade(monkeypatch):
+    """An executor whose actor is up, on a node where no group can be made."""
+    monkeypatch.setattr(cluster_actor, "devices_here", lambda: Devices("cpu"))
+    monkeypatch.setattr(preflight, "has_module", lambda name: False)
+    held, executor = cluster_actor.Group("single"), ClusterExecutor("single#1", is_owner=False)
+    executor._lease = types.SimpleNamespace(dead=None, known={"node": "b"}, is_up=lambda seconds: True, look=held.look)
+    return executor
+
+
+NO_GROUP = "xfuser is not installed: pip install xfuser, or set XDIT_PYTHON to a Python that has it"
+
+
+def test_a_group_that_cannot_be_made_on_its_node_is_said_to_have_failed_and_why(unmade, run, monkeypatch):
+    failed = {"plan": "single", "devices": "ray:1", "node": "b", "ranks": [], "state": "failed", "last_error": NO_GROUP}
+    assert overview(unmade) == unmade.status() == failed
+    monkeypatch.setattr(status, "groups_on_cluster", lambda: {"single#1": unmade})
+    monkeypatch.setattr(status.cluster, "nodes", list)
+    shown = run("status", "--ray").stdout
+    assert re.search(r"^single#1 +b +failed .* serve$", shown, re.MULTILINE)
+    assert f"logs of single#1 on b: on its node, and in Ray's dashboard, last error {NO_GROUP}\n" in shown
+    assert serve.line_of([failed, {**failed, "state": "ready"}]) == f"1 of 2 groups are up: on b; 1 failed: {NO_GROUP}"
+
+
+def test_replicas_say_why_one_of_them_failed(unmade):
+    other = ClusterExecutor("replicas2#2", is_owner=False)
+    both = ReplicasExecutor(Plan(replicas=2), Devices("cpu", (0, 1), on_ray=True), [other, unmade])
+    shown = overview(both)
+    assert (shown["state"], shown["last_error"]) == ("failed", f"replica 2: {NO_GROUP}")
+
+
+def test_an_actor_that_ray_cannot_start_is_said_to_have_failed_and_why_and_one_that_was_ended_is_not():
+    executor, dead = ClusterExecutor("single#1"), {"dead": "no module named diffusers", "known": {}, "end": lambda: None}
+    executor._lease = types.SimpleNamespace(**dead, was_lost=False)
+    for _ in range(2):  # it is given up at the first look
+        shown = executor.look()
+        assert (shown["state"], shown["last_error"]) == ("failed", f"plan 'single' does not run on Ray: {dead['dead']}")
+    executor._lease = types.SimpleNamespace(**dead, was_lost=True)  # by stop: Ray starts others again
+    assert executor.look()["state"] == "absent"
+
+
+def test_serve_ends_with_the_reason_where_every_group_failed(unmade, run, monkeypatch):
+    monkeypatch.setattr(unmade, "start", lambda expected=None: None)
+    monkeypatch.setattr(serve, "cluster_executor", lambda *given, **settings: unmade)
+    monkeypatch.setattr(serve, "served", list)
+    monkeypatch.setattr(serve, "dashboard_line", lambda: "no dashboard")
+    monkeypatch.setattr(serve, "resolve", lambda *given, **settings: (Plan(), Devices("cpu", on_ray=True), "a test"))
+    ended = run("serve", "--devices", "ray", "--plan", "single")
+    assert (ended.returncode, ended.stderr) == (1, f"serve: no group is left: {NO_GROUP}\n")

@@ -12,6 +12,7 @@ from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.cogvideox.offload import job_weight_bytes
 from ...parallel_backend.errors import GroupFailure
 from ...parallel_backend.executor.base import Executor
+from ...parallel_backend.executor.group import ABSENT, FAILED
 from ...parallel_backend.jobs import Job, SampleJob, UpscaleJob
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class HeldWeights:
         except (GroupFailure, OSError, EOFError):
             self.forget()
             return
-        there = {} if said["state"] == "absent" else said.get("weights")
+        there = {} if said["state"] in (ABSENT, FAILED) else said.get("weights")
         if there is not None:  # the status of replicas has no weights
             self._loaded = {part: size for part, size in self._loaded.items() if there.get(part, 0) > size / 2}
 

@@ -11,7 +11,7 @@ from ...parallel_backend.config import CONFIG
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import GroupFailure, RequestError
 from ...parallel_backend.executor.base import Executor
-from ...parallel_backend.executor.group import ABSENT, STARTING, GroupExecutor
+from ...parallel_backend.executor.group import ABSENT, FAILED, STARTING, GroupExecutor
 from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.executor.overview import overview
 from ...parallel_backend.executor.replicas import ReplicasExecutor
@@ -64,11 +64,11 @@ def status() -> dict[str, Any]:
 def state_of(found: dict[str, Any], running) -> tuple[str, str | None]:
     """Returns the state, and what is done before the first step.
 
-    It is ``absent``, ``starting``, ``loading``, ``sampling``, ``upscaling``, ``decoding``, ``encoding``, ``recovering`` or
-    ``idle``.
+    It is ``absent``, ``starting``, ``failed``, ``loading``, ``sampling``, ``upscaling``, ``decoding``, ``encoding``,
+    ``recovering`` or ``idle``.
     """
     doing = found.get("doing") or (found["ranks"][0]["doing"] if found["ranks"] else None)
-    if found["state"] in (ABSENT, STARTING):
+    if found["state"] in (ABSENT, STARTING, FAILED):
         if running:
             return ("recovering" if running.step else STARTING), doing
         return found["state"], doing

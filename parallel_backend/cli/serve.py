@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 import psutil
 
@@ -14,7 +15,7 @@ from ..devices import Devices
 from ..errors import GroupUnavailable, RequestError
 from ..executor.factory import cluster_executor
 from ..executor.feasible import check_cores
-from ..executor.group import GroupExecutor
+from ..executor.group import ABSENT, FAILED, GroupExecutor
 from ..executor.replicas import ReplicasExecutor
 from ..executor.resolve import resolve
 from ..group.registry import running
@@ -67,18 +68,36 @@ def serve_on_ray(chosen: Plan, devices: Devices, reason: str) -> int:
     shown = None
     try:
         executor.start()
-        while (states := [group.look()["state"] for group in groups]) != ["absent"] * len(groups):
-            up = [group.known.get("node", "?") for group, state in zip(groups, states) if state in ("ready", "busy")]
-            if up != shown:
-                show(f"{len(up)} of {len(groups)} groups are up" + (f": on {', '.join(up)}" if up else ""))
-            shown = up
+        while is_any_left(found := [group.look() for group in groups]):
+            if (line := line_of(found)) != shown:
+                show(line)
+            shown = line
             time.sleep(1)
+        if errors := errors_of(found):
+            raise GroupUnavailable(f"no group is left: {errors[0]}")
         show("no group is left")
     except KeyboardInterrupt:
         show("ending")
     finally:
         executor.close()
     return 0
+
+
+def is_any_left(found: list[dict[str, Any]]) -> bool:
+    """Whether some group is up or may come up, from their overviews."""
+    return any(each["state"] not in (ABSENT, FAILED) for each in found)
+
+
+def line_of(found: list[dict[str, Any]]) -> str:
+    """Returns how many groups are up and on which nodes, and why others are not, from their overviews."""
+    up, errors = [each["node"] or "?" for each in found if each["state"] in ("ready", "busy")], errors_of(found)
+    where, failed = f": on {', '.join(up)}" if up else "", f"; {len(errors)} failed: {errors[0]}" if errors else ""
+    return f"{len(up)} of {len(found)} groups are up{where}{failed}"
+
+
+def errors_of(found: list[dict[str, Any]]) -> list[str]:
+    """Returns why groups failed, from their overviews."""
+    return [each["last_error"] for each in found if each["state"] == FAILED]
 
 
 def check_unserved(devices: Devices) -> None:
@@ -110,7 +129,7 @@ def come_up(executor: GroupExecutor) -> None:
     tried = 0
     while True:
         executor.start()
-        if executor.status()["state"] != "absent":
+        if executor.status()["state"] != ABSENT:
             return
         cause, tried = executor.lost, tried + 1
         if tried > 1:

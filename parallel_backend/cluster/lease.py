@@ -45,11 +45,14 @@ class Lease:
     def __init__(self, handle: Any, bundles: Any = None):
         self.handle = handle
         self._bundles = bundles
-        self.lose()
+        self._greeting: Future = greet(handle).future()
+        self.was_lost = False
+        """Whether the actor was up and then lost. If it is dead after that, it was ended: otherwise Ray starts it again."""
 
     def lose(self) -> None:
-        """Begins to wait until the actor is up, for the first time or again."""
-        self._greeting: Future = greet(self.handle).future()
+        """Begins to wait until the actor is up again."""
+        self.was_lost = self.was_lost or bool(self.known)
+        self._greeting = greet(self.handle).future()
 
     def is_up(self, seconds: float = 0) -> bool:
         """Returns whether the actor is up, within ``seconds``."""

@@ -18,7 +18,7 @@ from ..errors import Cancelled, GroupLost, GroupUnavailable, RequestError
 from ..group.codec import Message
 from ..group.connection import Broken
 from .base import StopSignal
-from .group import ABSENT, STARTING
+from .group import ABSENT, FAILED, STARTING
 from .group_connection import answers
 from .remote import RemoteExecutor
 
@@ -49,6 +49,8 @@ class ClusterExecutor(RemoteExecutor):
         """Whether other groups do the work while Ray replaces this one. If not, a lost job waits for that."""
         self._is_owner = is_owner
         self._lease: Lease | None = None
+        self._failure: str | None = None
+        """Why Ray could not start the actor, until it is tried again."""
         self._lock = threading.RLock()
 
     @property
@@ -69,10 +71,14 @@ class ClusterExecutor(RemoteExecutor):
         """Returns the lease, which is taken if there is none; raises as :meth:`start` does."""
         with self._lock:
             if self._lease and (reason := self._lease.dead):
+                was_lost = self._lease.was_lost
                 self.close()
-                raise GroupUnavailable(f"plan '{self.plan}' does not run on Ray: {reason}")
+                error = GroupUnavailable(f"plan '{self.plan}' does not run on Ray: {reason}")
+                self._failure = None if was_lost else error.summary
+                raise error
             if self._lease is None:
                 self._lease = Lease.take(self.plan, self.name) if self._is_owner else Lease.of(self.name)
+                self._failure = None
             return self._lease
 
     def is_ready(self, seconds: float = 0) -> bool:
@@ -138,14 +144,21 @@ class ClusterExecutor(RemoteExecutor):
         if not self._is_owner:
             self.is_ready(ANSWER_SECONDS)
         found = self.look()
-        return {**found, **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain} if self.is_there() else found
+        if not self._has_group(found):
+            return found
+        return {**found, **self._ask(Message("status"), seconds=CONFIG.status_seconds).plain}
+
+    def _has_group(self, found: dict[str, Any]) -> bool:
+        """Whether the actor is up and has a group, or can make one, by its overview."""
+        return self.is_there() and found["state"] != FAILED
 
     def look(self) -> dict[str, Any]:
         """Returns the overview of the group; see :func:`.overview.overview`."""
         known = {"plan": str(self.plan), "devices": self.devices, "node": None, "ranks": []}
-        if (lease := self._lease) is None:
-            return {**known, "state": ABSENT}
-        if not self.is_ready():
+        is_ready = self._lease is not None and self.is_ready()
+        if (lease := self._lease) is None:  # or it has just been given up
+            return {**known, "state": FAILED, "last_error": self._failure} if self._failure else {**known, "state": ABSENT}
+        if not is_ready:
             return {**known, "state": STARTING, "doing": "waiting for a node of the Ray cluster"}
         node = known["node"] = self.known.get("node")
         if not (found := lease.look()):
@@ -159,14 +172,14 @@ class ClusterExecutor(RemoteExecutor):
 
     def free(self) -> None:
         """See :meth:`Executor.free`."""
-        if self.is_there():
+        if self._has_group(self.look()):
             self._ask(Message("free"))
 
     def stop(self) -> None:
         """Ends the group after the jobs in its queue, whoever owns it."""
         lease = self._taken()
         try:
-            if lease.is_up(ANSWER_SECONDS):
+            if lease.is_up(ANSWER_SECONDS) and self._has_group(self.look()):
                 self._ask(Message("stop"))
         finally:
             lease.end()

@@ -13,12 +13,13 @@ from typing import Any
 
 from ..cluster.actor import about_here, devices_here
 from ..cluster.members import Members
+from ..errors import GroupFailure, reason_of
 from ..group.codec import decode, encode
 from ..group.launcher import Launcher
 from ..group.part import Part
 from ..group.server import refusal
 from ..plan import Plan
-from .group import GroupExecutor
+from .group import FAILED, GroupExecutor
 from .overview import overview
 
 
@@ -90,8 +91,12 @@ class Group(Held):
         self._cancelled.add(number)
 
     def look(self) -> dict[str, Any]:
-        """Returns the overview of the group."""
-        return {**overview(self.group), "stage": self.group.stage()}
+        """Returns the overview of the group; also of one that cannot be made, as the caller would take an error for the loss of this actor."""
+        try:
+            return {**overview(self.group), "stage": self.group.stage()}
+        except Exception as error:
+            summary = error.summary if isinstance(error, GroupFailure) else reason_of(error)
+            return {"state": FAILED, "last_error": summary, "ranks": []}
 
 
 class Ranks(Held):

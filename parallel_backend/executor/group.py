@@ -30,8 +30,10 @@ from .remote import RemoteExecutor
 
 logger = logging.getLogger(__name__)
 
-ABSENT, STARTING = "absent", "starting"
+ABSENT, STARTING, FAILED = "absent", "starting", "failed"
 """States of a group that holds nothing."""
+STATES = ("busy", "ready", STARTING, FAILED, ABSENT)
+"""All states. Several groups together are in the first that one of them is in."""
 
 
 class GroupExecutor(RemoteExecutor):

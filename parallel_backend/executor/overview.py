@@ -8,19 +8,20 @@ import psutil
 
 from ..devices import Devices
 from ..errors import GroupFailure
+from ..group import failures
 from ..group.heartbeat import Board
 from ..plan import Plan
 from ..system.nvml import used_and_total
 from .base import Executor
 from .cluster import ClusterExecutor
-from .group import ABSENT, STARTING, GroupExecutor
+from .group import ABSENT, FAILED, STARTING, STATES, GroupExecutor
 from .replicas import ReplicasExecutor
 
 
 def overview(executor: Executor) -> dict[str, Any]:
     """Returns plan, devices, state and ranks as plain values.
 
-    The state is ``absent``, ``starting``, ``ready`` or ``busy``. ``link`` and ``latency``, in bytes per second and seconds, are known once
+    The state is ``absent``, ``starting``, ``failed``, ``ready`` or ``busy``; ``last_error`` says why a group failed, in one line. ``link`` and ``latency``, in bytes per second and seconds, are known once
     a group has answered. Each rank has its device, its share of the work, what it does, and the memory in use and in all, in bytes.
     """
     if isinstance(executor, ReplicasExecutor):
@@ -39,7 +40,8 @@ def of_group(executor: GroupExecutor) -> dict[str, Any]:
     known = {"plan": str(executor.plan), "devices": executor.devices, "ranks": []}
     description = description_of(executor)
     if not description:
-        return {**known, "state": ABSENT}
+        error = failures.last(str(executor.plan), executor.devices)
+        return {**known, "state": FAILED, "last_error": error} if error else {**known, "state": ABSENT}
     known["ranks"] = ranks_of(executor.plan, executor.devices, description)
     if not Path(executor.address.socket).exists():
         return {**known, "state": STARTING, "doing": executor.stage()}
@@ -57,9 +59,11 @@ def of_replicas(executor: ReplicasExecutor) -> dict[str, Any]:
         {**rank, "share": f"replica {place}, {rank['share']}"} for place, part in enumerate(parts, 1) for rank in part["ranks"]
     ]
     states = {part["state"] for part in parts}
-    state = next((name for name in ("busy", "ready", STARTING, ABSENT) if name in states), ABSENT)
+    state = next((name for name in STATES if name in states), ABSENT)
     numbered = [{**rank, "rank": number} for number, rank in enumerate(ranks)]
-    return {"plan": str(executor.plan), "devices": str(executor.devices), "state": state, "ranks": numbered}
+    known = {"plan": str(executor.plan), "devices": str(executor.devices), "state": state, "ranks": numbered}
+    errors = [f"replica {place}: {part['last_error']}" for place, part in enumerate(parts, 1) if part.get("last_error")]
+    return {**known, "last_error": errors[0]} if errors else known
 
 
 def description_of(executor: GroupExecutor) -> dict[str, Any]:

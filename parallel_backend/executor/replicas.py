@@ -25,7 +25,7 @@ from ..plan import Plan
 from ..workload import has_windows_to_share
 from .base import DecodeOf, Executor, FramesOf, StepListener, StopSignal, VideoListener, never, silent
 from .batch import cut, join
-from .group import GroupExecutor
+from .group import ABSENT, STATES, GroupExecutor
 from .scheduler import Pool, ReplicaResult, ReplicaScheduler
 
 
@@ -226,7 +226,7 @@ class ReplicasExecutor(Executor):
         replicas = [self._status_of(replica) for replica in self.replicas]
         states = {one["state"] for one in replicas}
         return {
-            "state": next(state for state in ("busy", "ready", "starting", "absent") if state in states),
+            "state": next((state for state in STATES if state in states), ABSENT),
             "plan": str(self.plan),
             "devices": str(self.devices),
             "world_size": self.plan.world_size,
@@ -243,7 +243,7 @@ class ReplicasExecutor(Executor):
         try:
             return replica.status()
         except GroupFailure as error:
-            absent = {"state": "absent", "plan": str(replica.plan), "devices": replica.devices}
+            absent = {"state": ABSENT, "plan": str(replica.plan), "devices": replica.devices}
             return {**absent, "last_error": error.summary}
 
     def is_usable(self) -> bool:

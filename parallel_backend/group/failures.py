@@ -71,6 +71,12 @@ def check(plan: str, devices: str) -> None:
     forget(plan, devices)
 
 
+def last(plan: str, devices: str) -> str | None:
+    """Returns why a group did not start, in one line; None if it has started since, or was not tried."""
+    failure = _failures.get((plan, devices))
+    return failure and failure.error.summary
+
+
 def forget(plan: str, devices: str) -> None:
     """Forgets a failure, after the group has started."""
     _failures.pop((plan, devices), None)

@@ -14,7 +14,7 @@ let line = "";
 
 function describe(state) {
   const { is_group: isGroup, ranks, plan } = state;
-  if (!isGroup || state.state === "absent") return say("no group runs");
+  if (!isGroup || ["absent", "failed"].includes(state.state)) return say("no group runs");
   if (state.state === "idle") return say("{count} ranks, warm, {plan}", { count: ranks.length, plan });
   return say("{count} ranks, {state}, {plan}", { count: ranks.length, state: labelOf(state), plan });
 }

@@ -7,6 +7,7 @@ const CHINESE = {
   "xDiT group": "xDiT 进程组",
   absent: "未启动",
   starting: "正在启动",
+  failed: "启动失败",
   loading: "正在加载",
   sampling: "正在采样",
   upscaling: "正在放大",
