@@ -186,3 +186,13 @@ def test_the_files_beside_the_workflows_are_those_that_the_command_makes():
     for readme in ("README.md", "README.zh-CN.md"):
         rows = re.findall(r"^\| (.+?) \| `(.+?)` \| .+ \| .+ \|$", (REPO / readme).read_text(encoding="utf-8"), re.MULTILINE)
         assert {short: title for title, short in rows} == headless.FILES
+
+
+def test_the_server_and_the_page_write_the_lines_of_a_node_in_the_same_way():
+    """The page shows lines of its own too, so it cannot ask the server."""
+    server, page = (REPO / "nodes" / "comfy" / "events.py").read_text(), (REPO / "web" / "js" / "lines.js").read_text()
+    markup = re.search(r'^MARKUP = re\.compile\(r"(.+)", re\.MULTILINE \| re\.ASCII\)$', server, re.MULTILINE)[1]
+    assert re.search(r"^const MARKUP = /(.+)/gm;", page, re.MULTILINE)[1] == markup
+    line_break = re.search(r"^LINE_BREAK = (.+)$", server, re.MULTILINE)[1]
+    assert re.search(r"^const LINE_BREAK = (.+?);", page, re.MULTILINE)[1] == line_break
+    assert '"&#{ord(found[0])};"' in server and "`&#${found.charCodeAt()};`" in page

@@ -7,7 +7,7 @@ PREFIX = "cogvideox-xdit"
 """First part of the pack's events and routes."""
 LINE_BREAK = "  \n"
 """The end of a line in a node. Vue nodes show Markdown, where a line goes on after a line feed alone; the classic ones show plain text."""
-MARKUP = re.compile(r"[\\`*~\[<&]|(?<![a-zA-Z\d])_|_(?![a-zA-Z\d])|^[ \t#+=>-]|^\d(?=\d*[.)])", re.MULTILINE)
+MARKUP = re.compile(r"[\\`*~\[<&]|(?<![a-zA-Z\d])_|_(?![a-zA-Z\d])|^[ \t#+=>-]|^\d(?=\d*[.)])", re.MULTILINE | re.ASCII)
 """Where Markdown or HTML starts or ends anything but a link: some characters anywhere, others around a word, or before a line."""
 
 

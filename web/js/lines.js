@@ -3,7 +3,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const LINE_BREAK = "  \n"; // in Markdown, as of Vue nodes, and in the classic renderer's plain text
-const MARKUP = /[\\`*~[<&]|(?<![a-zA-Z\d])_|_(?![a-zA-Z\d])|^[ \t#+=>-]|^\d(?=\d*[.)])/gm; // as in nodes/comfy/events.py
+const MARKUP = /[\\`*~\[<&]|(?<![a-zA-Z\d])_|_(?![a-zA-Z\d])|^[ \t#+=>-]|^\d(?=\d*[.)])/gm; // as nodes/comfy/events.py, which a test compares
 
 // Shows lines in a node of the graph that is open, as they are in both renderers.
 export function showLines(nodeId, ...lines) {
