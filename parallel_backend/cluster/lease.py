@@ -51,8 +51,8 @@ class Lease:
 
     def lose(self) -> None:
         """Begins to wait until the actor is up again."""
-        self.was_lost = self.was_lost or bool(self.known)
-        self._greeting = greet(self.handle).future()
+        before, self._greeting = self._greeting, greet(self.handle).future()
+        self.was_lost = self.was_lost or (before.done() and not before.exception())
 
     def is_up(self, seconds: float = 0) -> bool:
         """Returns whether the actor is up, within ``seconds``."""
