@@ -77,7 +77,7 @@ class Devices:
         if match := re.fullmatch(r"cpu(?::(\d+))?", text):
             count = int(match[1] or 1)
             if count < 1:
-                raise RequestError(f"devices '{text}' are none; use cpu:1 or more")
+                raise RequestError(f"devices '{text}' are no devices; use cpu:1 or more")
             return cls("cpu", tuple(range(count)))
         if match := re.fullmatch(r"ray(?::(\d+))?", text):
             return cls._on_ray(int(match[1]) if match[1] else None)
@@ -85,7 +85,7 @@ class Devices:
             raise RequestError(f"devices '{text}' are not understood; use auto, cpu, cpu:2, ray, or GPU numbers such as 0,1")
         indices = tuple(int(part.removeprefix("cuda:")) for part in text.split(","))
         if len(set(indices)) < len(indices) and not several_ranks_a_gpu():
-            raise RequestError(f"devices '{text}' name a GPU twice")
+            raise RequestError(f"devices '{text}' name a GPU twice; name each once")
         if missing := [index for index in indices if index >= gpus]:
             has = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU; use cpu or cpu:2"
             raise RequestError(f"devices '{text}': there is no GPU {missing[0]}; this machine has {has}")
@@ -99,7 +99,7 @@ class Devices:
         kind, sizes = nodes.devices_of(nodes.nodes())
         count = nodes.usable(sizes) if count is None else count
         if count < 1:
-            raise RequestError(f"devices 'ray:{count}' are none; use ray:1 or more")
+            raise RequestError(f"devices 'ray:{count}' are no devices; use ray:1 or more")
         return cls(kind, tuple(range(count)), on_ray=True)
 
     def __str__(self) -> str:

@@ -213,7 +213,8 @@ class Plan:
             RequestError: with the degrees that multiply to its devices.
         """
         if self.world_size != devices * nodes:
-            given = f"{devices * nodes} were given" + (f", {devices} on each of {nodes} machines" if nodes > 1 else "")
+            given = "1 was given" if devices * nodes == 1 else f"{devices * nodes} were given"
+            given += f", {devices} on each of {nodes} machines" if nodes > 1 else ""
             degrees = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "fsdp"}
             factors = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
             product = f" ({' x '.join(factors)})" if len(factors) > 1 else ""

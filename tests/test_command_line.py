@@ -161,6 +161,7 @@ def test_the_planner_knows_what_replicas_can_share(more, jobs, unit, run, checkp
         (("--plan", "warp9"), "'warp9' is not understood"),
         (("--plan", "ulysses3", "--devices", "cpu:3"), "ulysses3 does not divide this model's 4 heads"),
         (("--plan", "cfg2", "--devices", "cpu:3"), "needs 2 devices.*3 were given"),
+        (("--plan", "cfg2", "--devices", "cpu:1"), "needs 2 devices but 1 was given"),
         (("--devices", "7"), "there is no GPU 7"),
         (("--devices", "gpu"), "not understood"),
         (("--scheduler", "euler"), "scheduler.*euler"),
@@ -827,12 +828,13 @@ def test_serve_compares_gpus_only_with_processes_that_number_them_alike(served, 
     serve.check_unserved(Devices("cuda", (1, 2)))
 
 
-def test_help_says_the_default_of_every_option_that_has_one():
+def test_help_says_the_default_of_every_option_that_has_one_and_which_are_required():
     for name, parser in build_parser()._subparsers._group_actions[0].choices.items():
         said = " ".join(parser.format_help().split())
         for action in parser._actions:
             if action.default or isinstance(action.default, float):
                 assert f"(default {action.default}" in said or action.default == SUPPRESS, (name, action.dest)
+        assert said.count("(required)") == sum(action.required for action in parser._actions if action.option_strings), name
 
 
 def test_the_options_are_frozen_so_that_scripts_go_on_working():

@@ -98,7 +98,7 @@ def test_auto_keeps_what_talks_much_on_a_node(gpu, sizes, workload, expected, no
         ("replicas5", "ray", "ray:5"),
         ("cfg2", "ray:2", "ray:2"),
         ("cfg2", "ray:3", "plan 'cfg2' needs 2 devices .*but 3 were given"),
-        ("cfg2", "ray:0", "devices 'ray:0' are none; use ray:1 or more"),
+        ("cfg2", "ray:0", "devices 'ray:0' are no devices; use ray:1 or more"),
         ("cfg2", "rays", "devices 'rays' are not understood; use auto, cpu, cpu:2, ray, or GPU numbers"),
     ],
 )

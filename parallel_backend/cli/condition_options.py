@@ -22,7 +22,7 @@ def add_condition_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--image-start", type=float, default=0.0, help="share of the steps at which the model is first shown them"
     )
-    group.add_argument("--image-end", type=float, default=1.0, help="share of the steps at which that ends")
+    group.add_argument("--image-end", type=float, default=1.0, help="share of the steps after which it is shown none")
     group.add_argument("--control-video", help="video of poses, edges or depth, for a control model")
     group.add_argument("--control-strength", type=float, default=1.0, help="scale of the control video's latent")
     group.add_argument("--control-start", type=float, default=0.0, help="share of the steps at which control begins")
@@ -37,8 +37,8 @@ def add_condition_options(parser: ArgumentParser) -> None:
     group.add_argument("--video", help="video to start from; resized and cropped as --image")
     group.add_argument(
         "--mask",
-        help="image or video, white where --video is to be replaced; for an inpaint model, or an object removal model, for which grey is "
-        "what the removal affects",
+        help="image or video, white where --video is to be replaced; for an inpaint or object removal model; for the latter grey is what the "
+        "removal changes too",
     )
     group.add_argument(
         "--invert-mask", action="store_true", help="--mask is black where --video is to be replaced, as VOID's quadmask_0.mp4"
@@ -52,8 +52,8 @@ def add_condition_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--source-fps",
         type=float,
-        help="frames a second of --video, --control-video, --controlnet-video and --mask, of which every n-th is used so that they are nearest to the "
-        "model's own rate; 0 uses every frame (default: as the file says)",
+        help="frame rate of --video, --control-video, --controlnet-video and --mask; every n-th frame is used, so that the rate comes nearest to "
+        "the model's own; 0 uses every frame (default: as the file says)",
     )
     group.add_argument(
         "--denoise", type=float, help="with --video: share of the steps to run on it (default 0.8; with --mask 1)"

@@ -50,14 +50,16 @@ def add_former_options(parser: ArgumentParser, *names: str) -> None:
         parser.add_argument(name, action=FormerOption, help=SUPPRESS)
 
 
-def add_checkpoint_options(parser: ArgumentParser) -> None:
-    """Adds the options for the model: its files, precision, speed and LoRAs."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        help=f"a checkpoint folder in diffusers layout; a model that was downloaded: {', '.join(MODELS)} or ORG/NAME; or demo, a tiny "
-        "model for trying out",
-    )
+MODEL = (
+    f"a checkpoint folder in diffusers layout; a model that was downloaded: {', '.join(MODELS)} or ORG/NAME; or demo, a tiny model for "
+    "trying out"
+)
+"""What ``--model`` takes."""
+
+
+def add_checkpoint_options(parser: ArgumentParser, what: str = MODEL) -> None:
+    """Adds the options for the model: its files, precision, speed and LoRAs. ``what`` says which models there are."""
+    parser.add_argument("--model", required=True, help=what)
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="to compute in; auto: the checkpoint's own")
     parser.add_argument(
         "--offload",

@@ -29,7 +29,7 @@ def videos_of(args: Namespace) -> list[Video]:
         RequestError: for a wrong count or a prompts file that cannot be read.
     """
     if args.count < 1:
-        raise RequestError(f"count is {args.count}; use 1 or more")
+        raise RequestError(f"--count is {args.count}; use 1 or more")
     prompts = [args.prompt] if args.prompts_file is None else read_prompts(Path(args.prompts_file))
     wanted = [(prompt, args.seed + place) for prompt in prompts for place in range(args.count)]
     output, latents = Path(args.output), Path(args.save_latents) if args.save_latents else None

@@ -30,9 +30,11 @@ SCRIPT = "cogvideox-xdit"
 
 
 class Help(argparse.HelpFormatter):
-    """Adds its default to the help of each option that has one."""
+    """Adds its default to the help of each option that has one, and names each that is required."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required and action.option_strings:
+            return f"{action.help} (required)"
         is_said = action.help is None or "(default" in action.help
         is_none = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
         if is_said or is_none:

@@ -32,7 +32,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines with such GPUs, as in a Ray cluster")
     add_former_options(parser, "--nnodes")
     parser.add_argument(
-        "--memory-gib", type=float, help="memory of one GPU; if the model does not fit, plans that shard its weights are listed"
+        "--memory-gib",
+        type=float,
+        help="memory of one GPU; if the model does not fit, plans that shard its weights are listed (default: what is free here, or "
+        "what --gpu has)",
     )
     parser.add_argument("--memory-gb", type=float, dest="memory_gib", help=SUPPRESS)  # the option's name before
     parser.add_argument(
@@ -43,7 +46,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_size_options(parser)
     add_rounding_options(parser)
     parser.add_argument("--count", type=int, default=1, metavar="N", help="videos to make; replicas may share them")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.set_defaults(run=plan)
 
 
@@ -51,15 +54,15 @@ def plan(args: Namespace) -> int:
     """Prints the predicted cost of every plan, the plan that ``auto`` would choose, and the reason."""
     checkpoint = published.find(args.model)
     if args.gpus is not None and args.gpus < 1:
-        raise RequestError(f"gpus is {args.gpus}; use 1 or more")
+        raise RequestError(f"--gpus is {args.gpus}; use 1 or more")
     if args.memory_gib is not None and not 0 < args.memory_gib < math.inf:
-        raise RequestError(f"memory-gib is {args.memory_gib:g}; give what one GPU has, such as 24")
+        raise RequestError(f"--memory-gib is {args.memory_gib:g}; give what one GPU has, such as 24")
     if args.count < 1:
-        raise RequestError(f"count is {args.count}; use 1 or more")
+        raise RequestError(f"--count is {args.count}; use 1 or more")
     size, cfg = size_of(args, checkpoint), cfg_of(args, checkpoint)
     check_size(**size, batch=1)
     if args.nodes < 1:
-        raise RequestError(f"nodes is {args.nodes}; use 1 or more")
+        raise RequestError(f"--nodes is {args.nodes}; use 1 or more")
     present = Devices.parse("auto")
     each = args.gpus or present.count
     count = each * args.nodes

@@ -21,7 +21,7 @@ TITLES = ("plan", "devices", "state", "up", "jobs", "queue", "model", "memory Gi
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``status``."""
     add_ray_option(parser, "show nodes and groups")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.epilog = f"Exit status: 0; {CLUSTER_SILENT} if the Ray cluster did not answer, while the groups here are shown."
     parser.set_defaults(run=status)
 

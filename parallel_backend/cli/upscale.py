@@ -31,7 +31,9 @@ from .options import add_checkpoint_options, add_run_options, model_of
 
 def add_options(parser: ArgumentParser) -> None:
     """Adds the options of ``upscale``."""
-    add_checkpoint_options(parser)
+    add_checkpoint_options(
+        parser, "a super-resolution model: the folder of DOVE's or SparkVSR's checkpoint; or sparkvsr, if downloaded"
+    )
     add_run_options(parser)
     parser.add_argument("--video", required=True, help="the video to enlarge")
     parser.add_argument(
