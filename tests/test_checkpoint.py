@@ -4,7 +4,9 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.random_weights import parse
 from parallel_backend.cogvideox.checkpoint import checkpoint, index, shards, weights
 from parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
+from parallel_backend.cogvideox.checkpoint.libraries import member
 from parallel_backend.cogvideox.pipeline import validation
 from parallel_backend.errors import RequestError
 from parallel_backend.jobs import DecodeJob
@@ -312,25 +315,54 @@ SLOW_LIBRARY = """
 import sys, time, types
 with open(__file__ + ".begun", "w"):
     pass
+others = [name for name in ("first", "second") if hasattr(sys.modules.get(name), "__getattr__")]  # which are whole
 time.sleep(0.5)
-whole = types.ModuleType(__name__)
-whole.CogVideoXDDIMScheduler = whole.CogVideoXDPMScheduler = types.SimpleNamespace(from_config=dict)
-sys.modules[__name__] = whole
+whole = sys.modules[__name__] = types.ModuleType(__name__)
+whole.others = others
+whole.__getattr__ = lambda name: getattr(sys.modules["whole library"], name)
 """
 """Replaces itself at the end of its import, as diffusers does."""
 
 
-def test_a_thread_makes_a_scheduler_while_another_one_imports_diffusers(checkpoints, tmp_path, monkeypatch):
-    checkpoint, file = Checkpoint.open(checkpoints["1.5-5b"]), tmp_path / "diffusers.py"
-    file.write_text(SLOW_LIBRARY)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "diffusers")
+def both(first: Callable, second: Callable, begun: Path) -> list:
+    """Returns what two functions return if a thread calls the second one while another thread is in the first one's import."""
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(checkpoint.make_scheduler, "auto")
-        while not (tmp_path / "diffusers.py.begun").exists() and not first.done():
+        one = threads.submit(first)
+        while not begun.exists() and not one.done():
             time.sleep(0.01)
-        second = threads.submit(checkpoint.make_scheduler, "auto")
-        assert first.result() == second.result() and "snr_shift_scale" in first.result()
+        other = threads.submit(second)
+        return [one.result(), other.result()]
+
+
+@pytest.mark.parametrize(
+    "library, read",
+    [
+        ("diffusers", lambda found: found.make_scheduler("auto")),
+        ("diffusers", lambda found: found.load_vae(torch.float32)),
+        ("diffusers", lambda found: found.load_transformer(torch.float32)),
+        ("transformers", lambda found: found.load_text_encoder(torch.float32)),
+        ("transformers", lambda found: found.load_tokenizer()),
+    ],
+)
+def test_a_thread_reads_a_part_while_another_one_imports_its_library(library, read, checkpoints, tmp_path, monkeypatch):
+    found = Checkpoint.open(checkpoints["1.5-5b"])
+    whole = read(found)  # nor does the library import its own parts then
+    (tmp_path / f"{library}.py").write_text(SLOW_LIBRARY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "whole library", sys.modules[library])
+    monkeypatch.delitem(sys.modules, library)
+    parts = both(lambda: read(found), lambda: read(found), tmp_path / f"{library}.py.begun")
+    assert [type(part) for part in parts] == [type(whole)] * 2
+
+
+def test_threads_import_libraries_one_after_the_other(tmp_path, monkeypatch):
+    """Parts of diffusers and transformers import each other: two threads that begin with different ones find some unfinished."""
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text(SLOW_LIBRARY)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    others = both(lambda: member("first", "others"), lambda: member("second", "others"), tmp_path / "first.py.begun")
+    assert others == [[], ["first"]]
 
 
 def test_a_model_made_without_weights_takes_those_of_no_other_thread():

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from ...system.modules import has_module
 from . import bundled, kinds, shards, single_file, tasks, weights
 from .facts import SCHEDULER_CLASSES, CheckpointFacts
 from .index import folder_of, lender_of, read_config, read_index, state
-from .libraries import dtype_argument
+from .libraries import dtype_argument, member
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
@@ -140,10 +139,8 @@ class Checkpoint(CheckpointFacts):
 
     def make_scheduler(self, name: str):
         """Creates a scheduler from the checkpoint's configuration; ``auto`` is the class that it names."""
-        # The `import` statement gives a thread the unfinished module if another thread imports it; diffusers replaces itself at the end.
-        diffusers = import_module("diffusers")
         wanted = SCHEDULER_CLASSES[self.default_scheduler if name == "auto" else name]
-        return getattr(diffusers, wanted).from_config({**self.scheduler, "snr_shift_scale": self.snr_shift_scale})
+        return member("diffusers", wanted).from_config({**self.scheduler, "snr_shift_scale": self.snr_shift_scale})
 
     def load_transformer(
         self,
@@ -173,9 +170,8 @@ class Checkpoint(CheckpointFacts):
 
     def load_vae(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
         """Loads the VAE, in evaluation mode."""
-        from diffusers import AutoencoderKLCogVideoX
-
-        model = shards.empty(lambda: AutoencoderKLCogVideoX.from_config(self.vae), dtype)
+        vae = member("diffusers", VAE_CLASS)
+        model = shards.empty(lambda: vae.from_config(self.vae), dtype)
         wanted = shards.find(model, weights.stored(self.folder("vae")), "VAE")
         shards.fill(model, wanted, dtype=dtype, device=device, home=device)
         return model
@@ -186,11 +182,10 @@ class Checkpoint(CheckpointFacts):
         Raises:
             RequestError: if the checkpoint has none.
         """
-        from transformers import T5EncoderModel
-
         self.check_text()
-        found = {"use_safetensors": True, "local_files_only": True, dtype_argument(T5EncoderModel): dtype}
-        return T5EncoderModel.from_pretrained(self.folder("text_encoder"), **found).requires_grad_(False).eval()
+        encoder = member("transformers", "T5EncoderModel")
+        found = {"use_safetensors": True, "local_files_only": True, dtype_argument(encoder): dtype}
+        return encoder.from_pretrained(self.folder("text_encoder"), **found).requires_grad_(False).eval()
 
     def check_text(self) -> None:
         """Raises RequestError if the checkpoint has no text encoder."""
@@ -222,9 +217,7 @@ class Checkpoint(CheckpointFacts):
             for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
                 if not has_module(module):
                     raise RequestError(f"the tokenizer of {self.name} needs {package}: pip install {package}")
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder("tokenizer"), local_files_only=True)
+        return member("transformers", "AutoTokenizer").from_pretrained(self.folder("tokenizer"), local_files_only=True)
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,20 @@
-"""What the installed libraries can do."""
+"""What the installed libraries have and can do."""
+
+from importlib import import_module
+from threading import Lock
+from typing import Any
+
+_importing = Lock()
+
+
+def member(library: str, name: str) -> Any:
+    """Returns a class of diffusers or transformers. Threads import one after the other.
+
+    Both libraries replace themselves at the end of their import, so an ``import`` statement would give a thread the unfinished one
+    while another thread imports it. Two threads that import different parts of a library may find modules unfinished, too.
+    """
+    with _importing:
+        return getattr(import_module(library), name)
 
 
 def dtype_argument(cls) -> str:

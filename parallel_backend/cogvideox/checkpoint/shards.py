@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import RequestError
 from . import weights
+from .libraries import member
 
 BLOCKS = "transformer_blocks."
 BY_ROWS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.0.proj")
@@ -93,9 +94,8 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype):
 
     Computed buffers that are not stored, such as 2b's positions, are allocated, in float32.
     """
-    from diffusers import CogVideoXTransformer3DModel
-
-    return empty(lambda: CogVideoXTransformer3DModel.from_config(config), dtype)
+    transformer = member("diffusers", "CogVideoXTransformer3DModel")
+    return empty(lambda: transformer.from_config(config), dtype)
 
 
 def empty(make: Callable[[], nn.Module], dtype: torch.dtype):

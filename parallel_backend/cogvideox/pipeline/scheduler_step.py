@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checkpoint.facts import SCHEDULER_CLASSES
+from ..checkpoint.libraries import member
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -61,9 +64,7 @@ def advance(scheduler, velocity, clean, step: Step, latents: torch.Tensor, noise
     Returns:
         The next latents, and the predicted clean latents.
     """
-    from diffusers import CogVideoXDPMScheduler
-
-    if isinstance(scheduler, CogVideoXDPMScheduler):
+    if isinstance(scheduler, member("diffusers", SCHEDULER_CLASSES["dpm"])):
         return dpm_step(scheduler, velocity, clean, step, latents, noise)
     return ddim_step(scheduler, velocity, step, latents)
 
