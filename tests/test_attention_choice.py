@@ -155,6 +155,24 @@ def test_one_that_raises_or_is_wrong_is_never_chosen_however_fast_it_is(attend, 
     assert chosen() == ("fast", (note,))
 
 
+def test_functions_are_tried_in_float32_while_another_thread_reads_a_text_encoder_in_bf16(register, monkeypatch):
+    """transformers changes torch's default dtype meanwhile, for all threads."""
+    tried = []
+
+    def attend(*states):
+        tried.append({part.dtype for part in states})
+        return attend_torch(*states)
+
+    monkeypatch.setattr(trial, "attend_torch", attend)  # the reference
+    register("slow", 3.0), register("fast", 1.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert chosen()[0] == "fast"
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert tried == [{torch.float32}] * 3  # of each function with few tokens, and of all with many
+
+
 def test_one_whose_log_sum_exp_is_wrong_is_not_chosen(register):
     register("slow", 3.0), register("fast", 1.0)
     register("bad", 0.1, attend_with_sums=lambda *states: (torch_with_sums(*states)[0], torch_with_sums(*states)[1] * 1.44))

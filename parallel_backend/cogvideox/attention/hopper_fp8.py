@@ -100,7 +100,8 @@ def why_not(device: torch.device) -> str | None:
     """
     keep_kernels()
     generator = torch.Generator(device).manual_seed(0)
-    states = [torch.randn(1, tokens, 2, HEAD_DIM, device=device, generator=generator) for tokens in (200, 700, 700)]
+    like = {"device": device, "dtype": torch.float32}
+    states = [torch.randn(1, tokens, 2, HEAD_DIM, generator=generator, **like) for tokens in (200, 700, 700)]
     exact = attend_torch(*states)
     factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
     for raises in (False, True):

@@ -42,7 +42,8 @@ def why_not_right(device: torch.device, name: str, dtype: torch.dtype, head_dim:
     """Tries a function with a few tokens, and with log-sum-exp where it may be needed, and compares it with torch in float32."""
     keep_kernels()
     function, generator = registry.FUNCTIONS[name], torch.Generator(device).manual_seed(0)
-    states = [torch.randn(1, tokens, 2, head_dim, device=device, generator=generator) for tokens in (200, 700, 700)]
+    like = {"device": device, "dtype": torch.float32}  # torch's default is another one while a text encoder is read
+    states = [torch.randn(1, tokens, 2, head_dim, generator=generator, **like) for tokens in (200, 700, 700)]
     exact = attend_torch(*states)
     found = [function.attend(*function.operands(*states, dtype))]
     if function.attend_with_sums and device.type in WITH_RINGS:
@@ -90,7 +91,7 @@ def timed(functions: list[AttentionFunction], kind: Kind, length: int) -> Timing
     """Times functions in turn, after comparing a part of each one's result with float32."""
     generator = torch.Generator(kind.device).manual_seed(0)
     shape = (1, length, HEADS, kind.head_dim)
-    states = [torch.randn(shape, device=kind.device, generator=generator) for _ in range(3)]
+    states = [torch.randn(shape, device=kind.device, generator=generator, dtype=torch.float32) for _ in range(3)]
     exact = attend_torch(states[0][:, CHECKED], *states[1:])
     given, left_out = {}, {}
     for function in functions:

@@ -182,7 +182,7 @@ class TextEncoder:
     def read(self) -> None:
         """Reads the weights if they are not loaded.
 
-        It temporarily changes torch's defaults, so no other thread may create a model at the same time.
+        transformers changes torch's default dtype meanwhile, for all threads: whatever may run beside this names its dtype.
         """
         self._forget_changed()
         if self._encoder is None:
