@@ -72,10 +72,8 @@ show(windows=rows(**windows), window=rows(length="17"), single=rows(length="17",
         assert windows[plan] == [pytest.approx(count * window[plan][0]), window[plan][1]] and window[plan][1] < whole[plan][1]
     assert windows["replicas2"][0] == pytest.approx(count / 2 * shown["single"][0])
     assert shown["one"] == whole
-    for rows, one in (
-        *((each, window) for each in shown["alone"]),
-        (shown["batch"], shown["window_of_batch"]),
-    ):  # not shared, and no less
+    pairs = [*((each, window) for each in shown["alone"]), (shown["batch"], shown["window_of_batch"])]
+    for rows, one in pairs:  # replicas do not share these windows, and a step has all of them
         assert rows == {plan: [pytest.approx(count * seconds), memory] for plan, (seconds, memory) in one.items()}
     assert "replicas2" in shown["batch"] and "replicas2" not in window  # a batch is shared as whole videos
 

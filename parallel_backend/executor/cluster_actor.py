@@ -91,7 +91,10 @@ class Group(Held):
         self._cancelled.add(number)
 
     def look(self) -> dict[str, Any]:
-        """Returns the overview of the group; also of one that cannot be made, as the caller would take an error for the loss of this actor."""
+        """Returns the overview of the group.
+
+        A group that cannot be made has failed. The caller would take an error for the loss of this actor.
+        """
         try:
             return {**overview(self.group), "stage": self.group.stage()}
         except Exception as error:

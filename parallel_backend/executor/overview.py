@@ -21,8 +21,9 @@ from .replicas import ReplicasExecutor
 def overview(executor: Executor) -> dict[str, Any]:
     """Returns plan, devices, state and ranks as plain values.
 
-    The state is ``absent``, ``starting``, ``failed``, ``ready`` or ``busy``; ``last_error`` says why a group failed, in one line. ``link`` and ``latency``, in bytes per second and seconds, are known once
-    a group has answered. Each rank has its device, its share of the work, what it does, and the memory in use and in all, in bytes.
+    The state is ``absent``, ``starting``, ``failed``, ``ready`` or ``busy``; ``last_error`` says why a group failed, in one line.
+    ``link`` and ``latency``, in bytes per second and seconds, are known once a group has answered. Each rank has its device, its
+    share of the work, what it does, and the memory in use and in all, in bytes.
     """
     if isinstance(executor, ReplicasExecutor):
         return of_replicas(executor)

@@ -116,9 +116,8 @@ class ParametersOnMeta(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        created = (
-            {"device": "meta"} if function is torch.empty else {}
-        )  # layers create weights so, and computed buffers otherwise
+        # Layers create their weights with torch.empty, and computed buffers otherwise.
+        created = {"device": "meta"} if function is torch.empty else {}
         return function(*args, **{**(kwargs or {}), **created})
 
 
