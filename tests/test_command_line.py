@@ -835,6 +835,8 @@ def test_help_says_the_default_of_every_option_that_has_one_and_which_are_requir
             if action.default or isinstance(action.default, float):
                 assert f"(default {action.default}" in said or action.default == SUPPRESS, (name, action.dest)
         assert said.count("(required)") == sum(action.required for action in parser._actions if action.option_strings), name
+        alternatives = [group._group_actions for group in parser._mutually_exclusive_groups if group.required]
+        assert all(f"(required, or {other.option_strings[0]})" in said for _, other in alternatives), name
 
 
 def test_the_options_are_frozen_so_that_scripts_go_on_working():

@@ -33,7 +33,8 @@ def add_prompt_options(parser: ArgumentParser) -> None:
     prompts = group.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompt",
-        help=r"what to show; (words:1.3) sets a weight and (words) means 1.1, as in ComfyUI; write brackets of the text as \( and \)",
+        help=r"what to show; (words:1.3) sets a weight and (words) means 1.1, as in ComfyUI; write brackets of the text as \( and \) "
+        "(required, or --prompts-file)",
     )
     prompts.add_argument(
         "--prompts-file",
