@@ -461,3 +461,15 @@ for target in targets.values():
     target.unlink()
 """)
     assert shown == {"copied": [f"cogvideox-{name}.png" for name in ("end", "mask", "start")], "kept": True}
+
+
+def test_the_panel_may_ask_while_a_job_ends(in_comfyui):
+    shown, _ = in_comfyui("""
+state = part("nodes.comfy.state")
+class Jobs:
+    executor, ended, seen = None, None, [types.SimpleNamespace(executor=host.local())]
+    current = property(lambda self: self.seen.pop() if self.seen else None)  # it ends after the first look
+state.jobs = Jobs()
+show(state=state.status()["state"])
+""")
+    assert shown == {"state": "idle"}

@@ -34,7 +34,8 @@ def without_folders(text: str | None) -> str | None:
 
 def shown_executor() -> Executor | None:
     """Returns the executor of the running job, else the group that is kept, else that of the last job."""
-    return (jobs.current.executor if jobs.current else None) or executors.kept_group() or jobs.executor
+    running = jobs.current  # once: its job may end meanwhile
+    return (running.executor if running else None) or executors.kept_group() or jobs.executor
 
 
 def status() -> dict[str, Any]:
