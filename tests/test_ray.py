@@ -297,6 +297,19 @@ def test_a_group_that_cannot_be_made_on_its_node_is_said_to_have_failed_and_why(
     assert serve.line_of([failed, {**failed, "state": "ready"}]) == f"1 of 2 groups are up: on b; 1 failed: {NO_GROUP}"
 
 
+def test_a_group_that_was_made_has_not_failed_where_one_look_at_it_does(monkeypatch):
+    def broken(executor):
+        raise OSError("one look")
+
+    monkeypatch.setattr(cluster_actor, "devices_here", lambda: Devices("cpu"))
+    held = cluster_actor.Group("single")
+    assert held.look()["state"] == "absent"
+    monkeypatch.setattr(cluster_actor, "overview", broken)
+    with pytest.raises(OSError, match="one look"):  # serve would end a group that has failed
+        held.look()
+    held.group.close()
+
+
 def test_replicas_say_why_one_of_them_failed(unmade):
     other = ClusterExecutor("replicas2#2", is_owner=False)
     both = ReplicasExecutor(Plan(replicas=2), Devices("cpu", (0, 1), on_ray=True), [other, unmade])

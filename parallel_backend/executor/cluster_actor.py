@@ -93,13 +93,14 @@ class Group(Held):
     def look(self) -> dict[str, Any]:
         """Returns the overview of the group.
 
-        A group that cannot be made has failed. The caller would take an error for the loss of this actor.
+        A group that cannot be made has failed. The caller would take an error for the loss of this actor; it asks again after that.
         """
         try:
-            return {**overview(self.group), "stage": self.group.stage()}
+            group = self.group
         except Exception as error:
             summary = error.summary if isinstance(error, GroupFailure) else reason_of(error)
             return {"state": FAILED, "last_error": summary, "ranks": []}
+        return {**overview(group), "stage": group.stage()}
 
 
 class Ranks(Held):
