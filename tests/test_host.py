@@ -473,3 +473,21 @@ state.jobs = Jobs()
 show(state=state.status()["state"])
 """)
     assert shown == {"state": "idle"}
+
+
+def test_the_panel_may_stop_a_group_while_another_one_takes_its_place(in_comfyui):
+    shown, _ = in_comfyui("""
+class Group:
+    def start(self, expected):
+        pass
+class Held(dict):
+    def __iter__(self):
+        executors = list(super().__iter__())
+        self.clear()  # as if the panel's thread stopped the group now
+        return iter(executors)
+group, host._held = Group(), Held({Group(): None})
+host._groups.get = lambda *given, **settings: group
+checked = part("parallel_backend.executor.prepare").check_job(sample())
+show(same=host.executor_for(Handle("cpu:2", "cfg2"), checked, None) is group, held=len(host._held))
+""")
+    assert shown == {"same": True, "held": 0}

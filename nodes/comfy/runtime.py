@@ -198,8 +198,8 @@ def executor_for(backend, checked: CheckedJob, node_id: str | None) -> Executor:
         return local(None if backend.devices == AUTO and devices.indices == (0,) else devices.first)
     executor = _groups.get(plan, devices, among=among if backend.plan == AUTO else None)
     executor.start(checked.checkpoint)
-    for replaced in [held for held in _held if held not in (executor, *_local.values())]:
-        del _held[replaced]  # its group has ended, and ComfyUI must not count it
+    for replaced in set(_held) - {executor, *_local.values()}:
+        _held.pop(replaced, None)  # its group has ended, and ComfyUI must not count it; the panel may have removed it meanwhile
     if line := report_plan(prepared, node_id):
         _chosen[executor] = line
     return executor
