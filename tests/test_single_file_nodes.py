@@ -46,7 +46,7 @@ show(names=host.model_names(), shape=list(sampled.shape), path=model.model.path,
     assert shown["shape"] == [1, 16, 4, 6, 8]
     assert shown["path"].endswith("video/cog.safetensors")
     assert shown["said"].startswith(
-        "cog.safetensors: CogVideoX 1.5, text to video, 3 layers, 4 heads, rotary, fp32, ddim, 1360x768x81"
+        "cog.safetensors: CogVideoX 1.5, text to video, 3 layers, 4 heads, rotary, fp32, ddim, made for 1360x768x81 at 16 fps"
     )
     assert shown["clip"] == "cog.safetensors has no text encoder; use the core's CLIPLoader (type cogvideox) for the text"
     assert shown["decode"] == shown["encode"] == "cog.safetensors has no VAE; use the core's VAELoader with CogVideoX's VAE"
