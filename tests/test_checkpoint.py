@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from benchmarks.random_weights import parse
 from parallel_backend.cogvideox.checkpoint import checkpoint, index, shards, weights
@@ -353,6 +354,14 @@ def test_a_thread_reads_a_part_while_another_one_imports_its_library(library, re
     monkeypatch.delitem(sys.modules, library)
     parts = both(lambda: read(found), lambda: read(found), tmp_path / f"{library}.py.begun")
     assert [type(part) for part in parts] == [type(whole)] * 2
+
+
+def test_two_threads_read_text_encoders_and_leave_transformers_as_it_was(checkpoints):
+    found, before = Checkpoint.open(checkpoints["5b"]), PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as threads:
+        encoders = list(threads.map(lambda _: found.load_text_encoder(torch.float32), range(12)))
+    assert PreTrainedModel.tie_weights is before
+    assert not any(weight.is_meta for encoder in encoders for weight in encoder.parameters())
 
 
 def test_threads_import_libraries_one_after_the_other(tmp_path, monkeypatch):

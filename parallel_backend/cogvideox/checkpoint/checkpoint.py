@@ -15,7 +15,7 @@ from ...system.modules import has_module
 from . import bundled, kinds, shards, single_file, tasks, weights
 from .facts import SCHEDULER_CLASSES, CheckpointFacts
 from .index import folder_of, lender_of, read_config, read_index, state
-from .libraries import dtype_argument, member
+from .libraries import READING, dtype_argument, member
 
 TRANSFORMER_CLASS = "CogVideoXTransformer3DModel"
 VAE_CLASS = "AutoencoderKLCogVideoX"
@@ -185,7 +185,8 @@ class Checkpoint(CheckpointFacts):
         self.check_text()
         encoder = member("transformers", "T5EncoderModel")
         found = {"use_safetensors": True, "local_files_only": True, dtype_argument(encoder): dtype}
-        return encoder.from_pretrained(self.folder("text_encoder"), **found).requires_grad_(False).eval()
+        with READING:
+            return encoder.from_pretrained(self.folder("text_encoder"), **found).requires_grad_(False).eval()
 
     def check_text(self) -> None:
         """Raises RequestError if the checkpoint has no text encoder."""

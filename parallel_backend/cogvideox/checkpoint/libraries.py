@@ -4,6 +4,8 @@ from importlib import import_module
 from threading import Lock
 from typing import Any
 
+READING = Lock()
+"""Held while transformers reads a model. It changes its own classes meanwhile, and two threads would leave them changed for good."""
 _importing = Lock()
 
 
