@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,8 +32,12 @@ logger = logging.getLogger(__name__)
 
 ABSENT, STARTING, FAILED = "absent", "starting", "failed"
 """States of a group that holds nothing."""
-STATES = ("busy", "ready", STARTING, FAILED, ABSENT)
-"""All states. Several groups together are in the first that one of them is in."""
+
+
+def state_of_several(states: Iterable[str]) -> str:
+    """Returns the state of several groups together: the first of all states, from busy to absent, that one of them is in."""
+    there = set(states)
+    return next((state for state in ("busy", "ready", STARTING, FAILED) if state in there), ABSENT)
 
 
 class GroupExecutor(RemoteExecutor):

@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..system.nvml import used_and_total
 from .base import Executor
 from .cluster import ClusterExecutor
-from .group import ABSENT, FAILED, STARTING, STATES, GroupExecutor
+from .group import ABSENT, FAILED, STARTING, GroupExecutor, state_of_several
 from .replicas import ReplicasExecutor
 
 
@@ -59,8 +59,7 @@ def of_replicas(executor: ReplicasExecutor) -> dict[str, Any]:
     ranks = [
         {**rank, "share": f"replica {place}, {rank['share']}"} for place, part in enumerate(parts, 1) for rank in part["ranks"]
     ]
-    states = {part["state"] for part in parts}
-    state = next((name for name in STATES if name in states), ABSENT)
+    state = state_of_several(part["state"] for part in parts)
     numbered = [{**rank, "rank": number} for number, rank in enumerate(ranks)]
     known = {"plan": str(executor.plan), "devices": str(executor.devices), "state": state, "ranks": numbered}
     errors = [f"replica {place}: {part['last_error']}" for place, part in enumerate(parts, 1) if part.get("last_error")]

@@ -25,7 +25,7 @@ from ..plan import Plan
 from ..workload import has_windows_to_share
 from .base import DecodeOf, Executor, FramesOf, StepListener, StopSignal, VideoListener, never, silent
 from .batch import cut, join
-from .group import ABSENT, STATES, GroupExecutor
+from .group import ABSENT, GroupExecutor, state_of_several
 from .scheduler import Pool, ReplicaResult, ReplicaScheduler
 
 
@@ -224,9 +224,8 @@ class ReplicasExecutor(Executor):
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`. The status of each replica is under ``replicas``."""
         replicas = [self._status_of(replica) for replica in self.replicas]
-        states = {one["state"] for one in replicas}
         return {
-            "state": next((state for state in STATES if state in states), ABSENT),
+            "state": state_of_several(one["state"] for one in replicas),
             "plan": str(self.plan),
             "devices": str(self.devices),
             "world_size": self.plan.world_size,
