@@ -60,7 +60,7 @@ Phase = tuple[list[Command], ...]
 """Lists of commands, each one after the other; the lists at the same time."""
 STEPS = "--steps 4 --reference {work}/5b.latent"
 FEW = "--steps 2 --warmup-steps 1"
-CACHES = "fp8-all+cache1,fp8-all+cache1.3"
+CACHES = "fp8-all+cache1,fp8-all+cache1.3,fp8-all+guidance4"
 ERRORS = bench("5b", f"--plans single --precisions eager,lossless,fp8-all --float32 --steps 2 {OURS}", 0)
 LOW_MEMORY = f"--plans single --decode --tiling on --offload group {FEW} {OURS}"
 ONE: tuple[Phase, ...] = (
