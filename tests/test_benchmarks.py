@@ -8,7 +8,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 
-from benchmarks import group, kernels, quality
+from benchmarks import group, kernels, quality, speed_table
 from benchmarks.gpus import TABLES
 from parallel_backend.cli.bench_options import chosen_precisions
 from parallel_backend.cli.bench_pipelines import XDIT
@@ -120,3 +120,23 @@ def test_a_step_s_kernels_and_gaps_are_those_between_the_first_and_the_last_step
     assert found["gaps"] == pytest.approx(between) and found["gap"] == pytest.approx(sum(between.values()))
     with pytest.raises(ValueError, match="9 kernels of attention in 5 steps"):
         kernels.figures([*spans[:-4], spans[-3]], 5)
+
+
+@pytest.mark.parametrize("page", speed_table.tables())
+def test_the_tables_of_speed_are_those_of_one_run(page):
+    """A page has the rows of the run's file, and the command that makes them is named where the table is."""
+    text = (speed_table.REPO / page).read_text("utf-8")
+    assert speed_table.written(text, speed_table.tables()[page]) == text
+    assert f"benchmarks/results/{speed_table.RUN}" in text.partition(speed_table.MARKS[0])[0].rpartition("## ")[2]
+
+
+def test_a_cell_of_the_readme_is_the_seconds_of_the_row_that_it_names():
+    rows = [
+        {"model": "5b", "name": "ours", "precision": "lossless", "plan": "cfg2", "offload": "auto", "tiling": "auto", "steps": steps,
+         "seconds_per_step": seconds, **changes}
+        for steps, seconds, changes in ((50, 1.0, {}), (2, 2.0, {"from_float32": 0.1}), (2, 3.0, {"tiling": "on"}), (4, 0.5, {}))
+    ]  # fmt: skip
+    assert speed_table.best(rows, "5b", ("ours", "lossless", "cfg2")) == "**0.500**"
+    assert speed_table.best(rows, "5b", None) == ""
+    with pytest.raises(ValueError):
+        speed_table.best(rows, "2b", ("ours", "lossless", "cfg2"))
