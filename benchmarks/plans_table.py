@@ -14,6 +14,8 @@ from parallel_backend.planner.machine import Link, Machine
 from parallel_backend.planner.planner import assumed, pick, predictions
 from parallel_backend.planner.work import Work
 
+from .speed_table import RUN
+
 TOKENS_OF_1_5, TOKENS_OF_LONG = (frames // 2 * 48 * 85 + 226 for frames in (22, 42))
 """Of 1.5-5B at 81 and 161x768x1360: so many latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +28,8 @@ OLDER = (WAITING, *FLASH_3)
 """Of versions that waited in every step for the host (NOTES), and had cuDNN's attention in fp16."""
 WAITED_FOR_FLAGS = (WAITING, FLASH_3[0])
 """Of those in which one rank's attention held up the flags that another one waited for, with Ulysses."""
-NEWEST = ("h200-kernels.json", "h100x2-2026-11-28.json")
+ON_H100S = "h100x2-2026-11-28.json"
+NEWEST = ("h200-kernels.json", ON_H100S, "h100x2-own-heads-2026-11-28.json", "h100x2-other-plans-2026-11-28.json", RUN)
 """Of versions with kernels of their own between products, and values in FP8 too (NOTES); before it they were in 16 bits."""
 EIGHT_BITS = "h100x2-8bit-2026-11-27.json"
 """Of layers and attention in 8 bits, and of cuDNN's attention in every plan."""
@@ -140,7 +143,7 @@ def choices() -> list[Choice]:
         (FLASH_3[0], "H100, FlashAttention-3"),
         ("h200x2.json", "H200, cuDNN's attention"),
     )
-    for file, machine in ((NEWEST[1], "H100"), *older):
+    for file, machine in ((RUN, "H200"), (ON_H100S, "H100"), *older):
         works: dict[tuple, list[dict]] = {}
         for row in measured(file):
             works.setdefault((row["model"].removeprefix("CogVideoX-"), row["dtype"], row["precision"]), []).append(row)

@@ -1,7 +1,7 @@
 """Predicts the seconds that a rank computes in a step. Importable without torch.
 
 Each constant names the measurement that it comes from: NOTES is benchmarks/NOTES.md, FACTS is the project's table of speed (one H200),
-``h100x2*.json`` are in benchmarks/results.
+``h100x2*.json`` and ``h200x2*.json`` are in benchmarks/results.
 """
 
 from ..plan import Plan
@@ -24,12 +24,13 @@ INT8_PASSES = 36
 H100 (NOTES). Counted they are 21: comfy-kitchen's rounding reaches a third of the memory's bandwidth there."""
 ULYSSES_PASSES = 10
 """Additional passes with Ulysses: packing, copying the rank's own part, unpacking; counted in ``parallel/ulysses.py``."""
-MERGE_PASSES, MERGE_SECONDS = 24, 1.1e-3
+MERGE_PASSES, MERGE_SECONDS = 24, 0.9e-3
 """Additional passes for each rank's keys in a ring, as results are merged in float32, uncompiled; counted in xDiT's code. And the
-additional seconds of each in a block: ``ring2`` of 2b in h100x2.json, and of 5b in h100x2-waiting.json."""
-PATCH_SECONDS = 0.65e-3
-"""Additional seconds of each patch of a pipeline in each block, as its kernels are small: between ``pipefusion2`` of 2b in h100x2.json
-(0.55 ms) and of 5b in h100x2-flash3.json (0.9)."""
+additional seconds of each in a block: between ``ring2`` of 2b and 5b in h200x2-2026-11-28.json (0.6 ms), and in older runs and without
+peer access (1.1)."""
+PATCH_SECONDS = 0.35e-3
+"""Additional seconds of each patch of a pipeline in each block, as its kernels are small: so that ``pipefusion2`` of 2b and 5b are
+within 5 % of h200x2-2026-11-28.json. Older runs had 0.55 to 0.9 ms."""
 LAUNCH_SECONDS = 1.1e-3
 """Seconds in which the host launches a block's kernels; they count only where the device takes less: 0.8 to 1.4 ms (NOTES). The same is
 assumed for each exchange in a block; with two GPUs the device never took less."""

@@ -1,6 +1,6 @@
 """The cost model: seconds of a step and bytes on each rank under a plan. Importable without torch.
 
-Each constant names the measurement that it comes from; ``h100x2*.json`` are in benchmarks/results.
+Each constant names the measurement that it comes from; ``h100x2*.json`` and ``h200x2*.json`` are in benchmarks/results.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ SPLIT_FACTOR = 8
 after GELU."""
 COMPILED_FACTOR = 8.7
 """``WORKING_FACTOR`` of compiled blocks: 8.3 (5b), 10.7 (2b), 8.5 (``cfg2``) in h100x2-before.json."""
-EXCHANGED_FACTOR = 5
-"""Addition for Ulysses' exchanges: ``ulysses2`` of h100x2-before.json."""
+EXCHANGED_FACTOR = 3
+"""Addition for Ulysses' exchanges: ``ulysses2`` needs 0.3 (5b) to 4 (2b) in h200x2-2026-11-28.json."""
 RING_FACTOR = 11.5
 """Addition for a ring, whose results are merged in float32: ``ring2`` of h100x2-waiting.json, 10.3 (5b), 14 (2b)."""
 WORKSPACE = 192 * 2**20
