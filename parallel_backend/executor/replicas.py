@@ -25,7 +25,7 @@ from ..plan import Plan
 from ..workload import has_windows_to_share
 from .base import DecodeOf, Executor, FramesOf, StepListener, StopSignal, VideoListener, never, silent
 from .batch import cut, join
-from .group import ABSENT, GroupExecutor, state_of_several
+from .group import FAILED, GroupExecutor, state_of_several
 from .scheduler import Pool, ReplicaResult, ReplicaScheduler
 
 
@@ -238,12 +238,12 @@ class ReplicasExecutor(Executor):
         }
 
     def _status_of(self, replica: Executor) -> dict[str, Any]:
-        """Returns a replica's status. One that does not start is ``absent``, and the others are still asked."""
+        """Returns a replica's status. One that cannot answer is ``failed``, and the others are still asked."""
         try:
             return replica.status()
         except GroupFailure as error:
-            absent = {"state": ABSENT, "plan": str(replica.plan), "devices": replica.devices}
-            return {**absent, "last_error": error.summary}
+            known = {"state": FAILED, "plan": str(replica.plan), "devices": replica.devices}
+            return {**known, "last_error": error.summary}
 
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`."""
