@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 from dataclasses import replace
 from datetime import date
 from types import SimpleNamespace
@@ -379,8 +380,36 @@ def test_a_gpu_that_cannot_be_measured_now_is_assumed(measure, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(hardware, "measure", full)
-    assert hardware.calibrated("H100", "2.13", "cuda:0") is None
+    assert hardware.calibrated("H100", "2.13", "cuda:0") == ({}, "not measured: CUDA out of memory")
     assert not hardware_cache.FILE.exists()
+
+
+def test_a_gpu_that_computes_something_else_is_not_measured_until_it_is_idle(measure, gpus, monkeypatch):
+    """What is measured meanwhile would be kept for good."""
+    gpus("NVIDIA H100 PCIe", "NVIDIA H100 PCIe")
+    loads = {0: 0.9, 1: 0.5}
+    monkeypatch.setattr(hardware.nvml, "load", lambda device: loads[device.index])
+    devices = Devices("cuda", (0, 1))
+    found = hardware.here(devices)
+    assert found.matrix == gpu_table.named("NVIDIA H100 PCIe").matrix and not measure
+    assert found.rates_from.endswith(" (not measured while the GPU is busy)")
+    loads[1] = 0.02
+    assert "busy); measured here on " in hardware.here(devices).rates_from  # one of two
+    assert hardware.here(devices).rates_from.startswith("measured here on ") and len(measure) == 1
+
+
+def test_the_load_of_a_gpu_is_what_nvml_reports_or_none(monkeypatch):
+    class Nvml:
+        nvmlInit = staticmethod(lambda: None)
+        nvmlDeviceGetHandleByUUID = staticmethod(lambda uuid: uuid)
+        nvmlDeviceGetUtilizationRates = staticmethod(lambda handle: SimpleNamespace(gpu={"GPU-1": 37}[handle]))
+
+    about = {"cuda:0": SimpleNamespace(uuid="1"), "cuda:1": SimpleNamespace(uuid="2")}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", about.__getitem__)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml)
+    assert [hardware.nvml.load(device) for device in about] == [0.37, 0.0]
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert hardware.nvml.load("cuda:0") == 0.0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ..cogvideox.attention.torch_attention import HEAD_DIM
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import RequestError, reason_of
+from ..system import nvml
 from ..system.nvml import free_bytes
 from . import hardware_cache
 from .gpu_table import GIB, KNOWN, LINK_NAMES, LINKS, UNKNOWN, known, named
@@ -20,6 +21,8 @@ from .machine import CPU, SLOW_LINK, Link, Machine, as_slow_as
 
 logger = logging.getLogger(__name__)
 
+BUSY = 0.1
+"""Share of the last moment in which a GPU may have computed, for it to be measured."""
 ALIKE = 0.8
 """Devices count as equal if the smallest free memory is at least this share of the largest."""
 
@@ -78,10 +81,12 @@ def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
     """Returns one GPU with its rates, measured if ``is_measured`` and possible, and its free memory."""
     name = torch.cuda.get_device_name(device)
     found = replace(named(name), free=usable_bytes(device))
-    rates = calibrated(name, torch.__version__, device) if is_measured else None
-    if rates is None:
+    if not is_measured:
         return found
-    return replace(found, knows_seconds=True, rates_from=f"measured here on {rates[1]}", **rates[0])
+    rates, about = calibrated(name, torch.__version__, device)
+    if not rates:
+        return replace(found, rates_from=f"{found.rates_from} ({about})")
+    return replace(found, knows_seconds=True, rates_from=f"measured here on {about}", **rates)
 
 
 def joined(each: Sequence[Machine], devices: Devices) -> Machine:
@@ -204,18 +209,21 @@ def kind_of(names: Sequence[str]) -> str:
     return " and ".join(sorted(set(names)))
 
 
-def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dict[str, float], str] | None:
+def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dict[str, float], str]:
     """Returns the rates of a GPU, and the day of the measurement. They are read from disk, or measured now.
 
-    None if the measurement fails, for example because the GPU's memory is full.
+    No rates, and the reason, if the GPU computes something else, or if the measurement fails, for example because its memory is full:
+    what is measured then would be kept.
     """
     if kept := hardware_cache.rates_of(name, torch_version):
         return kept
+    if nvml.load(device) > BUSY:
+        return {}, "not measured while the GPU is busy"
     try:
         rates = measure(device)
     except RuntimeError as error:
         logger.info("the rates of %s are assumed: %s", name, reason_of(error))
-        return None
+        return {}, f"not measured: {reason_of(error)}"
     finally:
         torch.cuda.empty_cache()  # release the memory that ComfyUI's process has used for it
     hardware_cache.keep_rates(name, torch_version, rates)

@@ -1,4 +1,6 @@
-"""What the driver knows of GPUs, asked without a CUDA context: free and total memory, and its own version."""
+"""What the driver knows of GPUs, asked without a CUDA context: free and total memory, load, and its own version."""
+
+from typing import Any
 
 import torch
 
@@ -21,14 +23,28 @@ def free_and_total(device: torch.device) -> tuple[int, int]:
     answer, as for a part of a GPU (MIG), CUDA does.
     """
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        nvml, handle = handle_of(device)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         return int(memory.free), int(memory.total)
     except Exception:  # not installed, no driver library, no such GPU: each library version has other errors
         return torch.cuda.mem_get_info(device)
+
+
+def load(device: torch.device) -> float:
+    """Returns the share of the last moment, at most a second, in which a GPU computed, for whichever process. 0 if NVML cannot say."""
+    try:
+        nvml, handle = handle_of(device)
+        return nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+    except Exception:  # as above
+        return 0.0
+
+
+def handle_of(device: torch.device) -> tuple[Any, Any]:
+    """Returns NVML, and its handle of a GPU."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def driver_version() -> str:
