@@ -78,6 +78,17 @@ show(windows=rows(**windows), window=rows(length="17"), single=rows(length="17",
     assert "replicas2" in shown["batch"] and "replicas2" not in window  # a batch is shared as whole videos
 
 
+def test_the_table_of_plans_says_what_it_is_predicted_from(in_comfyui):
+    shown, _ = in_comfyui("""
+table, gpus = part("nodes.comfy.plan_table"), part("parallel_backend.planner.gpu_table").KNOWN
+cpu = table.of_query({"devices": "cpu:2"})["rates"]
+table.machine_of = lambda devices: gpus["H100"]
+show(cpu=cpu, gpu=table.of_query({"devices": "cpu:2"})["rates"])
+""")
+    assert shown["cpu"] is None
+    assert shown["gpu"].startswith("rates of H100: 767 TFLOP/s in products") and "(the table of known GPUs, measured)" in shown["gpu"]
+
+
 def test_the_table_of_plans_counts_weights_in_eight_bits(in_comfyui):
     shown, _ = in_comfyui("""
 table, gpus = part("nodes.comfy.plan_table"), part("parallel_backend.planner.gpu_table").KNOWN

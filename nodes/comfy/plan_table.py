@@ -15,6 +15,7 @@ from ...parallel_backend.executor.resolve import is_served, machine_of
 from ...parallel_backend.jobs import SampleJob, UpscaleJob, empty_latent
 from ...parallel_backend.model import Model, Windows
 from ...parallel_backend.plan import AUTO
+from ...parallel_backend.planner.machine import CPU
 from ...parallel_backend.planner.planner import approximations, choose, predictions
 from ...parallel_backend.validation import check_size
 from ...parallel_backend.workload import Workload
@@ -31,7 +32,7 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
 
     ``quantize``, ``fp8`` and ``attention`` are those of *Load CogVideoX*.
 
-    The table has plain values. For the kind ``upscale`` the size is that of a tile, and the seconds are of one of many tiles: how
+    The table has plain values. ``rates`` says what it is predicted from, and whether that was measured; of a CPU nothing is known. For the kind ``upscale`` the size is that of a tile, and the seconds are of one of many tiles: how
     many there are is known once the video is. With ``window`` and ``overlap`` the memory is that of a window, and the seconds are of
     all of them. Replicas share them unless ``image``, a cache or a batch keeps them from it.
 
@@ -69,6 +70,7 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
         "kind": UpscaleJob.kind if is_tile else SampleJob.kind,
         "devices": str(devices),
         "free_memory": machine.free,
+        "rates": None if machine.name == CPU.name else machine.describe,
         "reason": reason,
         "rows": rows,
     }

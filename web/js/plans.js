@@ -21,6 +21,7 @@ export async function planTable() {
     element("div", { class: "xdit-faint" }, say("auto: {reason}", table)),
     isTile ? element("div", { class: "xdit-faint" }, say("The times are of one of many tiles, which replicas share.")) : null,
     ...table.rows.map((row) => planRow(row, most, room, isTile)),
+    table.rates ? element("div", { class: "xdit-faint" }, table.rates) : null,
   );
 }
 
