@@ -32,9 +32,10 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
 
     ``quantize``, ``fp8`` and ``attention`` are those of *Load CogVideoX*.
 
-    The table has plain values. ``rates`` says what it is predicted from, and whether that was measured; of a CPU nothing is known. For the kind ``upscale`` the size is that of a tile, and the seconds are of one of many tiles: how
-    many there are is known once the video is. With ``window`` and ``overlap`` the memory is that of a window, and the seconds are of
-    all of them. Replicas share them unless ``image``, a cache or a batch keeps them from it.
+    The table has plain values. ``rates`` says what it is predicted from, and whether that was measured; of a CPU nothing is
+    known. For the kind ``upscale`` the size is that of a tile, and the seconds are of one of many tiles: how many there are is
+    known once the video is. With ``window`` and ``overlap`` the memory is that of a window, and the seconds are of all of them.
+    Replicas share them unless ``image``, a cache or a batch keeps them from it.
 
     Raises:
         RequestError: for a field that makes no sense.

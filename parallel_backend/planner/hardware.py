@@ -21,8 +21,8 @@ from .machine import CPU, SLOW_LINK, Link, Machine, as_slow_as
 
 logger = logging.getLogger(__name__)
 
-BUSY = 0.1
-"""Share of the last moment in which a GPU may have computed, for it to be measured."""
+BUSY = 0.5
+"""Share of the last moment in which a GPU may have computed, for it to be measured. A desktop takes some of it all the time."""
 ALIKE = 0.8
 """Devices count as equal if the smallest free memory is at least this share of the largest."""
 
