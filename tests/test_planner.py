@@ -4,6 +4,9 @@ import itertools
 import json
 import os
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from types import SimpleNamespace
@@ -341,7 +344,7 @@ def test_rates_are_measured_once_for_a_gpu_and_a_torch_and_read_again(measure):
     assert len(measure) == 3
 
 
-KEPT = {"version": 2, "rates": {}, "links": {}}
+KEPT = {"version": hardware_cache.VERSION, "rates": {}, "links": {}}
 OF_H100 = {"matrix": 1e12, "attention": 1e12, "bandwidth": 1e12, "measured": "2026-01-02"}
 
 
@@ -380,7 +383,7 @@ def test_a_gpu_that_cannot_be_measured_now_is_assumed(measure, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(hardware, "measure", full)
-    assert hardware.calibrated("H100", "2.13", "cuda:0") == ({}, "not measured: CUDA out of memory")
+    assert hardware.calibrated("H100", "2.13", "cuda:0") == ({}, "not measured here: CUDA out of memory")
     assert not hardware_cache.FILE.exists()
 
 
@@ -389,13 +392,29 @@ def test_a_gpu_that_computes_something_else_is_not_measured_until_it_is_idle(mea
     gpus("NVIDIA H100 PCIe", "NVIDIA H100 PCIe")
     loads = {0: 0.9, 1: 0.6}
     monkeypatch.setattr(hardware.nvml, "load", lambda device: loads[device.index])
+    monkeypatch.setattr(hardware, "MOMENT", 0)
     devices = Devices("cuda", (0, 1))
     found = hardware.here(devices)
     assert found.matrix == gpu_table.named("NVIDIA H100 PCIe").matrix and not measure
-    assert found.rates_from.endswith(" (not measured while the GPU is busy)")
+    assert found.rates_from.endswith("; not measured here, as the GPU is busy")
     loads[1] = 0.2  # of a desktop
-    assert "busy); measured here on " in hardware.here(devices).rates_from  # one of two
-    assert hardware.here(devices).rates_from.startswith("measured here on ") and len(measure) == 1
+    assert hardware.here(devices).rates_from.startswith("measured here on ") and [device.index for device in measure] == [1]
+
+
+def test_a_gpu_that_has_just_ended_something_is_measured_a_moment_later(measure, monkeypatch):
+    loads = [0.9, 0.1]
+    monkeypatch.setattr(hardware.nvml, "load", lambda device: loads.pop(0))
+    monkeypatch.setattr(hardware, "MOMENT", 0)
+    assert hardware.calibrated("H100", "2.13", "cuda:0")[0] and len(measure) == 1 and not loads
+
+
+def test_two_threads_measure_a_gpu_once(measure, monkeypatch):
+    at_once = threading.Barrier(2, timeout=60)
+    slowly = hardware.measure
+    monkeypatch.setattr(hardware, "measure", lambda device: time.sleep(0.2) or slowly(device))
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: at_once.wait() >= 0 and hardware.calibrated("H100", "2.13", "cuda:0"), range(2)))
+    assert len(measure) == 1 and found[0] == found[1]
 
 
 def test_the_load_of_a_gpu_is_what_nvml_reports_or_none(monkeypatch):

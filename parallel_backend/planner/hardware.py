@@ -1,6 +1,8 @@
 """Rates of devices: from the table of known GPUs, or a short measurement of this machine's GPUs that is saved on disk."""
 
 import logging
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 BUSY = 0.5
 """Share of the last moment in which a GPU may have computed, for it to be measured. A desktop takes some of it all the time."""
+MOMENT = 1.0
+"""Seconds after which the driver no longer counts what has ended."""
+_measuring = threading.Lock()
+"""Held while a GPU is measured: two measurements at once would slow each other down."""
 ALIKE = 0.8
 """Devices count as equal if the smallest free memory is at least this share of the largest."""
 
@@ -61,7 +67,7 @@ def here(devices: Devices) -> Machine:
         return CPU
     if devices.count == 1:
         return replace(alone(devices.first, is_measured=False), per_machine=1)
-    each = [alone(device) for device in devices.torch_devices]
+    each = apart(devices)
     together = tuple(joined(each[:count], devices.first_of(count)) for count in range(1, devices.count + 1))
     return replace(together[-1], together=together if are_unequal(each) else ())
 
@@ -70,11 +76,17 @@ def fastest_first(devices: Devices) -> Devices:
     """Returns the devices sorted by speed and then by free memory, so that the planner can leave out the last ones."""
     if devices.kind == "cpu" or devices.count == 1:
         return devices
-    each = {index: alone(device) for index, device in zip(devices.indices, devices.torch_devices)}
+    each = dict(zip(devices.indices, apart(devices)))
     if not are_unequal(list(each.values())):
         return devices
     order = sorted(devices.indices, key=lambda index: (-each[index].matrix, -each[index].free))
     return replace(devices, indices=tuple(order))
+
+
+def apart(devices: Devices) -> list[Machine]:
+    """Returns each GPU. The one that computes the least is asked first: what is measured on it counts for all GPUs of its model."""
+    found = {device: alone(device) for device in sorted(devices.torch_devices, key=nvml.load)}
+    return [found[device] for device in devices.torch_devices]
 
 
 def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
@@ -85,7 +97,7 @@ def alone(device: torch.device, *, is_measured: bool = True) -> Machine:
         return found
     rates, about = calibrated(name, torch.__version__, device)
     if not rates:
-        return replace(found, rates_from=f"{found.rates_from} ({about})")
+        return replace(found, rates_from=f"{found.rates_from}; {about}")
     return replace(found, knows_seconds=True, rates_from=f"measured here on {about}", **rates)
 
 
@@ -215,19 +227,28 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dic
     No rates, and the reason, if the GPU computes something else, or if the measurement fails, for example because its memory is full:
     what is measured then would be kept.
     """
-    if kept := hardware_cache.rates_of(name, torch_version):
-        return kept
-    if nvml.load(device) > BUSY:
-        return {}, "not measured while the GPU is busy"
-    try:
-        rates = measure(device)
-    except RuntimeError as error:
-        logger.info("the rates of %s are assumed: %s", name, reason_of(error))
-        return {}, f"not measured: {reason_of(error)}"
-    finally:
-        torch.cuda.empty_cache()  # release the memory that ComfyUI's process has used for it
-    hardware_cache.keep_rates(name, torch_version, rates)
-    return rates, hardware_cache.today()
+    with _measuring:
+        if kept := hardware_cache.rates_of(name, torch_version):
+            return kept
+        if is_busy(device):
+            return {}, "not measured here, as the GPU is busy"
+        try:
+            rates = measure(device)
+        except RuntimeError as error:
+            logger.info("the rates of %s are assumed: %s", name, reason_of(error))
+            return {}, f"not measured here: {reason_of(error)}"
+        finally:
+            torch.cuda.empty_cache()  # release the memory that ComfyUI's process has used for it
+        hardware_cache.keep_rates(name, torch_version, rates)
+        return rates, hardware_cache.today()
+
+
+def is_busy(device: torch.device) -> bool:
+    """Whether a GPU computes something that does not end in a moment, as a text encoder's work does before a job."""
+    if nvml.load(device) <= BUSY:
+        return False
+    time.sleep(MOMENT)
+    return nvml.load(device) > BUSY
 
 
 def measure(device: torch.device) -> dict[str, float]:

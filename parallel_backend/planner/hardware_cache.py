@@ -13,7 +13,8 @@ from ..system.measurements import today
 from .machine import RATES, Link
 
 FILE = preferred_cache() / "rates.json"
-VERSION = 2
+VERSION = 3
+"""Rates of version 2 may have been measured while the GPU was busy."""
 LINK = ("bandwidth", "latency")
 """The measured fields of :class:`parallel_backend.planner.machine.Link`."""
 
