@@ -350,6 +350,25 @@ def test_the_planner_is_asked_for_a_tile_where_a_workflow_only_upscales(page, se
     assert sorted(listed) == ["replicas2", "ring2", "ulysses2"]
 
 
+def test_below_the_table_of_plans_stands_what_it_is_predicted_from(page):
+    """Of a CPU nothing is known, so the server's answer is given what it has for GPUs."""
+    load(page, PATHS["t2v"], XDiTBackend__devices="cpu:2")
+    show_plans(page)
+    assert "rates of" not in page.run("document.querySelector('.xdit-plans').innerText")
+    page.run("""window.fetched = app.api.fetchApi;
+        app.api.fetchApi = async (route, ...rest) => {
+            const answer = await fetched.call(app.api, route, ...rest);
+            if (!route.includes("/plans")) return answer;
+            return Response.json({ ...(await answer.json()), rates: "rates of a GPU" });
+        };
+        true""")
+    try:
+        show_plans(page)
+        page.wait("document.querySelector('.xdit-plans')?.lastElementChild.innerText === 'rates of a GPU'")
+    finally:
+        page.run("app.api.fetchApi = fetched; true")
+
+
 def test_the_planner_is_asked_for_the_windows_of_a_long_video(page):
     load(page, PATHS["long-video"], XDiTBackend__devices="cpu:2")
     show_plans(page)
