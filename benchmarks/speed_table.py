@@ -12,8 +12,8 @@ GUIDANCE = "h200x2-guidance-2026-11-28.json"
 REPO = Path(__file__).parents[1]
 MARKS = ("<!-- benchmarks/speed_table.py -->\n", "<!-- end -->\n")
 MODELS = ("5b", "2b", "1.5-5b")
-SIZES = {"1.5-5b": "1.5-5b at 81×768×1360"}
-"""Of models that were not measured at 49x480x720."""
+SIZES = {"1.5-5b": "1.5-5b, 81×768×1360"}
+"""Names of models that were not measured at 49x480x720."""
 WHAT = {
     ("diffusers", "eager"): "diffusers, eager",
     ("diffusers", "compiled"): "diffusers, blocks compiled",
@@ -87,7 +87,7 @@ def distance(row: dict, field: str) -> str:
 
 def in_numbers(row: dict) -> str:
     """Returns a row's line in docs/numbers.md."""
-    decode = row.get("decode_seconds")
+    decode = row.get("decode_whole_seconds") or row.get("decode_seconds")
     from_lossless = "–" if row.get("from_float32") is not None else distance(row, "from_first")
     cells = (
         SIZES.get(row["model"], row["model"]), what(row), row["gpus"], f"`{row['plan']}`", row["steps"], f"{row['seconds_per_step']:.3f}", f"{row['sample_seconds']:.1f}",

@@ -134,7 +134,9 @@ def test_a_cell_of_the_readme_is_the_seconds_of_the_row_that_it_names():
     rows = [
         {"model": "5b", "name": "ours", "precision": "lossless", "plan": "cfg2", "offload": "auto", "tiling": "auto", "steps": steps,
          "seconds_per_step": seconds, **changes}
-        for steps, seconds, changes in ((50, 1.0, {}), (2, 2.0, {"from_float32": 0.1}), (2, 3.0, {"tiling": "on"}), (4, 0.5, {}))
+        for steps, seconds, changes in (
+            (50, 1.0, {}), (2, 2.0, {"from_float32": 0.1}), (2, 3.0, {"tiling": "on"}), (2, 4.0, {"offload": "group"}), (4, 0.5, {})
+        )
     ]  # fmt: skip
     assert speed_table.best(rows, "5b", ("ours", "lossless", "cfg2")) == "**0.500**"
     assert speed_table.best(rows, "5b", None) == ""

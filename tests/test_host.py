@@ -86,7 +86,10 @@ table.machine_of = lambda devices: gpus["H100"]
 show(cpu=cpu, gpu=table.of_query({"devices": "cpu:2"})["rates"])
 """)
     assert shown["cpu"] is None
-    assert shown["gpu"].startswith("rates of H100: 767 TFLOP/s in products") and "(the table of known GPUs, measured)" in shown["gpu"]
+    assert (
+        shown["gpu"].startswith("rates of H100: 767 TFLOP/s in products")
+        and "(the table of known GPUs, measured)" in shown["gpu"]
+    )
 
 
 def test_the_table_of_plans_counts_weights_in_eight_bits(in_comfyui):
