@@ -300,9 +300,14 @@ def test_what_is_no_controlnet_or_not_whole_is_refused_in_one_line(nets, checkpo
             ControlNetFile.open(path)
     short = ControlNetFile.open(changed(whole, tmp_path / "short", without="transformer_blocks.1.ff.net.2.bias"))
     with pytest.raises(
-        RequestError, match="short has transformer_blocks.1.ff.net.2.bias as None where .* is expected; download"
+        RequestError, match="short lacks 1 weights, such as transformer_blocks.1.ff.net.2.bias; download it again"
     ):
         load(short, torch.float32, "cpu")
+    narrow = ControlNetFile.open(changed(whole, tmp_path / "narrow", **{"transformer_blocks.1.ff.net.2.bias": torch.zeros(3)}))
+    with pytest.raises(
+        RequestError, match=r"narrow has transformer_blocks.1.ff.net.2.bias in the shape \(3,\) and .* asks for \("
+    ):
+        load(narrow, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(

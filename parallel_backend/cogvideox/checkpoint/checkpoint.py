@@ -172,7 +172,7 @@ class Checkpoint(CheckpointFacts):
         """Loads the VAE, in evaluation mode."""
         vae = member("diffusers", VAE_CLASS)
         model = shards.empty(lambda: vae.from_config(self.vae), dtype)
-        wanted = shards.find(model, weights.stored(self.folder("vae")), "VAE")
+        wanted = shards.find(model, weights.stored(self.folder("vae")), "the VAE")
         shards.fill(model, wanted, dtype=dtype, device=device, home=device)
         return model
 

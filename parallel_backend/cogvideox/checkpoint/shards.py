@@ -121,15 +121,15 @@ class ParametersOnMeta(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **created})
 
 
-def find(model, stored: dict[str, weights.Stored], part: str = "transformer") -> dict[str, weights.Stored]:
+def find(model, stored: dict[str, weights.Stored], part: str = "the transformer") -> dict[str, weights.Stored]:
     """Returns the location of each of a skeleton's weights.
 
     Args:
         model: without weights.
-        stored: what the checkpoint has.
-        part: what the model is of the checkpoint, for messages.
+        stored: what the file has.
+        part: the model in words, for messages.
     Raises:
-        RequestError: if the checkpoint lacks a weight, or has it in another shape.
+        RequestError: if a weight is missing, or has another shape.
     """
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     missing = sorted(shapes.keys() - stored.keys())
@@ -139,11 +139,11 @@ def find(model, stored: dict[str, weights.Stored], part: str = "transformer") ->
             "false in transformer/config.json, and task to image in Load CogVideoX (--task image)"
         )
     if missing:
-        raise RequestError(f"the {part} lacks {len(missing)} weights, such as {missing[0]}; download it again")
+        raise RequestError(f"{part} lacks {len(missing)} weights, such as {missing[0]}; download it again")
     for name, shape in shapes.items():
         if stored[name].shape != shape:
             raise RequestError(
-                f"the {part}'s {name} has the shape {stored[name].shape} and its configuration asks for {shape}; "
+                f"{part} has {name} in the shape {stored[name].shape} and the configuration asks for {shape}; "
                 "download weights and config.json again, both"
             )
     return {name: stored[name] for name in shapes}

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import RequestError
 from ..checkpoint import shards, weights
 from ..checkpoint.controlnet import ENCODER, TIME, ControlNetFile
 from . import block
@@ -153,14 +152,7 @@ def load(file: ControlNetFile, dtype: torch.dtype, device: torch.device | str) -
         RequestError: if weights are missing, or have another shape than the others suggest.
     """
     branch = shards.empty(lambda: ControlBranch(file), dtype)
-    shapes = {name: tuple(weight.shape) for name, weight in branch.state_dict().items()}
-    for name, shape in shapes.items():
-        if file.shapes.get(name) != shape:
-            raise RequestError(
-                f"{file.name} has {name} as {file.shapes.get(name)} where {shape} is expected; download weights and config.json again"
-            )
-    wanted = {name: file.stored[name] for name in shapes}
-    shards.fill(branch, wanted, dtype=dtype, device=device, home=device)
+    shards.fill(branch, shards.find(branch, file.stored, file.name), dtype=dtype, device=device, home=device)
     return branch
 
 
