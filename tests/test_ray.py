@@ -1,6 +1,7 @@
 """A Ray cluster: its nodes give the videos of one process, whichever of them is lost, added, or slow."""
 
 import importlib
+import json
 import os
 import pickle
 import re
@@ -18,7 +19,7 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirem
 import ray
 from ray import cloudpickle
 
-from parallel_backend.cli import serve, status
+from parallel_backend.cli import bench_table, serve, status
 from parallel_backend.cluster import actor as actor_module
 from parallel_backend.cluster.lease import leased
 from parallel_backend.devices import Devices
@@ -33,6 +34,7 @@ from parallel_backend.group import preflight
 from parallel_backend.jobs import DecodeJob
 from parallel_backend.model import Windows
 from parallel_backend.plan import Plan
+from parallel_backend.planner.gpu_table import KNOWN
 from parallel_backend.workload import Workload
 
 from .conftest import PATIENCE, REPO, TOLERANCE, wait_until, workers
@@ -240,6 +242,25 @@ def test_the_address_of_rays_client_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
     with pytest.raises(RequestError, match="RAY_ADDRESS is ray://10.0.0.1:10001, of Ray's client; run this on a node"):
         Devices.parse("ray")
+
+
+def test_bench_times_what_runs_on_the_cluster_and_nothing_of_this_process(cluster, checkpoints, tmp_path, run, monkeypatch):
+    """This process may have no GPU, or another kind."""
+    monkeypatch.setattr(bench_table, "measured_peak", lambda device: pytest.fail("a GPU of this process is measured"))
+    asked = ("bench", "--model", checkpoints["5b"], "--devices", "ray:1", "--plans", "single", "--repeat", 1)
+    asked += ("--width", 48, "--height", 48, "--frames", 5, "--steps", 2, "--output", tmp_path / "rows.json")
+    done = run(*asked, "--diffusers", "none")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["name"], row["plan"], row["device"], row["peak_tflops"]) == ("ours", "single", "cpu", None)
+    for others in ((), ("--diffusers", "none", "--float32"), ("--diffusers", "none", "--xdit", "cfg2")):
+        refused = run(*asked, *others)
+        assert (
+            refused.returncode == 2
+            and "run in this process, not on 'ray:1': use --diffusers none, and neither of the others" in refused.stderr
+        )
+    monkeypatch.setattr("parallel_backend.executor.resolve.cluster.machine", lambda: KNOWN["H100"])
+    assert bench_table.device_name(Devices("cuda", (0, 1), on_ray=True)) == "H100"
 
 
 def test_an_address_where_nothing_listens_is_named_in_one_line_without_waiting_for_ray(monkeypatch):

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..devices import Devices
-from ..errors import GroupUnavailable
+from ..errors import GroupUnavailable, RequestError
 from ..executor.base import Executor
 from ..executor.factory import open_executor
 from ..executor.local import LocalExecutor
 from ..executor.prepare import CheckedJob, PreparedJob, check_job
-from ..executor.resolve import SET_BY_USER
+from ..executor.resolve import SET_BY_USER, machine_of
 from ..jobs import DecodeJob, Progress, SampleJob, empty_latent
 from ..model import Model
 from ..system.files import check_writable, whole_file
@@ -88,8 +88,13 @@ def run(args: Namespace) -> int:
         checkpoint.check_whole()
     checked = check_job(job_of(args, model, checkpoint))
     plans = plans_of(args, checked)
-    device = Devices.parse(args.devices).first
-    peak, work = measured_peak(device), operations(checkpoint, checked.job)
+    devices = Devices.parse(args.devices)
+    if devices.on_ray and (wanted[1] or wanted[2] or args.float32):
+        raise RequestError(
+            f"--diffusers, --xdit and --float32 run in this process, not on '{devices}': use --diffusers {NONE}, and neither of the others"
+        )
+    peak = None if devices.on_ray else measured_peak(devices.first)  # this process may have no such GPU
+    work = operations(checkpoint, checked.job)
     size, cfg = size_of(args, checkpoint), checked.job.cfg
     about = f"{checkpoint.describe}; {size['width']}x{size['height']}x{size['frames']}, {args.steps} steps, cfg {cfg}"
     show(f"{about}; {work / 1e12:.3g} TFLOP a step" + (f", {peak / 1e12:.0f} TFLOP/s at most a GPU" if peak else ""))
@@ -104,7 +109,7 @@ def run(args: Namespace) -> int:
             check_writable(path)
     if kept and kept.exists():
         reference = load_file(kept)["latent"]
-    common = {"model": checkpoint.path.name, "device": device_name(device), "cfg": cfg, **size}
+    common = {"model": checkpoint.path.name, "device": device_name(devices), "cfg": cfg, **size}
     common |= {name: getattr(args, name) for name in ("dtype", "offload", "tiling", "attention")}
     for row, latent in measured(args, checked, plans, *wanted):
         if reference is None and latent is not None:
@@ -114,7 +119,7 @@ def run(args: Namespace) -> int:
                     save_file({"latent": reference}, written)
         row["from_first"] = None if latent is None else distance(latent, reference)
         row["tflop_per_step"], row["peak_tflops"] = work / 1e12, peak and peak / 1e12
-        if row["gpus"] and row["seconds_per_step"]:
+        if peak and row["gpus"] and row["seconds_per_step"]:
             row["share_of_peak"] = work / row["seconds_per_step"] / peak / row["gpus"]
         rows.append({**common, "steps": args.steps, **row})
         show_row(row, fields, table)
@@ -177,9 +182,11 @@ def measured_plan(
         executor.close()
 
 
-def device_name(device: torch.device) -> str:
-    """The name that the user gives it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def device_name(devices: Devices) -> str:
+    """Returns the name of the first device; of a Ray cluster those of its kinds."""
+    if devices.on_ray:
+        return machine_of(devices).name
+    return torch.cuda.get_device_name(devices.first) if devices.kind == "cuda" else "cpu"
 
 
 def measured_peak(device: torch.device) -> float | None:
