@@ -14,11 +14,11 @@ from parallel_backend.planner.machine import Link, Machine
 from parallel_backend.planner.planner import assumed, pick, predictions
 from parallel_backend.planner.work import Work
 
-from .speed_table import RUN
+from . import pages
+from .speed_table import RESULTS, RUN
 
 TOKENS_OF_1_5, TOKENS_OF_LONG = (frames // 2 * 48 * 85 + 226 for frames in (22, 42))
 """Of 1.5-5B at 81 and 161x768x1360: so many latent frames, two to a token, 48 x 85 tokens each, and 226 of text."""
-RESULTS = Path(__file__).parent / "results"
 QUANTIZE = {"lossless": "off", "fp8": "fp8", "fp8-all": "fp8", "int8": "int8", "bf16": "off", "fp16": "off"}
 """What the benchmark's words for a precision say of linear layers; the last two are of an earlier version."""
 FLASH_3 = ("h100x2-flash3.json", "h100x2-before.json")
@@ -40,7 +40,6 @@ NO_PEER_ACCESS = "h100x2-no-p2p-2026-11-27.json"
 CUDNN_FP16 = {"H100": 423e12, "H200": 436e12}
 """Its operations a second."""
 PAGE = Path(__file__).with_name("NOTES.md")
-MARKS = ("<!-- benchmarks/plans_table.py -->\n", "<!-- end -->\n")
 MODELS = {"5b, 49x480x720": assumed(48, True), "1.5-5B, 81x768x1360": replace(assumed(48, True), tokens=TOKENS_OF_1_5)}
 ETHERNET = Link(10e9 / 8, 60e-6)
 """One rank's share of 10 GB/s between machines of eight."""
@@ -227,9 +226,7 @@ def tables() -> str:
 
 def main() -> None:
     """Writes the tables into the page."""
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    PAGE.write_text(before + MARKS[0] + "\n" + tables() + "\n" + MARKS[1] + after)
+    PAGE.write_text(pages.written(PAGE.read_text(), "plans_table", tables()))
 
 
 if __name__ == "__main__":

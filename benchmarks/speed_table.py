@@ -5,12 +5,16 @@ between the marks. The run is ``python -m benchmarks.gpus benchmarks/results/h20
 import json
 from pathlib import Path
 
+from parallel_backend.cli.bench_options import changes_of
+
+from . import pages
+from .plot import LONG, is_timing
+
 RESULTS = Path(__file__).parent / "results"
 RUN = "h200x2-2026-11-28.json"
 GUIDANCE = "h200x2-guidance-2026-11-28.json"
 """Of the same version and kind of machine: ``fp8-all+guidance4`` and ``lossless+guidance4``."""
 REPO = Path(__file__).parents[1]
-MARKS = ("<!-- benchmarks/speed_table.py -->\n", "<!-- end -->\n")
 MODELS = ("5b", "2b", "1.5-5b")
 SIZES = {"1.5-5b": "1.5-5b, 81×768×1360"}
 """Names of models that were not measured at 49x480x720."""
@@ -23,7 +27,7 @@ WHAT = {
     ("ours", "fp8"): "`fp8` linears",
     ("ours", "fp8-all"): "`fp8` all",
 }
-CACHES = {"cache": "step cache", "guidance": "`guidance_cache`"}
+CACHES = {"step_cache": "step cache", "guidance_cache": "`guidance_cache`"}
 COLUMNS = (
     "model", "what", "GPUs", "plan", "steps", "s per step", "all steps, s", "peak GiB a GPU", "decode, s", "from lossless", "from float32"
 )  # fmt: skip
@@ -64,11 +68,12 @@ def rows() -> list[dict]:
 
 def what(row: dict) -> str:
     """Returns what a row measured, in words."""
-    precision, *caches = row["precision"].split("+")
-    words = [WHAT[row["name"], precision]]
-    for cache in caches:
-        name = cache.rstrip("0123456789.")
-        words.append(f"{CACHES[name]} {cache.removeprefix(name)}")
+    precision, plus, _ = row["precision"].partition("+")
+    caches = changes_of(row["precision"]) if plus else {}
+    words = [
+        WHAT[row["name"], precision],
+        *(f"{words} {caches[field]:g}" for field, words in CACHES.items() if field in caches),
+    ]
     if row["offload"] != "auto":
         words.append(f"offload `{row['offload']}`")
     if row["tiling"] == "on":
@@ -105,9 +110,8 @@ def best(found: list[dict], model: str, about: tuple[str, str, str] | None) -> s
         row["seconds_per_step"]
         for row in found
         if (row["model"], row["name"], row["precision"], row["plan"]) == (model, name, precision, plan)
-        and row["offload"] == row["tiling"] == "auto"
-        and row.get("from_float32") is None
-        and row["steps"] < 10
+        and is_timing(row)
+        and row["steps"] < LONG
     )
     return f"**{first:.3f}**" if name == "ours" and plan in ("single", "cfg2") else f"{first:.3f}"
 
@@ -130,18 +134,11 @@ def tables() -> dict[str, str]:
     return made
 
 
-def written(text: str, made: str) -> str:
-    """Returns a page's text with a table between the marks."""
-    before, mark, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    return f"{before}{mark}\n{made}\n{end}{after}"
-
-
 def main() -> None:
     """Writes the tables into the pages."""
     for page, made in tables().items():
         path = REPO / page
-        path.write_text(written(path.read_text("utf-8"), made), "utf-8")
+        path.write_text(pages.written(path.read_text("utf-8"), "speed_table", made), "utf-8")
 
 
 if __name__ == "__main__":

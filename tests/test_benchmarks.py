@@ -8,7 +8,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 
-from benchmarks import group, kernels, quality, speed_table
+from benchmarks import group, kernels, pages, quality, speed_table
 from benchmarks.gpus import TABLES
 from parallel_backend.cli.bench_options import chosen_precisions
 from parallel_backend.cli.bench_pipelines import XDIT
@@ -126,8 +126,8 @@ def test_a_step_s_kernels_and_gaps_are_those_between_the_first_and_the_last_step
 def test_the_tables_of_speed_are_those_of_one_run(page):
     """A page has the rows of the run's file, and the command that makes them is named where the table is."""
     text = (speed_table.REPO / page).read_text("utf-8")
-    assert speed_table.written(text, speed_table.tables()[page]) == text
-    assert f"benchmarks/results/{speed_table.RUN}" in text.partition(speed_table.MARKS[0])[0].rpartition("## ")[2]
+    assert pages.written(text, "speed_table", speed_table.tables()[page]) == text
+    assert f"benchmarks/results/{speed_table.RUN}" in text.partition(pages.mark_of("speed_table"))[0].rpartition("## ")[2]
 
 
 def test_a_cell_of_the_readme_is_the_seconds_of_the_row_that_it_names():

@@ -16,9 +16,9 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.pages import END, mark_of
 from benchmarks.plans_table import (
     EIGHT_BITS,
-    MARKS,
     NEWEST,
     NO_PEER_ACCESS,
     OLDER,
@@ -459,7 +459,7 @@ def test_messages_between_machines_go_through_the_network():
 
 
 def test_the_page_has_the_predictions_of_this_code():
-    assert f"{MARKS[0]}\n{tables()}\n{MARKS[1]}" in PAGE.read_text()
+    assert f"{mark_of('plans_table')}\n{tables()}\n{END}" in PAGE.read_text()
 
 
 @pytest.fixture
