@@ -391,7 +391,7 @@ def test_a_gpu_that_computes_something_else_is_not_measured_until_it_is_idle(mea
     """What is measured meanwhile would be kept for good."""
     gpus("NVIDIA H100 PCIe", "NVIDIA H100 PCIe")
     loads = {0: 0.9, 1: 0.6}
-    monkeypatch.setattr(hardware.nvml, "load", lambda device: loads[device.index])
+    monkeypatch.setattr(hardware, "load_of", lambda device: loads[device.index])
     monkeypatch.setattr(hardware, "MOMENT", 0)
     devices = Devices("cuda", (0, 1))
     found = hardware.here(devices)
@@ -403,7 +403,7 @@ def test_a_gpu_that_computes_something_else_is_not_measured_until_it_is_idle(mea
 
 def test_a_gpu_that_has_just_ended_something_is_measured_a_moment_later(measure, monkeypatch):
     loads = [0.9, 0.1]
-    monkeypatch.setattr(hardware.nvml, "load", lambda device: loads.pop(0))
+    monkeypatch.setattr(hardware, "load_of", lambda device: loads.pop(0))
     monkeypatch.setattr(hardware, "MOMENT", 0)
     assert hardware.calibrated("H100", "2.13", "cuda:0")[0] and len(measure) == 1 and not loads
 
@@ -426,9 +426,9 @@ def test_the_load_of_a_gpu_is_what_nvml_reports_or_none(monkeypatch):
     about = {"cuda:0": SimpleNamespace(uuid="1"), "cuda:1": SimpleNamespace(uuid="2")}
     monkeypatch.setattr(torch.cuda, "get_device_properties", about.__getitem__)
     monkeypatch.setitem(sys.modules, "pynvml", Nvml)
-    assert [hardware.nvml.load(device) for device in about] == [0.37, 0.0]
+    assert [hardware.load_of(device) for device in about] == [0.37, 0.0]
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert hardware.nvml.load("cuda:0") == 0.0
+    assert hardware.load_of("cuda:0") == 0.0
 
 
 @pytest.mark.parametrize(

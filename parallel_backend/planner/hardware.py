@@ -15,8 +15,7 @@ from ..cogvideox.attention.torch_attention import HEAD_DIM
 from ..config import CONFIG
 from ..devices import Devices
 from ..errors import RequestError, reason_of
-from ..system import nvml
-from ..system.nvml import free_bytes
+from ..system.nvml import free_bytes, load_of
 from . import hardware_cache
 from .gpu_table import GIB, KNOWN, LINK_NAMES, LINKS, UNKNOWN, known, named
 from .machine import CPU, SLOW_LINK, Link, Machine, as_slow_as
@@ -85,7 +84,7 @@ def fastest_first(devices: Devices) -> Devices:
 
 def apart(devices: Devices) -> list[Machine]:
     """Returns each GPU. The one that computes the least is asked first: what is measured on it counts for all GPUs of its model."""
-    found = {device: alone(device) for device in sorted(devices.torch_devices, key=nvml.load)}
+    found = {device: alone(device) for device in sorted(devices.torch_devices, key=load_of)}
     return [found[device] for device in devices.torch_devices]
 
 
@@ -245,10 +244,10 @@ def calibrated(name: str, torch_version: str, device: torch.device) -> tuple[dic
 
 def is_busy(device: torch.device) -> bool:
     """Whether a GPU computes something that does not end in a moment, as a text encoder's work does before a job."""
-    if nvml.load(device) <= BUSY:
+    if load_of(device) <= BUSY:
         return False
     time.sleep(MOMENT)
-    return nvml.load(device) > BUSY
+    return load_of(device) > BUSY
 
 
 def measure(device: torch.device) -> dict[str, float]:

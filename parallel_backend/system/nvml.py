@@ -23,36 +23,38 @@ def free_and_total(device: torch.device) -> tuple[int, int]:
     answer, as for a part of a GPU (MIG), CUDA does.
     """
     try:
-        nvml, handle = handle_of(device)
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        nvml = opened()
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle_of(device, nvml))
         return int(memory.free), int(memory.total)
     except Exception:  # not installed, no driver library, no such GPU: each library version has other errors
         return torch.cuda.mem_get_info(device)
 
 
-def load(device: torch.device) -> float:
+def load_of(device: torch.device) -> float:
     """Returns the share of the last moment, at most a second, in which a GPU computed, for whichever process. 0 if NVML cannot say."""
     try:
-        nvml, handle = handle_of(device)
-        return nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+        nvml = opened()
+        return nvml.nvmlDeviceGetUtilizationRates(handle_of(device, nvml)).gpu / 100
     except Exception:  # as above
         return 0.0
-
-
-def handle_of(device: torch.device) -> tuple[Any, Any]:
-    """Returns NVML, and its handle of a GPU."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def driver_version() -> str:
     """Returns the version of the GPUs' driver; that of CUDA that it supports where NVML does not answer."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
+        return str(opened().nvmlSystemGetDriverVersion())
     except Exception:  # as above
         return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
+
+
+def opened() -> Any:
+    """Returns NVML, ready to answer."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml
+
+
+def handle_of(device: torch.device, nvml: Any) -> Any:
+    """Returns NVML's handle of a GPU."""
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
