@@ -6,7 +6,7 @@ from ..kernels.block_torch import FP8, LARGEST, SMALLEST, keep_kernels
 from ..kernels.probe import is_near, once
 from .operands import factors, in_fp8, in_tiles, rows_between
 from .recomputed_tiles import recompute
-from .torch_attention import HEAD_DIM, NEAR, attend_torch
+from .torch_attention import HEAD_DIM, NEAR, attend_torch, few_states
 
 ROWS, STEPS = 64, 8
 """Tokens per iteration of the survey kernel, and iterations per program."""
@@ -99,9 +99,7 @@ def why_not(device: torch.device) -> str | None:
     Tested once with a few tokens.
     """
     keep_kernels()
-    generator = torch.Generator(device).manual_seed(0)
-    like = {"device": device, "dtype": torch.float32}
-    states = [torch.randn(1, tokens, 2, HEAD_DIM, generator=generator, **like) for tokens in (200, 700, 700)]
+    states = few_states(device, HEAD_DIM)
     exact = attend_torch(*states)
     factor, _ = factors(HEAD_DIM, base_two=True, fp8=False)
     for raises in (False, True):

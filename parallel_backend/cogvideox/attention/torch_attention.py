@@ -18,6 +18,16 @@ def heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [states.transpose(1, 2) for states in tensors]
 
 
+def few_states(device: torch.device, head_dim: int) -> list[torch.Tensor]:
+    """Returns queries, keys and values in float32, with which functions are tried.
+
+    torch's default dtype is another one while a text encoder is read.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    like = {"device": device, "dtype": torch.float32}
+    return [torch.randn(1, tokens, 2, head_dim, generator=generator, **like) for tokens in (200, 700, 700)]
+
+
 def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Computes attention with the function that torch chooses."""
     return F.scaled_dot_product_attention(*heads_first(query, key, value)).transpose(1, 2)

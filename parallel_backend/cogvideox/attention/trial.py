@@ -14,7 +14,7 @@ from ..kernels.probe import is_near, once
 from . import registry, timings
 from .function import NAMES, AttentionFunction, Kind
 from .timings import Timings
-from .torch_attention import attend_torch
+from .torch_attention import attend_torch, few_states
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 """Classes of sequence lengths: a sequence is timed as one of the next length. Longer ones are timed as the last, as their order is
@@ -41,9 +41,7 @@ def why_not(kind: Kind, function: AttentionFunction) -> str | None:
 def why_not_right(device: torch.device, name: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Tries a function with a few tokens, and with log-sum-exp where it may be needed, and compares it with torch in float32."""
     keep_kernels()
-    function, generator = registry.FUNCTIONS[name], torch.Generator(device).manual_seed(0)
-    like = {"device": device, "dtype": torch.float32}  # torch's default is another one while a text encoder is read
-    states = [torch.randn(1, tokens, 2, head_dim, generator=generator, **like) for tokens in (200, 700, 700)]
+    function, states = registry.FUNCTIONS[name], few_states(device, head_dim)
     exact = attend_torch(*states)
     found = [function.attend(*function.operands(*states, dtype))]
     if function.attend_with_sums and device.type in WITH_RINGS:
