@@ -111,7 +111,7 @@ def run(args: Namespace) -> int:
         reference = load_file(kept)["latent"]
     common = {"model": checkpoint.path.name, "device": device_name(devices), "cfg": cfg, **size}
     common |= {name: getattr(args, name) for name in ("dtype", "offload", "tiling", "attention")}
-    for row, latent in measured(args, checked, plans, *wanted):
+    for row, latent in measured(args, checked, plans, devices.first, *wanted):
         if reference is None and latent is not None:
             reference = latent
             if kept:
@@ -133,14 +133,15 @@ def measured(
     args: Namespace,
     checked: CheckedJob,
     plans: list[PreparedJob],
+    device: torch.device,
     precisions: list[str],
     diffusers: list[str],
     xdit: list[str],
 ) -> Iterator[tuple[dict, torch.Tensor | None]]:
-    """The rows, and the latent of each where it is known."""
+    """The rows, and the latent of each where it is known. ``device`` is the one of this process, for all but this pack's plans."""
     exact, job, checkpoint = None, checked.job, checked.checkpoint
     if args.float32:
-        executor = LocalExecutor(Devices.parse(args.devices).first)
+        executor = LocalExecutor(device)
         exact = two_steps(executor, replace(job, model=replace(job.model, dtype="fp32", compile="off")), checkpoint)
         executor.close()
     for prepared in plans:
@@ -150,7 +151,6 @@ def measured(
             if prepared.reason == SET_BY_USER:
                 raise
             print(f"no group: {error.summary}; plan {prepared.plan} is not timed", file=sys.stderr)
-    device = Devices.parse(args.devices).first
     for precision in diffusers:
         row, latent = pipelines.diffusers(args, job, checkpoint, device, compiled=precision == "compiled")
         yield {**row, "plan": "single", "precision": precision, "gpus": int(device.type == "cuda")}, latent
