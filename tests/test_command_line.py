@@ -35,7 +35,7 @@ from parallel_backend.group import launcher, preflight
 from parallel_backend.group.registry import GroupAddress, Home
 from parallel_backend.workload import Workload
 
-from .conftest import REPO, TOLERANCE, Done, command, wait_until, workers
+from .conftest import PATIENCE, REPO, TOLERANCE, Done, command, wait_until, workers
 from .support.measures import look
 
 
@@ -96,7 +96,7 @@ def test_a_file_of_prompts_and_a_count_of_seeds_become_numbered_videos_over_repl
     assert run("generate", *size, *alone, "--save-latents", tmp_path / "alone.latent").returncode == 0
     found, expected = (load_file(tmp_path / f"{name}.latent")["latent_tensor"] for name in ("out-4", "alone"))
     assert (found - expected).abs().max() <= TOLERANCE
-    assert wait_until(lambda: not workers(), 10)
+    assert wait_until(lambda: not workers())
 
 
 @pytest.fixture
@@ -616,7 +616,7 @@ def test_serve_is_used_by_generate_shown_by_status_and_ended_by_stop(run, checkp
         )  # load, sample, decode
         assert re.search("^cfg2 +cpu:2 +ready +", run("status").stdout, re.M)
         assert re.match(r"ended plan cfg2 on cpu:2 after \d+ s and 3 jobs ", run("stop").stdout)
-        assert server.wait(60) == 0
+        assert server.wait(PATIENCE) == 0
         assert wait_until(lambda: not workers())
         assert "no group is running" in run("status").stdout
     finally:
@@ -637,7 +637,7 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing(checkpoints, tmp_path):
             if line.startswith("step 2/"):
                 break
         run.send_signal(signal.SIGINT)
-        assert run.wait(60) == 1
+        assert run.wait(PATIENCE) == 1
         assert "stopped" in run.stderr.read()
         assert wait_until(lambda: not workers())
         assert not (tmp_path / "out.mp4").exists()

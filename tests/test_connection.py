@@ -24,7 +24,7 @@ from parallel_backend.jobs import DecodeJob, Progress, Report, SampleJob
 from parallel_backend.notes import is_warning
 from parallel_backend.plan import Plan
 
-from .conftest import TOLERANCE, rank_processes, wait_until
+from .conftest import PATIENCE, TOLERANCE, rank_processes, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_a_client_that_reads_nothing_keeps_nobody_waiting(address, serve, config
         answer = Message("done", {}, {"tensor": torch.zeros(2**22)})
         thread = threading.Thread(target=request.answer, args=(answer,), daemon=True)
         thread.start()
-        thread.join(60)
+        thread.join(PATIENCE)
         assert not thread.is_alive() and request.cancelled.is_set()
         with pytest.raises((EOFError, OSError)):  # it gets no half of a message, and can connect again
             while True:
@@ -246,5 +246,5 @@ def test_many_may_ask_at_once(group):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert said == ["ready"] * 40

@@ -37,7 +37,7 @@ from parallel_backend.parallel.group_rank import slow_link
 from parallel_backend.plan import Plan
 from parallel_backend.workload import Workload
 
-from .conftest import REPO, TOLERANCE, is_alive, rank_processes, wait_until
+from .conftest import PATIENCE, REPO, TOLERANCE, is_alive, rank_processes, wait_until
 from .test_cancel import KINDS as VAE_KINDS
 from .test_cancel import vae_job
 
@@ -180,7 +180,7 @@ def test_clients_are_served_in_order_each_with_its_own_steps(group, make_job):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(PATIENCE)
     assert seen == {f"client {steps}": [steps] * steps for steps in (6, 7, 8)}
     assert len(results) == 3
 
@@ -330,7 +330,7 @@ def test_the_group_goes_when_its_owner_is_killed():
             assert {"xdit forkserver", "xdit supervisor", "xdit rank 0", "xdit rank 1"} <= {each.name() for each in started}
             started = [each.pid for each in started if each.name().startswith("xdit")]
             owner.send_signal(how)
-            owner.wait(30)
+            owner.wait(PATIENCE)
             assert wait_until(lambda: not any(map(is_alive, started)))  # noqa: B023
             assert wait_until(lambda: not os.path.exists(folder))  # noqa: B023
     finally:
@@ -630,7 +630,7 @@ def test_a_group_may_run_under_another_interpreter_and_close_leaves_nothing_of_i
     group.close()
     group.close()
     assert not folder.exists()
-    assert wait_until(lambda: not any(map(is_alive, ranks.values())), 10)
+    assert wait_until(lambda: not any(map(is_alive, ranks.values())))
 
 
 def test_a_job_cancelled_while_it_waits_is_answered_at_once(group, make_job):
@@ -645,13 +645,13 @@ def test_a_job_cancelled_while_it_waits_is_answered_at_once(group, make_job):
     thread = threading.Thread(target=first)
     thread.start()
     try:
-        assert started.wait(60)
+        assert started.wait(PATIENCE)
         with pytest.raises(Cancelled, match="while waiting in the queue"):
             group.sample(make_job("5b", seed=8), should_stop=lambda: group.status()["queue"] == 1)
         assert thread.is_alive(), "the running job must not be what was stopped"
     finally:
         ended.set()
-        thread.join(60)
+        thread.join(PATIENCE)
     assert len(group.sample(make_job("5b")).report.step_seconds) == 8
 
 

@@ -48,7 +48,7 @@ def replicas():
     executor.status()
     yield executor
     executor.close()
-    assert wait_until(lambda: not workers(), 10)
+    assert wait_until(lambda: not workers())
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_a_cancelled_batch_stops_on_all_replicas_and_they_stay_warm(replicas, ba
     seen, slow = [], batch_of_three(size=(480, 320, 17), steps=200)
     with pytest.raises(Cancelled):
         replicas.sample(slow, on_step=lambda step, _: seen.append(step), should_stop=lambda: len(seen) >= 2)
-    assert wait_until(lambda: all(one["state"] == "ready" for one in replicas.status()["replicas"]), 20)
+    assert wait_until(lambda: all(one["state"] == "ready" for one in replicas.status()["replicas"]))
     assert len(seen) < 10
 
 

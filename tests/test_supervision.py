@@ -87,7 +87,7 @@ def test_a_killed_launcher_takes_its_workers_along_even_a_stopped_one(group, mak
     ranks = rank_processes(group.address)
     os.kill(ranks[0], signal.SIGSTOP)
     group._launcher.process.kill()
-    assert wait_until(lambda: not any(map(is_alive, ranks.values())), 10)
+    assert wait_until(lambda: not any(map(is_alive, ranks.values())))
     assert len(group.sample(make_job("5b", steps=2)).report.step_seconds) == 2
 
 

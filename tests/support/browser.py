@@ -62,7 +62,11 @@ class Page:
 
     def __exit__(self, *error) -> None:
         self._process.terminate()
-        self._process.wait(30)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:  # now and then a browser does not leave when it is asked to
+            self._process.kill()
+            self._process.wait()
 
     def open(self, url: str) -> None:
         """Opens another address, or the same one again."""

@@ -146,4 +146,4 @@ class ComfyRuntime:
     def close(self) -> None:
         """Stops the process."""
         self._process.stdin.close()
-        self._process.wait(60)
+        self._process.wait(180)

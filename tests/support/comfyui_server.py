@@ -236,7 +236,7 @@ class ComfyUIServer:
                 continue
         return sorted(found)
 
-    def wait_for_processes(self, count: int, timeout: float = 30.0) -> list[int]:
+    def wait_for_processes(self, count: int, timeout: float = 120.0) -> list[int]:
         """Waits until at most `count` processes are left, or the timeout. Returns those that are left."""
         deadline = time.monotonic() + timeout
         while len(left := self.processes()) > count and time.monotonic() < deadline:
@@ -248,7 +248,7 @@ class ComfyUIServer:
         self.process.kill()
         self.process.wait()
 
-    def stop(self, check: bool = True, grace: float = 20.0) -> None:
+    def stop(self, check: bool = True, grace: float = 120.0) -> None:
         """Stops ComfyUI as Ctrl-C does, waits for everything that it started, and kills what is left.
 
         Raises RuntimeError if something had to be killed and `check` is set.
