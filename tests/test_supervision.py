@@ -26,6 +26,7 @@ from parallel_backend.group.hang_detector import HangDetector
 from parallel_backend.group.heartbeat import Board, Heartbeat, HeartbeatWriter
 from parallel_backend.group.job_fields import split_fields
 from parallel_backend.group.registry import GroupAddress, Home
+from parallel_backend.group.supervisor import Supervisor
 from parallel_backend.jobs import DecodeJob, Progress
 from parallel_backend.parallel import group_rank
 from parallel_backend.parallel.rank import RankContext
@@ -277,6 +278,28 @@ def test_the_failure_report_of_a_rank_is_cut_to_what_there_is_room_for():
     report = board.failure_report(1)
     assert report["traceback"].endswith("the end") and report["message"].startswith("éé") and report["waited"] == 1.5
     assert board.failure_report(0) is None and board.heartbeat(1) is None
+
+
+@pytest.mark.parametrize(
+    "waited, ends, named",
+    [
+        ({1: 0.0, 0: 0.0}, {1: 1, 0: 1}, 1),  # while they start: rank 1 failed, and then rank 0, whose connection broke
+        ({1: 0.0, 0: 0.0}, {0: 1, 1: 1}, 1),
+        ({0: 0.0, 1: 15.0}, {0: 1, 1: 1}, 1),  # in a job: rank 1 had failed first, and waited for rank 0
+        ({1: 0.0}, {1: 1, 0: -signal.SIGKILL}, 0),
+        ({}, {1: 1, 0: 1}, 1),
+    ],
+)
+def test_of_several_ranks_the_one_that_failed_first_is_named_with_its_own_error(waited, ends, named):
+    supervisor = Supervisor.__new__(Supervisor)
+    supervisor.hang, supervisor.first_rank, supervisor.count, supervisor.board = None, 0, 2, Board.create(2)
+    for rank, seconds in waited.items():
+        error = {"error": "E", "message": f"of rank {rank}", "traceback": "", "host": None, "waited": seconds}
+        HeartbeatWriter(supervisor.board, rank).report_failure(error)
+    cause = supervisor.exit_cause(ends)
+    assert cause.cause.startswith(f"rank {named} ") and cause.by_itself == (ends[named] == 1)
+    if cause.by_itself and waited:
+        assert (cause.failure["rank"], cause.failure["message"]) == (named, f"of rank {named}")
 
 
 class SlowEngine:

@@ -22,7 +22,8 @@ class ExitCause:
     behind: int = 0
     """For ranks that hung, the number of heartbeats they had sent. The ranks with the fewest are the cause."""
     failure: dict[str, Any] | None = None
-    """The failure report of the rank: ``rank``, ``error``, ``message``, ``traceback``, ``host`` and ``waited`` (seconds)."""
+    """The failure report of the rank: ``rank``, ``error``, ``message``, ``traceback``, ``host``, ``waited`` (seconds) and ``at`` (the machine's
+    clock when it was written)."""
     details: str = ""
     """The last lines of the processes' logs."""
 

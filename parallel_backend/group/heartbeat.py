@@ -147,5 +147,5 @@ class HeartbeatWriter:
         self._board.beat(self._place, Heartbeat(self._count, doing, self._seconds))
 
     def report_failure(self, failure: dict[str, Any]) -> None:
-        """Writes the failure report: ``error``, ``message``, ``traceback``, ``host`` and ``waited``."""
-        self._board.report_failure(self._place, failure)
+        """Writes the failure report: ``error``, ``message``, ``traceback``, ``host`` and ``waited``, and when it is written (``at``)."""
+        self._board.report_failure(self._place, {**failure, "at": time.monotonic()})

@@ -193,10 +193,11 @@ class Supervisor:
         """
         if self.hang:
             return self.hang.cause
-        # A rank that was killed makes the others fail.
-        rank, code = min(ends.items(), key=lambda end: end[1] not in KILLED)
-        reports = [(self.first_rank + place, self.board.failure_report(place)) for place in range(self.count)]
-        failures = [{**report, "rank": rank} for rank, report in reports if report]
-        # The rank that waited longest for the others failed first.
-        last = max(failures, key=lambda failure: failure["waited"], default=None)
-        return replace(how_it_ended(f"rank {rank}", code), failure=last)
+        reports = {self.first_rank + place: self.board.failure_report(place) for place in range(self.count)}
+        failures = [{**report, "rank": rank} for rank, report in reports.items() if report]
+        first = min(failures, key=lambda failure: failure["at"] - failure["waited"], default=None)
+        # A rank that was killed makes the others fail, and one that failed makes the others end.
+        rank = next((rank for rank, code in ends.items() if code in KILLED), None)
+        if rank is None:
+            rank = first["rank"] if first and first["rank"] in ends else next(iter(ends))
+        return replace(how_it_ended(f"rank {rank}", ends[rank]), failure=first)
