@@ -78,14 +78,16 @@ show(windows=rows(**windows), window=rows(length="17"), single=rows(length="17",
     assert "replicas2" in shown["batch"] and "replicas2" not in window  # a batch is shared as whole videos
 
 
-def test_the_table_of_plans_says_what_it_is_predicted_from(in_comfyui):
+def test_the_table_of_plans_says_what_it_is_predicted_from_and_has_the_fastest_devices_first_as_auto(in_comfyui):
     shown, _ = in_comfyui("""
 table, gpus = part("nodes.comfy.plan_table"), part("parallel_backend.planner.gpu_table").KNOWN
 cpu = table.of_query({"devices": "cpu:2"})["rates"]
 table.machine_of = lambda devices: gpus["H100"]
-show(cpu=cpu, gpu=table.of_query({"devices": "cpu:2"})["rates"])
+gpu = table.of_query({"devices": "cpu:2"})["rates"]
+table.hardware.fastest_first = lambda devices: devices.first_of(1)
+show(cpu=cpu, gpu=gpu, fastest=table.of_query({"devices": "cpu:2"})["devices"])
 """)
-    assert shown["cpu"] is None
+    assert shown["cpu"] is None and shown["fastest"] == "cpu:1"
     assert (
         shown["gpu"].startswith("rates of H100: 767 TFLOP/s in products")
         and "(the table of known GPUs, measured)" in shown["gpu"]

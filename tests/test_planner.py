@@ -524,8 +524,9 @@ def test_unequal_gpus_are_planned_for_as_the_slowest_with_the_fast_ones_first_an
     monkeypatch.setattr(hardware, "calibrated", lambda name, torch_version, device: measured[name])
     devices = hardware.fastest_first(Devices("cuda", (0, 1)))
     assert devices.indices == (1, 0)
-    found = hardware.here(devices)
-    assert (found.matrix, found.first(1).matrix, found.first(2).matrix) == (1e14, 7e14, 1e14)
+    asked = hardware.asked(None, count=2, link=None, memory_gib=None)
+    for found in (hardware.here(devices), asked):  # what plan shows is what auto chooses from
+        assert (found.matrix, found.first(1).matrix, found.first(2).matrix) == (1e14, 7e14, 1e14)
     assert (found.name, found.link) == ("NVIDIA H100 80GB HBM3 and NVIDIA L40", gpu_table.LINKS["pcie"])
     plan, used, reason = resolve("auto", "auto", Workload(48))
     assert (plan, used.indices) == (Plan(), (1,)) and "on 1 of 2 devices" in reason

@@ -15,6 +15,7 @@ from ...parallel_backend.executor.resolve import is_served, machine_of
 from ...parallel_backend.jobs import SampleJob, UpscaleJob, empty_latent
 from ...parallel_backend.model import Model, Windows
 from ...parallel_backend.plan import AUTO
+from ...parallel_backend.planner import hardware
 from ...parallel_backend.planner.machine import CPU
 from ...parallel_backend.planner.planner import approximations, choose, predictions
 from ...parallel_backend.validation import check_size
@@ -41,7 +42,7 @@ def of_query(query: dict[str, str]) -> dict[str, Any]:
         RequestError: for a field that makes no sense.
     """
     checkpoint = checkpoint_of(query.get("model", "demo"))
-    devices = Devices.parse(query.get("devices") or AUTO)
+    devices = hardware.fastest_first(Devices.parse(query.get("devices") or AUTO))
     is_tile = query.get("kind") == UpscaleJob.kind
     *size, batch = size_of_query(query, checkpoint)
     workload = workload_of_query(query, checkpoint, size, batch, is_tile=is_tile)

@@ -74,7 +74,7 @@ def matched(plan: str, devices: str) -> tuple[Plan, Devices]:
 
 def resolve_auto(found: Devices, workload: Workload) -> tuple[Plan, Devices, str]:
     """Returns the plan that is predicted to be the fastest, the devices that it uses, and the reason."""
-    found = found if found.on_ray else hardware.fastest_first(found)
+    found = hardware.fastest_first(found)
     machine = machine_of(found, can_shard=workload.offload not in IN_PARTS)
     chosen, reason = choose(
         workload.work(found.first) if workload.work else assumed(workload.heads, workload.guided),

@@ -46,7 +46,7 @@ def asked(name: str | None, *, count: int, link: str | None, memory_gib: float |
     if name is not None and (machine := known(name)) is None:
         raise RequestError(f"gpu '{name}' is not known; use one of {', '.join(KNOWN)}")
     if name is None:
-        found = Devices.parse("auto")
+        found = fastest_first(Devices.parse("auto"))
         machine = here(found) if found.kind == "cuda" else UNKNOWN
     if link is not None:
         machine = replace(machine, link=LINKS[link], link_from=f"assumed for {LINK_NAMES[link]}, set by the user")
@@ -72,8 +72,11 @@ def here(devices: Devices) -> Machine:
 
 
 def fastest_first(devices: Devices) -> Devices:
-    """Returns the devices sorted by speed and then by free memory, so that the planner can leave out the last ones."""
-    if devices.kind == "cpu" or devices.count == 1:
+    """Returns the devices sorted by speed and then by free memory, so that the planner can leave out the last ones.
+
+    Those of a Ray cluster are known only to its nodes, and stay as they are.
+    """
+    if devices.kind == "cpu" or devices.on_ray or devices.count == 1:
         return devices
     each = dict(zip(devices.indices, apart(devices)))
     if not are_unequal(list(each.values())):
