@@ -1,7 +1,7 @@
 """Predicts the seconds that a rank computes in a step. Importable without torch.
 
-Each constant names the measurement that it comes from: NOTES is benchmarks/NOTES.md, FACTS is the project's table of speed (one H200),
-``h100x2*.json`` and ``h200x2*.json`` are in benchmarks/results.
+Each constant names the measurement that it comes from: NOTES is benchmarks/NOTES.md, ``h100x2*.json`` and ``h200x2*.json`` are in
+benchmarks/results.
 """
 
 from ..plan import Plan
@@ -9,7 +9,7 @@ from .machine import Machine
 from .work import VAE_OPERATIONS, Work, bubble_factor, plan_patches, stage_layers, states_bytes
 
 MATRIX_SHARE = 0.94
-"""Share of a large product's rate that products reach in a step: 745 of 790 TFLOP/s (NOTES: where a half goes; FACTS)."""
+"""Share of a large product's rate that products reach in a step: 745 TFLOP/s (NOTES: where a half goes) of the 790 that one reached on an H200."""
 ATTENTION_SHARE = 0.88
 """Share of one attention's rate that attention reaches in a step: 572 of 651 TFLOP/s on an H100 (NOTES), 503 of 571 with
 FlashAttention-3."""

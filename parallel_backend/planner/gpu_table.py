@@ -1,9 +1,9 @@
 """Known GPUs and links. Importable without torch.
 
-H100 and H200 are measured (benchmarks/results/h100x2.json; FACTS). All others are from NVIDIA's data sheets: dense operations in 16 bits
-with sums in float32, of which a product reaches ``REACHED``, memory bandwidth, and memory. GeForce cards sum in float32 at half the rate
-that their sheets print in large. NVLink is assumed to reach two thirds of its data sheet. PCIe's 7 GB/s, while all GPUs send, follows from
-xDiT's published L40 curves for 5b and 1.5-5B (benchmarks/NOTES.md).
+H100 and H200 are measured (``peak_tflops`` in benchmarks/results, which differs between runs; NOTES is benchmarks/NOTES.md). All others
+are from NVIDIA's data sheets: dense operations in 16 bits with sums in float32, of which a product reaches ``REACHED``, memory bandwidth,
+and memory. GeForce cards sum in float32 at half the rate that their sheets print in large. NVLink is assumed to reach two thirds of its
+data sheet. PCIe's 7 GB/s, while all GPUs send, follows from xDiT's published L40 curves for 5b and 1.5-5B (benchmarks/NOTES.md).
 """
 
 import re
