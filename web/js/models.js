@@ -2,6 +2,7 @@
 import { app } from "../../../scripts/app.js";
 import { nodes, valueOf } from "./graph.js";
 import { showLines } from "./lines.js";
+import { say } from "./words.js";
 
 let lastToast;
 
@@ -10,7 +11,8 @@ function missing(node) {
   const { values } = node.widgets.find(({ name }) => name === "model_name").options;
   const offer = values.find((each) => each.startsWith(`${valueOf(node, "model_name")} (download: `));
   if (!offer || valueOf(node, "download") !== "off") return undefined;
-  return `${offer.replace(" (download: ", " is missing (")}: set download, or choose another model.`;
+  const [model, terms] = offer.slice(0, -1).split(" (download: ");
+  return say("{model} is missing ({terms}): set download, or choose another model.", { model, terms });
 }
 
 app.registerExtension({

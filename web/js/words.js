@@ -55,6 +55,7 @@ const CHINESE = {
   "{count} ranks, warm, {plan}": "{count} 个进程，待命，{plan}",
   "{count} ranks, {state}, {plan}": "{count} 个进程，{state}，{plan}",
   "other…": "其他…",
+  "{model} is missing ({terms}): set download, or choose another model.": "缺少 {model}（{terms}）：请设置“下载”（download），或选择别的模型。",
 };
 
 // Returns an English text in the language of ComfyUI, with values in the place of {names}.
