@@ -22,8 +22,10 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
+from parallel_backend.cli import serve
 from parallel_backend.devices import Devices
 from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from parallel_backend.executor import recovery
 from parallel_backend.executor.factory import ExecutorCache
 from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.overview import overview, share_of_rank
@@ -541,6 +543,20 @@ def test_an_interpreter_that_does_not_run_the_pack_is_given_up_soon(mute_python,
     configure(fork_server_client, hello_seconds=1.0)
     with pytest.raises(GroupUnavailable, match="did not run this pack within .* s; correct XDIT_PYTHON"):
         start_group("cfg2").sample(make_job("5b"))
+
+
+def test_serve_says_why_a_group_was_given_up_while_it_started(mute_python, start_group, configure, monkeypatch, capsys):
+    configure(recovery, removed_seconds=0.1)
+    group = start_group("cfg2")
+
+    def start_and_lose_the_folder() -> None:
+        GroupExecutor.start(group)
+        shutil.rmtree(group.address.folder, ignore_errors=True)
+
+    monkeypatch.setattr(group, "start", start_and_lose_the_folder)
+    with pytest.raises(GroupUnavailable, match="did not start: its folder .* was removed; twice, so it is not tried again"):
+        serve.come_up(group)
+    assert "the group was lost while it started: its folder" in capsys.readouterr().out
 
 
 def test_a_job_is_cancelled_while_its_group_starts(mute_python, start_group, make_job):

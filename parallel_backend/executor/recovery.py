@@ -100,6 +100,7 @@ def bury(launcher: Launcher, cause: ExitCause, *, came_up: bool) -> GroupFailure
         GroupLost when the job may succeed if it is tried again; GroupUnavailable when the group never came up.
     """
     details = cause.details or launcher.details()
+    launcher.lost = cause
     launcher.stop()
     if not cause.by_itself:  # what failed on the other ranks only followed from it
         return GroupLost(f"the group was lost: {cause.cause}", details=details, came_up=came_up)
