@@ -545,6 +545,12 @@ def test_an_interpreter_that_does_not_run_the_pack_is_given_up_soon(mute_python,
         start_group("cfg2").sample(make_job("5b"))
 
 
+def test_ranks_that_are_not_there_yet_use_no_memory(mute_python, start_group):
+    group = start_group("cfg2")
+    group.start()
+    assert [rank["memory"]["used"] for rank in overview(group)["ranks"]] == [0, 0]
+
+
 def test_serve_says_why_a_group_was_given_up_while_it_started(mute_python, start_group, configure, monkeypatch, capsys):
     configure(recovery, removed_seconds=0.1)
     group = start_group("cfg2")

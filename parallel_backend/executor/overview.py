@@ -1,5 +1,6 @@
 """What an executor's ranks are and do at the moment, for a panel. Never starts a group, and never waits for one."""
 
+import os
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,13 @@ def overview(executor: Executor) -> dict[str, Any]:
     if isinstance(executor, ClusterExecutor):
         return executor.look()
     said, (device,) = executor.status(), executor.torch_devices
-    rank = {"rank": 0, "device": str(device), "share": "all", "doing": executor.stage(), "memory": memory_of(device, None)}
+    rank = {
+        "rank": 0,
+        "device": str(device),
+        "share": "all",
+        "doing": executor.stage(),
+        "memory": memory_of(device, os.getpid()),
+    }
     return {"plan": str(executor.plan), "devices": str(device), "state": said["state"], "ranks": [rank]}
 
 
@@ -107,12 +114,12 @@ def share_of_rank(plan: Plan, rank: int) -> str:
 
 
 def memory_of(device, pid: int | None) -> dict[str, int]:
-    """Returns the bytes in use and in all: of a GPU, or of main memory by the process of a rank."""
+    """Returns the bytes in use and in all: of a GPU, or of main memory by the process of a rank, which may not be there yet."""
     if device.type == "cuda":
         used, total = used_and_total(device)
         return {"used": used, "total": total}
     try:
-        used = psutil.Process(pid).memory_info().rss
+        used = psutil.Process(pid).memory_info().rss if pid else 0
     except psutil.Error:
         used = 0
     return {"used": used, "total": psutil.virtual_memory().total}
