@@ -24,7 +24,7 @@ from safetensors.torch import load, save_file
 
 from parallel_backend.cli import serve
 from parallel_backend.devices import Devices
-from parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
+from parallel_backend.errors import Cancelled, GroupLost, GroupUnavailable, RequestError
 from parallel_backend.executor import recovery
 from parallel_backend.executor.factory import ExecutorCache
 from parallel_backend.executor.group import GroupExecutor
@@ -563,6 +563,26 @@ def test_serve_says_why_a_group_was_given_up_while_it_started(mute_python, start
     with pytest.raises(GroupUnavailable, match="did not start: its folder .* was removed; twice, so it is not tried again"):
         serve.come_up(group)
     assert "the group was lost while it started: its folder" in capsys.readouterr().out
+
+
+def test_a_request_to_a_group_that_another_thread_ends_at_once_is_lost_and_can_be_made_again(mute_python, start_group):
+    group = start_group("cfg2")
+    lock = group._lock
+
+    class LockOfTwo:
+        """After its first release the other thread ends the group."""
+
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_) -> None:
+            lock.release()
+            group._lock = lock
+            group.close()
+
+    group._lock = LockOfTwo()
+    with pytest.raises(GroupLost, match="the group was lost in another job"):
+        next(group.answers(Message("status"), lambda: False))
 
 
 def test_a_job_is_cancelled_while_its_group_starts(mute_python, start_group, make_job):

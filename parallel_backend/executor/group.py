@@ -94,6 +94,10 @@ class GroupExecutor(RemoteExecutor):
         Raises:
             GroupUnavailable: when it cannot start, or recently failed to start and nothing has changed.
         """
+        self._started(expected)
+
+    def _started(self, expected: Checkpoint | None = None) -> GroupAddress:
+        """Starts the group if it does not run. Returns its address; another thread may have ended the group since."""
         with self._lock:
             if self._launcher and not self._launcher.is_running():
                 if self._launcher.process is not None:
@@ -105,6 +109,7 @@ class GroupExecutor(RemoteExecutor):
                 failures.check(str(self.plan), self.devices)
                 self.address = self._launcher.start()
                 super().start(expected)
+            return self.address
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`. A group that is not running is ``absent``."""
@@ -210,8 +215,7 @@ class GroupExecutor(RemoteExecutor):
 
     def answers(self, message: Message, should_stop: StopSignal, seconds: float | None = None) -> Iterator[Message]:
         """See :meth:`RemoteExecutor.answers`."""
-        self.start()
-        address = self.address
+        address = self._started()
         connection = self._connect(address, should_stop)
         try:
             with connection:
