@@ -31,6 +31,7 @@ from parallel_backend.executor.group import GroupExecutor
 from parallel_backend.executor.overview import overview, share_of_rank
 from parallel_backend.group import codec, fork_server_client, ownership, preflight, protocol, registry
 from parallel_backend.group.codec import Message
+from parallel_backend.group.fork_server import HELLO, ForkServer
 from parallel_backend.group.ownership import OwnerWatch, is_held
 from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
 from parallel_backend.jobs import DecodeJob, SampleJob
@@ -583,6 +584,15 @@ def test_a_request_to_a_group_that_another_thread_ends_at_once_is_lost_and_can_b
     group._lock = LockOfTwo()
     with pytest.raises(GroupLost, match="the group was lost in another job"):
         next(group.answers(Message("status"), lambda: False))
+
+
+def test_a_fork_server_whose_owner_has_not_read_its_hello_goes_on_until_its_groups_end():
+    server = ForkServer.__new__(ForkServer)
+    owner, server._control = socket.socketpair()
+    with server._control:
+        server._control.sendall(HELLO)
+        owner.close()
+        assert not server._take_request()
 
 
 def test_a_job_is_cancelled_while_its_group_starts(mute_python, start_group, make_job):

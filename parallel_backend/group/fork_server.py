@@ -112,7 +112,10 @@ class ForkServer:
 
     def _take_request(self) -> bool:
         """Forks a supervisor. Returns whether the owner still has its end of the socket open."""
-        byte, descriptors, _, _ = socket.recv_fds(self._control, 1, 2)
+        try:
+            byte, descriptors, _, _ = socket.recv_fds(self._control, 1, 2)
+        except ConnectionResetError:  # it was closed before the owner had read HELLO
+            return False
         if not byte:
             return False
         connection, log = socket.socket(fileno=descriptors[0]), descriptors[1]
