@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from multiprocessing.connection import Client, Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -32,7 +33,9 @@ from parallel_backend.executor.overview import overview, share_of_rank
 from parallel_backend.group import codec, fork_server_client, ownership, preflight, protocol, registry
 from parallel_backend.group.codec import Message
 from parallel_backend.group.fork_server import HELLO, ForkServer
+from parallel_backend.group.launcher import Launcher
 from parallel_backend.group.ownership import OwnerWatch, is_held
+from parallel_backend.group.part import Part
 from parallel_backend.group.registry import GroupAddress, Home, remove_stale, running, shared
 from parallel_backend.jobs import DecodeJob, SampleJob
 from parallel_backend.model import Model, Windows
@@ -593,6 +596,16 @@ def test_a_fork_server_whose_owner_has_not_read_its_hello_goes_on_until_its_grou
         server._control.sendall(HELLO)
         owner.close()
         assert not server._take_request()
+
+
+def test_other_machines_are_let_go_if_this_one_cannot_start(monkeypatch):
+    ended = []
+    part = Part(0, 2, ("127.0.0.1", 1), "127.0.0.1", "node 0")
+    members = SimpleNamespace(meet=lambda: part, end=lambda: ended.append(part))
+    monkeypatch.setattr(preflight, "has_module", lambda name: False)
+    with pytest.raises(GroupUnavailable, match="xfuser is not installed"):
+        Launcher(Plan(cfg=2), Devices("cpu", (0,)), members=members).start()
+    assert ended == [part]
 
 
 def test_a_job_is_cancelled_while_its_group_starts(mute_python, start_group, make_job):

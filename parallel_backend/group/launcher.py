@@ -76,6 +76,20 @@ class Launcher:
         """
         if self.members:
             self.part = self.members.meet()
+        try:
+            self.process = self._start_here()
+        except BaseException:
+            if self.members:  # their ranks would wait for this machine's
+                self.members.end()
+            raise
+        if self.members:
+            self.members.watch(self.process.kill)
+        self.lost = None
+        logger.info("starting %d processes for plan '%s' on %s", self.devices.count, self.plan, self.devices)
+        return self.address
+
+    def _start_here(self) -> SupervisorProcess:
+        """Starts this machine's processes."""
         check_possible(self.plan, self.devices, self.part.nodes)
         remove_stale()
         known = {
@@ -90,15 +104,10 @@ class Launcher:
         }
         self.address = self._create(known)
         try:
-            self.process = self._spawn()
+            return self._spawn()
         except BaseException:
             self.address.remove()
             raise
-        if self.members:
-            self.members.watch(self.process.kill)
-        self.lost = None
-        logger.info("starting %d processes for plan '%s' on %s", self.devices.count, self.plan, self.devices)
-        return self.address
 
     def _create(self, known: dict[str, Any]) -> GroupAddress:
         """Creates the group's folder next to this process's lock, which is created or moved if necessary."""
