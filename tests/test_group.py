@@ -780,6 +780,10 @@ def test_a_group_is_kept_for_any_plan_but_not_for_a_model_whose_heads_do_not_fit
     kept = keeper.get(Plan(cfg=2, fsdp=2), devices)
     assert keeper.on(devices, Workload(30, offload="model")) is kept
     assert keeper.on(devices, Workload(30, offload="group")) is None
+    three = Devices("cpu", (0, 1, 2))
+    with pytest.raises(RequestError, match="needs 2 devices"):
+        keeper.get(Plan(ring=2), three)
+    assert keeper.on(three, Workload(30)) is None and keeper.on(devices, Workload(30)) is kept
 
 
 @pytest.mark.parametrize(

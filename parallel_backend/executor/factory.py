@@ -88,13 +88,13 @@ class ExecutorCache:
             RequestError, GroupUnavailable: when it cannot be opened. The executor that was kept stays.
         """
         with self._lock:
-            self._among = among or devices
             if self._key != (plan, devices) or not self.executor.is_usable():
                 opened = open_executor(plan, devices)  # starts nothing yet
                 if self.executor is not None:
                     logger.warning("plan '%s' on %s takes the place of the one before", plan, devices)
                     self.executor.close()
                 self.executor, self._key = opened, (plan, devices)
+            self._among = among or devices
             return self.executor
 
     def on(self, devices: Devices, workload: Workload) -> Executor | None:
