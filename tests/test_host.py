@@ -94,6 +94,23 @@ show(cpu=cpu, gpu=gpu, fastest=table.of_query({"devices": "cpu:2"})["devices"])
     )
 
 
+def test_a_query_for_the_table_of_plans_that_makes_no_sense_is_refused(in_comfyui):
+    shown, _ = in_comfyui("""
+table, refused = part("nodes.comfy.plan_table"), part("parallel_backend.errors").RequestError
+def said(**query):
+    try:
+        table.of_query({"devices": "cpu", **query})
+    except refused as error:
+        return str(error)
+show(said=[said(**each) for each in (dict(width="x"), dict(window="nan"), dict(guidance_cache="inf"), dict(window="10"))])
+""")
+    size, window, cache, frames = shown["said"]
+    assert size.startswith("the size is no number") and frames.startswith("the window is 10 frames; it must be 4k+1")
+    assert window.startswith("cfg, the windows or a cache is no number") and cache.startswith(
+        "cfg, the windows or a cache is no number"
+    )
+
+
 def test_the_table_of_plans_counts_weights_in_eight_bits(in_comfyui):
     shown, _ = in_comfyui("""
 table, gpus = part("nodes.comfy.plan_table"), part("parallel_backend.planner.gpu_table").KNOWN

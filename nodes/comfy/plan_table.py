@@ -105,12 +105,13 @@ def workload_of_query(
     numbers = {"cfg": checkpoint.default_cfg, "window": 0, "overlap": 0, "step_cache": 0, "guidance_cache": 0}
     try:
         cfg, window, overlap, step_cache, guidance_cache = (float(query.get(name) or value) for name, value in numbers.items())
-    except ValueError as error:
+        window, overlap, guidance_cache = map(int, (window, overlap, guidance_cache))
+    except (ValueError, OverflowError) as error:  # no number, NaN, or infinite
         raise RequestError(f"cfg, the windows or a cache is no number: {error}") from None
     latent = empty_latent(width=width, height=height, frames=frames, batch=batch)
-    windows = Windows(int(window), int(overlap)) if window else None
+    windows = Windows(window, overlap) if window else None
     asked = {name: query[name] for name in ROUNDING if query.get(name)}
-    model = Model(str(checkpoint.path), step_cache=step_cache, guidance_cache=int(guidance_cache), **asked)
+    model = Model(str(checkpoint.path), step_cache=step_cache, guidance_cache=guidance_cache, **asked)
     blank = checkpoint.blank_text()
     image = latent[:, :, :1] if query.get("image") else None
     job = SampleJob(model, blank, latent, blank, cfg=1.0 if is_tile else cfg, windows=windows, image=image)
