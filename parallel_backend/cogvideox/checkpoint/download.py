@@ -141,7 +141,7 @@ def check_space(wanted: Download) -> None:
     if missing > free:
         raise WriteFailure(
             f"{wanted.repository.name} needs {missing / GB:.1f} GB more in {wanted.folder}, and {free / GB:.1f} GB are free; "
-            "free space, or download to another disk with --output"
+            "free space, or make its folder a link to another disk (or --output)"
         )
 
 
