@@ -60,9 +60,9 @@ CHOSEN = (
 
 
 def rows() -> list[dict]:
-    """Returns all rows, by model and number of GPUs. Those with a guidance cache were not compared with lossless ones."""
+    """Returns all rows that ran, by model and number of GPUs. Those with a guidance cache were not compared with lossless ones."""
     run, guidance = (json.loads((RESULTS / file).read_text()) for file in (RUN, GUIDANCE))
-    every = run + [row | {"from_first": None} for row in guidance]
+    every = [row for row in run + [row | {"from_first": None} for row in guidance] if row["seconds_per_step"]]
     return sorted(every, key=lambda row: (MODELS.index(row["model"]), row["gpus"]))
 
 

@@ -130,6 +130,14 @@ def test_the_tables_of_speed_are_those_of_one_run(page):
     assert f"benchmarks/results/{speed_table.RUN}" in text.partition(pages.mark_of("speed_table"))[0].rpartition("## ")[2]
 
 
+def test_a_row_that_did_not_run_has_no_line_in_the_tables(tmp_path, monkeypatch):
+    row = json.loads((speed_table.RESULTS / speed_table.RUN).read_text())[0]
+    for name in (speed_table.RUN, speed_table.GUIDANCE):
+        (tmp_path / name).write_text(json.dumps([row, {**row, "seconds_per_step": None}]))
+    monkeypatch.setattr(speed_table, "RESULTS", tmp_path)
+    assert [bool(row["seconds_per_step"]) for row in speed_table.rows()] == [True, True]
+
+
 def test_a_cell_of_the_readme_is_the_seconds_of_the_row_that_it_names():
     rows = [
         {"model": "5b", "name": "ours", "precision": "lossless", "plan": "cfg2", "offload": "auto", "tiling": "auto", "steps": steps,
