@@ -188,6 +188,10 @@ held.expect(decode), count(), held.partially_load(gpu), count()
 held.detach(unpatch_all=False), count(), held.detach(), count()
 held.expect(decode), count(), held.partially_load(gpu), count()
 held.forget(), count(), held.detach()
+def gone():
+    raise errors.RequestError("no Ray cluster answers")
+executor.free = executor.status = gone
+held.expect(decode), held.partially_load(gpu), held.recount(), count(), held.detach()
 show(sizes=sizes, freed=executor.freed, parts=[checkpoint.weight_bytes(f, torch.float32) for f in ("transformer", "vae")])
 """)
     transformer, vae = shown["parts"]
@@ -202,6 +206,7 @@ show(sizes=sizes, freed=executor.freed, parts=[checkpoint.weight_bytes(f, torch.
         [vae, 0, "cpu"],  # the transformer is not expected back
         [vae, vae, "cuda:0"],
         [0, 0, "cpu"],
+        [0, 0, "cpu"],  # its Ray cluster is gone
     ]
     assert shown["freed"] == 2  # what a failed job left loaded can still be unloaded
 

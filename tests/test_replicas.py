@@ -433,14 +433,22 @@ def test_a_slow_worker_leaves_what_faster_ones_will_have_done_before_it(busy_for
     assert found.should_begin("slow", [], left=left)
 
 
-def test_a_replica_that_cannot_answer_is_failed_and_the_others_are_asked(monkeypatch):
+@pytest.mark.parametrize("error", [GroupUnavailable("no group starts here"), RequestError("no group starts here")])
+def test_a_replica_that_cannot_answer_is_failed_and_the_others_are_asked_and_freed(error, monkeypatch):
+    freed = []
+
     def fails() -> dict:
-        raise GroupUnavailable("no group starts here")
+        raise error
 
     replicas = ReplicasExecutor(Plan.parse("replicas2"), Devices("cpu", (0, 1)))
     first, second = replicas.replicas
     monkeypatch.setattr(first, "status", fails)
     monkeypatch.setattr(second, "status", lambda: {"state": "ready"})
+    monkeypatch.setattr(first, "free", fails)
+    monkeypatch.setattr(second, "free", lambda: freed.append(second))
+    with pytest.raises(type(error), match="no group starts here"):
+        replicas.free()
+    assert freed == [second]
     shown = replicas.status()
     assert [one["state"] for one in shown["replicas"]] == ["failed", "ready"] and shown["state"] == "ready"
     assert shown["replicas"][0]["last_error"] == "no group starts here"

@@ -10,12 +10,15 @@ import torch
 
 from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.cogvideox.offload import job_weight_bytes
-from ...parallel_backend.errors import GroupFailure
+from ...parallel_backend.errors import GroupFailure, RequestError
 from ...parallel_backend.executor.base import Executor
 from ...parallel_backend.executor.group import ABSENT, FAILED
 from ...parallel_backend.jobs import Job, SampleJob, UpscaleJob
 
 logger = logging.getLogger(__name__)
+
+UNREACHABLE = (GroupFailure, RequestError, OSError, EOFError)
+"""What an executor raises whose group is lost, or whose Ray cluster is gone."""
 
 
 class CogVideoX:
@@ -58,7 +61,7 @@ class HeldWeights:
             return
         try:
             said = self.executor.status()
-        except (GroupFailure, OSError, EOFError):
+        except UNREACHABLE:
             self.forget()
             return
         there = {} if said["state"] in (ABSENT, FAILED) else said.get("weights")
@@ -101,7 +104,7 @@ class HeldWeights:
             self.forget()
             try:
                 self.executor.free()
-            except (GroupFailure, OSError, EOFError) as error:  # a lost group holds nothing, and ComfyUI must go on
+            except UNREACHABLE as error:  # a lost group holds nothing, and ComfyUI must go on
                 logger.warning("the group is lost, so its memory is free: %s", error)
         return self.model
 

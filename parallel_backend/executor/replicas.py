@@ -17,7 +17,7 @@ from ..cogvideox.pipeline.upscaling import Mosaic, tiles_of
 from ..cogvideox.vae.frames import FramesListener
 from ..cogvideox.vae.preview import PictureListener
 from ..devices import Devices
-from ..errors import GroupFailure, GroupUnavailable
+from ..errors import GroupFailure, GroupUnavailable, RequestError
 from ..jobs import Job, Progress, Report, Result, SampleJob, UpscaleJob, WindowJob
 from ..model import ControlNet
 from ..parallel.rank import RankContext
@@ -241,9 +241,9 @@ class ReplicasExecutor(Executor):
         """Returns a replica's status. One that cannot answer is ``failed``, and the others are still asked."""
         try:
             return replica.status()
-        except GroupFailure as error:
+        except (GroupFailure, RequestError) as error:  # the latter where the Ray cluster is gone
             known = {"state": FAILED, "plan": str(replica.plan), "devices": replica.devices}
-            return {**known, "last_error": error.summary}
+            return {**known, "last_error": error.summary if isinstance(error, GroupFailure) else str(error)}
 
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`."""
@@ -259,7 +259,7 @@ class ReplicasExecutor(Executor):
         for replica in self.replicas:
             try:
                 replica.free()
-            except (GroupFailure, OSError, EOFError) as error:
+            except (GroupFailure, RequestError, OSError, EOFError) as error:
                 errors.append(error)
         if errors:
             raise errors[0]
