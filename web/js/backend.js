@@ -39,7 +39,13 @@ async function fillLists() {
     const query = question(node);
     const key = JSON.stringify(query);
     if (asked.get(node)?.key !== key) asked.set(node, { key, values: choices(query) });
-    const values = await asked.get(node).values;
+    let values;
+    try {
+      values = await asked.get(node).values;
+    } catch {
+      asked.delete(node); // ComfyUI is not there; it is asked again with the next change
+      continue;
+    }
     for (const name of LISTS) {
       for (const [owner, widget] of standIns(node, name)) {
         if (!fills.has(widget)) fills.set(widget, fillList(owner, widget));
