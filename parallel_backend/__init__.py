@@ -1,1 +1,1 @@
-"""CogVideoX on every GPU a person has: a library and a command line that know nothing of ComfyUI."""
+"""CogVideoX on every GPU of the user: a library and a command line that know nothing of ComfyUI."""

@@ -38,8 +38,8 @@ def run_and_resume(
     Returns:
         The answer, and a note for each loss.
     Raises:
-        GroupError: when the group is lost twice at the same step; GroupUnavailable if it did not come up either time. Each
-            GroupFailure has the job's progress.
+        GroupError: when the group is lost twice at the same step; GroupUnavailable if it did not come up the second time.
+            Each GroupFailure has the job's progress.
     """
     notes: list[str] = []
     lost_at = None

@@ -143,7 +143,7 @@ class HeartbeatWriter:
         self.say(doing)
 
     def say(self, doing: str) -> None:
-        """Reports what goes on within the last heartbeat's work. Its timeout starts anew; the count stays, as on the other ranks."""
+        """Reports what goes on within the last heartbeat's work. Its timeout starts again; the count stays, as on the other ranks."""
         self._board.beat(self._place, Heartbeat(self._count, doing, self._seconds))
 
     def report_failure(self, failure: dict[str, Any]) -> None:

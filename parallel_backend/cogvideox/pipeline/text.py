@@ -44,7 +44,7 @@ def find_place(
     Args:
         checkpoint: must have a text encoder.
         devices: candidates.
-        dtype: see :class:`parallel_backend.jobs.Model`.
+        dtype: see :class:`parallel_backend.model.Model`.
         transformer_bytes: bytes that the transformer will need on each device; None if it is not loaded at the same time.
     """
 
