@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .errors import RequestError
+from .plan import MOST_RANKS
 from .system.limits import usable_cores
 
 RANKS = "XDIT_RANKS"
@@ -74,14 +75,14 @@ class Devices:
         gpus = torch.cuda.device_count()
         if text == "auto":
             return cls("cuda", tuple(range(gpus))) if gpus else cls("cpu")
-        if match := re.fullmatch(r"cpu(?::(\d+))?", text):
-            count = int(match[1] or 1)
-            if count < 1:
-                raise RequestError(f"devices '{text}' are no devices; use cpu:1 or more")
-            return cls("cpu", tuple(range(count)))
-        if match := re.fullmatch(r"ray(?::(\d+))?", text):
-            return cls._on_ray(int(match[1]) if match[1] else None)
-        if not re.fullmatch(r"(cuda:)?\d+(,(cuda:)?\d+)*", text):
+        if match := re.fullmatch(r"(cpu|ray)(?::(\d{1,9}))?", text):
+            kind, count = match[1], match[2] and int(match[2])
+            if count == 0:
+                raise RequestError(f"devices '{text}' are no devices; use {kind}:1 or more")
+            if count and count > MOST_RANKS:
+                raise RequestError(f"devices '{text}' are more than {MOST_RANKS}; use fewer")
+            return cls("cpu", tuple(range(count or 1))) if kind == "cpu" else cls._on_ray(count)
+        if not re.fullmatch(r"(cuda:)?\d{1,9}(,(cuda:)?\d{1,9})*", text):
             raise RequestError(f"devices '{text}' are not understood; use auto, cpu, cpu:2, ray, or GPU numbers such as 0,1")
         indices = tuple(int(part.removeprefix("cuda:")) for part in text.split(","))
         if len(set(indices)) < len(indices) and not several_ranks_a_gpu():

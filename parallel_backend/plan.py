@@ -9,6 +9,8 @@ SINGLE = "single"
 AUTO = "auto"
 IN_PARTS = ("group", "sequential")
 """Offload modes that load weights from the CPU in parts, by hooks. The hooks stay: to leave a mode, weights are read again."""
+MOST_RANKS = 1024
+"""Ranks of a plan, and of each of its degrees, at most. What is typed while a workflow is edited must not become a loop without end."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Plan:
                 raise RequestError(f"plan: {field.name} is {degree}; use a whole number from 1")
         if self.cfg > 2:
             raise RequestError(f"plan: cfg is {self.cfg}; guidance has two halves, so use 1 or 2")
+        if max(self.world_size, self.fsdp) > MOST_RANKS:
+            raise RequestError(f"plan '{self}' is for more than {MOST_RANKS} devices; use lower degrees")
         self._check_pipefusion()
         self._check_fsdp()
 
@@ -96,7 +100,7 @@ class Plan:
         known = [field.name for field in fields(cls)]
         degrees: dict[str, int] = {}
         for part in [] if text == SINGLE else text.split("-"):
-            match = re.fullmatch(r"([a-z]+)(\d+)", part)
+            match = re.fullmatch(r"([a-z]+)(\d{1,9})", part)
             if not match or match[1] not in known:
                 raise RequestError(
                     f"plan '{text}': '{part}' is not understood; use '{SINGLE}', '{AUTO}', or degrees of "

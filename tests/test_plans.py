@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from parallel_backend.devices import Devices
 from parallel_backend.errors import RequestError
 from parallel_backend.plan import Plan
 from parallel_backend.planner.machine import CPU
@@ -32,6 +33,30 @@ def test_a_plan_that_makes_no_sense_is_refused_in_one_line(text):
     with pytest.raises(RequestError) as error:
         Plan.parse(text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("ulysses1025", "'ulysses1025' is for more than 1024 devices"),
+        ("replicas1024-cfg2", "'replicas1024-cfg2' is for more than 1024 devices"),
+        ("ulysses900000000-fsdp7", "is for more than 1024 devices"),  # its divisors would be sought for hours
+        ("single-fsdp4000", "'single' is not understood"),
+        ("ulysses" + "9" * 5000, "is not understood"),  # Python converts no number of so many digits
+    ],
+)
+def test_a_plan_for_more_devices_than_anyone_has_is_refused_at_once(text, words):
+    with pytest.raises(RequestError, match=words):
+        Plan.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("cpu:0", "no devices"), ("cpu:1025", "more than 1024"), ("cpu:" + "9" * 5000, "understood"), ("9" * 5000, "understood")],
+)
+def test_devices_that_nobody_has_are_refused_at_once(text, words):
+    with pytest.raises(RequestError, match=words):
+        Devices.parse(text)
 
 
 def test_ulysses_must_divide_the_heads_and_the_error_names_what_does():
