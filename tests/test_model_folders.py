@@ -130,6 +130,31 @@ show(names=[name for name in names if "circle" not in name], found=str(host.find
     assert shown["found"] == str(hub / "models--zai-org--CogVideoX-2b/snapshots/1")
 
 
+def test_a_folder_that_cannot_be_read_takes_no_other_model_from_the_list(tree, tmp_path):
+    models = tmp_path / "models"
+    for name in ("CogVideo/whole", "CogVideo/gone", "diffusers/gone"):
+        in_layout(models / name)
+    in_cache(tmp_path / "hub", "ORG/gone", "1")
+    (models / "CogVideo" / "nested").mkdir()
+    (models / "CogVideo" / "nested" / "transformer").symlink_to("transformer")  # a loop
+    shown = tree("""
+import errno
+def refuse(name):
+    whole = getattr(os, name)
+    def fail_if_gone(path=".", *others, **named):
+        if "gone" in str(path):
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+        return whole(path, *others, **named)
+    setattr(os, name, fail_if_gone)
+import os
+for name in ("stat", "scandir", "listdir", "open"):
+    refuse(name)
+name_second("gone")
+show(names=[name for name in host.model_names() if "demo" not in name], controlnets=list(host.controlnets()))
+""")
+    assert shown == {"names": ["CogVideo/whole"], "controlnets": []}
+
+
 @pytest.mark.parametrize("main, version", [("1", "1"), (None, "3"), ("not downloaded", "3")])
 def test_of_several_versions_the_one_that_main_names_is_taken_or_the_newest(main, version, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -42,7 +42,7 @@ def roots_of(kind: str) -> list[Path]:
         named = [Path(root) for root in folder_paths.get_folder_paths(kind)]
     except KeyError:
         named = []
-    beside = [] if kind in INSIDE else [parent / kind for parent in parents() if (parent / kind).is_dir()]
+    beside = [] if kind in INSIDE else [parent / kind for parent in parents() if os.path.isdir(parent / kind)]
     return list(dict.fromkeys([*(named if default in named else [default, *named]), *beside]))
 
 
@@ -94,7 +94,9 @@ def model_files() -> dict[str, Path]:
     """Returns the single files of CogVideoX transformers, by the name shown. Other models in the same folders are left out."""
     found: dict[str, Path] = {}
     own = [kind for kind in MODEL_FOLDERS if kind != "diffusers"]
-    places = [(kind, root, path.name) for kind in own for root in roots_of(kind) for path in sorted(root.glob("*.safetensors"))]
+    places = [
+        (kind, root, path.name) for kind in own for root in roots_of(kind) for path in bundled.matches(root, "*.safetensors")
+    ]
     places += [(FILES, root, name) for name in folder_paths.get_filename_list(FILES) for root in roots_of(FILES)]
     for kind, root, name in places:
         if single_file.is_cogvideox(root / name):
@@ -210,7 +212,7 @@ def controlnets() -> dict[str, Path]:
 
 def controlnet_of(path: Path) -> Path:
     """Returns what a file of weights is a part of: its folder if that has a configuration, else the file itself."""
-    return path.parent if (path.parent / "config.json").is_file() else path
+    return path.parent if os.path.isfile(path.parent / "config.json") else path
 
 
 def find_controlnet(name: str) -> Path:

@@ -1,6 +1,7 @@
 """Finds a checkpoint by the user's name for it: a bundled model, a path, or a model that was downloaded."""
 
 import json
+import os
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -34,7 +35,7 @@ def hub_cache() -> Path:
 
 def hub_models() -> dict[str, Path]:
     """Returns the CogVideoX checkpoints in the Hugging Face cache by ``ORG/NAME``."""
-    found = ((folder, checkpoint_in(folder)) for folder in sorted(hub_cache().glob(f"{CACHED}*")))
+    found = ((folder, checkpoint_in(folder)) for folder in matches(hub_cache(), f"{CACHED}*"))
     return {
         name_in_cache(folder): checkpoint for folder, checkpoint in found if checkpoint is not None and is_cogvideox(checkpoint)
     }
@@ -82,9 +83,9 @@ def checkpoint_in(folder: Path) -> Path | None:
 
     If several snapshots were downloaded, it is the one that ``main`` points to, or else the newest. None if there is none.
     """
-    if (folder / TRANSFORMER).is_file():
+    if os.path.isfile(folder / TRANSFORMER):  # unlike Path.is_file it does not raise if the folder cannot be read
         return folder
-    versions = [path.parents[1] for path in folder.glob(str(Path("snapshots", "*", TRANSFORMER)))]
+    versions = [path.parents[1] for path in matches(folder, str(Path("snapshots", "*", TRANSFORMER)))]
     if len(versions) > 1:
         try:
             main = (folder / "refs" / "main").read_text().strip()
@@ -94,6 +95,14 @@ def checkpoint_in(folder: Path) -> Path | None:
     return versions[-1] if versions else None
 
 
+def matches(folder: Path, pattern: str) -> list[Path]:
+    """Returns what a folder has, in order; nothing if it cannot be read, such as a network drive that is gone."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
 def is_cogvideox(folder: Path) -> bool:
     """Returns whether a folder in diffusers layout holds a CogVideoX model.
 
@@ -101,7 +110,7 @@ def is_cogvideox(folder: Path) -> bool:
     """
     try:
         return "CogVideoX" in json.loads((folder / TRANSFORMER).read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True
 
 
