@@ -256,6 +256,48 @@ def test_a_cut_off_file_is_noticed(broken, keep):
     assert str(weights) in refusal(broken) and "download it again" in refusal(broken)
 
 
+def brief(content) -> str:
+    """The name of a test case."""
+    return str(content)[:20]
+
+
+NO_OBJECT = [b"", bytes(range(256)), b"[]", b"null", b'"x"', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", [*NO_OBJECT, None], ids=brief)
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
+def test_a_configuration_that_cannot_be_read_is_named(name, content, broken):
+    path = broken / name
+    path.unlink(missing_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert refusal(broken).startswith(f"{path} cannot be read: ")
+
+
+@pytest.mark.parametrize("content", [*NO_OBJECT, b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 3}}'], ids=brief)
+def test_an_index_of_shards_that_cannot_be_read_is_named(content, broken):
+    path = broken / "vae" / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_bytes(content)
+    assert refusal(broken) == f"{path} lists no weights; download it again"
+
+
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+NO_HEADERS = [[ENTRY], None, {"a": 3}, {"a": {}}, *({"a": {**ENTRY, name: "x"}} for name in ("shape", "data_offsets"))]
+
+
+@pytest.mark.parametrize("header", NO_HEADERS, ids=brief)
+def test_a_file_with_another_kind_of_header_is_named(header, broken):
+    path, text = broken / "vae" / "diffusion_pytorch_model.safetensors", json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert refusal(broken).startswith(f"{path} is not a safetensors file (")
+
+
+def test_a_file_of_weights_that_cannot_be_opened_is_named_with_the_reason(broken):
+    path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.unlink()
+    path.mkdir()
+    assert refusal(broken) == f"{path} cannot be read: Is a directory; change its permissions, or download it again"
+
+
 def test_another_model_is_named(broken):
     (broken / "transformer" / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}))
     assert "is a WanTransformer3DModel" in refusal(broken)

@@ -1,6 +1,5 @@
 """The configuration files of a checkpoint folder, and the sibling folder that provides missing parts."""
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,16 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Reads a component's JSON configuration.
 
     Raises:
-        RequestError: if the file is missing or not valid JSON.
+        RequestError: if the file is missing, unreadable, or no JSON object.
     """
     path = folder / name
     try:
-        return json.loads(path.read_text())
+        return weights.json_object(path.read_bytes())
     except FileNotFoundError:
         raise RequestError(f"the checkpoint has no {path}; download the complete folder, in diffusers layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise weights.unreadable(path, error) from error
+    except ValueError as error:
         raise RequestError(f"{path} cannot be read: {error}; download it again") from error
 
 

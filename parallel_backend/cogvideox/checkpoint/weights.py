@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from ...errors import RequestError
+from ...errors import RequestError, reason_of
 
 MAX_HEADER = 100 * 2**20
 LFS_POINTER = b"version https://git-lfs"
@@ -21,7 +22,7 @@ def header(path: Path) -> dict:
     """Reads the header of a safetensors file: dtype, shape and offsets by name.
 
     Raises:
-        RequestError: if the file is missing, truncated, or not safetensors.
+        RequestError: if the file is missing, unreadable, truncated, or not safetensors.
     """
     try:
         size = path.stat().st_size
@@ -34,16 +35,41 @@ def header(path: Path) -> dict:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise RequestError(f"{path} is truncated or not a safetensors file; download it again")
-            entries = json.loads(file.read(length))
+            entries = json_object(file.read(length))
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        sum(math.prod(entry["shape"]) for entry in entries.values() if entry["dtype"])
     except FileNotFoundError:
         raise RequestError(f"the checkpoint lacks {path}; download the complete folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} is not a safetensors file ({error}); download it again") from error
-    entries.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except RequestError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise RequestError(f"{path} is not a safetensors file ({reason_of(error)}); download it again") from error
     if end != size:
         raise RequestError(f"{path} is {size:,} bytes but should be {end:,}: it is cut off; download it again")
     return entries
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """Parses JSON that is an object.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__} and no object")
+    return found
+
+
+def unreadable(path: Path, error: OSError) -> RequestError:
+    """Returns the error for a file that is there and cannot be read."""
+    return RequestError(f"{path} cannot be read: {error.strerror or error}; change its permissions, or download it again")
 
 
 def files(folder: Path) -> list[Path]:
@@ -54,10 +80,12 @@ def files(folder: Path) -> list[Path]:
     """
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, KeyError) as error:
-            raise RequestError(f"{index} cannot be read; download it again") from error
-        return [folder / name for name in sorted(names)]
+            names = set(json_object(index.read_bytes())["weight_map"].values())
+            return [folder / name for name in sorted(names)]
+        except OSError as error:
+            raise unreadable(index, error) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RequestError(f"{index} lists no weights; download it again") from error
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
