@@ -144,6 +144,10 @@ class ComfyRuntime:
         return json.loads((work / "out").read_text().splitlines()[-1]), log
 
     def close(self) -> None:
-        """Stops the process."""
+        """Stops the process, and kills it if it does not end."""
         self._process.stdin.close()
-        self._process.wait(180)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:  # on a loaded machine, or where another process has its standard input
+            self._process.kill()
+            self._process.wait()

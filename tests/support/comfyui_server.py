@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from websockets.exceptions import ConnectionClosed
@@ -229,7 +230,7 @@ class ComfyUIServer:
         wanted, found = f"{MARKER}={self.marker}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+                zombie = (folder / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"  # a name is cut off inside a character
                 if not zombie and wanted in (folder / "environ").read_bytes().split(b"\0"):
                     found.append(int(folder.name))
             except OSError:  # it has ended, or is not ours
@@ -264,7 +265,8 @@ class ComfyUIServer:
         left = self.wait_for_processes(0, grace)
         names = [f"{pid}: {describe(pid)}" for pid in left]
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         remaining = self.wait_for_processes(0, 10.0)
         tail = self.log_tail()

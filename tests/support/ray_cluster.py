@@ -1,6 +1,7 @@
 """A Ray cluster of CPU nodes on this machine."""
 
 import os
+from contextlib import suppress
 
 from ray.cluster_utils import Cluster
 
@@ -36,5 +37,7 @@ class RayCluster:
         self._cluster.remove_node(node, allow_graceful=False)
 
     def close(self) -> None:
-        """Ends all nodes."""
-        self._cluster.shutdown()
+        """Ends all nodes. It does not wait for processes that take long to end, as on a loaded machine; Ray takes these for zombies."""
+        while self._cluster.list_all_nodes():
+            with suppress(AssertionError):
+                self._cluster.shutdown()
