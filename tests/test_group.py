@@ -608,6 +608,13 @@ def test_other_machines_are_let_go_if_this_one_cannot_start(monkeypatch):
     assert ended == [part]
 
 
+def test_a_fork_server_that_does_not_end_is_killed(mute_python, configure):
+    configure(fork_server_client, stop_seconds=0.1)
+    server = fork_server_client.ForkServerProcess(preflight.group_python(), dict(os.environ))
+    assert server.end() == -signal.SIGKILL
+    server.close()
+
+
 def test_a_job_is_cancelled_while_its_group_starts(mute_python, start_group, make_job):
     asked = []
     with pytest.raises(Cancelled, match="while the group was starting"):

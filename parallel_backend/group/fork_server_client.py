@@ -166,8 +166,12 @@ class ForkServerProcess:
         return not self._said_hello and late and self.process.poll() is None
 
     def end(self) -> int:
-        """Waits for the fork server to end and returns its exit status."""
-        return self.process.wait(CONFIG.stop_seconds)
+        """Waits for the fork server to end, kills it if it does not, and returns its exit status."""
+        try:
+            return self.process.wait(CONFIG.stop_seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
     def last_lines(self, count: int = 20) -> str:
         """Returns the end of what it printed."""
