@@ -54,6 +54,30 @@ show(plan=plan, last=lines_of_last())
     assert cost.startswith("sample: plan single")
 
 
+def test_what_this_machine_cannot_do_is_refused_before_anything_starts(in_comfyui):
+    """The system would kill ComfyUI for the memory; hundreds of processes on a few cores stop everything else."""
+    shown, _ = in_comfyui("""
+feasible, resolve = part("parallel_backend.executor.feasible"), part("parallel_backend.executor.resolve")
+fitting, feasible.whole_memory = host.run(sample()).report.plan, lambda: 2**20
+refused = []
+def refuse(run, *args):
+    try:
+        run(*args)
+    except errors.RequestError as error:
+        refused.append(str(error))
+for backend in (None, Handle("cpu:2", "cfg2"), Handle("cpu", "auto"), Handle("cpu:900", "auto"), Handle("cpu:900", "cfg2-ring450")):
+    refuse(host.run, sample(), backend)
+for plan in ("auto", "cfg2-ring450"):
+    refuse(resolve.check_strings, plan, "cpu:900")
+show(fitting=fitting, refused=refused, group=host.has_group())
+""")
+    assert shown["fitting"] == "single" and not shown["group"]
+    *memory, first, second, third, fourth = shown["refused"]
+    assert [" with plan 'single', and 0.0 GiB" in one for one in memory] == [True, False, True]
+    assert all("a step at 64x48 with 9 frames is predicted to need" in one for one in memory)
+    assert all("'cpu:900' are 900 processes, and this machine has" in one for one in (first, second, third, fourth))
+
+
 def test_the_table_of_plans_counts_the_windows_of_a_long_video(in_comfyui):
     shown, _ = in_comfyui("""
 table, gpus = part("nodes.comfy.plan_table"), part("parallel_backend.planner.gpu_table").KNOWN

@@ -19,6 +19,7 @@ from ...parallel_backend.cogvideox.vae.frames import FramesListener
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.errors import Cancelled, GroupUnavailable, RequestError
 from ...parallel_backend.executor.base import Executor
+from ...parallel_backend.executor.feasible import check_feasible
 from ...parallel_backend.executor.local import LocalExecutor
 from ...parallel_backend.executor.prepare import CheckedJob, PreparedJob, check_job, prepare
 from ...parallel_backend.executor.resolve import SET_BY_USER
@@ -96,6 +97,19 @@ def local(device: torch.device | None = None) -> LocalExecutor:
     return _local[device]
 
 
+def local_for(checked: CheckedJob, device: torch.device | None) -> LocalExecutor:
+    """The executor of this process for a job.
+
+    Raises:
+        RequestError: when the CPU has too little memory for it. The system would kill ComfyUI for that.
+    """
+    executor = local(device)
+    if executor.torch_devices[0].type == "cpu":
+        prepared = PreparedJob(checked.job, checked.checkpoint, Plan(), Devices("cpu"), SET_BY_USER)
+        check_feasible(prepared, alone=False)
+    return executor
+
+
 def counted_on(executor: Executor) -> torch.device:
     """The device whose memory ComfyUI counts an executor's weights against: its own, where the executor uses that."""
     own = management.get_torch_device()
@@ -125,13 +139,13 @@ def run(
         job = replace(job, preview=settings.preview_method != LatentPreviewMethod.NoPreviews)
     checked = check_job(job)
     try:
-        executor = executor_for(backend, checked, node_id) if backend else local(device)
+        executor = executor_for(backend, checked, node_id) if backend else local_for(checked, device)
         return run_on(executor, checked, node_id, on_frames)
     except GroupUnavailable as error:
         say(f"no group: {error.summary}; working in this process", node_id, level=logging.WARNING)
         if error.details:
             logger.info(error.details)
-    return run_on(local(device), checked, node_id, on_frames)
+    return run_on(local_for(checked, device), checked, node_id, on_frames)
 
 
 def warm_up(devices: str, plan: str) -> None:
@@ -192,6 +206,7 @@ def executor_for(backend, checked: CheckedJob, node_id: str | None) -> Executor:
             say(_chosen[warm], node_id)
         return warm
     prepared = prepare(checked, backend.plan, backend.devices)
+    check_feasible(prepared, alone=False)
     plan, devices = prepared.plan, prepared.devices
     if plan.world_size == 1 and not devices.on_ray:
         report_plan(prepared, node_id)

@@ -14,10 +14,9 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..devices import Devices
 from ..errors import GroupUnavailable, RequestError
 from ..executor.factory import cluster_executor
-from ..executor.feasible import check_cores
 from ..executor.group import ABSENT, FAILED, GroupExecutor
 from ..executor.replicas import ReplicasExecutor
-from ..executor.resolve import resolve
+from ..executor.resolve import check_cores, resolve
 from ..group.registry import running
 from ..plan import Plan
 from ..workload import Workload

@@ -3,34 +3,22 @@
 import torch
 
 from ..cogvideox.pipeline.upscaling import tiles_of
-from ..devices import Devices
 from ..errors import RequestError
 from ..jobs import SampleJob, UpscaleJob
 from ..plan import Plan
 from ..planner import hardware
 from ..planner.cost_model import predict, weight_bytes, working_bytes
 from ..planner.machine import CPU
-from ..system.limits import usable_cores, usable_memory
+from ..system.limits import usable_cores, usable_memory, whole_memory
 from .base import steps_of
 from .prepare import PreparedJob
+from .resolve import check_cores
 
 GIB, DAY = 2**30, 24 * 3600
 CPU_CORES = 2
 """Cores that the planner's assumed rates of a CPU are about those of."""
 MOST_DAYS = 7
 """On the CPU, days of predicted work above which a job is refused. The rates are assumed, so this is far from what anyone waits."""
-MOST_A_CORE = 4
-"""Processes on a core of the CPU. More only wait for each other: a start takes minutes, and ranks count as hung."""
-
-
-def check_cores(devices: Devices) -> None:
-    """Raises RequestError if the CPU has far too few cores for the processes."""
-    cores = usable_cores()
-    if devices.kind == "cpu" and not devices.on_ray and devices.count > MOST_A_CORE * cores:
-        raise RequestError(
-            f"devices '{devices}' are {devices.count} processes, and this machine has {cores} cores; use cpu:{cores}, and at most "
-            f"cpu:{MOST_A_CORE * cores}"
-        )
 
 
 def size_and_advice(job: SampleJob | UpscaleJob) -> tuple[str, str]:
@@ -43,12 +31,15 @@ def size_and_advice(job: SampleJob | UpscaleJob) -> tuple[str, str]:
     return f"a step at {width * 8}x{height * 8} with {frames * 4 - 3} frames", advice
 
 
-def check_feasible(prepared: PreparedJob) -> None:
+def check_feasible(prepared: PreparedJob, *, alone: bool = True) -> None:
     """Checks that the devices have the cores, the memory and the speed for a job.
 
     On a GPU only the least that a step takes counts: that of compiled blocks, without weights, which may be offloaded, and without what
     other programs use now.
 
+    Args:
+        prepared: the job.
+        alone: whether nothing of it is in main memory yet, as before the only job of a command. If not, all of main memory counts as free.
     Raises:
         RequestError: if they have not.
     """
@@ -62,7 +53,11 @@ def check_feasible(prepared: PreparedJob) -> None:
     what = f"{size} is predicted to"
     need = working_bytes(plan.replica, work, compiled=devices.kind != "cpu")
     if devices.kind == "cpu":
-        need, free, where = (need + weight_bytes(plan.replica, work)) * devices.count, usable_memory(), "of main memory"
+        need, free, where = (
+            (need + weight_bytes(plan.replica, work)) * devices.count,
+            (usable_memory if alone else whole_memory)(),
+            "of main memory",
+        )
         days = predict(Plan(), work, CPU).seconds * windows * CPU_CORES / usable_cores() * steps / DAY
     else:
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in devices.torch_devices]

@@ -12,10 +12,13 @@ from ..plan import AUTO, IN_PARTS, Plan
 from ..planner import hardware
 from ..planner.machine import Machine
 from ..planner.planner import assumed, choose
+from ..system.limits import usable_cores
 from ..workload import Workload
 
 SET_BY_USER = "set by the user"
 """The reason for a plan that is not ``auto``."""
+MOST_A_CORE = 4
+"""Processes on a core of the CPU. More only wait for each other: a start takes minutes, and ranks count as hung."""
 
 
 def resolve(plan: str, devices: str, workload: Workload, *, is_serving: bool = False) -> tuple[Plan, Devices, str]:
@@ -53,10 +56,17 @@ def check_strings(plan: str, devices: str) -> None:
     Raises:
         RequestError: when this machine lacks the devices, or plan and devices do not fit each other.
     """
-    if plan == AUTO:
-        Devices.parse(devices)
-    else:
-        matched(plan, devices)
+    check_cores(Devices.parse(devices) if plan == AUTO else matched(plan, devices)[1])
+
+
+def check_cores(devices: Devices) -> None:
+    """Raises RequestError if the CPU has far too few cores for the processes."""
+    cores = usable_cores()
+    if devices.kind == "cpu" and not devices.on_ray and devices.count > MOST_A_CORE * cores:
+        raise RequestError(
+            f"devices '{devices}' are {devices.count} processes, and this machine has {cores} cores; use cpu:{cores}, and at most "
+            f"cpu:{MOST_A_CORE * cores}"
+        )
 
 
 def matched(plan: str, devices: str) -> tuple[Plan, Devices]:

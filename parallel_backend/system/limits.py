@@ -24,6 +24,11 @@ def usable_memory() -> int:
     return max(0, min([psutil.virtual_memory().available, *(allowed - used for allowed, used in memory_limits())]))
 
 
+def whole_memory() -> int:
+    """Returns the bytes of main memory that this process could allocate if nothing else did."""
+    return min([psutil.virtual_memory().total, *(allowed for allowed, _ in memory_limits())])
+
+
 def quotas() -> Iterator[tuple[int, int]]:
     """Yields CPU time and period, in microseconds, of each cgroup that sets a limit."""
     for folder in folders("cpu"):
