@@ -3,6 +3,8 @@
 :mod:`parallel_backend.engine.vae_jobs` carries it out.
 """
 
+from fractions import Fraction
+
 import torch
 
 from ...jobs import DecodeJob, EncodeJob
@@ -50,10 +52,18 @@ def tiles_to_try(job: DecodeJob | EncodeJob, *, tiled: bool) -> list[int | None]
 
 
 def set_tiling(vae, *, tiled: bool, tile: int, overlap: int) -> None:
-    """Enables tiling with square tiles, or disables it; ``tile`` and ``overlap`` are in pixels."""
+    """Enables tiling with square tiles, or disables it.
+
+    Args:
+        vae: diffusers'.
+        tiled: whether it is enabled.
+        tile, overlap: in pixels, of which the last ones that are less than a latent's are left out.
+    """
     if not tiled:
         vae.disable_tiling()
         return
+    tile, overlap = (pixels // SPATIAL * SPATIAL for pixels in (tile, overlap))
     vae.enable_tiling(tile_sample_min_height=tile, tile_sample_min_width=tile)
-    # Set here, as enable_tiling ignores an overlap of 0.
-    vae.tile_overlap_factor_height = vae.tile_overlap_factor_width = overlap / tile
+    # Set here, as enable_tiling ignores an overlap of 0. diffusers rounds down what it multiplies by this, in pixels and in latents: with
+    # a float some tiles would be joined elsewhere than they were cut.
+    vae.tile_overlap_factor_height = vae.tile_overlap_factor_width = Fraction(overlap, tile)
