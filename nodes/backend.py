@@ -67,7 +67,7 @@ class XDiTBackend(CogVideoXNode):
         node_id = cls.hidden.unique_id
         devices = submission.value_of(node_id, "devices")
         try:
-            check_strings(AUTO if plan is None else plan, AUTO if devices is None else devices)
+            check_strings(AUTO if plan is None else plan, AUTO if devices is None else str(devices))
         except RequestError as error:
             return errors.refuse(str(error), node_id)
         return True

@@ -210,7 +210,7 @@ class LoadCogVideoX(CogVideoXNode):
         node_id = cls.hidden.unique_id
         try:
             if model_name is not None:
-                runtime.find_model(model_name)
+                runtime.find_model(str(model_name))
         except NotDownloaded as missing:
             if submission.value_of(node_id, "download") == OFF:
                 return errors.refuse(str(missing), node_id)
