@@ -77,5 +77,10 @@ def with_checks(method: Callable) -> Callable:
         except (RequestError, Failure) as error:
             errors.show(error, cls.hidden.unique_id)
             raise
+        except RuntimeError as error:
+            if not (full := errors.out_of_memory(error)):
+                raise
+            errors.show(full, cls.hidden.unique_id)
+            raise full from error
 
     return run

@@ -1,11 +1,15 @@
 """How the pack's errors appear in ComfyUI: by a plain name, in the node and in a toast."""
 
 import logging
+import re
 from collections.abc import Iterator
 
-from ...parallel_backend.errors import Failure, RequestError
+from ...parallel_backend.errors import Failure, OutOfMemory, RequestError
 from . import lines, submission
 from .events import send_event
+
+TOO_LARGE = re.compile(r"(?:can't allocate|not enough) memory: you tried to allocate (\d+) bytes")
+"""What torch says of a tensor that main memory has no room for."""
 
 
 def kinds(*bases: type[Exception]) -> Iterator[type[Exception]]:
@@ -28,6 +32,13 @@ def name_plainly() -> None:
 def sentence(error: Exception) -> str:
     """Returns what one of the pack's errors says: its first line, without a remote traceback."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def out_of_memory(error: RuntimeError) -> OutOfMemory | None:
+    """Returns the error for a tensor that main memory has no room for; None if another error was raised."""
+    found = TOO_LARGE.search(str(error))
+    size = found and f"{int(found[1]) / 2**30:.1f} GiB"
+    return found and OutOfMemory(f"{size} do not fit into main memory; use a smaller size, fewer frames or fewer videos")
 
 
 def show(error: Exception, node_id: str | None) -> None:
