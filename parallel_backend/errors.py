@@ -60,6 +60,11 @@ def lines_of(error: BaseException) -> list[str]:
     return [line.strip() for line in str(error).splitlines() if line.strip()]
 
 
+def readable(text: str) -> str:
+    """Returns a text with a question mark for each half of a character, which a file's name or JSON may have and UTF-8 has not."""
+    return text.encode(errors="replace").decode()
+
+
 def is_a(error: BaseException | None, name: str) -> bool:
     """Returns whether an error is of a class of this name, which may belong to a package that is not installed."""
     return any(kind.__name__ == name for kind in type(error).__mro__)

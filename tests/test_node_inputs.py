@@ -272,6 +272,47 @@ show(said=said, shown=shown)
     assert shown["shown"][0] == ["5", length]
 
 
+def test_what_no_memory_holds_is_named_in_the_node_in_one_sentence(in_comfyui):
+    shown, _ = in_comfyui(
+        SHOWN
+        + """
+conditioning = part("nodes.conditioning")
+conditioning.empty_latent = lambda **size: torch.empty(2**55)
+at("first", "5")
+try:
+    conditioning.EmptyCogVideoXLatent.execute(4096, 4096, 1025, 64)
+except errors.OutOfMemory as error:
+    show(said=str(error), line=lines_of_last())
+"""
+    )
+    assert shown["said"] == "134217728.0 GiB do not fit into main memory; use a smaller size, fewer frames or fewer videos"
+    assert shown["line"][0].endswith("; use a smaller size, fewer frames or fewer videos")
+
+
+def test_values_of_another_kind_in_a_saved_workflow_are_refused_in_one_sentence(in_comfyui):
+    shown, _ = in_comfyui("""
+backend, loaders, submission = part("nodes.backend").XDiTBackend, part("nodes.loaders").LoadCogVideoX, part("nodes.comfy.submission")
+submission.remember({"prompt": {"1": {"inputs": {"devices": 9, "download": "off"}}}})
+backend.hidden = loaders.hidden = types.SimpleNamespace(unique_id="1")
+show(devices=backend.validate_inputs("auto"), models=[loaders.validate_inputs(name) for name in (3, {"a": 1}, ["a"])])
+""")
+    assert shown["devices"].startswith("devices '9': there is no GPU 9")
+    assert all(said.startswith("there is no model '") for said in shown["models"])
+
+
+def test_half_a_character_is_shown_in_a_node_as_a_question_mark(in_comfyui):
+    """As of a file's name in another encoding, which the core sends as UTF-8."""
+    shown, _ = in_comfyui(
+        SHOWN
+        + """
+at("first", "5")
+host.say("caf" + chr(0xDCE9))
+show(lines=lines_of_last())
+"""
+    )
+    assert shown["lines"] == ["caf?"]
+
+
 def test_a_video_is_encoded_for_save_video_while_it_is_decoded(nodes):
     shown = nodes("""
 import hashlib

@@ -97,6 +97,10 @@ def test_a_weight_moves_the_states_of_its_words_away_from_those_of_the_empty_pro
     assert (encoder.encode_prompt(r"\(a\)") - states("(a)")).abs().max() <= TOLERANCE
 
 
+def test_half_a_character_is_read_as_a_question_mark(encoder):
+    assert encoder.tokenize("a \ud83d circle") == encoder.tokenize("a ? circle")
+
+
 def test_syntax_that_has_no_effect_is_named(encoder):
     said = []
     encoder.say = said.append

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from ...parallel_backend.errors import readable
+
 PREFIX = "cogvideox-xdit"
 """First part of the pack's events and routes."""
 LINE_BREAK = "  \n"
@@ -33,4 +35,4 @@ def send_text(text: str, node_id: str) -> None:
 
 def escaped(text: str) -> str:
     """Returns a text with its markup as character references, which both renderers of ComfyUI show as the characters."""
-    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", readable(text))

@@ -7,6 +7,7 @@ from weakref import proxy
 
 import torch
 
+from ...errors import readable
 from ...planner.cost_model import HEADROOM
 from ...system.limits import usable_memory
 from .. import offload
@@ -126,6 +127,7 @@ class TextEncoder:
 
         Parts of the prompt with different weights are tokenized separately, as ComfyUI does.
         """
+        prompt = readable(prompt)
         self._forget_changed()
         if self._tokenizer is None:
             self._tokenizer = self.checkpoint.load_tokenizer()
