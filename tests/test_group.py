@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -537,10 +538,45 @@ def test_a_group_that_cannot_come_up_is_unavailable_and_says_what_its_processes_
 @pytest.fixture
 def mute_python(tmp_path, configure):
     """An interpreter that runs and says nothing."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    configure(preflight, python=python_that("exec sleep 600", tmp_path))
+
+
+def python_that(does: str, folder: Path) -> str:
+    """Makes an interpreter that does something first. Returns its path."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
     python.chmod(0o755)
-    configure(preflight, python=str(python))
+    return str(python)
+
+
+@pytest.mark.parametrize(
+    "does, words",
+    [
+        ("exit 0", "the fork server ended with status 0: {python} cannot run this pack; correct XDIT_PYTHON"),
+        ("exit 3", "the fork server ended with status 3: {python} cannot run this pack; correct XDIT_PYTHON"),
+        (
+            f'exec {sys.executable} -S "$@"',  # without its packages
+            "ModuleNotFoundError: No module named '.*'; install requirements.txt for {python}, or correct XDIT_PYTHON",
+        ),
+        (f'ulimit -f 0; exec {sys.executable} "$@"', ": OSError: .* File too large.*; free space"),
+    ],
+    ids=["ends", "fails", "without packages", "full disk"],
+)
+def test_why_an_interpreter_starts_no_group_is_said_with_what_to_do(does, words, tmp_path, configure, start_group, make_job):
+    python = python_that(does, tmp_path)
+    configure(preflight, python=python)
+    group = start_group("cfg2")
+    for again in (False, True):
+        with pytest.raises(GroupUnavailable, match=words.format(python=re.escape(python))) as error:
+            group.sample(make_job("5b"))
+        is_remembered = "s ago; it is tried again once something changes" in error.value.summary
+        assert is_remembered == (again and "free space" not in words)
+
+
+def test_the_home_folder_of_an_interpreter_may_be_short(configure, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/user")
+    configure(preflight, python="~/venv/bin/python")
+    assert preflight.group_python() == "/home/user/venv/bin/python"
 
 
 def test_an_interpreter_that_does_not_run_the_pack_is_given_up_soon(mute_python, start_group, make_job, configure):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import CONFIG
 from ..errors import Cancelled, GroupError, GroupFailure, GroupLost, GroupUnavailable, RequestError
+from ..group import failures
 from ..group.codec import Message
 from ..group.exit_cause import ExitCause
 from ..group.launcher import Launcher
@@ -112,9 +113,16 @@ def bury(launcher: Launcher, cause: ExitCause, *, came_up: bool) -> GroupFailure
 
 
 def _reported_error(cause: ExitCause) -> str:
-    """Returns the error of the rank that failed, if it reported one."""
+    """Returns the error of the process that failed, if it reported one, and what to do about it."""
     failure = cause.failure
-    return f": {failure['error']}: {failure['message'].strip().partition(chr(10))[0]}" if failure else ""
+    if not failure:
+        return ""
+    remedy = ""
+    if failure["error"] in ("ModuleNotFoundError", "ImportError"):
+        remedy = f"; install requirements.txt for {group_python()}, or correct XDIT_PYTHON"
+    elif failures.is_full(failure):
+        remedy = "; free space"
+    return f": {failure['error']}: {failure['message'].strip().partition(chr(10))[0]}{remedy}"
 
 
 class Owner:

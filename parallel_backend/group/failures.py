@@ -6,12 +6,14 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from ..config import CONFIG
 from ..errors import GroupUnavailable
+from ..system.files import FULL
 from .exit_cause import ExitCause
 from .preflight import group_python
 
@@ -47,9 +49,15 @@ def conditions() -> tuple:
 
 
 def remember(plan: str, devices: str, error: GroupUnavailable, cause: ExitCause) -> None:
-    """Remembers a failure, unless the next try may succeed: a rank was killed, or a GPU ran out of memory."""
-    if cause.by_itself and "OutOfMemory" not in (cause.failure or {}).get("error", ""):
+    """Remembers a failure, unless the next try may succeed: a rank was killed, or a GPU or a disk was full."""
+    failure = cause.failure or {}
+    if cause.by_itself and "OutOfMemory" not in failure.get("error", "") and not is_full(failure):
         _failures[plan, devices] = FailedStart(error, conditions(), time.monotonic())
+
+
+def is_full(failure: dict[str, Any]) -> bool:
+    """Whether a failure report is of a disk that was full."""
+    return any(os.strerror(number) in failure.get("message", "") for number in FULL)
 
 
 def check(plan: str, devices: str) -> None:

@@ -17,11 +17,11 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from ..system.modules import has_module
-from ..system.processes import end_with, set_name
+from ..system.processes import described, end_with, leave, set_name
 
 HELLO = b"."
 """Sent to the owner before the imports: the interpreter can run the pack."""
@@ -142,12 +142,12 @@ class ForkServer:
             os.close(log)
             added = {name: value for name, value in os.environ.items() if name not in self._inherited}
             status = self._supervise(parent, connection, added)
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            failure = {**described(error), "host": None, "waited": 0.0}
+            with suppress(OSError):  # the owner has closed its end
+                connection.sendall(json.dumps({"failure": failure}).encode() + b"\n")
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            leave(status)
 
     def _supervise(self, parent: int, connection: socket.socket, added: dict[str, str]) -> int:
         from .start_request import StartRequest

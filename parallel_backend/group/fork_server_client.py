@@ -39,7 +39,8 @@ class SupervisorProcess:
     def __init__(self, server: "ForkServerProcess", connection: socket.socket):
         self.server = server
         self.reports: dict[str, Any] = {}
-        """Reported so far: ``supervisor``, its process ID; ``exit``, why the group ended; ``status``, its exit status."""
+        """Reported so far: ``supervisor``, its process ID; ``exit``, why the group ended; ``failure``, what it failed with itself;
+        ``status``, its exit status."""
         self._connection = connection
         self._ended = threading.Event()
         threading.Thread(target=self._read, name="group reports", daemon=True).start()
@@ -62,6 +63,10 @@ class SupervisorProcess:
         if not self._ended.is_set():
             return None
         return self.reports["status"] if "status" in self.reports else self.server.end()
+
+    def has_ended_well(self) -> bool:
+        """Whether it ended as it should. A fork server that ends first is no such end, whatever its status."""
+        return self.poll() == 0 and "status" in self.reports
 
     def wait(self, seconds: float | None = None) -> int:
         """Waits for the end and returns the exit status.

@@ -12,7 +12,7 @@ from ..plan import Plan
 from .exit_cause import ExitCause, how_it_ended
 from .fork_server_client import ForkServerProcess, SupervisorProcess
 from .part import Part
-from .preflight import check_possible, interface_of, loopback, rank_environment
+from .preflight import check_possible, group_python, interface_of, loopback, rank_environment
 from .registry import GroupAddress, Home, remove_stale
 from .start_request import HOST, StartRequest
 
@@ -149,7 +149,7 @@ class Launcher:
 
     def has_ended_idle(self) -> bool:
         """Whether the group has ended because it had no job for ``idle_minutes``."""
-        return self.process is not None and self.process.poll() == 0
+        return self.process is not None and self.process.has_ended_well()
 
     def is_mute(self) -> bool:
         """Whether the interpreter runs but has not reported within ``hello_seconds``, so it cannot run the pack."""
@@ -198,9 +198,13 @@ class Launcher:
                 return cause
         if has_trouble:
             return None
-        if status == 0:
+        if self.process.has_ended_well():
             return ExitCause("it was idle and has ended", by_itself=False)
-        return replace(how_it_ended("the supervisor" if "status" in reports else "the fork server", status), details=details)
+        if "status" in reports:
+            return replace(how_it_ended("the supervisor", status), failure=reports.get("failure"), details=details)
+        cause = how_it_ended("the fork server", status)
+        what = f": {group_python()} cannot run this pack; correct XDIT_PYTHON" if cause.by_itself else ""
+        return replace(cause, cause=f"{cause.cause}{what}", details=details)
 
     def details(self) -> str:
         """Returns the last lines of the processes' logs."""

@@ -26,7 +26,7 @@ LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 def group_python() -> str:
     """Returns the interpreter for a group's processes: ``XDIT_PYTHON``, or else this process's."""
-    return CONFIG.python or sys.executable
+    return os.path.expanduser(CONFIG.python) if CONFIG.python else sys.executable
 
 
 def check_possible(plan: Plan | None, devices: Devices, nodes: int = 1) -> None:

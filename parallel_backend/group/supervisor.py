@@ -12,22 +12,21 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
 from ..config import CONFIG
-from ..system.processes import end_with, set_name
+from ..system.processes import described, end_with, leave, set_name
 from .exit_cause import KILLED, ExitCause, how_it_ended
 from .hang_detector import Hang, HangDetector
 from .heartbeat import Board
 from .ownership import OwnerWatch
 from .registry import GroupAddress
-from .start_request import StartRequest
+from .start_request import HOST, StartRequest
 
 
 class Supervisor:
@@ -106,9 +105,11 @@ class Supervisor:
 
             worker.run(self.address, self.request.plan, self.request.kind, self.board)
             status = 0
-        except BaseException:
-            traceback.print_exc()
-        self._exit(status)
+        except BaseException as error:
+            failure = described(error)
+            if self.board.failure_report(place) is None:
+                self.board.report_failure(place, {**failure, "host": os.environ.get(HOST), "waited": 0.0})
+        leave(status)  # without the shutdown of process groups, whose threads may hang
 
     def _redirect(self, place: int) -> None:
         """Sends a rank's output to its own logs."""
@@ -118,13 +119,6 @@ class Supervisor:
             log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(log, descriptor)
             os.close(log)
-
-    @staticmethod
-    def _exit(status: int) -> NoReturn:
-        """Ends a rank without the shutdown of process groups, whose threads may hang."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
     def _wait(self) -> dict[int, int]:
         """Waits until all ranks have ended, and kills the others once one has failed.
@@ -151,7 +145,8 @@ class Supervisor:
             return False
         place, code = self.ranks.pop(pid), os.waitstatus_to_exitcode(status)
         if code:
-            print(f"rank {self.first_rank + place} ended with {code}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the disk of the log is full
+                print(f"rank {self.first_rank + place} ended with {code}", file=sys.stderr, flush=True)
             ends[self.first_rank + place] = code
         return True
 
