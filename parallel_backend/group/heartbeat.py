@@ -73,10 +73,9 @@ class Board:
         return found and Heartbeat(**found)
 
     def report_failure(self, place: int, failure: dict[str, Any]) -> None:
-        """Writes a rank's failure report before it exits. Of a long traceback the end is kept."""
-        self._write(
-            place * (BEAT_BYTES + REPORT_BYTES) + BEAT_BYTES, REPORT_BYTES, shortened(failure, REPORT_BYTES - HEAD.size)
-        )
+        """Writes a rank's failure report before it exits, with when it is written (``at``). Of a long traceback the end is kept."""
+        report = shortened({**failure, "at": time.monotonic()}, REPORT_BYTES - HEAD.size)
+        self._write(place * (BEAT_BYTES + REPORT_BYTES) + BEAT_BYTES, REPORT_BYTES, report)
 
     def failure_report(self, place: int) -> dict[str, Any] | None:
         """Returns a rank's failure report, or None."""
@@ -147,5 +146,5 @@ class HeartbeatWriter:
         self._board.beat(self._place, Heartbeat(self._count, doing, self._seconds))
 
     def report_failure(self, failure: dict[str, Any]) -> None:
-        """Writes the failure report: ``error``, ``message``, ``traceback``, ``host`` and ``waited``, and when it is written (``at``)."""
-        self._board.report_failure(self._place, {**failure, "at": time.monotonic()})
+        """Writes the failure report: ``error``, ``message``, ``traceback``, ``host`` and ``waited``."""
+        self._board.report_failure(self._place, failure)
