@@ -525,6 +525,19 @@ for target in targets.values():
     assert shown == {"copied": [f"cogvideox-{name}.png" for name in ("end", "mask", "start")], "kept": True}
 
 
+def test_no_group_starts_while_comfyui_ends(in_comfyui):
+    """Its worker thread goes on meanwhile: it took the group that was closed for one that was lost, and started it again."""
+    shown, _ = in_comfyui("""
+executors, registry = part("nodes.comfy.executors"), part("parallel_backend.group.registry")
+executors.end()
+try:
+    executors.start_group(part("parallel_backend.plan").Plan(cfg=2), part("parallel_backend.devices").Devices("cpu", (0, 1)))
+except errors.GroupUnavailable as error:
+    show(said=str(error), interrupted=host.management.processing_interrupted(), owners=len(registry.entries("owner")))
+""")
+    assert shown == {"said": "this process is ending", "interrupted": True, "owners": 0}
+
+
 def test_the_panel_may_ask_while_a_job_ends(in_comfyui):
     shown, _ = in_comfyui("""
 state = part("nodes.comfy.state")

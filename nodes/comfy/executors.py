@@ -3,12 +3,14 @@
 import atexit
 from weakref import WeakKeyDictionary
 
+import comfy.model_management as management
 import torch
 
 from ...parallel_backend.devices import Devices
 from ...parallel_backend.executor.base import Executor
 from ...parallel_backend.executor.factory import ExecutorCache
 from ...parallel_backend.executor.local import LocalExecutor
+from ...parallel_backend.group.launcher import start_no_more
 from ...parallel_backend.plan import Plan
 from .model_patcher import HeldWeights
 
@@ -18,7 +20,14 @@ held: dict[Executor, HeldWeights] = {}
 local_executors: dict[torch.device, LocalExecutor] = {}
 chosen: WeakKeyDictionary[Executor, str] = WeakKeyDictionary()
 """The line that says which plan ``auto`` chose for an executor, and why."""
-atexit.register(groups.close)
+
+
+@atexit.register
+def end() -> None:
+    """Ends the group with ComfyUI. ComfyUI's worker goes on in its thread meanwhile, and must neither start it again nor begin anew."""
+    management.interrupt_current_processing()
+    start_no_more()
+    groups.close()
 
 
 def kept_group() -> Executor | None:

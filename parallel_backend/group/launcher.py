@@ -1,6 +1,7 @@
 """Starts and stops the processes of a group."""
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, Protocol
@@ -17,6 +18,13 @@ from .registry import GroupAddress, Home, remove_stale
 from .start_request import HOST, StartRequest
 
 logger = logging.getLogger(__name__)
+
+_is_ending = threading.Event()
+
+
+def start_no_more() -> None:
+    """Has this process start no more groups. Call it before the last one is closed at the process's end, as other threads go on meanwhile."""
+    _is_ending.set()
 
 
 class Members(Protocol):
@@ -74,6 +82,8 @@ class Launcher:
         Raises:
             RequestError, GroupUnavailable: see :func:`.preflight.check_possible`; the latter also when a machine does not come.
         """
+        if _is_ending.is_set():
+            raise GroupUnavailable("this process is ending")
         if self.members:
             self.part = self.members.meet()
         try:
