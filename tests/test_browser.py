@@ -330,6 +330,21 @@ def test_the_panel_shows_the_group_fills_the_node_and_stops_the_group(page, brok
     assert wait_until(lambda: len(workers()) == before)
 
 
+def test_the_panel_says_so_where_comfyui_does_not_answer(page):
+    load(page, T2V)
+    show_plans(page)
+    page.run("(window.fetchApi = app.api.fetchApi, app.api.fetchApi = () => Promise.reject(new TypeError('gone')), true)")
+    try:
+        page.run("document.querySelector('[data-action=free]').click()")
+        page.wait("document.querySelector('.xdit-said').innerText.startsWith('ComfyUI does not answer')")
+        for _ in range(2):  # closes the table, and opens it again
+            page.run("document.querySelector('[data-action=plans]').click()")
+        page.wait("document.querySelector('.xdit-panel .xdit-note')?.innerText.startsWith('ComfyUI does not answer')")
+        page.run("document.querySelector('[data-action=plans]').click()")  # closed, as the next test expects it
+    finally:
+        page.run("(app.api.fetchApi = window.fetchApi, true)")
+
+
 def test_the_planner_is_asked_for_a_tile_where_a_workflow_only_upscales(page, server):
     load(
         page,

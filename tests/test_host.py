@@ -550,6 +550,26 @@ show(state=state.status()["state"])
     assert shown == {"state": "idle"}
 
 
+def test_the_panel_says_that_a_group_of_serve_goes_on(in_comfyui):
+    shown, _ = in_comfyui("""
+state, executors = part("nodes.comfy.state"), part("nodes.comfy.executors")
+class Group(part("parallel_backend.executor.group").GroupExecutor):
+    plan, devices, is_owner = part("parallel_backend.plan").Plan(cfg=2), "cpu:2", False
+    def __init__(self):
+        self.address = None
+executors.groups.executor, said = Group(), []
+for action in (state.stop, state.restart):
+    try:
+        action()
+    except errors.RequestError as error:
+        said.append(str(error))
+show(said=said, kept=host.has_group())
+executors.groups.executor = None
+""")
+    assert shown["kept"] and len(shown["said"]) == 2
+    assert all(line.startswith("serve keeps this group, for other processes too; to end it, run") for line in shown["said"])
+
+
 def test_the_panel_may_stop_a_group_while_another_one_takes_its_place(in_comfyui):
     shown, _ = in_comfyui("""
 class Group:

@@ -129,9 +129,16 @@ def free() -> str:
 
 
 def stop() -> str:
-    """Ends the group; a job that runs is cancelled. Returns what was done."""
-    if executors.kept_group() is None:
+    """Ends the group; a job that runs is cancelled. Returns what was done.
+
+    Raises:
+        RequestError: if another process keeps the group.
+    """
+    executor = executors.kept_group()
+    if executor is None:
         return "no group runs"
+    if not all(group.is_owner for group in groups_of(executor)):
+        raise RequestError("serve keeps this group, for other processes too; to end it, run python -m parallel_backend stop")
     if jobs.current:
         management.interrupt_current_processing()
         deadline = time.monotonic() + END_SECONDS
@@ -145,7 +152,7 @@ def restart() -> str:
     """Ends the group and starts it again. Returns what was done.
 
     Raises:
-        RequestError: if no group was started yet, or it cannot start.
+        RequestError: if no group was started yet, it cannot start, or another process keeps it.
     """
     executor = executors.kept_group()
     if executor is None:

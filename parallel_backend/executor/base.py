@@ -58,6 +58,8 @@ class Executor(ABC):
     plan = Plan()
     is_replaced = False
     """Whether it becomes ready again by itself after it was lost."""
+    is_owner = True
+    """Whether :meth:`close` ends what runs its jobs; if not, that is another process's."""
 
     def sample(
         self,

@@ -47,7 +47,7 @@ class ClusterExecutor(RemoteExecutor):
         self.name = name
         self._is_replica = whole.replicas > 1
         """Whether other groups do the work while Ray replaces this one. If not, a lost job waits for that."""
-        self._is_owner = is_owner
+        self.is_owner = is_owner
         self._lease: Lease | None = None
         self._failure: str | None = None
         """Why Ray could not start the actor, until it is tried again."""
@@ -77,7 +77,7 @@ class ClusterExecutor(RemoteExecutor):
                 self._failure = None if was_lost else error.summary
                 raise error
             if self._lease is None:
-                self._lease = Lease.take(self.plan, self.name) if self._is_owner else Lease.of(self.name)
+                self._lease = Lease.take(self.plan, self.name) if self.is_owner else Lease.of(self.name)
                 self._failure = None
             return self._lease
 
@@ -91,7 +91,7 @@ class ClusterExecutor(RemoteExecutor):
 
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`."""
-        return self._is_owner or self.name in leased()
+        return self.is_owner or self.name in leased()
 
     @property
     def known(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class ClusterExecutor(RemoteExecutor):
 
     def status(self) -> dict[str, Any]:
         """See :meth:`Executor.status`. It has the overview too. A group that Ray has not placed yet is ``starting``."""
-        if not self._is_owner:
+        if not self.is_owner:
             self.is_ready(ANSWER_SECONDS)
         found = self.look()
         if not self._has_group(found):
@@ -187,6 +187,6 @@ class ClusterExecutor(RemoteExecutor):
     def close(self) -> None:
         """See :meth:`Executor.close`. A group that another process owns keeps running."""
         with self._lock:
-            if self._lease and self._is_owner:
+            if self._lease and self.is_owner:
                 self._lease.end()
             self._lease = None

@@ -81,6 +81,7 @@ class GroupExecutor(RemoteExecutor):
             raise GroupError(f"the group at {address.folder} is gone; start it again with serve") from error
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
+        executor.is_owner = False
         executor._owner, executor._answered, executor._losses = recovery.Owner(description), None, []
         return executor
 

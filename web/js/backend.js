@@ -39,11 +39,9 @@ async function fillLists() {
     const query = question(node);
     const key = JSON.stringify(query);
     if (asked.get(node)?.key !== key) asked.set(node, { key, values: choices(query) });
-    let values;
-    try {
-      values = await asked.get(node).values;
-    } catch {
-      asked.delete(node); // ComfyUI is not there; it is asked again with the next change
+    const values = await asked.get(node).values;
+    if (values.error) {
+      asked.delete(node); // it is asked again with the next change
       continue;
     }
     for (const name of LISTS) {

@@ -44,8 +44,7 @@ function schedule(milliseconds) {
 
 // Asks for free, stop or restart. Returns what was done, or why it was not.
 export async function act(name) {
-  const answer = await api.fetchApi(`${BASE}/${name}`, { method: "POST" });
-  const said = await answer.json();
+  const said = await answerOf(name, { method: "POST" });
   await refresh();
   return said;
 }
@@ -60,8 +59,17 @@ export async function choices(query) {
 }
 
 async function ask(route, query) {
-  const answer = await api.fetchApi(`${BASE}/${route}?${new URLSearchParams(query)}`);
-  return answer.json();
+  return answerOf(`${route}?${new URLSearchParams(query)}`);
+}
+
+// Returns what ComfyUI answers, or as an error that it does not.
+async function answerOf(path, options) {
+  try {
+    const answer = await api.fetchApi(`${BASE}/${path}`, options);
+    return await answer.json();
+  } catch {
+    return { error: say("ComfyUI does not answer; try again once it runs") };
+  }
 }
 
 // Returns the state in a few words, such as "loading 43%" or "sampling 21 of 50".

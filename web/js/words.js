@@ -39,6 +39,7 @@ const CHINESE = {
   "nothing is loaded": "没有加载任何模型",
   "memory is free; the next job loads again": "内存已释放；下一个任务会重新加载",
   "no group runs": "没有进程组在运行",
+  "ComfyUI does not answer; try again once it runs": "ComfyUI 没有响应；请在它运行后重试",
   "the group has ended; the next job starts it": "进程组已结束；下一个任务会启动它",
   "the group starts": "进程组正在启动",
   "{model}, {width}×{height}, {length} frames, on {devices}": "{model}，{width}×{height}，{length} 帧，设备 {devices}",
