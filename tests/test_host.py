@@ -550,6 +550,22 @@ show(state=state.status()["state"])
     assert shown == {"state": "idle"}
 
 
+@pytest.mark.slow
+def test_a_job_that_starts_a_group_again_that_the_panel_ended_leaves_none_behind(in_comfyui):
+    shown, _ = in_comfyui("""
+executors, registry = part("nodes.comfy.executors"), part("parallel_backend.group.registry")
+find = host.executor_for
+def found_and_ended(*given):
+    executor = find(*given)
+    executors.close_group()
+    return executor
+host.executor_for = found_and_ended
+plan = host.run(sample(), Handle("cpu:2", "cfg2")).report.plan
+show(plan=plan, left=[len(registry.entries(kind)) for kind in ("group", "owner")], kept=host.has_group())
+""")
+    assert shown == {"plan": "cfg2", "left": [0, 0], "kept": False}
+
+
 def test_the_panel_says_that_a_group_of_serve_goes_on(in_comfyui):
     shown, _ = in_comfyui("""
 state, executors = part("nodes.comfy.state"), part("nodes.comfy.executors")

@@ -51,6 +51,12 @@ def close_group() -> None:
     groups.close()
 
 
+def close_if_replaced(executor: Executor) -> None:
+    """Ends the group of an executor that is kept no longer: the panel ended it before a job that started it again."""
+    if executor is not groups.executor and executor not in local_executors.values():
+        executor.close()
+
+
 def free(executor: Executor) -> None:
     """Frees what an executor holds, as ComfyUI does when it unloads models."""
     if executor in held:

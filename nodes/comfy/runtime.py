@@ -31,6 +31,7 @@ from ...parallel_backend.plan import AUTO, Plan
 from ...parallel_backend.planner.cost_model import HEADROOM
 from . import lines
 from .executors import chosen as _chosen
+from .executors import close_if_replaced
 from .executors import groups as _groups
 from .executors import held as _held
 from .executors import local_executors as _local
@@ -258,6 +259,8 @@ def run_on(executor: Executor, checked: CheckedJob, node_id: str | None, on_fram
         except Exception:
             held.forget()
             raise
+        finally:
+            close_if_replaced(executor)
     say(summary(checked.job, result.report), node_id)
     for note in result.report.notes:
         say(note, node_id, level=logging.WARNING if is_warning(note) else logging.INFO)
