@@ -1,5 +1,7 @@
 """Load CogVideoX with a published model that is not here: listed, refused or downloaded, and found by its name afterwards."""
 
+import threading
+
 import pytest
 
 from .conftest import TOLERANCE
@@ -133,6 +135,26 @@ show(cut=cut, wrong=wrong, offer=offer())
     hub.swapped.clear(), hub.asked.clear()
     shown, _ = call("show(path=load(download='huggingface')[0].model.path)")
     assert shown["path"].endswith("CogVideoX-5b") and WEIGHTS not in dict(hub.asked)
+
+
+def test_a_download_is_cancelled_while_the_hub_says_nothing_and_writes_nothing_more(call, hub, tmp_path):
+    """The library would wait for a minute, and the node would fail with what the library says then."""
+    hub.held[WEIGHTS] = threading.Event()
+    shown, _ = call("""
+import threading
+def interrupt():
+    while not list(models.rglob("*.partial")):
+        threading.Event().wait(0.05)
+    host.management.interrupt_current_processing()
+threading.Thread(target=interrupt, daemon=True).start()
+kind, _ = failure(download="huggingface")
+host.management.interrupt_current_processing(False)
+show(kind=kind)
+""")
+    hub.held.pop(WEIGHTS).set()
+    assert shown["kind"] == "InterruptProcessingException"
+    (partial,) = (tmp_path / "models").rglob("*.partial")
+    assert partial.stat().st_size == 0
 
 
 def test_a_hub_that_does_not_answer_names_the_other_ways(call, hub):

@@ -1,13 +1,16 @@
 """Downloads a published model for the node that loads it."""
 
+import threading
 import time
+from contextvars import copy_context
 from pathlib import Path
 
 import comfy.utils
 
 from ...parallel_backend.cogvideox.checkpoint import catalogue
-from ...parallel_backend.cogvideox.checkpoint.download import GB, download, prepare
+from ...parallel_backend.cogvideox.checkpoint.download import GB, Download, download, prepare
 from ...parallel_backend.cogvideox.checkpoint.hubs import HUBS
+from ...parallel_backend.config import CONFIG
 from ...parallel_backend.errors import Cancelled
 from . import lines, runtime
 from .model_folders import MODEL_FOLDERS, NotDownloaded, find_model, roots_of
@@ -32,6 +35,7 @@ class Progress:
     def __init__(self, size: int, node_id: str | None):
         self._size, self._node_id = size, node_id
         self._bar = comfy.utils.ProgressBar(size, node_id)
+        self._is_stopped = threading.Event()
         self._begin: tuple[int, float] | None = None
         """The bytes that were there when the first chunk had come, and when."""
         self._shown = 0.0
@@ -42,7 +46,7 @@ class Progress:
         Raises:
             Cancelled: if the user has cancelled the workflow.
         """
-        if not runtime.is_wanted():
+        if self._is_stopped.is_set() or not runtime.is_wanted():
             raise Cancelled
         self._bar.update_absolute(done)
         now = time.monotonic()
@@ -50,6 +54,10 @@ class Progress:
         if now - self._shown >= EVENT_SECONDS:
             self._shown = now
             lines.show_for_now(self._line(done, now), self._node_id)
+
+    def stop(self) -> None:
+        """Stops the download before it writes anything more."""
+        self._is_stopped.set()
 
     def _line(self, done: int, now: float) -> str:
         """Returns what is there in words, and how long the rest is going to take."""
@@ -59,6 +67,32 @@ class Progress:
             return there
         speed = (done - before) / (now - since)
         return f"{there}, {speed / 1e6:.1f} MB/s, {(self._size - done) / speed / 60:.0f} min left"
+
+
+def download_in_thread(wanted: Download, progress: Progress) -> None:
+    """Downloads what is missing, and can be cancelled while the hub does not answer. Raises as :func:`.download` does.
+
+    Args:
+        wanted: see :func:`.download`.
+        progress: stops the thread with the next bytes that come, if the user cancels.
+    """
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            download(wanted, progress)
+        except BaseException as error:  # raised again in the caller's thread
+            failures.append(error)
+
+    thread = threading.Thread(target=copy_context().run, args=(work,), name="download", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(CONFIG.poll_seconds)
+        if not runtime.is_wanted():
+            progress.stop()
+            raise Cancelled
+    if failures:
+        raise failures[0]
 
 
 def find_or_download(name: str, source: str, node_id: str | None) -> Path:
@@ -83,7 +117,7 @@ def find_or_download(name: str, source: str, node_id: str | None) -> Path:
     wanted = prepare(HUBS[source](), model.repository, folder)
     runtime.say(f"downloading {wanted.describe()}", node_id)
     with runtime.interruptible():
-        download(wanted, Progress(wanted.size, node_id))
+        download_in_thread(wanted, Progress(wanted.size, node_id))
     downloaded.add(name)
     runtime.say(f"downloaded into {MODEL_FOLDERS[0]}/{model.folder}, and checked", node_id)
     return folder

@@ -189,7 +189,8 @@ class Watched:
         self._file, self._on_bytes = file, on_bytes
 
     def write(self, chunk: bytes) -> int:
-        """Writes a chunk, and reports it."""
+        """Writes a chunk, and reports it. It is not written if the download is cancelled by then: another one may have begun."""
+        self._on_bytes(self._file.tell())
         written = self._file.write(chunk)
         self._on_bytes(self._file.tell())
         return written
