@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from ..system.modules import has_module
-from ..system.processes import described, end_with, leave, set_name
+from ..system.processes import described, end_with, flush, leave, set_name
 
 HELLO = b"."
 """Sent to the owner before the imports: the interpreter can run the pack."""
@@ -71,7 +71,8 @@ def preload() -> None:
             try:
                 importlib.import_module(name)
             except Exception:
-                traceback.print_exc()
+                with suppress(OSError):  # the disk of the log is full
+                    traceback.print_exc()
     for name in WITHOUT_CUDA:
         del os.environ[name]
     gc.enable()
@@ -119,8 +120,7 @@ class ForkServer:
         if not byte:
             return False
         connection, log = socket.socket(fileno=descriptors[0]), descriptors[1]
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()  # or the child would print it again
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:

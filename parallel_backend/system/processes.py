@@ -23,11 +23,16 @@ def set_name(name: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
-def leave(status: int) -> NoReturn:
-    """Ends a forked process at once. What its log has no room for is lost."""
+def flush() -> None:
+    """Writes what was printed to the log, as far as it has room."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends a forked process at once. What its log has no room for is lost."""
+    flush()
     os._exit(status)
 
 
