@@ -125,12 +125,16 @@ class JobLoop:
                 return
             if message.kind == "free":
                 self.engine.free()
-                self.memory = self.context.collect(self.engine.status()["memory"])
+                self._end_job()
                 if request:
                     request.answer(Message("done"))
             else:
                 self.do_job(message, request)
-            self.state = "ready"
+
+    def _end_job(self) -> None:
+        """Notes what is in use, and that the group is ready: before the answer, as its caller may ask at once."""
+        self.memory = self.context.collect(self.engine.status()["memory"])
+        self.state = "ready"
 
     def next_request(self) -> ClientRequest:
         """Returns rank 0's next request that is not cancelled.
@@ -169,7 +173,7 @@ class JobLoop:
             self.heart.beat("ending a job", CONFIG.load_seconds if message.kind == "load" else CONFIG.exchange_seconds)
         failures = self.compare(failure, together=self.engine.together)
         self.jobs += 1
-        self.memory = self.context.collect(self.engine.status()["memory"])
+        self._end_job()
         if request is None:
             return
         for rank, failure in enumerate(failures):
