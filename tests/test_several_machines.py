@@ -312,3 +312,40 @@ def test_ranks_meet_at_a_port_that_no_connection_is_given(monkeypatch):
 def test_the_interface_of_an_address_is_found():
     assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
     assert interface_of("192.0.2.1") is None or interface_of("192.0.2.1") != "lo"
+
+
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_ranks_that_had_failed_when_the_other_node_ended_them_say_why(has_failed, monkeypatch):
+    """Rank 0 had only lost its connection to them: with its own error the job would fail, where a lost rank begins it again."""
+    ended, killed, asked = threading.Event(), [], threading.Event()
+    cause = ExitCause("rank 1 was killed by SIGKILL", by_itself=False)
+
+    class Process:
+        def wait(self, seconds: float | None = None) -> int:
+            if seconds is not None:
+                asked.set()
+            if not ended.wait(PATIENCE if seconds is None or has_failed else 0):
+                raise TimeoutError
+            return 1
+
+        def kill(self) -> None:
+            killed.append(self)
+            ended.set()
+
+    lent = SimpleNamespace(process=None, exit_cause=lambda: cause, stop=lambda: None, leave=lambda: None)
+    lent.start = lambda: setattr(lent, "process", Process())
+    monkeypatch.setattr(cluster_actor, "Launcher", lambda *_: lent)
+    ranks = cluster_actor.Ranks.__new__(cluster_actor.Ranks)
+    ranks.plan, ranks.devices, ranks._launcher = Plan(ulysses=2), Devices("cpu", (0,)), None
+    part = {"node": 1, "nodes": 2, "store": ("127.0.0.1", 1), "address": "127.0.0.1", "name": "node 1"}
+    with ThreadPoolExecutor() as threads:
+        said = threads.submit(ranks.lend, part)
+        while lent.process is None:
+            threading.Event().wait(0.01)
+        end = threads.submit(ranks.end)
+        assert asked.wait(PATIENCE)
+        if has_failed:
+            ended.set()  # its supervisor reports now
+        end.result(PATIENCE)
+        assert said.result(PATIENCE) == ({**cause.__dict__} if has_failed else None)
+    assert bool(killed) != has_failed

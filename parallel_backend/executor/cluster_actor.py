@@ -13,6 +13,7 @@ from typing import Any
 
 from ..cluster.actor import about_here, devices_here
 from ..cluster.members import Members
+from ..config import CONFIG
 from ..errors import GroupFailure, reason_of
 from ..group.codec import decode, encode
 from ..group.launcher import Launcher
@@ -132,7 +133,16 @@ class Ranks(Held):
         return cause and asdict(cause)
 
     def end(self) -> None:
-        """Ends the ranks."""
-        launcher, self._launcher = self._launcher, None
-        if launcher and launcher.process:
-            launcher.process.kill()
+        """Ends the ranks. If one has failed, they end by themselves, and :meth:`lend` returns why: the other node has only lost it."""
+        launcher = self._launcher
+        process = launcher and launcher.process
+        try:
+            if process:
+                process.wait(2 * CONFIG.settle_seconds)
+                return
+        except TimeoutError:
+            pass
+        if self._launcher is launcher:
+            self._launcher = None
+        if process:
+            process.kill()
