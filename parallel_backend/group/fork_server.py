@@ -15,13 +15,12 @@ import select
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from ..system.modules import has_module
-from ..system.processes import described, end_with, flush, leave, set_name
+from ..system.processes import described, end_with, flush, leave, log_error, set_name
 
 HELLO = b"."
 """Sent to the owner before the imports: the interpreter can run the pack."""
@@ -70,9 +69,8 @@ def preload() -> None:
         for name in (*MODULES, *(KERNELS if has_module("triton") else ())):
             try:
                 importlib.import_module(name)
-            except Exception:
-                with suppress(OSError):  # the disk of the log is full
-                    traceback.print_exc()
+            except Exception as error:
+                log_error(error)
     for name in WITHOUT_CUDA:
         del os.environ[name]
     gc.enable()
@@ -143,6 +141,7 @@ class ForkServer:
             added = {name: value for name, value in os.environ.items() if name not in self._inherited}
             status = self._supervise(parent, connection, added)
         except BaseException as error:
+            log_error(error)
             failure = {**described(error), "host": None, "waited": 0.0}
             with suppress(OSError):  # the owner has closed its end
                 connection.sendall(json.dumps({"failure": failure}).encode() + b"\n")

@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 
@@ -19,6 +18,7 @@ from ..jobs import Job, Progress, Result
 from ..notes import information_of
 from ..parallel.group_rank import GroupRankContext, slow_link
 from ..planner.machine import Link
+from ..system.processes import described
 from .codec import Message, decode, encode
 from .heartbeat import HeartbeatWriter
 from .job_fields import join_fields, split_fields
@@ -159,12 +159,7 @@ class JobLoop:
         try:
             result = self.run(message, request)
         except Exception as error:
-            failure = {
-                "error": type(error).__name__,
-                "message": str(error),
-                "traceback": traceback.format_exc(),
-                "host": self.host,
-            }
+            failure = {**described(error), "host": self.host}
             if not isinstance(error, Cancelled):
                 logger.exception("%s job failed", message.kind)
         if self.context.rank and not self.engine.together:

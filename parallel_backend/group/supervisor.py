@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from ..config import CONFIG
-from ..system.processes import described, end_with, leave, set_name
+from ..system.processes import described, end_with, leave, log_error, set_name
 from .exit_cause import KILLED, ExitCause, how_it_ended
 from .hang_detector import Hang, HangDetector
 from .heartbeat import Board
@@ -106,9 +106,9 @@ class Supervisor:
             worker.run(self.address, self.request.plan, self.request.kind, self.board)
             status = 0
         except BaseException as error:
-            failure = described(error)
+            log_error(error)
             if self.board.failure_report(place) is None:
-                self.board.report_failure(place, {**failure, "host": os.environ.get(HOST), "waited": 0.0})
+                self.board.report_failure(place, {**described(error), "host": os.environ.get(HOST), "waited": 0.0})
         leave(status)  # without the shutdown of process groups, whose threads may hang
 
     def _redirect(self, place: int) -> None:

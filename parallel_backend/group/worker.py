@@ -4,13 +4,11 @@ import faulthandler
 import logging
 import os
 import signal
-import traceback
 from functools import partial
 
 from ..config import CONFIG
 from .heartbeat import Board, HeartbeatWriter
 from .registry import GroupAddress
-from .start_request import HOST
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +72,4 @@ def run(address: GroupAddress, plan: str, kind: str, board: Board) -> None:
     faulthandler.register(signal.SIGUSR1)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {os.environ['RANK']} %(name)s: %(message)s", force=True)
     heart = HeartbeatWriter(board, int(os.environ["LOCAL_RANK"]))
-    try:
-        loop = join(address, plan, kind, heart)
-    except Exception as error:
-        failure = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-        heart.report_failure({**failure, "host": os.environ.get(HOST), "waited": 0.0})
-        raise
-    loop.run_forever()
+    join(address, plan, kind, heart).run_forever()

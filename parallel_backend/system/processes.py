@@ -36,8 +36,12 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def described(error: BaseException) -> dict[str, Any]:
-    """Returns a failure report: ``error``, ``message`` and ``traceback``, which is also printed if the log has room for it."""
+def log_error(error: BaseException) -> None:
+    """Prints an error's traceback, if the log has room for it."""
     with suppress(OSError):
         traceback.print_exception(error)
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """Returns what a failure report says of an error: ``error``, ``message`` and ``traceback``."""
     return {"error": type(error).__name__, "message": str(error), "traceback": "".join(traceback.format_exception(error))}
