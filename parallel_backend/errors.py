@@ -76,6 +76,11 @@ class RequestError(ValueError):
     It is raised before anything is loaded or a group is touched. The command line ends with exit status 2.
     """
 
+    @property
+    def summary(self) -> str:
+        """The message, as :attr:`GroupFailure.summary` is of a failure."""
+        return str(self)
+
 
 class Failure(RuntimeError):
     """A valid request failed. The command line shows the message and ends with exit status 1."""

@@ -10,15 +10,11 @@ import torch
 
 from ...parallel_backend.cogvideox.checkpoint.checkpoint import Checkpoint
 from ...parallel_backend.cogvideox.offload import job_weight_bytes
-from ...parallel_backend.errors import GroupFailure, RequestError
-from ...parallel_backend.executor.base import Executor
+from ...parallel_backend.executor.base import UNREACHABLE, Executor
 from ...parallel_backend.executor.group import ABSENT, FAILED
 from ...parallel_backend.jobs import Job, SampleJob, UpscaleJob
 
 logger = logging.getLogger(__name__)
-
-UNREACHABLE = (GroupFailure, RequestError, OSError, EOFError)
-"""What an executor raises whose group is lost, or whose Ray cluster is gone."""
 
 
 class CogVideoX:

@@ -62,7 +62,7 @@ def on_cluster() -> list[dict]:
         try:
             said = group.status()
         except (GroupFailure, RequestError) as error:
-            said = {"state": f"does not answer ({error.summary if isinstance(error, GroupFailure) else error})"}
+            said = {"state": f"does not answer ({error.summary})"}
         found.append({"folder": None, **said, "plan": plan, "devices": said.get("node"), "owner": owner or "serve"})
     return found
 

@@ -11,7 +11,7 @@ from ..cogvideox.checkpoint.checkpoint import Checkpoint
 from ..cogvideox.pipeline.upscaling import tiles_of
 from ..cogvideox.vae.frames import Assembly, FramesListener
 from ..cogvideox.vae.preview import PictureListener
-from ..errors import Cancelled, GroupFailure
+from ..errors import Cancelled, GroupFailure, RequestError
 from ..jobs import DecodeJob, EncodeJob, Job, LoadJob, Report, Result, SampleJob, UpscaleJob
 from ..plan import Plan
 from ..system.read_ahead import read_ahead
@@ -50,6 +50,10 @@ def within(jobs: Sequence[SampleJob], place: int, on_step: StepListener) -> Step
     before, total = steps_of(jobs[:place]), steps_of(jobs)
     own = steps_of([jobs[place]])
     return lambda step, steps: on_step(before + step * own // steps, total)  # a job of several windows has the steps of all
+
+
+UNREACHABLE = (GroupFailure, RequestError, OSError, EOFError)
+"""What an executor's status or free raises if its group is lost, or its Ray cluster is gone."""
 
 
 class Executor(ABC):

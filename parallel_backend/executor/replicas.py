@@ -23,7 +23,7 @@ from ..model import ControlNet
 from ..parallel.rank import RankContext
 from ..plan import Plan
 from ..workload import has_windows_to_share
-from .base import DecodeOf, Executor, FramesOf, StepListener, StopSignal, VideoListener, never, silent
+from .base import UNREACHABLE, DecodeOf, Executor, FramesOf, StepListener, StopSignal, VideoListener, never, silent
 from .batch import cut, join
 from .group import FAILED, GroupExecutor, state_of_several
 from .scheduler import Pool, ReplicaResult, ReplicaScheduler
@@ -243,7 +243,7 @@ class ReplicasExecutor(Executor):
             return replica.status()
         except (GroupFailure, RequestError) as error:  # the latter where the Ray cluster is gone
             known = {"state": FAILED, "plan": str(replica.plan), "devices": replica.devices}
-            return {**known, "last_error": error.summary if isinstance(error, GroupFailure) else str(error)}
+            return {**known, "last_error": error.summary}
 
     def is_usable(self) -> bool:
         """See :meth:`Executor.is_usable`."""
@@ -259,7 +259,7 @@ class ReplicasExecutor(Executor):
         for replica in self.replicas:
             try:
                 replica.free()
-            except (GroupFailure, RequestError, OSError, EOFError) as error:
+            except UNREACHABLE as error:
                 errors.append(error)
         if errors:
             raise errors[0]
