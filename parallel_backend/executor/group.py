@@ -81,7 +81,6 @@ class GroupExecutor(RemoteExecutor):
             raise GroupError(f"the group at {address.folder} is gone; start it again with serve") from error
         executor.plan, executor.devices = Plan.parse(description["plan"]), description["devices"]
         executor.address, executor._launcher, executor._lock = address, None, threading.Lock()
-        executor.is_owner = False
         executor._owner, executor._answered, executor._losses = recovery.Owner(description), None, []
         return executor
 
@@ -173,6 +172,11 @@ class GroupExecutor(RemoteExecutor):
                 self._launcher.stop()
                 self._launcher.leave()
                 self.address = None
+
+    @property
+    def is_owner(self) -> bool:
+        """See :attr:`Executor.is_owner`."""
+        return self._launcher is not None
 
     def share(self) -> None:
         """Starts the group for all of the user's processes."""
