@@ -113,7 +113,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
-    """Reports last what failed, with the begin of each message: a CI may show its last lines alone, and hundreds of tests are skipped."""
+    """Reports last what failed, with the beginning of each message: a CI may show its last lines alone, and hundreds of tests are skipped."""
     report_workflows(terminalreporter)
     result = yield
     for outcome in ("failed", "error"):

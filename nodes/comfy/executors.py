@@ -24,7 +24,7 @@ chosen: WeakKeyDictionary[Executor, str] = WeakKeyDictionary()
 
 @atexit.register
 def end() -> None:
-    """Ends the group with ComfyUI. ComfyUI's worker goes on in its thread meanwhile, and must neither start it again nor begin anew."""
+    """Ends the group with ComfyUI. ComfyUI's worker goes on in its thread meanwhile, and must neither start it again nor begin another job."""
     management.interrupt_current_processing()
     start_no_more()
     groups.close()

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -136,12 +137,10 @@ class Ranks(Held):
         """Ends the ranks. If one has failed, they end by themselves, and :meth:`lend` returns why: the other node has only lost it."""
         launcher = self._launcher
         process = launcher and launcher.process
-        try:
-            if process:
+        if process:
+            with suppress(TimeoutError):
                 process.wait(2 * CONFIG.settle_seconds)
                 return
-        except TimeoutError:
-            pass
         if self._launcher is launcher:
             self._launcher = None
         if process:

@@ -53,11 +53,8 @@ def check_feasible(prepared: PreparedJob, *, alone: bool = True) -> None:
     what = f"{size} is predicted to"
     need = working_bytes(plan.replica, work, compiled=devices.kind != "cpu")
     if devices.kind == "cpu":
-        need, free, where = (
-            (need + weight_bytes(plan.replica, work)) * devices.count,
-            (usable_memory if alone else whole_memory)(),
-            "of main memory",
-        )
+        need = (need + weight_bytes(plan.replica, work)) * devices.count
+        free, where = usable_memory() if alone else whole_memory(), "of main memory"
         days = predict(Plan(), work, CPU).seconds * windows * CPU_CORES / usable_cores() * steps / DAY
     else:
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in devices.torch_devices]

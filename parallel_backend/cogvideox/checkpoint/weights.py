@@ -35,16 +35,16 @@ def header(path: Path) -> dict:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise RequestError(f"{path} is truncated or not a safetensors file; download it again")
-            entries = json_object(file.read(length))
-        entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        sum(math.prod(entry["shape"]) for entry in entries.values() if entry["dtype"])
+            text = file.read(length)
     except FileNotFoundError:
         raise RequestError(f"the checkpoint lacks {path}; download the complete folder") from None
     except OSError as error:
         raise unreadable(path, error) from error
-    except RequestError:
-        raise
+    try:
+        entries = json_object(text)
+        entries.pop("__metadata__", None)
+        sum(math.prod(entry["shape"]) for entry in entries.values() if entry["dtype"])  # fails unless shapes hold numbers
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RequestError(f"{path} is not a safetensors file ({reason_of(error)}); download it again") from error
     if end != size:
